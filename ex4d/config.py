@@ -1,0 +1,120 @@
+"""One YAML file, one section for each command, frozen dataclasses. The only reader of YAML in the project.
+
+A dataclass lives beside the code that reads it. `load` fills it from the YAML section of the same name, applies
+`section.key=value` overrides from the command line, and validates once: unknown keys are forbidden, types are checked.
+There is no interpolation and there are no import strings; `None` (YAML `null`) means off.
+"""
+
+from __future__ import annotations
+
+import dataclasses
+import hashlib
+import json
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import Any
+
+import yaml
+from pydantic import ConfigDict, TypeAdapter, ValidationError
+
+from ex4d.errors import ConfigError
+
+# Every section that may stand in a file. A command reads some; a misspelt section is an error for all of them.
+SECTIONS = ("ray", "synthetic", "preprocess", "encode", "model", "train", "generate", "evaluate", "sweep", "plan")
+
+
+def load(path: str | Path, sections: Mapping[str, type], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return {section: validated dataclass} for the asked sections of the YAML file at `path`.
+
+    Args:
+        path: YAML file; a mapping of section names (see SECTIONS) to mappings.
+        sections: {"train": TrainConfig, ...}: what this command reads. A section missing in the file takes defaults.
+        overrides: "section.key=value" strings, values parsed as YAML; the section must be one that this command reads.
+
+    Raises:
+        ConfigError: unreadable file, unknown section or key, wrong type or value. Names key, value, what is allowed.
+    """
+    tree = read_yaml(path)
+    for name, body in tree.items():
+        if name not in SECTIONS:
+            raise ConfigError(str(name), body, f"unknown section in {path}; allowed: {', '.join(SECTIONS)}")
+        if body is not None and not isinstance(body, dict):
+            raise ConfigError(str(name), body, f"a section of {path} must be a mapping of keys to values")
+    for override in overrides:
+        _apply_override(tree, override, allowed=tuple(sections))
+    return {name: validate(cls, tree.get(name) or {}, name) for name, cls in sections.items()}
+
+
+def read_yaml(path: str | Path) -> dict[str, Any]:
+    """Return the mapping in a YAML file. Raises ConfigError when it is missing, is no YAML, or is no mapping."""
+    try:
+        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+    except (OSError, UnicodeDecodeError) as error:
+        raise ConfigError("config", str(path), f"cannot be read ({error})") from error
+    except yaml.YAMLError as error:
+        raise ConfigError("config", str(path), f"is not valid YAML ({error})") from error
+    if tree is None:
+        return {}
+    if not isinstance(tree, dict):
+        raise ConfigError("config", str(path), "must hold a mapping of sections")
+    return tree
+
+
+def validate(cls: type, values: Mapping[str, Any], section: str) -> Any:
+    """Return an instance of the dataclass `cls` from plain values; unknown keys and wrong types raise ConfigError."""
+    adapter = _adapter(cls)
+    try:
+        return adapter.validate_python(dict(values))
+    except ValidationError as error:
+        first = error.errors()[0]
+        key = ".".join([section, *(str(part) for part in first["loc"])])
+        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
+            allowed = f"unknown key; allowed: {', '.join(field.name for field in dataclasses.fields(cls))}"
+        else:
+            allowed = first["msg"]
+        raise ConfigError(key, first.get("input"), allowed) from None
+
+
+def _adapter(cls: type) -> TypeAdapter:
+    # Dataclasses take their pydantic configuration from this attribute, TypeAdapter refuses a second one.
+    if "__pydantic_config__" not in cls.__dict__:
+        cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
+    return TypeAdapter(cls)
+
+
+def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...]) -> None:
+    key, equals, text = override.partition("=")
+    section, dot, rest = key.partition(".")
+    if not equals or not dot or not rest:
+        raise ConfigError("override", override, "write section.key=value, e.g. train.num_steps=20")
+    if section not in allowed:
+        raise ConfigError(key, text, f"this command reads the sections {', '.join(allowed)}")
+    try:
+        value = yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, text, f"is not a YAML value ({error})") from error
+    node = tree[section] = dict(tree.get(section) or {})
+    *parents, leaf = rest.split(".")
+    for parent in parents:
+        child = node.get(parent)
+        node[parent] = dict(child) if isinstance(child, dict) else {}
+        node = node[parent]
+    node[leaf] = value
+
+
+def to_dict(config: Any) -> dict[str, Any]:
+    """Return a dataclass as plain JSON-able values."""
+    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+
+
+def fingerprint(*parts: Any) -> str:
+    """Return 16 hex digits that identify the parts (JSON-able values or dataclasses); equal parts, equal digits."""
+    plain = [to_dict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part for part in parts]
+    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
+    return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def dump(config: Mapping[str, Any], path: str | Path) -> None:
+    """Write {section: dataclass or mapping} as YAML that `load` reads back."""
+    plain = {name: to_dict(body) if dataclasses.is_dataclass(body) else body for name, body in config.items()}
+    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")

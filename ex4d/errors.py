@@ -1,0 +1,59 @@
+"""The three kinds of failure, and the one kind of decision. Everything else that is raised is a bug."""
+
+from __future__ import annotations
+
+
+class Ex4dError(Exception):
+    """Root of every error that this project raises on purpose."""
+
+
+class ConfigError(Ex4dError):
+    """The user's choice is invalid. Raised before any work; the command exits with 2.
+
+    The message names the key, the value, and what is allowed.
+    """
+
+    def __init__(self, key: str, value: object, allowed: str):
+        self.key, self.value, self.allowed = key, value, allowed
+        super().__init__(f"{key}={value!r}: {allowed}")
+
+
+class BadSample(Ex4dError):
+    """One video or clip cannot be used. It becomes a row of rejects.parquet and the run goes on.
+
+    Args:
+        reason: short snake_case code that can be counted, e.g. "decode_timeout".
+        message: one sentence with the facts.
+    """
+
+    def __init__(self, reason: str, message: str = ""):
+        self.reason, self.message = reason, message
+        super().__init__(reason, message)  # both in args, so that the error survives pickling between processes
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}" if self.message else self.reason
+
+
+class Filtered(Ex4dError):
+    """A clip was scored and a threshold decided against it: not a failure, but it is recorded like one.
+
+    Args:
+        reason: the filter's name, e.g. "motion".
+        score: what was measured.
+        threshold: the limit that it missed.
+    """
+
+    def __init__(self, reason: str, score: float, threshold: float):
+        self.reason, self.score, self.threshold = reason, float(score), float(threshold)
+        super().__init__(reason, self.score, self.threshold)
+
+    @property
+    def message(self) -> str:
+        return f"score {self.score:.6g}, threshold {self.threshold:.6g}"
+
+    def __str__(self) -> str:
+        return f"{self.reason}: {self.message}"
+
+
+class ContractError(Ex4dError):
+    """An artifact is not what it claims to be (a damaged shard, a checkpoint of another model). Work stops."""
