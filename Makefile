@@ -1,0 +1,43 @@
+# The whole project from a clean machine: `make demo`. Each target installs what it needs first.
+PYTHON ?= python3.11
+VENV ?= .venv
+BIN := $(VENV)/bin
+STAMP := $(VENV)/.installed
+
+export OMP_NUM_THREADS ?= 1
+export RAY_USAGE_STATS_ENABLED ?= 0
+export TOKENIZERS_PARALLELISM ?= false
+
+.PHONY: setup demo test test-heavy check format bench clean
+
+setup: $(STAMP)
+
+$(STAMP): pyproject.toml constraints/cpu.txt
+	$(PYTHON) -m venv $(VENV)
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt torch
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e '.[dev,decord]'
+	touch $@
+
+demo: $(STAMP)
+	$(BIN)/ex4d demo configs/tiny.yaml
+
+test: $(STAMP)
+	$(BIN)/python -m pytest
+
+test-heavy: $(STAMP)
+	$(BIN)/python -m pytest -m heavy --timeout=3600
+
+check: $(STAMP)
+	$(BIN)/ruff check .
+	$(BIN)/ruff format --check .
+	$(BIN)/mypy
+
+format: $(STAMP)
+	$(BIN)/ruff check --fix .
+	$(BIN)/ruff format .
+
+bench: $(STAMP)
+	for script in benchmarks/*.py; do $(BIN)/python $$script || exit 1; done
+
+clean:
+	rm -rf out build dist *.egg-info
