@@ -1,0 +1,132 @@
+"""Files of poses: each format out and in again, and the files of others."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ex4d.errors import ConfigError, ContractError
+from ex4d.geometry import trajectory
+from ex4d.geometry.trajectory_files import PoseFile, read, write
+
+K = np.array([[120.0, 0, 64], [0, 125, 48], [0, 0, 1]])
+
+
+def own_path() -> PoseFile:
+    w2c = trajectory.build("spiral", 12, 30, radius=2.5) @ trajectory.build("crane", 3, 40)[-1]
+    return PoseFile(w2c, np.tile(K, (12, 1, 1)), np.arange(12.0) * 40000, (96, 128), "https://example.org/v")
+
+
+@pytest.mark.parametrize("format", ["re10k", "ex4d", "tum", "recammaster", "json"])
+def test_what_is_written_is_read_again(tmp_path, format: str):
+    path = tmp_path / f"poses.{'npz' if format == 'ex4d' else 'json' if format in ('recammaster', 'json') else 'txt'}"
+    write(path, own_path(), format)
+    again = read(path)  # the format is recognised
+    np.testing.assert_allclose(again.w2c, own_path().w2c, atol=2e-6)
+    if format in ("ex4d", "json"):
+        np.testing.assert_allclose(again.K, own_path().K)
+    if format == "re10k":
+        assert again.source == "https://example.org/v"
+        np.testing.assert_allclose(again.K[0], np.diag([1 / 128, 1 / 96, 1]) @ K, atol=1e-8)
+    if format in ("re10k", "tum"):
+        np.testing.assert_allclose(again.times, own_path().times)
+
+
+def test_conventions_are_those_that_are_named(tmp_path):
+    w2c = np.eye(4)[None].repeat(2, 0)
+    w2c[1, :3, 3] = [-1, -2, -3]  # the eye is at (1, 2, 3): right, down, forward
+    write(tmp_path / "a.npz", PoseFile(w2c, K), "ex4d")
+    written = np.load(tmp_path / "a.npz", allow_pickle=False)["extrinsics"]
+    np.testing.assert_allclose(written[1], np.diag([1, -1, -1, 1]) @ w2c[1])
+    write(tmp_path / "a.txt", PoseFile(w2c), "tum")
+    np.testing.assert_allclose(np.loadtxt(tmp_path / "a.txt")[1], [1, 1, 2, 3, 0, 0, 0, 1])
+    write(tmp_path / "a.json", PoseFile(w2c), "recammaster")
+    text = json.loads((tmp_path / "a.json").read_text())["frame1"]["cam01"]
+    assert text.replace("-0", "0").strip() == "[1 0 0 0] [0 1 0 0] [0 0 1 0] [300 100 -200 1]"  # forward, right, up; cm
+
+
+def test_a_mirrored_world_is_flipped_back(tmp_path):
+    w2c = trajectory.build("orbit", 5, 40)
+    write(tmp_path / "a.txt", PoseFile(w2c), "tum")
+    flip = np.diag([1.0, -1, 1, 1])
+    np.testing.assert_allclose(read(tmp_path / "a.txt", flip_y=True).w2c, flip @ w2c @ flip, atol=1e-9)
+
+
+def test_load_makes_the_first_camera_the_source_and_resamples(tmp_path):
+    trajectory.save(tmp_path / "a.json", own_path().w2c, "json", K=K, size=(96, 128))
+    path = trajectory.load(tmp_path / "a.json", num_frames=34, scale=2.0)
+    whole = trajectory.relative_to_first(own_path().w2c)
+    np.testing.assert_allclose(path[0], np.eye(4), atol=1e-9)
+    np.testing.assert_allclose(path[::3, :3, :3], whole[:, :3, :3], atol=1e-9)
+    np.testing.assert_allclose(path[::3, :3, 3], 2 * whole[:, :3, 3], atol=1e-9)
+
+
+@pytest.mark.parametrize("text", ["1 2 3", "a b c d e f g h", "1 0 0 0 0 0 0 nan", ""])
+def test_what_is_no_file_of_poses_is_refused(tmp_path, text: str):
+    (tmp_path / "bad.txt").write_text(text)
+    with pytest.raises(ContractError):
+        read(tmp_path / "bad.txt", format="tum")
+
+
+def test_a_mirrored_rotation_is_refused(tmp_path):
+    (tmp_path / "bad.json").write_text(json.dumps({"axes": "opencv", "w2c": [np.diag([1, 1, -1, 1]).tolist()]}))
+    with pytest.raises(ContractError, match="rigid"):
+        read(tmp_path / "bad.json")
+
+
+def test_bad_choices_name_their_key(tmp_path):
+    with pytest.raises(ConfigError, match="trajectory"):
+        read(tmp_path / "none.txt")
+    with pytest.raises(ConfigError, match="format"):
+        write(tmp_path / "a.txt", own_path(), "colmap")
+    with pytest.raises(ConfigError, match="K="):
+        write(tmp_path / "a.npz", PoseFile(own_path().w2c), "ex4d")
+
+
+def test_pickled_arrays_are_refused(tmp_path):
+    np.savez(tmp_path / "a.npz", extrinsics=np.array([{"a": 1}], dtype=object), intrinsics=K)
+    with pytest.raises(ContractError, match="pickle"):
+        read(tmp_path / "a.npz")
+
+
+def test_re10k_files_round_trip(media, tmp_path):
+    for path in sorted((media / "re10k_poses").glob("*.txt")):
+        poses = read(path)
+        assert len(poses.w2c) == 16
+        write(tmp_path / "again.txt", poses, "re10k")
+        again = read(tmp_path / "again.txt")
+        np.testing.assert_allclose(again.w2c, poses.w2c, atol=1e-9)
+        np.testing.assert_allclose(again.K, poses.K, atol=1e-9)
+        assert (tmp_path / "again.txt").read_text().split() == path.read_text().split()
+
+
+def test_tum_files_round_trip(media, tmp_path):
+    paths = sorted((media / "tum_trajectories").rglob("*.txt"))
+    assert paths
+    for path in paths:
+        poses = read(path)
+        write(tmp_path / "again.txt", poses, "tum")
+        again = read(tmp_path / "again.txt")
+        np.testing.assert_allclose(again.w2c, poses.w2c, atol=1e-6)
+        np.testing.assert_allclose(again.times, poses.times, atol=1e-6)
+
+
+def test_recammaster_cameras_round_trip(media, tmp_path):
+    path = media / "recammaster_cameras" / "camera_extrinsics.json"
+    for index in range(1, 11):
+        poses = read(path, camera=f"cam{index:02d}")
+        assert len(poses.w2c) == 81
+        write(tmp_path / "again.json", poses, "recammaster")
+        np.testing.assert_allclose(read(tmp_path / "again.json").w2c, poses.w2c, atol=1e-5)
+    with pytest.raises(ConfigError, match="camera"):
+        read(path, camera="cam99")
+
+
+def test_the_released_poses_round_trip(media, tmp_path):
+    path = media / "ex4d_flower" / "camera_180.npz"
+    write(tmp_path / "again.npz", read(path), "ex4d")
+    with np.load(path, allow_pickle=False) as before, np.load(tmp_path / "again.npz", allow_pickle=False) as after:
+        np.testing.assert_array_equal(before["extrinsics"], after["extrinsics"])
+        np.testing.assert_array_equal(before["intrinsics"], after["intrinsics"])
