@@ -1,5 +1,5 @@
 # The whole project from a clean machine: `make demo`. Each target installs what it needs first.
-PYTHON ?= python3.11
+PYTHON ?= python3
 VENV ?= .venv
 BIN := $(VENV)/bin
 STAMP := $(VENV)/.installed

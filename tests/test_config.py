@@ -1,0 +1,76 @@
+"""Configuration: strict, clear about mistakes, and every file in configs/ loads."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import pytest
+
+from ex4d import config
+from ex4d.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Inner:
+    depth: int = 1
+
+
+@dataclass(frozen=True)
+class Example:
+    num_steps: int = 3
+    lr: float = 1e-3
+    name: str | None = None
+    inner: Inner = Inner()
+
+
+@pytest.fixture
+def file(tmp_path):
+    path = tmp_path / "a.yaml"
+    path.write_text("train: {num_steps: 4, inner: {depth: 2}}\n")
+    return path
+
+
+def test_overrides_win_and_nested_keys_merge(file):
+    loaded = config.load(file, {"train": Example}, ["train.lr=3e-5", "train.name=x", "train.inner.depth=5"])["train"]
+    assert loaded == Example(num_steps=4, lr=3e-5, name="x", inner=Inner(5))
+
+
+@pytest.mark.parametrize(
+    ("override", "named"),
+    [
+        ("train.num_stps=1", ("train.num_stps", "num_steps")),
+        ("train.num_steps=many", ("train.num_steps", "integer")),
+        ("trian.num_steps=1", ("trian.num_steps", "train")),
+        ("num_steps=1", ("section.key=value",)),
+        ("train.inner.depht=1", ("train.inner.depht",)),
+        ("train.num_steps=[1", ("YAML",)),
+    ],
+)
+def test_a_mistake_is_named_with_what_is_allowed(file, override, named):
+    with pytest.raises(ConfigError) as caught:
+        config.load(file, {"train": Example}, [override])
+    assert all(word in str(caught.value) for word in named)
+
+
+@pytest.mark.parametrize("text", ["trian: {}\n", "train: 3\n", "- 1\n", "a: [\n", "train: !!python/object:os.system {}\n"])
+def test_a_bad_file_is_refused(tmp_path, text):
+    path = tmp_path / "bad.yaml"
+    path.write_text(text)
+    with pytest.raises(ConfigError):
+        config.load(path, {"train": Example})
+
+
+def test_a_missing_file_is_named(tmp_path):
+    with pytest.raises(ConfigError, match=r"nowhere\.yaml"):
+        config.load(tmp_path / "nowhere.yaml", {"train": Example})
+
+
+def test_dump_and_load_round_trip(tmp_path):
+    first = Example(num_steps=7, lr=3e-5, inner=Inner(9))
+    config.dump({"train": first}, tmp_path / "b.yaml")
+    assert config.load(tmp_path / "b.yaml", {"train": Example})["train"] == first
+
+
+def test_fingerprint_depends_on_values_only():
+    assert config.fingerprint(Example()) == config.fingerprint(Example())
+    assert config.fingerprint(Example()) != config.fingerprint(Example(lr=2e-3))
