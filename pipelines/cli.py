@@ -1,0 +1,187 @@
+"""The `ex4d` command: one table of subcommands. Work is done elsewhere and imported only when it is asked for.
+
+Jobs with an experiment behind them read a YAML file: `ex4d COMMAND CONFIG.yaml [section.key=value …]`.
+Commands on one thing take flags. Exit status: 0 done, 1 failed, 2 the choice was invalid.
+"""
+
+from __future__ import annotations
+
+import argparse
+import logging
+import os
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+
+from ex4d.errors import BadSample, ConfigError, ContractError
+
+
+@dataclass(frozen=True)
+class Command:
+    """One subcommand: its help line, what adds its arguments, and what runs it (the exit status comes back)."""
+
+    help: str
+    arguments: Callable[[argparse.ArgumentParser], None]
+    run: Callable[[argparse.Namespace], int]
+
+
+# ---------------------------------------------------------------- jobs: a YAML file and overrides
+
+
+def _job_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("config", metavar="CONFIG.yaml", help="one experiment; see configs/")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file's values")
+
+
+def _preprocess(args: argparse.Namespace) -> int:
+    from ex4d import config
+    from pipelines import preprocess
+
+    sections = config.load(args.config, preprocess.SECTIONS, args.overrides)
+    result = preprocess.run(sections["preprocess"], sections["ray"], sections["synthetic"])
+    print(result.table())
+    return result.exit_code
+
+
+def _train(args: argparse.Namespace) -> int:
+    from pipelines import train
+
+    return train.main([args.config, *args.overrides])
+
+
+def _sweep(args: argparse.Namespace) -> int:
+    from pipelines import sweep
+
+    return sweep.main(args.config, args.overrides)
+
+
+# ---------------------------------------------------------------- commands on one thing
+
+
+def _view_arguments(parser: argparse.ArgumentParser) -> None:
+    """Add what `reconstruct` and `generate` share: how depth is found, and where the camera goes."""
+    parser.add_argument("--depth", default="sidecar", help="estimator: sidecar, parallax, … (default: %(default)s)")
+    parser.add_argument("--depth-path", help="depth file, for --depth sidecar where it is not beside the video")
+    parser.add_argument("--trajectory", default="orbit", help="a path's name or a file of poses (default: %(default)s)")
+    parser.add_argument("--angle-deg", type=float, default=60.0, help="how far the camera goes (default: %(default)s)")
+    parser.add_argument("--fov-deg", type=float, default=54.0, help="where depth brings no intrinsics (default: 54)")
+    parser.add_argument("--seed", type=int, default=0)
+
+
+def _size(text: str) -> tuple[int, int]:
+    height, x, width = text.lower().partition("x")
+    if not x or not height.isdigit() or not width.isdigit():
+        raise argparse.ArgumentTypeError(f"{text!r}: write HEIGHTxWIDTH, e.g. 512x512")
+    return int(height), int(width)
+
+
+def _generate_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--video", required=True)
+    parser.add_argument("--adapter", required=True, help="folder written by `ex4d train` (its adapter/)")
+    parser.add_argument("--output", required=True, metavar="OUT.mp4")
+    parser.add_argument("--base", help="base model: tiny, a folder, or a hub id (default: the adapter's own)")
+    parser.add_argument("--size", type=_size, help="HxW (default: what the adapter was trained at)")
+    parser.add_argument("--num-frames", type=int, help="4k+1 (default: what the adapter was trained at)")
+    parser.add_argument("--num-inference-steps", type=int, default=25)
+    parser.add_argument("--guidance-scale", type=float, help="default: 5, or 1 for the tiny base")
+    parser.add_argument("--prompt", default="")
+    parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    _view_arguments(parser)
+
+
+def _generate(args: argparse.Namespace) -> int:
+    from ex4d import generate
+
+    view = generate.novel_view(
+        video_path=args.video,
+        adapter_path=args.adapter,
+        base=args.base,
+        trajectory=args.trajectory,
+        angle_deg=args.angle_deg,
+        depth=args.depth,
+        depth_path=args.depth_path,
+        size=args.size,
+        num_frames=args.num_frames,
+        fov_deg=args.fov_deg,
+        prompt=args.prompt,
+        seed=args.seed,
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        device=args.device,
+    )
+    for path in view.write(args.output):
+        print(path)
+    return 0
+
+
+def _verify_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", help="folder written by `ex4d preprocess`")
+    parser.add_argument("--quick", action="store_true", help="hashes and counts only, no decoding")
+
+
+def _verify(args: argparse.Namespace) -> int:
+    from ex4d.data import shards
+
+    print(shards.verify(args.dataset, decode=not args.quick))
+    return 0
+
+
+def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--json", action="store_true", help="the same facts as one JSON object")
+
+
+def _doctor(args: argparse.Namespace) -> int:
+    from pipelines import doctor
+
+    return doctor.main(as_json=args.json)
+
+
+def _demo_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("--config", default="configs/tiny.yaml", metavar="CONFIG.yaml")
+    parser.add_argument("--output", default="out/demo", help="folder of everything it makes (default: %(default)s)")
+
+
+def _demo(args: argparse.Namespace) -> int:
+    from pipelines import demo
+
+    return demo.main(args.config, args.output)
+
+
+COMMANDS = {
+    "demo": Command("the whole way on a synthetic corpus, with a page of results", _demo_arguments, _demo),
+    "preprocess": Command("videos to training shards", _job_arguments, _preprocess),
+    "train": Command("shards to an adapter", _job_arguments, _train),
+    "sweep": Command("many short trainings, the best configuration", _job_arguments, _sweep),
+    "generate": Command("a video seen from the side", _generate_arguments, _generate),
+    "verify": Command("check a dataset to the last byte", _verify_arguments, _verify),
+    "doctor": Command("what this machine has and what is missing", _doctor_arguments, _doctor),
+}
+
+
+def parser() -> argparse.ArgumentParser:
+    """Return the parser of the whole command line."""
+    top = argparse.ArgumentParser(prog="ex4d", description="EX-4D: from ordinary videos to novel views.")
+    top.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
+    for name, command in COMMANDS.items():
+        command.arguments(subparsers.add_parser(name, help=command.help, description=command.help))
+    return top
+
+
+def main(argv: Sequence[str] | None = None) -> int:
+    """Run one command; return its exit status: 0 done, 1 failed, 2 the choice was invalid."""
+    args = parser().parse_args(argv)
+    logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
+    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+    try:
+        return COMMANDS[args.command].run(args)
+    except ConfigError as error:
+        print(f"ex4d {args.command}: {error}", file=sys.stderr)
+        return 2
+    except (BadSample, ContractError) as error:
+        print(f"ex4d {args.command}: {error}", file=sys.stderr)
+        return 1
+
+
+if __name__ == "__main__":
+    sys.exit(main())

@@ -1,0 +1,93 @@
+"""What this machine has, what is missing, and what each missing thing would be needed for."""
+
+from __future__ import annotations
+
+import importlib.metadata
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+
+# Distribution, needed for, and whether the base install must have it.
+PACKAGES = (
+    ("torch", "everything", True),
+    ("diffusers", "the base model", True),
+    ("transformers", "text and image encoders, depth networks", True),
+    ("peft", "LoRA", True),
+    ("deepspeed", "train", True),
+    ("ray", "preprocess, sweep, clusters", True),
+    ("webdataset", "reading shards elsewhere", True),
+    ("wandb", "run tracking", True),
+    ("av", "decoding", True),
+    ("numba", "rendering on the CPU", True),
+    ("decord", "a second decoder (optional)", False),
+    ("nvdiffrast", "rendering on a GPU (optional; see README)", False),
+    ("bitsandbytes", "quantised base on small GPUs (optional)", False),
+)
+
+
+def facts() -> dict:
+    """Return the machine and package facts as one JSON-able dict; `missing` lists required packages not found."""
+    packages, missing = {}, []
+    for name, _, required in PACKAGES:
+        try:
+            packages[name] = importlib.metadata.version(name)
+        except importlib.metadata.PackageNotFoundError:
+            packages[name] = None
+            if required:
+                missing.append(name)
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(memory_bytes / 2**30, 1),
+        "disk_free_gb": round(shutil.disk_usage(".").free / 2**30, 1),
+        "gpus": _gpus(),
+        "packages": packages,
+        "missing": missing,
+        "encoders": _encoders(),
+        "wandb_key": bool(os.environ.get("WANDB_API_KEY")),
+    }
+
+
+def _gpus() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _encoders() -> dict[str, bool]:
+    if importlib.util.find_spec("av") is None:
+        return {}
+    from ex4d import video
+
+    return video.available_encoders()
+
+
+def main(as_json: bool = False) -> int:
+    """Print the facts; return 1 where something required is missing, else 0."""
+    found = facts()
+    if as_json:
+        print(json.dumps(found, indent=2))
+        return 1 if found["missing"] else 0
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="ex4d doctor", show_header=True)
+    for column in ("what", "found", "needed for"):
+        table.add_column(column)
+    for key in ("python", "platform", "num_cpus", "memory_gb", "disk_free_gb"):
+        table.add_row(key, str(found[key]), "")
+    table.add_row("gpus", ", ".join(found["gpus"]) or "none: the CPU backends are used", "14B training, nvdiffrast")
+    for name, purpose, required in PACKAGES:
+        version = found["packages"][name] or ("[red]missing[/red]" if required else "not installed")
+        table.add_row(name, version, purpose)
+    table.add_row("video encoders", ", ".join(name for name, there in found["encoders"].items() if there), "shards")
+    table.add_row("W&B", "key found" if found["wandb_key"] else "no key: runs are kept offline", "run tracking")
+    Console(file=sys.stdout).print(table)
+    return 1 if found["missing"] else 0
