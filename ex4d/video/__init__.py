@@ -1,0 +1,24 @@
+"""Videos in and out: probe, decode by pts, encode. The only gate to PyAV and decord.
+
+Whatever comes from outside is decoded through a child process (`pipelines.isolation`), since a decoder may crash.
+"""
+
+from __future__ import annotations
+
+from ex4d.video.encoder import encode, read, write
+from ex4d.video.frames import decode, frame_pts, frame_pts_by_decoding, iter_decimated
+from ex4d.video.resize import Fit
+from ex4d.video.source import VideoInfo, probe
+
+__all__ = [
+    "Fit",
+    "VideoInfo",
+    "decode",
+    "encode",
+    "frame_pts",
+    "frame_pts_by_decoding",
+    "iter_decimated",
+    "probe",
+    "read",
+    "write",
+]

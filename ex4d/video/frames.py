@@ -1,0 +1,240 @@
+"""Frames by presentation time: which there are, and exactly those that were asked for."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Sequence
+from fractions import Fraction
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ex4d.errors import BadSample, ConfigError
+from ex4d.video.resize import Fit
+from ex4d.video.source import MAX_SIDE_PX, opened, orientation
+
+BACKENDS = ("pyav", "decord")
+
+# Between two wanted frames further apart than this, seeking again is cheaper than decoding what lies between.
+_RESEEK_S = 5.0
+
+
+def frame_pts(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
+    """Return (int64 [N] sorted pts of every frame that is shown, seconds of one tick), without decoding.
+
+    Packets that an edit list hides are left out. Where packets alone do not tell (no pts, or two with the same),
+    the stream is decoded instead.
+
+    Raises:
+        BadSample: `no_frames`, and the reasons of `source.opened`.
+    """
+    import av
+
+    pts: list[int | None] = []
+    with opened(path) as (container, stream, _):
+        time_base = stream.time_base
+        try:
+            for packet in container.demux(stream):
+                if packet.size and not packet.is_discard:
+                    pts.append(packet.pts)
+        except (av.FFmpegError, ValueError) as error:
+            raise BadSample("demux_error", f"after {len(pts)} packets: {error}") from error
+    if None in pts or len(set(pts)) != len(pts):
+        return frame_pts_by_decoding(path)
+    if not pts:
+        raise BadSample("no_frames", "the video stream has no packets")
+    return np.array(sorted(p for p in pts if p is not None), np.int64), time_base
+
+
+def frame_pts_by_decoding(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
+    """Return what `frame_pts` does, the slow and certain way: by decoding every frame."""
+    with opened(path) as (container, stream, _):
+        pts = sorted({_pts_of(frame) for frame in _decoded(container, stream)})
+        time_base = stream.time_base
+    if not pts:
+        raise BadSample("no_frames", "the video stream has no frame that decodes")
+    return np.array(pts, np.int64), time_base
+
+
+def decode(
+    path: str | Path | bytes,
+    pts: Sequence[int] | np.ndarray,
+    size: tuple[int, int] | None = None,
+    fit: str = "crop",
+    backend: str = "pyav",
+) -> np.ndarray:
+    """Return uint8 [T,H,W,3] RGB: exactly the frames whose pts are asked for, in that order, upright.
+
+    Args:
+        pts: ticks of the stream's clock, as `frame_pts` gives them; any order, repeats allowed.
+        size: (H, W) px of the result; None keeps the video's.
+        fit: Fit mode that leads to `size`.
+        backend: "pyav", or "decord" where its own timestamps prove each frame.
+
+    Raises:
+        BadSample: `decode_short` (a frame is not there), `decode_error`, `decode_corrupt` (the decoder concealed
+            damage), `resolution_changed`, `decord_inexact`, and the reasons of `source.opened`.
+        ConfigError: unknown backend or fit.
+    """
+    if backend not in BACKENDS:
+        raise ConfigError("backend", backend, f"allowed: {', '.join(BACKENDS)}")
+    wanted = [int(value) for value in pts]
+    if not wanted:
+        raise ConfigError("pts", [], "at least one frame must be asked for")
+    if backend == "decord":
+        from ex4d.video.decord_backend import decode_decord
+
+        return decode_decord(path, wanted, size, fit)
+    found: dict[int, np.ndarray] = {}
+    with opened(path) as (container, stream, _):
+        to_rgb = Converter(size, fit)
+        for group in _groups(sorted(set(wanted)), stream.time_base):
+            _seek_before(container, stream, group[0])
+            found |= _collect(container, stream, set(group), to_rgb)
+    return np.stack([found[value] for value in wanted])
+
+
+def iter_decimated(
+    path: str | Path | bytes, max_height: int = 144, stride: int = 1
+) -> Iterator[tuple[int, np.ndarray]]:
+    """Yield (pts, uint8 [h,w,3] RGB upright, h ≤ `max_height`) for every `stride`-th frame: for finding cuts.
+
+    Everything is decoded, since skipped references would show; only what is yielded is scaled and converted, by a
+    fast bilinear filter, so the pixels are for statistics and not for training.
+
+    Raises:
+        BadSample: `decode_error`, `resolution_changed`, and the reasons of `source.opened`.
+    """
+    with opened(path) as (container, stream, _):
+        to_rgb = Converter(None, "squeeze", max_height=max_height)
+        for index, frame in enumerate(_decoded(container, stream)):
+            if index % stride == 0:
+                yield _pts_of(frame), to_rgb(frame)
+
+
+class Converter:
+    """A decoded frame becomes upright RGB: colour matrix, range, rotation, then the resize."""
+
+    def __init__(self, size: tuple[int, int] | None, fit: str, max_height: int | None = None):
+        self.size, self.fit_mode, self.max_height = size, fit, max_height
+        self.coded_size: tuple[int, int] | None = None
+        self.fit: Fit | None = None
+
+    def __call__(self, frame: Any) -> np.ndarray:
+        """Return uint8 [H,W,3] RGB. Raises BadSample(`resolution_changed`, `size_limit`)."""
+        coded_size = (frame.height, frame.width)
+        if max(coded_size) > MAX_SIDE_PX:
+            raise BadSample("size_limit", f"frame of {frame.width}x{frame.height}, limit {MAX_SIDE_PX} px a side")
+        if self.coded_size not in (None, coded_size):
+            raise BadSample("resolution_changed", f"from {self.coded_size} to {coded_size} at pts {frame.pts}")
+        self.coded_size = coded_size
+        turn, mirrored = orientation(frame)
+        image = rgb_of(frame, *self._scaled(coded_size, turn))
+        if turn or mirrored:
+            image = np.rot90(image, turn)
+            image = np.ascontiguousarray(image[:, ::-1] if mirrored else image)
+        if self.size is None:
+            return image
+        if self.fit is None:
+            self.fit = Fit(image.shape[:2], self.size, self.fit_mode)
+        return self.fit.apply_image(image)
+
+    def _scaled(self, coded_size: tuple[int, int], turn: int) -> tuple[int | None, int | None]:
+        height = coded_size[1] if turn % 2 else coded_size[0]
+        if self.max_height is None or height <= self.max_height:
+            return None, None
+        scale = self.max_height / height
+        return max(1, round(coded_size[0] * scale)), max(1, round(coded_size[1] * scale))
+
+
+def rgb_of(frame: Any, height: int | None = None, width: int | None = None) -> np.ndarray:
+    """Return uint8 [H,W,3] RGB, full range, by the matrix and range that the frame is tagged with.
+
+    Untagged frames are taken as BT.709 from 720 lines or 1280 columns up and BT.601 below, limited range, as
+    players do.
+    """
+    from av.video.reformatter import ColorRange, Colorspace, Interpolation
+
+    matrix = frame.colorspace
+    if matrix in (0, 2, 3):  # RGB, unspecified, reserved
+        matrix = Colorspace.ITU709 if frame.height >= 720 or frame.width >= 1280 else Colorspace.ITU601
+    full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
+    flags = Interpolation.FAST_BILINEAR if height else Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+    return frame.reformat(
+        width=width,
+        height=height,
+        format="rgb24",
+        src_colorspace=matrix,
+        src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
+        dst_color_range=ColorRange.JPEG,
+        interpolation=flags,
+        threads=1,
+    ).to_ndarray()
+
+
+def _groups(values: list[int], time_base: Fraction) -> list[list[int]]:
+    groups = [[values[0]]]
+    for previous, value in itertools.pairwise(values):
+        if (value - previous) * time_base > _RESEEK_S:
+            groups.append([])
+        groups[-1].append(value)
+    return groups
+
+
+def _seek_before(container: Any, stream: Any, target: int) -> None:
+    """Place the demuxer on a key frame whose own pts is ≤ target.
+
+    A seek may land on a key frame that is shown after the target (open GOP: its leading frames need the group
+    before), so the key's pts is looked at and the search goes back until it fits, at the worst to the start.
+    """
+    import av
+
+    at, step = target, max(1, int(1 / stream.time_base))
+    while True:
+        try:
+            container.seek(at, stream=stream, backward=True, any_frame=False)
+            packet = next(container.demux(stream), None)
+        except (av.FFmpegError, ValueError) as error:
+            raise BadSample("decode_error", f"seek to pts {target}: {error}") from error
+        start = stream.start_time or 0
+        key = packet.pts if packet is not None and packet.size else None
+        if at <= min(start, 0) - step or (key is not None and key <= target):
+            break
+        at, step = min(at - step, key - 1 if key is not None else at), step * 2
+        at = max(at, min(start, 0) - step)
+    container.seek(at, stream=stream, backward=True, any_frame=False)
+
+
+def _collect(container: Any, stream: Any, wanted: set[int], to_rgb: Converter) -> dict[int, np.ndarray]:
+    found: dict[int, np.ndarray] = {}
+    last = max(wanted)
+    for frame in _decoded(container, stream):
+        pts = _pts_of(frame)
+        if pts in wanted and pts not in found:
+            found[pts] = to_rgb(frame)
+            if len(found) == len(wanted):
+                return found
+        if pts > last:
+            break
+    missing = sorted(wanted - set(found))
+    raise BadSample("decode_short", f"{len(missing)} of {len(wanted)} frames are not there, first at pts {missing[0]}")
+
+
+def _decoded(container: Any, stream: Any) -> Iterator[Any]:
+    import av
+
+    try:
+        for frame in container.decode(stream):
+            if frame.is_corrupt:
+                raise BadSample("decode_corrupt", f"the decoder concealed damage at pts {frame.pts}")
+            yield frame
+    except (av.FFmpegError, ValueError) as error:
+        raise BadSample("decode_error", str(error)) from error
+
+
+def _pts_of(frame: Any) -> int:
+    pts = frame.pts if frame.pts is not None else frame.dts
+    if pts is None:
+        raise BadSample("no_timestamps", "frames of this stream have neither pts nor dts")
+    return pts

@@ -1,0 +1,122 @@
+"""The one geometric resize: the same crop, scale and padding for pixels, depth and intrinsics."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from functools import cached_property
+from typing import Any
+
+import numpy as np
+
+from ex4d.errors import BadSample, ConfigError
+
+MODES = ("crop", "pad", "squeeze")
+
+
+@dataclass(frozen=True)
+class Fit:
+    """How a picture of `source_size` becomes one of `size`.
+
+    Args:
+        source_size: (H, W) in px.
+        size: (H, W) in px.
+        mode: "crop" keeps the aspect and cuts the longer side about the centre, "pad" keeps the aspect and adds
+            black bars, "squeeze" scales the sides apart.
+
+    Raises:
+        ConfigError: unknown mode, or a side below one pixel.
+    """
+
+    source_size: tuple[int, int]
+    size: tuple[int, int]
+    mode: str = "crop"
+
+    def __post_init__(self) -> None:
+        if self.mode not in MODES:
+            raise ConfigError("fit", self.mode, f"allowed: {', '.join(MODES)}")
+        if min(*self.source_size, *self.size) < 1:
+            raise ConfigError("size", (self.source_size, self.size), "both sides of both sizes must be at least 1 px")
+
+    @cached_property
+    def crop_box(self) -> tuple[int, int, int, int]:
+        """(y, x, height, width) in source px of what is kept."""
+        (source_h, source_w), (h, w) = self.source_size, self.size
+        if self.mode != "crop":
+            return 0, 0, source_h, source_w
+        if source_w * h > w * source_h:
+            keep = max(1, _round_div(source_h * w, h))
+            return 0, (source_w - keep) // 2, source_h, keep
+        keep = max(1, _round_div(source_w * h, w))
+        return (source_h - keep) // 2, 0, keep, source_w
+
+    @cached_property
+    def inner_box(self) -> tuple[int, int, int, int]:
+        """(y, x, height, width) in target px of where it goes; the whole target unless the mode is "pad"."""
+        (source_h, source_w), (h, w) = self.source_size, self.size
+        if self.mode != "pad":
+            return 0, 0, h, w
+        if source_w * h > w * source_h:
+            inner = max(1, _round_div(source_h * w, source_w))
+            return (h - inner) // 2, 0, inner, w
+        inner = max(1, _round_div(source_w * h, source_h))
+        return 0, (w - inner) // 2, h, inner
+
+    def apply_image(self, image: np.ndarray) -> np.ndarray:
+        """Return uint8 or float [..., h, w, C] at `size`: area filter where it shrinks, linear where it grows.
+
+        Raises:
+            BadSample: the picture is not of `source_size`.
+        """
+        import cv2
+
+        self._check(image.shape[-3:-1])
+        (y, x, height, width), (top, left, inner_h, inner_w) = self.crop_box, self.inner_box
+        if self.source_size == self.size:
+            return image
+        shrinks = inner_h <= height and inner_w <= width
+        interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR
+        out = np.zeros((*image.shape[:-3], *self.size, image.shape[-1]), image.dtype)
+        for index in np.ndindex(image.shape[:-3]):
+            cut = np.ascontiguousarray(image[index][y : y + height, x : x + width])
+            if (height, width) != (inner_h, inner_w):
+                cut = cv2.resize(cut, (inner_w, inner_h), interpolation=interpolation)
+            # cv2 drops a last axis of one channel
+            out[index][top : top + inner_h, left : left + inner_w] = cut.reshape(inner_h, inner_w, -1)
+        return out
+
+    def apply_depth(self, depth: np.ndarray) -> np.ndarray:
+        """Return depth, disparity or a mask [..., h, w] at `size`, each value the one whose pixel holds the centre.
+
+        Nearest, since the mean of a near and a far surface is a surface that is not there. Bars of "pad" repeat
+        the edge, so that they stay finite.
+
+        Raises:
+            BadSample: the map is not of `source_size`.
+        """
+        self._check(depth.shape[-2:])
+        rows, columns = self._source_index(0), self._source_index(1)
+        return depth[..., rows[:, None], columns[None, :]]
+
+    def apply_K(self, K: Any) -> np.ndarray:
+        """Return float64 [..., 3, 3] intrinsics in px of `size`, pixel centres at +0.5 before and after.
+
+        With that convention a picture's border is at 0 and at its width, so a resize is one scale and one shift.
+        """
+        (y, x, height, width), (top, left, inner_h, inner_w) = self.crop_box, self.inner_box
+        scale_x, scale_y = inner_w / width, inner_h / height
+        change = np.array([[scale_x, 0, left - x * scale_x], [0, scale_y, top - y * scale_y], [0, 0, 1]])
+        return change @ np.asarray(K, np.float64)
+
+    def _source_index(self, axis: int) -> np.ndarray:
+        start, length = self.crop_box[axis], self.crop_box[axis + 2]
+        first, inner = self.inner_box[axis], self.inner_box[axis + 2]
+        target = np.clip(np.arange(self.size[axis]) - first, 0, inner - 1)
+        return start + ((2 * target + 1) * length) // (2 * inner)  # floor((t + 0.5) · length / inner), in integers
+
+    def _check(self, size: tuple[int, ...]) -> None:
+        if tuple(size) != tuple(self.source_size):
+            raise BadSample("size_mismatch", f"got {tuple(size)} where {tuple(self.source_size)} was expected")
+
+
+def _round_div(numerator: int, denominator: int) -> int:
+    return (2 * numerator + denominator) // (2 * denominator)

@@ -1,0 +1,154 @@
+"""What a file is, by its first bytes, before any demuxer sees it.
+
+FFmpeg opens far more than videos: a text file can be a script that makes it read *other* files (ffconcat, HLS), and
+a picture or a subtitle is a stream to it as well. So the format is decided here, from a list, and FFmpeg is told it.
+"""
+
+from __future__ import annotations
+
+import struct
+from collections.abc import Iterator
+from typing import IO
+
+from ex4d.errors import BadSample
+
+# format name -> FFmpeg demuxer of the same name
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv")
+
+_MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")
+_PICTURES = (
+    (b"\xff\xd8\xff", "jpeg"),
+    (b"\x89PNG", "png"),
+    (b"GIF8", "gif"),
+    (b"BM", "bmp"),
+    (b"II*\x00", "tiff"),
+    (b"MM\x00*", "tiff"),
+)
+_OTHERS = (
+    (b"PK\x03\x04", "zip"),
+    (b"\x1f\x8b", "gzip"),
+    (b"%PDF", "pdf"),
+    (b"OggS", "ogg"),
+    (b"ID3", "mp3"),
+    (b"fLaC", "flac"),
+    (b"\x93NUMPY", "npy"),
+    (b"WEBVTT", "subtitles"),
+    (b"[Script Info]", "subtitles"),
+)
+_MAX_MOOV_BYTES = 256 * 2**20
+
+
+def container_of(file: IO[bytes]) -> str:
+    """Return the demuxer's name, one of CONTAINERS, of a seekable binary file.
+
+    Raises:
+        BadSample: `empty_file`, `ffconcat_script`, `playlist`, `html_page`, `lfs_pointer`, `container_not_allowed`
+            (another known format, named), `unknown_container`; for mp4 and mov also `no_moov`, `encrypted`,
+            `timescale_zero`, `truncated`.
+    """
+    file.seek(0)
+    head = file.read(4096)
+    name = _known_container(head)
+    if name is None:
+        raise _refusal(head)
+    if name == "mov":
+        check_mov(file)
+    file.seek(0)
+    return name
+
+
+def _known_container(head: bytes) -> str | None:
+    if head[4:8] in _MOV_BOXES:
+        return None if head[8:12] in (b"avif", b"heic", b"mif1", b"heix", b"msf1") else "mov"
+    if head.startswith(b"\x1a\x45\xdf\xa3"):
+        return "matroska"
+    if head.startswith(b"RIFF") and head[8:11] == b"AVI":
+        return "avi"
+    if head.startswith(b"FLV\x01"):
+        return "flv"
+    if head.startswith(b"\x00\x00\x01\xba"):
+        return "mpeg"
+    for first, packet_size in ((0, 188), (4, 192)):
+        if len(head) > first + 4 * packet_size and all(head[first + i * packet_size] == 0x47 for i in range(5)):
+            return "mpegts"
+    return None
+
+
+def _refusal(head: bytes) -> BadSample:
+    if not head:
+        return BadSample("empty_file", "the file has no bytes")
+    text = head.lstrip(b"\xef\xbb\xbf \t\r\n")
+    lower = text.lower()
+    if lower.startswith(b"ffconcat"):
+        return BadSample("ffconcat_script", "an ffconcat script would make the decoder read other files")
+    if lower.startswith((b"#extm3u", b"[playlist]")) or b"<mpd" in lower[:1024] or b"<smil" in lower[:1024]:
+        return BadSample("playlist", "a playlist would make the decoder read other files")
+    if lower.startswith((b"<!doctype html", b"<html")):
+        return BadSample("html_page", "the file is an HTML page, probably a failed download")
+    if text.startswith(b"version https://git-lfs"):
+        return BadSample("lfs_pointer", "the file is a Git LFS pointer; fetch the real file")
+    for magic, name in (*_PICTURES, *_OTHERS):
+        if text.startswith(magic):
+            return BadSample("container_not_allowed", f"detected {name}; allowed: {', '.join(CONTAINERS)}")
+    if head.startswith(b"RIFF") or head[4:8] in _MOV_BOXES:
+        detected = head[8:12].decode("ascii", "replace").strip().lower()
+        return BadSample("container_not_allowed", f"detected {detected}; allowed: {', '.join(CONTAINERS)}")
+    return BadSample("unknown_container", f"first bytes {head[:8].hex()} are of no container that is allowed")
+
+
+def check_mov(file: IO[bytes]) -> None:
+    """Return nothing for an mp4 or mov with a header that can be decoded (ISO/IEC 14496-12, 23001-7).
+
+    Raises:
+        BadSample: `no_moov`, `truncated` (the header ends early), `timescale_zero`, `encrypted` (a sample entry
+            `encv` or `drmi`: FFmpeg without a key decodes such a stream to grey noise and reports no error).
+    """
+    size = file.seek(0, 2)
+    for kind, start, end in _boxes_of_file(file, size):
+        if kind == b"moov":
+            if end > size or end - start > _MAX_MOOV_BYTES:
+                raise BadSample("truncated", f"the header says {end - start} bytes, the file ends after {size - start}")
+            file.seek(start)
+            _check_moov(memoryview(file.read(end - start)))
+            return
+    raise BadSample("no_moov", "an mp4 without its header (moov): an interrupted recording or download")
+
+
+def _boxes_of_file(file: IO[bytes], size: int) -> Iterator[tuple[bytes, int, int]]:
+    position = 0
+    while position + 8 <= size:
+        file.seek(position)
+        header = file.read(16)
+        length, kind = struct.unpack(">I4s", header[:8])
+        skip = 8
+        if length == 1 and len(header) == 16:
+            length, skip = struct.unpack(">Q", header[8:])[0], 16
+        if length == 0:
+            length = size - position
+        if length < skip:
+            return
+        yield kind, position + skip, position + length
+        position += length
+
+
+def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
+    position = 0
+    while position + 8 <= len(data):
+        length, kind = struct.unpack(">I4s", data[position : position + 8])
+        if length < 8:
+            return
+        yield kind, data[position + 8 : position + length]
+        position += length
+
+
+def _check_moov(data: memoryview) -> None:
+    for kind, body in _boxes(data):
+        if kind in (b"trak", b"mdia", b"minf", b"stbl"):
+            _check_moov(body)
+        elif kind == b"mdhd" and len(body) >= 24:
+            if struct.unpack(">I", body[20:24] if body[0] else body[12:16])[0] == 0:
+                raise BadSample("timescale_zero", "a track's clock has no ticks per second")
+        elif kind == b"stsd":
+            for entry, _ in _boxes(body[8:]):
+                if entry in (b"encv", b"drmi"):
+                    raise BadSample("encrypted", f"the video's sample entry is {entry.decode()}: a key is needed")

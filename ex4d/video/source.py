@@ -1,0 +1,224 @@
+"""Opening a file for reading, and what is in it. FFmpeg gets an explicit format and may open nothing else."""
+
+from __future__ import annotations
+
+import io
+import os
+import struct
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from fractions import Fraction
+from pathlib import Path
+from typing import IO, Any
+
+from ex4d.errors import BadSample
+from ex4d.video import sniff
+
+MAX_SIDE_PX = 8192  # 8K UHD in either orientation; beyond it stand only mistakes and bombs
+
+# AVColorTransferCharacteristic of H.273: linear light of displays is not what an SDR picture holds
+_HDR_TRANSFERS = {16: "pq", 18: "hlg"}
+
+
+@dataclass(frozen=True)
+class VideoInfo:
+    """What is known of a video after its header was read and its first frame decoded.
+
+    Attributes:
+        container: demuxer, one of sniff.CONTAINERS.
+        codec, pix_fmt: FFmpeg's names.
+        size: (H, W) px as a viewer sees it, rotation applied.
+        coded_size: (H, W) px as stored.
+        turn: quarter turns counter-clockwise that make the stored picture upright, 0–3.
+        mirrored: True where it is flipped left to right after the turn.
+        time_base: seconds of one pts tick, (numerator, denominator).
+        fps: mean frame rate that the container declares; 0.0 where it does not.
+        duration_s: declared, not to be trusted; 0.0 where it is not.
+        num_frames: declared, not to be trusted; 0 where it is not.
+        stream_index: the video stream that is read.
+        num_video_streams: pictures attached as covers are not counted.
+        notes: facts that a user may want to filter by, e.g. "hdr_pq".
+    """
+
+    container: str
+    codec: str
+    pix_fmt: str
+    size: tuple[int, int]
+    coded_size: tuple[int, int]
+    turn: int
+    mirrored: bool
+    time_base: tuple[int, int]
+    fps: float
+    duration_s: float
+    num_frames: int
+    stream_index: int
+    num_video_streams: int
+    notes: tuple[str, ...]
+
+
+@contextmanager
+def opened(source: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
+    """Yield (PyAV container, its video stream ready to decode on one thread, container name).
+
+    Raises:
+        BadSample: all of `sniff.container_of`, and `no_video_stream`, `size_limit`, `no_size`, `encrypted`,
+            `timescale_zero`, `truncated`, `open_error`.
+    """
+    import av
+
+    with _binary(source) as raw:
+        name = sniff.container_of(raw)
+        num_bytes = raw.seek(0, os.SEEK_END)
+        raw.seek(0)
+        # FFmpeg reads through our handle, so that no file name is ever parsed as a URL; the empty whitelist
+        # forbids it to open anything by itself.
+        options = {"protocol_whitelist": "", "max_streams": "64"}
+        try:
+            container = av.open(raw, format=name, container_options=options)
+        except (av.FFmpegError, ValueError) as error:
+            raise BadSample("open_error", f"{name}: {error}") from error
+        with container:
+            stream = _choose_stream(container)
+            _check_stream(stream, name, num_bytes)
+            # One thread: FFmpeg's frame threads have deadlocked when a broken file was closed, and a pool of
+            # processes is the better use of the cores.
+            stream.codec_context.thread_count = 1
+            stream.codec_context.thread_type = "SLICE"
+            yield container, stream, name
+
+
+def _binary(source: str | Path | bytes) -> IO[bytes]:
+    if isinstance(source, bytes):
+        return io.BytesIO(source)
+    try:
+        return Path(source).open("rb")
+    except OSError as error:
+        raise BadSample("open_error", str(error)) from error
+
+
+def video_streams(container: Any) -> list[Any]:
+    """Return the video streams that are no attached cover picture."""
+    import av
+
+    attached = av.stream.Disposition.attached_pic
+    return [stream for stream in container.streams.video if not stream.disposition & attached]
+
+
+def _choose_stream(container: Any) -> Any:
+    import av
+
+    streams = video_streams(container)
+    if not streams:
+        raise BadSample("no_video_stream", f"streams: {', '.join(s.type for s in container.streams) or 'none'}")
+
+    def rank(stream: Any) -> tuple[bool, int, int]:
+        context = stream.codec_context
+        is_default = bool(stream.disposition & av.stream.Disposition.default)
+        return is_default, context.width * context.height if context else 0, -stream.index
+
+    return max(streams, key=rank)
+
+
+def _check_stream(stream: Any, name: str, num_bytes: int) -> None:
+    context = stream.codec_context
+    if context is None:
+        raise BadSample("codec_unknown", "there is no decoder for the video stream")
+    if "enc_key_id" in stream.metadata:  # Matroska's ContentEncryption
+        raise BadSample("encrypted", "the video track names an encryption key")
+    if max(context.width, context.height) > MAX_SIDE_PX:
+        raise BadSample("size_limit", f"declared {context.width}x{context.height}, limit {MAX_SIDE_PX} px a side")
+    if stream.time_base is None or stream.time_base <= 0:
+        raise BadSample("timescale_zero", "the stream has no clock")
+    if name == "mov" and stream.index_entries:
+        end = max(entry.pos + entry.size for entry in stream.index_entries)
+        if end > num_bytes:
+            raise BadSample("truncated", f"the index points at byte {end}, the file ends at {num_bytes}")
+
+
+def probe(path: str | Path | bytes) -> VideoInfo:
+    """Return the VideoInfo of a file, after decoding its first frame.
+
+    Raises:
+        BadSample: the file is no video that can be used; the reasons are those of `opened`, and `no_frames`,
+            `decode_error`.
+    """
+    with opened(path) as (container, stream, name):
+        frame = first_frame(container, stream)
+        turn, mirrored = orientation(frame)
+        coded_size = (frame.height, frame.width)
+        num_streams = len(video_streams(container))
+        duration = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
+        return VideoInfo(
+            container=name,
+            codec=stream.codec_context.name,
+            pix_fmt=frame.format.name,
+            size=coded_size[::-1] if turn % 2 else coded_size,
+            coded_size=coded_size,
+            turn=turn,
+            mirrored=mirrored,
+            time_base=(stream.time_base.numerator, stream.time_base.denominator),
+            fps=float(stream.average_rate or 0),
+            duration_s=float(duration),
+            num_frames=stream.frames,
+            stream_index=stream.index,
+            num_video_streams=num_streams,
+            notes=_notes(frame, stream, turn, mirrored, num_streams),
+        )
+
+
+def first_frame(container: Any, stream: Any) -> Any:
+    """Return the first frame that decodes.
+
+    Raises:
+        BadSample: `no_frames`, `decode_error`, `size_limit`.
+    """
+    import av
+
+    try:
+        frame = next(container.decode(stream), None)
+    except (av.FFmpegError, ValueError) as error:
+        raise BadSample("decode_error", f"first frame: {error}") from error
+    if frame is None:
+        raise BadSample("no_frames", "the video stream has no frame that decodes")
+    if max(frame.width, frame.height) > MAX_SIDE_PX:
+        raise BadSample("size_limit", f"frames of {frame.width}x{frame.height}, limit {MAX_SIDE_PX} px a side")
+    return frame
+
+
+def _notes(frame: Any, stream: Any, turn: int, mirrored: bool, num_streams: int) -> tuple[str, ...]:
+    notes = []
+    if frame.color_trc in _HDR_TRANSFERS:
+        notes.append(f"hdr_{_HDR_TRANSFERS[frame.color_trc]}")
+    if num_streams > 1:
+        notes.append("several_video_streams")
+    if turn:
+        notes.append(f"rotated_{turn * 90}")
+    if mirrored:
+        notes.append("mirrored")
+    if frame.interlaced_frame:
+        notes.append("interlaced")
+    aspect = stream.codec_context.sample_aspect_ratio
+    if aspect and aspect != 1:
+        notes.append("non_square_pixels")
+    return tuple(notes)
+
+
+def orientation(frame: Any) -> tuple[int, bool]:
+    """Return (quarter turns counter-clockwise, then mirrored left to right) that make a stored frame upright.
+
+    From the display matrix, nine 32-bit integers of which a b / c d map stored to shown coordinates
+    (ISO/IEC 14496-12, 8.3.2). Angles that are no quarter turn round to the nearest one.
+    """
+    from av.sidedata.sidedata import Type
+
+    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    if data is None:
+        return 0, False
+    a, b, _, c, d, *_ = struct.unpack("<9i", bytes(data)[:36])
+    mirrored = a * d - b * c < 0
+    if mirrored:
+        a, c = -a, -c  # undo the flip of x, which comes last
+    if abs(a) >= abs(b):
+        return (0 if a >= 0 else 2), mirrored
+    return (3 if b > 0 else 1), mirrored
