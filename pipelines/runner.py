@@ -1,0 +1,190 @@
+"""The two ways to run a list of stages: one after another in this process, or on Ray Data. Same rows come out."""
+
+from __future__ import annotations
+
+import logging
+import os
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ex4d.errors import ConfigError, ContractError, Ex4dError
+from pipelines.stage import Chain, Row, Stage, chains, check, pack_row, unpack_row
+
+RUNNERS = ("ray", "inline")
+MAX_ROWS_PER_TASK = 8  # a task costs Ray some milliseconds; a killed one is done again, whole
+
+# (stages, rows, context, columns that must come out) -> finished rows, in any order
+Runner = Callable[[Sequence[Stage], Sequence[Row], Any, tuple[str, ...]], Iterator[Row]]
+
+
+@dataclass(frozen=True)
+class RayConfig:
+    """Where Ray is.
+
+    Args:
+        address: of a running cluster ("auto", "host:port", "ray://…"); None starts one here and stops it at the end.
+        object_store_mb: size of the object store that is started here; None lets Ray choose.
+        gpu_actors: actors of each stage that needs a GPU; None: as many as the cluster's GPUs can hold.
+    """
+
+    address: str | None = None
+    object_store_mb: int | None = 512
+    gpu_actors: int | None = None
+
+
+@contextmanager
+def runner(name: str, ray_config: RayConfig, num_workers: int) -> Iterator[Runner]:
+    """Yield the runner of that name; a Ray that was started here is stopped at the end.
+
+    Raises:
+        ConfigError: unknown name, or no worker.
+    """
+    if name not in RUNNERS:
+        raise ConfigError("runner", name, f"allowed: {', '.join(RUNNERS)}")
+    if num_workers < 1:
+        raise ConfigError("preprocess.num_workers", num_workers, "at least 1")
+    if name == "inline":
+        yield inline
+        return
+    with _ray(ray_config, num_workers):
+        yield partial(on_ray, ray_config, num_workers)
+
+
+def inline(stages: Sequence[Stage], rows: Sequence[Row], context: Any, keep: tuple[str, ...]) -> Iterator[Row]:
+    """Yield each finished row, in order, run in this process. Bugs propagate."""
+    if rows:
+        check(stages, rows[0])
+    quiet_threads()
+    whole = Chain(tuple(stages), keep, propagate=True)
+    for row in rows:
+        yield whole(row, context)
+
+
+def on_ray(
+    ray_config: RayConfig,
+    num_workers: int,
+    stages: Sequence[Stage],
+    rows: Sequence[Row],
+    context: Any,
+    keep: tuple[str, ...],
+) -> Iterator[Row]:
+    """Yield each finished row as it comes, run on Ray Data. A bug refuses its row.
+
+    Raises:
+        ConfigError, ContractError: raised by a stage; the run stops.
+    """
+    import ray.data
+
+    if not rows:
+        return
+    check(stages, rows[0])
+    _settings(ray.data.DataContext.get_current())
+    rows_per_task = max(1, min(MAX_ROWS_PER_TASK, len(rows) // (4 * num_workers)))
+    dataset = ray.data.from_items(
+        [pack_row(row) for row in rows], override_num_blocks=-(-len(rows) // rows_per_task)
+    )
+    for chain in chains(stages, keep, propagate=False):
+        dataset = _mapped(dataset, chain, context, ray_config)
+    for packed in dataset.iter_rows():
+        row = unpack_row(packed)
+        if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
+            raise _stop(row["refusal"])
+        yield row
+
+
+def _mapped(dataset: Any, chain: Chain, context: Any, ray_config: RayConfig) -> Any:
+    import ray
+
+    num_cpus, num_gpus, memory_mb = chain.stages[0].needs
+    options: dict[str, Any] = {"num_cpus": num_cpus}
+    if memory_mb is not None:
+        options["memory"] = memory_mb << 20
+    if not num_gpus:
+        return dataset.map(partial(_work, chain, context), **options)
+    size = ray_config.gpu_actors or max(1, int(ray.cluster_resources().get("GPU", 0) / num_gpus))
+    return dataset.map(
+        _Worker,
+        fn_constructor_args=(chain, context),
+        compute=ray.data.ActorPoolStrategy(size=size),
+        num_gpus=num_gpus,
+        **options,
+    )
+
+
+class _Worker:
+    """A process that keeps its model between rows."""
+
+    def __init__(self, chain: Chain, context: Any):
+        self.chain, self.context = chain, context
+
+    def __call__(self, packed: dict[str, Any]) -> dict[str, Any]:
+        return _work(self.chain, self.context, packed)
+
+
+def _work(chain: Chain, context: Any, packed: dict[str, Any]) -> dict[str, Any]:
+    quiet_threads()
+    row = unpack_row(packed)
+    try:
+        return pack_row(chain(row, context))
+    except (ConfigError, ContractError) as error:
+        # Ray would wrap it and retry; as a row it reaches the driver as what it is.
+        kind = type(error).__name__
+        arguments = [str(part) for part in error.args] if isinstance(error, ContractError) else _config_parts(error)
+        refusal = {"fate": "stop", "stage": "", "reason": kind, "message": str(error), "arguments": arguments}
+        return pack_row({"key": row["key"], "refusal": refusal, "seconds": {}})
+
+
+def _config_parts(error: ConfigError) -> list[str]:
+    return [error.key, str(error.value), error.allowed]
+
+
+def _stop(refusal: dict[str, Any]) -> Ex4dError:
+    if refusal["reason"] == "ConfigError":
+        return ConfigError(*refusal["arguments"])
+    return ContractError(refusal["message"])
+
+
+def quiet_threads() -> None:
+    """Keep OpenCV to one thread: processes share the cores, and results must not depend on a pool's size."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
+def _settings(context: Any) -> None:
+    """Nothing relies on Ray's retries or on skipped blocks: rows carry their own fate, the ledger the results."""
+    context.enable_progress_bars = False
+    context.max_errored_blocks = 0
+    context.execution_options.preserve_order = False
+    context.print_on_execution_start = False
+    logging.getLogger("ray.data").setLevel(logging.WARNING)
+
+
+@contextmanager
+def _ray(config: RayConfig, num_workers: int) -> Iterator[None]:
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
+    if config.address is not None:
+        ray.init(address=config.address, **quiet)
+    else:
+        store = None if config.object_store_mb is None else config.object_store_mb << 20
+        ray.init(
+            num_cpus=num_workers,
+            object_store_memory=store,
+            include_dashboard=False,
+            dashboard_host="127.0.0.1",
+            **quiet,
+        )
+    try:
+        yield
+    finally:
+        ray.shutdown()

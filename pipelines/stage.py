@@ -1,0 +1,191 @@
+"""What a stage is, and the Guard that decides the fate of a row when its stage fails.
+
+A row is one video or one clip: a dict of columns. A stage is a plain function of the columns that it declares to read;
+what it returns are exactly the columns that it declares to write. So a list of stages can be checked before any work, a
+column is dropped as soon as no later stage reads it, and every stage can be tested without a runner.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import logging
+import time
+import traceback
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from itertools import groupby
+from typing import Any
+
+import numpy as np
+
+from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
+
+logger = logging.getLogger(__name__)
+
+Row = dict[str, Any]
+
+# Columns of every row, beside those that stages declare: its name in logs and tables, how it was refused
+# ({"fate", "stage", "reason", "message"} or None), and the seconds that each stage took.
+ROW_COLUMNS = ("key", "refusal", "seconds")
+
+
+@dataclass(frozen=True)
+class Stage:
+    """One step of a pipeline.
+
+    Args:
+        name: stands in rejects and tables.
+        function: (columns read, context) -> columns written. The context is the job's settings, the same for all rows.
+        reads, writes: names of columns. A stage may read `key` and `refusal` as well.
+        takes_rejected: it also gets rows that were refused, their missing columns as None; others pass it untouched.
+        num_cpus, num_gpus, memory_mb: what one call needs. Neighbours with equal needs run in one task, so that
+            frames do not travel between them.
+    """
+
+    name: str
+    function: Callable[[Row, Any], Mapping[str, Any]]
+    reads: tuple[str, ...]
+    writes: tuple[str, ...]
+    takes_rejected: bool = False
+    num_cpus: float = 1.0
+    num_gpus: float = 0.0
+    memory_mb: int | None = None
+
+    @property
+    def needs(self) -> tuple[float, float, int | None]:
+        """The resources of one call; equal needs share a task."""
+        return self.num_cpus, self.num_gpus, self.memory_mb
+
+
+def new_row(key: str, **columns: Any) -> Row:
+    """Return a row that no stage has seen."""
+    return {"key": key, "refusal": None, "seconds": {}, **columns}
+
+
+def refuse(row: Row, stage: str, error: BadSample | Filtered) -> Row:
+    """Return the row marked as refused by a stage (or by the driver) for the reason of `error`."""
+    fate = "filtered" if isinstance(error, Filtered) else "bad"
+    return _refused(row, fate, stage, error.reason, error.message)
+
+
+def is_bug(row: Row) -> bool:
+    """Return True where a row was refused by an error that nobody raised on purpose."""
+    return row["refusal"] is not None and row["refusal"]["reason"].startswith("bug:")
+
+
+def _refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: str) -> Row:
+    return row | {"refusal": {"fate": fate, "stage": stage, "reason": reason, "message": message, **more}}
+
+
+@dataclass(frozen=True)
+class Guard:
+    """Runs one stage on one row and turns what it raises into the row's fate.
+
+    BadSample: bad. Filtered: filtered. ConfigError, ContractError: the run stops. Anything else is a bug: with
+    `propagate` it is raised, else the row is refused as `bug:<Type>`, its traceback kept, and the run goes on.
+    """
+
+    stage: Stage
+    propagate: bool
+
+    def __call__(self, row: Row, context: Any) -> Row:
+        """Return the row with the stage's columns, or the row refused, its declared columns then None."""
+        stage = self.stage
+        empty = dict.fromkeys(stage.writes)
+        if row["refusal"] is not None and not stage.takes_rejected:
+            return {**row, **empty}
+        started = time.perf_counter()
+        try:
+            row = {**row, **empty, **self._call(row, context)}
+        except (BadSample, Filtered) as error:
+            row = refuse({**row, **empty}, stage.name, error)
+        except (ConfigError, ContractError):
+            raise
+        except Exception as error:  # noqa: BLE001 -- the one place: a clip with a bug must not stop a million
+            if self.propagate:
+                raise
+            logger.error("bug in stage %s, row %s", stage.name, row["key"], exc_info=True)
+            reason = f"bug:{type(error).__name__}"
+            trace = traceback.format_exc()
+            row = _refused({**row, **empty}, "bad", stage.name, reason, str(error), traceback=trace)
+        return {**row, "seconds": {**row["seconds"], stage.name: time.perf_counter() - started}}
+
+    def _call(self, row: Row, context: Any) -> Mapping[str, Any]:
+        stage = self.stage
+        written = stage.function({name: row[name] for name in stage.reads}, context)
+        if set(written) != set(stage.writes):
+            raise TypeError(f"stage {stage.name} wrote {sorted(written)}, it declares {sorted(stage.writes)}")
+        return written
+
+
+def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
+    """Return nothing where each stage reads only columns that rows start with or an earlier stage writes.
+
+    Raises:
+        ContractError: the list cannot work; names the stage and the column.
+    """
+    known = {*columns, *ROW_COLUMNS}
+    for stage in stages:
+        missing = [name for name in stage.reads if name not in known]
+        if missing:
+            raise ContractError(f"stage {stage.name} reads {missing}, which no earlier stage writes")
+        taken = [name for name in stage.writes if name in ROW_COLUMNS]
+        if taken:
+            raise ContractError(f"stage {stage.name} writes {taken}, which belong to the runner")
+        known |= set(stage.writes)
+
+
+@dataclass(frozen=True)
+class Chain:
+    """Stages that run one after another in one process; a column goes as soon as nobody reads it any more.
+
+    Args:
+        stages: in order.
+        keep: columns that must come out, beside ROW_COLUMNS.
+        propagate: let bugs through, instead of refusing their rows.
+    """
+
+    stages: tuple[Stage, ...]
+    keep: tuple[str, ...]
+    propagate: bool
+
+    def __call__(self, row: Row, context: Any) -> Row:
+        """Return the row after all stages."""
+        for index, stage in enumerate(self.stages):
+            row = Guard(stage, self.propagate)(row, context)
+            needed = {*ROW_COLUMNS, *self.keep, *(name for later in self.stages[index + 1 :] for name in later.reads)}
+            row = {name: value for name, value in row.items() if name in needed}
+        return row
+
+
+def chains(stages: Sequence[Stage], keep: tuple[str, ...], propagate: bool) -> Iterator[Chain]:
+    """Yield the chains of a list of stages, split where the needed resources change."""
+    position = 0
+    for _, members in groupby(stages, key=lambda stage: stage.needs):
+        group = tuple(members)
+        position += len(group)
+        later = {name for stage in stages[position:] for name in stage.reads} | set(keep)
+        yield Chain(group, tuple(sorted(later)), propagate)
+
+
+def pack_row(row: Row) -> dict[str, Any]:
+    """Return a row as {"json": str, "arrays": bytes}: the same two columns whatever is in it.
+
+    So blocks of good and of refused rows have one schema. Arrays travel as npz without pickles.
+    """
+    arrays = {name: value for name, value in row.items() if isinstance(value, np.ndarray)}
+    buffer = io.BytesIO()
+    if arrays:
+        np.savez(buffer, allow_pickle=False, **arrays)
+    plain = {name: value for name, value in row.items() if name not in arrays}
+    return {"json": json.dumps(plain), "arrays": buffer.getvalue()}
+
+
+def unpack_row(packed: Mapping[str, Any]) -> Row:
+    """Return the row of `pack_row`."""
+    row = json.loads(packed["json"])
+    if packed["arrays"]:
+        with np.load(io.BytesIO(packed["arrays"]), allow_pickle=False) as arrays:
+            row.update({name: arrays[name] for name in arrays.files})
+    return row
