@@ -1,0 +1,99 @@
+"""Depth of a clip: one protocol, one dict of estimators. Nothing heavy is imported before an estimator is called."""
+
+from __future__ import annotations
+
+import importlib
+import logging
+from collections.abc import Callable
+from dataclasses import dataclass, field
+from functools import partial
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ex4d.errors import BadSample, ConfigError
+
+if TYPE_CHECKING:
+    from ex4d.video import Fit
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class DepthResult:
+    """What an estimator says of a clip.
+
+    values: float32 [T, H, W], finite; z_depth (> 0, along the camera's z) or disparity (>= 0, larger is nearer).
+    kind: "z_depth" or "disparity" (1/z, up to scale, and up to shift unless `metric`).
+    K: float64 [3, 3] px of the frames, where the estimator gives one.
+    metric: True where the unit is the metre.
+    provenance: JSON-able facts: estimator, weights and their sha256, licence.
+    """
+
+    values: np.ndarray
+    kind: str
+    K: np.ndarray | None = None
+    metric: bool = False
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+
+@dataclass(frozen=True)
+class DepthRequest:
+    """What an estimator may need beside the frames.
+
+    video_path: the source video (sidecar files lie beside it); "" where there is none.
+    depth_path: a file of depth, or a folder of them; for networks the weights, as `hub-id@revision` or a local folder.
+    frame_index: int64 [T], where the clip's frames stand in the source's presentation order; None is 0 … T − 1.
+    fit: how the source's pictures became the clip's frames; None where they were not changed.
+    seed: of whatever is drawn.
+    """
+
+    video_path: str = ""
+    depth_path: str | None = None
+    frame_index: np.ndarray | None = None
+    fit: Fit | None = None
+    seed: int = 0
+
+
+def _late(module: str, frames: np.ndarray, request: DepthRequest, **options: Any) -> DepthResult:
+    return importlib.import_module(f"ex4d.depth.{module}").estimate(frames, request, **options)
+
+
+Estimator = Callable[[np.ndarray, DepthRequest], DepthResult]
+ESTIMATORS: dict[str, Estimator] = {
+    "sidecar": partial(_late, "sidecar"),
+    "parallax": partial(_late, "parallax"),
+}
+
+
+def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResult:
+    """Return the checked depth of a clip.
+
+    Args:
+        name: a key of ESTIMATORS.
+        frames: uint8 [T, H, W, 3], RGB.
+
+    Raises:
+        ConfigError: unknown estimator, or weights that are not there.
+        BadSample: depth_missing, depth_pickle, depth_shape, depth_nan, depth_sign, depth_constant, no_parallax.
+    """
+    if name not in ESTIMATORS:
+        raise ConfigError("depth", name, f"allowed: {', '.join(ESTIMATORS)}")
+    result = ESTIMATORS[name](frames, request)
+    check(result, frames.shape[:3])
+    return result
+
+
+def check(result: DepthResult, shape: tuple[int, ...]) -> None:
+    """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal."""
+    values = result.values
+    if values.shape != tuple(shape) or values.dtype != np.float32:
+        raise BadSample("depth_shape", f"{values.dtype} {list(values.shape)} where float32 {list(shape)} is needed")
+    bad = ~np.isfinite(values)
+    if bad.any():
+        raise BadSample("depth_nan", f"{bad.mean():.2%} of the values are not finite")
+    low = float(values.min())
+    if low < 0 or (low == 0 and result.kind == "z_depth"):
+        raise BadSample("depth_sign", f"{result.kind} falls to {low:.4g}")
+    if np.ptp(values) <= 1e-6 * abs(float(values.max())):
+        raise BadSample("depth_constant", f"every value is {low:.4g}")

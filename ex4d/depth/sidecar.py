@@ -1,0 +1,131 @@
+"""Depth from a file beside the video: what another program estimated, or the truth of a synthetic scene.
+
+`clip.mp4` looks for `clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`. Values are [N, H, W], one map for
+each frame of the whole source; the key of the npz says what they are:
+
+| key | kind | who writes it |
+|---|---|---|
+| `z_depth` | z-depth | `ex4d` |
+| `disparity` | disparity, larger is nearer | `ex4d` |
+| `depth` | disparity in [0, 1], 1 is near | DepthCrafter |
+| `depths` | metric z-depth | Video Depth Anything with `--metric` |
+
+A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
+disparity as `depths` too, so add it there; `K` float [3, 3] in px of the stored maps is
+taken where it is there; an npy holds z-depth. Pickles are refused.
+"""
+
+from __future__ import annotations
+
+import zipfile
+from dataclasses import replace
+from pathlib import PurePosixPath
+from typing import Any
+
+import numpy as np
+
+from ex4d import storage
+from ex4d.depth import DepthRequest, DepthResult
+from ex4d.errors import BadSample
+
+KINDS = {"z_depth": "z_depth", "disparity": "disparity", "depth": "disparity", "depths": "z_depth"}
+SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
+MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
+ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
+
+
+def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
+    """Return the stored depth of the clip's frames, cut and scaled as the frames were.
+
+    Raises:
+        BadSample: depth_missing (no file, or no known key), depth_pickle (objects inside), depth_shape (not [N, H, W],
+            too few frames, another aspect), depth_nan (a selected value is not finite).
+    """
+    path = find(request)
+    values, kind, K, key = read(path)
+    index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
+    if index.min(initial=0) < 0 or index.max(initial=0) >= len(values):
+        raise BadSample("depth_shape", f"{_name(path)} has {len(values)} frames, the clip needs frame {index.max()}")
+    values = values[index].astype(np.float32)
+    if not np.isfinite(values).all():
+        raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
+    values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
+    provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": storage.sha256(path)}
+    return DepthResult(values, kind, K, metric=False, provenance=provenance)
+
+
+def find(request: DepthRequest) -> str:
+    """Return the path of the clip's depth file. Raises BadSample depth_missing."""
+    given = request.depth_path
+    if given and str(given).lower().endswith((".npz", ".npy")):
+        candidates = [str(given)]
+    else:
+        stem = PurePosixPath(request.video_path).stem
+        folder = str(given) if given else request.video_path.rpartition("/")[0] or "."
+        candidates = [storage.join(folder, stem + suffix) for suffix in SUFFIXES]
+    for candidate in candidates:
+        if storage.exists(candidate):
+            return candidate
+    raise BadSample("depth_missing", f"no depth file; looked for {', '.join(map(_name, candidates))}")
+
+
+def read(path: str) -> tuple[np.ndarray, str, np.ndarray | None, str]:
+    """Return (values [N, H, W] of a float or integer type, kind, K [3, 3] or None, key) of a depth file."""
+    try:
+        with storage.open_read(path) as file:
+            _check_size(file)
+            loaded = np.load(file, allow_pickle=False)
+            arrays: dict[str, Any] = {"z_depth": loaded} if isinstance(loaded, np.ndarray) else loaded
+            key = next((name for name in KINDS if name in arrays), None)
+            if key is None:
+                raise BadSample("depth_missing", f"{_name(path)} has none of the keys {', '.join(KINDS)}")
+            values = np.asarray(arrays[key])
+            kind = str(arrays["kind"]) if "kind" in arrays else KINDS[key]
+            K = np.asarray(arrays["K"], np.float64) if "K" in arrays else None
+    except ValueError as error:
+        reason = "depth_pickle" if "allow_pickle" in str(error) else "depth_shape"
+        raise BadSample(reason, f"{_name(path)}: {error}") from error
+    except (OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+        raise BadSample("depth_shape", f"{_name(path)} cannot be read: {error}") from error
+    if values.ndim == 4 and 1 in (values.shape[1], values.shape[3]):
+        values = values[:, 0] if values.shape[1] == 1 else values[..., 0]
+    if values.ndim != 3 or values.dtype.kind not in "fiu" or 0 in values.shape:
+        raise BadSample("depth_shape", f"{_name(path)}: {key} is {values.dtype} {list(values.shape)}, not [N, H, W]")
+    if kind not in ("z_depth", "disparity"):
+        raise BadSample("depth_shape", f"{_name(path)}: kind {kind!r}, not z_depth or disparity")
+    if K is not None and (K.shape != (3, 3) or not np.isfinite(K).all()):
+        raise BadSample("depth_shape", f"{_name(path)}: K is {list(K.shape)}, not finite [3, 3]")
+    return values, kind, K, key
+
+
+def _check_size(file: Any) -> None:
+    """Refuse archives that say they unpack to more than MAX_BYTES, before anything is unpacked."""
+    if zipfile.is_zipfile(file):
+        file.seek(0)
+        with zipfile.ZipFile(file) as archive:
+            unpacked = sum(member.file_size for member in archive.infolist())
+        if unpacked > MAX_BYTES:
+            raise BadSample("depth_shape", f"unpacks to {unpacked} bytes, more than {MAX_BYTES}")
+    file.seek(0)
+
+
+def _fitted(
+    values: np.ndarray, K: np.ndarray | None, size: tuple[int, ...], request: DepthRequest, name: str
+) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return values and K at the frames' size. Maps may be stored at another scale than the video, not aspect."""
+    from ex4d.video import Fit
+
+    stored = (int(values.shape[1]), int(values.shape[2]))
+    height, width = size
+    fit = request.fit or Fit((height, width), (height, width), "squeeze")
+    if tuple(fit.size) != (height, width):
+        raise BadSample("depth_shape", f"the frames are {(height, width)}, the fit makes {tuple(fit.size)}")
+    aspect = (stored[0] / stored[1]) / (fit.source_size[0] / fit.source_size[1])
+    if abs(aspect - 1) > ASPECT_TOLERANCE:
+        raise BadSample("depth_shape", f"{name} is {stored}, the video {tuple(fit.source_size)}: another aspect")
+    fit = replace(fit, source_size=stored)
+    return np.ascontiguousarray(fit.apply_depth(values)), None if K is None else fit.apply_K(K)
+
+
+def _name(path: str) -> str:
+    return PurePosixPath(path).name

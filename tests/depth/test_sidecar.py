@@ -1,0 +1,170 @@
+"""Depth from files: selection, scaling, conventions, and every way in which a file can be bad."""
+
+from __future__ import annotations
+
+import zipfile
+
+import numpy as np
+import pytest
+
+from ex4d.depth import ESTIMATORS, DepthRequest, DepthResult, check, estimate
+from ex4d.errors import BadSample, ConfigError
+from ex4d.video import Fit
+
+SIZE = (24, 32)
+FRAMES = np.zeros((4, *SIZE, 3), np.uint8)
+K = np.array([[40.0, 0, 16], [0, 40, 12], [0, 0, 1]])
+
+
+def depth(num_frames: int = 10, size: tuple[int, int] = SIZE) -> np.ndarray:
+    rows = np.arange(size[0])[:, None] + np.zeros(size[1])
+    return np.stack([1 + index + 0.01 * rows for index in range(num_frames)]).astype(np.float32)
+
+
+def ask(folder, **values) -> DepthRequest:
+    return DepthRequest(video_path=str(folder / "clip.mp4"), **values)
+
+
+def test_it_takes_the_frames_of_the_clip(tmp_path):
+    np.savez(tmp_path / "clip.depth.npz", z_depth=depth(), K=K)
+    index = np.array([1, 3, 5, 9])
+    result = estimate("sidecar", FRAMES, ask(tmp_path, frame_index=index))
+    assert result.kind == "z_depth"
+    np.testing.assert_array_equal(result.values, depth()[index])
+    np.testing.assert_allclose(result.K, K)
+    assert result.provenance["file"] == "clip.depth.npz"
+    assert len(result.provenance["sha256"]) == 64
+
+
+def test_it_is_cut_and_scaled_like_the_frames(tmp_path):
+    np.savez(tmp_path / "clip.npz", z_depth=depth(4), K=K)
+    fit = Fit(SIZE, (12, 12), "crop")
+    result = estimate("sidecar", np.zeros((4, 12, 12, 3), np.uint8), ask(tmp_path, fit=fit))
+    np.testing.assert_array_equal(result.values, fit.apply_depth(depth(4)))
+    np.testing.assert_allclose(result.K, fit.apply_K(K))
+
+
+def test_maps_of_another_scale_fit_and_of_another_aspect_do_not(tmp_path):
+    np.savez(tmp_path / "clip.npz", z_depth=depth(4, (48, 64)), K=np.diag([2, 2, 1]) @ K)
+    result = estimate("sidecar", FRAMES, ask(tmp_path))
+    assert result.values.shape == (4, *SIZE)
+    np.testing.assert_allclose(result.K, K)
+    np.savez(tmp_path / "clip.npz", z_depth=depth(4, (48, 48)))
+    with pytest.raises(BadSample, match="depth_shape"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+
+
+@pytest.mark.parametrize(
+    ("arrays", "kind"),
+    [
+        ({"depth": depth() / 20}, "disparity"),
+        ({"depths": depth()}, "z_depth"),
+        ({"disparity": 1 / depth()}, "disparity"),
+        ({"depths": 1 / depth(), "kind": np.array("disparity")}, "disparity"),
+        ({"z_depth": depth().astype(np.float16)}, "z_depth"),
+        ({"z_depth": (depth() * 1000).astype(np.uint16)}, "z_depth"),
+        ({"z_depth": depth()[:, None]}, "z_depth"),
+    ],
+)
+def test_the_key_names_the_convention(tmp_path, arrays: dict, kind: str):
+    np.savez_compressed(tmp_path / "clip.npz", **arrays)
+    result = estimate("sidecar", FRAMES, ask(tmp_path))
+    assert (result.kind, result.values.dtype, result.values.shape) == (kind, np.float32, FRAMES.shape[:3])
+
+
+def test_a_path_may_be_a_file_or_a_folder(tmp_path):
+    (tmp_path / "maps").mkdir()
+    np.save(tmp_path / "maps" / "clip.npy", depth())
+    for path in ("maps", "maps/clip.npy"):
+        assert estimate("sidecar", FRAMES, ask(tmp_path, depth_path=str(tmp_path / path))).kind == "z_depth"
+
+
+class Payload:
+    def __reduce__(self):
+        return (exec, ("raise SystemExit('the payload ran')",))
+
+
+def bad_arrays() -> dict[str, tuple[dict, str]]:
+    nan, inf, zero, negative = (depth() for _ in range(4))
+    nan[2, 0, 0], inf[2, 0, 0], zero[2, 0, 0], negative[2, 0, 0] = np.nan, np.inf, 0, -1
+    return {
+        "nan": ({"z_depth": nan}, "depth_nan"),
+        "inf": ({"z_depth": inf}, "depth_nan"),
+        "zero": ({"z_depth": zero}, "depth_sign"),
+        "negative": ({"z_depth": negative}, "depth_sign"),
+        "negative disparity": ({"disparity": negative}, "depth_sign"),
+        "constant": ({"z_depth": np.ones((10, *SIZE))}, "depth_constant"),
+        "one frame too few": ({"z_depth": depth(3)}, "depth_shape"),
+        "flat": ({"z_depth": depth()[0]}, "depth_shape"),
+        "empty": ({"z_depth": depth()[:0]}, "depth_shape"),
+        "strings": ({"z_depth": np.full((4, *SIZE), "1")}, "depth_shape"),
+        "complex": ({"z_depth": depth() * 1j}, "depth_shape"),
+        "no key": ({"maps": depth()}, "depth_missing"),
+        "bad K": ({"z_depth": depth(), "K": np.eye(4)}, "depth_shape"),
+        "bad kind": ({"z_depth": depth(), "kind": np.array("ray")}, "depth_shape"),
+        "pickle": ({"z_depth": np.array([Payload()] * 4, dtype=object)}, "depth_pickle"),
+    }
+
+
+@pytest.mark.parametrize("case", bad_arrays())
+def test_a_bad_file_is_a_bad_sample_with_its_reason(tmp_path, case: str):
+    arrays, reason = bad_arrays()[case]
+    np.savez(tmp_path / "clip.npz", **arrays)
+    with pytest.raises(BadSample) as caught:
+        estimate("sidecar", FRAMES, ask(tmp_path))
+    assert caught.value.reason == reason
+
+
+def test_a_missing_or_damaged_file(tmp_path):
+    with pytest.raises(BadSample, match="depth_missing"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+    (tmp_path / "clip.npz").write_bytes(b"PK\x03\x04 this is no archive")
+    with pytest.raises(BadSample, match="depth_"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+    np.savez(tmp_path / "whole.npz", z_depth=depth())
+    (tmp_path / "clip.npz").write_bytes((tmp_path / "whole.npz").read_bytes()[:-200])
+    with pytest.raises(BadSample, match="depth_"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+
+
+def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
+    monkeypatch.setattr("ex4d.depth.sidecar.MAX_BYTES", 10_000)
+    with zipfile.ZipFile(tmp_path / "clip.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+        archive.writestr("z_depth.npy", b"\0" * 100_000)
+    with pytest.raises(BadSample, match="unpacks to 100000 bytes"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+
+
+def test_frames_that_are_not_needed_may_be_bad(tmp_path):
+    values = depth()
+    values[0] = np.nan
+    np.savez(tmp_path / "clip.npz", z_depth=values)
+    assert np.isfinite(estimate("sidecar", FRAMES, ask(tmp_path, frame_index=np.arange(1, 5))).values).all()
+
+
+def test_estimators_are_checked_and_named():
+    with pytest.raises(ConfigError, match="parallax"):
+        estimate("moge", FRAMES, DepthRequest())
+    with pytest.raises(BadSample, match="depth_shape"):
+        check(DepthResult(np.ones((4, 5, 5), np.float32), "z_depth"), FRAMES.shape[:3])
+    assert "sidecar" in ESTIMATORS
+
+
+def test_files_of_other_programs(media):
+    folder = media / "derived_depth"
+    frames = np.zeros((5, 240, 320, 3), np.uint8)
+    kinds = {
+        "icl_depthcrafter.npz": "disparity",
+        "icl_metric_depths.npz": "z_depth",
+        "icl_metric_depths_f16.npy": "z_depth",
+    }
+    results = {name: estimate("sidecar", frames, DepthRequest(depth_path=str(folder / name))) for name in kinds}
+    assert {name: result.kind for name, result in results.items()} == kinds
+    # the same scene: near in one is near in the other
+    order = np.corrcoef(
+        results["icl_depthcrafter.npz"].values.ravel(), 1 / results["icl_metric_depths.npz"].values.ravel()
+    )
+    assert order[0, 1] > 0.99
+    for name, reason in {"icl_metric_depths_bad.npz": "depth_nan", "pickled_object_array.npz": "depth_pickle"}.items():
+        with pytest.raises(BadSample, match=reason):
+            estimate("sidecar", frames, DepthRequest(depth_path=str(folder / name)))
