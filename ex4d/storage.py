@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -89,6 +90,17 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
         os.replace(temporary, target)
     finally:
         temporary.unlink(missing_ok=True)
+
+
+def move_file(source: Path, url: str | Path) -> None:
+    """Move a finished local file to `url`, whole or not at all: a rename on the same disk, an upload elsewhere."""
+    if is_local(url):
+        with atomic_path(local_path(url)) as temporary:
+            shutil.move(source, temporary)
+        return
+    filesystem, path = _filesystem(url)
+    filesystem.put_file(str(source), path)
+    source.unlink()
 
 
 def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:

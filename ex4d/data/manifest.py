@@ -1,0 +1,166 @@
+"""The tables of a dataset folder: manifest.parquet, rejects.parquet, index.json, and the counts that must add up."""
+
+from __future__ import annotations
+
+import io
+import json
+import re
+from collections.abc import Iterable, Iterator, Mapping
+from itertools import chain, islice
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ex4d import storage
+from ex4d.errors import ContractError
+
+DATASET, INDEX, MANIFEST, REJECTS = "dataset.json", "index.json", "manifest.parquet", "rejects.parquet"
+FORMAT, FORMAT_VERSION = "ex4d-dataset", 1
+SPLITS = ("train", "val")
+SHARD = re.compile(
+    r"shards/(train|val)-(\d{6})\.tar"
+)  # the only names that are ever opened, so no path can leave the folder
+UNITS, FATES = ("video", "clip"), ("filtered", "bad")
+REJECT_COLUMNS = ("key", "unit", "fate", "stage", "reason", "message")
+PROVENANCE_COLUMNS = ("source_sha256", "source_group", "source_path", "start_s", "end_s")
+ROWS_PER_GROUP = 4096
+
+_MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("sha256", pa.string())])
+_COLUMNS = [
+    ("key", pa.string()),
+    ("split", pa.string()),
+    ("shard", pa.string()),  # relative URL, as in index.json
+    ("offset", pa.int64()),  # of the sample's first tar header, bytes from the start of the shard
+    ("length", pa.int64()),  # headers and padding included
+    ("members", pa.list_(_MEMBER)),  # offset: of the content, bytes from the start of the shard
+    ("source_sha256", pa.string()),
+    ("source_group", pa.string()),
+    ("source_path", pa.string()),
+    ("start_s", pa.float64()),
+    ("end_s", pa.float64()),
+]
+
+
+def shard_name(split: str, number: int) -> str:
+    """Return the relative URL of a shard."""
+    return f"shards/{split}-{number:06d}.tar"
+
+
+def write_manifest(path: Path, rows: Iterable[Mapping[str, Any]], scores: Iterable[str]) -> int:
+    """Write manifest.parquet to a local path, a group of rows at a time, and return the number of rows.
+
+    Args:
+        rows: mappings of the columns above; their `scores` become a float64 column `score_NAME` each.
+        scores: the names of all scores.
+    """
+    names = sorted(scores)
+    schema = pa.schema([*_COLUMNS, *((f"score_{name}", pa.float64()) for name in names)])
+    flat = ({**row, **{f"score_{name}": row["scores"][name] for name in names}} for row in rows)
+    return _write_table(path, flat, schema)
+
+
+def write_rejects(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
+    """Write rejects.parquet to a local path; rows need exactly REJECT_COLUMNS, their order does not matter."""
+    schema = pa.schema([(name, pa.string()) for name in REJECT_COLUMNS])
+    _write_table(path, sorted(rows, key=lambda row: tuple(row[name] for name in REJECT_COLUMNS)), schema)
+
+
+def _write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
+    # Every setting that reaches the bytes is stated: a default may move between versions of the library.
+    count, rest = 0, iter(rows)
+    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6") as writer:
+        while batch := [{name: row[name] for name in schema.names} for row in islice(rest, ROWS_PER_GROUP)]:
+            writer.write_table(pa.Table.from_pylist(batch, schema=schema))
+            count += len(batch)
+    return count
+
+
+def read_table(folder: str, name: str, columns: list[str] | None = None) -> pa.Table:
+    """Return manifest.parquet or rejects.parquet as an Arrow table; ContractError where it is not one."""
+    try:
+        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, name))), columns=columns)
+    except (OSError, pa.ArrowException) as error:
+        raise ContractError(f"{name}: cannot be read ({error})") from error
+
+
+def manifest_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
+    """Return the rows of the manifest one by one; ContractError where a shard's name could lead out of the folder."""
+    missing = {name for name, _ in _COLUMNS} - set(table.column_names)
+    if missing:
+        raise ContractError(f"{MANIFEST}: columns missing: {sorted(missing)}")
+    for row in chain.from_iterable(batch.to_pylist() for batch in table.to_batches(ROWS_PER_GROUP)):
+        if not SHARD.fullmatch(row["shard"] or ""):
+            raise ContractError(f"{MANIFEST}: shard {row['shard']!r} of sample {row['key']} is not a name of ours")
+        yield row
+
+
+def write_index(path: Path, shards: Iterable[Mapping[str, Any]]) -> None:
+    """Write index.json: the list that `wids` reads, with relative url, nsamples, filesize and sha256."""
+    body = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": list(shards)}
+    path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+
+
+def read_json(folder: str, name: str) -> dict[str, Any]:
+    """Return dataset.json or index.json; ContractError where it is missing or no JSON mapping."""
+    try:
+        value = json.loads(storage.read_bytes(storage.join(folder, name)))
+    except OSError as error:
+        raise ContractError(f"{name}: cannot be read ({error})") from error
+    except ValueError as error:
+        raise ContractError(f"{name}: is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ContractError(f"{name}: is not a mapping")
+    return value
+
+
+def read_dataset(folder: str) -> dict[str, Any]:
+    """Return dataset.json of a finished dataset; ContractError where there is none or of another version."""
+    if not storage.exists(storage.join(folder, DATASET)):
+        raise ContractError(f"{folder}: has no {DATASET}, so it is no finished dataset; run preprocess on it again")
+    dataset = read_json(folder, DATASET)
+    if dataset.get("format") != FORMAT or dataset.get("format_version") != FORMAT_VERSION:
+        raise ContractError(
+            f"{DATASET}: format {dataset.get('format')!r} version {dataset.get('format_version')!r}; "
+            f"this program reads {FORMAT!r} version {FORMAT_VERSION}"
+        )
+    return dataset
+
+
+def read_index(folder: str) -> list[dict[str, Any]]:
+    """Return the shards of index.json; ContractError for a name that is not ours or a gap in the numbers."""
+    shards = read_json(folder, INDEX).get("shardlist")
+    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
+        raise ContractError(f"{INDEX}: shardlist is not a list of shards")
+    seen: dict[str, list[int]] = {split: [] for split in SPLITS}
+    for shard in shards:
+        match = SHARD.fullmatch(str(shard.get("url")))
+        if match is None:
+            raise ContractError(f"{INDEX}: url {shard.get('url')!r} is not shards/SPLIT-NNNNNN.tar")
+        seen[match[1]].append(int(match[2]))
+    for split, numbers in seen.items():
+        if sorted(numbers) != list(range(len(numbers))):
+            raise ContractError(f"{INDEX}: the numbers of the {split} shards are not 0 to {len(numbers) - 1}")
+    return shards
+
+
+def identities(counts: Mapping[str, int]) -> list[str]:
+    """Return a sentence for each count that does not add up; [] when nothing was lost and nothing invented."""
+    videos = ("videos_in", ("videos_split", "videos_rejected"))
+    clips = ("clips_planned", ("samples", "clips_filtered", "clips_bad"))
+    wrong = []
+    for whole, parts in (videos, clips):
+        if counts[whole] != sum(counts[part] for part in parts):
+            wrong.append(f"{whole} = {counts[whole]} is not " + " + ".join(f"{part} {counts[part]}" for part in parts))
+    return wrong
+
+
+def reject_counts(rows: Iterable[Mapping[str, str]]) -> dict[str, int]:
+    """Return videos_rejected, clips_filtered and clips_bad of reject rows; ContractError for unknown words."""
+    counts = {"videos_rejected": 0, "clips_filtered": 0, "clips_bad": 0}
+    for row in rows:
+        if set(row) != set(REJECT_COLUMNS) or row["unit"] not in UNITS or row["fate"] not in FATES:
+            raise ContractError(f"{REJECTS}: row {dict(row)} needs {REJECT_COLUMNS}, unit {UNITS}, fate {FATES}")
+        counts["videos_rejected" if row["unit"] == "video" else f"clips_{row['fate']}"] += 1
+    return counts

@@ -1,0 +1,118 @@
+"""The members of a sample that are not video: JSON with one type a number, and masks as packed bits in an npz."""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import zipfile
+import zlib
+from collections.abc import Mapping
+from typing import Any
+
+import numpy as np
+
+from ex4d.errors import ContractError
+
+_ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def hole_share(visible: np.ndarray) -> np.ndarray:
+    """Return float32 [S,T], the share of False in bool [S,T,H,W]."""
+    seen = np.count_nonzero(visible, axis=(2, 3))
+    return (1.0 - seen / (visible.shape[2] * visible.shape[3])).astype(np.float32)
+
+
+def pack_bits(visible: np.ndarray) -> np.ndarray:
+    """Return uint8 [..., ceil(W/8)] of bool [..., W]: first pixel in the highest bit, zeros after the last."""
+    return np.packbits(visible, axis=-1, bitorder="big")
+
+
+def unpack_bits(packed: np.ndarray, width: int) -> np.ndarray:
+    """Return bool [..., W] of uint8 [..., ceil(W/8)]; inverse of `pack_bits`."""
+    return np.unpackbits(packed, axis=-1, count=width, bitorder="big").view(bool)
+
+
+def encode_json(value: Mapping[str, Any]) -> bytes:
+    """Return the mapping as UTF-8 JSON with sorted keys; NaN and infinity raise ValueError."""
+    return json.dumps(value, sort_keys=True, separators=(",", ":"), ensure_ascii=False, allow_nan=False).encode()
+
+
+def decode_json(data: bytes, name: str) -> dict[str, Any]:
+    """Return the mapping in a JSON member; ContractError naming it where it is none."""
+    try:
+        value = json.loads(data)
+    except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
+        raise ContractError(f"{name}: is not JSON ({error})") from error
+    if not isinstance(value, dict):
+        raise ContractError(f"{name}: is not a mapping")
+    return value
+
+
+def plain(value: Any, where: str) -> Any:
+    """Return JSON-able Python values: numpy numbers become int or float, tuples lists.
+
+    Raises:
+        ContractError: null, NaN, infinity, an int over 64 bits, or a type that JSON does not have.
+    """
+    if isinstance(value, np.generic | np.ndarray):
+        value = value.tolist()
+    if isinstance(value, bool | str):
+        return value
+    if isinstance(value, int) and -(2**63) <= value < 2**63:
+        return value
+    if isinstance(value, float) and math.isfinite(value):
+        return value
+    if isinstance(value, Mapping) and all(isinstance(name, str) for name in value):
+        return {name: plain(child, f"{where}.{name}") for name, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [plain(child, where) for child in value]
+    raise ContractError(f"{where}: {value!r} ({type(value).__name__}) has no place in a JSON member")
+
+
+def type_tree(value: Any) -> Any:
+    """Return the value's keys and types without its contents; equal for every sample of a dataset."""
+    if isinstance(value, dict):
+        return {name: type_tree(child) for name, child in sorted(value.items())}
+    if isinstance(value, list):
+        return [type_tree(value[0])] if value else []
+    return type(value).__name__
+
+
+def decode_masks(data: bytes, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (visible_packed uint8 [S,T,H,ceil(W/8)], kind uint8 [S], hole_share float32 [S,T]) of `masks.npz`.
+
+    Raises:
+        ContractError: other names, types or shapes, a pickled array, damaged bytes.
+    """
+    try:
+        with np.load(io.BytesIO(data), allow_pickle=False) as file:
+            arrays = {name: file[name] for name in file.files}
+    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        raise ContractError(f"masks.npz: cannot be read ({error})") from error
+    wanted = {"visible_packed": ("uint8", 4), "kind": ("uint8", 1), "hole_share": ("float32", 2)}
+    found = {name: (array.dtype.name, array.ndim) for name, array in arrays.items()}
+    if found != wanted:
+        raise ContractError(f"masks.npz: arrays {found}, wanted {wanted}")
+    packed, kind, share = (arrays[name] for name in wanted)
+    if packed.shape[3] != -(-width // 8) or share.shape != packed.shape[:2] or kind.shape != packed.shape[:1]:
+        raise ContractError(
+            f"masks.npz: shapes {packed.shape}, {kind.shape}, {share.shape} do not fit each other and width {width}"
+        )
+    if width % 8 and (packed[..., -1] & (0xFF >> width % 8)).any():
+        raise ContractError(f"masks.npz: bits beyond width {width} are set")
+    return packed, kind, share
+
+
+def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
+    """Return an npz file of the arrays, compressed; equal arrays give equal bytes, whatever the day or the system."""
+    # np.savez leaves date and attributes to zipfile's defaults; here they are fixed, as bytes are promised.
+    out = io.BytesIO()
+    with zipfile.ZipFile(out, "w") as archive:
+        for name, array in arrays.items():
+            buffer = io.BytesIO()
+            np.lib.format.write_array(buffer, np.ascontiguousarray(array), version=(1, 0), allow_pickle=False)
+            info = zipfile.ZipInfo(f"{name}.npy", date_time=_ZIP_DATE)
+            info.create_system, info.external_attr, info.compress_type = 3, 0o644 << 16, zipfile.ZIP_DEFLATED
+            archive.writestr(info, buffer.getvalue(), compresslevel=6)
+    return out.getvalue()

@@ -1,0 +1,251 @@
+"""THE CONTRACT of a training sample: five members, their types, shapes and ranges; bytes out, bytes in, and the check.
+
+A sample is one clip with S simulated masks. The condition that a model is shown is `frames * visible[s]`.
+
+| member        | what |
+|---|---|
+| `camera.json` | `K` [3][3] px, `size` [H, W], `axes` "opencv", `w2c`: a mask's [T][4][4], null when tracking |
+| `json`        | provenance: see PROVENANCE; plus `key` and `fps` |
+| `masks.npz`   | `visible_packed` uint8 [S,T,H,ceil(W/8)], `kind` uint8 [S], `hole_share` float32 [S,T] |
+| `mp4`         | T frames, H.264, one encoder thread |
+| `txt`         | caption, UTF-8, may be empty |
+
+In the JSON members a number is always int or always float, every key is always present and nothing is null but the
+`w2c` of a tracking mask: readers that infer a column type from the first samples depend on it.
+"""
+
+from __future__ import annotations
+
+import math
+import re
+from collections.abc import Mapping
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from ex4d import video
+from ex4d.data.members import (
+    decode_json,
+    decode_masks,
+    encode_json,
+    encode_npz,
+    hole_share,
+    pack_bits,
+    plain,
+    unpack_bits,
+)
+from ex4d.errors import BadSample, ContractError
+
+MEMBERS = ("camera.json", "json", "masks.npz", "mp4", "txt")  # sorted: their order in a shard
+KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # no dots: readers split key and extension at the first one
+TRACKING = "tracking"  # the one kind of mask that has no camera path
+CRF = 12
+# What `json` must hold. More keys are allowed, the same in every sample of a dataset. "" says that there is none.
+PROVENANCE: dict[str, type] = {
+    "source_sha256": str,  # of the video file's bytes
+    "source_group": str,  # what goes to one split together: the source_sha256 of the first of its near-duplicates
+    "source_path": str,  # relative to the input root, never absolute
+    "start_pts": int,  # of the first frame, in units of time_base
+    "end_pts": int,  # of the last frame
+    "time_base": str,  # "1/30000", seconds
+    "start_s": float,
+    "end_s": float,
+    "scores": dict,  # {filter: float}, whether or not a threshold was set
+    "seeds": dict,  # {what: int}
+    "depth": dict,  # "estimator" and "weights_sha256" ("" for none) at least
+    "versions": dict,  # {package: version}
+    "config_fingerprint": str,
+}
+
+
+@dataclass(frozen=True)
+class SampleSpec:
+    """What every sample of one dataset agrees on.
+
+    Args:
+        num_frames: T.
+        size: (H, W), both even (yuv420p).
+        num_masks: S.
+        mask_kinds: names of the values of `kind`, in order.
+    """
+
+    num_frames: int
+    size: tuple[int, int]
+    num_masks: int
+    mask_kinds: tuple[str, ...]
+
+
+@dataclass(frozen=True)
+class Sample:
+    """One training sample in memory.
+
+    Args:
+        key: stable id from content hash and span, `[a-z0-9_-]`, at most 80 characters.
+        frames: uint8 [T,H,W,3] RGB.
+        fps: frames a second, > 0.
+        visible: bool [S,T,H,W], True = seen.
+        kind: uint8 [S], index into the dataset's mask_kinds.
+        hole_share: float32 [S,T], share of False in `visible`.
+        K: float64 [3,3], px, pixel centres at +0.5.
+        w2c: S entries, float64 [T,4,4] (OpenCV axes, world-to-camera) or None for a tracking mask.
+        caption: may be empty.
+        provenance: see PROVENANCE.
+    """
+
+    key: str
+    frames: np.ndarray
+    fps: float
+    visible: np.ndarray
+    kind: np.ndarray
+    hole_share: np.ndarray
+    K: np.ndarray
+    w2c: list[np.ndarray | None]
+    caption: str
+    provenance: dict[str, Any]
+
+
+def encode(sample: Sample) -> dict[str, bytes]:
+    """Return {member: bytes}: the same sample gives the same bytes, with equal package versions.
+
+    Raises:
+        ContractError: the sample's parts do not fit together; names key, member and what is wrong.
+    """
+    _check(sample)
+    camera = {
+        "K": np.asarray(sample.K, dtype=np.float64).tolist(),
+        "size": [int(sample.frames.shape[1]), int(sample.frames.shape[2])],
+        "axes": "opencv",
+        "w2c": [None if path is None else np.asarray(path, dtype=np.float64).tolist() for path in sample.w2c],
+    }
+    facts = plain({**sample.provenance, "key": sample.key, "fps": float(sample.fps)}, f"{sample.key}.json")
+    masks = {
+        "visible_packed": pack_bits(sample.visible),
+        "kind": np.asarray(sample.kind, dtype=np.uint8),
+        "hole_share": np.asarray(sample.hole_share, dtype=np.float32),
+    }
+    return {
+        "camera.json": encode_json(camera),
+        "json": encode_json(facts),
+        "masks.npz": encode_npz(masks),
+        "mp4": video.encode(sample.frames, sample.fps, crf=CRF),
+        "txt": sample.caption.encode("utf-8"),
+    }
+
+
+def decode(members: Mapping[str, bytes]) -> Sample:
+    """Return the Sample in {member: bytes}.
+
+    Raises:
+        ContractError: a member is missing, does not parse, or does not fit the others; the message names it.
+    """
+    require_members(members)
+    facts = decode_json(members["json"], "json")
+    camera = decode_json(members["camera.json"], "camera.json")
+    frames = decode_frames(members["mp4"])
+    size = camera.get("size")
+    if set(camera) != {"K", "size", "axes", "w2c"} or camera["axes"] != "opencv" or not isinstance(camera["w2c"], list):
+        raise ContractError("camera.json: needs K, size, axes 'opencv' and w2c, and nothing else")
+    if size != [*frames.shape[1:3]]:
+        raise ContractError(f"camera.json: size {size} is not the clip's {[*frames.shape[1:3]]}")
+    packed, kind, share = decode_masks(members["masks.npz"], width=frames.shape[2])
+    try:
+        caption = members["txt"].decode("utf-8")
+        intrinsics = np.array(camera["K"], dtype=np.float64)
+        paths = [None if path is None else np.array(path, dtype=np.float64) for path in camera["w2c"]]
+    except UnicodeDecodeError as error:
+        raise ContractError(f"txt: is not UTF-8 ({error})") from error
+    except (ValueError, TypeError) as error:
+        raise ContractError(f"camera.json: K or w2c is not a matrix of numbers ({error})") from error
+    key, fps = facts.pop("key", None), facts.pop("fps", None)
+    if not isinstance(key, str) or not isinstance(fps, float):
+        raise ContractError("json: needs key (text) and fps (float)")
+    visible = unpack_bits(packed, frames.shape[2])
+    sample = Sample(key, frames, fps, visible, kind, share, intrinsics, paths, caption, facts)
+    _check(sample)
+    return sample
+
+
+def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = None) -> Sample:
+    """Return the decoded sample, after checking that it is what the dataset says.
+
+    Args:
+        spec: what all samples agree on.
+        key: the name under which the sample was stored, compared with the one inside.
+
+    Raises:
+        ContractError: names the member and what is wrong.
+    """
+    sample = decode(members)
+    if key is not None and sample.key != key:
+        raise ContractError(f"json: key {sample.key!r} inside, stored as {key!r}")
+    shape = (spec.num_frames, *spec.size)
+    if sample.frames.shape[:3] != shape:
+        raise ContractError(f"mp4: [T,H,W] = {[*sample.frames.shape[:3]]}, the dataset has {[*shape]}")
+    if len(sample.kind) != spec.num_masks or sample.kind.max(initial=0) >= len(spec.mask_kinds):
+        raise ContractError(
+            f"masks.npz: kind {sample.kind.tolist()}; wanted {spec.num_masks} values below {len(spec.mask_kinds)}"
+        )
+    for index, path in zip(sample.kind, sample.w2c, strict=True):
+        if (path is None) != (spec.mask_kinds[index] == TRACKING):
+            raise ContractError(f"camera.json: w2c must be null exactly for {TRACKING} masks")
+    return sample
+
+
+def require_members(members: Mapping[str, bytes], wanted: tuple[str, ...] = MEMBERS) -> None:
+    """Return nothing; raise ContractError naming the members that are missing or not known."""
+    missing, unknown = set(wanted) - set(members), set(members) - set(wanted)
+    if missing or unknown:
+        raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
+
+
+def decode_frames(data: bytes) -> np.ndarray:
+    """Return uint8 [T,H,W,3] RGB of the `mp4` member; ContractError where it does not decode."""
+    try:
+        return video.read(data)[0]
+    except BadSample as error:
+        raise ContractError(f"mp4: {error}") from error
+
+
+def _check(sample: Sample) -> None:
+    """Raise ContractError unless the parts of a sample fit together."""
+
+    def need(holds: bool, member: str, message: str) -> None:
+        if not holds:
+            raise ContractError(f"{member}: {message} (sample {sample.key})")
+
+    frames, visible = sample.frames, sample.visible
+    need(KEY.fullmatch(sample.key) is not None, "json", f"key must match {KEY.pattern}")
+    need(frames.dtype == np.uint8 and frames.ndim == 4 and frames.shape[3:] == (3,), "mp4", "needs uint8 [T,H,W,3]")
+    need(
+        min(frames.shape) > 0 and frames.shape[1] % 2 == frames.shape[2] % 2 == 0, "mp4", "needs an even, non-zero size"
+    )
+    need(math.isfinite(sample.fps) and sample.fps > 0, "json", f"fps {sample.fps}")
+    need(visible.dtype == bool and visible.ndim == 4, "masks.npz", "visible must be bool [S,T,H,W]")
+    need(visible.shape[1:] == frames.shape[:3], "masks.npz", f"visible {visible.shape} for frames {frames.shape}")
+    need(np.shape(sample.kind) == visible.shape[:1], "masks.npz", f"kind has shape {np.shape(sample.kind)}")
+    need(np.shape(sample.hole_share) == visible.shape[:2], "masks.npz", f"hole_share {np.shape(sample.hole_share)}")
+    error = np.abs(np.asarray(sample.hole_share) - hole_share(visible)).max(initial=0.0)
+    need(bool(error < 1e-5), "masks.npz", f"hole_share differs from the mask by {error:.2g}")
+    K = np.asarray(sample.K)
+    need(K.shape == (3, 3) and bool(np.isfinite(K).all()), "camera.json", "K must be 3 x 3 and finite")
+    need(K[0, 0] > 0 and K[1, 1] > 0 and K[2].tolist() == [0, 0, 1], "camera.json", f"K {K.tolist()}")
+    need(len(sample.w2c) == len(visible), "camera.json", f"{len(sample.w2c)} paths for {len(visible)} masks")
+    for path in sample.w2c:
+        need(path is None or _is_rigid(np.asarray(path), len(frames)), "camera.json", "w2c must be rigid [T,4,4]")
+    for name, kind in PROVENANCE.items():
+        found = sample.provenance.get(name)
+        need(isinstance(found, kind), "json", f"{name} must be {kind.__name__}, is {found!r}")
+    need(
+        {"estimator", "weights_sha256"} <= set(sample.provenance["depth"]),
+        "json",
+        "depth needs estimator, weights_sha256",
+    )
+
+
+def _is_rigid(w2c: np.ndarray, num_frames: int) -> bool:
+    if w2c.shape != (num_frames, 4, 4) or not np.isfinite(w2c).all():
+        return False
+    rotation = w2c[:, :3, :3]
+    orthogonal = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max() < 1e-4
+    return bool(orthogonal and (np.linalg.det(rotation) > 0).all() and (w2c[:, 3] == [0, 0, 0, 1]).all())

@@ -1,0 +1,230 @@
+"""Staged samples become a dataset folder: shards, index, manifest, rejects, and last dataset.json, the commit.
+
+Packing is concatenation in the order of the keys, so the same staged samples give the same bytes whatever the order
+in which they were made. A folder has a dataset.json only while everything that it names is in place.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import chain
+from pathlib import Path
+from typing import Any
+
+from ex4d import storage
+from ex4d.data import manifest
+from ex4d.data.members import decode_json, type_tree
+from ex4d.data.tar import END, entries, sample_tar
+from ex4d.errors import ContractError
+
+__all__ = ["Staged", "pack", "sample_tar", "split_of"]
+
+SHARD_SIZE_BYTES = 256 * 2**20
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A finished sample that waits to be packed.
+
+    Args:
+        key: the sample's key.
+        split: "train" or "val".
+        url: a file holding exactly what `sample_tar` returned.
+    """
+
+    key: str
+    split: str
+    url: str
+
+
+def split_of(source_group: str, val_fraction: float) -> str:
+    """Return "train" or "val" for everything cut from one source, or from sources that are nearly the same.
+
+    Args:
+        source_group: see sample.PROVENANCE.
+        val_fraction: expected share of groups in "val", in [0, 1].
+    """
+    draw = int.from_bytes(hashlib.sha256(f"split:{source_group}".encode()).digest()[:8], "big") / 2**64
+    return "val" if draw < val_fraction else "train"
+
+
+def pack(
+    staged: Iterable[Staged],
+    output: str,
+    facts: Mapping[str, Any],
+    rejects: Iterable[Mapping[str, str]],
+    shard_size_bytes: int = SHARD_SIZE_BYTES,
+) -> dict[str, Any]:
+    """Write a dataset folder and return the contents of its dataset.json.
+
+    Args:
+        staged: every sample of the dataset, in any order.
+        output: folder, local or in an object store. What an earlier pack left there is replaced; shards that are no
+            longer part of the dataset are deleted after all new ones are in place.
+        facts: JSON-able, the same on every run. Must hold `sample` (a SampleSpec as a mapping) and `counts` with
+            videos_in, videos_split and clips_planned; the other counts are added here.
+        rejects: mappings of manifest.REJECT_COLUMNS.
+        shard_size_bytes: a shard is closed before it would grow over this; one sample alone may.
+
+    Raises:
+        ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
+            provenance, a source is in both splits, or the counts do not add up. Nothing is committed then.
+    """
+    items = sorted(staged, key=lambda item: (item.split, item.key))
+    rejected = [dict(row) for row in rejects]
+    counts = {**facts["counts"], **manifest.reject_counts(rejected), **_sample_counts(items)}
+    _check_keys(items, rejected)
+    if wrong := manifest.identities(counts):
+        raise ContractError("the counts do not add up: " + "; ".join(wrong))
+    with _work_folder(output) as work:
+        folder = _Folder(output, work)
+        shards: list[dict[str, Any]] = []
+        rows = _write_shards(items, folder, shards, shard_size_bytes)
+        first = next(rows, None)
+        scores = sorted(first["scores"]) if first else []
+        manifest.write_manifest(work / manifest.MANIFEST, _check_rows(first, rows), scores)
+        manifest.write_rejects(work / manifest.REJECTS, rejected)
+        manifest.write_index(work / manifest.INDEX, shards)
+        dataset = {
+            **facts,
+            "format": manifest.FORMAT,
+            "format_version": manifest.FORMAT_VERSION,
+            "counts": counts,
+            "members": [member["name"] for member in first["members"]] if first else [],
+            "sha256": {name: folder.put(name) for name in (manifest.INDEX, manifest.MANIFEST, manifest.REJECTS)},
+        }
+        folder.remove_stale({shard["url"] for shard in shards})
+        (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+        folder.put(manifest.DATASET)
+    return dataset
+
+
+class _Folder:
+    """The dataset folder while it is written: takes finished files in, and is uncommitted before it first changes."""
+
+    def __init__(self, output: str, work: Path):
+        self.output, self.work = output, work
+
+    def put(self, name: str) -> str:
+        """Move the finished file `name` from the work folder to its place; return its sha256."""
+        source, target = self.work / name, storage.join(self.output, name)
+        digest = storage.sha256(source)
+        if not (storage.exists(target) and storage.sha256(target) == digest):
+            self._uncommit()
+            storage.move_file(source, target)
+        return digest
+
+    def remove_stale(self, names: set[str]) -> None:
+        """Delete the shards of an earlier pack that are not among `names`."""
+        for name in storage.list_files(storage.join(self.output, "shards"), (".tar",)):
+            url = f"shards/{name}"
+            if manifest.SHARD.fullmatch(url) and url not in names:
+                self._uncommit()
+                storage.remove(storage.join(self.output, url))
+
+    def _uncommit(self) -> None:
+        storage.remove(storage.join(self.output, manifest.DATASET))
+
+
+@contextmanager
+def _work_folder(output: str) -> Iterator[Path]:
+    """Yield a local folder for unfinished files, on the disk of a local `output` so that moving is a rename."""
+    if storage.is_local(output):
+        work = storage.local_path(output) / ".tmp-pack"
+        shutil.rmtree(work, ignore_errors=True)  # left by a pack that was killed
+    else:
+        work = Path(tempfile.mkdtemp(prefix="ex4d-pack-"))
+    try:
+        (work / "shards").mkdir(parents=True, exist_ok=True)
+        yield work
+    finally:
+        shutil.rmtree(work, ignore_errors=True)
+
+
+def _write_shards(
+    items: list[Staged], folder: _Folder, shards: list[dict[str, Any]], shard_size_bytes: int
+) -> Iterator[dict[str, Any]]:
+    """Yield a manifest row a sample while the shards are written; a finished shard is appended to `shards`."""
+    for split in manifest.SPLITS:
+        pending = [item for item in items if item.split == split]
+        start = number = 0
+        while start < len(pending):
+            name = manifest.shard_name(split, number)
+            size, stop = 0, start
+            with open(folder.work / name, "wb") as file:
+                while stop < len(pending):
+                    blob = storage.read_bytes(pending[stop].url)
+                    if stop > start and size + len(blob) + len(END) > shard_size_bytes:
+                        break
+                    file.write(blob)
+                    yield _row(pending[stop], blob, name, size)
+                    size, stop = size + len(blob), stop + 1
+                file.write(END)
+            digest = folder.put(name)
+            shards.append({"url": name, "nsamples": stop - start, "filesize": size + len(END), "sha256": digest})
+            start, number = stop, number + 1
+
+
+def _row(item: Staged, blob: bytes, shard: str, offset: int) -> dict[str, Any]:
+    members, contents = [], {}
+    for entry in entries(blob, item.key):
+        contents[entry.name] = content = blob[entry.offset : entry.offset + entry.length]
+        digest = hashlib.sha256(content).hexdigest()
+        members.append({"name": entry.name, "offset": offset + entry.offset, "length": entry.length, "sha256": digest})
+    if "json" not in contents:
+        raise ContractError(f"sample {item.key}: has no json member")
+    facts = decode_json(contents["json"], f"sample {item.key}, json")
+    missing = [name for name in (*manifest.PROVENANCE_COLUMNS, "scores") if name not in facts]
+    if missing or facts.get("key") != item.key:
+        raise ContractError(f"sample {item.key}: json lacks {missing} or holds another key ({facts.get('key')!r})")
+    return {
+        "key": item.key,
+        "split": item.split,
+        "shard": shard,
+        "offset": offset,
+        "length": len(blob),
+        "members": members,
+        "scores": facts["scores"],
+        "types": type_tree(facts),
+        **{name: facts[name] for name in manifest.PROVENANCE_COLUMNS},
+    }
+
+
+def _check_rows(first: dict[str, Any] | None, rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield all rows after checking that samples have equal members and types, and that no source is in both splits."""
+    if first is None:
+        return
+    names = [member["name"] for member in first["members"]]
+    split_by_source: dict[str, str] = {}
+    for row in chain([first], rest):
+        if [member["name"] for member in row["members"]] != names:
+            raise ContractError(f"sample {row['key']}: members differ from sample {first['key']}, which has {names}")
+        if row["types"] != first["types"]:
+            raise ContractError(
+                f"sample {row['key']}: json has keys or types {row['types']}, unlike {first['key']}: {first['types']}"
+            )
+        for source in (row["source_sha256"], row["source_group"]):
+            if split_by_source.setdefault(source, row["split"]) != row["split"]:
+                raise ContractError(f"sample {row['key']}: source {source} is in both train and val")
+        yield row
+
+
+def _sample_counts(items: list[Staged]) -> dict[str, int]:
+    by_split = {split: sum(item.split == split for item in items) for split in manifest.SPLITS}
+    return {"samples": len(items), **{f"samples_{split}": count for split, count in by_split.items()}}
+
+
+def _check_keys(items: list[Staged], rejected: list[dict[str, str]]) -> None:
+    keys = [item.key for item in items] + [row["key"] for row in rejected if row["unit"] == "clip"]
+    if len(set(keys)) != len(keys):
+        twice = sorted(key for key, count in Counter(keys).items() if count > 1)
+        raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
+    if unknown := {item.split for item in items} - set(manifest.SPLITS):
+        raise ContractError(f"splits {sorted(unknown)} are not known; allowed: {manifest.SPLITS}")
