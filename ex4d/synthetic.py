@@ -178,7 +178,7 @@ class Scene:
                 [np.sin(angle), 0.0, -np.cos(angle)]
             )
             shift = drift * np.array([0.5 * truck, lift, 0.0])
-            poses.append(look_at(eye + shift, pivot + 0.5 * shift, np.array([0.0, -1.0, 0.0])))
+            poses.append(look_at(eye + shift, pivot + 0.5 * shift))
         return [Camera(K=K, w2c=pose, size=size) for pose in poses]
 
 

@@ -181,16 +181,14 @@ def random_bodies(rng: np.random.Generator, scale: float, moving: bool) -> list[
         reach = rng.uniform(1.4, 1.9) + size
         place = np.array([reach * np.sin(azimuth), rng.uniform(-0.45, 0.35), 1.0 + reach * np.cos(azimuth)])
         places.append((place, size, 0.18))
-    return [_random_body(rng, *(scale * np.asarray(value) for value in place), moving) for place in places]
+    return [_random_body(rng, scale * place, scale * size, scale * sway, moving) for place, size, sway in places]
 
 
-def _random_body(
-    rng: np.random.Generator, centre: np.ndarray, size: np.ndarray, sway: np.ndarray, moving: bool
-) -> Body:
+def _random_body(rng: np.random.Generator, centre: np.ndarray, size: float, sway: float, moving: bool) -> Body:
     kind = str(rng.choice(["sphere", "box"]))
     axis = rng.normal(size=3)
-    half = np.full(3, float(size)) if kind == "sphere" else float(size) * rng.uniform(0.6, 0.8, size=3)
-    motion, spin = float(sway) * rng.uniform(0.3, 1.0, size=3), rng.uniform(0.2, 0.9) * rng.choice([-1, 1])
+    half = np.full(3, size) if kind == "sphere" else size * rng.uniform(0.6, 0.8, size=3)
+    motion, spin = sway * rng.uniform(0.3, 1.0, size=3), rng.uniform(0.2, 0.9) * rng.choice([-1, 1])
     return Body(
         kind=kind,
         centre=centre,
