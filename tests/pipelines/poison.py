@@ -1,0 +1,88 @@
+"""Functions that misbehave on purpose, for the tests of isolation. Run only in a child process."""
+
+from __future__ import annotations
+
+import ctypes
+import os
+import signal
+import threading
+import time
+from typing import Any
+
+import numpy as np
+
+from ex4d.errors import BadSample
+
+HELD: list[Any] = []
+
+
+def echo(*args: Any, **kwargs: Any) -> Any:
+    return (*args, kwargs) if kwargs else args
+
+
+def pid() -> int:
+    return os.getpid()
+
+
+def segfault() -> None:
+    ctypes.string_at(0)
+
+
+def hang() -> None:
+    time.sleep(3600)
+
+
+def hang_with_gil() -> None:
+    """Sleep in C without giving the lock back, as a decoder that deadlocks does."""
+    ctypes.PyDLL(None).sleep(3600)
+
+
+def spin() -> None:
+    while True:
+        pass
+
+
+def eat_memory() -> None:
+    while True:
+        HELD.append(np.ones(8 * 2**20))
+
+
+def exit_quietly() -> None:
+    os._exit(3)
+
+
+def killed(marker: str, times: int) -> str:
+    """Be killed from outside the first `times` times."""
+    with open(marker, "a") as file:
+        file.write("x")
+    if os.path.getsize(marker) <= times:
+        os.kill(os.getpid(), signal.SIGKILL)
+    return "alive"
+
+
+def raise_bad_sample() -> None:
+    raise BadSample("no_frames", "told to")
+
+
+def raise_unpicklable() -> None:
+    error = ValueError("holds a lock")
+    error.lock = threading.Lock()  # type: ignore[attr-defined]
+    raise error
+
+
+def frames(num_frames: int, height: int, width: int) -> np.ndarray:
+    return np.arange(num_frames * height * width * 3, dtype=np.uint32).astype(np.uint8).reshape(-1, height, width, 3)
+
+
+def read_stdin() -> bytes:
+    return os.read(0, 10)
+
+
+def chatter() -> str:
+    print("to stdout")
+    os.write(2, b"to stderr " * 100_000)
+    return "done"
+
+
+_ALL = (echo, pid, segfault, hang, hang_with_gil, spin, eat_memory, exit_quietly, killed, frames, read_stdin, chatter)
+FUNCTIONS = {f.__name__: f"{__name__}:{f.__name__}" for f in (*_ALL, raise_bad_sample, raise_unpicklable)}
