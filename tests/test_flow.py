@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import pytest
@@ -38,7 +39,7 @@ def test_timesteps_equal_the_released_ones(num_steps: int) -> None:
 def test_diffusers_scheduler_agrees_when_given_our_sigmas() -> None:
     from diffusers import FlowMatchEulerDiscreteScheduler
 
-    scheduler = FlowMatchEulerDiscreteScheduler(shift=5.0)
+    scheduler: Any = FlowMatchEulerDiscreteScheduler(shift=5.0)
     scheduler.set_timesteps(sigmas=np.linspace(1, 0, 26)[:-1])
     assert torch.allclose(scheduler.timesteps, flow.sigmas(25)[:-1] * 1000, atol=1e-3)
 

@@ -1,0 +1,247 @@
+"""The frozen base model, loaded in parts: Wan's transformer, VAE, text and image encoders, all through diffusers' and
+transformers' own classes, or the tiny model that stands in for them on a CPU.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import families
+from ex4d.models.encoders import Base
+
+log = logging.getLogger(__name__)
+
+TINY = "tiny"
+TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
+COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
+# Sub-folders of the diffusers layout that a component needs; only safetensors and text are ever fetched or read.
+_FOLDERS = {
+    "transformer": ("transformer",),
+    "vae": ("vae",),
+    "text_encoder": ("text_encoder", "tokenizer"),
+    "image_encoder": ("image_encoder", "image_processor"),
+}
+_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
+
+
+@dataclass(frozen=True)
+class ModelConfig:
+    """The section `model`.
+
+    Args:
+        base: "tiny", a folder in diffusers layout, or a hub id.
+        revision: commit or tag of a hub id; None takes the newest, and the commit is written into the adapter file.
+        family: a name of ex4d.models.families that the base must belong to; None asks nothing.
+        lora_rank, lora_alpha: of the LoRA; its product is scaled by alpha / rank.
+        adapter_hidden: channels inside the geometry adapter.
+        mask_range: of the mask before the VAE: "unit" {−1, +1} or "released" {−3, +1}, as the published weights want.
+        dtype: of the frozen transformer and text encoder; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        vae_dtype: of the VAE.
+        source_video: the source video as second condition (beyond the paper).
+    """
+
+    base: str = TINY
+    revision: str | None = None
+    family: str | None = None
+    lora_rank: int = 16
+    lora_alpha: float = 16.0
+    adapter_hidden: int = 1024
+    mask_range: Literal["unit", "released"] = "unit"
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    vae_dtype: Literal["float32", "bfloat16"] = "float32"
+    source_video: bool = False
+
+
+def load_base(
+    base: str = TINY,
+    revision: str | None = None,
+    dtype: str | torch.dtype = "auto",
+    device: str | torch.device = "cpu",
+    components: Sequence[str] = COMPONENTS,
+    vae_dtype: str | torch.dtype = "float32",
+) -> Base:
+    """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
+
+    Args:
+        components: of COMPONENTS; training on precomputed latents needs the transformer alone. A base without an image
+            encoder has None there.
+
+    Raises:
+        ConfigError: the base is not there and cannot be fetched; says what to download and where to put it.
+        ContractError: a folder is there whose files are not what they must be.
+    """
+    unknown = set(components) - set(COMPONENTS)
+    if unknown:
+        raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
+    folder = resolve(base, revision, components)
+    device = torch.device(device)
+    main, vae = _dtype(dtype, device), _dtype(vae_dtype, device)
+    loaded = {name: _load(name, folder, vae if name == "vae" else main, device) for name in components}
+    return Base(
+        name=base,
+        revision=_commit_of(folder) if not _is_local(base) else revision,
+        device=device,
+        shape=read_config(folder, "transformer"),
+        tokenizer=_tokenizer(folder) if "text_encoder" in components else None,
+        image_settings=_image_settings(folder) if loaded.get("image_encoder") is not None else None,
+        **{name: loaded.get(name) for name in COMPONENTS},
+    )
+
+
+def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    if isinstance(dtype, torch.dtype):
+        return dtype
+    if dtype == "auto":
+        return torch.float32 if device.type == "cpu" else torch.bfloat16
+    if dtype not in DTYPES:
+        raise ConfigError("model.dtype", dtype, f"allowed: auto, {', '.join(DTYPES)}")
+    return DTYPES[dtype]
+
+
+def _is_local(base: str) -> bool:
+    return base == TINY or Path(base).is_dir()
+
+
+def resolve(base: str, revision: str | None = None, components: Sequence[str] = COMPONENTS) -> Path:
+    """Return the local folder of a base, fetching the asked components of a hub id where they are not cached.
+
+    Raises:
+        ConfigError: not there, and not to be had; says what to download and where to put it.
+    """
+    if _is_local(base):
+        folder = TINY_FOLDER if base == TINY else Path(base)
+        if not (folder / "transformer" / "config.json").is_file():
+            raise ConfigError(
+                "model.base", base, f"{folder} is no diffusers folder: transformer/config.json is missing"
+            )
+        return folder
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    patterns = [f"{sub}/{file}" for name in components for sub in _FOLDERS[name] for file in _FILES]
+    patterns.append("transformer/config.json")
+    try:
+        return Path(huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=patterns))
+    except HFValidationError as error:
+        raise ConfigError("model.base", base, "is neither 'tiny', nor an existing folder, nor a hub id") from error
+    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
+        at = f" --revision {revision}" if revision else ""
+        subs = ", ".join(sub for name in components for sub in _FOLDERS[name])
+        raise ConfigError(
+            "model.base",
+            base,
+            f"is not cached and cannot be fetched ({type(error).__name__}). Where there is a network run "
+            f"`hf download {base}{at} --local-dir models/{base.rpartition('/')[2]}` (needed: {subs}), bring the "
+            f"folder here and set model.base to it",
+        ) from error
+
+
+def _commit_of(folder: Path) -> str | None:
+    """Return the commit of a snapshot in the hub's cache, whose folder is named by it."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+def read_config(folder: Path, component: str) -> dict[str, Any]:
+    """Return the config.json of a component. Raises ContractError where it is missing or no JSON mapping."""
+    path = folder / component / "config.json"
+    try:
+        config = json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{path} cannot be read: {error}") from error
+    if not isinstance(config, dict):
+        raise ContractError(f"{path} is not a mapping")
+    return config
+
+
+def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+    """Return one frozen component in eval mode; None for an image encoder that the base does not have."""
+    if component == "image_encoder" and not (folder / component / "config.json").is_file():
+        return None
+    cls = _class_of(component, read_config(folder, component))
+    kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
+    kwargs["torch_dtype" if component in ("transformer", "vae") else "dtype"] = dtype
+    try:
+        model = cls.from_pretrained(folder / component, **kwargs)
+    except (OSError, ValueError, RuntimeError, KeyError) as error:
+        raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
+    log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
+    return model.to(device).eval().requires_grad_(False)
+
+
+def _class_of(component: str, config: Mapping[str, Any]) -> Any:
+    """Return the class of a component; the VAE's by the `_class_name` of its config.json."""
+    if component == "transformer":
+        from diffusers import WanTransformer3DModel
+
+        return WanTransformer3DModel
+    if component == "text_encoder":
+        from transformers import UMT5EncoderModel
+
+        return UMT5EncoderModel
+    if component == "image_encoder":
+        from transformers import CLIPVisionModel
+
+        return CLIPVisionModel
+    name = config.get("_class_name")
+    if name == "AutoencoderKLWan":
+        from diffusers import AutoencoderKLWan
+
+        return AutoencoderKLWan
+    if name == "LinearVideoCodec":
+        from ex4d.models.linear_codec import LinearVideoCodec
+
+        return LinearVideoCodec
+    raise ContractError(f"vae/config.json has _class_name {name!r}; known: AutoencoderKLWan, LinearVideoCodec")
+
+
+def _tokenizer(folder: Path) -> Any:
+    from transformers import AutoTokenizer
+
+    try:
+        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
+
+
+def _image_settings(folder: Path) -> dict[str, Any]:
+    path = folder / "image_processor" / "preprocessor_config.json"
+    try:
+        settings = json.loads(path.read_text(encoding="utf-8"))
+        return {"mean": settings["image_mean"], "std": settings["image_std"]}
+    except (OSError, ValueError, KeyError) as error:
+        raise ContractError(f"{path} has no image_mean and image_std: {error}") from error
+
+
+def transformer_config(base: str, revision: str | None = None, family: str | None = None) -> dict[str, Any]:
+    """Return the transformer's configuration of a base without loading it; hub ids of known families need no network.
+
+    Raises:
+        ConfigError: the base is not there, or is not of the family asked for.
+    """
+    known = families.family_of_hub_id(base)
+    if family is not None and family not in families.FAMILIES:
+        raise ConfigError("model.family", family, f"allowed: {', '.join(families.FAMILIES)} or null")
+    if known is not None and not _is_local(base):
+        config = dict(families.FAMILIES[known].transformer)
+    else:
+        config = read_config(resolve(base, revision, ("transformer",)), "transformer")
+    if family is not None and families.family_of(config) != family:
+        raise ConfigError("model.family", family, f"{base} is of the family {families.family_of(config)}")
+    return config
+
+
+def meta_transformer(config: Mapping[str, Any]) -> Any:
+    """Return a WanTransformer3DModel of this configuration on the meta device: shapes without weights or memory."""
+    from diffusers import WanTransformer3DModel
+
+    with torch.device("meta"):
+        return WanTransformer3DModel.from_config(dict(config))

@@ -1,0 +1,69 @@
+"""LoRA on the frozen transformer. The only gate to peft."""
+
+from __future__ import annotations
+
+import math
+
+import torch
+from torch import Tensor, nn
+
+# Self- and cross-attention q, k, v, o and both feed-forward layers: ten matrices a block, not the image k and v.
+TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
+TENSORS_PER_BLOCK = 20
+ADAPTER_NAME = "default"
+
+
+class _MasterWeightLinear(nn.Linear):
+    """A linear layer whose float32 weight is cast to the input's dtype: the sum stays cheap, the update stays exact."""
+
+    def forward(self, input: Tensor) -> Tensor:
+        return nn.functional.linear(input, self.weight.to(input.dtype))
+
+
+def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
+    """Freeze `transformer` and add trainable float32 LoRA to TARGETS in place; its output is unchanged until trained.
+
+    The product is computed in the dtype of the layer's input and scaled by alpha / rank. A is drawn from `seed` alone
+    (Kaiming-uniform, a = √5, as peft does), B is zero.
+    """
+    from peft import LoraConfig, inject_adapter_in_model
+    from peft.tuners.lora import LoraLayer
+
+    transformer.requires_grad_(False)
+    # peft types alpha as int and divides; a float works.
+    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))  # type: ignore[arg-type]
+    inject_adapter_in_model(config, transformer, adapter_name=ADAPTER_NAME)
+    generator = torch.Generator().manual_seed(seed)
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            layer.cast_input_dtype_enabled = False
+            first, second = (_master(pair[ADAPTER_NAME].weight) for pair in (layer.lora_A, layer.lora_B))
+            layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME] = first, second
+            _draw(first.weight, generator)
+
+
+def _master(weight: Tensor) -> _MasterWeightLinear:
+    with torch.device("meta"):
+        master = _MasterWeightLinear(weight.shape[1], weight.shape[0], bias=False)
+    master.weight = nn.Parameter(weight.detach().float())
+    return master
+
+
+@torch.no_grad()
+def _draw(weight: Tensor, generator: torch.Generator) -> None:
+    if weight.is_meta:
+        return
+    # Drawn on the CPU, so that every device starts from the same numbers.
+    drawn = torch.empty(weight.shape, device="cpu")
+    nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
+    weight.copy_(drawn)
+
+
+def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
+    """Return {name: parameter} of all LoRA matrices, names as `blocks.0.attn1.to_q.lora_A.weight`, in module order."""
+    marker = f".{ADAPTER_NAME}.weight"
+    return {
+        name.removesuffix(marker) + ".weight": parameter
+        for name, parameter in transformer.named_parameters()
+        if ".lora_" in name and name.endswith(marker)
+    }
