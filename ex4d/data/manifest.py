@@ -87,9 +87,9 @@ def read_table(folder: str, name: str, columns: list[str] | None = None) -> pa.T
 
 def manifest_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
     """Return the rows of the manifest one by one; ContractError where a shard's name could lead out of the folder."""
-    missing = {name for name, _ in _COLUMNS} - set(table.column_names)
-    if missing:
-        raise ContractError(f"{MANIFEST}: columns missing: {sorted(missing)}")
+    for name, kind in _COLUMNS:
+        if name not in table.column_names or table.schema.field(name).type != kind or table[name].null_count:
+            raise ContractError(f"{MANIFEST}: column {name} of type {kind}, without nulls, is not there")
     for row in chain.from_iterable(batch.to_pylist() for batch in table.to_batches(ROWS_PER_GROUP)):
         if not SHARD.fullmatch(row["shard"] or ""):
             raise ContractError(f"{MANIFEST}: shard {row['shard']!r} of sample {row['key']} is not a name of ours")
@@ -131,13 +131,17 @@ def read_dataset(folder: str) -> dict[str, Any]:
 def read_index(folder: str) -> list[dict[str, Any]]:
     """Return the shards of index.json; ContractError for a name that is not ours or a gap in the numbers."""
     shards = read_json(folder, INDEX).get("shardlist")
-    if not isinstance(shards, list) or not all(isinstance(shard, dict) for shard in shards):
-        raise ContractError(f"{INDEX}: shardlist is not a list of shards")
+    kinds = {"url": str, "nsamples": int, "filesize": int, "sha256": str}
+    if not isinstance(shards, list) or not all(
+        isinstance(shard, dict) and all(isinstance(shard.get(name), kind) for name, kind in kinds.items())
+        for shard in shards
+    ):
+        raise ContractError(f"{INDEX}: shardlist is not a list of {sorted(kinds)}")
     seen: dict[str, list[int]] = {split: [] for split in SPLITS}
     for shard in shards:
-        match = SHARD.fullmatch(str(shard.get("url")))
+        match = SHARD.fullmatch(shard["url"])
         if match is None:
-            raise ContractError(f"{INDEX}: url {shard.get('url')!r} is not shards/SPLIT-NNNNNN.tar")
+            raise ContractError(f"{INDEX}: url {shard['url']!r} is not shards/SPLIT-NNNNNN.tar")
         seen[match[1]].append(int(match[2]))
     for split, numbers in seen.items():
         if sorted(numbers) != list(range(len(numbers))):

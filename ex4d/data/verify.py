@@ -1,0 +1,236 @@
+"""Is a dataset folder what it says? Every byte is covered by a hash, and every count is made again from the rows."""
+
+from __future__ import annotations
+
+import hashlib
+from collections import Counter, defaultdict
+from collections.abc import Callable, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any
+
+from ex4d import storage
+from ex4d.data import manifest
+from ex4d.data.members import decode_json
+from ex4d.data.sample import SampleSpec, validate
+from ex4d.data.tar import BLOCK, END, header, read_sample
+from ex4d.errors import ContractError
+
+Row = dict[str, Any]
+Check = Callable[[Mapping[str, bytes], str], object]
+
+
+@dataclass(frozen=True)
+class Report:
+    """What `verify` found.
+
+    Args:
+        folder: what was looked at.
+        problems: a sentence each, naming file, sample and member; empty when all is well.
+        counts: as in dataset.json, made again from the rows.
+        num_shards, num_bytes: what the shards are.
+        tree_sha256: of the whole folder, see `tree_hash`; "" where a file is missing.
+        full: whether every sample was decoded too.
+    """
+
+    folder: str
+    problems: tuple[str, ...]
+    counts: dict[str, int]
+    num_shards: int
+    num_bytes: int
+    tree_sha256: str
+    full: bool
+
+    @property
+    def ok(self) -> bool:
+        """True where nothing is wrong."""
+        return not self.problems
+
+    def __str__(self) -> str:
+        lines = [f"{self.folder}: {'ok' if self.ok else 'DAMAGED'}"]
+        if self.counts:
+            text = (
+                "  {samples} samples (train {samples_train}, val {samples_val}) in {num_shards} shards, {size:.1f} MB\n"
+                "  videos in {videos_in} = split {videos_split} + rejected {videos_rejected}\n"
+                "  clips planned {clips_planned} = samples {samples} + filtered {clips_filtered} + bad {clips_bad}"
+            )
+            lines.append(text.format(**self.counts, num_shards=self.num_shards, size=self.num_bytes / 1e6))
+        lines.append("  checked: every hash" + (", every sample decoded" if self.full else ""))
+        lines += [f"  PROBLEM {problem}" for problem in self.problems]
+        return "\n".join([*lines, f"  tree sha256 {self.tree_sha256 or '(incomplete)'}"])
+
+
+def tree_hash(digests: Mapping[str, str]) -> str:
+    """Return the sha256 that stands for a folder: of the lines `SHA256  PATH`, sorted by path, as sha256sum prints.
+
+    Args:
+        digests: {relative path: hex sha256}.
+    """
+    lines = "".join(f"{digests[path]}  {path}\n" for path in sorted(digests))
+    return hashlib.sha256(lines.encode()).hexdigest()
+
+
+def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check | None = None) -> Report:
+    """Return a Report on a dataset folder; damage is reported, not raised.
+
+    Args:
+        folder: local, or in an object store.
+        full: also decode every sample and compare it with the contract.
+        num_threads: shards that are read at the same time.
+        check: called with ({member: bytes}, key) of every sample when `full`; raises ContractError for a bad one.
+            The contract of data/sample.py when None.
+    """
+    try:
+        dataset = manifest.read_dataset(folder)
+        shards = manifest.read_index(folder)
+        rows = list(manifest.manifest_rows(manifest.read_table(folder, manifest.MANIFEST)))
+        rejects = manifest.read_table(folder, manifest.REJECTS).to_pylist()
+        rejected = manifest.reject_counts(rejects)
+        check = check or _contract_of(dataset)
+    except ContractError as error:
+        return Report(folder, (str(error), *_table_problems(folder, {})[1]), {}, 0, 0, "", full)
+    digests, problems = _table_problems(folder, dataset.get("sha256", {}))
+    problems += _row_problems(rows, rejects)
+    counts, wrong = _count(dataset.get("counts", {}), rows, rejected)
+    problems += wrong
+    by_shard: dict[str, list[Row]] = defaultdict(list)
+    for row in rows:
+        by_shard[row["shard"]].append(row)
+    problems += _folder_problems(folder, {shard["url"] for shard in shards}, set(by_shard))
+    with ThreadPoolExecutor(num_threads) as pool:
+        jobs = [
+            pool.submit(_check_shard, folder, shard, by_shard[shard["url"]], check if full else None)
+            for shard in shards
+        ]
+        for shard, job in zip(shards, jobs, strict=True):
+            digests[shard["url"]], found = job.result()
+            problems += found
+    tree = "" if "" in digests.values() else tree_hash(digests)
+    size = sum(shard["filesize"] for shard in shards)
+    return Report(folder, tuple(problems), counts, len(shards), size, tree, full)
+
+
+def _contract_of(dataset: Mapping[str, Any]) -> Check:
+    try:
+        facts = dataset["sample"]
+        spec = SampleSpec(facts["num_frames"], tuple(facts["size"]), facts["num_masks"], tuple(facts["mask_kinds"]))
+    except (KeyError, TypeError) as error:
+        raise ContractError(f"{manifest.DATASET}: sample is not a SampleSpec ({error!r})") from error
+    return lambda members, key: validate(members, spec, key)
+
+
+def _table_problems(folder: str, sealed: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
+    """Return the sha256 of each file that is not a shard ("" when missing), and which differ from dataset.json."""
+    digests, problems = {}, []
+    for name in (manifest.DATASET, manifest.INDEX, manifest.MANIFEST, manifest.REJECTS):
+        url = storage.join(folder, name)
+        digests[name] = storage.sha256(url) if storage.exists(url) else ""
+        if not digests[name]:
+            problems.append(f"{name}: is missing")
+        elif sealed and name != manifest.DATASET and sealed.get(name) != digests[name]:
+            problems.append(f"{name}: sha256 is not the one in {manifest.DATASET}")
+    return digests, problems
+
+
+def _folder_problems(folder: str, indexed: set[str], named: set[str]) -> list[str]:
+    there = {f"shards/{name}" for name in storage.list_files(storage.join(folder, "shards"))}
+    wrong = [(there - indexed, f"is not in {manifest.INDEX}"), (indexed - there, "is missing")]
+    wrong.append((named - indexed, f"is in {manifest.MANIFEST} and not in {manifest.INDEX}"))
+    return [f"{name}: {what}" for names, what in wrong for name in sorted(names)]
+
+
+def _row_problems(rows: list[Row], rejects: list[Row]) -> list[str]:
+    """Return what is wrong between rows: keys that repeat, a sample in a foreign shard, a source in both splits."""
+    problems = []
+    keys = Counter([row["key"] for row in rows] + [row["key"] for row in rejects if row["unit"] == "clip"])
+    problems += [f"sample {key}: is there {count} times" for key, count in keys.items() if count > 1]
+    split_by_source: dict[str, str] = {}
+    for row in rows:
+        if row["split"] != manifest.SHARD.fullmatch(row["shard"])[1]:  # type: ignore[index]
+            problems.append(f"sample {row['key']}: split {row['split']} lies in {row['shard']}")
+        for source in {row["source_sha256"], row["source_group"]}:
+            if split_by_source.setdefault(source, row["split"]) != row["split"]:
+                problems.append(f"sample {row['key']}: source {source} is in both train and val")
+    return problems
+
+
+def _count(
+    claimed: Mapping[str, int], rows: list[Row], rejected: Mapping[str, int]
+) -> tuple[dict[str, int], list[str]]:
+    """Return the counts made again from the rows, and where dataset.json or the identities disagree with them."""
+    by_split = Counter(row["split"] for row in rows)
+    made = {"samples": len(rows), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}, **rejected}
+    wanted = ("videos_in", "videos_split", "clips_planned")
+    if not all(isinstance(claimed.get(name), int) for name in wanted):
+        return {}, [f"{manifest.DATASET}: counts must hold {wanted} as whole numbers"]
+    problems = [
+        f"{manifest.DATASET}: counts.{name} is {claimed.get(name)}, the rows say {value}"
+        for name, value in made.items()
+        if claimed.get(name) != value
+    ]
+    counts = {**claimed, **made}
+    return counts, problems + manifest.identities(counts)
+
+
+def _check_shard(folder: str, shard: Mapping[str, Any], rows: list[Row], check: Check | None) -> tuple[str, list[str]]:
+    """Return (sha256, problems) of one shard, read once from end to end."""
+    name, problems, digest, position = shard["url"], [], hashlib.sha256(), 0
+    if len(rows) != shard["nsamples"]:
+        problems.append(f"{name}: {len(rows)} samples in {manifest.MANIFEST}, {shard['nsamples']} in {manifest.INDEX}")
+    try:
+        with storage.open_read(storage.join(folder, name)) as file:
+            for row in sorted(rows, key=lambda row: row["offset"]):
+                if row["offset"] != position or not 0 < row["length"] <= shard["filesize"]:
+                    problems.append(f"{name}: sample {row['key']}: offset or length in {manifest.MANIFEST} is wrong")
+                    break
+                blob = file.read(row["length"])
+                digest.update(blob)
+                position += len(blob)
+                problems += [f"{name}: sample {row['key']}: {what}" for what in _check_sample(row, blob, check)]
+            marker, more = file.read(len(END)), 0
+            digest.update(marker)
+            while block := file.read(1 << 20):
+                digest.update(block)
+                more += len(block)
+            position += len(marker) + more
+            if marker != END or more:
+                problems.append(f"{name}: the end marker is damaged, or more follows it")
+    except OSError as error:
+        return "", [*problems, f"{name}: cannot be read ({error})"]
+    if position != shard["filesize"]:
+        problems.append(f"{name}: has {position} bytes, {manifest.INDEX} says {shard['filesize']}")
+    if digest.hexdigest() != shard["sha256"]:
+        problems.append(f"{name}: sha256 is not the one in {manifest.INDEX}")
+    return digest.hexdigest(), problems
+
+
+def _check_sample(row: Row, blob: bytes, check: Check | None) -> list[str]:
+    """Return what is wrong with one sample, by member. The layout comes from the manifest, never from headers."""
+    problems, position = [], 0
+    try:
+        for member in row["members"]:
+            name, length = member["name"], member["length"]
+            start = position + BLOCK
+            stop = start + length
+            position = stop + -length % BLOCK
+            if member["offset"] != row["offset"] + start:
+                problems.append(f"member {name}: offset in {manifest.MANIFEST} is wrong")
+            if blob[start - BLOCK : start] != header(row["key"], name, length):
+                problems.append(f"member {name}: its tar header is damaged")
+            if hashlib.sha256(blob[start:stop]).hexdigest() != member["sha256"]:
+                problems.append(f"member {name}: sha256 is not the one in {manifest.MANIFEST}")
+            if any(blob[stop:position]):
+                problems.append(f"member {name}: the padding after it is damaged")
+        if position != len(blob):
+            problems.append(f"is {len(blob)} bytes long, its members need {position}")
+        if not problems:
+            members = read_sample(blob, row["key"])
+            facts = decode_json(members["json"], "member json")
+            differ = [name for name in manifest.PROVENANCE_COLUMNS if facts.get(name) != row[name]]
+            if differ:
+                problems.append(f"member json: {differ} differ from {manifest.MANIFEST}")
+            if check is not None:
+                check(members, row["key"])
+    except ContractError as error:
+        problems.append(f"member {error}")
+    return problems
