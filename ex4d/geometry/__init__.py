@@ -1,0 +1,1 @@
+"""Cameras, depth, the depth watertight mesh, its renderers, trajectories and masks."""

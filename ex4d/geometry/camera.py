@@ -1,0 +1,157 @@
+"""Pinhole cameras. OpenCV axes (x right, y down, z forward), world-to-camera 4×4, pixel centres at +0.5."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ex4d.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Camera:
+    """A pinhole camera.
+
+    Args:
+        K: float64 [3, 3] intrinsics in pixels, no skew; the centre of pixel (row i, column j) is at (j + 0.5, i + 0.5).
+        w2c: float64 [4, 4] world-to-camera, OpenCV axes, rigid.
+        size: (H, W) in pixels.
+
+    Raises:
+        ConfigError: wrong shapes, non-finite values, focal lengths that are not positive, or w2c that is not rigid.
+    """
+
+    K: np.ndarray
+    w2c: np.ndarray
+    size: tuple[int, int]
+
+    def __post_init__(self) -> None:
+        object.__setattr__(self, "K", check_intrinsics(self.K))
+        object.__setattr__(self, "w2c", check_rigid(self.w2c))
+        object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
+        if min(self.size) < 1:
+            raise ConfigError("camera.size", self.size, "(H, W), both at least 1")
+
+    @property
+    def eye(self) -> np.ndarray:
+        """The camera's centre in the world, float64 [3]."""
+        return -self.w2c[:3, :3].T @ self.w2c[:3, 3]
+
+    @property
+    def c2w(self) -> np.ndarray:
+        """Camera-to-world, float64 [4, 4]."""
+        return invert(self.w2c)
+
+
+def check_intrinsics(K: np.ndarray) -> np.ndarray:
+    """Return K as float64 [3, 3]. Raises ConfigError unless it is finite, without skew, with positive focal lengths."""
+    K = np.asarray(K, np.float64)
+    if K.shape != (3, 3) or not np.isfinite(K).all():
+        raise ConfigError("camera.K", K.tolist(), "finite [3, 3]")
+    if K[0, 0] <= 0 or K[1, 1] <= 0:
+        raise ConfigError(
+            "camera.K", K.tolist(), "fx and fy must be positive (flip the y axis of the data where fy < 0)"
+        )
+    if np.abs([K[0, 1], K[1, 0], K[2, 0], K[2, 1], K[2, 2] - 1]).max() > 1e-9:
+        raise ConfigError("camera.K", K.tolist(), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
+    return K
+
+
+def check_rigid(w2c: np.ndarray) -> np.ndarray:
+    """Return w2c as float64 [4, 4]. Raises ConfigError unless it is a rotation (determinant +1) and a translation."""
+    w2c = np.asarray(w2c, np.float64)
+    if w2c.shape != (4, 4) or not np.isfinite(w2c).all():
+        raise ConfigError("camera.w2c", w2c.tolist(), "finite [4, 4]")
+    rotation = w2c[:3, :3]
+    # 1e-4: files store poses with 6 to 8 digits.
+    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-4 or np.abs(w2c[3] - (0, 0, 0, 1)).max() > 1e-9:
+        raise ConfigError("camera.w2c", w2c.tolist(), "a rotation and a translation, last row 0 0 0 1")
+    if np.linalg.det(rotation) < 0:
+        raise ConfigError(
+            "camera.w2c", w2c.tolist(), "determinant +1: this one mirrors, convert its axes to OpenCV first"
+        )
+    return w2c
+
+
+def intrinsics(size: tuple[int, int], fov_deg: float = 54.0) -> np.ndarray:
+    """Return K float64 [3, 3] for a field of view over the longer side, principal point in the centre of the picture.
+
+    54° is the field of view of f = 500 px at 512 px, the released code's fixed focal length.
+    """
+    if not 1.0 <= fov_deg <= 170.0:
+        raise ConfigError("fov_deg", fov_deg, "1 to 170 degrees")
+    height, width = size
+    focal = 0.5 * max(height, width) / math.tan(math.radians(fov_deg) / 2)
+    return np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]], np.float64)
+
+
+def look_at(eye: np.ndarray, target: np.ndarray, up: tuple[float, float, float] = (0.0, -1.0, 0.0)) -> np.ndarray:
+    """Return w2c float64 [4, 4] of a camera at `eye` that looks at `target`.
+
+    Args:
+        eye, target: world points [3].
+        up: world direction that points up in the picture; the default is OpenCV's −y.
+
+    Raises:
+        ConfigError: eye equals target, or the line of sight is parallel to `up`.
+    """
+    eye = np.asarray(eye, np.float64)
+    forward = np.asarray(target, np.float64) - eye
+    right = np.cross(forward, np.asarray(up, np.float64))
+    # forward × up points to the right where y points down in the picture and up is −y.
+    if np.linalg.norm(forward) < 1e-12 or np.linalg.norm(right) < 1e-12 * np.linalg.norm(forward):
+        raise ConfigError(
+            "look_at", (eye.tolist(), np.asarray(target).tolist()), "eye, target and up must span a plane"
+        )
+    forward /= np.linalg.norm(forward)
+    right /= np.linalg.norm(right)
+    rotation = np.stack([right, np.cross(forward, right), forward])
+    w2c = np.eye(4)
+    w2c[:3, :3], w2c[:3, 3] = rotation, -rotation @ eye
+    return w2c
+
+
+def invert(pose: np.ndarray) -> np.ndarray:
+    """Return the inverse of rigid transforms float64 [..., 4, 4]."""
+    pose = np.asarray(pose, np.float64)
+    rotation = np.swapaxes(pose[..., :3, :3], -1, -2)
+    inverse = np.zeros_like(pose)
+    inverse[..., :3, :3] = rotation
+    inverse[..., :3, 3] = -(rotation @ pose[..., :3, 3:])[..., 0]
+    inverse[..., 3, 3] = 1
+    return inverse
+
+
+def relative_to(w2c: np.ndarray, source_w2c: np.ndarray) -> np.ndarray:
+    """Return w2c float64 [..., 4, 4] in a world that is the camera `source_w2c` [..., 4, 4]: w2c · source_w2c⁻¹."""
+    return np.asarray(w2c, np.float64) @ invert(source_w2c)
+
+
+def project(points: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
+    """Return (uv float64 [..., 2] in pixels, z float64 [...] along the camera's axis) of world points [..., 3].
+
+    Points on or behind the camera's plane get uv = NaN; z says which they are.
+    """
+    points = np.asarray(points, np.float64)
+    local = points @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
+    z = local[..., 2]
+    safe = np.where(z > 0, z, np.nan)
+    focal, centre = np.array([camera.K[0, 0], camera.K[1, 1]]), camera.K[:2, 2]
+    return local[..., :2] / safe[..., None] * focal + centre, z
+
+
+def pixel_rays(size: tuple[int, int], K: np.ndarray, offset: float = 0.5) -> np.ndarray:
+    """Return K⁻¹ (u, v, 1) of every pixel, float64 [H, W, 3]; `offset` is where in the pixel (0.5: its centre)."""
+    height, width = size
+    rays = np.ones((height, width, 3))
+    rays[..., 0] = (np.arange(width) + offset - K[0, 2]) / K[0, 0]
+    rays[..., 1] = ((np.arange(height) + offset - K[1, 2]) / K[1, 1])[:, None]
+    return rays
+
+
+def unproject(z_depth: np.ndarray, K: np.ndarray) -> np.ndarray:
+    """Return the points float64 [H, W, 3] in camera axes of z_depth [H, W] at pixel centres."""
+    z_depth = np.asarray(z_depth, np.float64)
+    return pixel_rays((z_depth.shape[0], z_depth.shape[1]), K) * z_depth[..., None]

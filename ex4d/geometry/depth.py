@@ -1,0 +1,147 @@
+"""From what an estimator gives (z-depth or disparity) to one bounded, positive z_depth for a clip; alignment."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ex4d.errors import BadSample, ConfigError
+
+KINDS = ("z_depth", "disparity")
+RELEASED_NEAR = 10000 / 3900  # the released code's nearest depth of every clip, 2.564
+# The released code's mapping of DepthCrafter's output as keywords of to_z_depth: min-max, z up to 10,000.
+RELEASED_MAPPING = {"percentiles": (0.0, 100.0), "far_ratio": 3900.0}
+
+
+def to_z_depth(
+    values: np.ndarray,
+    kind: str,
+    *,
+    metric: bool = False,
+    shape: tuple[int, int, int] | None = None,
+    percentiles: tuple[float, float] = (1.0, 99.0),
+    far_ratio: float = 100.0,
+) -> np.ndarray:
+    """Return z_depth float32 [T, H, W]: finite, positive, nothing farther than `far_ratio` × the near depth.
+
+    The disparity is floored, so that sky has a depth that a mesh and its boundary can hold. Percentiles instead of
+    the clip's minimum and maximum keep one wild pixel from rescaling all of it; nothing is clipped at the near end.
+
+    Args:
+        values: real [T, H, W]; z_depth > 0 (+inf: sky), or disparity (metric: 1/z ≥ 0; else up to scale and shift).
+        kind: "z_depth" or "disparity".
+        metric: disparity is exactly 1/z. Else it is mapped by its percentiles to [0, 1] and z = 2.564 / that, the
+            scale of the released code.
+        shape: what [T, H, W] must be, when known.
+        percentiles: (far, near) percentiles over the clip of a relative disparity; `near` also sets the near depth of
+            metric values, from which the floor is counted.
+        far_ratio: largest depth / near depth.
+
+    Raises:
+        ConfigError: unknown kind, percentiles or far_ratio out of range.
+        BadSample: depth_shape, depth_nan (NaN, or infinite disparity), depth_nonpositive, depth_constant.
+    """
+    if kind not in KINDS:
+        raise ConfigError("depth.kind", kind, f"one of {', '.join(KINDS)}")
+    low, high = percentiles
+    if not 0 <= low < high <= 100:
+        raise ConfigError("depth.percentiles", percentiles, "0 <= far < near <= 100")
+    if not far_ratio > 1:
+        raise ConfigError("depth.far_ratio", far_ratio, "more than 1")
+    values = _checked(values, kind, metric, shape)
+    if kind == "z_depth" or metric:
+        disparity = 1.0 / values if kind == "z_depth" else values
+        near = np.percentile(disparity, high)
+        if near <= 0:
+            raise BadSample("depth_constant", f"{high:g} % of the disparity is zero")
+        return (1.0 / np.maximum(disparity, near / far_ratio)).astype(np.float32)
+    far, near = np.percentile(values, [low, high])
+    if near <= far:
+        raise BadSample("depth_constant", f"percentiles {low:g} and {high:g} are both {far:.6g}")
+    normalised = (values - far) / (near - far)
+    return (RELEASED_NEAR / np.maximum(normalised, 1.0 / far_ratio)).astype(np.float32)
+
+
+def _checked(values: np.ndarray, kind: str, metric: bool, shape: tuple[int, int, int] | None) -> np.ndarray:
+    values = np.asarray(values)
+    if values.ndim != 3 or min(values.shape, default=0) < 1 or min(values.shape[1:]) < 2:
+        raise BadSample("depth_shape", f"{list(values.shape)}, expected [T, H, W] with H, W at least 2")
+    if shape is not None and values.shape != tuple(shape):
+        raise BadSample("depth_shape", f"{list(values.shape)}, expected {list(shape)}")
+    if values.dtype.kind not in "fiu":
+        raise BadSample("depth_shape", f"dtype {values.dtype}, expected real numbers")
+    values = values.astype(np.float64)
+    bad = np.isnan(values) if kind == "z_depth" else ~np.isfinite(values)
+    if bad.any():
+        raise BadSample("depth_nan", f"{bad.sum()} of {bad.size} values are not numbers")
+    nonpositive = values <= 0 if kind == "z_depth" else values < 0
+    if (kind == "z_depth" or metric) and nonpositive.any():
+        raise BadSample("depth_nonpositive", f"{nonpositive.sum()} of {values.size} values, least {values.min():.6g}")
+    largest, least = values.max(), values.min()
+    if largest == least or largest - least <= 1e-6 * max(abs(largest), abs(least)):
+        raise BadSample("depth_constant", f"all values are {values.flat[0]:.6g}")
+    return values
+
+
+def align_scale_shift(
+    source: np.ndarray,
+    target: np.ndarray,
+    valid: np.ndarray | None = None,
+    positive_scale: bool = True,
+) -> tuple[float, float]:
+    """Return (scale, shift) that minimise Σ (scale · source + shift − target)² (Ranftl et al. 2020, MiDaS, eq. 4).
+
+    Args:
+        source, target: real arrays of one shape, in the same quantity (disparity for relative estimators).
+        valid: bool, same shape: which values count. Non-finite values never do.
+        positive_scale: refuse a negative scale, which would turn near into far.
+
+    Raises:
+        BadSample: depth_shape; depth_constant where fewer than two values count, the source does not vary there, or
+            the scale is not positive.
+    """
+    source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
+    if source.shape != target.shape:
+        raise BadSample("depth_shape", f"{list(source.shape)} against {list(target.shape)}")
+    keep = np.isfinite(source) & np.isfinite(target)
+    if valid is not None:
+        keep &= valid
+    x, y = source[keep], target[keep]
+    spread = x - x.mean() if x.size else x
+    variance = float(spread @ spread)
+    if x.size < 2 or variance <= 1e-12 * float(x @ x):
+        raise BadSample("depth_constant", "nothing varies, so that no scale can be found")
+    scale = float(spread @ (y - y.mean())) / variance
+    if positive_scale and scale <= 0:
+        raise BadSample("depth_constant", f"the best scale is {scale:.3g}: the two are not related")
+    return scale, float(y.mean() - scale * x.mean())
+
+
+def align_clip(disparity: np.ndarray, num_rounds: int = 5) -> np.ndarray:
+    """Return disparity float32 [T, H, W] whose frames share the scale and shift of frame 0.
+
+    For networks that see one frame at a time. Each frame is matched to its aligned predecessor on the pixels that
+    agree (those within 3 median residuals, chosen anew `num_rounds` times), so that moving things do not pull. The
+    scale is the ratio of the spreads (reduced major axis): least squares is biased towards zero by noise, and the bias
+    would compound from frame to frame.
+
+    Args:
+        disparity: real [T, H, W], each frame up to its own scale and shift.
+
+    Raises:
+        BadSample: depth_shape, depth_nan, depth_constant.
+    """
+    values = _checked(disparity, "disparity", False, None)
+    aligned = values.copy()
+    for t in range(1, len(values)):
+        source, target = values[t], aligned[t - 1]
+        scale, shift = align_scale_shift(source, target)
+        for _ in range(num_rounds):
+            residual = np.abs(scale * source + shift - target)
+            keep = residual <= max(3 * float(np.median(residual)), 1e-12 * float(np.abs(target).max()))
+            spread = float(source[keep].std())
+            if spread <= 1e-9 * float(np.abs(source).max()):
+                raise BadSample("depth_constant", f"frame {t} does not vary where it agrees with frame {t - 1}")
+            scale = float(target[keep].std()) / spread
+            shift = float(target[keep].mean() - scale * source[keep].mean())
+        aligned[t] = scale * source + shift
+    return aligned.astype(np.float32)

@@ -1,0 +1,151 @@
+"""The render contract on a CUDA GPU through nvdiffrast 0.4.0, a whole trajectory in batches. Imported when asked for.
+
+Where it departs from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and tests depth by a float32 z/w, so that
+silhouettes move by up to 1/16 px and face ids are not to be compared. It is not on the package index and its licence
+restricts commercial use: installing it is the user's decision.
+"""
+
+from __future__ import annotations
+
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+
+from ex4d.errors import ConfigError
+from ex4d.geometry.camera import Camera
+from ex4d.geometry.mesh import DWMesh, Profile, build
+from ex4d.geometry.render import NEAR_RATIO, Rendered
+
+MAX_FACES = 2**24  # ids come back as float32
+BATCH_VERTICES = 4_000_000  # about 0.5 GB of positions, attributes and pictures at a time
+
+
+@lru_cache(maxsize=1)
+def _context() -> tuple[Any, Any]:
+    """Return (nvdiffrast.torch, its CUDA context), made once. Raises ConfigError without the package or a GPU."""
+    import torch
+
+    if not torch.cuda.is_available():
+        raise ConfigError("backend", "nvdiffrast", "needs a CUDA device; choose cpu")
+    try:
+        import nvdiffrast.torch as dr
+    except ImportError as error:
+        raise ConfigError(
+            "backend", "nvdiffrast", f"not installed ({error}): pip install git+https://github.com/NVlabs/nvdiffrast"
+        ) from error
+    return dr, dr.RasterizeCudaContext(device="cuda")
+
+
+def render(mesh: DWMesh, camera: Camera) -> Rendered:
+    """Return what `camera` sees of `mesh`. Raises ConfigError without CUDA, without nvdiffrast, or with 2²⁴ faces."""
+    return render_batch([mesh], [camera])[0]
+
+
+def warp(
+    frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray, profile: str | Profile
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]); arguments as in render.warp_video."""
+    cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
+    height, width = z_depth.shape[1:]
+    step = max(1, BATCH_VERTICES // (height * width))
+    for start in range(0, len(frames), step):
+        span = range(start, min(start + step, len(frames)))
+        meshes = [build(frames[t], z_depth[t], K, profile) for t in span]
+        cameras = [Camera(K, w2c[t], (height, width)) for t in span]
+        for t, seen in zip(span, render_batch(meshes, cameras), strict=True):
+            cond_video[t], visible[t] = seen.colour, seen.visible_mask
+    return cond_video, visible
+
+
+def render_batch(meshes: list[DWMesh], cameras: list[Camera]) -> list[Rendered]:
+    """Return one Rendered for each (mesh, camera): meshes of one size and profile, cameras of one size.
+
+    All meshes of a size share their faces, so that they go to the GPU as one instanced batch. The torn profile leaves
+    out other faces in each frame and is drawn one by one.
+    """
+    _context()
+    if not meshes[0].profile.keep_occluded:
+        return [_draw([mesh], [camera], ~mesh.occluded)[0] for mesh, camera in zip(meshes, cameras, strict=True)]
+    return _draw(meshes, cameras, None)
+
+
+def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None) -> list[Rendered]:
+    import torch
+
+    dr, context = _context()
+    profile, size = meshes[0].profile, cameras[0].size
+    ids = np.arange(len(meshes[0].faces)) if drawn is None else np.nonzero(drawn)[0]
+    if len(ids) >= MAX_FACES:
+        raise ConfigError("backend", "nvdiffrast", f"{len(ids)} faces, fewer than {MAX_FACES} fit")
+    if not len(ids):
+        return [_empty(size) for _ in meshes]
+    faces = torch.from_numpy(meshes[0].faces[ids]).cuda().contiguous()
+    id_of = torch.from_numpy(ids.astype(np.int32)).cuda()
+    points = torch.from_numpy(np.stack([_local(m, c) for m, c in zip(meshes, cameras, strict=True)])).cuda()
+    clip = torch.from_numpy(np.stack([_clip_matrix(m, c) for m, c in zip(meshes, cameras, strict=True)])).cuda()
+    ones = torch.ones_like(points[..., :1])
+    position = (torch.cat([points, ones], -1) @ clip.transpose(1, 2)).float().contiguous()
+    attributes = torch.from_numpy(np.stack([_attributes(m) for m in meshes])).cuda()
+    attributes = torch.cat([attributes, points[..., 2:].float()], -1).contiguous()
+    raster, _ = dr.rasterize(context, position, faces, resolution=list(size), grad_db=False)
+    mixed, _ = dr.interpolate(attributes, raster, faces)
+    index = raster[..., 3].long() - 1
+    hit, index = index >= 0, index.clamp(min=0)
+    if profile.vertex_alpha:
+        seen = hit & (mixed[..., 3] * 255 > 125)
+    else:
+        occluded = torch.from_numpy(np.stack([m.occluded[ids] for m in meshes])).cuda()
+        seen = hit & ~occluded.gather(1, index.flatten(1)).view(index.shape)
+    if not profile.two_sided:
+        corners = points[:, faces.long()]
+        a, b, c = corners.unbind(2)
+        front = (torch.linalg.cross(b - a, c - a) * a).sum(-1) < 0
+        seen &= front.gather(1, index.flatten(1)).view(index.shape)
+    colour = torch.where(seen[..., None], mixed[..., :3] + 0.5, 0.0).clamp(0, 255).to(torch.uint8).cpu().numpy()
+    depth = torch.where(hit, mixed[..., 4], torch.inf).cpu().numpy()
+    face_id = torch.where(hit, id_of[index], -1).to(torch.int32).cpu().numpy()
+    visible = seen.cpu().numpy()
+    return [Rendered(colour[n], depth[n], visible[n], face_id[n]) for n in range(len(meshes))]
+
+
+def _empty(size: tuple[int, int]) -> Rendered:
+    return Rendered(
+        np.zeros((*size, 3), np.uint8),
+        np.full(size, np.inf, np.float32),
+        np.zeros(size, bool),
+        np.full(size, -1, np.int32),
+    )
+
+
+def _local(mesh: DWMesh, camera: Camera) -> np.ndarray:
+    """Return the vertices in camera axes, float64 [N, 3]."""
+    return mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
+
+
+def _clip_matrix(mesh: DWMesh, camera: Camera) -> np.ndarray:
+    """Return the float64 [4, 4] matrix from camera axes to clip space, with z/w = 1 − 2 · near / z.
+
+    nvdiffrast's row 0 is at y = −1, as OpenCV's is at v = 0, so that nothing is flipped.
+    """
+    height, width = camera.size
+    near = NEAR_RATIO * float(mesh.z_depth.min())
+    K = camera.K
+    return np.array(
+        [
+            [2 * K[0, 0] / width, 0, 2 * K[0, 2] / width - 1, 0],
+            [0, 2 * K[1, 1] / height, 2 * K[1, 2] / height - 1, 0],
+            [0, 0, 1, -2 * near],
+            [0, 0, 1, 0],
+        ]
+    )
+
+
+def _attributes(mesh: DWMesh) -> np.ndarray:
+    """Return float32 [N, 4]: colour 0–255 and alpha of each vertex; zero at occluded ones in the released profile."""
+    values = np.zeros((len(mesh.vertices), 4), np.float32)
+    grid = mesh.z_depth.size
+    values[:grid, :3], values[:grid, 3] = mesh.colours.reshape(-1, 3), 1
+    if mesh.profile.vertex_alpha:
+        values[:grid] *= mesh.vertex_alpha.reshape(-1, 1)
+    return values
