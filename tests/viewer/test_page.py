@@ -1,0 +1,43 @@
+"""The page is one file, escapes what it is given, and its videos are really in it."""
+
+from __future__ import annotations
+
+import base64
+import re
+
+import numpy as np
+
+from ex4d import video
+from ex4d.viewer import page
+
+
+def test_a_page_holds_its_videos_tables_and_curve(tmp_path):
+    frames = np.zeros((5, 32, 48, 3), np.uint8)
+    frames[:, :, 24:] = 200
+    content = page.Page(
+        title="<b>unsafe</b>",
+        summary=("a & b",),
+        rows=(page.Row("row", (page.Clip("left", frames), page.Clip("right", frames))),),
+        tables=(page.Table("scores", "of two", ("method", "dB"), (("ours", "20.00"), ("theirs", "10.00")), best=0),),
+        losses=[3.0, 2.0, 1.0],
+        fps=8.0,
+        facts={"steps": "3"},
+    )
+    text = page.write(content, tmp_path / "index.html").read_text()
+    assert "<b>unsafe</b>" not in text
+    assert "&lt;b&gt;unsafe" in text
+    clips = re.findall(r"data:video/mp4;base64,([^\"]+)", text)
+    assert len(clips) == 2
+    shown, fps = video.read(base64.b64decode(clips[0]))
+    assert shown.shape == frames.shape
+    assert fps == 8.0
+    assert np.abs(shown[:, :, -8:].astype(int) - 200).mean() < 4
+    assert text.count("<polyline") == 2
+    assert "20.00" in text
+
+
+def test_near_is_bright_in_depth_pictures():
+    z_depth = np.linspace(1.0, 9.0, 64, dtype=np.float32).reshape(1, 8, 8)
+    coloured = page.depth_colours(z_depth)
+    assert coloured.shape == (1, 8, 8, 3)
+    assert coloured[0, 0, 0].sum() > coloured[0, -1, -1].sum()
