@@ -1,0 +1,155 @@
+"""Checkpoints that any number of ranks at any ZeRO stage can go on from, and that a kill cannot damage.
+
+    OUTPUT/checkpoints/step-000010/
+        adapter.safetensors     trainable weights, float32, by parameter name
+        optimizer.safetensors   exp_avg.NAME and exp_avg_sq.NAME, float32
+        ema.safetensors         only where an average is kept
+        state.json              step, samples consumed, identity of the run, best validation loss, versions
+
+Twelve bytes a trainable parameter (sixteen with an average). A folder is written under a temporary name and renamed
+when it is whole, so a folder named step-* is complete; `latest` is the highest of them, no pointer file can lie.
+"""
+
+from __future__ import annotations
+
+import json
+import os
+import re
+import shutil
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Any
+
+from ex4d.errors import ContractError
+
+_NAME = re.compile(r"step-(\d{6,})")
+_TEMPORARY = ".tmp-"
+
+
+@dataclass(frozen=True)
+class State:
+    """What a checkpoint knows beside its tensors.
+
+    Args:
+        step: optimizer steps done.
+        samples: samples consumed of the endless stream, all ranks together: the loader's cursor.
+        global_batch_size: samples a step.
+        identity: what decides what the run learns (config.identity).
+        validation_loss: at this step; None where it was not measured.
+        versions: of the packages that ran.
+    """
+
+    step: int
+    samples: int
+    global_batch_size: int
+    identity: dict[str, Any]
+    validation_loss: float | None
+    versions: dict[str, str]
+
+
+def folder(output: str | Path) -> Path:
+    """Return where a run keeps its checkpoints."""
+    return Path(output) / "checkpoints"
+
+
+def complete(output: str | Path) -> list[Path]:
+    """Return the complete checkpoints of a run, oldest first."""
+    root = folder(output)
+    names = [path for path in root.iterdir() if _NAME.fullmatch(path.name)] if root.is_dir() else []
+    return sorted(names, key=lambda path: int(path.name.removeprefix("step-")))
+
+
+def latest(output: str | Path) -> Path | None:
+    """Return the last complete checkpoint of a run, or None."""
+    found = complete(output)
+    return found[-1] if found else None
+
+
+def read_state(path: Path) -> State:
+    """Return the state of a checkpoint. Raises ContractError where the file is not one of ours."""
+    try:
+        return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
+    except (OSError, ValueError, TypeError) as error:
+        raise ContractError(f"{path} is not a complete checkpoint: {error}") from error
+
+
+def read_tensors(path: Path) -> dict[str, Any]:
+    """Return {name: tensor on the CPU} of a safetensors file."""
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        return load_file(path)
+    except (OSError, SafetensorError) as error:
+        raise ContractError(f"{path} cannot be read: {error}") from error
+
+
+def save(
+    output: str | Path,
+    state: State,
+    weights: dict[str, Any],
+    moments: dict[str, Any],
+    average: dict[str, Any] | None = None,
+) -> Path:
+    """Write a checkpoint of gathered tensors and return its folder. One rank calls it."""
+    from safetensors.torch import save_file
+
+    target = folder(output) / f"step-{state.step:06d}"
+    with _whole_folder(target) as temporary:
+        save_file(weights, temporary / "adapter.safetensors")
+        save_file(moments, temporary / "optimizer.safetensors")
+        if average is not None:
+            save_file(average, temporary / "ema.safetensors")
+        (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
+    return target
+
+
+@contextmanager
+def _whole_folder(target: Path) -> Iterator[Path]:
+    """Yield a temporary folder; when the block is through, its files are flushed to disk and it takes its name."""
+    target.parent.mkdir(parents=True, exist_ok=True)
+    temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{target.name}")
+    temporary.mkdir()
+    try:
+        yield temporary
+        for path in [*temporary.iterdir(), temporary]:
+            _flush(path)
+        if target.exists():  # a rename replaces only an empty folder; what is here is the same step of the same run
+            os.replace(target, temporary.with_name(temporary.name + "-old"))
+        os.replace(temporary, target)
+        _flush(target.parent)
+    finally:
+        shutil.rmtree(temporary, ignore_errors=True)
+        shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
+
+
+def _flush(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)
+
+
+def clean(output: str | Path) -> None:
+    """Remove what a killed process left half-written."""
+    root = folder(output)
+    for path in root.iterdir() if root.is_dir() else ():
+        if path.name.startswith(_TEMPORARY):
+            shutil.rmtree(path, ignore_errors=True)
+
+
+def prune(output: str | Path, keep_last: int) -> None:
+    """Remove all but the last `keep_last` checkpoints and the one with the lowest validation loss."""
+    found = complete(output)
+    measured = [(loss, path) for path in found if (loss := read_state(path).validation_loss) is not None]
+    best = min(measured)[1] if measured else None
+    for path in found[:-keep_last]:
+        if path != best:
+            # Renamed first: a kill in the middle of a removal must not leave half a checkpoint under its name.
+            doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
+            os.replace(path, doomed)
+            shutil.rmtree(doomed, ignore_errors=True)

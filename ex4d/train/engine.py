@@ -1,0 +1,238 @@
+"""The only gate to DeepSpeed: starts it, steps it, moves full weights and optimizer state in and out at any stage.
+
+Why so and not by DeepSpeed's own defaults (docs/decisions/training.md has the measurements):
+the `bf16` block casts everything, fp32 adapters included, so it is never used and dtypes are audited after init;
+the shared-memory op is compiled for minutes on a CPU, so it is declared incompatible; its checkpoints belong to one
+world size, so state is gathered parameter by parameter into plain tensors instead.
+"""
+
+from __future__ import annotations
+
+import datetime
+import logging
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ex4d.errors import ContractError
+from ex4d.train.config import BatchPlan, Place, TrainConfig
+
+MOMENTS = ("exp_avg", "exp_avg_sq")
+
+
+def start(place: Place, device: str) -> torch.device:
+    """Join the process group (gloo on a CPU, nccl on GPUs) and return this process's device.
+
+    MASTER_ADDR and MASTER_PORT must be set. Raises whatever torch.distributed raises when the others do not come.
+    """
+    on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
+    if not on_gpu:
+        os.environ["DS_ACCELERATOR"] = "cpu"
+    deepspeed = _deepspeed()
+    if on_gpu:
+        torch.cuda.set_device(place.local_rank)
+    backend = "nccl" if on_gpu else "gloo"
+    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=datetime.timedelta(minutes=30), verbose=False)
+    return torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+
+
+def stop() -> None:
+    """Leave the process group."""
+    if torch.distributed.is_initialized():
+        torch.distributed.destroy_process_group()
+
+
+def _deepspeed() -> Any:
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    import deepspeed
+    import deepspeed.ops
+
+    logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
+    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with ninja for minutes
+    return deepspeed
+
+
+def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
+    """Return the DeepSpeed configuration that follows from the run's choices."""
+    zero: dict[str, Any] = {"stage": config.zero_stage}
+    if config.cpu_offload and config.zero_stage > 0:
+        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
+    return {
+        "train_batch_size": plan.global_size,
+        "train_micro_batch_size_per_gpu": plan.micro_size,
+        "gradient_accumulation_steps": plan.accum_steps,
+        "gradient_clipping": config.max_grad_norm or 0.0,
+        "zero_optimization": zero,
+        "zero_allow_untested_optimizer": True,
+        "zero_force_ds_cpu_optimizer": False,
+        "steps_per_print": 10**9,
+    }
+
+
+class Engine:
+    """A model under DeepSpeed. `forward` → `backward` for each micro batch, then `step` once.
+
+    Args:
+        model: frozen base and trainables in one module, on its device, weights already those to start from.
+        zero_config: what `deepspeed_config` returned.
+        moments: {"exp_avg.NAME": float32 tensor, "exp_avg_sq.NAME": …} of a checkpoint, with the `step` they belong
+            to; None starts afresh.
+
+    Raises:
+        ContractError: DeepSpeed changed the dtype of a parameter, or the moments do not fit the model.
+    """
+
+    def __init__(
+        self,
+        model: nn.Module,
+        config: TrainConfig,
+        plan: BatchPlan,
+        moments: dict[str, Tensor] | None = None,
+        step: int = 0,
+    ):
+        self.model, self.zero_stage, self.optimizer_step = model, config.zero_stage, step
+        self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.shapes = {name: p.shape for name, p in self.trainables.items()}
+        dtypes = {name: p.dtype for name, p in model.named_parameters()}
+        optimizer = torch.optim.AdamW(
+            self.trainables.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
+        )
+        self.engine, *_ = _deepspeed().initialize(
+            model=model, optimizer=optimizer, config=deepspeed_config(config, plan)
+        )
+        self._audit(dtypes)
+        self._watch_gradients()
+        if moments is not None:
+            self._restore(moments, step)
+
+    def _audit(self, before: dict[str, torch.dtype]) -> None:
+        for name, parameter in self.model.named_parameters():
+            if parameter.dtype != before[name]:
+                raise ContractError(f"DeepSpeed turned {name} from {before[name]} into {parameter.dtype}")
+            if parameter.requires_grad and parameter.dtype != torch.float32:
+                raise ContractError(f"trainable {name} is {parameter.dtype}; trainables are float32")
+
+    def _watch_gradients(self) -> None:
+        # One running sum that becomes NaN with the first gradient that is not finite. Stages 2 and 3 reduce and drop
+        # gradients while the backward pass still runs, so afterwards there is nothing left to look at.
+        device = next(iter(self.trainables.values())).device
+        self._poison = torch.zeros((), device=device)
+
+        def watch(gradient: Tensor) -> None:
+            self._poison += gradient.detach().sum().float() * 0
+
+        for parameter in self.trainables.values():
+            parameter.register_hook(watch)
+
+    def forward(self, *inputs: Any) -> Tensor:
+        """Return the model's output."""
+        return self.engine(*inputs)
+
+    def train(self, mode: bool) -> None:
+        """Switch between training and evaluation."""
+        self.engine.train(mode)
+
+    def backward(self, loss: Tensor) -> None:
+        """Accumulate the gradients of one micro batch's mean loss; the last one of a step also reduces them."""
+        self.engine.backward(loss)
+        if not self.engine.is_gradient_accumulation_boundary():
+            self.engine.step()  # only counts the micro batch
+
+    def gradients_finite(self) -> bool:
+        """Return whether every gradient that this rank computed since the last call was finite."""
+        finite = bool(torch.isfinite(self._poison))
+        self._poison.zero_()
+        return finite
+
+    def step(self, lr: float) -> float:
+        """Apply the optimizer at learning rate `lr`; return the global gradient norm before clipping."""
+        for group in self.engine.optimizer.param_groups:
+            group["lr"] = lr
+        norm = None
+        if self.zero_stage == 0:  # the plain optimizer keeps no norm
+            norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainables.values() if p.grad is not None])
+        self.engine.step()
+        self.optimizer_step += 1
+        return float(self.engine.get_global_grad_norm() if norm is None else norm)
+
+    @contextmanager
+    def full_weights(self) -> Iterator[nn.Module]:
+        """Yield the model with whole trainables on every rank. Every rank must enter."""
+        if self.zero_stage < 3:
+            yield self.model
+            return
+        with _deepspeed().zero.GatheredParameters(list(self.trainables.values())):
+            yield self.model
+
+    def weights(self) -> dict[str, Tensor]:
+        """Return {name: whole float32 tensor on the CPU} of the trainables. Every rank must call."""
+        with self.full_weights():
+            return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.trainables.items()}
+
+    def moments(self, keep: bool = True) -> dict[str, Tensor]:
+        """Return {"exp_avg.NAME" and "exp_avg_sq.NAME": whole float32 tensor on the CPU}. Every rank must call.
+
+        Args:
+            keep: False on ranks that do not need the result; they only take part.
+        """
+        from deepspeed.utils import safe_get_full_optimizer_state
+
+        gathered = {}
+        for name, parameter in self.trainables.items():
+            for key in MOMENTS:
+                if self.zero_stage == 0:
+                    full = self.engine.optimizer.state[parameter][key]
+                else:
+                    full = safe_get_full_optimizer_state(parameter, key)
+                if keep:
+                    gathered[f"{key}.{name}"] = full.detach().to("cpu", torch.float32, copy=True)
+        return gathered
+
+    def _restore(self, moments: dict[str, Tensor], step: int) -> None:
+        """Fill the optimizer, which has not stepped yet, so that its next step is step + 1 of the saved run."""
+        expected = {f"{key}.{name}": shape for name, shape in self.shapes.items() for key in MOMENTS}
+        if {name: tensor.shape for name, tensor in moments.items()} != expected:
+            raise ContractError("the optimizer state of the checkpoint belongs to another model")
+        optimizer = self.engine.optimizer
+        inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
+        for flat in self._flat_parameters():
+            # AdamW makes exactly this state at its first step; made here, the moments have somewhere to go.
+            inner.state[flat] = {
+                "step": torch.tensor(float(step)),
+                **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
+            }
+        if self.zero_stage in (1, 2):
+            optimizer._lazy_init_hp_params_optimizer_state()
+        for name, parameter in self.trainables.items():
+            for key in MOMENTS:
+                self._set_moment(parameter, key, moments[f"{key}.{name}"])
+
+    def _flat_parameters(self) -> list[Tensor]:
+        optimizer = self.engine.optimizer
+        if self.zero_stage == 0:
+            return list(self.trainables.values())
+        return (
+            optimizer.fp32_partitioned_groups_flat
+            if self.zero_stage == 3
+            else optimizer.single_partition_of_fp32_groups
+        )
+
+    def _set_moment(self, parameter: Tensor, key: str, value: Tensor) -> None:
+        from deepspeed.utils import safe_set_full_optimizer_state, safe_set_local_optimizer_state
+
+        if self.zero_stage == 0:
+            self.engine.optimizer.state[parameter][key].copy_(value)
+        elif self.zero_stage < 3:
+            safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
+        else:
+            # The full setter of stage 3 fails where the ranks do not divide a parameter; the local one takes padding.
+            size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
+            padded = torch.zeros(size * torch.distributed.get_world_size())
+            padded[: value.numel()] = value.flatten()
+            rank = torch.distributed.get_rank()
+            safe_set_local_optimizer_state(parameter, padded[rank * size : (rank + 1) * size], key)

@@ -1,0 +1,148 @@
+"""From a batch of clips to the flow-matching loss: encoding with the frozen base, noise by name, the weighted error."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import Any
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from ex4d import flow
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One micro batch, encoded and noised.
+
+    Args:
+        model_inputs: the arguments of Ex4dModel.forward.
+        target: velocity to predict, float32 [B, C, f, h, w].
+        sigma: float32 [B]; loss_weight: float32 [B].
+        hole: share of each latent cell that is masked, float32 [B, 1, f, h, w], in [0, 1].
+    """
+
+    model_inputs: tuple[Tensor | None, ...]
+    target: Tensor
+    sigma: Tensor
+    loss_weight: Tensor
+    hole: Tensor
+
+
+class Encoder:
+    """Encodes batches with a frozen base; prompts that repeat are encoded once.
+
+    Args:
+        base: models.backbone.Base, or what offers its encode_* methods.
+        mask_range: "unit" or "released": what the mask video is scaled to before it is encoded.
+        prompt: one prompt for all clips, or None for their captions.
+    """
+
+    def __init__(self, base: Any, mask_range: str, prompt: str | None):
+        self.base, self.mask_range, self.prompt = base, mask_range, prompt
+        self._known: dict[str, Tensor] = {}
+
+    @torch.no_grad()
+    def encode(self, batch: dict[str, Any], noises: list[NamedNoise], shift: float, sampling: str) -> Inputs:
+        """Return the inputs of a micro batch {"keys", "frames" u8 [B,T,H,W,3], "visible" bool [B,T,H,W], "captions"}.
+
+        Args:
+            noises: one source of randomness a sample.
+            shift, sampling: of the noise levels (flow.draw_sigma).
+        """
+        device = self.base.device
+        frames = torch.as_tensor(batch["frames"]).to(device)
+        visible = torch.as_tensor(batch["visible"]).to(device)
+        latents = self.base.encode_video(to_pixels(frames)).float()
+        condition = to_pixels(frames * visible[..., None])
+        first = condition[:, :, 0]
+        cond_latents = self.base.encode_condition(condition, visible, self.mask_range)
+
+        drawn = [flow.draw_sigma(sampling, noise.generator, shift, device) for noise in noises]
+        sigma, weight = (torch.stack(column) for column in zip(*drawn, strict=True))
+        captions = [self.prompt if self.prompt is not None else caption for caption in batch["captions"]]
+        prompts = ["" if noise.drops_prompt() else caption for noise, caption in zip(noises, captions, strict=True)]
+        noise_latents = torch.stack([noise.normal(latents.shape[1:]) for noise in noises]).to(device)
+        model_inputs = (
+            flow.add_noise(latents, noise_latents, sigma),
+            sigma * flow.NUM_TRAIN_TIMESTEPS,
+            self._prompt_embeds(prompts),
+            self.base.encode_image(first),
+            self.base.first_frame_condition(first, frames.shape[1]),
+            cond_latents,
+        )
+        hole = hole_share(visible, tuple(latents.shape[2:]))
+        return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, hole)
+
+    def _prompt_embeds(self, prompts: list[str]) -> Tensor:
+        fixed = {"", self.prompt}
+        rows = []
+        for prompt in prompts:
+            embeds = self._known.get(prompt)
+            if embeds is None:
+                embeds = self.base.encode_text([prompt])
+                if prompt in fixed:
+                    self._known[prompt] = embeds
+            rows.append(embeds)
+        return torch.cat(rows)
+
+
+class NamedNoise:
+    """The randomness of one sample at one step, from names alone: never from rank, device or call order."""
+
+    def __init__(self, seed: int, step: int | str, key: str, condition_dropout: float = 0.0):
+        self.generator = flow.generator_for(seed, step, key)
+        self._dropout = condition_dropout
+
+    def drops_prompt(self) -> bool:
+        """Return whether this sample is trained on the empty prompt."""
+        return bool(torch.rand((), generator=self.generator) < self._dropout)
+
+    def normal(self, shape: tuple[int, ...]) -> Tensor:
+        """Return standard normal noise, float32, drawn on the CPU so that every device sees the same."""
+        return torch.randn(shape, generator=self.generator)
+
+
+def to_pixels(frames: Tensor) -> Tensor:
+    """Return pixels float32 [B, 3, T, H, W] in [-1, 1] of frames uint8 [B, T, H, W, 3]."""
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
+def hole_share(visible: Tensor, latent_size: tuple[int, ...]) -> Tensor:
+    """Return the masked share of each latent cell, float32 [B, 1, f, h, w], in [0, 1].
+
+    Args:
+        visible: bool [B, T, H, W]; frame 0 makes latent frame 0 alone, every later latent frame the same number.
+        latent_size: (f, h, w).
+    """
+    hole = (~visible).float()[:, None]
+    num_frames, latent_frames = hole.shape[2], latent_size[0]
+    if latent_frames > 1:
+        stride = (num_frames - 1) // (latent_frames - 1)
+        hole = torch.cat([hole[:, :, :1].expand(-1, -1, stride - 1, -1, -1), hole], dim=2)
+    return F.adaptive_avg_pool3d(hole, latent_size)
+
+
+@dataclass(frozen=True)
+class Losses:
+    """Errors of one micro batch, float32 [B]: `weighted` is what is minimised, `mse` the plain squared error."""
+
+    weighted: Tensor
+    mse: Tensor
+
+
+def velocity_losses(velocity: Tensor, inputs: Inputs, hole_weight: float) -> Losses:
+    """Return the errors of each sample.
+
+    Args:
+        velocity: prediction [B, C, f, h, w].
+        hole_weight: weight of a cell that is all hole against one that is all visible; each sample's weights have
+            mean 1, so the scale of the loss stays.
+    """
+    squared = (velocity.float() - inputs.target) ** 2
+    mse = squared.mean(dim=(1, 2, 3, 4))
+    cells = 1 + (hole_weight - 1) * inputs.hole
+    cells = cells / cells.mean(dim=(1, 2, 3, 4), keepdim=True)
+    weighted = (squared * cells).mean(dim=(1, 2, 3, 4)) if hole_weight != 1.0 else mse
+    return Losses(inputs.loss_weight * weighted, mse.detach())

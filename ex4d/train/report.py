@@ -1,0 +1,116 @@
+"""What all ranks say about one step, added up in an order that does not depend on who said it."""
+
+from __future__ import annotations
+
+import math
+import resource
+import time
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor
+
+from ex4d.errors import Ex4dError
+from ex4d.train.config import BatchPlan, Place
+
+NUM_SIGMA_BUCKETS = 5
+
+
+class NonFinite(Ex4dError):
+    """A loss or a gradient is NaN or infinite. Raised before the optimizer steps, so the weights are still good."""
+
+
+@dataclass(frozen=True)
+class Report:
+    """One step over the global batch.
+
+    Args:
+        loss: mean weighted loss. mse: mean plain error. by_sigma: mean plain error in equal buckets of sigma, None
+            where a bucket is empty.
+        finite: whether every loss and gradient was. stop: whether any rank was asked to stop.
+        peak_memory_bytes: of the rank that needed most.
+    """
+
+    loss: float
+    mse: float
+    by_sigma: list[float | None]
+    finite: bool
+    stop: bool
+    peak_memory_bytes: int
+
+
+def positions(place: Place, plan: BatchPlan, accum: int) -> list[int]:
+    """Return where the samples of a rank's micro batch stand in the global batch: sample g goes to rank g mod W."""
+    first = accum * plan.micro_size
+    return [place.rank + place.world_size * (first + i) for i in range(plan.micro_size)]
+
+
+def rows(places: list[int], weighted: Tensor, mse: Tensor, sigma: Tensor) -> Tensor:
+    """Return float64 [B, 4]: position, weighted loss, plain error, sigma of each sample."""
+    where = torch.tensor(places, dtype=torch.float64, device=weighted.device)
+    return torch.stack([where, weighted.detach().double(), mse.double(), sigma.double()], dim=1)
+
+
+def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None = None) -> Report:
+    """Return the report of all ranks' rows [n, 4]. Every rank calls it, with equal n, and gets the same answer.
+
+    Args:
+        first: count only the samples at the first so many positions.
+    """
+    flags = torch.tensor([not gradients_finite, stop, peak_memory_bytes(local.device), 0], dtype=torch.float64)
+    message = torch.cat([local, flags.to(local.device)[None]])
+    everyone = [torch.empty_like(message) for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather(everyone, message)
+    samples = torch.cat([each[:-1] for each in everyone]).cpu()
+    unsound, stopping, memory, _ = torch.stack([each[-1] for each in everyone]).amax(dim=0).tolist()
+    samples = samples[samples[:, 0].argsort()][:first]
+    finite = bool(samples.isfinite().all()) and not unsound
+    loss, mse = (math.fsum(samples[:, i].tolist()) / len(samples) if finite else math.nan for i in (1, 2))
+    return Report(loss, mse, by_sigma(samples), finite, bool(stopping), int(memory))
+
+
+def by_sigma(samples: Tensor) -> list[float | None]:
+    """Return the mean plain error in NUM_SIGMA_BUCKETS equal parts of sigma's range [0, 1]."""
+    bucket = (samples[:, 3] * NUM_SIGMA_BUCKETS).long().clamp(0, NUM_SIGMA_BUCKETS - 1)
+    groups = [samples[bucket == index, 2].tolist() for index in range(NUM_SIGMA_BUCKETS)]
+    return [math.fsum(group) / len(group) if group else None for group in groups]
+
+
+def describe_non_finite(step: int, local: Tensor, keys: list[str], gradients_finite: bool) -> str:
+    """Return which clips of the global batch had a loss that is not finite. Every rank calls it."""
+    finite = local[:, 1:3].isfinite().all(dim=1).tolist()
+    bad = [key for key, ok in zip(keys, finite, strict=True) if not ok]
+    if not bad and not gradients_finite:
+        bad = keys  # the loss is a number and its gradient is not: any clip of this rank may have done it
+    everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
+    torch.distributed.all_gather_object(everyone, bad)
+    names = ", ".join(sorted({key for part in everyone for key in part}))
+    return f"step {step}: loss or gradient is not finite for {names}; nothing was updated"
+
+
+def peak_memory_bytes(device: torch.device) -> int:
+    """Return the most memory that this process has held: on the GPU, or resident on a CPU."""
+    if device.type == "cuda":
+        return torch.cuda.max_memory_allocated(device)
+    return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class Stopwatch:
+    """Splits a step's wall-clock time into named parts; waits for the GPU at each, so that the parts are true."""
+
+    def __init__(self, device: torch.device):
+        self._device = device
+        self._start = self._last = time.perf_counter()
+        self._parts: dict[str, float] = {}
+
+    def lap(self, name: str) -> None:
+        """Add the time since the last lap to a part."""
+        if self._device.type == "cuda":
+            torch.cuda.synchronize(self._device)
+        now = time.perf_counter()
+        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
+        self._last = now
+
+    def times(self) -> dict[str, float]:
+        """Return {"total": seconds, part: seconds, …} so far."""
+        return {"total": time.perf_counter() - self._start, **self._parts}

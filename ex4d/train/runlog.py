@@ -1,0 +1,103 @@
+"""The log of a run: JSON lines always, W&B where it is wanted. The only gate to W&B."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+from pathlib import Path
+from typing import Any
+
+from ex4d import storage
+
+logger = logging.getLogger(__name__)
+
+
+class RunLog:
+    """Writes OUTPUT/metrics.jsonl, one object a step, and mirrors it to W&B. Rank 0 holds one.
+
+    Args:
+        output: folder of the run.
+        step: the step that the run goes on from; lines after it are dropped, so that each step stands there once.
+        wandb_options: mode ("online", "offline", "disabled" or None: by the key), project, group.
+        facts: configuration and versions, for W&B.
+    """
+
+    def __init__(self, output: str | Path, step: int, wandb_options: dict[str, Any], facts: dict[str, Any]):
+        self.path = Path(output) / "metrics.jsonl"
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        truncate(self.path, step)
+        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._wandb = _start_wandb(Path(output), wandb_options, facts)
+
+    def write(self, metrics: dict[str, Any]) -> None:
+        """Append one step."""
+        self._file.write(json.dumps(metrics) + "\n")
+        self._file.flush()
+        if self._wandb is not None:
+            self._wandb.log(_flat(metrics), step=metrics["step"])
+
+    def flush(self) -> None:
+        """Bring what is written to disk, so that a checkpoint never is ahead of the log."""
+        os.fsync(self._file.fileno())
+
+    def close(self, exit_code: int = 0) -> None:
+        """Flush to disk and end the W&B run."""
+        self.flush()
+        self._file.close()
+        if self._wandb is not None:
+            self._wandb.finish(exit_code=exit_code, quiet=True)
+
+
+def read(path: str | Path) -> list[dict[str, Any]]:
+    """Return the steps of a metrics.jsonl; a last line cut off by a kill is left out."""
+    path = Path(path)
+    lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
+    return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
+
+
+def truncate(path: str | Path, step: int) -> None:
+    """Drop the lines after `step`: they will be written again."""
+    steps = read(path)
+    kept = [metrics for metrics in steps if metrics["step"] <= step]
+    if Path(path).exists():
+        storage.write_bytes(path, "".join(json.dumps(metrics) + "\n" for metrics in kept).encode())
+
+
+def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    flat: dict[str, Any] = {}
+    for key, value in metrics.items():
+        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+    return flat
+
+
+def _start_wandb(output: Path, options: dict[str, Any], facts: dict[str, Any]) -> Any:
+    """Return a W&B run, or None: it is a mirror, so nothing that goes wrong in it may end a training run."""
+    mode: Any = options["mode"] or os.environ.get("WANDB_MODE")
+    if mode is None:
+        mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
+    if mode == "disabled":
+        return None
+    try:
+        import wandb
+    except ImportError:
+        logger.warning("W&B is not installed; metrics.jsonl has everything")
+        return None
+    # Offline runs ignore `resume`, so the id is ours: later starts append to the same run when they are synced.
+    id_file = output / "wandb_run_id"
+    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else wandb.util.generate_id()
+    storage.write_bytes(id_file, run_id.encode())
+    try:
+        return wandb.init(
+            id=run_id,
+            resume="allow" if mode == "online" else None,
+            mode=mode,
+            project=options["project"],
+            group=options["group"],
+            dir=str(output),
+            config=facts,
+            settings=wandb.Settings(silent=True, init_timeout=30),
+        )
+    except (wandb.Error, OSError) as error:
+        logger.warning("W&B did not start (%s); metrics.jsonl has everything", error)
+        return None

@@ -1,0 +1,241 @@
+"""The training loop, from a batch of clips to an adapter, in one visible file.
+
+What makes a run repeatable: the loader's order depends on (seed, epoch) alone, noise and sigma on (seed, step, sample
+key) alone, and the logged loss is summed over the global batch in the order of its samples. So a run that is killed
+and goes on is the same bit for bit, and on another number of ranks or ZeRO stage the same up to summation order.
+"""
+
+from __future__ import annotations
+
+import logging
+import math
+import signal
+import threading
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ex4d.errors import ContractError
+from ex4d.train import checkpoint, report
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
+from ex4d.train.engine import Engine
+from ex4d.train.objective import Encoder, NamedNoise, velocity_losses
+from ex4d.train.runlog import RunLog
+
+logger = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, and on what.
+
+    Args:
+        encoder: turns a batch of clips into the model's inputs.
+        model: frozen base and trainables in one module, on its device.
+        open_loader: (split, samples consumed, micro batch size) -> endless micro batches of this rank.
+        identity: what decides what the run learns (config.identity).
+        export: (folder, model) writes the adapter that `ex4d generate --adapter` takes.
+        facts: configuration and versions, for the log.
+    """
+
+    encoder: Encoder
+    model: nn.Module
+    open_loader: Callable[[str, int, int], Iterator[dict[str, Any]]]
+    identity: dict[str, Any]
+    export: Callable[[Path, nn.Module], None]
+    facts: dict[str, Any]
+
+
+class Trainer:
+    """A run at the step where its output folder stands. Every rank makes one and calls `run`.
+
+    Args:
+        show: called on rank 0 with each step's metrics.
+
+    Raises:
+        ConfigError: the output folder holds a run with other settings.
+    """
+
+    def __init__(self, config: TrainConfig, job: Job, place: Place, device: torch.device, show: Callable[..., None]):
+        self.config, self.job, self.place, self.device, self.show = config, job, place, device, show
+        path = checkpoint.latest(config.output)
+        state = checkpoint.read_state(path) if path else None
+        if state:
+            check_identity(state.identity, job.identity, config.output)
+        self.plan = plan_batch(config, place.world_size, state.global_batch_size if state else None)
+        self.first_step, self.samples = (state.step, state.samples) if state else (0, 0)
+        self.average: dict[str, Tensor] | None = None
+        moments = None
+        if path:
+            load_weights(job.model, checkpoint.read_tensors(path / "adapter.safetensors"))
+            moments = checkpoint.read_tensors(path / "optimizer.safetensors")
+        self.engine = Engine(job.model, config, self.plan, moments, self.first_step)
+        if config.ema_decay and place.rank == 0:
+            ema = path / "ema.safetensors" if path else None
+            self.average = checkpoint.read_tensors(ema) if ema else self.engine.weights()
+        self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
+
+    def run(self) -> int:
+        """Train to `num_steps`, write the adapter, and return 0; or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
+
+        Raises:
+            NonFinite: a loss or gradient is not finite; names the clips. The last checkpoint is untouched.
+        """
+        config, log = self.config, None
+        if self.place.rank == 0:
+            checkpoint.clean(config.output)
+            wandb = {"mode": config.wandb_mode, "project": config.wandb_project, "group": config.wandb_group}
+            log = RunLog(config.output, self.first_step, wandb, self.job.facts)
+        with stop_signal() as stop_asked:
+            for step in range(self.first_step + 1, config.num_steps + 1):
+                metrics, stop = self.step(step, stop_asked)
+                last = step == config.num_steps
+                if config.validate_every and (last or step % config.validate_every == 0):
+                    metrics["validation_loss"] = self.validate()
+                if log:
+                    log.write(metrics)
+                    self.show(metrics)
+                if last or stop or step % config.save_every == 0:
+                    self.save(step, metrics.get("validation_loss"), log)
+                if stop and not last:
+                    logger.warning("stopped by a signal after step %d; the same command goes on from there", step)
+                    if log:
+                        log.close(EXIT_PREEMPTED)
+                    return EXIT_PREEMPTED
+        self.export()
+        if log:
+            log.close()
+        return 0
+
+    def step(self, step: int, stop_asked: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
+        """Do one optimizer step; return its metrics, and whether any rank was asked to stop."""
+        watch = report.Stopwatch(self.device)
+        rows, keys = [], []
+        for accum in range(self.plan.accum_steps):
+            batch = next(self.batches)
+            watch.lap("data")
+            noises = [self.noise(step, key) for key in batch["keys"]]
+            inputs = self.job.encoder.encode(batch, noises, self.config.shift, self.config.timestep_sampling)
+            watch.lap("encode")
+            losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, self.config.hole_weight)
+            watch.lap("forward")
+            self.engine.backward(losses.weighted.mean())
+            watch.lap("backward")
+            where = report.positions(self.place, self.plan, accum)
+            rows.append(report.rows(where, losses.weighted, losses.mse, inputs.sigma))
+            keys += batch["keys"]
+        local, gradients_finite = torch.cat(rows), self.engine.gradients_finite()
+        said = report.gather(local, gradients_finite, stop_asked())
+        if not said.finite:
+            raise report.NonFinite(report.describe_non_finite(step, local, keys, gradients_finite))
+        watch.lap("gather")
+        lr = learning_rate(self.config, step)
+        grad_norm = self.engine.step(lr)
+        self.update_average()
+        watch.lap("optimizer")
+        self.samples += self.plan.global_size
+        metrics: dict[str, Any] = {
+            "step": step,
+            "loss": said.loss,
+            "lr": lr,
+            "grad_norm": grad_norm,
+            "samples": self.samples,
+        }
+        metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma}
+        metrics |= {"step_s": watch.times(), "peak_memory_bytes": said.peak_memory_bytes}
+        return metrics, said.stop
+
+    def noise(self, step: int, key: str) -> NamedNoise:
+        """Return the randomness of one sample at one step."""
+        return NamedNoise(self.config.seed, step, key, self.config.condition_dropout)
+
+    def update_average(self) -> None:
+        """Move the average of the trainables towards them. Every rank calls; rank 0 holds the average."""
+        decay = self.config.ema_decay
+        if not decay:
+            return
+        with self.engine.full_weights():
+            for name, mean in (self.average or {}).items():
+                mean.lerp_(self.engine.trainables[name].detach().to("cpu", torch.float32), 1 - decay)
+
+    @torch.no_grad()
+    def validate(self) -> float:
+        """Return the mean plain error over the same validation clips, noise and sigmas each time."""
+        total = self.config.validate_samples
+        batches = self.job.open_loader("val", 0, self.plan.micro_size)
+        self.engine.train(False)
+        rows = []
+        for index in range(math.ceil(total / (self.plan.micro_size * self.plan.world_size))):
+            batch = next(batches)
+            where = report.positions(self.place, self.plan, index)
+            noises = [
+                NamedNoise(self.config.seed, f"validate {w}", k) for w, k in zip(where, batch["keys"], strict=True)
+            ]
+            inputs = self.job.encoder.encode(batch, noises, self.config.shift, "uniform")
+            losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, hole_weight=1.0)
+            rows.append(report.rows(where, losses.weighted, losses.mse, inputs.sigma))
+        self.engine.train(True)
+        return report.gather(torch.cat(rows), True, False, first=total).mse
+
+    def save(self, step: int, validation_loss: float | None, log: RunLog | None) -> None:
+        """Write the checkpoint of `step`. Every rank calls; rank 0 writes, the others wait for it."""
+        rank0 = self.place.rank == 0
+        weights, moments = self.engine.weights(), self.engine.moments(keep=rank0)
+        if rank0:
+            if log:
+                log.flush()
+            versions = self.job.facts.get("versions", {})
+            plan, identity = self.plan, self.job.identity
+            state = checkpoint.State(step, self.samples, plan.global_size, identity, validation_loss, versions)
+            checkpoint.save(self.config.output, state, weights, moments, self.average)
+            checkpoint.prune(self.config.output, self.config.keep_last)
+        torch.distributed.barrier()
+
+    def export(self) -> None:
+        """Write OUTPUT/adapter, from the average where one is kept. Every rank calls."""
+        with self.engine.full_weights() as model:
+            if self.place.rank == 0:
+                if self.average is not None:
+                    load_weights(model, self.average)
+                self.job.export(Path(self.config.output) / "adapter", model)
+        torch.distributed.barrier()
+
+
+def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+    """Fill a model's trainables from {name: tensor}. Raises ContractError where names or shapes differ."""
+    trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    if {n: p.shape for n, p in trainables.items()} != {n: t.shape for n, t in tensors.items()}:
+        odd = sorted(trainables.keys() ^ tensors.keys())[:3] or "a shape"
+        raise ContractError(f"the weights of the checkpoint belong to another model: {odd} differs")
+    with torch.no_grad():
+        for name, parameter in trainables.items():
+            parameter.copy_(tensors[name])
+
+
+def learning_rate(config: TrainConfig, step: int) -> float:
+    """Return the learning rate of a step, counted from 1: linear warm-up, then constant or a cosine to a tenth."""
+    if step <= config.warmup_steps:
+        return config.lr * step / config.warmup_steps
+    if config.lr_decay == "none":
+        return config.lr
+    done = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
+    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+
+
+@contextmanager
+def stop_signal() -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether SIGTERM has come; it no longer ends the process while this is open."""
+    asked = threading.Event()
+    if threading.current_thread() is not threading.main_thread():  # Ray Train runs the loop in a thread of its own
+        yield asked.is_set
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    try:
+        yield asked.is_set
+    finally:
+        signal.signal(signal.SIGTERM, before)
