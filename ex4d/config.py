@@ -89,10 +89,7 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
         raise ConfigError("override", override, "write section.key=value, e.g. train.num_steps=20")
     if section not in allowed:
         raise ConfigError(key, text, f"this command reads the sections {', '.join(allowed)}")
-    try:
-        value = yaml.safe_load(text)
-    except yaml.YAMLError as error:
-        raise ConfigError(key, text, f"is not a YAML value ({error})") from error
+    value = parse_value(text, key)
     node = tree[section] = dict(tree.get(section) or {})
     *parents, leaf = rest.split(".")
     for parent in parents:
@@ -100,6 +97,14 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
         node[parent] = dict(child) if isinstance(child, dict) else {}
         node = node[parent]
     node[leaf] = value
+
+
+def parse_value(text: str, key: str = "value") -> Any:
+    """Return what a YAML scalar, list or mapping written on one line means; ConfigError where it is no YAML."""
+    try:
+        return yaml.safe_load(text)
+    except yaml.YAMLError as error:
+        raise ConfigError(key, text, f"is not a YAML value ({error})") from error
 
 
 def to_dict(config: Any) -> dict[str, Any]:
