@@ -30,7 +30,7 @@ def decode_decord(path: str | Path | bytes, wanted: list[int], size: tuple[int, 
     if isinstance(path, bytes):
         raise ConfigError("backend", "decord", "reads files, not bytes")
     info = probe(path)
-    if info.turn or info.mirrored or info.num_video_streams > 1:
+    if {"mirrored", "non_square_pixels", "several_video_streams"} & set(info.notes) or info.turn:
         raise BadSample("decord_inexact", f"not proved for {', '.join(info.notes)}")
     pts = _closed_gop_pts(path)
     try:

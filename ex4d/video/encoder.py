@@ -11,7 +11,7 @@ import numpy as np
 
 from ex4d import storage
 from ex4d.errors import BadSample, ConfigError
-from ex4d.video.frames import rgb_of
+from ex4d.video.frames import decoded, rgb_of
 from ex4d.video.source import opened
 
 # H.273 code points: BT.709 primaries, transfer and matrix are all 1; 1 is limited ("MPEG") range
@@ -110,21 +110,14 @@ def read(source: str | Path | bytes) -> tuple[np.ndarray, float]:
     Raises:
         BadSample: it does not decode from end to end.
     """
-    import av
-
     if not isinstance(source, bytes):
         source = storage.read_bytes(source)
     images = []
     with opened(source) as (container, stream, _):
         fps = float(stream.average_rate or 0)
-        try:
-            for frame in container.decode(stream):
-                if frame.is_corrupt:
-                    raise BadSample("decode_corrupt", f"the decoder concealed damage at pts {frame.pts}")
-                grey = frame.format.name.startswith("gray")
-                images.append(frame.to_ndarray() if grey else rgb_of(frame))
-        except (av.FFmpegError, ValueError) as error:
-            raise BadSample("decode_error", str(error)) from error
+        for frame in decoded(container, stream):
+            grey = frame.format.name.startswith("gray")
+            images.append(frame.to_ndarray() if grey else rgb_of(frame))
     if not images:
         raise BadSample("no_frames", "the video stream has no frame that decodes")
     return np.stack(images), fps

@@ -12,7 +12,7 @@ import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video.resize import Fit
-from ex4d.video.source import MAX_SIDE_PX, opened, orientation
+from ex4d.video.source import ffmpeg_errors, opened, orientation, square_pixel_size
 
 BACKENDS = ("pyav", "decord")
 
@@ -29,17 +29,13 @@ def frame_pts(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
     Raises:
         BadSample: `no_frames`, and the reasons of `source.opened`.
     """
-    import av
-
     pts: list[int | None] = []
     with opened(path) as (container, stream, _):
         time_base = stream.time_base
-        try:
+        with ffmpeg_errors("demux_error", "reading packets"):
             for packet in container.demux(stream):
                 if packet.size and not packet.is_discard:
                     pts.append(packet.pts)
-        except (av.FFmpegError, ValueError) as error:
-            raise BadSample("demux_error", f"after {len(pts)} packets: {error}") from error
     if None in pts or len(set(pts)) != len(pts):
         return frame_pts_by_decoding(path)
     if not pts:
@@ -50,7 +46,7 @@ def frame_pts(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
 def frame_pts_by_decoding(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
     """Return what `frame_pts` does, the slow and certain way: by decoding every frame."""
     with opened(path) as (container, stream, _):
-        pts = sorted({_pts_of(frame) for frame in _decoded(container, stream)})
+        pts = sorted({_pts_of(frame) for frame in decoded(container, stream)})
         time_base = stream.time_base
     if not pts:
         raise BadSample("no_frames", "the video stream has no frame that decodes")
@@ -87,11 +83,11 @@ def decode(
 
         return decode_decord(path, wanted, size, fit)
     found: dict[int, np.ndarray] = {}
-    with opened(path) as (container, stream, _):
-        to_rgb = Converter(size, fit)
-        for group in _groups(sorted(set(wanted)), stream.time_base):
-            _seek_before(container, stream, group[0])
-            found |= _collect(container, stream, set(group), to_rgb)
+    to_rgb = Converter(size, fit)
+    with opened(path) as (_, stream, _):
+        groups = _groups(sorted(set(wanted)), stream.time_base)
+    for group in groups:
+        found |= _decode_group(path, group, to_rgb)
     return np.stack([found[value] for value in wanted])
 
 
@@ -108,29 +104,29 @@ def iter_decimated(
     """
     with opened(path) as (container, stream, _):
         to_rgb = Converter(None, "squeeze", max_height=max_height)
-        for index, frame in enumerate(_decoded(container, stream)):
+        for index, frame in enumerate(decoded(container, stream)):
             if index % stride == 0:
-                yield _pts_of(frame), to_rgb(frame)
+                yield _pts_of(frame), to_rgb(frame, stream)
 
 
 class Converter:
-    """A decoded frame becomes upright RGB: colour matrix, range, rotation, then the resize."""
+    """A decoded frame becomes upright RGB: square pixels, colour matrix, range, rotation, then the resize."""
 
     def __init__(self, size: tuple[int, int] | None, fit: str, max_height: int | None = None):
         self.size, self.fit_mode, self.max_height = size, fit, max_height
         self.coded_size: tuple[int, int] | None = None
         self.fit: Fit | None = None
 
-    def __call__(self, frame: Any) -> np.ndarray:
+    def __call__(self, frame: Any, stream: Any) -> np.ndarray:
         """Return uint8 [H,W,3] RGB. Raises BadSample(`resolution_changed`, `size_limit`)."""
         coded_size = (frame.height, frame.width)
-        if max(coded_size) > MAX_SIDE_PX:
-            raise BadSample("size_limit", f"frame of {frame.width}x{frame.height}, limit {MAX_SIDE_PX} px a side")
         if self.coded_size not in (None, coded_size):
             raise BadSample("resolution_changed", f"from {self.coded_size} to {coded_size} at pts {frame.pts}")
         self.coded_size = coded_size
         turn, mirrored = orientation(frame)
-        image = rgb_of(frame, *self._scaled(coded_size, turn))
+        image = rgb_of(
+            frame, self._decimated(square_pixel_size(frame, stream), turn), draft=self.max_height is not None
+        )
         if turn or mirrored:
             image = np.rot90(image, turn)
             image = np.ascontiguousarray(image[:, ::-1] if mirrored else image)
@@ -140,19 +136,23 @@ class Converter:
             self.fit = Fit(image.shape[:2], self.size, self.fit_mode)
         return self.fit.apply_image(image)
 
-    def _scaled(self, coded_size: tuple[int, int], turn: int) -> tuple[int | None, int | None]:
-        height = coded_size[1] if turn % 2 else coded_size[0]
+    def _decimated(self, shown_size: tuple[int, int], turn: int) -> tuple[int, int]:
+        height = shown_size[turn % 2]
         if self.max_height is None or height <= self.max_height:
-            return None, None
+            return shown_size
         scale = self.max_height / height
-        return max(1, round(coded_size[0] * scale)), max(1, round(coded_size[1] * scale))
+        return max(1, round(shown_size[0] * scale)), max(1, round(shown_size[1] * scale))
 
 
-def rgb_of(frame: Any, height: int | None = None, width: int | None = None) -> np.ndarray:
+def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False) -> np.ndarray:
     """Return uint8 [H,W,3] RGB, full range, by the matrix and range that the frame is tagged with.
 
     Untagged frames are taken as BT.709 from 720 lines or 1280 columns up and BT.601 below, limited range, as
     players do.
+
+    Args:
+        size: (H, W) px of the result; None keeps the frame's.
+        draft: a fast filter instead of an exact one.
     """
     from av.video.reformatter import ColorRange, Colorspace, Interpolation
 
@@ -160,7 +160,7 @@ def rgb_of(frame: Any, height: int | None = None, width: int | None = None) -> n
     if matrix in (0, 2, 3):  # RGB, unspecified, reserved
         matrix = Colorspace.ITU709 if frame.height >= 720 or frame.width >= 1280 else Colorspace.ITU601
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
-    flags = Interpolation.FAST_BILINEAR if height else Interpolation.BICUBIC | Interpolation.ACCURATE_RND
+    height, width = size or (frame.height, frame.width)
     return frame.reformat(
         width=width,
         height=height,
@@ -168,7 +168,7 @@ def rgb_of(frame: Any, height: int | None = None, width: int | None = None) -> n
         src_colorspace=matrix,
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
-        interpolation=flags,
+        interpolation=Interpolation.FAST_BILINEAR if draft else Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
         threads=1,
     ).to_ndarray()
 
@@ -182,37 +182,46 @@ def _groups(values: list[int], time_base: Fraction) -> list[list[int]]:
     return groups
 
 
-def _seek_before(container: Any, stream: Any, target: int) -> None:
-    """Place the demuxer on a key frame whose own pts is ≤ target.
+def _decode_group(path: str | Path | bytes, group: list[int], to_rgb: Converter) -> dict[int, np.ndarray]:
+    for by_seeking in (True, False):  # a file without an index cannot be sought in, but it can be read
+        with opened(path) as (container, stream, _):
+            if not by_seeking or _seek_before(container, stream, group[0]):
+                return _collect(container, stream, set(group), to_rgb)
+    raise AssertionError("reading from the start always returns or raises")
+
+
+def _seek_before(container: Any, stream: Any, target: int) -> bool:
+    """Place the demuxer on a key frame whose own pts is ≤ target; False where that cannot be done.
 
     A seek may land on a key frame that is shown after the target (open GOP: its leading frames need the group
-    before), so the key's pts is looked at and the search goes back until it fits, at the worst to the start.
+    before), so the key's pts is looked at and the search goes back until it fits.
     """
     import av
 
     at, step = target, max(1, int(1 / stream.time_base))
-    while True:
+    first = min(stream.start_time or 0, 0) - step
+    while at > first:
         try:
             container.seek(at, stream=stream, backward=True, any_frame=False)
             packet = next(container.demux(stream), None)
-        except (av.FFmpegError, ValueError) as error:
-            raise BadSample("decode_error", f"seek to pts {target}: {error}") from error
-        start = stream.start_time or 0
-        key = packet.pts if packet is not None and packet.size else None
-        if at <= min(start, 0) - step or (key is not None and key <= target):
-            break
-        at, step = min(at - step, key - 1 if key is not None else at), step * 2
-        at = max(at, min(start, 0) - step)
-    container.seek(at, stream=stream, backward=True, any_frame=False)
+            if packet is not None and packet.pts is not None and packet.is_keyframe and packet.pts <= target:
+                container.seek(at, stream=stream, backward=True, any_frame=False)
+                return True
+        except av.FFmpegError:
+            return False
+        if packet is not None and packet.pts is not None:
+            at = min(at, packet.pts)
+        at, step = at - step, step * 2
+    return False
 
 
 def _collect(container: Any, stream: Any, wanted: set[int], to_rgb: Converter) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     last = max(wanted)
-    for frame in _decoded(container, stream):
+    for frame in decoded(container, stream):
         pts = _pts_of(frame)
         if pts in wanted and pts not in found:
-            found[pts] = to_rgb(frame)
+            found[pts] = to_rgb(frame, stream)
             if len(found) == len(wanted):
                 return found
         if pts > last:
@@ -221,16 +230,13 @@ def _collect(container: Any, stream: Any, wanted: set[int], to_rgb: Converter) -
     raise BadSample("decode_short", f"{len(missing)} of {len(wanted)} frames are not there, first at pts {missing[0]}")
 
 
-def _decoded(container: Any, stream: Any) -> Iterator[Any]:
-    import av
-
-    try:
+def decoded(container: Any, stream: Any) -> Iterator[Any]:
+    """Yield PyAV's frames of an opened stream. Raises BadSample(`decode_corrupt`, `decode_error`)."""
+    with ffmpeg_errors("decode_error", "decoding"):
         for frame in container.decode(stream):
             if frame.is_corrupt:
                 raise BadSample("decode_corrupt", f"the decoder concealed damage at pts {frame.pts}")
             yield frame
-    except (av.FFmpegError, ValueError) as error:
-        raise BadSample("decode_error", str(error)) from error
 
 
 def _pts_of(frame: Any) -> int:

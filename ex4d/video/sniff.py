@@ -15,7 +15,7 @@ from ex4d.errors import BadSample
 # format name -> FFmpeg demuxer of the same name
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv")
 
-_MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid")
+_MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid", b"moof", b"sidx")
 _PICTURES = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"\x89PNG", "png"),
@@ -35,6 +35,7 @@ _OTHERS = (
     (b"WEBVTT", "subtitles"),
     (b"[Script Info]", "subtitles"),
 )
+MAX_SIDE_PX = 8192  # 8K UHD in either orientation; beyond it stand only mistakes and bombs
 _MAX_MOOV_BYTES = 256 * 2**20
 
 
@@ -44,7 +45,7 @@ def container_of(file: IO[bytes]) -> str:
     Raises:
         BadSample: `empty_file`, `ffconcat_script`, `playlist`, `html_page`, `lfs_pointer`, `container_not_allowed`
             (another known format, named), `unknown_container`; for mp4 and mov also `no_moov`, `encrypted`,
-            `timescale_zero`, `truncated`.
+            `timescale_zero`, `truncated`, `size_limit`.
     """
     file.seek(0)
     head = file.read(4096)
@@ -101,7 +102,8 @@ def check_mov(file: IO[bytes]) -> None:
 
     Raises:
         BadSample: `no_moov`, `truncated` (the header ends early), `timescale_zero`, `encrypted` (a sample entry
-            `encv` or `drmi`: FFmpeg without a key decodes such a stream to grey noise and reports no error).
+            `encv` or `drmi`: FFmpeg without a key decodes such a stream to grey noise and reports no error),
+            `size_limit` (the sample entry declares more than MAX_SIDE_PX).
     """
     size = file.seek(0, 2)
     for kind, start, end in _boxes_of_file(file, size):
@@ -141,14 +143,27 @@ def _boxes(data: memoryview) -> Iterator[tuple[bytes, memoryview]]:
         position += length
 
 
-def _check_moov(data: memoryview) -> None:
-    for kind, body in _boxes(data):
-        if kind in (b"trak", b"mdia", b"minf", b"stbl"):
-            _check_moov(body)
-        elif kind == b"mdhd" and len(body) >= 24:
-            if struct.unpack(">I", body[20:24] if body[0] else body[12:16])[0] == 0:
+def _check_moov(moov: memoryview) -> None:
+    for media in (body for track in _find(moov, b"trak") for body in _find(track, b"mdia")):
+        for header in _find(media, b"mdhd"):
+            clock = header[20:24] if header[:1] == b"\x01" else header[12:16]
+            if clock == b"\x00\x00\x00\x00":
                 raise BadSample("timescale_zero", "a track's clock has no ticks per second")
-        elif kind == b"stsd":
-            for entry, _ in _boxes(body[8:]):
-                if entry in (b"encv", b"drmi"):
-                    raise BadSample("encrypted", f"the video's sample entry is {entry.decode()}: a key is needed")
+        if any(handler[8:12] == b"vide" for handler in _find(media, b"hdlr")):
+            for table in (body for info in _find(media, b"minf") for body in _find(info, b"stbl")):
+                for description in _find(table, b"stsd"):
+                    _check_sample_entries(description[8:])
+
+
+def _check_sample_entries(entries: memoryview) -> None:
+    for kind, body in _boxes(entries):
+        if kind in (b"encv", b"drmi"):
+            raise BadSample("encrypted", f"the video's sample entry is {kind.decode()}: a key is needed")
+        if len(body) >= 28:
+            width, height = struct.unpack(">HH", body[24:28])
+            if max(width, height) > MAX_SIDE_PX:
+                raise BadSample("size_limit", f"declared {width}x{height}, limit {MAX_SIDE_PX} px a side")
+
+
+def _find(data: memoryview, wanted: bytes) -> Iterator[memoryview]:
+    return (body for kind, body in _boxes(data) if kind == wanted)

@@ -14,8 +14,7 @@ from typing import IO, Any
 
 from ex4d.errors import BadSample
 from ex4d.video import sniff
-
-MAX_SIDE_PX = 8192  # 8K UHD in either orientation; beyond it stand only mistakes and bombs
+from ex4d.video.sniff import MAX_SIDE_PX
 
 # AVColorTransferCharacteristic of H.273: linear light of displays is not what an SDR picture holds
 _HDR_TRANSFERS = {16: "pq", 18: "hlg"}
@@ -74,10 +73,8 @@ def opened(source: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
         # FFmpeg reads through our handle, so that no file name is ever parsed as a URL; the empty whitelist
         # forbids it to open anything by itself.
         options = {"protocol_whitelist": "", "max_streams": "64"}
-        try:
-            container = av.open(raw, format=name, container_options=options)
-        except (av.FFmpegError, ValueError) as error:
-            raise BadSample("open_error", f"{name}: {error}") from error
+        with ffmpeg_errors("open_error", f"{name} header"):
+            container = av.open(raw, format=name, container_options=options, buffer_size=1 << 18)
         with container:
             stream = _choose_stream(container)
             _check_stream(stream, name, num_bytes)
@@ -88,13 +85,31 @@ def opened(source: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
             yield container, stream, name
 
 
+@contextmanager
+def ffmpeg_errors(reason: str, doing: str) -> Iterator[None]:
+    """Turn FFmpeg's errors into BadSample(reason); running out of memory stays what it is.
+
+    The message is FFmpeg's sentence without file names, so that it is the same on every machine.
+    """
+    import av
+
+    try:
+        yield
+    except MemoryError:
+        raise
+    except av.FFmpegError as error:
+        raise BadSample(reason, f"{doing}: {error.strerror}") from error
+    except ValueError as error:  # PyAV's own refusals
+        raise BadSample(reason, f"{doing}: {error}") from error
+
+
 def _binary(source: str | Path | bytes) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     try:
         return Path(source).open("rb")
     except OSError as error:
-        raise BadSample("open_error", str(error)) from error
+        raise BadSample("open_error", error.strerror or type(error).__name__) from error
 
 
 def video_streams(container: Any) -> list[Any]:
@@ -146,15 +161,15 @@ def probe(path: str | Path | bytes) -> VideoInfo:
     with opened(path) as (container, stream, name):
         frame = first_frame(container, stream)
         turn, mirrored = orientation(frame)
-        coded_size = (frame.height, frame.width)
+        shown_size = square_pixel_size(frame, stream)
         num_streams = len(video_streams(container))
         duration = stream.duration * stream.time_base if stream.duration else Fraction(container.duration or 0, 10**6)
         return VideoInfo(
             container=name,
             codec=stream.codec_context.name,
             pix_fmt=frame.format.name,
-            size=coded_size[::-1] if turn % 2 else coded_size,
-            coded_size=coded_size,
+            size=shown_size[::-1] if turn % 2 else shown_size,
+            coded_size=(frame.height, frame.width),
             turn=turn,
             mirrored=mirrored,
             time_base=(stream.time_base.numerator, stream.time_base.denominator),
@@ -171,18 +186,12 @@ def first_frame(container: Any, stream: Any) -> Any:
     """Return the first frame that decodes.
 
     Raises:
-        BadSample: `no_frames`, `decode_error`, `size_limit`.
+        BadSample: `no_frames`, `decode_error`.
     """
-    import av
-
-    try:
+    with ffmpeg_errors("decode_error", "first frame"):
         frame = next(container.decode(stream), None)
-    except (av.FFmpegError, ValueError) as error:
-        raise BadSample("decode_error", f"first frame: {error}") from error
     if frame is None:
         raise BadSample("no_frames", "the video stream has no frame that decodes")
-    if max(frame.width, frame.height) > MAX_SIDE_PX:
-        raise BadSample("size_limit", f"frames of {frame.width}x{frame.height}, limit {MAX_SIDE_PX} px a side")
     return frame
 
 
@@ -198,10 +207,26 @@ def _notes(frame: Any, stream: Any, turn: int, mirrored: bool, num_streams: int)
         notes.append("mirrored")
     if frame.interlaced_frame:
         notes.append("interlaced")
-    aspect = stream.codec_context.sample_aspect_ratio
-    if aspect and aspect != 1:
+    if square_pixel_size(frame, stream) != (frame.height, frame.width):
         notes.append("non_square_pixels")
     return tuple(notes)
+
+
+def square_pixel_size(frame: Any, stream: Any) -> tuple[int, int]:
+    """Return (H, W) px that a stored frame takes with square pixels, before rotation; the longer side is stretched.
+
+    Raises:
+        BadSample: `size_limit`.
+    """
+    aspect = stream.sample_aspect_ratio or stream.codec_context.sample_aspect_ratio or Fraction(1)
+    height, width = frame.height, frame.width
+    if aspect > 1:
+        width = round(width * aspect)
+    elif 0 < aspect < 1:
+        height = round(height / aspect)
+    if max(height, width) > MAX_SIDE_PX:
+        raise BadSample("size_limit", f"frames of {width}x{height}, limit {MAX_SIDE_PX} px a side")
+    return height, width
 
 
 def orientation(frame: Any) -> tuple[int, bool]:
@@ -212,7 +237,10 @@ def orientation(frame: Any) -> tuple[int, bool]:
     """
     from av.sidedata.sidedata import Type
 
-    data = frame.side_data.get(Type.DISPLAYMATRIX)
+    try:
+        data = frame.side_data.get(Type.DISPLAYMATRIX)
+    except ValueError:  # PyAV has no name for another side datum of this frame, e.g. MV-HEVC's view id
+        return round(frame.rotation / 90) % 4, False
     if data is None:
         return 0, False
     a, b, _, c, d, *_ = struct.unpack("<9i", bytes(data)[:36])
