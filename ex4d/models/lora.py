@@ -7,6 +7,8 @@ import math
 import torch
 from torch import Tensor, nn
 
+from ex4d.errors import ContractError
+
 # Self- and cross-attention q, k, v, o and both feed-forward layers: ten matrices a block, not the image k and v.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 TENSORS_PER_BLOCK = 20
@@ -37,9 +39,9 @@ def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int = 0) -> 
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
             layer.cast_input_dtype_enabled = False
-            first, second = (_master(pair[ADAPTER_NAME].weight) for pair in (layer.lora_A, layer.lora_B))
-            layer.lora_A[ADAPTER_NAME], layer.lora_B[ADAPTER_NAME] = first, second
-            _draw(first.weight, generator)
+            for pair in (layer.lora_A, layer.lora_B):
+                pair[ADAPTER_NAME] = _master(pair.get_parameter(f"{ADAPTER_NAME}.weight"))
+            _draw(layer.lora_A.get_parameter(f"{ADAPTER_NAME}.weight"), generator)
 
 
 def _master(weight: Tensor) -> _MasterWeightLinear:
@@ -67,3 +69,13 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in transformer.named_parameters()
         if ".lora_" in name and name.endswith(marker)
     }
+
+
+def settings(transformer: nn.Module) -> tuple[int, float]:
+    """Return (rank, alpha) of a transformer that has LoRA; ContractError where it has none."""
+    from peft.tuners.lora import LoraLayer
+
+    for layer in transformer.modules():
+        if isinstance(layer, LoraLayer):
+            return int(layer.r[ADAPTER_NAME]), float(layer.lora_alpha[ADAPTER_NAME])
+    raise ContractError("the transformer has no LoRA")

@@ -1,0 +1,132 @@
+"""LoRA and adapter tensors under the names of other programs, in and out; renaming alone, so no bit changes.
+
+Canonical names are diffusers': `transformer.blocks.N.attn1.to_q.lora_A.weight`, and `geometry_adapter.…`.
+"""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterable, Mapping
+
+import torch
+from torch import Tensor
+
+from ex4d.errors import ConfigError, ContractError
+
+# diffusers' module in a block -> Wan's own
+ORIGINAL = {
+    **{f"attn1.to_{name}": f"self_attn.{name}" for name in "qkv"},
+    "attn1.to_out.0": "self_attn.o",
+    **{f"attn2.to_{name}": f"cross_attn.{name}" for name in "qkv"},
+    "attn2.to_out.0": "cross_attn.o",
+    "ffn.net.0.proj": "ffn.0",
+    "ffn.net.2": "ffn.2",
+}
+_FLAT = {module: original.replace(".", "_") for module, original in ORIGINAL.items()}
+GEOMETRY = (
+    *(f"latent_encoder.{index}.{part}" for index in (0, 2, 4) for part in ("weight", "bias")),
+    "latent_patch_embedding.weight",
+    "latent_patch_embedding.bias",
+)
+
+# format -> (names of the modules, "{block}" and "{module}" to a key of A, the same of B)
+_LORA_KEYS = {
+    "diffusers": (
+        {module: module for module in ORIGINAL},
+        "transformer.blocks.{block}.{module}.lora_A.weight",
+        "transformer.blocks.{block}.{module}.lora_B.weight",
+    ),
+    "released": (
+        ORIGINAL,
+        "blocks.{block}.{module}.lora_A.default.weight",
+        "blocks.{block}.{module}.lora_B.default.weight",
+    ),
+    "comfyui": (
+        ORIGINAL,
+        "diffusion_model.blocks.{block}.{module}.lora_A.weight",
+        "diffusion_model.blocks.{block}.{module}.lora_B.weight",
+    ),
+    "kohya": (
+        _FLAT,
+        "lora_unet_blocks_{block}_{module}.lora_down.weight",
+        "lora_unet_blocks_{block}_{module}.lora_up.weight",
+    ),
+}
+FORMATS = tuple(_LORA_KEYS)
+
+
+def lora_names(num_blocks: int, style: str = "diffusers") -> list[str]:
+    """Return the 20 · num_blocks LoRA names of a format, always in the same order, so that two formats zip together."""
+    if style not in _LORA_KEYS:
+        raise ConfigError("format", style, f"allowed: {', '.join(FORMATS)}")
+    modules, *patterns = _LORA_KEYS[style]
+    return [
+        pattern.format(block=block, module=modules[module])
+        for block in range(num_blocks)
+        for module in ORIGINAL
+        for pattern in patterns
+    ]
+
+
+def count_blocks(names: Iterable[str]) -> int:
+    """Return one more than the highest block number in any format's names; 0 where there is none."""
+    return max((int(found[1]) for name in names if (found := re.search(r"blocks[._](\d+)[._]", name))), default=-1) + 1
+
+
+def to_format(state: Mapping[str, Tensor], style: str, alpha: float | None = None) -> dict[str, Tensor]:
+    """Return the LoRA of a canonical state under another program's names.
+
+    Geometry adapter tensors go along only in "released", which is the only format that has a place for them.
+
+    Args:
+        style: of FORMATS.
+        alpha: written beside each pair in "kohya", where it is needed; elsewhere there is no place for it, and readers
+            take alpha = rank.
+
+    Raises:
+        ContractError: tensors are missing or surplus.
+    """
+    num_blocks = count_blocks(state)
+    canonical, renamed = lora_names(num_blocks), lora_names(num_blocks, style)
+    geometry = [f"geometry_adapter.{name}" for name in GEOMETRY]
+    with_geometry = style == "released" or geometry[0] in state
+    require(state, [*canonical, *(geometry if with_geometry else ())], "this adapter")
+    out = {new: state[old] for old, new in zip(canonical, renamed, strict=True)}
+    if style == "released":
+        out |= {name: state[f"geometry_adapter.{name}"] for name in GEOMETRY}
+    if style == "kohya":
+        if alpha is None:
+            raise ConfigError("alpha", alpha, "is needed for kohya names")
+        pairs = [name.removesuffix(".lora_down.weight") for name in renamed if name.endswith(".lora_down.weight")]
+        out |= {f"{pair}.alpha": torch.tensor(float(alpha)) for pair in pairs}
+    return out
+
+
+def from_format(state: Mapping[str, Tensor], style: str) -> tuple[dict[str, Tensor], float | None]:
+    """Return (canonical state, alpha) of tensors under another program's names; alpha is None where it is not stored.
+
+    Raises:
+        ContractError: tensors are missing or surplus, or alpha differs between layers. Names them.
+    """
+    alphas = {name: float(value) for name, value in state.items() if name.endswith(".alpha")}
+    tensors = {name: value for name, value in state.items() if name not in alphas}
+    num_blocks = count_blocks(tensors)
+    canonical, renamed = lora_names(num_blocks), lora_names(num_blocks, style)
+    require(tensors, [*renamed, *(GEOMETRY if style == "released" else ())], f"{style} weights")
+    if len(set(alphas.values())) > 1:
+        raise ContractError(f"alpha differs between layers: {sorted(set(alphas.values()))}")
+    out = {old: tensors[new] for old, new in zip(canonical, renamed, strict=True)}
+    if style == "released":
+        out |= {f"geometry_adapter.{name}": tensors[name] for name in GEOMETRY}
+    return out, next(iter(alphas.values()), None)
+
+
+def require(state: Mapping[str, Tensor], names: Iterable[str], what: str) -> None:
+    """Raise ContractError unless `state` has exactly these names, and at least one block."""
+    wanted = set(names)
+    missing, surplus = sorted(wanted - set(state)), sorted(set(state) - wanted)
+    if missing or surplus or count_blocks(state) == 0:
+        raise ContractError(
+            f"{what}: {len(state)} tensors where {len(wanted)} belong; "
+            f"{len(missing)} missing {missing[:3]}, {len(surplus)} not expected {surplus[:3]}"
+        )

@@ -1,0 +1,222 @@
+"""Adapter files: our own safetensors, strict in and out, and the released ex4d.ckpt."""
+
+from __future__ import annotations
+
+import json
+import pickle
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+import torch
+from torch import Tensor
+
+from ex4d import storage
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import formats, lora
+from ex4d.models.adapter import Ex4dModel
+from ex4d.models.encoders import base_fingerprint
+
+FILE_NAME = "adapter.safetensors"
+FORMAT_VERSION = 1
+_HEADER = "ex4d"
+RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+CONVENTIONS = (
+    "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
+    "VAE(mask); residual added to the patch embedding; LoRA scaled by alpha / rank; timestep = 1000 sigma"
+)
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What an adapter file says of itself, in the header of its safetensors.
+
+    Args:
+        base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
+        base_fingerprint: of `encoders.base_fingerprint`; None where it is not known (the released file).
+        lora_rank, lora_alpha, adapter_hidden, mask_range, source_video: as in ModelConfig.
+        num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
+        dataset_fingerprint: tree hash of the dataset; None where it is not known.
+        step: training step it was taken from.
+        conventions: for people.
+        format_version: of this layout.
+    """
+
+    base: str
+    base_revision: str | None
+    base_fingerprint: str | None
+    lora_rank: int
+    lora_alpha: float
+    adapter_hidden: int
+    mask_range: Literal["unit", "released"] = "unit"
+    source_video: bool = False
+    num_frames: int = 49
+    size: tuple[int, int] = (512, 512)
+    dataset_fingerprint: str | None = None
+    step: int = 0
+    conventions: str = CONVENTIONS
+    format_version: int = FORMAT_VERSION
+
+
+def adapter_state(model: Ex4dModel) -> dict[str, Tensor]:
+    """Return {canonical name: float32 tensor} of all trainables, detached, on the CPU, contiguous."""
+    return {name: value.detach().cpu().contiguous() for name, value in model.trainable_parameters().items()}
+
+
+def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], metadata: AdapterMetadata) -> Path:
+    """Write `folder`/adapter.safetensors atomically and return its path; equal content gives equal bytes.
+
+    Args:
+        model: the model, or its `adapter_state` where shards were gathered elsewhere.
+    """
+    from safetensors.torch import save
+
+    state = adapter_state(model) if isinstance(model, Ex4dModel) else dict(model)
+    # One entry only: the order of several in a safetensors header is not fixed.
+    data = save(state, metadata={_HEADER: json.dumps(asdict(metadata), sort_keys=True)})
+    path = Path(folder) / FILE_NAME
+    storage.write_bytes(path, data)
+    return path
+
+
+def read_metadata(path: str | Path) -> AdapterMetadata:
+    """Return what an adapter says of itself without reading its tensors; `path` as in `read_adapter`."""
+    file = _file_of(path)
+    return read_adapter(file)[1] if _is_released(file) else _header_of(file)
+
+
+def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
+    """Return (canonical state on the CPU, metadata).
+
+    Args:
+        path: folder with adapter.safetensors, that file itself, or a released `.ckpt`.
+
+    Raises:
+        ConfigError: there is no such file.
+        ContractError: the file is damaged, or of another kind or version.
+    """
+    file = _file_of(path)
+    if _is_released(file):
+        tensors = _load_pickle(file)
+        return _from_released(tensors, file), _released_metadata(tensors)
+    from safetensors.torch import load_file
+
+    metadata = _header_of(file)
+    return load_file(file), metadata
+
+
+def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = False) -> AdapterMetadata:
+    """Fill the model's trainables from an adapter and return its metadata; all tensors fit, or nothing is changed.
+
+    Args:
+        path: as in `read_adapter`.
+        allow_other_base: carry an adapter over to a base of equal shape, such as 480P to 720P.
+
+    Raises:
+        ContractError: rank, alpha, base, names or shapes differ; says which.
+    """
+    state, metadata = read_adapter(path)
+    rank, alpha = lora.settings(model.transformer)
+    if (rank, alpha) != (metadata.lora_rank, metadata.lora_alpha):
+        raise ContractError(
+            f"{path}: LoRA has rank {metadata.lora_rank} and alpha {metadata.lora_alpha:g}, "
+            f"the model has rank {rank} and alpha {alpha:g}"
+        )
+    found = base_fingerprint(model.transformer)
+    known = metadata.base_fingerprint is not None and found is not None
+    if known and metadata.base_fingerprint != found and not allow_other_base:
+        raise ContractError(
+            f"{path} was trained on {metadata.base} ({metadata.base_fingerprint}); the loaded base is another ({found})"
+        )
+    load_state(model, state, str(path))
+    return metadata
+
+
+@torch.no_grad()
+def load_state(model: Ex4dModel, state: Mapping[str, Tensor], what: str = "the state") -> None:
+    """Copy a canonical state into the model's trainables. Raises ContractError unless names and shapes are equal."""
+    trainables = model.trainable_parameters()
+    formats.require(state, trainables, what)
+    different = [name for name, value in trainables.items() if value.shape != state[name].shape]
+    if different:
+        first = different[0]
+        raise ContractError(
+            f"{what}: {len(different)} shapes differ, the first is {first}: "
+            f"{tuple(state[first].shape)}, the model has {tuple(trainables[first].shape)}"
+        )
+    for name, value in trainables.items():
+        value.copy_(state[name])
+
+
+def read_released(path: str | Path) -> dict[str, Tensor]:
+    """Return the canonical state of a released ex4d.ckpt: 20 LoRA tensors a block and 8 of the encoder, 808 for 14B.
+
+    Raises:
+        ContractError: it does not hold exactly those, or holds anything but tensors.
+    """
+    return _from_released(_load_pickle(Path(path)), Path(path))
+
+
+def write_released(path: str | Path, state: Mapping[str, Tensor]) -> None:
+    """Write a canonical state as the released code reads it. Give it alpha = rank: that code fixes 16 and 16."""
+    with storage.atomic_path(path) as temporary:
+        torch.save(formats.to_format(state, "released"), temporary)
+
+
+def _file_of(path: str | Path) -> Path:
+    file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
+    if not file.is_file():
+        raise ConfigError("adapter", str(path), f"is neither a folder with {FILE_NAME} nor a file")
+    return file
+
+
+def _is_released(file: Path) -> bool:
+    return file.suffix in (".ckpt", ".pt", ".pth")
+
+
+def _load_pickle(file: Path) -> dict[str, Tensor]:
+    try:
+        tensors = torch.load(file, map_location="cpu", weights_only=True, mmap=True)
+    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
+        raise ContractError(f"{file} is no file of plain tensors: {error}") from error
+    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+        raise ContractError(f"{file} is not a mapping of names to tensors")
+    return tensors
+
+
+def _from_released(tensors: dict[str, Tensor], file: Path) -> dict[str, Tensor]:
+    try:
+        return formats.from_format(tensors, "released")[0]
+    except ContractError as error:
+        raise ContractError(f"{file}: {error}") from error
+
+
+def _released_metadata(tensors: Mapping[str, Tensor]) -> AdapterMetadata:
+    rank = tensors["blocks.0.self_attn.q.lora_A.default.weight"].shape[0]
+    return AdapterMetadata(
+        base=RELEASED_BASE,
+        base_revision=None,
+        base_fingerprint=None,
+        lora_rank=rank,
+        lora_alpha=float(rank),  # generate.py of the release: lora_rank=16, lora_alpha=16.0
+        adapter_hidden=tensors["latent_encoder.0.weight"].shape[0],
+        mask_range="released",
+    )
+
+
+def _header_of(file: Path) -> AdapterMetadata:
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header: Any = json.loads((opened.metadata() or {}).get(_HEADER, "null"))
+    except (SafetensorError, OSError, ValueError) as error:
+        raise ContractError(f"{file} is no safetensors file of this project: {error}") from error
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version") if isinstance(header, dict) else None
+        raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
+    names = {field.name for field in fields(AdapterMetadata)}
+    if set(header) != names:
+        raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
+    return AdapterMetadata(**header | {"size": tuple(header["size"])})

@@ -1,0 +1,201 @@
+"""Adapter files: round trips without a changed bit, and refusals that say what differs."""
+
+from __future__ import annotations
+
+import dataclasses
+import os
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from safetensors.torch import load_file, save_file
+
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import adapter, backbone, encoders, formats, weights
+
+CONFIG = backbone.ModelConfig(lora_rank=4, lora_alpha=4, adapter_hidden=32)
+
+
+def build(folder: Path, config: backbone.ModelConfig = CONFIG, seed: int = 0) -> adapter.Ex4dModel:
+    """A model whose every trainable has a value of its own."""
+    base = backbone.load_base(str(folder), components=("transformer",))
+    model = adapter.build_model(base.transformer, config, seed)
+    generator = torch.Generator().manual_seed(seed)
+    with torch.no_grad():
+        for parameter in model.trainable_parameters().values():
+            parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
+    return model
+
+
+def metadata_of(model: adapter.Ex4dModel, config: backbone.ModelConfig = CONFIG) -> weights.AdapterMetadata:
+    return weights.AdapterMetadata(
+        base="tiny-wan",
+        base_revision=None,
+        base_fingerprint=encoders.base_fingerprint(model.transformer),
+        lora_rank=config.lora_rank,
+        lora_alpha=config.lora_alpha,
+        adapter_hidden=config.adapter_hidden,
+        dataset_fingerprint="0123456789abcdef",
+        step=7,
+    )
+
+
+def equal(a: dict[str, torch.Tensor], b: dict[str, torch.Tensor]) -> bool:
+    return set(a) == set(b) and all(torch.equal(a[name], b[name]) and a[name].dtype == b[name].dtype for name in a)
+
+
+def test_own_format_round_trip_is_bit_identical_and_deterministic(wan_folder: Path, tmp_path: Path) -> None:
+    model = build(wan_folder)
+    path = weights.save_adapter(tmp_path / "a", model, metadata_of(model))
+    again = weights.save_adapter(tmp_path / "b", weights.adapter_state(model), metadata_of(model))
+    assert path.read_bytes() == again.read_bytes()
+    other = build(wan_folder, seed=5)
+    assert weights.load_adapter(tmp_path / "a", other) == metadata_of(model) == weights.read_metadata(path)
+    assert equal(weights.adapter_state(other), weights.adapter_state(model))
+    num_bytes = sum(value.numel() * 4 for value in model.trainable_parameters().values())
+    assert num_bytes < path.stat().st_size < num_bytes + 16_000
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.parametrize("style", formats.FORMATS)
+def test_every_format_round_trips_bit_identical(wan_folder: Path, style: str, dtype: torch.dtype) -> None:
+    state = {name: value.to(dtype) for name, value in weights.adapter_state(build(wan_folder)).items()}
+    there = formats.to_format(state, style, alpha=4.0)
+    back, alpha = formats.from_format(there, style)
+    kept = state if style == "released" else {k: v for k, v in state.items() if k.startswith("transformer.")}
+    assert equal(back, kept)
+    assert alpha == (4.0 if style == "kohya" else None)
+    assert len(there) == {"released": 48, "kohya": 60}.get(style, 40)
+
+
+def test_released_file_in_and_out(wan_folder: Path, tmp_path: Path) -> None:
+    model = build(wan_folder)
+    weights.write_released(tmp_path / "ex4d.ckpt", weights.adapter_state(model))
+    names = set(torch.load(tmp_path / "ex4d.ckpt", weights_only=True))
+    assert {"blocks.1.cross_attn.o.lora_B.default.weight", "blocks.0.ffn.2.lora_A.default.weight"} <= names
+    assert {"latent_encoder.4.bias", "latent_patch_embedding.weight"} <= names
+    other = build(wan_folder, seed=5)
+    metadata = weights.load_adapter(tmp_path / "ex4d.ckpt", other)
+    assert (metadata.mask_range, metadata.lora_alpha, metadata.adapter_hidden) == ("released", 4.0, 32)
+    assert equal(weights.adapter_state(other), weights.adapter_state(model))
+    assert equal(weights.read_released(tmp_path / "ex4d.ckpt"), weights.adapter_state(model))
+
+
+def test_released_14b_file_is_808_tensors() -> None:
+    meta = backbone.meta_transformer(backbone.transformer_config(weights.RELEASED_BASE))
+    model = adapter.build_model(meta, backbone.ModelConfig())
+    tensors = {name: value.detach() for name, value in model.trainable_parameters().items()}
+    released = formats.to_format(tensors, "released")
+    assert len(released) == 808
+    assert sum("lora_" in name for name in released) == 800
+    assert released["blocks.39.ffn.0.lora_B.default.weight"].shape == (13824, 16)
+    assert released["latent_patch_embedding.weight"].shape == (5120, 1024, 1, 2, 2)
+
+
+def test_diffusers_itself_reads_our_lora(wan_folder: Path) -> None:
+    """diffusers' own loader, on our diffusers names and through its converter on our ComfyUI names."""
+    from diffusers.loaders.lora_conversion_utils import _convert_non_diffusers_wan_lora_to_diffusers
+
+    model = build(wan_folder)
+    model.geometry_adapter.requires_grad_(False)
+    state = weights.adapter_state(model)
+    ours = formats.to_format(state, "diffusers")
+    converted = _convert_non_diffusers_wan_lora_to_diffusers(formats.to_format(state, "comfyui"))
+    assert equal({name: converted[name] for name in ours}, ours)
+    assert not any(value.any() for name, value in converted.items() if name not in ours)
+    plain: Any = backbone.load_base(str(wan_folder), components=("transformer",)).transformer
+    plain.load_lora_adapter(dict(ours), prefix="transformer")
+    generator = torch.Generator().manual_seed(0)
+    inputs = {
+        "hidden_states": torch.randn(1, 36, 2, 4, 4, generator=generator),
+        "timestep": torch.tensor([400.0]),
+        "encoder_hidden_states": torch.randn(1, 512, 32, generator=generator),
+        "encoder_hidden_states_image": torch.randn(1, 17, 16, generator=generator),
+        "return_dict": False,
+    }
+    with torch.no_grad():
+        assert torch.allclose(plain(**inputs)[0], model.transformer(**inputs)[0], atol=1e-5)
+
+
+def test_kohya_names_are_kohyas(wan_folder: Path) -> None:
+    there = formats.to_format(weights.adapter_state(build(wan_folder)), "kohya", alpha=4.0)
+    assert float(there["lora_unet_blocks_1_self_attn_o.alpha"]) == 4.0
+    assert there["lora_unet_blocks_0_ffn_0.lora_down.weight"].shape == (4, 24)
+    assert there["lora_unet_blocks_0_ffn_0.lora_up.weight"].shape == (48, 4)
+    there["lora_unet_blocks_1_self_attn_o.alpha"] = torch.tensor(2.0)
+    with pytest.raises(ContractError, match="alpha differs"):
+        formats.from_format(there, "kohya")
+
+
+def test_a_missing_tensor_is_named(wan_folder: Path, tmp_path: Path) -> None:
+    released = formats.to_format(weights.adapter_state(build(wan_folder)), "released")
+    del released["blocks.1.ffn.2.lora_B.default.weight"]
+    torch.save(released, tmp_path / "ex4d.ckpt")
+    with pytest.raises(ContractError, match=r"47 tensors where 48 belong; 1 missing \['blocks.1.ffn.2.lora_B"):
+        weights.read_released(tmp_path / "ex4d.ckpt")
+    torch.save({}, tmp_path / "empty.ckpt")
+    with pytest.raises(ContractError, match="0 tensors"):
+        weights.read_metadata(tmp_path / "empty.ckpt")
+
+
+@pytest.mark.parametrize(
+    ("change", "says"),
+    [
+        ({"lora_rank": 8, "lora_alpha": 4}, "rank 4 and alpha 4, the model has rank 8"),
+        ({"lora_alpha": 8}, "the model has rank 4 and alpha 8"),
+        ({"adapter_hidden": 16}, "shapes differ, the first is geometry_adapter.latent_encoder.0.weight"),
+    ],
+)
+def test_another_model_is_refused(wan_folder: Path, tmp_path: Path, change: dict[str, Any], says: str) -> None:
+    model = build(wan_folder)
+    weights.save_adapter(tmp_path, model, metadata_of(model))
+    other = build(wan_folder, dataclasses.replace(CONFIG, **change), seed=5)
+    before = weights.adapter_state(other)
+    with pytest.raises(ContractError, match=says):
+        weights.load_adapter(tmp_path, other)
+    assert equal(weights.adapter_state(other), before)
+
+
+def test_another_base_is_refused_unless_allowed(wan_folder: Path, tmp_path: Path) -> None:
+    model = build(wan_folder)
+    weights.save_adapter(tmp_path, model, metadata_of(model))
+    other = build(wan_folder, seed=5)
+    with torch.no_grad():
+        other.transformer.patch_embedding.weight[0, 0] += 1
+    with pytest.raises(ContractError, match="trained on tiny-wan"):
+        weights.load_adapter(tmp_path, other)
+    assert weights.load_adapter(tmp_path, other, allow_other_base=True).step == 7
+    # The fingerprint is of the base, not of its dtype.
+    half = backbone.load_base(str(wan_folder), dtype="bfloat16", components=("transformer",)).transformer
+    assert encoders.base_fingerprint(half) == encoders.base_fingerprint(model.transformer)
+
+
+class _Payload:
+    def __reduce__(self) -> tuple[Any, tuple[str]]:
+        return os.mkdir, ("ran",)
+
+
+def test_what_is_no_adapter_is_refused(wan_folder: Path, tmp_path: Path) -> None:
+    model = build(wan_folder)
+    with pytest.raises(ConfigError, match="neither a folder"):
+        weights.read_adapter(tmp_path)
+    (tmp_path / "adapter.safetensors").write_bytes(b"nothing like it")
+    with pytest.raises(ContractError, match="no safetensors"):
+        weights.read_metadata(tmp_path)
+    save_file(weights.adapter_state(model), tmp_path / "adapter.safetensors")
+    with pytest.raises(ContractError, match="adapter format None"):
+        weights.load_adapter(tmp_path, model)
+    torch.save({"weight": _Payload()}, tmp_path / "evil.ckpt")
+    with pytest.raises(ContractError, match="plain tensors"):
+        weights.read_released(tmp_path / "evil.ckpt")
+    assert not Path("ran").exists()
+
+
+def test_a_truncated_file_is_refused(wan_folder: Path, tmp_path: Path) -> None:
+    model = build(wan_folder)
+    path = weights.save_adapter(tmp_path, model, metadata_of(model))
+    assert len(load_file(path)) == 48
+    path.write_bytes(path.read_bytes()[:-100])
+    with pytest.raises(ContractError, match="no safetensors"):
+        weights.load_adapter(tmp_path, model)
