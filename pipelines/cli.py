@@ -83,7 +83,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=_size, help="HxW (default: what the adapter was trained at)")
     parser.add_argument("--num-frames", type=int, help="4k+1 (default: what the adapter was trained at)")
     parser.add_argument("--num-inference-steps", type=int, default=25)
-    parser.add_argument("--guidance-scale", type=float, help="default: 5, or 1 for the tiny base")
+    parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is off: half the time (default: 5)")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     _view_arguments(parser)
@@ -92,6 +92,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> int:
     from ex4d import generate
 
+    sampler = generate.GenerateConfig(
+        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, prompt=args.prompt
+    )
     view = generate.novel_view(
         video_path=args.video,
         adapter_path=args.adapter,
@@ -103,10 +106,8 @@ def _generate(args: argparse.Namespace) -> int:
         size=args.size,
         num_frames=args.num_frames,
         fov_deg=args.fov_deg,
-        prompt=args.prompt,
+        config=sampler,
         seed=args.seed,
-        num_inference_steps=args.num_inference_steps,
-        guidance_scale=args.guidance_scale,
         device=args.device,
     )
     for path in view.write(args.output):
@@ -120,10 +121,11 @@ def _verify_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _verify(args: argparse.Namespace) -> int:
-    from ex4d.data import shards
+    from ex4d.data.verify import verify
 
-    print(shards.verify(args.dataset, decode=not args.quick))
-    return 0
+    report = verify(args.dataset, full=not args.quick)
+    print(report, file=sys.stdout if report.ok else sys.stderr)
+    return 0 if report.ok else 1
 
 
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:

@@ -189,7 +189,10 @@ def run(sweep: SweepConfig, address: str | None, tree: dict[str, Any]) -> Any:
             ),
         ),
         run_config=tune.RunConfig(
-            name="trials", storage_path=str(Path(sweep.output).resolve()), verbose=0, failure_config=tune.FailureConfig()
+            name="trials",
+            storage_path=str(Path(sweep.output).resolve()),
+            verbose=0,
+            failure_config=tune.FailureConfig(),
         ),
     )
     return tuner.fit()
@@ -200,7 +203,7 @@ def report(results: Any, tree: dict[str, Any], sweep: SweepConfig) -> int:
     from rich.console import Console
     from rich.table import Table
 
-    rows = []
+    rows: list[dict[str, Any]] = []
     for result in results:
         point = {key: value for key, value in (result.config or {}).items() if key in sweep.space}
         metrics = result.metrics or {}

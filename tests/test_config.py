@@ -52,7 +52,9 @@ def test_a_mistake_is_named_with_what_is_allowed(file, override, named):
     assert all(word in str(caught.value) for word in named)
 
 
-@pytest.mark.parametrize("text", ["trian: {}\n", "train: 3\n", "- 1\n", "a: [\n", "train: !!python/object:os.system {}\n"])
+@pytest.mark.parametrize(
+    "text", ["trian: {}\n", "train: 3\n", "- 1\n", "a: [\n", "train: !!python/object:os.system {}\n"]
+)
 def test_a_bad_file_is_refused(tmp_path, text):
     path = tmp_path / "bad.yaml"
     path.write_text(text)

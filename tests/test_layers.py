@@ -80,7 +80,9 @@ def test_rooms_import_downward_only():
         if room == "__init__":
             continue
         assert room in MAY_IMPORT, f"{path}: a new room needs a line in MAY_IMPORT and in docs/architecture.md"
-        wrong += [f"{path.relative_to(ROOT)} imports {other}" for other in _rooms(_imports(path)) - MAY_IMPORT[room] - {room}]
+        wrong += [
+            f"{path.relative_to(ROOT)} imports {other}" for other in _rooms(_imports(path)) - MAY_IMPORT[room] - {room}
+        ]
     assert not wrong
 
 
@@ -106,7 +108,7 @@ def test_one_gate_for_each_heavy_library(library):
 
 
 def test_the_command_line_imports_nothing_heavy():
-    heavy = "torch ray diffusers transformers deepspeed wandb av cv2 numba peft pandas".split()
+    heavy = ["torch", "ray", "diffusers", "transformers", "deepspeed", "wandb", "av", "cv2", "numba", "peft", "pandas"]
     code = f"import sys, pipelines.cli as c; c.parser(); print([m for m in {heavy!r} if m in sys.modules])"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, cwd=ROOT, check=True)
     assert done.stdout.strip() == "[]"

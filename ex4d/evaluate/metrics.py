@@ -1,4 +1,4 @@
-"""Image metrics on uint8 frames, with masks. Masked figures come with their coverage: a score over nothing is None."""
+"""Image metrics on uint8 frames, with masks. Masked figures come with their coverage: a score over nothing is NaN."""
 
 from __future__ import annotations
 
@@ -8,7 +8,7 @@ import numpy as np
 PSNR_CAP_DB = 100.0  # identical pixels: a finite ceiling keeps means finite
 
 
-def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float | None:
+def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
     """Return the peak signal-to-noise ratio in dB over all pixels (of the mask, where one is given).
 
     Args:
@@ -16,14 +16,14 @@ def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) 
         mask: bool [..., H, W], True = counted.
 
     Returns:
-        10 log10(255² / mean squared error), at most PSNR_CAP_DB; None where the mask is empty.
+        10 log10(255² / mean squared error), at most PSNR_CAP_DB; NaN where the mask is empty.
     """
     if frames.shape != truth.shape:
         raise ValueError(f"shapes differ: {frames.shape} and {truth.shape}")
     squared = (frames.astype(np.float64) - truth.astype(np.float64)) ** 2
     if mask is not None:
         if not mask.any():
-            return None
+            return float("nan")
         squared = squared[mask]
     error = float(squared.mean())
     if error == 0.0:
@@ -45,9 +45,7 @@ def ssim(frame: np.ndarray, truth: np.ndarray) -> float:
     mean_a, mean_b = blur(a), blur(b)
     var_a, var_b = blur(a * a) - mean_a**2, blur(b * b) - mean_b**2
     covariance = blur(a * b) - mean_a * mean_b
-    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / (
-        (mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2)
-    )
+    score = ((2 * mean_a * mean_b + c1) * (2 * covariance + c2)) / ((mean_a**2 + mean_b**2 + c1) * (var_a + var_b + c2))
     inner = score[5:-5, 5:-5] if min(score.shape[:2]) > 10 else score
     return float(inner.mean())
 

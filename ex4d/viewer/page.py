@@ -77,7 +77,10 @@ def depth_colours(z_depth: np.ndarray) -> np.ndarray:
     low, high = np.percentile(disparity, [1, 99])
     grey = np.clip((disparity - low) / max(high - low, 1e-9), 0, 1)
     return np.stack(
-        [cv2.cvtColor(cv2.applyColorMap((g * 255).astype(np.uint8), cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB) for g in grey]
+        [
+            cv2.cvtColor(cv2.applyColorMap((g * 255).astype(np.uint8), cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB)
+            for g in grey
+        ]
     )
 
 
@@ -118,7 +121,9 @@ def _figure(clip: Clip, fps: float) -> str:
 def _table(table: Table) -> str:
     head = "".join(f'<th scope="col">{html.escape(c)}</th>' for c in table.columns)
     rows = "".join(
-        f"<tr{' class=best' if i == table.best else ''}>" + "".join(f"<td>{html.escape(str(c))}</td>" for c in row) + "</tr>"
+        f"<tr{' class=best' if i == table.best else ''}>"
+        + "".join(f"<td>{html.escape(str(c))}</td>" for c in row)
+        + "</tr>"
         for i, row in enumerate(table.rows)
     )
     return (

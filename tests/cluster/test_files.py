@@ -38,7 +38,9 @@ def test_manifests_are_ray_jobs_that_call_our_commands(root, name):
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
         for container in group["template"]["spec"]["containers"]:
             assert container["resources"]["limits"] == container["resources"]["requests"]
-            assert not [entry["name"] for entry in container.get("env", []) if "KEY" in entry["name"] and "value" in entry]
+            assert not [
+                entry["name"] for entry in container.get("env", []) if "KEY" in entry["name"] and "value" in entry
+            ]
 
 
 def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root, tmp_path):
@@ -54,7 +56,11 @@ def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root, tmp_p
     environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[1-2]"}
     script = root / "cluster" / "slurm" / "train.sbatch"
     done = subprocess.run(
-        ["bash", str(script), "c.yaml", "train.num_steps=5"], env=environment, capture_output=True, text=True, check=False
+        ["bash", str(script), "c.yaml", "train.num_steps=5"],
+        env=environment,
+        capture_output=True,
+        text=True,
+        check=False,
     )
     calls = log.read_text()
     assert done.returncode == 75

@@ -1,0 +1,200 @@
+"""Video + trajectory + adapter -> the video seen from there. The whole of inference in one file."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Literal
+
+import numpy as np
+import torch
+
+from ex4d import flow, video
+from ex4d.geometry import masks
+from ex4d.models import backbone, weights
+from ex4d.models.adapter import Ex4dModel, build_model
+from ex4d.reconstruct import Reconstruction, reconstruct
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How a video is sampled; the section `generate` of a config file.
+
+    Attributes:
+        num_inference_steps: Euler steps (released: 25).
+        guidance_scale: classifier-free guidance on the text; 1 means one pass and no guidance (released: 5).
+        shift: of the sigma schedule (released: 5).
+        erosion_px: the visible region is shrunk by a square of this side at 512 px, as in training (2 … 8 there).
+        prompt, negative_prompt: fixed texts; the released tool uses one generic prompt.
+    """
+
+    num_inference_steps: int = 25
+    guidance_scale: float = 5.0
+    shift: float = 5.0
+    erosion_px: int = 5
+    prompt: str = ""
+    negative_prompt: str = ""
+
+
+@dataclass(frozen=True)
+class NovelView:
+    """What `ex4d generate` made: the reconstruction it started from, the result, and what is needed to repeat it."""
+
+    reconstruction: Reconstruction
+    frames: np.ndarray
+    record: dict
+
+    def write(self, output: str | Path) -> list[Path]:
+        """Write the video, beside it its condition, mask and record; return the paths."""
+        output = Path(output)
+        source = self.reconstruction
+        paths = [output] + [output.with_name(f"{output.stem}{end}") for end in (".cond.mp4", ".mask.mp4", ".json")]
+        video.write(paths[0], self.frames, source.fps)
+        video.write(paths[1], source.cond_video, source.fps)
+        mask = np.repeat(source.visible[..., None].astype(np.uint8) * 255, 3, axis=-1)
+        video.write(paths[2], mask, source.fps)
+        paths[3].write_text(json.dumps(self.record, indent=2, default=str) + "\n", encoding="utf-8")
+        return paths
+
+
+def to_pixels(frames: np.ndarray, device: str | torch.device = "cpu") -> torch.Tensor:
+    """Return pixels float32 [1, 3, T, H, W] in [-1, 1] of frames uint8 [T, H, W, 3]."""
+    tensor = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
+    return tensor.permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+
+
+def to_frames(pixels: torch.Tensor) -> np.ndarray:
+    """Return frames uint8 [T, H, W, 3] of pixels [1, 3, T, H, W] in [-1, 1], rounded, not truncated."""
+    array = ((pixels[0].float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
+    return array.permute(1, 2, 3, 0).cpu().numpy()
+
+
+@torch.inference_mode()
+def generate(
+    base: backbone.Base,
+    model: Ex4dModel,
+    cond_video: np.ndarray,
+    visible: np.ndarray,
+    config: GenerateConfig,
+    seed: int,
+    mask_range: Literal["unit", "released"] = "unit",
+    first_frame: np.ndarray | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> np.ndarray:
+    """Return the generated video, uint8 [T, H, W, 3].
+
+    Args:
+        cond_video: uint8 [T, H, W, 3], zero where not visible; its frame 0 is the clean first frame.
+        visible: bool [T, H, W]; eroded here by config.erosion_px, frame 0 excepted.
+        seed: of the starting noise; the same seed, steps and weights give the same video.
+        mask_range: what the adapter was trained with; see ModelConfig.
+        first_frame: uint8 [H, W, 3], what the base model starts from; frame 0 of the condition by default.
+        on_step: called with the number of steps done.
+    """
+    device = base.device
+    visible = masks.erode(visible, config.erosion_px)
+    visible[0] = True
+    cond_video = cond_video * visible[..., None]
+    pixels = to_pixels(cond_video, device)
+    start = to_pixels(first_frame[None], device)[:, :, 0] if first_frame is not None else pixels[:, :, 0]
+    image_condition = base.first_frame_condition(start, num_frames=len(cond_video))
+    image_embeds = base.encode_image(start)
+    cond_latents = base.encode_condition(pixels, torch.from_numpy(visible).to(device)[None], mask_range)
+
+    def velocity_under(prompt: str) -> flow.VelocityFn:
+        prompt_embeds = base.encode_text([prompt])
+        return lambda latents, timestep: model(
+            latents, timestep, prompt_embeds, image_embeds, image_condition, cond_latents
+        )
+
+    noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
+    guided = config.guidance_scale != 1.0
+    latents = flow.sample(
+        velocity_under(config.prompt),
+        noise.to(base.device),
+        flow.sigmas(config.num_inference_steps, config.shift),
+        guidance_scale=config.guidance_scale,
+        negative_velocity_fn=velocity_under(config.negative_prompt) if guided else None,
+        on_step=on_step,
+    )
+    return to_frames(base.decode_latents(latents))
+
+
+def load(
+    adapter_path: str | Path, base: str | None = None, device: str | None = None, zero: bool = False
+) -> tuple[backbone.Base, Ex4dModel]:
+    """Return (base, model with its adapter) in evaluation mode.
+
+    Args:
+        base: overrides the base that the adapter names: tiny, a folder, or a hub id.
+        device: default cuda where there is one.
+        zero: leave the adapter at its initial value, where the model equals the base alone (for comparisons).
+    """
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    metadata = weights.read_metadata(adapter_path)
+    loaded = backbone.load_base(base or metadata.base, metadata.base_revision if base is None else None, device=device)
+    shape = backbone.ModelConfig(
+        lora_rank=metadata.lora_rank, lora_alpha=metadata.lora_alpha, adapter_hidden=metadata.adapter_hidden
+    )
+    model = build_model(loaded.transformer, shape)
+    if not zero:
+        weights.load_adapter(adapter_path, model, allow_other_base=base is not None)
+    return loaded, model.eval()
+
+
+def novel_view(
+    video_path: str | Path,
+    adapter_path: str | Path,
+    *,
+    base: str | None = None,
+    trajectory: str = "orbit",
+    angle_deg: float = 60.0,
+    depth: str = "sidecar",
+    depth_path: str | None = None,
+    size: tuple[int, int] | None = None,
+    num_frames: int | None = None,
+    fov_deg: float = 54.0,
+    config: GenerateConfig = GenerateConfig(),
+    seed: int = 0,
+    device: str | None = None,
+    on_step: Callable[[int], None] | None = None,
+) -> NovelView:
+    """Return a video seen along a camera path: depth, warp, then the model. See `reconstruct` for the shared choices.
+
+    Args:
+        size, num_frames: default to what the adapter was trained at; frames 4k+1, sides multiples of the latent patch.
+    """
+    loaded, model = load(adapter_path, base, device)
+    metadata = weights.read_metadata(adapter_path)
+    size, num_frames = size or metadata.size, num_frames or metadata.num_frames
+    loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
+    source = reconstruct(
+        video_path,
+        trajectory_name=trajectory,
+        angle_deg=angle_deg,
+        depth=depth,
+        depth_path=depth_path,
+        num_frames=num_frames,
+        size=size,
+        fov_deg=fov_deg,
+        seed=seed,
+    )
+    frames = generate(
+        loaded, model, source.cond_video, source.visible, config, seed, metadata.mask_range, on_step=on_step
+    )
+    record = {
+        "video": Path(video_path).name,
+        "trajectory": trajectory,
+        "angle_deg": angle_deg,
+        "depth": source.provenance,
+        "K": source.K.tolist(),
+        "w2c": source.w2c.tolist(),
+        "axes": "opencv",
+        "visible_share": float(source.visible.mean()),
+        "seed": seed,
+        "base": base or metadata.base,
+        **asdict(config),
+    }
+    return NovelView(source, frames, record)
