@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import io
 import json
 import re
@@ -77,10 +78,21 @@ def _write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schem
     return count
 
 
-def read_table(folder: str, name: str, columns: list[str] | None = None) -> pa.Table:
-    """Return manifest.parquet or rejects.parquet as an Arrow table; ContractError where it is not one."""
+def read_table(folder: str, name: str, columns: list[str] | None = None, sha256: str | None = None) -> pa.Table:
+    """Return manifest.parquet or rejects.parquet as an Arrow table.
+
+    Args:
+        columns: all when None.
+        sha256: what dataset.json says of the file; not compared when None.
+
+    Raises:
+        ContractError: the file is missing, is no such table, or is another one than dataset.json names.
+    """
     try:
-        return pq.read_table(io.BytesIO(storage.read_bytes(storage.join(folder, name))), columns=columns)
+        data = storage.read_bytes(storage.join(folder, name))
+        if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
+            raise ContractError(f"{folder}: {name} is not the one that {DATASET} names")
+        return pq.read_table(io.BytesIO(data), columns=columns)
     except (OSError, pa.ArrowException) as error:
         raise ContractError(f"{name}: cannot be read ({error})") from error
 

@@ -1,0 +1,69 @@
+"""A bounded folder of byte ranges read from an object store. Several processes of one machine may share it."""
+
+from __future__ import annotations
+
+import hashlib
+import os
+import threading
+from pathlib import Path
+
+from ex4d import storage
+
+
+class RangeCache:
+    """Reads of byte ranges, kept in a folder until it is full; then the least recently used go.
+
+    Args:
+        folder: made when it is not there. Only files that this class wrote may lie in it.
+        max_bytes: kept at most, save for a hundredth that each process may add between two looks at the folder.
+        identity: of the dataset, so that another dataset at the same URL is not mistaken for this one.
+    """
+
+    def __init__(self, folder: str | Path, max_bytes: int, identity: str):
+        self.folder, self.max_bytes, self.identity = Path(folder), max_bytes, identity
+        self.folder.mkdir(parents=True, exist_ok=True)
+        self._added = 0
+        self._lock = threading.Lock()
+        self._evict()
+
+    def read(self, url: str, offset: int, length: int) -> bytes:
+        """Return the bytes from the folder, else by one ranged read from `url`."""
+        path = self._path(url, offset, length)
+        try:
+            data = path.read_bytes()
+            os.utime(path)  # most recently used
+            return data
+        except FileNotFoundError:
+            pass
+        data = storage.read_bytes(url, offset, length)
+        if len(data) <= self.max_bytes:
+            storage.write_bytes(path, data)
+            with self._lock:
+                self._added += len(data)
+                if self._added * 100 >= self.max_bytes:
+                    self._evict()
+        return data
+
+    def forget(self, url: str, offset: int, length: int) -> None:
+        """Drop a range whose bytes turned out to be wrong."""
+        self._path(url, offset, length).unlink(missing_ok=True)
+
+    def _path(self, url: str, offset: int, length: int) -> Path:
+        name = hashlib.sha256(f"{self.identity} {url} {offset} {length}".encode()).hexdigest()
+        return self.folder / f"{name}.range"
+
+    def _evict(self) -> None:
+        files = []
+        for path in self.folder.glob("*.range"):
+            try:
+                stat = path.stat()
+            except FileNotFoundError:  # another process was faster
+                continue
+            files.append((stat.st_mtime_ns, stat.st_size, path))
+        total = sum(size for _, size, _ in files)
+        for _, size, path in sorted(files):
+            if total <= self.max_bytes:
+                break
+            path.unlink(missing_ok=True)
+            total -= size
+        self._added = 0

@@ -1,0 +1,263 @@
+"""Batches of samples in one global order, the same for any number of ranks, threads and restarts.
+
+The stream of samples is endless: epoch after epoch, each a permutation drawn from (seed, epoch). Sample g of the stream
+goes to rank g mod world size. A step takes consecutive samples, and may take them from two epochs, so every rank
+always has a full batch. The whole state is the number of samples consumed by all ranks together.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import logging
+from collections import deque
+from collections.abc import Callable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import lru_cache
+from typing import Any
+
+import numpy as np
+import pyarrow as pa
+
+from ex4d import storage
+from ex4d.data import manifest
+from ex4d.data.cache import RangeCache
+from ex4d.data.members import decode_masks, unpack_bits
+from ex4d.data.sample import decode_frames, require_members
+from ex4d.data.tar import read_sample
+from ex4d.errors import BadSample, ConfigError, ContractError
+
+log = logging.getLogger(__name__)
+
+Batch = dict[str, Any]
+Draw = Callable[[int], int]  # number of masks -> the one to take
+Decode = Callable[[Mapping[str, bytes], Draw], dict[str, Any]]
+
+
+@dataclass(frozen=True)
+class LoaderConfig:
+    """How samples are fetched; nothing here changes which samples come, or in which order.
+
+    Args:
+        num_threads: threads that read and decode; 0 does it in the caller's.
+        prefetch_batches: micro batches that are under way beside the one handed out.
+        cache_dir: local folder that keeps samples of an object store; None for none.
+        cache_size_bytes: the most that it keeps.
+        max_bad_samples: a rank that met more bad samples than this stops with ContractError.
+    """
+
+    num_threads: int = 2
+    prefetch_batches: int = 2
+    cache_dir: str | None = None
+    cache_size_bytes: int = 20 * 2**30
+    max_bad_samples: int = 100
+
+    def __post_init__(self) -> None:
+        if self.num_threads < 0 or self.prefetch_batches < 0:
+            raise ConfigError("num_threads, prefetch_batches", (self.num_threads, self.prefetch_batches), "0 or more")
+
+
+def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
+    """Return int64 [num_samples], the permutation of one epoch.
+
+    Philox's raw numbers are promised to stay the same in every version of NumPy; Generator.permutation is not.
+    """
+    generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
+    return np.argsort(generator.random_raw(num_samples), kind="stable")
+
+
+def draw_mask(num_masks: int, seed: int, epoch: int, key: str) -> int:
+    """Return which of a sample's masks an epoch uses, in [0, num_masks)."""
+    digest = hashlib.sha256(f"mask:{seed}:{epoch}:{key}".encode()).digest()
+    return int.from_bytes(digest[:8], "big") % num_masks
+
+
+def decode_pixels(members: Mapping[str, bytes], draw: Draw) -> dict[str, Any]:
+    """Return one sample of a pixel dataset, with one of its masks.
+
+    `frames` uint8 [T,H,W,3] RGB; `visible` bool [T,H,W], True = seen; `kind` uint8 []; `mask_index` int64 [];
+    `captions` str.
+
+    Raises:
+        ContractError: a member is missing, damaged, or does not fit the others.
+    """
+    require_members(members)
+    frames = decode_frames(members["mp4"])
+    packed, kind, _ = decode_masks(members["masks.npz"], frames.shape[2])
+    if packed.shape[1:3] != frames.shape[:2] or not len(kind):
+        raise ContractError(f"masks.npz: [S,T,H] = {[*packed.shape[:3]]} for frames {[*frames.shape]}")
+    index = draw(len(kind))
+    return {
+        "frames": frames,
+        "visible": unpack_bits(packed[index], frames.shape[2]),
+        "kind": kind[index],
+        "mask_index": np.int64(index),
+        "captions": members["txt"].decode("utf-8", "replace"),
+    }
+
+
+class ShardLoader(Iterator[Batch]):
+    """An endless iterator of micro batches of one rank.
+
+    A batch holds what `decode` returned, stacked (numbers and arrays) or listed (text), and `keys` (list),
+    `valid` bool [B], `samples_consumed` int: the state after it, for all ranks together. A sample that cannot be used
+    keeps its place, zero-filled and with `valid` False, so that every rank stays in step and the order does not move;
+    its loss must have weight 0. It is logged once and kept in `bad`.
+
+    Args:
+        dataset: folder of a finished dataset, local or in an object store.
+        split: "train" or "val".
+        micro_batch_size: samples of this rank in a batch.
+        seed: of the order and of the masks.
+        rank, world_size: this rank takes sample g of the stream where g mod world_size is rank.
+        samples_consumed: where to start: a batch's `samples_consumed`; a multiple of world_size.
+        decode: ({member: bytes}, draw) -> values of one sample; raises ContractError or BadSample for a bad one.
+
+    Raises:
+        ConfigError: an argument out of range, or a split without samples.
+        ContractError: no finished dataset; a manifest that is not the sealed one.
+    """
+
+    def __init__(
+        self,
+        dataset: str,
+        split: str,
+        micro_batch_size: int,
+        seed: int,
+        rank: int = 0,
+        world_size: int = 1,
+        samples_consumed: int = 0,
+        config: LoaderConfig | None = None,
+        decode: Decode = decode_pixels,
+    ):
+        if micro_batch_size < 1 or not 0 <= rank < world_size or seed < 0:
+            raise ConfigError(
+                "micro_batch_size, rank, world_size, seed",
+                (micro_batch_size, rank, world_size, seed),
+                "micro_batch_size >= 1, 0 <= rank < world_size, seed >= 0",
+            )
+        if samples_consumed < 0 or samples_consumed % world_size:
+            raise ConfigError("samples_consumed", samples_consumed, f"a multiple of world_size {world_size}")
+        self.dataset, self.seed, self.decode = dataset, seed, decode
+        self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
+        self.config = config or LoaderConfig()
+        self.table, identity = _read_split(dataset, split)
+        self.num_samples = len(self.table)
+        self.samples_consumed = samples_consumed
+        self.bad: dict[str, str] = {}
+        self._next = samples_consumed  # of the batch to be submitted, ahead of samples_consumed by what is under way
+        self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self.num_samples, seed, epoch))
+        self._pool = ThreadPoolExecutor(self.config.num_threads, "loader") if self.config.num_threads else None
+        self._pending: deque[tuple[int, list[Future]]] = deque()
+        self._blank: dict[str, Any] | None = None
+        folder = self.config.cache_dir
+        self._cache = RangeCache(folder, self.config.cache_size_bytes, identity) if folder else None
+
+    @property
+    def state(self) -> tuple[int, int]:
+        """(epoch of the next sample, samples consumed by all ranks together); the second alone is enough to resume."""
+        return self.samples_consumed // self.num_samples, self.samples_consumed
+
+    def __next__(self) -> Batch:
+        while len(self._pending) <= (self.config.prefetch_batches if self._pool else 0):
+            self._submit()
+        end, futures = self._pending.popleft()
+        batch = self._stack([future.result() for future in futures])
+        self.samples_consumed = batch["samples_consumed"] = end
+        return batch
+
+    def close(self) -> None:
+        """Stop the threads; what is under way is dropped."""
+        self._pending.clear()
+        if self._pool:
+            self._pool.shutdown(wait=True, cancel_futures=True)
+
+    def _submit(self) -> None:
+        places = range(self._next + self.rank, self._next + self.micro_batch_size * self.world_size, self.world_size)
+        self._next += self.micro_batch_size * self.world_size
+        futures = []
+        for place in places:
+            epoch, index = divmod(place, self.num_samples)
+            row = int(self._order(epoch)[index])
+            futures.append(self._pool.submit(self._load, row, epoch) if self._pool else _now(self._load, row, epoch))
+        self._pending.append((self._next, futures))
+
+    def _load(self, row: int, epoch: int) -> tuple[str, dict[str, Any] | None, str]:
+        """Return (key, values or None, why not) of one sample."""
+        fields = self.table.slice(row, 1).to_pylist()[0]
+        key = fields["key"]
+        try:
+            members = self._read(fields)
+            return key, self.decode(members, lambda count: draw_mask(count, self.seed, epoch, key)), ""
+        except (ContractError, BadSample) as error:
+            return key, None, str(error)
+
+    def _read(self, fields: dict[str, Any]) -> dict[str, bytes]:
+        url = storage.join(self.dataset, fields["shard"])
+        place = (url, fields["offset"], fields["length"])
+        if self._cache is None:
+            return _checked(storage.read_bytes(*place), fields)
+        try:
+            return _checked(self._cache.read(*place), fields)
+        except ContractError:
+            self._cache.forget(*place)  # the copy may be damaged and the original whole
+            return _checked(storage.read_bytes(*place), fields)
+
+    def _stack(self, items: list[tuple[str, dict[str, Any] | None, str]]) -> Batch:
+        for key, values, why in items:
+            if values is None and key not in self.bad:
+                self.bad[key] = why
+                log.warning("bad sample %s is skipped (%d so far): %s", key, len(self.bad), why)
+        if len(self.bad) > self.config.max_bad_samples:
+            key, why = list(self.bad.items())[-1]
+            raise ContractError(f"{len(self.bad)} bad samples in {self.dataset}; the last: {key}: {why}")
+        good = [values if values is not None else self._blank_like(items) for _, values, _ in items]
+        batch: Batch = {
+            name: [values[name] for values in good] if isinstance(first, str) else np.stack([v[name] for v in good])
+            for name, first in good[0].items()
+        }
+        batch["keys"] = [key for key, _, _ in items]
+        batch["valid"] = np.array([values is not None for _, values, _ in items])
+        return batch
+
+    def _blank_like(self, items: list[tuple[str, dict[str, Any] | None, str]]) -> dict[str, Any]:
+        """Return zeros in the shape of any good sample, of the batch if it has one, else of the dataset."""
+        if self._blank is None:
+            near = (values for _, values, _ in items if values is not None)
+            far = (self._load(row, 0)[1] for row in range(self.num_samples))
+            like = next(near, None) or next((values for values in far if values is not None), None)
+            if like is None:
+                raise ContractError(f"{self.dataset}: not one sample of {self.num_samples} can be read")
+            self._blank = {k: "" if isinstance(v, str) else np.zeros_like(v) for k, v in like.items()}
+        return self._blank
+
+
+def _read_split(dataset: str, split: str) -> tuple[pa.Table, str]:
+    """Return the manifest rows of one split, in their order, and an identity of the dataset."""
+    if split not in manifest.SPLITS:
+        raise ConfigError("split", split, f"allowed: {', '.join(manifest.SPLITS)}")
+    identity = manifest.read_dataset(dataset).get("sha256", {}).get(manifest.MANIFEST)
+    columns = ["key", "split", "shard", "offset", "length", "members"]
+    table = manifest.read_table(dataset, manifest.MANIFEST, columns, sha256=identity)
+    table = table.filter(pa.compute.equal(table["split"], split)).combine_chunks()
+    if unknown := [name for name in table["shard"].unique().to_pylist() if not manifest.SHARD.fullmatch(name)]:
+        raise ContractError(f"{dataset}: {manifest.MANIFEST} names shards {unknown[:3]}, which are not names of ours")
+    if not len(table):
+        raise ConfigError("split", split, f"has no samples in {dataset}")
+    return table, identity
+
+
+def _checked(blob: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
+    """Return {member: bytes} after comparing each sha256: damaged H.264 may decode without an error."""
+    members = read_sample(blob, fields["key"])
+    for member in fields["members"]:
+        content = members.get(member["name"])
+        if content is None or hashlib.sha256(content).hexdigest() != member["sha256"]:
+            raise ContractError(f"{fields['shard']}: member {member['name']} is missing or its sha256 is wrong")
+    return members
+
+
+def _now(function: Callable[..., Any], *arguments: Any) -> Future:
+    future: Future = Future()
+    future.set_result(function(*arguments))
+    return future
