@@ -75,7 +75,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResul
 
     Raises:
         ConfigError: unknown estimator, or weights that are not there.
-        BadSample: depth_missing, depth_pickle, depth_shape, depth_nan, depth_sign, depth_constant, no_parallax.
+        BadSample: depth_missing, depth_pickle, depth_shape, depth_nan, depth_nonpositive, depth_constant, no_parallax.
     """
     if name not in ESTIMATORS:
         raise ConfigError("depth", name, f"allowed: {', '.join(ESTIMATORS)}")
@@ -94,6 +94,6 @@ def check(result: DepthResult, shape: tuple[int, ...]) -> None:
         raise BadSample("depth_nan", f"{bad.mean():.2%} of the values are not finite")
     low = float(values.min())
     if low < 0 or (low == 0 and result.kind == "z_depth"):
-        raise BadSample("depth_sign", f"{result.kind} falls to {low:.4g}")
+        raise BadSample("depth_nonpositive", f"{result.kind} falls to {low:.4g}")
     if np.ptp(values) <= 1e-6 * abs(float(values.max())):
         raise BadSample("depth_constant", f"every value is {low:.4g}")

@@ -215,17 +215,6 @@ def relative_to_first(w2c: np.ndarray) -> np.ndarray:
     return w2c @ np.linalg.inv(w2c[0])
 
 
-def compensate(w2c: np.ndarray, source_w2c: np.ndarray) -> np.ndarray:
-    """Return, for each frame, the target pose seen from that frame's own source camera, [T, 4, 4].
-
-    Depth is measured in the source camera of its frame. Where the source moves, its poses `source_w2c` [T, 4, 4] (first
-    = identity, the depth's scale) turn a path given in the first camera's world into what the renderer takes.
-    """
-    if w2c.shape != source_w2c.shape:
-        raise BadSample("pose_shape", f"{len(source_w2c)} source poses for {len(w2c)} frames")
-    return w2c @ np.linalg.inv(relative_to_first(source_w2c))
-
-
 def interpolate(key_poses: np.ndarray, num_frames: int) -> np.ndarray:
     """Return w2c [T, 4, 4] through the key poses [N, 4, 4], evenly spaced in time: cubic for eyes and for rotations."""
     count = len(key_poses)

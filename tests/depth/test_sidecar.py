@@ -90,9 +90,9 @@ def bad_arrays() -> dict[str, tuple[dict, str]]:
     return {
         "nan": ({"z_depth": nan}, "depth_nan"),
         "inf": ({"z_depth": inf}, "depth_nan"),
-        "zero": ({"z_depth": zero}, "depth_sign"),
-        "negative": ({"z_depth": negative}, "depth_sign"),
-        "negative disparity": ({"disparity": negative}, "depth_sign"),
+        "zero": ({"z_depth": zero}, "depth_nonpositive"),
+        "negative": ({"z_depth": negative}, "depth_nonpositive"),
+        "negative disparity": ({"disparity": negative}, "depth_nonpositive"),
         "constant": ({"z_depth": np.ones((10, *SIZE))}, "depth_constant"),
         "one frame too few": ({"z_depth": depth(3)}, "depth_shape"),
         "flat": ({"z_depth": depth()[0]}, "depth_shape"),

@@ -108,17 +108,6 @@ def test_spline_passes_through_its_keys_and_turns_smoothly():
     assert np.diff(yaw_deg(path)).min() > 0
 
 
-def test_source_poses_are_taken_out():
-    target = trajectory.build("orbit", 9, 30, radius=2.0)
-    source = trajectory.build("dolly", 9, radius=2.0)
-    np.testing.assert_allclose(trajectory.compensate(target, target), np.tile(np.eye(4), (9, 1, 1)), atol=1e-12)
-    point = np.array([0.3, -0.2, 5, 1])
-    seen = trajectory.compensate(target, source) @ (source @ point)[:, :, None]
-    np.testing.assert_allclose(seen[:, :, 0], target @ point, atol=1e-12)
-    with pytest.raises(BadSample, match="pose_shape"):
-        trajectory.compensate(target, source[:5])
-
-
 def test_radius_follows_the_depth():
     z_depth = np.linspace(2, 10, 96 * 96, dtype=np.float32).reshape(96, 96)
     assert trajectory.radius_of(3 * z_depth) == pytest.approx(3 * trajectory.radius_of(z_depth))

@@ -1,0 +1,106 @@
+"""Depth by parallax against the true depth of synthetic clips, beside the best constant depth."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+
+from ex4d.depth import DepthRequest, estimate
+from ex4d.errors import BadSample
+from ex4d.geometry.camera import Camera
+from ex4d.geometry.depth import align_scale_shift
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
+
+
+def clip(seed: int, size: int = 72, moving_bodies: bool = False, motion: str = "gentle", num_frames: int = 9):
+    config = SyntheticConfig(
+        num_frames=num_frames, size=(size, size), seed=seed, moving_bodies=moving_bodies, camera_motion=motion
+    )
+    return render_clip(*clip_scene(config, 0), fps=8.0)
+
+
+def abs_rel(z_depth: np.ndarray, truth: np.ndarray) -> float:
+    """Mean |z − truth| / truth after one scale and shift of the clip's disparity."""
+    scale, shift = align_scale_shift(1 / z_depth, 1 / truth)
+    aligned = 1 / np.maximum(scale / z_depth + shift, 0.5 / truth.max())
+    return float(np.mean(np.abs(aligned - truth) / truth))
+
+
+def abs_rel_of_constant(truth: np.ndarray) -> float:
+    """The same for the constant that is best in this measure: the median weighted with 1 / truth."""
+    values = np.sort(truth, axis=None)
+    weight = np.cumsum(1 / values.astype(np.float64))
+    constant = values[np.searchsorted(weight, weight[-1] / 2)]
+    return float(np.mean(np.abs(constant - truth) / truth))
+
+
+def compare(seeds: range, **options) -> tuple[np.ndarray, np.ndarray]:
+    ours, constant = [], []
+    for seed in seeds:
+        frames, truth = clip(seed, **options)
+        ours.append(abs_rel(estimate("parallax", frames, DepthRequest()).values, truth))
+        constant.append(abs_rel_of_constant(truth))
+    return np.array(ours), np.array(constant)
+
+
+def test_static_scenes_have_half_the_error_of_a_constant():
+    ours, constant = compare(range(5))
+    assert ours.mean() <= 0.5 * constant.mean()
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("moving_bodies", "ratio"), [(False, 0.5), (True, 0.6)])
+def test_twenty_clips(moving_bodies: bool, ratio: float):
+    ours, constant = compare(range(20), size=96, moving_bodies=moving_bodies)
+    print(f"moving bodies {moving_bodies}: abs-rel {ours.mean():.3f}, constant {constant.mean():.3f}")
+    assert ours.mean() <= ratio * constant.mean()
+
+
+@pytest.mark.parametrize("moving_bodies", [False, True])
+def test_a_camera_that_stands_has_no_parallax(moving_bodies: bool):
+    frames, _ = clip(3, moving_bodies=moving_bodies, motion="static")
+    with pytest.raises(BadSample, match="no_parallax"):
+        estimate("parallax", frames, DepthRequest())
+
+
+def test_a_camera_that_only_turns_has_no_parallax():
+    config = SyntheticConfig(num_frames=9, size=(72, 72), moving_bodies=False)
+    scene, cameras = clip_scene(config, 0)
+    frames = []
+    for index in range(9):
+        angle = np.radians(1.5 * index)
+        turn = np.eye(4)
+        turn[:3, :3] = [[np.cos(angle), 0, -np.sin(angle)], [0, 1, 0], [np.sin(angle), 0, np.cos(angle)]]
+        frames.append(scene.render(Camera(cameras[0].K, turn, (72, 72)), 0.0)[0])
+    with pytest.raises(BadSample, match="no_parallax"):
+        estimate("parallax", np.stack(frames), DepthRequest())
+
+
+@pytest.mark.parametrize("num_frames", [1, 2, 9])
+def test_pictures_without_texture_have_no_parallax(num_frames: int):
+    with pytest.raises(BadSample, match="no_parallax"):
+        estimate("parallax", np.full((num_frames, 48, 64, 3), 90, np.uint8), DepthRequest())
+
+
+def test_noise_is_finite_or_refused():
+    frames = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)
+    reasons = []
+    try:
+        values = estimate("parallax", frames, DepthRequest()).values
+    except BadSample as error:
+        reasons.append(error.reason)
+    assert reasons == ["no_parallax"] or (np.isfinite(values).all() and values.min() > 0)
+
+
+def test_two_runs_give_the_same_bits():
+    frames, _ = clip(1, num_frames=5)
+    first, second = (estimate("parallax", frames, DepthRequest(seed=seed)) for seed in (0, 0))
+    assert first.values.tobytes() == second.values.tobytes()
+    assert first.kind == "z_depth"
+    assert not first.metric
+
+
+def test_two_frames_and_other_shapes_work():
+    config = SyntheticConfig(num_frames=3, size=(60, 96), moving_bodies=False, seed=2, camera_motion="strong")
+    frames, _ = render_clip(*clip_scene(config, 0), fps=8.0)
+    assert estimate("parallax", frames, DepthRequest()).values.shape == (3, 60, 96)
