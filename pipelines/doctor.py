@@ -48,7 +48,7 @@ def facts() -> dict:
         "gpus": _gpus(),
         "packages": packages,
         "missing": missing,
-        "encoders": _encoders(),
+        "video_works": _video_works(),
         "wandb_key": bool(os.environ.get("WANDB_API_KEY")),
     }
 
@@ -61,20 +61,25 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def _encoders() -> dict[str, bool]:
+def _video_works() -> bool:
+    """Return True where a video can be written and read back: what every shard needs of the installed FFmpeg."""
     if importlib.util.find_spec("av") is None:
-        return {}
+        return False
+    import numpy as np
+
     from ex4d import video
 
-    return video.available_encoders()
+    frames = np.full((3, 32, 32, 3), 128, np.uint8)
+    shown, _ = video.read(video.encode(frames, 8.0))
+    return shown.shape == frames.shape and int(np.abs(shown.astype(int) - 128).max()) <= 4
 
 
 def main(as_json: bool = False) -> int:
-    """Print the facts; return 1 where something required is missing, else 0."""
+    """Print the facts; return 1 where something required is missing or does not work, else 0."""
     found = facts()
     if as_json:
         print(json.dumps(found, indent=2))
-        return 1 if found["missing"] else 0
+        return 0 if found["video_works"] and not found["missing"] else 1
     from rich.console import Console
     from rich.table import Table
 
@@ -87,7 +92,7 @@ def main(as_json: bool = False) -> int:
     for name, purpose, required in PACKAGES:
         version = found["packages"][name] or ("[red]missing[/red]" if required else "not installed")
         table.add_row(name, version, purpose)
-    table.add_row("video encoders", ", ".join(name for name, there in found["encoders"].items() if there), "shards")
+    table.add_row("H.264 round trip", "works" if found["video_works"] else "[red]fails[/red]", "shards")
     table.add_row("W&B", "key found" if found["wandb_key"] else "no key: runs are kept offline", "run tracking")
     Console(file=sys.stdout).print(table)
-    return 1 if found["missing"] else 0
+    return 0 if found["video_works"] and not found["missing"] else 1
