@@ -36,6 +36,8 @@ def metadata_of(model: adapter.Ex4dModel, config: backbone.ModelConfig = CONFIG)
         lora_rank=config.lora_rank,
         lora_alpha=config.lora_alpha,
         adapter_hidden=config.adapter_hidden,
+        num_frames=9,
+        size=(96, 64),
         dataset_fingerprint="0123456789abcdef",
         step=7,
     )
