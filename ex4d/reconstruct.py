@@ -2,17 +2,23 @@
 
 from __future__ import annotations
 
+import io
+import json
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 
 from ex4d import depth as depth_estimators
-from ex4d import video
+from ex4d import storage, video
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry import camera, trajectory
+from ex4d.geometry import camera, mesh, trajectory
 from ex4d.geometry import depth as depth_maps
 from ex4d.geometry.render import warp_video
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
 
 
 @dataclass(frozen=True)
@@ -38,6 +44,41 @@ class Reconstruction:
     cond_video: np.ndarray
     visible: np.ndarray
     provenance: dict = field(default_factory=dict)
+
+    def write(self, folder: str | Path, save_mesh: bool = False, profile: str = "default") -> list[Path]:
+        """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json and preview.png; return their paths.
+
+        Args:
+            save_mesh: also mesh/000000.ply …, one a frame, in that frame's own source camera.
+            profile: of those meshes.
+        """
+        folder = Path(folder)
+        mask, preview = io.BytesIO(), io.BytesIO()
+        np.savez_compressed(mask, visible=self.visible)
+        white = np.repeat(self.visible[..., None].astype(np.uint8) * 255, 3, axis=-1)
+        contact_sheet(self).save(preview, format="PNG")
+        cameras = {
+            "axes": "opencv",
+            "size": list(self.visible.shape[1:]),
+            "K": self.K.tolist(),
+            "w2c": self.w2c.tolist(),
+        }
+        contents = {
+            "cond.mp4": video.encode(self.cond_video, self.fps),
+            "mask.npz": mask.getvalue(),
+            "mask.mp4": video.encode(white, self.fps, crf=0),  # x264 is lossless there
+            "camera.json": (json.dumps(cameras, indent=1) + "\n").encode(),
+            "preview.png": preview.getvalue(),
+        }
+        for name, data in contents.items():
+            storage.write_bytes(folder / name, data)
+        paths = [folder / name for name in contents]
+        if save_mesh:
+            (folder / "mesh").mkdir(exist_ok=True)
+            for index, (frame, z_depth) in enumerate(zip(self.frames, self.z_depth, strict=True)):
+                paths.append(folder / "mesh" / f"{index:06d}.ply")
+                mesh.export(mesh.build(frame, z_depth, self.K, profile), paths[-1])
+        return paths
 
 
 def reconstruct(
@@ -102,3 +143,17 @@ def build_path(name: str, num_frames: int, angle_deg: float, z_depth0: np.ndarra
     if len(w2c) < num_frames:
         raise ConfigError("trajectory", name, f"has {len(w2c)} poses, {num_frames} frames need one each")
     return w2c[:num_frames]
+
+
+def contact_sheet(view: Reconstruction, num_columns: int = 7, width_px: int = 192) -> Image:
+    """Return a picture: source, disparity and condition (rows) at evenly spaced frames (columns)."""
+    from PIL import Image as pillow
+
+    chosen = np.unique(np.linspace(0, len(view.frames) - 1, num_columns).round().astype(int))
+    disparity = 1.0 / view.z_depth
+    low, high = np.percentile(disparity, [1, 99])
+    grey = (np.clip((disparity - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
+    rows = (view.frames, np.repeat(grey[..., None], 3, axis=-1), view.cond_video)
+    sheet = pillow.fromarray(np.concatenate([np.concatenate(list(row[chosen]), axis=1) for row in rows], axis=0))
+    scale = width_px / view.frames.shape[2]
+    return sheet.resize((round(sheet.width * scale), round(sheet.height * scale)))

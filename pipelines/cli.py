@@ -75,6 +75,40 @@ def _size(text: str) -> tuple[int, int]:
     return int(height), int(width)
 
 
+def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("video", metavar="VIDEO")
+    parser.add_argument("--output", required=True, metavar="DIR")
+    parser.add_argument("--size", type=_size, help="HxW (default: the video's own)")
+    parser.add_argument("--num-frames", type=int, help="default: all")
+    parser.add_argument("--profile", default="default", help="default, released or torn (default: %(default)s)")
+    parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "reference", "nvdiffrast"))
+    parser.add_argument("--save-mesh", action="store_true", help="also one PLY a frame")
+    _view_arguments(parser)
+
+
+def _reconstruct(args: argparse.Namespace) -> int:
+    from ex4d.reconstruct import reconstruct
+
+    view = reconstruct(
+        args.video,
+        trajectory_name=args.trajectory,
+        angle_deg=args.angle_deg,
+        depth=args.depth,
+        depth_path=args.depth_path,
+        num_frames=args.num_frames,
+        size=args.size,
+        fov_deg=args.fov_deg,
+        profile=args.profile,
+        backend=args.backend,
+        seed=args.seed,
+    )
+    paths = view.write(args.output, args.save_mesh, args.profile)
+    print(f"{view.visible[-1].mean():.0%} of the last frame is visible")
+    for path in paths[:5]:
+        print(path)
+    return 0
+
+
 def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--video", required=True)
     parser.add_argument("--adapter", required=True, help="folder written by `ex4d train` (its adapter/)")
@@ -154,6 +188,7 @@ COMMANDS = {
     "preprocess": Command("videos to training shards", _job_arguments, _preprocess),
     "train": Command("shards to an adapter", _job_arguments, _train),
     "sweep": Command("many short trainings, the best configuration", _job_arguments, _sweep),
+    "reconstruct": Command("what a camera path would see of a video", _reconstruct_arguments, _reconstruct),
     "generate": Command("a video seen from the side", _generate_arguments, _generate),
     "verify": Command("check a dataset to the last byte", _verify_arguments, _verify),
     "doctor": Command("what this machine has and what is missing", _doctor_arguments, _doctor),
