@@ -46,7 +46,7 @@ class Reconstruction:
     provenance: dict = field(default_factory=dict)
 
     def write(self, folder: str | Path, save_mesh: bool = False, profile: str = "default") -> list[Path]:
-        """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json and preview.png; return their paths.
+        """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json, preview.png; return the paths.
 
         Args:
             save_mesh: also mesh/000000.ply …, one a frame, in that frame's own source camera.

@@ -1,0 +1,85 @@
+"""`ex4d reconstruct`: one video in, condition and mask out, in files that can be read back."""
+
+from __future__ import annotations
+
+import json
+
+import numpy as np
+import pytest
+
+from ex4d import synthetic, video
+from ex4d.errors import BadSample, ConfigError
+from ex4d.evaluate.metrics import psnr
+from ex4d.geometry import trajectory
+from ex4d.geometry.camera import Camera
+from ex4d.reconstruct import reconstruct
+from pipelines import cli
+
+WORLD = synthetic.SyntheticConfig(num_videos=1, num_frames=5, size=(64, 64), seed=31, camera_motion="static")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return synthetic.write_corpus(tmp_path_factory.mktemp("clip"), WORLD)[0]
+
+
+def test_what_is_marked_visible_is_what_the_new_camera_would_see(clip):
+    view = reconstruct(clip, angle_deg=30.0, num_frames=5, size=(64, 64))
+    scene, _ = synthetic.clip_scene(WORLD, 0)
+    truth = np.stack(
+        [
+            scene.render(Camera(view.K, pose, (64, 64)), t / WORLD.fps, supersample=2)[0]
+            for t, pose in enumerate(view.w2c)
+        ]
+    )
+    assert view.visible[0].all()
+    assert 0.2 < view.visible[-1].mean() < 0.98
+    assert (view.cond_video[~view.visible] == 0).all()
+    assert psnr(view.cond_video, truth, view.visible) > 24
+    assert psnr(view.cond_video, truth, view.visible) > psnr(view.frames, truth) + 5
+
+
+def test_the_command_writes_files_that_say_the_same(clip, tmp_path, capsys):
+    argv = [
+        "reconstruct",
+        str(clip),
+        "--angle-deg",
+        "45",
+        "--num-frames",
+        "3",
+        "--save-mesh",
+        "--output",
+        str(tmp_path),
+    ]
+    assert cli.main(argv) == 0
+    assert "preview.png" in capsys.readouterr().out
+    cameras = json.loads((tmp_path / "camera.json").read_text())
+    visible = np.load(tmp_path / "mask.npz")["visible"]
+    shown, _ = video.read(tmp_path / "mask.mp4")
+    assert cameras["axes"] == "opencv"
+    assert cameras["size"] == [64, 64]
+    assert np.shape(cameras["w2c"]) == (3, 4, 4)
+    assert visible.shape == (3, 64, 64)
+    assert ((shown[..., 0] > 127) == visible).all()
+    assert video.read(tmp_path / "cond.mp4")[0].shape == (3, 64, 64, 3)
+    assert sorted(p.name for p in (tmp_path / "mesh").iterdir()) == ["000000.ply", "000001.ply", "000002.ply"]
+
+
+def test_a_file_of_poses_is_a_trajectory_too(clip, tmp_path):
+    path = trajectory.build("orbit", 5, 20.0, 2.0)
+    trajectory.save(tmp_path / "poses.json", path, "json")
+    view = reconstruct(clip, trajectory_name=str(tmp_path / "poses.json"), num_frames=5, size=(64, 64))
+    np.testing.assert_allclose(view.w2c, path, atol=1e-9)
+    with pytest.raises(ConfigError, match="2 poses"):
+        trajectory.save(tmp_path / "short.json", path[:2], "json")
+        reconstruct(clip, trajectory_name=str(tmp_path / "short.json"), num_frames=5, size=(64, 64))
+
+
+def test_what_cannot_be_done_is_said(clip, tmp_path, capsys):
+    with pytest.raises(BadSample, match="too_short"):
+        reconstruct(clip, num_frames=99)
+    with pytest.raises(ConfigError, match="orbit"):
+        reconstruct(clip, trajectory_name="sideways", num_frames=5, size=(64, 64))
+    assert cli.main(["reconstruct", str(clip), "--depth", "guess", "--output", str(tmp_path)]) == 2
+    assert "parallax" in capsys.readouterr().err
+    assert cli.main(["reconstruct", str(tmp_path / "none.mp4"), "--output", str(tmp_path)]) == 1
