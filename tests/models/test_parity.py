@@ -9,17 +9,14 @@ and 1.3e-5 with random weights of ours written as ex4d.ckpt and loaded there, on
 
 from __future__ import annotations
 
-import sys
 from pathlib import Path
 
 import numpy as np
 import pytest
+import released_numbers
 import torch
 
 from ex4d.models import weights
-
-sys.path.insert(0, str(Path(__file__).parent))
-import released_numbers
 
 TOLERANCE = 1e-4
 
