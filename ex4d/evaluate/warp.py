@@ -1,0 +1,130 @@
+"""How true a warp is: the mesh's picture against the exact novel view of a procedural scene."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass, replace
+
+import cv2
+import numpy as np
+
+from ex4d import synthetic
+from ex4d.evaluate.metrics import psnr
+from ex4d.geometry.camera import Camera, intrinsics
+from ex4d.geometry.mesh import DWMesh, Profile, build, occlusion_flags
+from ex4d.geometry.render import render
+from ex4d.geometry.trajectory import build as build_path
+from ex4d.geometry.trajectory import radius_of
+
+# Where "visible" is a matter of a pixel: surfaces within so many pixels of a depth edge, in either picture.
+BAND_PX = 3
+EDGE_JUMP = 0.046  # the depth jump between neighbours that 2.5° means at f = 500 (METHOD, mesh, point 6)
+
+
+@dataclass(frozen=True)
+class Pair:
+    """One scene seen twice, exactly: source and novel view of one size at one time.
+
+    Attributes:
+        frame, truth: uint8 [H, W, 3], supersampled. z_depth: float32 [H, W] of the source.
+        K: float64 [3, 3]. camera: the novel one.
+        seen: bool [H, W] of the novel picture: its surface point is truly visible from the source, too.
+        ceiling: uint8 [H, W, 3]: the source sampled (Lanczos) at the exact correspondences; meaningful where seen.
+        band: bool [H, W] of the novel picture: within BAND_PX of a depth edge of either picture.
+    """
+
+    frame: np.ndarray
+    truth: np.ndarray
+    z_depth: np.ndarray
+    K: np.ndarray
+    camera: Camera
+    seen: np.ndarray
+    ceiling: np.ndarray
+    band: np.ndarray
+
+
+@dataclass(frozen=True)
+class WarpScore:
+    """One warp against the truth.
+
+    Attributes:
+        psnr: dB over the pixels that are marked visible. coverage: their share of the picture.
+        recall: of the surface that both cameras truly see, outside the band, the share that is marked visible.
+        false_share: of the pixels marked visible, outside the band, the share that the source does not truly see.
+    """
+
+    psnr: float
+    coverage: float
+    recall: float
+    false_share: float
+
+
+def make_pair(
+    seed: tuple[int, ...], size: tuple[int, int], angle_deg: float, max_frequency: float, supersample: int = 4
+) -> Pair:
+    """Return a scene at time 0 from its first source camera and from the end of an orbit.
+
+    Args:
+        max_frequency: of the textures in cycles per image height; H / 2 is the Nyquist limit.
+    """
+    scene = synthetic.Scene.random(seed, max_frequency)
+    K = intrinsics(size)
+    source = Camera(K, np.eye(4), size)
+    frame, z_depth = scene.render(source, 0.0, supersample)
+    camera = Camera(K, build_path("orbit", 2, angle_deg, radius_of(z_depth))[-1], size)
+    truth, novel_depth = scene.render(camera, 0.0, supersample)
+    seen, uv = synthetic.visible_from(scene, camera, 0.0, source)
+    map_x, map_y = (uv[..., 0] - 0.5).astype(np.float32), (uv[..., 1] - 0.5).astype(np.float32)
+    ceiling = cv2.remap(frame, map_x, map_y, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
+    near_source_edge = cv2.remap(_edge_band(z_depth).astype(np.uint8), map_x, map_y, cv2.INTER_NEAREST) > 0
+    return Pair(frame, truth, z_depth, K, camera, seen, ceiling, _edge_band(novel_depth) | (near_source_edge & seen))
+
+
+def _edge_band(z_depth: np.ndarray) -> np.ndarray:
+    """Return bool [H, W]: within BAND_PX of a jump of more than EDGE_JUMP between neighbours, or of the border."""
+    log = np.log(z_depth)
+    edge = np.zeros(z_depth.shape, np.uint8)
+    for axis in (0, 1):
+        jump = np.abs(np.diff(log, axis=axis)) > np.log1p(EDGE_JUMP)
+        low = [slice(None)] * 2
+        high = [slice(None)] * 2
+        low[axis], high[axis] = slice(None, -1), slice(1, None)
+        edge[tuple(low)] |= jump
+        edge[tuple(high)] |= jump
+    edge[[0, -1]] = 1
+    edge[:, [0, -1]] = 1
+    side = 2 * BAND_PX + 1
+    return cv2.dilate(edge, np.ones((side, side), np.uint8)) > 0
+
+
+def score(pair: Pair, profile: str | Profile = "default", mesh: DWMesh | None = None) -> WarpScore:
+    """Return how the mesh of the source frame does; `mesh` replaces the one that `profile` would make."""
+    made = mesh or build(pair.frame, pair.z_depth, pair.K, profile)
+    shown = render(made, pair.camera, "cpu")
+    return _score(pair, shown.colour, shown.visible_mask)
+
+
+def score_ceiling(pair: Pair) -> WarpScore:
+    """Return how exact correspondences do: what no warp of this source picture can beat."""
+    return _score(pair, pair.ceiling, pair.seen)
+
+
+def _score(pair: Pair, colour: np.ndarray, visible: np.ndarray) -> WarpScore:
+    inner = ~pair.band
+    true_surface, marked = pair.seen & inner, visible & inner
+    return WarpScore(
+        psnr=psnr(colour, pair.truth, visible),
+        coverage=float(visible.mean()),
+        recall=float((visible & true_surface).sum() / max(true_surface.sum(), 1)),
+        false_share=float((marked & ~pair.seen).sum() / max(marked.sum(), 1)),
+    )
+
+
+def with_threshold(pair: Pair, angle_deg: float) -> DWMesh:
+    """Return the pair's default mesh under another occlusion threshold, degrees at f = 500 px (the method's: 2.5)."""
+    made = build(pair.frame, pair.z_depth, pair.K)
+    focal = float(pair.K[0, 0])
+    angle = math.atan(math.tan(math.radians(angle_deg)) * 500.0 / focal)
+    flags = occlusion_flags(made.z_depth, pair.K, angle)
+    flags[:, 0], flags[:, -1], flags[:, :, 0], flags[:, :, -1] = (True,) * 4  # the border ring, as build does
+    return replace(made, face_occluded=flags)
