@@ -54,7 +54,7 @@ class SyntheticConfig:
     seed: int = 0
     camera_motion: str = "gentle"
     moving_bodies: bool = True
-    max_frequency: float = 4.0
+    max_frequency: float = 3.0
     supersample: int = 2
     sky: bool = False
     fov_deg: float = 54.0
@@ -72,7 +72,7 @@ class Scene:
 
     @staticmethod
     def random(
-        seed: int | tuple[int, ...], max_frequency: float = 4.0, moving_bodies: bool = True, sky: bool = False
+        seed: int | tuple[int, ...], max_frequency: float = 3.0, moving_bodies: bool = True, sky: bool = False
     ) -> Scene:
         """Return the scene of a seed.
 
