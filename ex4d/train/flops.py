@@ -156,7 +156,7 @@ def memory(
     Args:
         parameters: of `count_parameters`.
         tokens: of one sample (`Cost.tokens`).
-        base_bytes: bytes of a frozen weight: 2 for bfloat16, 1 for fp8 or int8, 0.5 for NF4; activations have at least 2.
+        base_bytes: bytes of a frozen weight: 2 for bfloat16, 1 for fp8 or int8, 0.5 for NF4; activations have ≥ 2.
         zero_stage: 1 shards the optimizer, 2 the gradients, 3 the weights over `world_size`.
         cpu_offload: the optimizer's state is in the host's memory.
     """
