@@ -4,12 +4,16 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import numpy as np
 
 from ex4d.errors import BadSample
 
 Flows = dict[tuple[int, int], np.ndarray]
+# Measured on synthetic clips of 96 px: these keep 96–99 % of the visible tracks within 2 px of the truth (83 % without).
+MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
+MAX_SLOPE = 0.3  # px of flow per px
 
 
 @contextmanager
@@ -42,8 +46,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     if min(frames.shape[1:3]) < 16:
         raise BadSample("flow_size", f"{frames.shape[1:3]} is too small for optical flow, which needs 16 px")
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    dis.setFinestScale(0)  # halves the error of the preset at 96 px
+    dis = _dis()
     flows: Flows = {}
     with one_thread():
         for gap in gaps:
@@ -57,6 +60,14 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
                         start = flows[i, middle] + sample(flows[middle, j], flows[i, middle])
                     flows[i, j] = dis.calc(gray[i], gray[j], start)
     return flows
+
+
+def _dis() -> Any:
+    import cv2
+
+    dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
+    dis.setFinestScale(0)  # halves the error of the preset at 96 px
+    return dis
 
 
 def sample(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
@@ -83,36 +94,51 @@ def _target(flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     return x, y
 
 
-def track(
-    frames: np.ndarray, points: np.ndarray, max_error_px: float | None = None, flows: Flows | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return where points of the first frame go: (xy float32 [T, N, 2] px, visible bool [T, N]).
+def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (flow float32 [T, H, W, 2] px from frame 0 to every frame, visible bool [T, H, W] in pixels of frame 0).
 
-    A point is lost for good where its flow and the flow back disagree (it is covered, or leaves the picture).
+    Each flow is found from frame 0 itself, starting from the chain so far, so that errors do not add up. A pixel is
+    visible where it stays in the picture, its flow and the flow back agree, and the flow does not tear around it: next
+    to a depth edge flow follows whichever side has more texture.
 
     Args:
         frames: uint8 [T, H, W, 3].
-        points: float [N, 2] px (x, y) in frame 0, pixel centres at +0.5.
-        max_error_px: largest forward–backward error of a step; None: 1 px at 512 px, in proportion, at least 0.5.
-        flows: what `pair_flows(frames)` gives, when it is at hand.
     """
     import cv2
 
     num_frames, height, width = frames.shape[:3]
-    limit = max(0.5, min(height, width) / 512) if max_error_px is None else max_error_px
-    flows = pair_flows(frames) if flows is None else flows
-    xy = np.empty((num_frames, len(points), 2), np.float32)
-    visible = np.empty((num_frames, len(points)), bool)
-    xy[0] = points
-    visible[0] = (xy[0] >= 0).all(axis=1) & (xy[0] < (width, height)).all(axis=1)
+    limit = max(MAX_ERROR_PX, min(height, width) / 512)
+    steps = pair_flows(frames)
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    dis = _dis()
+    there = np.zeros((num_frames, height, width, 2), np.float32)
+    back = np.zeros((height, width, 2), np.float32)
+    visible = np.ones((num_frames, height, width), bool)
     with one_thread():
         for t in range(1, num_frames):
-            forward = flows[t - 1, t]
-            step = np.concatenate([forward, consistency(forward, flows[t, t - 1])[..., None]], axis=-1)
-            step[~np.isfinite(step)] = 1e3
-            at = (xy[t - 1] - 0.5)[None]
-            found = cv2.remap(step, at[..., 0], at[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)[0]
-            xy[t] = xy[t - 1] + found[:, :2]
-            inside = (xy[t] >= 0).all(axis=1) & (xy[t] < (width, height)).all(axis=1)
-            visible[t] = visible[t - 1] & inside & (found[:, 2] <= limit)
-    return xy, visible
+            start = there[t - 1] + sample(steps[t - 1, t], there[t - 1])
+            there[t] = dis.calc(gray[0], gray[t], start)
+            back = dis.calc(gray[t], gray[0], steps[t, t - 1] + sample(back, steps[t, t - 1]))
+            slopes = [cv2.Sobel(there[t], cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1))]
+            steepest = np.max([np.linalg.norm(slope, axis=-1) for slope in slopes], axis=0)
+            visible[t] = (consistency(there[t], back) <= limit) & (steepest <= MAX_SLOPE)
+    return there, visible
+
+
+def track(
+    frames: np.ndarray, points: np.ndarray, dense: tuple[np.ndarray, np.ndarray] | None = None
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return where points of the first frame go: (xy float32 [T, N, 2] px, visible bool [T, N]).
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        points: float [N, 2] px (x, y) in frame 0, pixel centres at +0.5.
+        dense: what `follow(frames)` gives, when it is at hand.
+    """
+    height, width = frames.shape[1:3]
+    flow, seen = follow(frames) if dense is None else dense
+    points = np.asarray(points, np.float32).reshape(-1, 2)
+    inside = (points >= 0).all(axis=1) & (points < (width, height)).all(axis=1)
+    column = np.clip(points[:, 0].astype(int), 0, width - 1)
+    row = np.clip(points[:, 1].astype(int), 0, height - 1)
+    return points + flow[:, row, column], seen[:, row, column] & inside
