@@ -16,6 +16,7 @@ import torch
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import families
 from ex4d.models.encoders import Base
+from ex4d.models.quantize import quantize_blocks
 
 log = logging.getLogger(__name__)
 
@@ -45,6 +46,7 @@ class ModelConfig:
         adapter_hidden: channels inside the geometry adapter.
         mask_range: of the mask before the VAE: "unit" {−1, +1} or "released" {−3, +1}, as the published weights want.
         dtype: of the frozen transformer and text encoder; "auto" is bfloat16 on an accelerator and float32 on a CPU.
+        quantize: store the frozen blocks as int8, fp8 (a byte a weight) or nf4 (half a byte); None: as `dtype`.
         vae_dtype: of the VAE.
         source_video: the source video as second condition (beyond the paper).
     """
@@ -57,6 +59,7 @@ class ModelConfig:
     adapter_hidden: int = 1024
     mask_range: Literal["unit", "released"] = "unit"
     dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
+    quantize: Literal["int8", "fp8", "nf4"] | None = None
     vae_dtype: Literal["float32", "bfloat16"] = "float32"
     source_video: bool = False
 
@@ -68,12 +71,14 @@ def load_base(
     device: str | torch.device = "cpu",
     components: Sequence[str] = COMPONENTS,
     vae_dtype: str | torch.dtype = "float32",
+    quantize: str | None = None,
 ) -> Base:
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
     Args:
         components: of COMPONENTS; training on precomputed latents needs the transformer alone. A base without an image
             encoder has None there.
+        quantize: of the transformer; see ModelConfig.
 
     Raises:
         ConfigError: the base is not there and cannot be fetched; says what to download and where to put it.
@@ -85,7 +90,7 @@ def load_base(
     folder = resolve(base, revision, components)
     device = torch.device(device)
     main, vae = _dtype(dtype, device), _dtype(vae_dtype, device)
-    loaded = {name: _load(name, folder, vae if name == "vae" else main, device) for name in components}
+    loaded = {name: _load(name, folder, vae if name == "vae" else main, device, quantize) for name in components}
     return Base(
         name=base,
         revision=_commit_of(folder) if not _is_local(base) else revision,
@@ -162,7 +167,7 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
-def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device, style: str | None) -> Any:
     """Return one frozen component in eval mode; None for an image encoder that the base does not have."""
     if component == "image_encoder" and not (folder / component / "config.json").is_file():
         return None
@@ -173,6 +178,8 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
         model = cls.from_pretrained(folder / component, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
+    if component == "transformer" and style is not None:
+        quantize_blocks(model, style, device)
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
     return model.to(device).eval().requires_grad_(False)
 
