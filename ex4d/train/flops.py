@@ -23,6 +23,8 @@ GPUS = {
     "L40S": (362e12, 48e9),
     "RTX 4090": (165e12, 24e9),
 }
+# Bytes of a frozen weight; NF4 has half a byte, and a bfloat16 scale for each 64.
+BASE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0, "int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 2 / 64}
 # HFU that `seconds_per_step` assumes where none was measured.
 ASSUMED_HFU = 0.40
 # Activations that one block keeps for its backward pass, in numbers per token and unit of width: float32 copies around
@@ -156,7 +158,7 @@ def memory(
     Args:
         parameters: of `count_parameters`.
         tokens: of one sample (`Cost.tokens`).
-        base_bytes: bytes of a frozen weight: 2 for bfloat16, 1 for fp8 or int8, 0.5 for NF4; activations have ≥ 2.
+        base_bytes: of BASE_BYTES, for the base's dtype or its quantisation; activations have at least two.
         zero_stage: 1 shards the optimizer, 2 the gradients, 3 the weights over `world_size`.
         cpu_offload: the optimizer's state is in the host's memory.
     """
@@ -203,3 +205,62 @@ def seconds_per_step(sample: Cost, samples: int, gpu: str, checkpointing: bool, 
     if peak is None:
         raise ConfigError("gpu", gpu, f"allowed: {', '.join(GPUS)}")
     return sample.executed(checkpointing) * samples / (peak * hfu)
+
+
+def summary(
+    shape: Mapping[str, Any],
+    config: backbone.ModelConfig,
+    latents: tuple[int, int, int],
+    *,
+    micro_batch_size: int,
+    global_batch_size: int,
+    world_size: int,
+    num_steps: int,
+    zero_stage: int,
+    checkpointing: bool,
+    cpu_offload: bool = False,
+    ema: bool = False,
+    gpu: str = "H200",
+    usd_per_gpu_hour: float | None = None,
+) -> dict[str, Any]:
+    """Return what a run would need, as plain values and before anything is loaded.
+
+    `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`), `fits`
+    (whether the estimate is within the GPU's memory), `seconds_per_step`, `hours`, `gpu_hours`, and `usd` where a price
+    is given. Times assume ASSUMED_HFU and data that is ready.
+    """
+    parameters = count_parameters(shape, config)
+    sample = cost(shape, latents, config.lora_rank, config.adapter_hidden, config.source_video)
+    # "auto" is bfloat16 on the GPU that this asks about.
+    stored = config.quantize or ("bfloat16" if config.dtype == "auto" else config.dtype)
+    parts = memory(
+        shape,
+        parameters,
+        sample.tokens,
+        base_bytes=BASE_BYTES[stored],
+        micro_batch_size=micro_batch_size,
+        zero_stage=zero_stage,
+        world_size=world_size,
+        checkpointing=checkpointing,
+        cpu_offload=cpu_offload,
+        ema=ema,
+    )
+    total = sum(parts.values())
+    step_s = seconds_per_step(sample, math.ceil(global_batch_size / world_size), gpu, checkpointing)
+    hours = step_s * num_steps / 3600
+    return {
+        "parameters": parameters,
+        "tokens": sample.tokens,
+        "flops_per_sample": {
+            "forward": sample.forward,
+            "useful": sample.useful,
+            "executed": sample.executed(checkpointing),
+        },
+        "memory_bytes": parts | {"total": total},
+        "fits": total <= next(size for name, (_, size) in GPUS.items() if name.lower() in gpu.lower()),
+        "gpu": gpu,
+        "seconds_per_step": step_s,
+        "hours": hours,
+        "gpu_hours": hours * world_size,
+        "usd": None if usd_per_gpu_hour is None else hours * world_size * usd_per_gpu_hour,
+    }

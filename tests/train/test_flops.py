@@ -129,3 +129,23 @@ def test_utilisation_says_useful_and_executed() -> None:
     assert mfu / hfu == pytest.approx(1.10 / 1.57, rel=0.02)
     with pytest.raises(ConfigError, match="H100"):
         flops.seconds_per_step(PUBLISHED, 4, "abacus", checkpointing=True)
+
+
+def test_summary_of_the_papers_run() -> None:
+    """8 GPUs, 4 clips each: memory, time and price follow from the parts."""
+    config = backbone.ModelConfig(base="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers")
+    run = {"global_batch_size": 32, "world_size": 8, "num_steps": 1000, "zero_stage": 2, "checkpointing": True}
+    said = flops.summary(SHAPE_14B, config, (13, 64, 64), micro_batch_size=1, gpu="H100", usd_per_gpu_hour=2.0, **run)
+    assert said["parameters"]["lora"] == 76_677_120
+    assert said["memory_bytes"]["total"] == pytest.approx(sum(list(said["memory_bytes"].values())[:-1]))
+    assert said["fits"]
+    assert said["seconds_per_step"] == pytest.approx(4 * said["flops_per_sample"]["executed"] / (989e12 * 0.40))
+    assert said["usd"] == pytest.approx(said["seconds_per_step"] * 1000 / 3600 * 8 * 2.0)
+    small = flops.summary(SHAPE_14B, config, (13, 64, 64), micro_batch_size=1, gpu="RTX 4090", **run)
+    assert not small["fits"]
+    assert small["usd"] is None
+    four_bit = backbone.ModelConfig(quantize="nf4")
+    fitting = flops.summary(
+        SHAPE_14B, four_bit, (13, 64, 64), micro_batch_size=1, gpu="RTX 4090", cpu_offload=True, **run
+    )
+    assert fitting["fits"]
