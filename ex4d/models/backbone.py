@@ -89,6 +89,8 @@ def load_base(
         raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
     folder = resolve(base, revision, components)
     device = torch.device(device)
+    if device.type == "cuda" and device.index is None:
+        device = torch.device("cuda", torch.cuda.current_device())
     main, vae = _dtype(dtype, device), _dtype(vae_dtype, device)
     loaded = {name: _load(name, folder, vae if name == "vae" else main, device, quantize) for name in components}
     return Base(
@@ -174,6 +176,9 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
     cls = _class_of(component, read_config(folder, component))
     kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
     kwargs["torch_dtype" if component in ("transformer", "vae") else "dtype"] = dtype
+    # Straight to the device, shard by shard, so that eight ranks of a machine do not each hold 33 GB of its memory.
+    # What is to be quantised stays behind and goes over layer by layer.
+    kwargs["device_map"] = {"": "cpu" if style is not None and component == "transformer" else device}
     try:
         model = cls.from_pretrained(folder / component, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:

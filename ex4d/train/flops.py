@@ -225,9 +225,9 @@ def summary(
 ) -> dict[str, Any]:
     """Return what a run would need, as plain values and before anything is loaded.
 
-    `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`), `fits`
-    (whether the estimate is within the GPU's memory), `seconds_per_step`, `hours`, `gpu_hours`, and `usd` where a price
-    is given. Times assume ASSUMED_HFU and data that is ready.
+    `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`),
+    `fits` (whether the estimate is within the GPU's memory), `seconds_per_step`, `hours`, `gpu_hours`, and `usd` where
+    a price is given. Times assume ASSUMED_HFU and data that is ready.
     """
     parameters = count_parameters(shape, config)
     sample = cost(shape, latents, config.lora_rank, config.adapter_hidden, config.source_video)

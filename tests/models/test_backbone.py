@@ -14,7 +14,7 @@ from torch import Tensor
 from wan_checkpoint import save_checkpoint
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import backbone
+from ex4d.models import adapter, backbone
 
 
 @pytest.fixture(scope="module")
@@ -139,6 +139,38 @@ def test_text_to_video_base_has_no_image_conditions(tmp_path: Path) -> None:
     base = backbone.load_base(str(folder), components=("transformer", "vae", "image_encoder"))
     assert base.encode_image(torch.zeros(1, 3, 32, 32)) is None
     assert base.first_frame_condition(torch.zeros(1, 3, 32, 32), 5) is None
+
+
+def test_wan22_vae_has_16_px_latents_of_48_channels(tmp_path: Path) -> None:
+    """The VAE of Wan2.2-TI2V-5B, small: real class, residual, frames cut into 2 × 2 patches first."""
+    from diffusers import AutoencoderKLWan
+
+    folder = save_checkpoint(tmp_path, in_channels=48, out_channels=48, image_dim=None, added_kv_proj_dim=None)
+    shutil.rmtree(folder / "vae")
+    vae: Any = AutoencoderKLWan(
+        base_dim=8,
+        decoder_base_dim=8,
+        z_dim=48,
+        num_res_blocks=1,
+        latents_mean=[0.1] * 48,
+        latents_std=[2.0] * 48,
+        is_residual=True,
+        in_channels=12,
+        out_channels=12,
+        patch_size=2,
+        scale_factor_spatial=16,
+    )
+    vae.save_pretrained(folder / "vae")
+    base = backbone.load_base(str(folder), components=("transformer", "vae"))
+    latents = base.encode_video(torch.zeros(1, 3, 5, 64, 96))
+    assert latents.shape == base.latent_shape((5, 64, 96, 3)) == (1, 48, 2, 4, 6)
+    assert base.decode_latents(latents).shape == (1, 3, 5, 64, 96)
+    assert base.encode_condition(torch.zeros(1, 3, 5, 64, 96), torch.ones(1, 5, 64, 96).bool()).shape[1] == 96
+    model = adapter.build_model(base.transformer, backbone.ModelConfig(adapter_hidden=8))
+    condition = torch.zeros(1, 96, 2, 4, 6)
+    assert model(latents, torch.ones(1), torch.zeros(1, 512, 32), cond_latents=condition).shape == latents.shape
+    with pytest.raises(ConfigError, match="multiples of 32"):
+        base.latent_shape((5, 48, 96, 3))
 
 
 @pytest.mark.parametrize(("shape", "key"), [((6, 32, 32, 3), "num_frames"), ((5, 40, 32, 3), "size")])
