@@ -212,10 +212,7 @@ class ShardLoader(Iterator[Batch]):
             key, why = list(self.bad.items())[-1]
             raise ContractError(f"{len(self.bad)} bad samples in {self.dataset}; the last: {key}: {why}")
         good = [values if values is not None else self._blank_like(items) for _, values, _ in items]
-        batch: Batch = {
-            name: [values[name] for values in good] if isinstance(first, str) else np.stack([v[name] for v in good])
-            for name, first in good[0].items()
-        }
+        batch: Batch = {name: _joined([values[name] for values in good]) for name in good[0]}
         batch["keys"] = [key for key, _, _ in items]
         batch["valid"] = np.array([values is not None for _, values, _ in items])
         return batch
@@ -255,6 +252,12 @@ def _checked(blob: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
         if content is None or hashlib.sha256(content).hexdigest() != member["sha256"]:
             raise ContractError(f"{fields['shard']}: member {member['name']} is missing or its sha256 is wrong")
     return members
+
+
+def _joined(values: list[Any]) -> Any:
+    if isinstance(values[0], str):
+        return values
+    return np.stack(values) if len(values) > 1 else np.asarray(values[0])[None]  # one alone need not be copied
 
 
 def _now(function: Callable[..., Any], *arguments: Any) -> Future:
