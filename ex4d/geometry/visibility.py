@@ -21,7 +21,8 @@ def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: fl
 
     A pixel is kept when it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
     around that place (a shadow map's sample lies up to a pixel away, and at 80° a pixel is many depths), and one of its
-    faces at least is whole and turned towards the camera. Set membership of visible faces would drop what is minified: a plane at 80° keeps 35 %.
+    faces at least is whole and turned towards the camera. Whether its faces are among those that are drawn must not
+    count: minified faces win no pixel, and a plane at 80° would keep 35 %.
 
     Args:
         z_depth: float32 [H, W] of the source frame, its border included, which the mesh has pushed back.
