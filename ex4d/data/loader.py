@@ -237,8 +237,7 @@ def _read_split(dataset: str, split: str) -> tuple[pa.Table, str]:
     columns = ["key", "split", "shard", "offset", "length", "members"]
     table = manifest.read_table(dataset, manifest.MANIFEST, columns, sha256=identity)
     table = table.filter(pa.compute.equal(table["split"], split)).combine_chunks()
-    if unknown := [name for name in table["shard"].unique().to_pylist() if not manifest.SHARD.fullmatch(name)]:
-        raise ContractError(f"{dataset}: {manifest.MANIFEST} names shards {unknown[:3]}, which are not names of ours")
+    manifest.check_shard_names(table)
     if not len(table):
         raise ConfigError("split", split, f"has no samples in {dataset}")
     return table, identity

@@ -6,8 +6,8 @@ import hashlib
 import io
 import json
 import re
-from collections.abc import Iterable, Iterator, Mapping
-from itertools import chain, islice
+from collections.abc import Iterable, Mapping
+from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
 
@@ -97,15 +97,32 @@ def read_table(folder: str, name: str, columns: list[str] | None = None, sha256:
         raise ContractError(f"{name}: cannot be read ({error})") from error
 
 
-def manifest_rows(table: pa.Table) -> Iterator[dict[str, Any]]:
-    """Return the rows of the manifest one by one; ContractError where a shard's name could lead out of the folder."""
+def read_manifest(folder: str) -> pa.Table:
+    """Return manifest.parquet, its columns as `write_manifest` makes them.
+
+    Raises:
+        ContractError: a column is missing, of another type or holds nulls; a shard's name could lead out of the folder.
+    """
+    table = read_table(folder, MANIFEST)
     for name, kind in _COLUMNS:
         if name not in table.column_names or table.schema.field(name).type != kind or table[name].null_count:
             raise ContractError(f"{MANIFEST}: column {name} of type {kind}, without nulls, is not there")
-    for row in chain.from_iterable(batch.to_pylist() for batch in table.to_batches(ROWS_PER_GROUP)):
-        if not SHARD.fullmatch(row["shard"] or ""):
-            raise ContractError(f"{MANIFEST}: shard {row['shard']!r} of sample {row['key']} is not a name of ours")
-        yield row
+    check_shard_names(table)
+    return table
+
+
+def check_shard_names(table: pa.Table) -> None:
+    """Return nothing; raise ContractError where a manifest's `shard` is not a name that `shard_name` gives."""
+    if foreign := [name for name in table["shard"].unique().to_pylist() if not SHARD.fullmatch(name or "")]:
+        raise ContractError(f"{MANIFEST}: shard {foreign[0]!r} is not a name of ours")
+
+
+def rows_by_shard(table: pa.Table) -> dict[str, pa.Table]:
+    """Return the rows of each shard, ordered by offset, without copying them; as rows only a shard's fit in memory."""
+    ordered = table.sort_by([("shard", "ascending"), ("offset", "ascending")]).combine_chunks()
+    counts = ordered["shard"].value_counts().to_pylist()  # in order of appearance
+    starts = accumulate((count["counts"] for count in counts), initial=0)
+    return {count["values"]: ordered.slice(at, count["counts"]) for count, at in zip(counts, starts, strict=False)}
 
 
 def write_index(path: Path, shards: Iterable[Mapping[str, Any]]) -> None:

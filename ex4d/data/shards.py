@@ -10,8 +10,9 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
@@ -153,23 +154,34 @@ def _write_shards(
 ) -> Iterator[dict[str, Any]]:
     """Yield a manifest row a sample while the shards are written; a finished shard is appended to `shards`."""
     for split in manifest.SPLITS:
-        pending = [item for item in items if item.split == split]
-        start = number = 0
-        while start < len(pending):
+        source = _read_ahead([item for item in items if item.split == split])
+        number, next_one = 0, next(source, None)
+        while next_one is not None:
             name = manifest.shard_name(split, number)
-            size, stop = 0, start
+            size = count = 0
             with open(folder.work / name, "wb") as file:
-                while stop < len(pending):
-                    blob = storage.read_bytes(pending[stop].url)
-                    if stop > start and size + len(blob) + len(END) > shard_size_bytes:
-                        break
+                while next_one and (not count or size + len(next_one[1]) + len(END) <= shard_size_bytes):
+                    item, blob = next_one
                     file.write(blob)
-                    yield _row(pending[stop], blob, name, size)
-                    size, stop = size + len(blob), stop + 1
+                    yield _row(item, blob, name, size)
+                    size, count, next_one = size + len(blob), count + 1, next(source, None)
                 file.write(END)
             digest = folder.put(name)
-            shards.append({"url": name, "nsamples": stop - start, "filesize": size + len(END), "sha256": digest})
-            start, number = stop, number + 1
+            shards.append({"url": name, "nsamples": count, "filesize": size + len(END), "sha256": digest})
+            number += 1
+
+
+def _read_ahead(items: list[Staged], num_threads: int = 8) -> Iterator[tuple[Staged, bytes]]:
+    """Yield (item, its bytes) in order; an object store is asked for the next few meanwhile."""
+    with ThreadPoolExecutor(num_threads) as pool:
+        ahead: deque[tuple[Staged, Future[bytes]]] = deque()
+        for item in items:
+            ahead.append((item, pool.submit(storage.read_bytes, item.url)))
+            if len(ahead) > num_threads:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for item, future in ahead:
+            yield item, future.result()
 
 
 def _row(item: Staged, blob: bytes, shard: str, offset: int) -> dict[str, Any]:

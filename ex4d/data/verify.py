@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import hashlib
-from collections import Counter, defaultdict
+from collections import Counter
 from collections.abc import Callable, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
+
+import pyarrow as pa
 
 from ex4d import storage
 from ex4d.data import manifest
@@ -83,23 +85,21 @@ def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check |
     try:
         dataset = manifest.read_dataset(folder)
         shards = manifest.read_index(folder)
-        rows = list(manifest.manifest_rows(manifest.read_table(folder, manifest.MANIFEST)))
+        table = manifest.read_manifest(folder)
         rejects = manifest.read_table(folder, manifest.REJECTS).to_pylist()
         rejected = manifest.reject_counts(rejects)
         check = check or _contract_of(dataset)
     except ContractError as error:
         return Report(folder, (str(error), *_table_problems(folder, {})[1]), {}, 0, 0, "", full)
     digests, problems = _table_problems(folder, dataset.get("sha256", {}))
-    problems += _row_problems(rows, rejects)
-    counts, wrong = _count(dataset.get("counts", {}), rows, rejected)
+    problems += _row_problems(table, rejects)
+    counts, wrong = _count(dataset.get("counts", {}), table, rejected)
     problems += wrong
-    by_shard: dict[str, list[Row]] = defaultdict(list)
-    for row in rows:
-        by_shard[row["shard"]].append(row)
+    by_shard = manifest.rows_by_shard(table)
     problems += _folder_problems(folder, {shard["url"] for shard in shards}, set(by_shard))
     with ThreadPoolExecutor(num_threads) as pool:
         jobs = [
-            pool.submit(_check_shard, folder, shard, by_shard[shard["url"]], check if full else None)
+            pool.submit(_check_shard, folder, shard, by_shard.get(shard["url"]), check if full else None)
             for shard in shards
         ]
         for shard, job in zip(shards, jobs, strict=True):
@@ -139,27 +139,27 @@ def _folder_problems(folder: str, indexed: set[str], named: set[str]) -> list[st
     return [f"{name}: {what}" for names, what in wrong for name in sorted(names)]
 
 
-def _row_problems(rows: list[Row], rejects: list[Row]) -> list[str]:
+def _row_problems(table: pa.Table, rejects: list[Row]) -> list[str]:
     """Return what is wrong between rows: keys that repeat, a sample in a foreign shard, a source in both splits."""
-    problems = []
-    keys = Counter([row["key"] for row in rows] + [row["key"] for row in rejects if row["unit"] == "clip"])
-    problems += [f"sample {key}: is there {count} times" for key, count in keys.items() if count > 1]
+    keys = Counter(table["key"].to_pylist() + [row["key"] for row in rejects if row["unit"] == "clip"])
+    problems = [f"sample {key}: is there {count} times" for key, count in keys.items() if count > 1]
     split_by_source: dict[str, str] = {}
-    for row in rows:
-        if row["split"] != manifest.SHARD.fullmatch(row["shard"])[1]:  # type: ignore[index]
-            problems.append(f"sample {row['key']}: split {row['split']} lies in {row['shard']}")
-        for source in {row["source_sha256"], row["source_group"]}:
-            if split_by_source.setdefault(source, row["split"]) != row["split"]:
-                problems.append(f"sample {row['key']}: source {source} is in both train and val")
+    columns = (table[name].to_pylist() for name in ("key", "split", "shard", "source_sha256", "source_group"))
+    for key, split, shard, *sources in zip(*columns, strict=True):
+        if split != manifest.SHARD.fullmatch(shard)[1]:  # type: ignore[index]
+            problems.append(f"sample {key}: split {split} lies in {shard}")
+        for source in set(sources):
+            if split_by_source.setdefault(source, split) != split:
+                problems.append(f"sample {key}: source {source} is in both train and val")
     return problems
 
 
 def _count(
-    claimed: Mapping[str, int], rows: list[Row], rejected: Mapping[str, int]
+    claimed: Mapping[str, int], table: pa.Table, rejected: Mapping[str, int]
 ) -> tuple[dict[str, int], list[str]]:
     """Return the counts made again from the rows, and where dataset.json or the identities disagree with them."""
-    by_split = Counter(row["split"] for row in rows)
-    made = {"samples": len(rows), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}, **rejected}
+    by_split = Counter(table["split"].to_pylist())
+    made = {"samples": len(table), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}, **rejected}
     wanted = ("videos_in", "videos_split", "clips_planned")
     if not all(isinstance(claimed.get(name), int) for name in wanted):
         return {}, [f"{manifest.DATASET}: counts must hold {wanted} as whole numbers"]
@@ -172,14 +172,17 @@ def _count(
     return counts, problems + manifest.identities(counts)
 
 
-def _check_shard(folder: str, shard: Mapping[str, Any], rows: list[Row], check: Check | None) -> tuple[str, list[str]]:
+def _check_shard(
+    folder: str, shard: Mapping[str, Any], table: pa.Table | None, check: Check | None
+) -> tuple[str, list[str]]:
     """Return (sha256, problems) of one shard, read once from end to end."""
     name, problems, digest, position = shard["url"], [], hashlib.sha256(), 0
+    rows = [] if table is None else table.to_pylist()
     if len(rows) != shard["nsamples"]:
         problems.append(f"{name}: {len(rows)} samples in {manifest.MANIFEST}, {shard['nsamples']} in {manifest.INDEX}")
     try:
         with storage.open_read(storage.join(folder, name)) as file:
-            for row in sorted(rows, key=lambda row: row["offset"]):
+            for row in rows:
                 if row["offset"] != position or not 0 < row["length"] <= shard["filesize"]:
                     problems.append(f"{name}: sample {row['key']}: offset or length in {manifest.MANIFEST} is wrong")
                     break
