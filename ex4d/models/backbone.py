@@ -183,6 +183,8 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
         model = cls.from_pretrained(folder / component, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
+    if hasattr(model, "enable_slicing"):
+        model.enable_slicing()  # a clip at a time: less memory, and latents that do not depend on their batch
     if component == "transformer" and style is not None:
         quantize_blocks(model, style, device)
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)

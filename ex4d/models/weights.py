@@ -165,6 +165,49 @@ def write_released(path: str | Path, state: Mapping[str, Tensor]) -> None:
         torch.save(formats.to_format(state, "released"), temporary)
 
 
+def write_lora(path: str | Path, state: Mapping[str, Tensor], style: str, alpha: float) -> None:
+    """Write the LoRA of a canonical state as one safetensors file for another program; the geometry stays out of it.
+
+    Args:
+        style: "diffusers", "comfyui" or "kohya".
+        alpha: of the LoRA; where the format has no place for it, B is written times alpha / rank, which reads the same.
+
+    Raises:
+        ConfigError: another style. ContractError: the state is incomplete.
+    """
+    from safetensors.torch import save
+
+    if style not in ("diffusers", "comfyui", "kohya"):
+        raise ConfigError("format", style, "allowed: diffusers, comfyui, kohya")
+    tensors = formats.to_format(state, style, alpha)
+    if style != "kohya":
+        tensors = {name: _fold(name, value, alpha) for name, value in tensors.items()}
+    storage.write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}))
+
+
+def _fold(name: str, value: Tensor, alpha: float) -> Tensor:
+    rank = value.shape[-1]
+    return value if ".lora_B" not in name or alpha == rank else value * (alpha / rank)
+
+
+def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
+    """Return (canonical LoRA tensors, alpha) of a safetensors file under diffusers', ComfyUI's or kohya's names.
+
+    Raises:
+        ContractError: damaged, of other names, or incomplete.
+    """
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        tensors = load_file(path)
+    except (SafetensorError, OSError) as error:
+        raise ContractError(f"{path} is no safetensors file: {error}") from error
+    state, alpha = formats.from_format(tensors, formats.style_of(tensors))
+    rank = next(value.shape[0] for name, value in state.items() if ".lora_A" in name)
+    return state, float(rank) if alpha is None else alpha
+
+
 def _file_of(path: str | Path) -> Path:
     file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():

@@ -148,3 +148,16 @@ def test_source_video_follows_the_target_along_the_frame_axis(wan_folder: Path) 
 def test_sizes_below_one_are_refused(wan_folder: Path, key: str) -> None:
     with pytest.raises(ConfigError, match=key):
         adapter.build_model(load_transformer(wan_folder), backbone.ModelConfig(**{key: 0}))
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("style", [None, "int8", "nf4"])
+def test_the_whole_model_is_one_graph_for_the_compiler(wan_folder: Path, style: str | None) -> None:
+    transformer = backbone.load_base(str(wan_folder), components=("transformer",), quantize=style).transformer
+    model, inputs = adapter.build_model(transformer, CONFIG), make_inputs()
+    disturb(model)
+    compiled: Any = torch.compile(model, backend="eager", fullgraph=True)
+    out = compiled(**inputs)
+    assert torch.equal(out, model(**inputs))
+    out.sum().backward()
+    assert all(value.grad is not None for value in model.trainable_parameters().values())

@@ -13,6 +13,7 @@ import torch
 from torch import Tensor
 from wan_checkpoint import save_checkpoint
 
+from ex4d import config
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import adapter, backbone
 
@@ -217,8 +218,8 @@ def test_damaged_folders_are_refused(wan_folder: Path, tmp_path: Path) -> None:
     weights.write_bytes(weights.read_bytes()[:1000])
     with pytest.raises(ContractError, match="cannot be loaded as WanTransformer3DModel"):
         backbone.load_base(str(folder), components=("transformer",))
-    config = json.loads((folder / "vae" / "config.json").read_text())
-    (folder / "vae" / "config.json").write_text(json.dumps(config | {"_class_name": "Other"}))
+    settings = json.loads((folder / "vae" / "config.json").read_text())
+    (folder / "vae" / "config.json").write_text(json.dumps(settings | {"_class_name": "Other"}))
     with pytest.raises(ContractError, match="Other"):
         backbone.load_base(str(folder), components=("vae",))
     weights.unlink()
@@ -236,3 +237,12 @@ def test_family_is_checked_without_weights(wan_folder: Path) -> None:
         backbone.transformer_config(str(wan_folder), family="wan2.1-t2v-1.3b")
     with pytest.raises(ConfigError, match="allowed: wan2"):
         backbone.transformer_config(str(wan_folder), family="wan9")
+
+
+def test_section_model_of_the_tiny_experiment_is_valid(tmp_path: Path) -> None:
+    tiny = Path(__file__).parents[2] / "configs" / "tiny.yaml"
+    loaded = config.load(tiny, {"model": backbone.ModelConfig})["model"]
+    assert (loaded.base, loaded.lora_alpha, loaded.quantize) == ("tiny", 16.0, None)
+    (tmp_path / "bad.yaml").write_text("model: {mask_range: half}")
+    with pytest.raises(ConfigError, match=r"model.mask_range='half'.*unit.*released"):
+        config.load(tmp_path / "bad.yaml", {"model": backbone.ModelConfig})

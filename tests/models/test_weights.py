@@ -130,6 +130,24 @@ def test_kohya_names_are_kohyas(wan_folder: Path) -> None:
         formats.from_format(there, "kohya")
 
 
+@pytest.mark.parametrize("style", ["diffusers", "comfyui", "kohya"])
+@pytest.mark.parametrize("alpha", [4.0, 8.0])
+def test_lora_files_of_other_programs_in_and_out(wan_folder: Path, tmp_path: Path, style: str, alpha: float) -> None:
+    state = weights.adapter_state(build(wan_folder))
+    weights.write_lora(tmp_path / "lora.safetensors", state, style, alpha)
+    back, read_alpha = weights.read_lora(tmp_path / "lora.safetensors")
+    lora = {name: value for name, value in state.items() if name.startswith("transformer.")}
+    # What counts is the product, B A alpha / rank; rank is 4.
+    name = "transformer.blocks.1.attn2.to_k.lora_{}.weight"
+    product = back[name.format("B")] @ back[name.format("A")] * read_alpha / 4
+    assert torch.allclose(product, lora[name.format("B")] @ lora[name.format("A")] * alpha / 4)
+    assert set(back) == set(lora)
+    if alpha == 4 or style == "kohya":
+        assert equal(back, lora)
+    with pytest.raises(ContractError, match="such as"):
+        formats.style_of(["blocks.0.attn.weight"])
+
+
 def test_a_missing_tensor_is_named(wan_folder: Path, tmp_path: Path) -> None:
     released = formats.to_format(weights.adapter_state(build(wan_folder)), "released")
     del released["blocks.1.ffn.2.lora_B.default.weight"]
