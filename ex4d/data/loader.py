@@ -234,7 +234,7 @@ def _read_split(dataset: str, split: str) -> tuple[pa.Table, str]:
     if split not in manifest.SPLITS:
         raise ConfigError("split", split, f"allowed: {', '.join(manifest.SPLITS)}")
     identity = manifest.read_dataset(dataset).get("sha256", {}).get(manifest.MANIFEST)
-    columns = ["key", "split", "shard", "offset", "length", "members"]
+    columns = ["key", "split", "shard", "offset", "length", "sha256"]
     table = manifest.read_table(dataset, manifest.MANIFEST, columns, sha256=identity)
     table = table.filter(pa.compute.equal(table["split"], split)).combine_chunks()
     manifest.check_shard_names(table)
@@ -244,13 +244,10 @@ def _read_split(dataset: str, split: str) -> tuple[pa.Table, str]:
 
 
 def _checked(blob: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
-    """Return {member: bytes} after comparing each sha256: damaged H.264 may decode without an error."""
-    members = read_sample(blob, fields["key"])
-    for member in fields["members"]:
-        content = members.get(member["name"])
-        if content is None or hashlib.sha256(content).hexdigest() != member["sha256"]:
-            raise ContractError(f"{fields['shard']}: member {member['name']} is missing or its sha256 is wrong")
-    return members
+    """Return {member: bytes} after comparing the sha256: damaged H.264 may decode without an error."""
+    if hashlib.sha256(blob).hexdigest() != fields["sha256"]:
+        raise ContractError(f"{fields['shard']}: sha256 of the sample is wrong; `ex4d verify` names the member")
+    return read_sample(blob, fields["key"])
 
 
 def _joined(values: list[Any]) -> Any:

@@ -35,6 +35,7 @@ _COLUMNS = [
     ("shard", pa.string()),  # relative URL, as in index.json
     ("offset", pa.int64()),  # of the sample's first tar header, bytes from the start of the shard
     ("length", pa.int64()),  # headers and padding included
+    ("sha256", pa.string()),  # of these bytes
     ("members", pa.list_(_MEMBER)),  # offset: of the content, bytes from the start of the shard
     ("source_sha256", pa.string()),
     ("source_group", pa.string()),

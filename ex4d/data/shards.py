@@ -202,6 +202,7 @@ def _row(item: Staged, blob: bytes, shard: str, offset: int) -> dict[str, Any]:
         "shard": shard,
         "offset": offset,
         "length": len(blob),
+        "sha256": hashlib.sha256(blob).hexdigest(),
         "members": members,
         "scores": facts["scores"],
         "types": type_tree(facts),

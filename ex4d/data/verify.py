@@ -226,6 +226,8 @@ def _check_sample(row: Row, blob: bytes, check: Check | None) -> list[str]:
                 problems.append(f"member {name}: the padding after it is damaged")
         if position != len(blob):
             problems.append(f"is {len(blob)} bytes long, its members need {position}")
+        if hashlib.sha256(blob).hexdigest() != row["sha256"] and not problems:
+            problems.append(f"sha256 of the sample is not the one in {manifest.MANIFEST}")
         if not problems:
             members = read_sample(blob, row["key"])
             facts = decode_json(members["json"], "member json")

@@ -13,6 +13,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from make_data import SPEC, make_sample
 
+from ex4d import video
 from ex4d.data.members import decode_masks, encode_npz, hole_share, pack_bits, type_tree, unpack_bits
 from ex4d.data.sample import MEMBERS, SampleSpec, decode, encode, validate
 from ex4d.errors import ContractError
@@ -175,3 +176,28 @@ def test_hole_share_counts_holes():
 
 def test_decode_needs_no_spec():
     assert decode(encode(make_sample(4))).key == make_sample(4).key
+
+
+def psnr(a, b):
+    return 10 * np.log10(255**2 / np.mean((a.astype(float) - b) ** 2))
+
+
+def as_sample(frames):
+    visible = np.ones((3, *frames.shape[:3]), dtype=bool)
+    w2c = [np.tile(np.eye(4), (len(frames), 1, 1))] * 2 + [None]
+    changes = {"frames": frames, "visible": visible, "hole_share": hole_share(visible), "w2c": w2c}
+    return dataclasses.replace(make_sample(0), **changes)
+
+
+def test_a_smooth_clip_loses_little():
+    y, x, t = np.mgrid[:64, :64, :9]
+    waves = [np.sin(x / 19 + t / 3), np.sin(y / 17 - t / 4), np.sin((x + y) / 31)]
+    frames = np.round(127 + 100 * np.stack(waves, axis=-1)).astype(np.uint8).transpose(2, 0, 1, 3)
+    assert psnr(decode(encode(as_sample(frames))).frames, frames) > 36
+
+
+def test_a_real_clip_loses_little(media):
+    path = media / "ex4d_flower" / "input.mp4"
+    pts, _ = video.frame_pts(str(path))
+    frames = video.decode(str(path), pts[:9], size=(128, 128))
+    assert psnr(decode(encode(as_sample(frames))).frames, frames) > 36
