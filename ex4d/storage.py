@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import hashlib
 import os
-import shutil
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -93,10 +92,13 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
 
 
 def move_file(source: Path, url: str | Path) -> None:
-    """Move a finished local file to `url`, whole or not at all: a rename on the same disk, an upload elsewhere."""
+    """Move a finished local file to `url`, whole or not at all: a rename on one disk, or an upload."""
     if is_local(url):
-        with atomic_path(local_path(url)) as temporary:
-            shutil.move(source, temporary)
+        target = local_path(url)
+        target.parent.mkdir(parents=True, exist_ok=True)
+        with open(source, "rb") as file:
+            os.fsync(file.fileno())
+        os.replace(source, target)
         return
     filesystem, path = _filesystem(url)
     filesystem.put_file(str(source), path)
