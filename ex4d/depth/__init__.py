@@ -63,6 +63,9 @@ Estimator = Callable[[np.ndarray, DepthRequest], DepthResult]
 ESTIMATORS: dict[str, Estimator] = {
     "sidecar": partial(_late, "sidecar"),
     "parallax": partial(_late, "parallax"),
+    "depth-anything-v2": partial(_late, "transformers", name="depth-anything-v2"),
+    "depth-pro": partial(_late, "transformers", name="depth-pro"),
+    "zoedepth": partial(_late, "transformers", name="zoedepth"),
 }
 
 

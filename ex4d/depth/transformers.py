@@ -1,0 +1,205 @@
+"""Depth from networks of the transformers library, a frame at a time: Depth Anything V2, Depth Pro, ZoeDepth.
+
+Pictures are prepared here from the checkpoint's `preprocessor_config.json`, since two of the library's three processors
+need torchvision. Relative disparity is matched from frame to frame (`geometry.depth.align_clip`); metric depth is
+left as the network gives it. On a GPU: half precision, in batches.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+from dataclasses import dataclass
+from functools import lru_cache
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ex4d import storage
+from ex4d.depth import DepthRequest, DepthResult
+from ex4d.errors import BadSample, ConfigError, ContractError
+from ex4d.geometry.depth import align_clip
+
+log = logging.getLogger(__name__)
+GPU_BATCH = 8
+FILES = ("*.json", "*.safetensors")
+IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
+
+
+@dataclass(frozen=True)
+class Network:
+    """A family of checkpoints: the default's hub id, its licence, `model_type` of the config, class in transformers."""
+
+    hub_id: str
+    licence: str
+    model_type: str
+    cls: str
+
+
+NETWORKS = {
+    "depth-anything-v2": Network(
+        "depth-anything/Depth-Anything-V2-Small-hf",
+        "Apache-2.0 (Small; Base and Large are CC-BY-NC-4.0)",
+        "depth_anything",
+        "DepthAnythingForDepthEstimation",
+    ),
+    "depth-pro": Network("apple/DepthPro-hf", "Apple AMLR (research)", "depth_pro", "DepthProForDepthEstimation"),
+    "zoedepth": Network("Intel/zoedepth-nyu-kitti", "MIT", "zoedepth", "ZoeDepthForDepthEstimation"),
+}
+
+
+def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResult:
+    """Return the depth of frames uint8 [T, H, W, 3] by the network `name`, a key of NETWORKS.
+
+    Args:
+        request: `depth_path` is the weights: a local folder or `hub-id[@revision]`; None takes the family's default.
+
+    Raises:
+        ConfigError: the weights are not here and cannot be fetched, or are of another family.
+        ContractError: the folder does not hold what its config says.
+        BadSample: depth_nan, depth_constant.
+    """
+    import torch
+
+    network = NETWORKS[name]
+    device = "cuda" if torch.cuda.is_available() else "cpu"
+    folder = resolve(request.depth_path or network.hub_id)
+    model, settings, digest = _load(name, str(folder), device)
+    size = GPU_BATCH if device == "cuda" else 1
+    parts, fields = [], []
+    for start in range(0, len(frames), size):
+        values, fov = _run(model, settings, frames[start : start + size], device)
+        parts.append(values)
+        fields.append(fov)
+    values = np.concatenate(parts)
+    if not np.isfinite(values).all():
+        raise BadSample("depth_nan", f"{name} gave {(~np.isfinite(values)).mean():.2%} values that are not numbers")
+    provenance = {
+        "estimator": name,
+        "weights": request.depth_path or network.hub_id,
+        "revision": folder.name if folder.parent.name == "snapshots" else None,
+        "sha256": digest,
+        "licence": network.licence,
+    }
+    return _result(values, fields, model.config, provenance)
+
+
+def _result(values: np.ndarray, fields: list[Any], config: Any, provenance: dict[str, Any]) -> DepthResult:
+    """Return what the raw output [T, H, W] means: each family's own convention."""
+    if config.model_type == "depth_pro":
+        return _depth_pro(values, fields, provenance)
+    if config.model_type == "zoedepth" or config.depth_estimation_type == "metric":
+        return DepthResult(np.maximum(values, 1e-3).astype(np.float32), "z_depth", None, True, provenance)
+    aligned = align_clip(values)
+    return DepthResult(aligned - min(0.0, float(aligned.min())), "disparity", None, False, provenance)
+
+
+def _depth_pro(values: np.ndarray, fields: list[Any], provenance: dict[str, Any]) -> DepthResult:
+    """Return metric depth and K. The output is inverse depth at a focal length of one picture width (paper §3.2).
+
+    One focal length serves the clip, the median of its frames: K does not change within a clip.
+    """
+    height, width = values.shape[1:]
+    if fields[0] is None:  # a checkpoint without the field-of-view head
+        return DepthResult((1 / np.clip(values, 1e-4, 1e4)).astype(np.float32), "z_depth", None, False, provenance)
+    fov_deg = float(np.median(np.concatenate(fields)))
+    if not 1 < fov_deg < 170:
+        raise BadSample("depth_fov", f"the field of view was estimated as {fov_deg:.3g} degrees")
+    focal = 0.5 * width / np.tan(np.radians(fov_deg) / 2)
+    K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    z_depth = 1 / np.clip(values * (width / focal), 1e-4, 1e4)
+    return DepthResult(z_depth.astype(np.float32), "z_depth", K, True, {**provenance, "fov_deg": fov_deg})
+
+
+def resolve(weights: str) -> Path:
+    """Return the local folder of weights, from the hub's cache or fetched. Raises ConfigError that says what to do."""
+    if Path(weights).is_dir():
+        return Path(weights)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub_id, _, revision = weights.partition("@")
+    advice = f"not here: run `hf download {hub_id}` where there is a network, or give its folder as the depth path"
+    try:
+        path = huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=list(FILES))
+    except HFValidationError as error:
+        raise ConfigError("depth_path", weights, "is neither an existing folder nor hub-id[@revision]") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        raise ConfigError("depth_path", weights, advice) from error
+    return Path(path)
+
+
+@lru_cache(maxsize=1)
+def _load(name: str, folder: str, device: str) -> tuple[Any, dict[str, Any], str]:
+    """Return (model in eval mode, preprocessor settings, sha256 of the weights); kept from clip to clip."""
+    import torch
+    import transformers
+
+    network = NETWORKS[name]
+    config = _json(Path(folder) / "config.json")
+    if config.get("model_type") != network.model_type:
+        raise ConfigError("depth_path", folder, f"holds a {config.get('model_type')}; {name} is a {network.model_type}")
+    try:
+        model = getattr(transformers, network.cls).from_pretrained(
+            folder,
+            dtype=torch.float16 if device == "cuda" else torch.float32,
+            use_safetensors=True,
+            local_files_only=True,
+        )
+    except (OSError, ValueError, RuntimeError) as error:
+        raise ContractError(f"{folder} cannot be loaded as {network.cls}: {error}") from error
+    log.info("%s: weights %s, licence %s", name, folder, network.licence)
+    digests = [storage.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))]
+    return model.to(device).eval(), _json(Path(folder) / "preprocessor_config.json"), "+".join(digests)
+
+
+def _json(path: Path) -> dict[str, Any]:
+    try:
+        return json.loads(path.read_text(encoding="utf-8"))
+    except (OSError, ValueError) as error:
+        raise ContractError(f"{path} cannot be read: {error}") from error
+
+
+def _run(model: Any, settings: dict[str, Any], frames: np.ndarray, device: str) -> tuple[np.ndarray, np.ndarray | None]:
+    """Return (raw output float32 [B, H, W] at the frames' size, field of view [B] in degrees or None)."""
+    import torch
+    from torch.nn import functional
+
+    height, width = frames.shape[1:3]
+    pixels = torch.from_numpy(np.ascontiguousarray(frames)).to(device).permute(0, 3, 1, 2).float() / 255
+    mean, std = (
+        torch.tensor(settings.get(key) or default, device=device)[:, None, None]
+        for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
+    )
+    pixels = (pixels - mean) / std
+    # ZoeDepth's border is poor: its authors reflect the picture around it and cut the result (depth_model.py).
+    pad_y, pad_x = (int(np.sqrt(side / 2) * 3) if settings.get("do_pad") else 0 for side in (height, width))
+    if pad_y or pad_x:
+        pixels = functional.pad(pixels, (pad_x, pad_x, pad_y, pad_y), mode="reflect")
+    padded = tuple(pixels.shape[-2:])
+    pixels = functional.interpolate(
+        pixels, size=working_size(padded, settings), mode="bicubic", align_corners=False, antialias=True
+    )
+    with torch.inference_mode():
+        output = model(pixels.to(model.dtype))
+    raw = output.predicted_depth.float()[:, None]
+    raw = functional.interpolate(raw, size=padded, mode="bilinear", align_corners=False)[:, 0]
+    raw = raw[:, pad_y : pad_y + height, pad_x : pad_x + width]
+    fov = getattr(output, "field_of_view", None)
+    return raw.cpu().numpy(), None if fov is None else fov.float().reshape(-1).cpu().numpy()
+
+
+def working_size(size: tuple[int, ...], settings: dict[str, Any]) -> tuple[int, int]:
+    """Return the (H, W) that a network sees a picture of `size` at, by its preprocessor settings.
+
+    With `keep_aspect_ratio` both sides get the scale at which neither is below the settings' size, and are rounded to
+    multiples of `ensure_multiple_of`.
+    """
+    wanted = settings.get("size") or {"height": 384, "width": 384}
+    height, width = int(wanted["height"]), int(wanted["width"])
+    if settings.get("keep_aspect_ratio"):
+        scale = max(height / size[0], width / size[1])
+        height, width = round(size[0] * scale), round(size[1] * scale)
+    multiple = int(settings.get("ensure_multiple_of") or 1)
+    return max(multiple, round(height / multiple) * multiple), max(multiple, round(width / multiple) * multiple)
