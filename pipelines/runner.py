@@ -83,9 +83,7 @@ def on_ray(
     check(stages, rows[0])
     _settings(ray.data.DataContext.get_current())
     rows_per_task = max(1, min(MAX_ROWS_PER_TASK, len(rows) // (4 * num_workers)))
-    dataset = ray.data.from_items(
-        [pack_row(row) for row in rows], override_num_blocks=-(-len(rows) // rows_per_task)
-    )
+    dataset = ray.data.from_items([pack_row(row) for row in rows], override_num_blocks=-(-len(rows) // rows_per_task))
     for chain in chains(stages, keep, propagate=False):
         dataset = _mapped(dataset, chain, context, ray_config)
     for packed in dataset.iter_rows():

@@ -66,7 +66,7 @@ def new_row(key: str, **columns: Any) -> Row:
 def refuse(row: Row, stage: str, error: BadSample | Filtered) -> Row:
     """Return the row marked as refused by a stage (or by the driver) for the reason of `error`."""
     fate = "filtered" if isinstance(error, Filtered) else "bad"
-    return _refused(row, fate, stage, error.reason, error.message)
+    return refused(row, fate, stage, error.reason, error.message)
 
 
 def is_bug(row: Row) -> bool:
@@ -74,7 +74,8 @@ def is_bug(row: Row) -> bool:
     return row["refusal"] is not None and row["refusal"]["reason"].startswith("bug:")
 
 
-def _refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: str) -> Row:
+def refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: str) -> Row:
+    """Return the row marked as refused."""
     return row | {"refusal": {"fate": fate, "stage": stage, "reason": reason, "message": message, **more}}
 
 
@@ -102,13 +103,13 @@ class Guard:
             row = refuse({**row, **empty}, stage.name, error)
         except (ConfigError, ContractError):
             raise
-        except Exception as error:  # noqa: BLE001 -- the one place: a clip with a bug must not stop a million
+        except Exception as error:  # the one place: a clip with a bug must not stop a million
             if self.propagate:
                 raise
             logger.error("bug in stage %s, row %s", stage.name, row["key"], exc_info=True)
             reason = f"bug:{type(error).__name__}"
             trace = traceback.format_exc()
-            row = _refused({**row, **empty}, "bad", stage.name, reason, str(error), traceback=trace)
+            row = refused({**row, **empty}, "bad", stage.name, reason, str(error), traceback=trace)
         return {**row, "seconds": {**row["seconds"], stage.name: time.perf_counter() - started}}
 
     def _call(self, row: Row, context: Any) -> Mapping[str, Any]:

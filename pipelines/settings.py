@@ -1,0 +1,164 @@
+"""The choices of a preprocess run, what is allowed, and which of them each artifact depends on."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass, field
+from functools import cache
+from importlib import metadata
+from typing import Any
+
+from ex4d.config import fingerprint, to_dict
+from ex4d.errors import ConfigError
+from ex4d.geometry.masks import MaskConfig
+from pipelines.stages.score import FilterConfig
+
+PROFILES = ("default", "released")
+# Packages whose version may change a sample's bytes.
+PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
+VIDEO_CODE, CLIP_CODE = 1, 1  # raised when stages change what they write, so that older staging is not taken
+
+
+@dataclass(frozen=True)
+class DecodeLimits:
+    """What decoding one clip may use in its child process; reading a whole video for cuts gets more by its length.
+
+    Args:
+        timeout_s, cpu_s: seconds on the clock and of processor time; 120 s is 50 × what 49 frames of 4K need here.
+        memory_mb: address space of the child, libraries included (about 500).
+    """
+
+    timeout_s: float = 120.0
+    cpu_s: float = 120.0
+    memory_mb: int = 6144
+
+
+@dataclass(frozen=True)
+class PreprocessConfig:
+    """From videos to a dataset folder.
+
+    Args:
+        output: dataset folder.
+        input: file, folder, glob, text list, several with commas between, or a list; None is the synthetic corpus.
+        num_workers: CPU workers of a Ray that is started here.
+        num_frames, size, fit: T, [H, W] px, and crop, pad or squeeze.
+        fps: frames a second of a clip; None keeps the source's frames, every `stride`-th.
+        clips_per_shot, clips_per_video: most clips of each; None for no limit on a video.
+        min_shot_s: shorter shots give no clip.
+        depth: estimator; depth_path: its file, folder or weights; depth_num_gpus: share of a GPU for each, 0 for CPU.
+        fov_deg: field of view over the longer side where the estimator gives no intrinsics.
+        profile: "default", or "released" for the mapping of depth that the published weights saw.
+        masks: how masks are simulated.
+        filters: thresholds on scores.
+        limits: of decoding.
+        val_fraction: share of sources that go to val.
+        shard_size_mb: a shard is closed before it grows over this.
+        seed: of everything that is drawn.
+        max_bad_fraction: share of bad videos, or of bad clips, above which the run fails and nothing is committed.
+            One half: a crawl from the web loses a tenth to damage, and above a half it is the choices that are wrong.
+        max_bugs: rows that may end in an unexpected error before the run stops.
+    """
+
+    output: str
+    input: str | list[str] | None = None
+    num_workers: int = 2
+    num_frames: int = 49
+    size: tuple[int, int] = (512, 512)
+    fit: str = "crop"
+    fps: float | None = None
+    stride: int = 1
+    clips_per_shot: int = 1
+    clips_per_video: int | None = None
+    min_shot_s: float = 0.0
+    depth: str = "sidecar"
+    depth_path: str | None = None
+    depth_num_gpus: float = 0.0
+    fov_deg: float = 54.0
+    profile: str = "default"
+    masks: MaskConfig = field(default_factory=MaskConfig)
+    filters: FilterConfig = field(default_factory=FilterConfig)
+    limits: DecodeLimits = field(default_factory=DecodeLimits)
+    val_fraction: float = 0.02
+    shard_size_mb: int = 256
+    seed: int = 0
+    max_bad_fraction: float = 0.5
+    max_bugs: int = 10
+
+
+def check(config: PreprocessConfig) -> None:
+    """Return nothing where the choices can work. Raises ConfigError naming the first that cannot."""
+    from ex4d.depth import ESTIMATORS
+    from ex4d.video.resize import MODES
+
+    def need(holds: bool, key: str, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(f"preprocess.{key}", getattr(config, key.partition(".")[0]), allowed)
+
+    height, width = config.size
+    need(bool(config.output), "output", "a folder")
+    need(config.num_workers >= 1, "num_workers", "at least 1")
+    need(config.num_frames >= 2, "num_frames", "at least 2")
+    need(min(height, width) >= 16 and height % 2 == width % 2 == 0, "size", "[H, W], both even, at least 16")
+    need(config.fit in MODES, "fit", ", ".join(MODES))
+    need(config.fps is None or config.fps > 0, "fps", "null, or more than 0")
+    need(config.stride >= 1, "stride", "at least 1")
+    need(config.fps is None or config.stride == 1, "stride", "1 where preprocess.fps is given")
+    need(config.clips_per_shot >= 1, "clips_per_shot", "at least 1")
+    need(config.clips_per_video is None or config.clips_per_video >= 1, "clips_per_video", "null, or at least 1")
+    need(config.min_shot_s >= 0, "min_shot_s", "at least 0")
+    need(config.depth in ESTIMATORS, "depth", ", ".join(ESTIMATORS))
+    need(config.depth_num_gpus >= 0, "depth_num_gpus", "0 for CPU, else a share of a GPU or a whole number")
+    need(1 <= config.fov_deg <= 170, "fov_deg", "1 to 170")
+    need(config.profile in PROFILES, "profile", ", ".join(PROFILES))
+    need(0 <= config.val_fraction <= 1, "val_fraction", "0 to 1")
+    need(config.shard_size_mb >= 1, "shard_size_mb", "at least 1")
+    need(0 <= config.seed < 2**31, "seed", "0 to 2147483647")
+    need(0 <= config.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
+    need(config.max_bugs >= 0, "max_bugs", "at least 0")
+    limits = config.limits
+    need(min(limits.timeout_s, limits.cpu_s) > 0 and limits.memory_mb >= 256, "limits", "seconds > 0, memory_mb >= 256")
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return {package: version} of what may change a sample's bytes; "" where it is not installed."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            found[name] = ""
+    return found
+
+
+def video_fingerprints(config: PreprocessConfig) -> tuple[str, str]:
+    """Return the fingerprints of a video's record and of its refusal; the content hash stands in the name beside."""
+    made = ("video", VIDEO_CODE, versions())
+    return fingerprint(*made), fingerprint(*made, config.limits)
+
+
+def clip_fingerprints(config: PreprocessConfig, facts: Mapping[str, Any]) -> tuple[str, str]:
+    """Return the fingerprints of a clip's sample and of its refusal.
+
+    Args:
+        facts: what of the source and of the plan reaches the sample's bytes.
+    """
+    made = ("clip", CLIP_CODE, versions(), sample_settings(config), dict(facts))
+    return fingerprint(*made), fingerprint(*made, config.limits, config.filters)
+
+
+def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """Return the settings that every sample depends on, whatever its source; no path of this machine is among them."""
+    names = ("num_frames", "size", "fit", "fps", "stride", "depth", "fov_deg", "profile", "masks", "seed")
+    everything = to_dict(config)
+    chosen = {name: everything[name] for name in names}
+    # A sidecar is known by its content; for a network the path says which weights.
+    chosen["depth_weights"] = "" if config.depth == "sidecar" else config.depth_path or ""
+    return chosen
+
+
+def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """Return the settings that dataset.json shows: those that decide which samples there are, and how they look."""
+    names = ("clips_per_shot", "clips_per_video", "min_shot_s", "filters", "val_fraction", "shard_size_mb")
+    everything = to_dict(config)
+    return sample_settings(config) | {name: everything[name] for name in names}

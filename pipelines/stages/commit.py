@@ -1,0 +1,97 @@
+"""The last stages: what was made, or why it was refused, is written to the ledger, whole, before the row goes on."""
+
+from __future__ import annotations
+
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.ledger import Ledger
+from pipelines.stage import Row, Stage, is_bug
+
+if TYPE_CHECKING:
+    from pipelines.preprocess import PreprocessConfig
+
+
+def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `record`: what is known of the video now (info, pts_runs, cuts, or refusal), after writing it down."""
+    record = {name: row[name] for name in ("info", "pts_runs", "cuts", "refusal")}
+    if not is_bug(row):
+        Ledger(config.output).write_video(row["artifact" if row["refusal"] is None else "refusal_artifact"], record)
+    return {"record": record}
+
+
+def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing; the finished sample lies in staging afterwards, written atomically.
+
+    Raises:
+        ContractError: the stages before did not make a sample.
+    """
+    from ex4d.data import sample
+    from ex4d.data.tar import sample_tar
+
+    members = sample.encode(
+        sample.Sample(
+            key=row["key"],
+            frames=row["frames"],
+            fps=row["fps"],
+            visible=row["visible"],
+            kind=row["kind"],
+            hole_share=row["hole_share"],
+            K=row["K"],
+            w2c=[None if path is None else np.asarray(path, np.float64) for path in row["w2c"]],
+            caption=row["caption"],
+            provenance=provenance(row),
+        )
+    )
+    Ledger(config.output).write_sample(row["artifact"], sample_tar(row["key"], members))
+    return {}
+
+
+def provenance(row: Row) -> dict[str, Any]:
+    """Return what KEY.json says of a sample; see sample.PROVENANCE."""
+    time_base = Fraction(*row["time_base"])
+    return {
+        "source_sha256": row["sha256"],
+        "source_group": row["sha256"],
+        "source_path": row["name"],
+        "start_pts": row["pts"][0],
+        "end_pts": row["pts"][-1],
+        "time_base": f"{time_base.numerator}/{time_base.denominator}",
+        "start_s": float(row["pts"][0] * time_base),
+        "end_s": float(row["pts"][-1] * time_base),
+        "scores": row["scores"],
+        "seeds": {"clip": row["seed"]},
+        "depth": row["depth_facts"],
+        "versions": row["versions"],
+        "config_fingerprint": row["fingerprint"],
+    }
+
+
+def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing; a clip that was refused has a record in staging afterwards. Bugs leave none: they are retried."""
+    if row["refusal"] is not None and not is_bug(row):
+        Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"])
+    return {}
+
+
+RECORD_VIDEO = Stage(
+    "record_video",
+    record_video,
+    reads=("refusal", "info", "pts_runs", "cuts", "artifact", "refusal_artifact"),
+    writes=("record",),
+    takes_rejected=True,
+)
+STAGE_SAMPLE = Stage(
+    "stage_sample",
+    stage_sample,
+    reads=(
+        *("key", "frames", "fps", "visible", "kind", "hole_share", "K", "w2c", "caption", "artifact"),
+        *("sha256", "name", "pts", "time_base", "scores", "seed", "depth_facts", "versions", "fingerprint"),
+    ),
+    writes=(),
+)
+RECORD_REFUSAL = Stage(
+    "record_refusal", record_refusal, reads=("refusal", "refusal_artifact"), writes=(), takes_rejected=True
+)

@@ -1,0 +1,20 @@
+"""The frames of a clip, exactly those that were planned, cut and scaled to the clip's size."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stage import Row, Stage
+from pipelines.stages import isolated
+
+if TYPE_CHECKING:
+    from pipelines.preprocess import PreprocessConfig
+
+
+def decode(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `frames` uint8 [T,H,W,3] RGB. Raises BadSample with the reasons of `video.decode`."""
+    frames = isolated.call(config, "decode", row["path"], row["pts"], config.size, config.fit)
+    return {"frames": frames}
+
+
+STAGE = Stage("decode", decode, reads=("path", "pts"), writes=("frames",))

@@ -1,0 +1,60 @@
+"""What a source is, by its content: the hashes that everything later is keyed by, and its caption."""
+
+from __future__ import annotations
+
+import os
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ex4d import storage
+from ex4d.errors import BadSample
+from pipelines.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess import PreprocessConfig
+
+MAX_CAPTION_BYTES = 64 * 1024
+
+
+def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), and the caption beside it.
+
+    Raises:
+        BadSample: not_a_file, unreadable, empty_file.
+    """
+    path = row["path"]
+    try:
+        if not os.path.isfile(path):  # a pipe or device would block whoever opens it
+            raise BadSample("not_a_file", "is missing, or no regular file")
+        size_bytes = os.path.getsize(path)
+        if size_bytes == 0:
+            raise BadSample("empty_file", "has no bytes")
+        return {
+            "sha256": storage.sha256(path),
+            "size_bytes": size_bytes,
+            "depth_file": _depth_file(path, config) if config.depth == "sidecar" else "",
+            "caption": _caption(path),
+        }
+    except OSError as error:
+        raise BadSample("unreadable", f"{error.strerror}") from error
+
+
+def _depth_file(path: str, config: PreprocessConfig) -> str:
+    from ex4d.depth import DepthRequest, sidecar
+
+    try:
+        found = sidecar.find(DepthRequest(video_path=path, depth_path=config.depth_path))
+    except BadSample:
+        return ""  # the depth stage refuses each clip that misses it
+    return f"{os.path.basename(found)}:{storage.sha256(found)}"
+
+
+def _caption(path: str) -> str:
+    file = Path(path).with_suffix(".txt")
+    if not file.is_file():
+        return ""
+    with open(file, "rb") as handle:
+        return handle.read(MAX_CAPTION_BYTES).decode("utf-8", "replace").strip()
+
+
+STAGE = Stage("identify", identify, reads=("path",), writes=("sha256", "size_bytes", "depth_file", "caption"))

@@ -1,0 +1,20 @@
+"""What a video is: container, codec, size, clock; refused here where it is none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stage import Row, Stage
+from pipelines.stages import isolated
+
+if TYPE_CHECKING:
+    from pipelines.preprocess import PreprocessConfig
+
+
+def probe(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return the VideoInfo as a mapping. Raises BadSample with the reasons of `video.probe`."""
+    return {"info": asdict(isolated.call(config, "probe", row["path"]))}
+
+
+STAGE = Stage("probe", probe, reads=("path",), writes=("info",))

@@ -1,0 +1,83 @@
+"""Every file that is given is accounted for, whatever its name."""
+
+from __future__ import annotations
+
+import os
+
+import pytest
+
+from ex4d.errors import ConfigError
+from pipelines.inputs import expand
+
+
+@pytest.fixture
+def folder(tmp_path):
+    for name in ("b.mp4", "a.mp4", "a.depth.npz", "a.txt", "deep/c.MKV", "deep/notes.md", "deep/no_suffix", "odd.xyz"):
+        path = tmp_path / "in" / name
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(b"x")
+    return tmp_path / "in"
+
+
+def names(sources):
+    return [source.name for source in sources]
+
+
+def test_folder_gives_every_file_and_sidecars_belong_to_their_video(folder):
+    sources = expand(str(folder))
+    assert names(sources) == ["a.mp4", "b.mp4", "deep/c.MKV", "deep/no_suffix", "deep/notes.md", "odd.xyz"]
+    assert [source.name for source in sources if not source.is_video] == ["deep/notes.md"]
+
+
+def test_file_glob_commas_and_lists(folder):
+    assert names(expand(str(folder / "a.mp4"))) == ["a.mp4"]
+    assert names(expand(str(folder / "*.mp4"))) == ["a.mp4", "b.mp4"]
+    assert names(expand(str(folder / "**/*.MKV"))) == ["deep/c.MKV"]
+    assert names(expand(f"{folder / 'a.mp4'}, {folder / 'deep'}")) == names(
+        expand([str(folder / "a.mp4"), str(folder / "deep"), str(folder / "a.mp4")])
+    )
+
+
+def test_a_text_list_is_relative_to_itself_and_keeps_missing_files(folder):
+    listing = folder / "list.txt"
+    listing.write_text("# mine\n a.mp4 \n\ndeep/c.MKV\nmissing.mp4\n")
+    assert names(expand(str(listing))) == ["a.mp4", "deep/c.MKV", "missing.mp4"]
+
+
+def test_same_names_in_two_folders_stay_apart(tmp_path):
+    for name in ("x/clip.mp4", "y/clip.mp4"):
+        (tmp_path / name).parent.mkdir()
+        (tmp_path / name).write_bytes(b"x")
+    assert names(expand([str(tmp_path / "x"), str(tmp_path / "y")])) == ["x/clip.mp4", "y/clip.mp4"]
+
+
+def test_hostile_names_survive(tmp_path):
+    hostile = [
+        b"new\nline.mp4",
+        b"quote'\";$(x).mp4",
+        b"\xff\xfe.mp4",
+        "ünïcode 日本.mp4".encode(),
+        b"-rf.mp4",
+        b"[a].mp4",
+    ]
+    for name in hostile:
+        with open(os.path.join(os.fsencode(tmp_path), name), "wb") as file:
+            file.write(b"x")
+    sources = expand(str(tmp_path))
+    assert sorted(os.fsencode(os.path.basename(source.path)) for source in sources) == sorted(hostile)
+    assert all(source.name.encode("utf-8") and source.is_video for source in sources)
+    assert len({source.name for source in sources}) == len(hostile)
+    assert names(expand(str(tmp_path / "[a].mp4"))) == ["[a].mp4"]
+
+
+def test_the_output_is_no_input(folder):
+    (folder / "out").mkdir()
+    (folder / "out" / "d.mp4").write_bytes(b"x")
+    assert "out/d.mp4" not in names(expand(str(folder), exclude=folder / "out"))
+
+
+@pytest.mark.parametrize("given", ["nowhere.mp4", "*.nothing", []])
+def test_what_is_not_there_is_an_invalid_choice(tmp_path, monkeypatch, given):
+    monkeypatch.chdir(tmp_path)
+    with pytest.raises(ConfigError, match=r"preprocess\.input"):
+        expand(given)
