@@ -96,6 +96,35 @@ class Released:
         )
 
 
+def released_vae(checkout: Path) -> Any:
+    """Return (network, scale) of the released VAE at our size, with the weights of `released_numbers`."""
+    from diffusers.loaders.single_file_utils import convert_wan_vae_to_diffusers
+
+    module = load_module(checkout, "wan_video_vae")
+    network = module.VideoVAE_(dim=numbers.VAE_DIM, z_dim=16).eval()
+    # The converter maps names one to one: learn ours by sending the released names through it.
+    ours = convert_wan_vae_to_diffusers({name: name for name in network.state_dict()})
+    shapes = {name: tuple(value.shape) for name, value in network.state_dict().items()}
+    network.load_state_dict({theirs: numbers.vae_weight(name, shapes[theirs]) for name, theirs in ours.items()})
+    full_size = module.WanVideoVAE()
+    return network, full_size.scale
+
+
+def record_vae(checkout: Path) -> dict[str, Tensor]:
+    """Return latents of the colour, of the mask as the release feeds it, of the first frame, and pixels decoded."""
+    network, scale = released_vae(checkout)
+    pixels, visible = numbers.clip()
+    mask = visible.float().unsqueeze(1).expand(-1, 3, -1, -1, -1) * 2 - 1  # generate.py
+    first = torch.cat([pixels[:, :, :1], torch.zeros_like(pixels[:, :, 1:])], dim=2)
+    colour = network.encode(pixels, scale)
+    return {
+        "vae_colour": colour,
+        "vae_mask": network.encode(mask * 2 - 1, scale),  # camera.py
+        "vae_first": network.encode(first, scale),
+        "vae_decoded": network.decode(colour, scale)[:, :, ::4, ::4, ::4].clamp(-1, 1),
+    }
+
+
 @torch.no_grad()
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__)
@@ -121,6 +150,10 @@ def main() -> None:
         weights.write_released(path, weights.adapter_state(ours))
         theirs.load(torch.load(path, weights_only=True))
         print(f"back:     {float((theirs.run(x, theirs.residual(x)) - ours(**x)).abs().max()):.2e}")
+    recorded |= record_vae(args.checkout)
+    condition = numbers.our_base().encode_condition(*numbers.clip(), "released")
+    both = torch.cat([recorded["vae_colour"], recorded["vae_mask"]], dim=1)
+    print(f"vae:      {float((condition - both).abs().max()):.2e}")
     if args.write:
         np.savez(OUTPUT, **{name: value.numpy() for name, value in recorded.items()})
 

@@ -12,9 +12,9 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from ex4d.models import adapter, backbone, formats
+from ex4d.models import adapter, backbone, encoders, formats
 
-WIDTH, HIDDEN, RANK = 24, 32, 4
+WIDTH, HIDDEN, RANK, VAE_DIM = 24, 32, 4, 8
 # As tests/models/conftest.py, except for what the released code fixes: 1280 CLIP channels and 257 CLIP tokens.
 CONFIG = {
     "patch_size": (1, 2, 2),
@@ -90,6 +90,24 @@ def _released_names(num_blocks: int) -> list[str]:
     return out
 
 
+def vae_weight(name: str, shape: tuple[int, ...]) -> Tensor:
+    """Return a weight of the VAE by its diffusers name."""
+    if name.endswith("gamma"):
+        return numbers(name, shape, 0.2) + 1.0
+    return numbers(name, shape, (3 / int(np.prod(shape[1:]))) ** 0.5 if len(shape) > 3 else 0.2)
+
+
+@torch.no_grad()
+def our_base() -> encoders.Base:
+    """Return a base with nothing but a small VAE of 8 base channels, to which an I2V transformer would belong."""
+    from diffusers import AutoencoderKLWan
+
+    vae: Any = AutoencoderKLWan(base_dim=VAE_DIM).eval()
+    for name, value in vae.named_parameters():
+        value.copy_(vae_weight(name, tuple(value.shape)))
+    return encoders.Base("numbers", None, torch.device("cpu"), CONFIG, vae=vae)
+
+
 def inputs() -> dict[str, Tensor]:
     """Return the inputs of one call: a latent of 2 × 6 × 8, batch 2, text of 512 and image of 257 tokens."""
     shapes = {
@@ -101,3 +119,9 @@ def inputs() -> dict[str, Tensor]:
     }
     out = {name: numbers(f"input.{name}", shape, 1.7) for name, shape in shapes.items()}
     return out | {"timestep": torch.tensor([991.735535, 172.413788])}
+
+
+def clip() -> tuple[Tensor, Tensor]:
+    """Return pixels [1, 3, 9, 32, 48] in [−1, 1) and visible, bool [1, 9, 32, 48]."""
+    pixels = numbers("input.pixels", (1, 3, 9, 32, 48))
+    return pixels, pixels[:, 0] > 0

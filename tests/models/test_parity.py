@@ -1,10 +1,11 @@
 """Our network against the released one: outputs recorded out of tau-yihouxiang/EX-4D, compared number by number.
 
 Recorded on 2026-11-22 by `record_released.py` from commit b456a41560c3ba6357cfa3b8f6f87adc79c6a242:
-diffsynth/models/wan_video_dit.py and camera.py, unchanged but for the CUDA-only attention kernel, which plain attention
-in float32 stood in for; torch 2.13.0, CPU. Weights and inputs come from `released_numbers`; the file holds outputs
-alone. In that run the largest difference was 1.4e-5 for the base, 1.7e-5 with LoRA and geometry, 0 for the residual,
-and 1.3e-5 with random weights of ours written as ex4d.ckpt and loaded there, on outputs of scale 3.5 to 4.2.
+diffsynth/models/wan_video_dit.py, camera.py and wan_video_vae.py, unchanged but for the CUDA-only attention kernel,
+which plain attention in float32 stood in for; torch 2.13.0, CPU. Weights and inputs come from `released_numbers`; the
+file holds outputs alone. In that run the largest difference was 1.4e-5 for the base, 1.7e-5 with LoRA and geometry, 0
+for the residual, 1.3e-5 with random weights of ours written as ex4d.ckpt and loaded there, on outputs of scale 3.5 to
+4.2, and 1.2e-7 for the condition latents, of scale 1.8.
 """
 
 from __future__ import annotations
@@ -53,6 +54,22 @@ def test_released_weights_give_the_released_outputs(recorded: dict[str, torch.Te
         assert difference(model(**inputs), recorded["adapted"]) < TOLERANCE
     # The comparison has teeth: the adapter changes the output by far more than the tolerance.
     assert difference(recorded["adapted"], recorded["base"]) > 1
+
+
+def test_conditions_equal_those_of_the_released_vae(recorded: dict[str, torch.Tensor]) -> None:
+    """Colour, the mask that the release scales twice, the first frame, and the way back to pixels."""
+    base = released_numbers.our_base()
+    pixels, visible = released_numbers.clip()
+    condition = base.encode_condition(pixels, visible, "released")
+    assert difference(condition[:, :16], recorded["vae_colour"]) < TOLERANCE
+    assert difference(condition[:, 16:], recorded["vae_mask"]) < TOLERANCE
+    unit = base.encode_condition(pixels, visible, "unit")
+    assert difference(unit[:, 16:], recorded["vae_mask"]) > 0.1
+    first = base.first_frame_condition(pixels[:, :, 0], num_frames=9)
+    assert first is not None
+    assert difference(first[:, 4:], recorded["vae_first"]) < TOLERANCE
+    decoded = base.decode_latents(recorded["vae_colour"])[:, :, ::4, ::4, ::4]
+    assert difference(decoded, recorded["vae_decoded"]) < TOLERANCE
 
 
 def test_released_checkpoint_round_trip_is_bit_identical(tmp_path: Path) -> None:
