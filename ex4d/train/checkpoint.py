@@ -1,7 +1,7 @@
 """Checkpoints that any number of ranks at any ZeRO stage can go on from, and that a kill cannot damage.
 
     OUTPUT/checkpoints/step-000010/
-        adapter.safetensors     trainable weights, float32, by parameter name
+        adapter.safetensors     trainable weights, float32: an adapter as `ex4d generate` takes it
         optimizer.safetensors   exp_avg.NAME and exp_avg_sq.NAME, float32
         ema.safetensors         only where an average is kept
         state.json              step, samples consumed, identity of the run, best validation loss, versions
@@ -87,24 +87,19 @@ def read_tensors(path: Path) -> dict[str, Any]:
         raise ContractError(f"{path} cannot be read: {error}") from error
 
 
-def save(
-    output: str | Path,
-    state: State,
-    weights: dict[str, Any],
-    moments: dict[str, Any],
-    average: dict[str, Any] | None = None,
-) -> Path:
-    """Write a checkpoint of gathered tensors and return its folder. One rank calls it."""
+def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
+    """Write {name: CPU tensor} as a safetensors file."""
     from safetensors.torch import save_file
 
-    target = folder(output) / f"step-{state.step:06d}"
-    with _whole_folder(target) as temporary:
-        save_file(weights, temporary / "adapter.safetensors")
-        save_file(moments, temporary / "optimizer.safetensors")
-        if average is not None:
-            save_file(average, temporary / "ema.safetensors")
+    save_file(tensors, path)
+
+
+@contextmanager
+def writing(output: str | Path, state: State) -> Iterator[Path]:
+    """Yield the folder that becomes the checkpoint of `state`, whole or not at all. One rank calls it."""
+    with _whole_folder(folder(output) / f"step-{state.step:06d}") as temporary:
+        yield temporary
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
-    return target
 
 
 @contextmanager

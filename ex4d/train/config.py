@@ -101,9 +101,12 @@ class TrainConfig:
 
 # What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.
 FREE = frozenset(
-    ("data", "output", "num_steps", "save_every", "keep_last", "micro_batch_size", "grad_accum_steps")
-    + ("num_processes", "launcher", "zero_stage", "device", "activation_checkpointing", "cpu_offload", "log_every")
-    + ("validate_every", "validate_samples", "wandb_mode", "wandb_project", "wandb_group", "dry_run")
+    {
+        *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run"),
+        *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
+        *("activation_checkpointing", "cpu_offload", "validate_every", "validate_samples"),
+        *("wandb_mode", "wandb_project", "wandb_group"),
+    }
 )
 
 

@@ -11,6 +11,7 @@ from __future__ import annotations
 import datetime
 import logging
 import os
+import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -29,6 +30,8 @@ def start(place: Place, device: str) -> torch.device:
 
     MASTER_ADDR and MASTER_PORT must be set. Raises whatever torch.distributed raises when the others do not come.
     """
+    # DeepSpeed calls collectives by names that newer torch renames; once a step and rank, that buries what matters.
+    warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
     if not on_gpu:
@@ -96,7 +99,7 @@ class Engine:
         step: int = 0,
     ):
         self.model, self.zero_stage, self.optimizer_step = model, config.zero_stage, step
-        self.trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+        self.trainables: dict[str, nn.Parameter] = model.trainable_parameters()  # type: ignore[operator]
         self.shapes = {name: p.shape for name, p in self.trainables.items()}
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
         optimizer = torch.optim.AdamW(

@@ -21,6 +21,7 @@ class Inputs:
         target: velocity to predict, float32 [B, C, f, h, w].
         sigma: float32 [B]; loss_weight: float32 [B].
         hole: share of each latent cell that is masked, float32 [B, 1, f, h, w], in [0, 1].
+        valid: float32 [B], 0 for a sample that could not be read: it keeps its place and counts for nothing.
     """
 
     model_inputs: tuple[Tensor | None, ...]
@@ -28,6 +29,7 @@ class Inputs:
     sigma: Tensor
     loss_weight: Tensor
     hole: Tensor
+    valid: Tensor
 
 
 class Encoder:
@@ -45,7 +47,8 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], noises: list[NamedNoise], shift: float, sampling: str) -> Inputs:
-        """Return the inputs of a micro batch {"keys", "frames" u8 [B,T,H,W,3], "visible" bool [B,T,H,W], "captions"}.
+        """Return the inputs of a micro batch {"keys", "frames" u8 [B,T,H,W,3], "visible" bool [B,T,H,W], "captions",
+        "valid" bool [B]}.
 
         Args:
             noises: one source of randomness a sample.
@@ -72,8 +75,9 @@ class Encoder:
             self.base.first_frame_condition(first, frames.shape[1]),
             cond_latents,
         )
-        hole = hole_share(visible, tuple(latents.shape[2:]))
-        return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, hole)
+        hole = hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4]))
+        valid = torch.as_tensor(batch["valid"]).to(device).float()
+        return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, hole, valid)
 
     def _prompt_embeds(self, prompts: list[str]) -> Tensor:
         fixed = {"", self.prompt}
@@ -109,7 +113,7 @@ def to_pixels(frames: Tensor) -> Tensor:
     return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
-def hole_share(visible: Tensor, latent_size: tuple[int, ...]) -> Tensor:
+def hole_share(visible: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
     """Return the masked share of each latent cell, float32 [B, 1, f, h, w], in [0, 1].
 
     Args:
@@ -145,4 +149,4 @@ def velocity_losses(velocity: Tensor, inputs: Inputs, hole_weight: float) -> Los
     cells = 1 + (hole_weight - 1) * inputs.hole
     cells = cells / cells.mean(dim=(1, 2, 3, 4), keepdim=True)
     weighted = (squared * cells).mean(dim=(1, 2, 3, 4)) if hole_weight != 1.0 else mse
-    return Losses(inputs.loss_weight * weighted, mse.detach())
+    return Losses(inputs.valid * inputs.loss_weight * weighted, inputs.valid * mse.detach())

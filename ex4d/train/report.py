@@ -10,8 +10,9 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ex4d.errors import Ex4dError
+from ex4d.errors import ContractError, Ex4dError
 from ex4d.train.config import BatchPlan, Place
+from ex4d.train.objective import Inputs, Losses
 
 NUM_SIGMA_BUCKETS = 5
 
@@ -28,7 +29,7 @@ class Report:
         loss: mean weighted loss. mse: mean plain error. by_sigma: mean plain error in equal buckets of sigma, None
             where a bucket is empty.
         finite: whether every loss and gradient was. stop: whether any rank was asked to stop.
-        peak_memory_bytes: of the rank that needed most.
+        peak_memory_bytes: of the rank that needed most. bad_samples: how many could not be read and do not count.
     """
 
     loss: float
@@ -37,6 +38,7 @@ class Report:
     finite: bool
     stop: bool
     peak_memory_bytes: int
+    bad_samples: int
 
 
 def positions(place: Place, plan: BatchPlan, accum: int) -> list[int]:
@@ -45,28 +47,35 @@ def positions(place: Place, plan: BatchPlan, accum: int) -> list[int]:
     return [place.rank + place.world_size * (first + i) for i in range(plan.micro_size)]
 
 
-def rows(places: list[int], weighted: Tensor, mse: Tensor, sigma: Tensor) -> Tensor:
-    """Return float64 [B, 4]: position, weighted loss, plain error, sigma of each sample."""
-    where = torch.tensor(places, dtype=torch.float64, device=weighted.device)
-    return torch.stack([where, weighted.detach().double(), mse.double(), sigma.double()], dim=1)
+def rows(places: list[int], losses: Losses, inputs: Inputs) -> Tensor:
+    """Return float64 [B, 5]: position, weighted loss, plain error, sigma and validity of each sample."""
+    where = torch.tensor(places, dtype=torch.float64, device=losses.mse.device)
+    columns = (losses.weighted.detach(), losses.mse, inputs.sigma, inputs.valid)
+    return torch.stack([where, *(column.double() for column in columns)], dim=1)
 
 
 def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None = None) -> Report:
-    """Return the report of all ranks' rows [n, 4]. Every rank calls it, with equal n, and gets the same answer.
+    """Return the report of all ranks' rows [n, 5]. Every rank calls it, with equal n, and gets the same answer.
 
     Args:
         first: count only the samples at the first so many positions.
+
+    Raises:
+        ContractError: not one sample could be read.
     """
-    flags = torch.tensor([not gradients_finite, stop, peak_memory_bytes(local.device), 0], dtype=torch.float64)
-    message = torch.cat([local, flags.to(local.device)[None]])
+    flags = [not gradients_finite, stop, peak_memory_bytes(local.device), 0, 0]
+    message = torch.cat([local, torch.tensor([flags], dtype=torch.float64, device=local.device)])
     everyone = [torch.empty_like(message) for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather(everyone, message)
     samples = torch.cat([each[:-1] for each in everyone]).cpu()
-    unsound, stopping, memory, _ = torch.stack([each[-1] for each in everyone]).amax(dim=0).tolist()
+    unsound, stopping, memory, *_ = torch.stack([each[-1] for each in everyone]).amax(dim=0).tolist()
     samples = samples[samples[:, 0].argsort()][:first]
+    good = samples[samples[:, 4] > 0]
+    if not len(good):
+        raise ContractError("not one sample of this step could be read; the warnings above say why")
     finite = bool(samples.isfinite().all()) and not unsound
-    loss, mse = (math.fsum(samples[:, i].tolist()) / len(samples) if finite else math.nan for i in (1, 2))
-    return Report(loss, mse, by_sigma(samples), finite, bool(stopping), int(memory))
+    loss, mse = (math.fsum(good[:, i].tolist()) / len(good) if finite else math.nan for i in (1, 2))
+    return Report(loss, mse, by_sigma(good), finite, bool(stopping), int(memory), len(samples) - len(good))
 
 
 def by_sigma(samples: Tensor) -> list[float | None]:

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import uuid
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ def _start_wandb(output: Path, options: dict[str, Any], facts: dict[str, Any]) -
         return None
     # Offline runs ignore `resume`, so the id is ours: later starts append to the same run when they are synced.
     id_file = output / "wandb_run_id"
-    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else wandb.util.generate_id()
+    run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else uuid.uuid4().hex[:8]
     storage.write_bytes(id_file, run_id.encode())
     try:
         return wandb.init(

@@ -11,9 +11,8 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -21,34 +20,15 @@ import torch
 from torch import Tensor, nn
 
 from ex4d.errors import ContractError
-from ex4d.train import checkpoint, report
+from ex4d.models.backbone import ModelConfig
+from ex4d.train import checkpoint, engine, report
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
 from ex4d.train.engine import Engine
-from ex4d.train.objective import Encoder, NamedNoise, velocity_losses
+from ex4d.train.job import Job, build_job
+from ex4d.train.objective import NamedNoise, velocity_losses
 from ex4d.train.runlog import RunLog
 
 logger = logging.getLogger(__name__)
-
-
-@dataclass(frozen=True)
-class Job:
-    """What a run trains, and on what.
-
-    Args:
-        encoder: turns a batch of clips into the model's inputs.
-        model: frozen base and trainables in one module, on its device.
-        open_loader: (split, samples consumed, micro batch size) -> endless micro batches of this rank.
-        identity: what decides what the run learns (config.identity).
-        export: (folder, model) writes the adapter that `ex4d generate --adapter` takes.
-        facts: configuration and versions, for the log.
-    """
-
-    encoder: Encoder
-    model: nn.Module
-    open_loader: Callable[[str, int, int], Iterator[dict[str, Any]]]
-    identity: dict[str, Any]
-    export: Callable[[Path, nn.Module], None]
-    facts: dict[str, Any]
 
 
 class Trainer:
@@ -75,9 +55,8 @@ class Trainer:
             load_weights(job.model, checkpoint.read_tensors(path / "adapter.safetensors"))
             moments = checkpoint.read_tensors(path / "optimizer.safetensors")
         self.engine = Engine(job.model, config, self.plan, moments, self.first_step)
-        if config.ema_decay and place.rank == 0:
-            ema = path / "ema.safetensors" if path else None
-            self.average = checkpoint.read_tensors(ema) if ema else self.engine.weights()
+        if config.ema_decay:
+            self.average = checkpoint.read_tensors(path / "ema.safetensors") if path else self.engine.weights()
         self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
 
     def run(self) -> int:
@@ -127,7 +106,7 @@ class Trainer:
             self.engine.backward(losses.weighted.mean())
             watch.lap("backward")
             where = report.positions(self.place, self.plan, accum)
-            rows.append(report.rows(where, losses.weighted, losses.mse, inputs.sigma))
+            rows.append(report.rows(where, losses, inputs))
             keys += batch["keys"]
         local, gradients_finite = torch.cat(rows), self.engine.gradients_finite()
         said = report.gather(local, gradients_finite, stop_asked())
@@ -146,7 +125,7 @@ class Trainer:
             "grad_norm": grad_norm,
             "samples": self.samples,
         }
-        metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma}
+        metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma, "bad_samples": said.bad_samples}
         metrics |= {"step_s": watch.times(), "peak_memory_bytes": said.peak_memory_bytes}
         return metrics, said.stop
 
@@ -155,13 +134,12 @@ class Trainer:
         return NamedNoise(self.config.seed, step, key, self.config.condition_dropout)
 
     def update_average(self) -> None:
-        """Move the average of the trainables towards them. Every rank calls; rank 0 holds the average."""
-        decay = self.config.ema_decay
-        if not decay:
+        """Move the average of the trainables towards them, where one is kept. Every rank calls."""
+        if self.average is None or self.config.ema_decay is None:
             return
-        with self.engine.full_weights():
-            for name, mean in (self.average or {}).items():
-                mean.lerp_(self.engine.trainables[name].detach().to("cpu", torch.float32), 1 - decay)
+        weights = self.engine.weights()
+        for name, mean in self.average.items():
+            mean.lerp_(weights[name], 1 - self.config.ema_decay)
 
     @torch.no_grad()
     def validate(self) -> float:
@@ -178,7 +156,7 @@ class Trainer:
             ]
             inputs = self.job.encoder.encode(batch, noises, self.config.shift, "uniform")
             losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, hole_weight=1.0)
-            rows.append(report.rows(where, losses.weighted, losses.mse, inputs.sigma))
+            rows.append(report.rows(where, losses, inputs))
         self.engine.train(True)
         return report.gather(torch.cat(rows), True, False, first=total).mse
 
@@ -192,23 +170,45 @@ class Trainer:
             versions = self.job.facts.get("versions", {})
             plan, identity = self.plan, self.job.identity
             state = checkpoint.State(step, self.samples, plan.global_size, identity, validation_loss, versions)
-            checkpoint.save(self.config.output, state, weights, moments, self.average)
+            with checkpoint.writing(self.config.output, state) as folder:
+                self.job.write_adapter(folder, weights, step)
+                checkpoint.write_tensors(folder / "optimizer.safetensors", moments)
+                if self.average is not None:
+                    checkpoint.write_tensors(folder / "ema.safetensors", self.average)
             checkpoint.prune(self.config.output, self.config.keep_last)
         torch.distributed.barrier()
 
     def export(self) -> None:
         """Write OUTPUT/adapter, from the average where one is kept. Every rank calls."""
-        with self.engine.full_weights() as model:
-            if self.place.rank == 0:
-                if self.average is not None:
-                    load_weights(model, self.average)
-                self.job.export(Path(self.config.output) / "adapter", model)
+        weights = self.engine.weights()
+        if self.place.rank == 0:
+            step = max(self.first_step, self.config.num_steps)
+            self.job.write_adapter(Path(self.config.output) / "adapter", self.average or weights, step)
         torch.distributed.barrier()
 
 
-def load_weights(model: nn.Module, tensors: dict[str, Tensor]) -> None:
+def train(config: TrainConfig, model_config: ModelConfig, place: Place, show: Callable[..., None]) -> int:
+    """Train as configured, as one rank of several; return 0, or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
+
+    Args:
+        place: this process among all. Its launcher has set MASTER_ADDR and MASTER_PORT.
+        show: called on rank 0 with each step's metrics.
+
+    Raises:
+        ConfigError: the choices are invalid, or the output folder holds a run with others.
+        ContractError: no finished dataset, or a damaged checkpoint.
+        NonFinite: a loss or gradient is not finite; names the clips.
+    """
+    device = engine.start(place, config.device)
+    job = build_job(config, model_config, place, device)
+    code = Trainer(config, job, place, device, show).run()
+    engine.stop()
+    return code
+
+
+def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
     """Fill a model's trainables from {name: tensor}. Raises ContractError where names or shapes differ."""
-    trainables = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    trainables = model.trainable_parameters()  # type: ignore[operator]
     if {n: p.shape for n, p in trainables.items()} != {n: t.shape for n, t in tensors.items()}:
         odd = sorted(trainables.keys() ^ tensors.keys())[:3] or "a shape"
         raise ContractError(f"the weights of the checkpoint belong to another model: {odd} differs")

@@ -17,13 +17,15 @@ from pathlib import Path
 import numpy as np
 import torch
 import yaml
+from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ex4d import config as configs
 from ex4d.train import engine
 from ex4d.train.config import Place, TrainConfig, identity
+from ex4d.train.job import Job
 from ex4d.train.objective import Encoder
-from ex4d.train.trainer import Job, Trainer
+from ex4d.train.trainer import Trainer
 
 NUM_CLIPS = 11
 
@@ -66,6 +68,9 @@ class ToyModel(nn.Module):
         self.down, self.up = nn.Linear(13, 5, bias=False), nn.Linear(5, 13, bias=False)
         self.head = nn.Conv3d(13, 3, 3, padding=1).requires_grad_(False)
 
+    def trainable_parameters(self) -> dict[str, nn.Parameter]:
+        return {name: value for name, value in self.named_parameters() if value.requires_grad}
+
     def forward(self, latents, timestep, prompt, image, first_frame, cond_latents):  # type: ignore[no-untyped-def]
         hidden = self.frozen(torch.cat([latents, first_frame], dim=1)) + self.condition(cond_latents)
         hidden = torch.tanh(hidden + (timestep / 1000 + prompt[:, 0] + image.mean(1))[:, None, None, None, None])
@@ -77,7 +82,7 @@ def clips(seed: int, place: Place, micro: int, samples: int, nan_at: int | None,
     """Yield endless micro batches of one rank: sample g of the endless shuffled stream goes to rank g mod W."""
     index = samples + place.rank
     while True:
-        batch: dict = {"keys": [], "frames": [], "visible": [], "captions": []}
+        batch: dict = {"keys": [], "frames": [], "visible": [], "captions": [], "valid": []}
         for _ in range(micro):
             epoch, position = divmod(index, NUM_CLIPS)
             clip = int(np.random.default_rng([seed, epoch]).permutation(NUM_CLIPS)[position])
@@ -87,8 +92,9 @@ def clips(seed: int, place: Place, micro: int, samples: int, nan_at: int | None,
             batch["frames"].append(frames)
             batch["visible"].append(rng.random((9, 16, 16)) > 0.3)
             batch["captions"].append("x" * (clip % 3))
+            batch["valid"].append(clip != 4)
             index += place.world_size
-        yield {key: np.stack(value) if key in ("frames", "visible") else value for key, value in batch.items()}
+        yield {key: np.stack(value) if key in ("frames", "visible", "valid") else value for key, value in batch.items()}
 
 
 class ToyEncoder(Encoder):
@@ -114,13 +120,9 @@ def main(output: str, settings: list[str]) -> int:
     def open_loader(split: str, samples: int, micro: int) -> Iterator[dict]:
         return clips(config.seed + (split == "val"), place, micro, samples, fate["nan_at"], per_step)
 
-    def export(folder: Path, model: nn.Module) -> None:
-        from safetensors.torch import save_file
-
+    def write_adapter(folder: Path, tensors: dict, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
-        save_file(
-            {n: p.detach().clone() for n, p in model.named_parameters() if p.requires_grad}, folder / "a.safetensors"
-        )
+        save_file(tensors, folder / "adapter.safetensors")
 
     def show(metrics: dict) -> None:
         if metrics["step"] == fate["kill_at"]:
@@ -130,7 +132,7 @@ def main(output: str, settings: list[str]) -> int:
 
     encoder = ToyEncoder(ToyBase(), "unit", config.prompt)
     who = identity(config, ToyModelConfig(), "toy")
-    job = Job(encoder, ToyModel(), open_loader, who, export, {"versions": {}})
+    job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
     trainer = Trainer(config, job, place, device, show)
     code = trainer.run()
     engine.stop()

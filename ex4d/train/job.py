@@ -1,0 +1,120 @@
+"""What a run trains, and on what: base, model, data and the way out, built from the configuration."""
+
+from __future__ import annotations
+
+from collections.abc import Callable, Iterator, Mapping
+from dataclasses import dataclass
+from importlib import metadata as packages
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ex4d import config as configs
+from ex4d import storage
+from ex4d.data import loader, manifest
+from ex4d.data.verify import tree_hash
+from ex4d.errors import ConfigError
+from ex4d.models import adapter, backbone, encoders, weights
+from ex4d.train.config import Place, TrainConfig, identity
+from ex4d.train.objective import Encoder
+
+PACKAGES = ("ex4d-platform", "torch", "deepspeed", "diffusers", "transformers", "peft", "numpy")
+
+
+@dataclass(frozen=True)
+class Job:
+    """What a run trains, and on what.
+
+    Args:
+        encoder: turns a batch of clips into the model's inputs.
+        model: frozen base and trainables in one module, on its device; `trainable_parameters()` names them.
+        open_loader: (split, samples consumed, micro batch size) -> endless micro batches of this rank.
+        identity: what decides what the run learns (config.identity).
+        write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
+        facts: configuration and versions, for the log.
+    """
+
+    encoder: Encoder
+    model: nn.Module
+    open_loader: Callable[[str, int, int], Iterator[dict[str, Any]]]
+    identity: dict[str, Any]
+    write_adapter: Callable[[Path, Mapping[str, Tensor], int], Any]
+    facts: dict[str, Any]
+
+
+def dataset_fingerprint(dataset: str) -> str:
+    """Return the tree hash of a finished dataset, as `ex4d verify` prints it, from the hashes that it names itself.
+
+    Raises:
+        ContractError: there is no finished dataset.
+    """
+    digests = dict(manifest.read_dataset(dataset)["sha256"])
+    digests[manifest.DATASET] = storage.sha256(storage.join(dataset, manifest.DATASET))
+    digests |= {shard["url"]: shard["sha256"] for shard in manifest.read_index(dataset)}
+    return tree_hash(digests)
+
+
+def run_identity(config: TrainConfig, model_config: backbone.ModelConfig) -> dict[str, Any]:
+    """Return what decides what a run learns: see config.identity."""
+    return identity(config, model_config, dataset_fingerprint(config.data))
+
+
+def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Place, device: torch.device) -> Job:
+    """Return the job of a configuration, with the base loaded to `device`.
+
+    Raises:
+        ConfigError: a base that is not there, or that cannot take these clips.
+        ContractError: no finished dataset.
+    """
+    if model_config.source_video:
+        allowed = "false: a clip from a monocular dataset is its own source, so a second condition would only be copied"
+        raise ConfigError("model.source_video", True, allowed)
+    chosen = model_config
+    sample = manifest.read_dataset(config.data)["sample"]
+    fingerprint = dataset_fingerprint(config.data)
+    base = backbone.load_base(
+        chosen.base, chosen.revision, chosen.dtype, device, vae_dtype=chosen.vae_dtype, quantize=chosen.quantize
+    )
+    base.latent_shape((sample["num_frames"], *sample["size"], 3))
+    model = adapter.build_model(base.transformer, chosen, seed=config.seed)
+    model.set_gradient_checkpointing(config.activation_checkpointing)
+    base_fingerprint = encoders.base_fingerprint(base.transformer)
+
+    def write_adapter(folder: Path, tensors: Mapping[str, Tensor], step: int) -> Path:
+        facts = weights.AdapterMetadata(
+            base=chosen.base,
+            base_revision=base.revision,
+            base_fingerprint=base_fingerprint,
+            lora_rank=chosen.lora_rank,
+            lora_alpha=float(chosen.lora_alpha),
+            adapter_hidden=chosen.adapter_hidden,
+            mask_range=chosen.mask_range,
+            num_frames=sample["num_frames"],
+            size=tuple(sample["size"]),
+            dataset_fingerprint=fingerprint,
+            step=step,
+        )
+        return weights.save_adapter(folder, tensors, facts)
+
+    def open_loader(split: str, samples: int, micro_batch_size: int) -> Iterator[dict[str, Any]]:
+        ranks = (place.rank, place.world_size)
+        return loader.ShardLoader(config.data, split, micro_batch_size, config.seed, *ranks, samples_consumed=samples)
+
+    who = identity(config, chosen, fingerprint)
+    facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen), "versions": versions()}
+    facts |= {"dataset": fingerprint, "world_size": place.world_size}
+    encoder = Encoder(base, chosen.mask_range, config.prompt)
+    return Job(encoder, model, open_loader, who, write_adapter, facts)
+
+
+def versions() -> dict[str, str]:
+    """Return {package: version} of what training rests on; packages that are not installed are left out."""
+    found = {}
+    for name in PACKAGES:
+        try:
+            found[name] = packages.version(name)
+        except packages.PackageNotFoundError:
+            continue
+    return found

@@ -1,0 +1,286 @@
+"""`ex4d train`: starts the ranks of a run, or is one of them. The loop itself is ex4d/train/trainer.py.
+
+The same command works everywhere; the environment says which way it goes:
+
+    ex4d train CONFIG.yaml                                    one local process per GPU, or 2 on a CPU
+    torchrun --nproc-per-node 8 -m pipelines.train CONFIG.yaml
+    deepspeed --module pipelines.train CONFIG.yaml            (with a hostfile for several machines)
+    srun ex4d train CONFIG.yaml                               MASTER_ADDR and MASTER_PORT from the batch script
+    ex4d train CONFIG.yaml train.launcher=ray                 Ray Train on this machine, or on ray.address
+
+Exit status: 0 done, 1 failed, 2 the choice was invalid, 75 stopped by SIGTERM with a checkpoint written: the same
+command run again goes on. All ranks must see `train.output` on one file system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ex4d import config as configs
+from ex4d.train import checkpoint
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
+from pipelines.runner import RayConfig
+
+if TYPE_CHECKING:
+    from ex4d.models.backbone import ModelConfig
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 15.0  # between one rank's end and the killing of the others, which may be telling the same error
+PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher whose child this is
+
+
+def main(argv: Sequence[str]) -> int:
+    """Train as [CONFIG.yaml, section.key=value, …] says; return the exit status."""
+    from ex4d.models.backbone import ModelConfig
+
+    config_path, *overrides = [word for word in argv if not word.startswith(("--local_rank", "--local-rank"))]
+    sections = {"train": TrainConfig, "model": ModelConfig, "ray": RayConfig}
+    chosen = configs.load(config_path, sections, overrides)
+    return run(chosen["train"], chosen["model"], config_path, overrides, chosen["ray"])
+
+
+def run(
+    train: TrainConfig, model: ModelConfig, config_path: str, overrides: Sequence[str], ray: RayConfig | None = None
+) -> int:
+    """Bring a run to its last step and return the exit status.
+
+    Args:
+        config_path, overrides: where `train` and `model` come from; the local processes read them again.
+
+    Raises:
+        ConfigError: the output folder holds a run with other settings.
+    """
+    place = place_from_environment()
+    if place is not None:
+        return _be_rank(train, model, place)
+    if train.dry_run:
+        return _dry_run(train, model)
+    if _is_finished(train, model):
+        print(f"already finished: {train.num_steps} steps. {_where(train)}")
+        return 0
+    Path(train.output).mkdir(parents=True, exist_ok=True)
+    configs.dump({"train": train, "model": model}, Path(train.output) / "config.yaml")
+    if train.launcher == "ray":
+        from pipelines.train_ray import on_ray
+
+        code = on_ray(train, model, ray or RayConfig())
+    else:
+        code = _local_processes([config_path, *overrides], _num_processes(train), Path(train.output))
+    if code == 0:
+        print(f"done: {train.num_steps} steps. {_where(train)}")
+    elif code == EXIT_PREEMPTED:
+        print(f"stopped, with a checkpoint in {checkpoint.latest(train.output)}; the same command goes on from there")
+    return code
+
+
+def _where(train: TrainConfig) -> str:
+    return f"adapter: {train.output}/adapter  metrics: {train.output}/metrics.jsonl"
+
+
+def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
+    """Return whether nothing is left to do. Raises ConfigError where the folder holds a run with other settings."""
+    path = checkpoint.latest(train.output)
+    if path is None:
+        return False
+    from ex4d.train.job import run_identity
+
+    state = checkpoint.read_state(path)
+    check_identity(state.identity, run_identity(train, model), train.output)
+    return state.step >= train.num_steps and (Path(train.output) / "adapter" / "adapter.safetensors").exists()
+
+
+def _num_processes(train: TrainConfig) -> int:
+    if train.num_processes is not None:
+        return train.num_processes
+    if train.device == "cpu":
+        return 2
+    import torch
+
+    return torch.cuda.device_count() or 2
+
+
+# ---------------------------------------------------------------- one rank
+
+
+def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
+    if int(os.environ.get(PARENT, 0)):
+        # A launcher that is killed cannot tell its children; Linux does (prctl PR_SET_PDEATHSIG = 1).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != int(os.environ[PARENT]):
+            return 1
+    if _is_finished(train, model):
+        return 0
+    from ex4d.train import trainer
+
+    with progress(train) as show:
+        return trainer.train(train, model, place, show)
+
+
+class progress:
+    """What a person sees of a run: a bar on a terminal, a line every `log_every` steps elsewhere."""
+
+    def __init__(self, train: TrainConfig):
+        self._train = train
+        self._bar: Any = None
+        self._first: int | None = None
+
+    def __enter__(self) -> Callable[[dict[str, Any]], None]:
+        if sys.stdout.isatty():
+            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
+            self._bar = Progress(*columns, TimeRemainingColumn())
+        return self.show
+
+    def __exit__(self, *_: object) -> None:
+        if self._bar is not None:
+            self._bar.stop()
+
+    def show(self, metrics: dict[str, Any]) -> None:
+        """Show one step."""
+        step, total = metrics["step"], self._train.num_steps
+        words = f"loss {metrics['loss']:.4f}  {metrics['step_s']['total']:.2f} s/step"
+        if "validation_loss" in metrics:
+            words += f"  validation {metrics['validation_loss']:.4f}"
+        if self._bar is not None:
+            if self._first is None:
+                self._first = self._bar.add_task("", total=total, completed=step)
+                self._bar.start()
+            self._bar.update(self._bar.task_ids[0], completed=step, description=words)
+        elif step == 1 or step % self._train.log_every == 0 or step == total:
+            memory = metrics["peak_memory_bytes"] / 2**30
+            print(f"step {step}/{total}  {words}  {memory:.1f} GiB", flush=True)
+
+
+# ---------------------------------------------------------------- many local processes
+
+
+def _local_processes(arguments: list[str], count: int, output: Path) -> int:
+    """Start one process a rank, pass rank 0's output on, and return the exit status of the run.
+
+    The others write to OUTPUT/logs/rank-N.log. A rank that fails takes the others with it; SIGTERM and Ctrl-C become
+    one SIGTERM to each rank, which then write a checkpoint.
+    """
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common[PARENT] = str(os.getpid())
+    common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    processes: list[subprocess.Popen] = []
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(_start(arguments, common | place, logs / f"rank-{rank}.log" if rank else None))
+        codes = _wait(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if stopping and set(codes) <= {0, EXIT_PREEMPTED, -signal.SIGTERM}:
+        return EXIT_PREEMPTED if any(codes) else 0
+    return _explain(codes, logs)
+
+
+def _start(arguments: list[str], environment: dict[str, str], log: Path | None) -> subprocess.Popen:
+    # A session of its own, so that Ctrl-C reaches the launcher alone and becomes an orderly stop.
+    command = [sys.executable, "-m", "pipelines.train", *arguments]
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    if log is None:
+        return subprocess.Popen(command, **options)
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
+
+
+def _wait(processes: list[subprocess.Popen]) -> list[int]:
+    """Return the exit codes of all; when one fails, the others get GRACE_S and are killed."""
+    deadline = None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and any(process.poll() not in (None, 0, EXIT_PREEMPTED) for process in processes):
+            deadline = time.monotonic() + GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    return [process.wait() for process in processes]
+
+
+def _explain(codes: list[int], logs: Path) -> int:
+    """Return the status of a run whose ranks ended so; say which rank failed and how its log ends."""
+    failed = {rank: code for rank, code in enumerate(codes) if code}
+    if not failed:
+        return 0
+    # A rank killed here or broken off by its peers comes last: the first cause is a real exit code or another signal.
+    rank = min(failed, key=lambda r: (failed[r] == -signal.SIGKILL, r))
+    code = failed[rank]
+    print(f"rank {rank} ended with {code}", file=sys.stderr)
+    if rank:
+        print((logs / f"rank-{rank}.log").read_text(errors="replace")[-2000:], file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---------------------------------------------------------------- before anything is loaded
+
+
+def _dry_run(train: TrainConfig, model: ModelConfig) -> int:
+    """Print what the run would need; nothing is loaded but configurations."""
+    from ex4d.data import manifest
+    from ex4d.models import backbone
+    from ex4d.train import flops
+    from ex4d.train.config import plan_batch
+
+    shape = backbone.transformer_config(model.base, model.revision)
+    sample = manifest.read_dataset(train.data)["sample"]
+    count = _num_processes(train)
+    batch = plan_batch(train, count)
+    latents = flops.latent_size((sample["num_frames"], *sample["size"]))
+    needs = flops.summary(
+        shape,
+        model,
+        latents,
+        micro_batch_size=batch.micro_size,
+        global_batch_size=batch.global_size,
+        world_size=count,
+        num_steps=train.num_steps,
+        zero_stage=train.zero_stage,
+        checkpointing=train.activation_checkpointing,
+        cpu_offload=train.cpu_offload,
+        ema=train.ema_decay is not None,
+    )
+    print(json.dumps(needs, indent=2))
+    return 0
+
+
+if __name__ == "__main__":
+    from pipelines.cli import main as command_line
+
+    sys.exit(command_line(["train", *(word for word in sys.argv[1:] if not word.startswith("--local"))]))
