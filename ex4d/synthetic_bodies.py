@@ -173,14 +173,14 @@ def random_bodies(rng: np.random.Generator, scale: float, moving: bool) -> list[
     side = rng.choice([-1.0, 1.0])
     hero = np.array([rng.uniform(-0.08, 0.08), rng.uniform(-0.04, 0.10), 1.15])
     companion = np.array([side * rng.uniform(0.36, 0.44), rng.uniform(-0.2, 0.2), rng.uniform(1.15, 1.35)])
-    places = [(hero, rng.uniform(0.20, 0.27), 0.06), (companion, rng.uniform(0.09, 0.13), 0.06)]
-    start = rng.uniform(-70, -25)
+    places = [(hero, rng.uniform(0.20, 0.27), 0.12), (companion, rng.uniform(0.09, 0.13), 0.12)]
+    start = rng.uniform(-42, -22)
     for number in range(int(rng.integers(2, 5))):
-        azimuth = np.radians(start + 38 * number + rng.uniform(-8, 8))  # 0 is straight behind the pivot
+        azimuth = np.radians(start + 26 * number + rng.uniform(-6, 6))  # 0 is straight behind the pivot
         size = rng.uniform(0.22, 0.40)
-        reach = rng.uniform(1.4, 1.9) + size
+        reach = rng.uniform(1.45, 1.9) + size
         place = np.array([reach * np.sin(azimuth), rng.uniform(-0.45, 0.35), 1.0 + reach * np.cos(azimuth)])
-        places.append((place, size, 0.18))
+        places.append((place, size, 0.2))
     return [_random_body(rng, scale * place, scale * size, scale * sway, moving) for place, size, sway in places]
 
 
@@ -188,13 +188,13 @@ def _random_body(rng: np.random.Generator, centre: np.ndarray, size: float, sway
     kind = str(rng.choice(["sphere", "box"]))
     axis = rng.normal(size=3)
     half = np.full(3, size) if kind == "sphere" else size * rng.uniform(0.6, 0.8, size=3)
-    motion, spin = sway * rng.uniform(0.3, 1.0, size=3), rng.uniform(0.2, 0.9) * rng.choice([-1, 1])
+    motion, spin = sway * rng.uniform(0.3, 1.0, size=3), rng.uniform(0.3, 1.3) * rng.choice([-1, 1])
     return Body(
         kind=kind,
         centre=centre,
         half=half,
         sway=motion * moving,
-        period_s=rng.uniform(2.0, 5.0, size=3),
+        period_s=rng.uniform(1.2, 3.0, size=3),
         phase=rng.uniform(0, 2 * np.pi, size=3),
         axis=axis / np.linalg.norm(axis),
         spin=(float(spin) * moving, float(rng.uniform(0, 2 * np.pi))),
@@ -204,7 +204,8 @@ def _random_body(rng: np.random.Generator, centre: np.ndarray, size: float, sway
 
 def random_room(rng: np.random.Generator, scale: float, sky: bool) -> Body:
     floor, ceiling = rng.uniform(0.75, 1.0) * scale, rng.uniform(1.5, 2.0) * scale
-    side, depth = rng.uniform(2.9, 3.4, size=2) * scale
+    # Narrow, so that both side walls are in the first picture and what a turn uncovers is of a colour seen before.
+    side, depth = rng.uniform(1.45, 1.75) * scale, rng.uniform(2.9, 3.4) * scale
     if sky:
         side, depth, ceiling = SKY_SCALE * scale, SKY_SCALE * scale, SKY_SCALE * scale
     centre = np.array([0.0, (floor - ceiling) / 2, scale])
