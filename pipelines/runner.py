@@ -154,11 +154,11 @@ def quiet_threads() -> None:
 
 def _settings(context: Any) -> None:
     """Nothing relies on Ray's retries or on skipped blocks: rows carry their own fate, the ledger the results."""
+    logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
     context.max_errored_blocks = 0
     context.execution_options.preserve_order = False
     context.print_on_execution_start = False
-    logging.getLogger("ray.data").setLevel(logging.WARNING)
 
 
 @contextmanager

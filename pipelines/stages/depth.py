@@ -36,7 +36,8 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     mapping: dict[str, Any] = conversion.RELEASED_MAPPING if config.profile == "released" else {}
     z_depth = conversion.to_z_depth(result.values, result.kind, metric=result.metric, shape=frames.shape[:3], **mapping)
     K = camera.intrinsics(config.size, config.fov_deg) if result.K is None else np.asarray(result.K, np.float64)
-    facts = {"weights_sha256": "", **result.provenance, "estimator": config.depth, "K_estimated": result.K is not None}
+    known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
+    facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
     return {"z_depth": z_depth, "K": K, "depth_facts": facts}
 
 
