@@ -8,6 +8,7 @@ from ex4d.errors import BadSample, ConfigError
 
 KINDS = ("z_depth", "disparity")
 RELEASED_NEAR = 10000 / 3900  # the released code's nearest depth of every clip, 2.564
+NEAREST = 4.0  # a relative disparity beyond this × its near percentile is an outlier and is clipped there
 # The released code's mapping of DepthCrafter's output as keywords of to_z_depth: min-max, z up to 10,000.
 RELEASED_MAPPING = {"percentiles": (0.0, 100.0), "far_ratio": 3900.0}
 
@@ -24,7 +25,8 @@ def to_z_depth(
     """Return z_depth float32 [T, H, W]: finite, positive, nothing farther than `far_ratio` × the near depth.
 
     The disparity is floored, so that sky has a depth that a mesh and its boundary can hold. Percentiles instead of
-    the clip's minimum and maximum keep one wild pixel from rescaling all of it; nothing is clipped at the near end.
+    the clip's minimum and maximum keep one wild pixel from rescaling all of it. Metric values are not clipped at the
+    near end, relative ones at a quarter of the near depth.
 
     Args:
         values: real [T, H, W]; z_depth > 0 (+inf: sky), or disparity (metric: 1/z ≥ 0; else up to scale and shift).
@@ -57,8 +59,8 @@ def to_z_depth(
     far, near = np.percentile(values, [low, high])
     if near <= far:
         raise BadSample("depth_constant", f"percentiles {low:g} and {high:g} are both {far:.6g}")
-    normalised = (values - far) / (near - far)
-    return (RELEASED_NEAR / np.maximum(normalised, 1.0 / far_ratio)).astype(np.float32)
+    normalised = np.clip((values - far) / (near - far), 1.0 / far_ratio, NEAREST)
+    return (RELEASED_NEAR / normalised).astype(np.float32)
 
 
 def _checked(values: np.ndarray, kind: str, metric: bool, shape: tuple[int, int, int] | None) -> np.ndarray:
@@ -76,8 +78,9 @@ def _checked(values: np.ndarray, kind: str, metric: bool, shape: tuple[int, int,
     nonpositive = values <= 0 if kind == "z_depth" else values < 0
     if (kind == "z_depth" or metric) and nonpositive.any():
         raise BadSample("depth_nonpositive", f"{nonpositive.sum()} of {values.size} values, least {values.min():.6g}")
-    largest, least = values.max(), values.min()
-    if largest == least or largest - least <= 1e-6 * max(abs(largest), abs(least)):
+    varying = 1 / values if kind == "z_depth" else values  # the inverse, because sky may be at infinity
+    largest, least = varying.max(), varying.min()
+    if largest - least <= 1e-6 * max(abs(largest), abs(least)):
         raise BadSample("depth_constant", f"all values are {values.flat[0]:.6g}")
     return values
 
