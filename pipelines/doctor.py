@@ -30,7 +30,8 @@ PACKAGES = (
 
 def facts() -> dict:
     """Return the machine and package facts as one JSON-able dict; `missing` lists required packages not found."""
-    packages, missing = {}, []
+    packages: dict[str, str | None] = {}
+    missing = []
     for name, _, required in PACKAGES:
         try:
             packages[name] = importlib.metadata.version(name)
