@@ -32,7 +32,7 @@ def test_look_at_is_a_rotation_that_centres_the_target(seed):
     assert np.allclose(uv, (32, 32))
     assert np.isclose(z, np.linalg.norm(target - eye))
     assert np.allclose(camera.eye, eye)
-    above, _ = project(target + [0, -0.01, 0], camera)
+    above, _ = project(target + np.array([0, -0.01, 0]), camera)
     assert above[1] < 32  # −y is up in the picture
 
 
@@ -65,7 +65,14 @@ def test_bad_cameras_are_refused():
     mirrored = np.diag([1.0, 1, -1, 1])
     flipped = K * [[1], [-1], [1]]
     skewed = K + np.eye(3, k=1)
-    for bad_K, bad_pose in ((K, mirrored), (K, pose * 2), (flipped, pose), (skewed, pose), (K[:2], pose), (K * np.nan, pose)):
+    for bad_K, bad_pose in (
+        (K, mirrored),
+        (K, pose * 2),
+        (flipped, pose),
+        (skewed, pose),
+        (K[:2], pose),
+        (K * np.nan, pose),
+    ):
         with pytest.raises(ConfigError):
             Camera(bad_K, bad_pose, (8, 8))
     with pytest.raises(ConfigError):

@@ -11,7 +11,15 @@ SUBPIXELS = 256.0
 HALF = 128.0
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+def _kernel(function):
+    """Return `function` compiled; kept on disk beside the module or in numba's user folder if it can be."""
+    try:
+        return njit(cache=True, nogil=True, error_model="numpy")(function)
+    except RuntimeError:  # numba: no place for a cache
+        return njit(nogil=True, error_model="numpy")(function)
+
+
+@_kernel
 def _is_sliver(ax, ay, az, bx, by, bz, cx, cy, cz, sine_squared):
     """Return True where the triangle's smallest angle is below asin(√sine_squared)."""
     ux, uy, uz = bx - ax, by - ay, bz - az
@@ -22,7 +30,7 @@ def _is_sliver(ax, ay, az, bx, by, bz, cx, cy, cz, sine_squared):
     return nx * nx + ny * ny + nz * nz < sine_squared * max(u * v, v * w, w * u)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def occlusion_flags(z, inverse_fx, inverse_fy, cx, cy, sine_squared):
     """Return bool [2, H−1, W−1] of z float32 [H, W]; vertex (i, j) is at ((j − cx) / fx, (i − cy) / fy, 1) · z."""
     height, width = z.shape
@@ -38,7 +46,7 @@ def occlusion_flags(z, inverse_fx, inverse_fy, cx, cy, sine_squared):
     return flags
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def transform(z, rays_x, rays_y, rotation, shift):
     """Return points float64 [H·W, 3] in the target camera's axes of the grid z float32 [H, W]."""
     height, width = z.shape
@@ -52,7 +60,7 @@ def transform(z, rays_x, rays_y, rotation, shift):
     return points
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, inverse_depth, face_id):
     """Enter one triangle, corners in 1/256 px and 1/z, into the pictures; without back faces (area > 0) if cull."""
     area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
@@ -87,7 +95,7 @@ def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, inverse_depth, face_id
                 face_id[i, j] = face
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _snap(p, camera, near):
     """Return (x, y in 1/256 px, 1/z) of a point at or beyond the near plane; zeros before it."""
     if p[2] < near:
@@ -98,7 +106,7 @@ def _snap(p, camera, near):
     return x, y, inverse
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _clip_and_fill(a, b, c, camera, near, face, cull, inverse_depth, face_id):
     """Cut a triangle (points [3] in camera axes) at the near plane and enter what is left."""
     polygon = np.empty((4, 3))
@@ -123,7 +131,7 @@ def _clip_and_fill(a, b, c, camera, near, face, cull, inverse_depth, face_id):
         _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, inverse_depth, face_id)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def rasterise(points, occluded, cap, camera, near, cull, draw_occluded, inverse_depth, face_id):
     """Enter all faces of a grid and its cap into the pictures inverse_depth float32 [H, W] and face_id int32 [H, W].
 
@@ -156,7 +164,7 @@ def rasterise(points, occluded, cap, camera, near, cull, draw_occluded, inverse_
             _face(cap[k, 0], cap[k, 1], cap[k, 2], points, snapped, camera, near, face, cull, inverse_depth, face_id)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def _face(a, b, c, points, snapped, camera, near, face, cull, inverse_depth, face_id):
     ia, ib, ic = snapped[a, 2], snapped[b, 2], snapped[c, 2]
     if ia > 0 and ib > 0 and ic > 0:
@@ -166,7 +174,7 @@ def _face(a, b, c, points, snapped, camera, near, face, cull, inverse_depth, fac
         _clip_and_fill(points[a], points[b], points[c], camera, near, face, cull, inverse_depth, face_id)
 
 
-@njit(cache=True, nogil=True, error_model="numpy")
+@_kernel
 def shade(  # noqa: C901
     points, colours, alpha, occluded, cap, camera, two_sided, vertex_alpha, face_id
 ):

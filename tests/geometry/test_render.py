@@ -1,0 +1,207 @@
+"""The render contract: `cpu` against `reference`, both against rays, and the rules one by one."""
+
+from __future__ import annotations
+
+import numpy as np
+import pytest
+from geometry_scenes import random_camera, random_scene
+
+from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry.camera import Camera, intrinsics, look_at, pixel_rays
+from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry.render import choose_backend, cpu, cpu_kernels, nvdiffrast, reference, render, warp_video
+
+SIZE = (96, 128)
+
+
+def compare(seed: int, profile: str) -> tuple[float, float, float, int]:
+    """Return shares of equal face ids, visibility, visibility unsnapped, and the largest colour difference."""
+    mesh = build(*random_scene(seed, SIZE), intrinsics(SIZE), profile)
+    camera = random_camera(seed, SIZE)
+    fast, slow = cpu.render(mesh, camera), reference.render(mesh, camera)
+    same = fast.face_id == slow.face_id
+    difference = np.abs(fast.colour.astype(int) - slow.colour)[same & (fast.visible_mask == slow.visible_mask)].max()
+    free = reference.render(mesh, camera, snap=False) if profile == "default" else slow
+    equal = fast.visible_mask == slow.visible_mask
+    return same.mean(), equal.mean(), (fast.visible_mask == free.visible_mask).mean(), difference
+
+
+@pytest.mark.parametrize(("seed", "profile"), [(0, "default"), (3, "default"), (1, "torn"), (2, "released")])
+def test_cpu_equals_reference(seed, profile):
+    same, visible, unsnapped, difference = compare(seed, profile)
+    assert same >= 0.999
+    assert visible >= 0.999
+    assert unsnapped >= 0.998
+    assert difference <= 1
+
+
+@pytest.mark.heavy
+def test_cpu_equals_reference_on_fifty_scenes():
+    results = np.array([compare(seed, "default") for seed in range(50)])
+    assert results[:, 0].min() >= 0.999
+    assert results[:, 1].min() >= 0.999
+    assert results[:, 2].mean() >= 0.998
+    assert results[:, 3].max() <= 1
+
+
+def nearest_by_rays(mesh: DWMesh, camera: Camera) -> np.ndarray:
+    """Return float64 [H, W] z of the nearest face by Möller–Trumbore, +inf where there is none."""
+    points = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
+    a, b, c = (points[mesh.faces[:, k]] for k in range(3))
+    rays = pixel_rays(camera.size, camera.K).reshape(-1, 1, 3)
+    normal = np.cross(rays, c - a)
+    determinant = (normal * (b - a)).sum(-1)
+    u = -(normal * a).sum(-1) / determinant
+    q = np.cross(-a, b - a)
+    v = (rays * q).sum(-1) / determinant
+    distance = (q * (c - a)).sum(-1) / determinant  # along a ray with z = 1: it is z
+    hit = (u >= 0) & (v >= 0) & (u + v <= 1) & (distance > 1e-3 * mesh.z_depth.min())
+    return np.where(hit, distance, np.inf).min(1).reshape(camera.size)
+
+
+@pytest.mark.parametrize("seed", range(6))
+def test_depth_is_the_nearest_along_the_ray_also_across_the_near_plane(seed):
+    size = (36, 48)
+    mesh = build(*random_scene(seed, size), intrinsics(size))
+    camera = random_camera(seed, size)
+    if seed >= 3:
+        camera = Camera(camera.K, look_at([2.5, 0, 2.5], [0, 0.1 * seed, 2.5]), size)
+        local = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
+        assert (local[:, 2] < 0).any()  # triangles do cross the near plane
+    expected, drawn = nearest_by_rays(mesh, camera), cpu.render(mesh, camera).z_depth
+    agree = np.isclose(drawn, expected, rtol=0.01)
+    assert agree.mean() >= 0.97  # the rest: pixels within 1/256 px of an edge, slivers seen almost along them
+
+
+def test_a_plane_is_drawn_exactly():
+    """A fronto-parallel plane with a linear ramp of colour, seen from the side: depth and colour have closed forms."""
+    size = (64, 64)
+    K = intrinsics(size)
+    ramp = np.broadcast_to((2 * np.arange(64) + 40).astype(np.uint8)[None, :, None], (64, 64, 3))
+    mesh = build(ramp, np.full(size, 4.0), K)
+    shift = np.eye(4)
+    shift[:3, 3] = (-4 * 10.3 / K[0, 0], 4 * 0.2 / K[1, 1], 0)  # the picture moves by −10.3 px, +0.2 px
+    seen = cpu.render(mesh, Camera(K, shift, size))
+    inner = np.s_[4:-4, 4:48]
+    assert seen.visible_mask[inner].all()
+    assert np.allclose(seen.z_depth[inner], 4, rtol=1e-6)
+    expected = 2 * (np.arange(64) + 10.3) + 40
+    assert np.abs(seen.colour[inner][..., 0] - expected[None, 4:48]).max() <= 0.51
+    turned = Camera(K, look_at([2.0, 0, 1], [0, 0, 4]), size)  # perspective: depth along each ray
+    rays = pixel_rays(size, K) @ turned.w2c[:3, :3]
+    truth = (4 - turned.eye[2]) / rays[..., 2]
+    picture = cpu.render(mesh, turned)
+    assert np.abs(picture.z_depth / truth - 1)[picture.visible_mask].max() < 1e-3
+
+
+def test_pixel_centres_keep_the_picture_where_released_corners_shift_it():
+    frame, z_depth = random_scene(0, SIZE)
+    camera = Camera(intrinsics(SIZE), np.eye(4), SIZE)
+    errors = {}
+    for profile in ("default", "released"):
+        seen = cpu.render(build(frame, z_depth, camera.K, profile), camera)
+        errors[profile] = np.abs(seen.colour.astype(int) - frame)[seen.visible_mask].mean()
+    assert errors["default"] <= 1 < errors["released"]
+
+
+def fill_both(corners: np.ndarray, inverse: np.ndarray, face: int, pictures: list) -> None:
+    (slow_depth, slow_id), (fast_depth, fast_id) = pictures
+    reference.draw_triangle(corners, inverse, face, slow_depth, slow_id)
+    values = [x for (u, v), i in zip(corners, inverse, strict=True) for x in (u, v, i)]
+    cpu_kernels._fill(*(float(x) for x in values), face, False, fast_depth, fast_id)
+
+
+def test_equal_depth_goes_to_the_lowest_face_and_nearest_wins():
+    pictures = [(np.zeros((8, 8), np.float32), np.full((8, 8), -1, np.int32)) for _ in range(2)]
+    corners, level = np.array([[0.0, 0], [0, 2048], [2048, 0]]), np.ones(3)
+    for face, depth in ((3, 1.0), (7, 1.0), (9, 0.5)):
+        fill_both(corners, level * depth, face, pictures)
+    for _, face_id in pictures:
+        assert set(np.unique(face_id)) == {-1, 3}
+    depth, face_id = pictures[1]
+    cpu_kernels._fill(0.0, 0.0, 1.0, 0.0, 2048.0, 1.0, 2048.0, 0.0, 1.0, 1, False, depth, face_id)
+    assert set(np.unique(face_id)) == {-1, 1}  # whatever the order in which they come
+    fill_both(corners, level * 2, 11, pictures)
+    assert set(np.unique(pictures[1][1])) == {-1, 11}
+
+
+@pytest.mark.parametrize("seed", range(5))
+def test_neighbours_share_each_pixel_once(seed):
+    """A fan around a pixel centre: every pixel of the picture is drawn by exactly one of its triangles."""
+    rng = np.random.default_rng(seed)
+    centre = np.array([4 * 256 + 128.0, 4 * 256 + 128.0])
+    turns = np.sort(rng.uniform(0, 2 * np.pi, 9))
+    turns = np.concatenate([turns, [0, np.pi / 2, np.pi, 3 * np.pi / 2]])
+    rim = np.round(centre + 40000 * np.stack([np.cos(np.sort(turns)), np.sin(np.sort(turns))], 1))
+    count = np.zeros((9, 9), int)
+    for k in range(len(rim)):
+        corners = np.stack([centre, rim[k], rim[(k + 1) % len(rim)]])
+        pictures = [(np.zeros((9, 9), np.float32), np.full((9, 9), -1, np.int32)) for _ in range(2)]
+        fill_both(corners, np.ones(3), 0, pictures)
+        assert np.array_equal(pictures[0][1], pictures[1][1])
+        count += pictures[1][1] == 0
+    assert (count == 1).all()
+
+
+def test_scaling_depth_and_path_leaves_the_picture():
+    frame, z_depth = random_scene(4, SIZE)
+    camera = random_camera(4, SIZE)
+    longer = camera.w2c.copy()
+    longer[:3, 3] *= 8
+    small = cpu.render(build(frame, z_depth, camera.K), camera)
+    large = cpu.render(build(frame, z_depth * 8, camera.K), Camera(camera.K, longer, SIZE))
+    assert np.array_equal(small.face_id, large.face_id)
+    assert np.array_equal(small.colour, large.colour)
+
+
+def test_warp_video_sets_frame_0_and_compensates_a_moving_source():
+    frame, z_depth = random_scene(5, SIZE)
+    frames, depths = np.stack([frame] * 2), np.stack([z_depth] * 2)
+    camera = random_camera(5, SIZE)
+    path = np.stack([np.eye(4), camera.w2c])
+    cond_video, visible = warp_video(frames, depths, camera.K, path, backend="cpu")
+    assert visible[0].all()
+    assert np.array_equal(cond_video[0], frame)
+    single = render(build(frame, z_depth, camera.K), camera, backend="cpu")
+    assert np.array_equal(cond_video[1], single.colour)
+    assert np.array_equal(visible[1], single.visible_mask)
+    assert not cond_video[1][~visible[1]].any()
+    source = np.stack([camera.w2c] * 2)
+    moved, _ = warp_video(frames, depths, camera.K, camera.w2c @ path, backend="cpu", source_w2c=source)
+    stays = camera.w2c @ path @ np.linalg.inv(camera.w2c)
+    still, _ = warp_video(frames, depths, camera.K, stays, backend="cpu")
+    assert (np.abs(moved.astype(int) - still) <= 1).mean() > 0.999
+
+
+def test_wrong_shapes_and_unknown_backends_are_refused():
+    frame, z_depth = random_scene(0, (16, 16))
+    with pytest.raises(BadSample, match="depth_shape"):
+        warp_video(frame[None], z_depth[None, :8], intrinsics((16, 16)), np.eye(4)[None])
+    with pytest.raises(ConfigError):
+        warp_video(frame[None], z_depth[None], intrinsics((16, 16)), np.eye(4))
+    with pytest.raises(ConfigError):
+        choose_backend("opengl")
+    assert choose_backend("auto") in ("cpu", "nvdiffrast")
+
+
+def test_nvdiffrast_without_a_gpu_says_so():
+    import torch
+
+    if torch.cuda.is_available():
+        pytest.skip("there is a GPU: benchmarks/render.py compares the pictures")
+    mesh = build(*random_scene(0, (16, 16)), intrinsics((16, 16)))
+    with pytest.raises(ConfigError, match="CUDA"):
+        render(mesh, random_camera(0, (16, 16)), backend="nvdiffrast")
+
+
+def test_clip_matrix_for_nvdiffrast_puts_pixels_where_the_contract_does():
+    """In nvdiffrast the centre of pixel (i, j) is at x = (2 j + 1) / W − 1, y = (2 i + 1) / H − 1 (its RasterizeParams)."""
+    size = (16, 24)
+    K = np.array([[20.0, 0, 11], [0, 22, 9], [0, 0, 1]])
+    mesh, camera = build(*random_scene(0, size), K), Camera(K, np.eye(4), size)
+    points = mesh.vertices[: 16 * 24]
+    clip = np.concatenate([points, np.ones((len(points), 1))], 1) @ nvdiffrast._clip_matrix(mesh, camera).T
+    row, column = np.divmod(np.arange(16 * 24), 24)
+    assert np.allclose(clip[:, 0] / clip[:, 3], (2 * column + 1) / 24 - 1)
+    assert np.allclose(clip[:, 1] / clip[:, 3], (2 * row + 1) / 16 - 1)
+    assert (np.abs(clip[:, 2]) <= clip[:, 3]).all()
