@@ -32,10 +32,7 @@ def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: fl
     """
     height, width = mesh.size
     K = mesh.K
-    points = (pixel_rays(mesh.size, K) * z_depth[..., None]) @ w2c[:3, :3].T + w2c[:3, 3]
-    z = points[..., 2]
-    safe = np.where(z > 1e-9, z, np.inf)
-    u, v = points[..., 0] / safe * K[0, 0] + K[0, 2], points[..., 1] / safe * K[1, 1] + K[1, 2]
+    u, v, z = landing(z_depth, K, w2c)
     inside = (z > 1e-9) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
     drawn = render(mesh, Camera(K, w2c, mesh.size), backend="cpu").z_depth
     farthest = np.pad(drawn, 1, mode="edge")
@@ -44,6 +41,17 @@ def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: fl
     row = np.clip(np.rint(v), 0, height).astype(int)
     column = np.clip(np.rint(u), 0, width).astype(int)
     return inside & (z <= farthest[row, column] * (1 + tolerance)) & _has_good_face(z_depth, mesh, u, v, z > 1e-9)
+
+
+def landing(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return (u, v, z) float64 [H, W]: where the novel camera sees each source pixel; u, v = −1 behind it."""
+    points = (pixel_rays(z_depth.shape, K) * z_depth[..., None]) @ w2c[:3, :3].T + w2c[:3, 3]
+    z = points[..., 2]
+    safe = np.where(z > 1e-9, z, np.inf)
+    ahead = z > 1e-9
+    u = np.where(ahead, points[..., 0] / safe * K[0, 0] + K[0, 2], -1)
+    v = np.where(ahead, points[..., 1] / safe * K[1, 1] + K[1, 2], -1)
+    return u, v, z
 
 
 def _has_good_face(z_depth: np.ndarray, mesh: DWMesh, u: np.ndarray, v: np.ndarray, ahead: np.ndarray) -> np.ndarray:

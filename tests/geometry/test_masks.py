@@ -41,14 +41,16 @@ def marched(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray, num_steps: int 
     points = pixel_rays(z_depth.shape, K) * z_depth[..., None].astype(np.float64)
     eye = -w2c[:3, :3].T @ w2c[:3, 3]
     seen = landing(z_depth, K, w2c)
+    disparity = (1 / z_depth).astype(np.float32)
     for step in np.linspace(0, 1, num_steps)[1:-1]:
         at = points + (eye - points) * step
         pixel = at @ K.T
         z = np.maximum(at[..., 2], 1e-9)
-        x, y = np.floor(pixel[..., 0] / z).astype(int), np.floor(pixel[..., 1] / z).astype(int)
+        x, y = (pixel[..., 0] / z).astype(np.float32), (pixel[..., 1] / z).astype(np.float32)
         inside = (at[..., 2] > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
-        surface = z_depth[np.clip(y, 0, height - 1), np.clip(x, 0, width - 1)]
-        seen &= ~(inside & (at[..., 2] > surface * 1.02))
+        # 1/z is affine over a triangle in the picture, and nearly so over a block of two
+        surface = cv2.remap(disparity, x - 0.5, y - 0.5, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        seen &= ~(inside & (1 / z < surface / 1.02))
     return seen
 
 
@@ -56,6 +58,12 @@ def away_from_edges(z_depth: np.ndarray) -> np.ndarray:
     """Return bool [H, W]: no depth step over 4.6 % (what the mesh calls torn) within two pixels."""
     ratio = cv2.dilate(z_depth, np.ones((3, 3))) / cv2.erode(z_depth, np.ones((3, 3)))
     return cv2.dilate((ratio > 1.046).astype(np.uint8), np.ones((5, 5))) == 0
+
+
+def outline(mask: np.ndarray) -> np.ndarray:
+    """Return bool [H, W]: a pixel of the other value is a neighbour."""
+    values = mask.astype(np.uint8)
+    return cv2.dilate(values, np.ones((3, 3))) != cv2.erode(values, np.ones((3, 3)))
 
 
 @pytest.mark.parametrize("angle_deg", [0.0, 45.0, 80.0, -80.0])
@@ -76,7 +84,7 @@ def test_a_plane_seen_from_behind_is_hidden():
 
 
 def test_visibility_equals_the_slow_twin_and_keeps_what_is_truly_seen():
-    both, either, kept, truly = 0, 0, 0, 0
+    both, either, kept, truly, seen_by_truth = 0, 0, 0, 0, 0
     for seed in range(4):
         scene, cameras, frames, z_depth = clip(seed)
         K, depth = cameras[0].K, z_depth[0]
@@ -87,11 +95,12 @@ def test_visibility_equals_the_slow_twin_and_keeps_what_is_truly_seen():
             visible = masks.visibility(depth, mesh, w2c)
             twin = marched(depth, K, w2c)
             truth, _ = visible_from(scene, cameras[0], 0.0, Camera(K, w2c, SIZE))
-            both += (visible & twin & smooth).sum()
-            either += ((visible | twin) & smooth).sum()
+            band = smooth & ~outline(twin)
+            both += (visible & twin & band).sum()
+            either += ((visible | twin) & band).sum()
             kept += (visible & smooth).sum()
             truly += (visible & truth & smooth).sum()
-    assert both / either >= 0.95
+    assert both / either >= 0.95, (both, either)
     assert truly / kept >= 0.97
 
 

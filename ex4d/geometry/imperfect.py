@@ -1,0 +1,76 @@
+"""Conditions with the errors of real depth: for training on what generation will meet (METHOD §4, beyond the paper)."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ex4d.errors import BadSample
+from ex4d.geometry.camera import Camera
+from ex4d.geometry.mesh import build
+from ex4d.geometry.render import render
+from ex4d.geometry.visibility import landing, visibility
+
+CELLS = 8  # of the distortion's field along a side
+
+
+def degrade(z_depth: np.ndarray, rng: np.random.Generator, jitter: float = 0.04, blur_px: float = 6.0) -> np.ndarray:
+    """Return z_depth float32 [T, H, W] with the errors of estimated depth: a smooth distortion, and smeared edges.
+
+    Args:
+        z_depth: float32 [T, H, W], positive.
+        rng: draws the distortion, one for the clip, so that it does not flicker.
+        jitter: its standard deviation, as a share of the disparity.
+        blur_px: standard deviation, in px at 512, of the blur of the disparity: it hangs points between near and far.
+    """
+    import cv2
+
+    height, width = z_depth.shape[1:]
+    cells = rng.normal(0, jitter, (CELLS, CELLS)).astype(np.float32)
+    field = cv2.resize(cells, (width, height), interpolation=cv2.INTER_CUBIC)
+    sigma = blur_px * min(height, width) / 512
+    disparity = np.exp(field) / z_depth
+    if sigma > 0:
+        disparity = np.stack([cv2.GaussianBlur(frame, (0, 0), sigma) for frame in disparity])
+    return (1 / disparity).astype(np.float32)
+
+
+def condition(
+    frames: np.ndarray,
+    z_depth: np.ndarray,
+    K: np.ndarray,
+    w2c: np.ndarray,
+    seed: int,
+    jitter: float = 0.04,
+    blur_px: float = 6.0,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) in the source's pixels; the first frame is clean.
+
+    Each frame is drawn at the novel camera with the degraded mesh, and read where its true points land: colours are
+    displaced and torn as a real warp's are, while the training target stays the clean video.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        z_depth: float32 [T, H, W], finite and positive.
+        K: float64 [3, 3] px.
+        w2c: float64 [T, 4, 4], each relative to its frame's own camera (`MaskSet.w2c`).
+        jitter, blur_px: see `degrade`; 0 and 0 give the plain visibility condition, resampled once.
+
+    Raises:
+        BadSample: depth_shape, and what `mesh.build` raises.
+    """
+    import cv2
+
+    if frames.shape[:3] != z_depth.shape or len(w2c) != len(frames):
+        raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}, {len(w2c)} poses")
+    wrong = degrade(np.ascontiguousarray(z_depth, np.float32), np.random.default_rng([seed, CELLS]), jitter, blur_px)
+    cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
+    cond_video[0], visible[0] = frames[0], True
+    for t in range(1, len(frames)):
+        novel = render(build(frames[t], wrong[t], K), Camera(K, w2c[t], wrong[t].shape), backend="cpu")
+        u, v, _ = landing(z_depth[t], K, w2c[t])
+        at = (u.astype(np.float32) - 0.5, v.astype(np.float32) - 0.5)
+        weight = cv2.remap(novel.visible_mask.astype(np.float32), *at, cv2.INTER_LINEAR)  # 0 outside the picture
+        colour = cv2.remap(novel.colour.astype(np.float32), *at, cv2.INTER_LINEAR) / np.maximum(weight, 1e-6)[..., None]
+        visible[t] = visibility(z_depth[t], build(frames[t], z_depth[t], K), w2c[t]) & (weight > 0.5)
+        cond_video[t] = np.where(visible[t][..., None], np.clip(np.rint(colour), 0, 255), 0).astype(np.uint8)
+    return cond_video, visible
