@@ -96,7 +96,7 @@ def _to_frame(image: np.ndarray, pix_fmt: str) -> Any:
         src_color_range=ColorRange.JPEG,
         dst_colorspace=Colorspace.ITU709,
         dst_color_range=ColorRange.MPEG,
-        interpolation=Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+        interpolation=Interpolation.BICUBIC | Interpolation.BITEXACT | Interpolation.ACCURATE_RND,
         threads=1,
     )
 

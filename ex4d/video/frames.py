@@ -161,6 +161,8 @@ def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False)
         matrix = Colorspace.ITU709 if frame.height >= 720 or frame.width >= 1280 else Colorspace.ITU601
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     height, width = size or (frame.height, frame.width)
+    # Without the last two swscale's short cut darkens every channel by one to two levels (docs/decisions/video.md).
+    exact = Interpolation.BILINEAR | Interpolation.BITEXACT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     return frame.reformat(
         width=width,
         height=height,
@@ -168,7 +170,7 @@ def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False)
         src_colorspace=matrix,
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
-        interpolation=Interpolation.FAST_BILINEAR if draft else Interpolation.BICUBIC | Interpolation.ACCURATE_RND,
+        interpolation=Interpolation.FAST_BILINEAR if draft else exact,
         threads=1,
     ).to_ndarray()
 
