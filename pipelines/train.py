@@ -38,6 +38,7 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # between one rank's end and the killing of the others, which may be telling the same error
+SHOWN = ("loss", "validation_loss")
 PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher whose child this is
 
 
@@ -122,10 +123,14 @@ def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
             return 1
     if _is_finished(train, model):
         return 0
-    from ex4d.train import trainer
+    from ex4d.train import report, trainer
 
-    with progress(train) as show:
-        return trainer.train(train, model, place, show)
+    try:
+        with progress(train) as show:
+            return trainer.train(train, model, place, show)
+    except report.NonFinite as error:
+        print(f"ex4d train: {error}", file=sys.stderr)
+        return 1
 
 
 class progress:
@@ -151,9 +156,8 @@ class progress:
     def show(self, metrics: dict[str, Any]) -> None:
         """Show one step."""
         step, total = metrics["step"], self._train.num_steps
-        words = f"loss {metrics['loss']:.4f}  {metrics['step_s']['total']:.2f} s/step"
-        if "validation_loss" in metrics:
-            words += f"  validation {metrics['validation_loss']:.4f}"
+        words = "  ".join(f"{name.removesuffix('_loss')} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name))
+        words += f"  {metrics['step_s']['total']:.2f} s/step"
         if self._bar is not None:
             if self._first is None:
                 self._first = self._bar.add_task("", total=total, completed=step)

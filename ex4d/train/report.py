@@ -10,7 +10,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor
 
-from ex4d.errors import ContractError, Ex4dError
+from ex4d.errors import Ex4dError
 from ex4d.train.config import BatchPlan, Place
 from ex4d.train.objective import Inputs, Losses
 
@@ -26,14 +26,14 @@ class Report:
     """One step over the global batch.
 
     Args:
-        loss: mean weighted loss. mse: mean plain error. by_sigma: mean plain error in equal buckets of sigma, None
-            where a bucket is empty.
+        loss: mean weighted loss. mse: mean plain error. Both None where no sample could be read.
+        by_sigma: mean plain error in equal buckets of sigma, None where a bucket is empty.
         finite: whether every loss and gradient was. stop: whether any rank was asked to stop.
         peak_memory_bytes: of the rank that needed most. bad_samples: how many could not be read and do not count.
     """
 
-    loss: float
-    mse: float
+    loss: float | None
+    mse: float | None
     by_sigma: list[float | None]
     finite: bool
     stop: bool
@@ -59,9 +59,6 @@ def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None 
 
     Args:
         first: count only the samples at the first so many positions.
-
-    Raises:
-        ContractError: not one sample could be read.
     """
     flags = [not gradients_finite, stop, peak_memory_bytes(local.device), 0, 0]
     message = torch.cat([local, torch.tensor([flags], dtype=torch.float64, device=local.device)])
@@ -71,10 +68,8 @@ def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None 
     unsound, stopping, memory, *_ = torch.stack([each[-1] for each in everyone]).amax(dim=0).tolist()
     samples = samples[samples[:, 0].argsort()][:first]
     good = samples[samples[:, 4] > 0]
-    if not len(good):
-        raise ContractError("not one sample of this step could be read; the warnings above say why")
     finite = bool(samples.isfinite().all()) and not unsound
-    loss, mse = (math.fsum(good[:, i].tolist()) / len(good) if finite else math.nan for i in (1, 2))
+    loss, mse = (math.fsum(good[:, i].tolist()) / len(good) if finite and len(good) else None for i in (1, 2))
     return Report(loss, mse, by_sigma(good), finite, bool(stopping), int(memory), len(samples) - len(good))
 
 

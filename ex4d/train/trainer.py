@@ -142,7 +142,7 @@ class Trainer:
             mean.lerp_(weights[name], 1 - self.config.ema_decay)
 
     @torch.no_grad()
-    def validate(self) -> float:
+    def validate(self) -> float | None:
         """Return the mean plain error over the same validation clips, noise and sigmas each time."""
         total = self.config.validate_samples
         batches = self.job.open_loader("val", 0, self.plan.micro_size)

@@ -108,33 +108,38 @@ class ToyEncoder(Encoder):
         return inputs
 
 
-def main(output: str, settings: list[str]) -> int:
-    values = {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
-    fate = {key: values.pop(key, None) for key in ("nan_at", "kill_at", "term_at")}
+def train_toy(output: str, place: Place, fate: dict | None = None, **values: object) -> int:
+    """Train on a started engine and return the exit code."""
+    fate = fate or {}
     defaults = {"num_steps": 20, "save_every": 10, "lr": 1e-2, "wandb_mode": "disabled", "prompt": None}
     config = configs.validate(TrainConfig, defaults | {"output": output} | values, "train")
-    place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0)
-    device = engine.start(place, "cpu")
     per_step = config.micro_batch_size * config.grad_accum_steps * place.world_size
 
     def open_loader(split: str, samples: int, micro: int) -> Iterator[dict]:
-        return clips(config.seed + (split == "val"), place, micro, samples, fate["nan_at"], per_step)
+        return clips(config.seed + (split == "val"), place, micro, samples, fate.get("nan_at"), per_step)
 
     def write_adapter(folder: Path, tensors: dict, step: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         save_file(tensors, folder / "adapter.safetensors")
 
     def show(metrics: dict) -> None:
-        if metrics["step"] == fate["kill_at"]:
+        if metrics["step"] == fate.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
-        if metrics["step"] == fate["term_at"]:
+        if metrics["step"] == fate.get("term_at"):
             os.kill(os.getpid(), signal.SIGTERM)
 
     encoder = ToyEncoder(ToyBase(), "unit", config.prompt)
     who = identity(config, ToyModelConfig(), "toy")
     job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
-    trainer = Trainer(config, job, place, device, show)
-    code = trainer.run()
+    return Trainer(config, job, place, torch.device("cpu"), show).run()
+
+
+def main(output: str, settings: list[str]) -> int:
+    values = {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
+    fate = {key: values.pop(key, None) for key in ("nan_at", "kill_at", "term_at")}
+    place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0)
+    engine.start(place, "cpu")
+    code = train_toy(output, place, fate, **values)
     engine.stop()
     return code
 

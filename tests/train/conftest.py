@@ -1,0 +1,30 @@
+"""One process group of one rank for the session, so that most of training is tried without starting processes."""
+
+from __future__ import annotations
+
+import os
+import socket
+
+import pytest
+
+from ex4d.train.config import Place
+
+
+@pytest.fixture(scope="session")
+def alone():
+    """This process as the only rank of a started engine."""
+    from ex4d.train import engine
+
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    names = ("RANK", "WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+    before = {name: os.environ.get(name) for name in names}
+    os.environ.update(MASTER_ADDR="127.0.0.1", MASTER_PORT=str(port))
+    place = Place(0, 1, 0)
+    engine.start(place, "cpu")
+    # What a launcher would have set must not reach the processes that other tests start.
+    for name, value in before.items():
+        os.environ.pop(name, None) if value is None else os.environ.update({name: value})
+    yield place
+    engine.stop()

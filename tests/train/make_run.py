@@ -1,0 +1,73 @@
+"""A dataset folder, a random base of the tiny classes, and a configuration file, all made here in a second or two."""
+
+from __future__ import annotations
+
+import hashlib
+from pathlib import Path
+
+import numpy as np
+import yaml
+
+from ex4d.data.sample import Sample, encode, hole_share
+from ex4d.data.shards import Staged, pack
+from ex4d.data.tar import sample_tar
+
+KINDS = ["visibility", "novel_view", "tracking"]
+SPEC = {"num_frames": 5, "size": [32, 32], "num_masks": 3, "mask_kinds": KINDS}
+
+
+def make_sample(index: int) -> Sample:
+    """Return a clip of blocks of noise."""
+    rng = np.random.default_rng([5, index])
+    visible = rng.random((3, 5, 32, 32)) > 0.4
+    visible[:, 0] = True
+    source = hashlib.sha256(f"source {index}".encode()).hexdigest()
+    pose = np.tile(np.eye(4), (5, 1, 1))
+    provenance = {"source_sha256": source, "source_group": source, "source_path": f"{index}.mp4"}
+    provenance |= {"start_pts": 0, "end_pts": 400, "time_base": "1/1000", "start_s": 0.0, "end_s": 0.4}
+    provenance |= {"scores": {}, "seeds": {}, "depth": {"estimator": "sidecar", "weights_sha256": ""}}
+    return Sample(
+        key=f"{source[:12]}-{index:04d}",
+        frames=rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8).repeat(2, axis=1).repeat(2, axis=2),
+        fps=8.0,
+        visible=visible,
+        kind=np.arange(3, dtype=np.uint8),
+        hole_share=hole_share(visible),
+        K=np.array([[40.0, 0, 16], [0, 40.0, 16], [0, 0, 1]]),
+        w2c=[pose, pose, None],
+        caption=f"clip {index}",
+        provenance=provenance | {"versions": {"ex4d": "0"}, "config_fingerprint": "0" * 16},
+    )
+
+
+def make_dataset(folder: Path, train: int = 7, val: int = 2) -> Path:
+    """Write a dataset of so many clips; an odd number, so that epochs end inside a batch."""
+    staging = folder / "staging"
+    staging.mkdir(parents=True)
+    staged = []
+    for index in range(train + val):
+        sample = make_sample(index)
+        path = staging / f"{sample.key}.tar"
+        path.write_bytes(sample_tar(sample.key, encode(sample)))
+        staged.append(Staged(sample.key, "train" if index < train else "val", str(path)))
+    counts = {"videos_in": train + val, "videos_split": train + val, "clips_planned": train + val}
+    facts = {"sample": SPEC, "counts": counts, "config": {"seed": 0}, "versions": {"ex4d": "0"}}
+    pack(staged, str(folder / "dataset"), facts, [])
+    return folder / "dataset"
+
+
+def make_base(folder: Path) -> Path:
+    """Write an untrained base of one block."""
+    from ex4d.models import linear_codec, tiny
+
+    codec = linear_codec.fit(np.stack([make_sample(index).frames for index in range(9)]), z_dim=8, num_shared=4)
+    return tiny.build_tiny(folder / "base", codec, tiny.new_transformer(8, num_layers=1))
+
+
+def make_config(folder: Path, **train: object) -> Path:
+    """Write OUTPUT's configuration over the dataset and base in `folder`."""
+    model = {"base": str(folder / "base"), "lora_rank": 3, "adapter_hidden": 8}
+    defaults = {"data": str(folder / "dataset"), "lr": 1e-3, "wandb_mode": "disabled", "device": "cpu"}
+    path = folder / "config.yaml"
+    path.write_text(yaml.safe_dump({"model": model, "train": {**defaults, **train}}))
+    return path
