@@ -195,7 +195,7 @@ def test_nvdiffrast_without_a_gpu_says_so():
 
 
 def test_clip_matrix_for_nvdiffrast_puts_pixels_where_the_contract_does():
-    """In nvdiffrast the centre of pixel (i, j) is at x = (2 j + 1) / W − 1, y = (2 i + 1) / H − 1 (its RasterizeParams)."""
+    """In nvdiffrast the centre of pixel (i, j) is at x = (2 j + 1) / W − 1, y = (2 i + 1) / H − 1."""
     size = (16, 24)
     K = np.array([[20.0, 0, 11], [0, 22, 9], [0, 0, 1]])
     mesh, camera = build(*random_scene(0, size), K), Camera(K, np.eye(4), size)
