@@ -1,0 +1,115 @@
+"""The staging folder says what is done; and the plan of clips, which decides what is to do."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ex4d.errors import ContractError, Filtered
+from pipelines.ledger import Ledger
+from pipelines.settings import DecodeLimits, PreprocessConfig, clip_fingerprints, video_fingerprints
+from pipelines.stages import clips
+from pipelines.stages.score import FilterConfig
+from pipelines.stages.shots import pack_pts, unpack_pts
+
+CONFIG = PreprocessConfig(output="unused", num_frames=5, clips_per_shot=10)
+
+
+def record(num_frames=40, cuts=(), step=512, time_base=(1, 12288), pts=None):
+    pts = [step * index for index in range(num_frames)] if pts is None else pts
+    return {"info": {"time_base": list(time_base)}, "pts_runs": pack_pts(pts), "cuts": list(cuts)}
+
+
+def test_names_read_and_forget(tmp_path):
+    ledger = Ledger(str(tmp_path))
+    assert ledger.names() == set()
+    ledger.write_sample("clips/a.1.tar", b"blocks")
+    ledger.write_refusal("clips/b.2.json", {"reason": "decode_timeout"})
+    ledger.write_refusal("clips/c.2.json", {"reason": "no_parallax"})
+    ledger.write_video("videos/d.3.json", {"refusal": {"reason": "decode_timeout"}})
+    ledger.write_video("videos/e.3.json", {"refusal": None})
+    (tmp_path / "staging" / "clips" / ".tmp-0123-f.1.tar").write_bytes(b"a write that was killed")
+    assert len(ledger.names()) == 5
+    assert ledger.forget(["decode_timeout"]) == 2
+    assert ledger.names() == {"clips/a.1.tar", "clips/c.2.json", "videos/e.3.json"}
+
+
+def test_a_damaged_record_is_a_broken_contract(tmp_path):
+    ledger = Ledger(str(tmp_path))
+    ledger.write_sample("clips/a.1.json", b"{no json")
+    with pytest.raises(ContractError, match="is not JSON"):
+        ledger.read("clips/a.1.json")
+
+
+def test_fingerprints_cover_what_an_artifact_depends_on_and_nothing_else():
+    facts = {"sha256": "0" * 64, "caption": ""}
+    sample, refusal = clip_fingerprints(CONFIG, facts)
+    for change in ({"num_workers": 7}, {"output": "x"}, {"max_bad_fraction": 1.0}, {"val_fraction": 0.5}):
+        assert clip_fingerprints(replace(CONFIG, **change), facts) == (sample, refusal)
+    for change in ({"limits": DecodeLimits(timeout_s=1)}, {"filters": FilterConfig(min_motion=0.1)}):
+        other = clip_fingerprints(replace(CONFIG, **change), facts)
+        assert other[0] == sample
+        assert other[1] != refusal
+    for change in ({"seed": 1}, {"size": (64, 64)}, {"fov_deg": 60.0}, {"depth": "parallax"}, {"fit": "pad"}):
+        assert clip_fingerprints(replace(CONFIG, **change), facts)[0] != sample
+    assert clip_fingerprints(CONFIG, facts | {"caption": "a dog"})[0] != sample
+    assert video_fingerprints(replace(CONFIG, size=(64, 64))) == video_fingerprints(CONFIG)
+
+
+@pytest.mark.parametrize("pts", [[0], [-512, 0, 512, 1024], [3, 4, 6, 9, 10, 11, 20], list(range(0, 9000, 512))])
+def test_pts_survive_packing(pts):
+    assert unpack_pts(pack_pts(pts)) == pts
+
+
+def test_a_constant_rate_packs_small():
+    assert pack_pts(range(0, 108_000 * 512, 512)) == [0, [512, 107_999]]
+
+
+def test_clips_are_disjoint_inside_their_shots_and_keyed_by_span():
+    plan = clips.plan("ab" * 32, record(40, cuts=[12, 30]), CONFIG)
+    shots = [range(0, 12), range(12, 30), range(30, 40)]
+    assert [sum(clip.frame_index[0] in shot for clip in plan) for shot in shots] == [2, 3, 2]
+    taken = [index for clip in plan for index in clip.frame_index]
+    assert len(taken) == len(set(taken))
+    for clip in plan:
+        assert any(set(clip.frame_index) <= set(shot) for shot in shots)
+        assert clip.pts == [512 * index for index in clip.frame_index]
+        assert clip.fps == pytest.approx(24)
+    assert len({clip.key for clip in plan}) == len(plan)
+    assert plan[0].key.startswith("abababababababab-0000")
+
+
+def test_caps_spread_over_the_video():
+    config = replace(CONFIG, clips_per_shot=1, clips_per_video=2)
+    plan = clips.plan("ab" * 32, record(80, cuts=[20, 40, 60]), config)
+    assert [clip.frame_index[0] // 20 for clip in plan] == [1, 3]
+
+
+def test_stride_and_rate_choose_frames():
+    (clip,) = clips.plan("ab" * 32, record(13), replace(CONFIG, stride=3))
+    assert clip.frame_index == [0, 3, 6, 9, 12]
+    assert clip.fps == pytest.approx(8)
+    (clip,) = clips.plan("ab" * 32, record(9), replace(CONFIG, fps=12.0))
+    assert clip.frame_index == [0, 2, 4, 6, 8]
+    assert clip.fps == 12.0
+
+
+def test_a_wanted_rate_takes_the_nearest_frame_of_a_variable_one():
+    rng = np.random.default_rng(0)
+    pts = np.cumsum(rng.integers(20, 60, 200)).tolist()
+    config = replace(CONFIG, fps=5.0, clips_per_shot=3)
+    for clip in clips.plan("ab" * 32, record(pts=pts, time_base=(1, 1000)), config):
+        seconds = (np.array(clip.pts) - pts[0]) / 1000
+        assert np.abs(seconds * 5 - np.round(seconds * 5)).max() <= 0.5 * 0.06 * 5
+
+
+def test_why_a_video_gives_no_clip():
+    with pytest.raises(Filtered, match="shot_length"):
+        clips.plan("ab" * 32, record(40, cuts=range(4, 40, 4)), CONFIG)
+    with pytest.raises(Filtered, match="frame_rate") as caught:
+        clips.plan("ab" * 32, record(40), replace(CONFIG, fps=60.0))
+    assert caught.value.score == pytest.approx(24)
+    with pytest.raises(Filtered, match="shot_length"):
+        clips.plan("ab" * 32, record(40), replace(CONFIG, min_shot_s=3.0))

@@ -1,0 +1,314 @@
+"""The whole way from videos to a dataset folder: same bytes by any runner, nothing lost, nothing twice."""
+
+from __future__ import annotations
+
+import json
+import os
+import shutil
+import subprocess
+import sys
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ex4d import video
+from ex4d.data.verify import verify
+from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry.masks import MaskConfig
+from ex4d.synthetic import SyntheticConfig, write_corpus
+from pipelines import preprocess
+from pipelines.ledger import Ledger, exclusive
+from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
+from pipelines.stages import decode
+from pipelines.stages.score import FilterConfig, measure
+
+CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, CORPUS)
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return PreprocessConfig(
+        output=str(tmp_path / "out"),
+        input=str(corpus),
+        num_frames=5,
+        size=(32, 32),
+        clips_per_shot=3,
+        masks=MaskConfig(num_masks=1, visibility=0.0, tracking=0.0, novel_view=1.0),
+        val_fraction=0.3,
+    )
+
+
+def inline(config, **more):
+    return preprocess.run(config, runner_name="inline", **more)
+
+
+def tree(config):
+    report = verify(config.output, full=True)
+    assert report.problems == ()
+    return report.tree_sha256
+
+
+def rejects(result):
+    return sorted((row["key"], row["unit"], row["fate"], row["reason"]) for row in result.rejects)
+
+
+@pytest.mark.ray
+def test_inline_and_ray_give_the_same_bytes(config, tmp_path, ray_local):
+    result = inline(config)
+    assert (result.exit_code, result.counts["samples"], result.committed) == (0, 12, True)
+    on_ray = replace(config, output=str(tmp_path / "ray"))
+    assert preprocess.run(on_ray, RayConfig()).exit_code == 0
+    assert tree(on_ray) == tree(config)
+
+
+@pytest.mark.heavy
+def test_one_and_two_workers_give_the_same_bytes(config, tmp_path):
+    found = set()
+    for workers in (1, 2):
+        output = str(tmp_path / f"workers-{workers}")
+        script = (
+            "import sys, json; from pipelines import preprocess; from ex4d import config;"
+            "c = config.validate(preprocess.PreprocessConfig, json.loads(sys.argv[1]), 'preprocess');"
+            "sys.exit(preprocess.run(c).exit_code)"
+        )
+        settings = json.dumps({**preprocess.settings.to_dict(config), "output": output, "num_workers": workers})
+        subprocess.run([sys.executable, "-c", script, settings], check=True, timeout=200)
+        found.add(tree(replace(config, output=output)))
+    assert len(found) == 1
+
+
+def test_running_again_does_nothing_and_leaves_the_same_bytes(config):
+    inline(config)
+    before = tree(config)
+    again = inline(config)
+    assert again.worked == {"hash": 4, "split": 0, "clip": 0}
+    assert tree(config) == before
+
+
+def test_a_killed_run_resumes_with_all_clips_of_a_video_and_none_twice(config, tmp_path):
+    """Fan-out: a video of three clips stops after one of them; the resumed run has all three."""
+    inline(config)
+    whole = tree(config)
+    stopped = replace(config, output=str(tmp_path / "stopped"))
+
+    class Killed(BaseException):
+        pass
+
+    seen = []
+
+    def dying(row, context):
+        seen.append(1)
+        if len(seen) == 5:
+            raise Killed
+        return decode.decode(row, context)
+
+    stages = tuple(replace(s, function=dying) if s is decode.STAGE else s for s in Stages().clip)
+    with pytest.raises(Killed):
+        inline(stopped, stages=Stages(clip=stages))
+    assert not (tmp_path / "stopped" / "dataset.json").exists()
+    assert len(list((tmp_path / "stopped" / "staging" / "clips").glob("*.tar"))) == 4
+    (tmp_path / "stopped" / "staging" / "clips" / ".tmp-half.tar").write_bytes(b"half a file")
+    resumed = inline(stopped)
+    assert resumed.worked == {"hash": 4, "split": 0, "clip": 8}
+    assert tree(stopped) == whole
+
+
+def test_a_changed_setting_redoes_only_what_depends_on_it(config):
+    inline(config)
+    assert inline(replace(config, val_fraction=1.0)).worked["clip"] == 0
+    assert inline(replace(config, clips_per_shot=2)).worked["clip"] == 8  # other spans, other clips
+    assert inline(replace(config, seed=1)).worked == {"hash": 4, "split": 0, "clip": 12}
+    assert inline(config).worked["clip"] == 0
+
+
+def test_one_bad_row_costs_one_row(config):
+    def unlucky(row, context):
+        if row["pts"][0] == min(row["pts"]) and row["path"].endswith("00002.mp4") and row["pts"][0] < 1024:
+            raise BadSample("decode_timeout", "decode took more than 1 s")
+        return decode.decode(row, context)
+
+    stages = tuple(replace(s, function=unlucky) if s is decode.STAGE else s for s in Stages().clip)
+    result = inline(config, stages=Stages(clip=stages))
+    assert result.counts["samples"] + result.counts["clips_bad"] == 12
+    assert {row["reason"] for row in result.rejects} == {"decode_timeout"}
+    bad = result.counts["clips_bad"]
+    assert 1 <= bad <= 3
+    assert inline(config).worked["clip"] == 0  # what was refused stays refused
+    assert Ledger(config.output).forget(["decode_timeout"]) == bad
+    retried = inline(config)
+    assert (retried.worked["clip"], retried.counts["samples"]) == (bad, 12)
+
+
+@pytest.mark.ray
+def test_poison_costs_its_rows_and_no_innocent(config, corpus, tmp_path, ray_local):
+    """A decode that segfaults, one that hangs, one that eats memory, among good ones; and an unexpected error."""
+    poison = tmp_path / "poisoned_table.py"
+    poison.write_text(
+        "import ctypes, time\n"
+        "FUNCTIONS = {name: f'poisoned_table:{name}' for name in ('crash', 'hang', 'eat')}\n"
+        "def crash(): ctypes.string_at(0)\n"
+        "def hang(): time.sleep(1000)\n"
+        "def eat():\n    held = []\n    while True: held.append(bytearray(1 << 26))\n"
+    )
+    stages = _poisoned(str(tmp_path))
+    ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
+    try:
+        result = preprocess.run(config, RayConfig(), stages=stages)
+    finally:
+        ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
+    reasons = sorted(row["reason"] for row in result.rejects)
+    assert reasons == ["bug:ZeroDivisionError", "decode_crash", "decode_memory", "decode_timeout"]
+    assert (result.counts["samples"], result.counts["clips_bad"]) == (8, 4)
+    assert result.exit_code == 1  # because of the bug
+    assert result.committed
+    assert "ZeroDivisionError" in (tmp_path / "out" / "run.jsonl").read_text()
+    # the bug is tried again, the three others are known
+    assert inline(config).worked["clip"] == 1
+
+
+def _poisoned(folder):
+    def poisoned(row, context):
+        from pipelines import isolation
+
+        kinds = {"00000.mp4": "crash", "00001.mp4": "hang", "00002.mp4": "eat", "00003.mp4": "bug"}
+        kind = kinds[row["path"][-9:]]
+        if row["pts"][0] == 0 or row["first"]:
+            if kind == "bug":
+                return {"frames": 1 // 0}
+            sys.path.insert(0, folder)
+            try:
+                limits = isolation.Limits(wall_s=2 if kind == "hang" else 60, cpu_s=60, memory_bytes=1 << 30)
+                isolation.run(kind, (), limits, table="poisoned_table")
+            finally:
+                sys.path.remove(folder)
+        return decode.decode(row, context)
+
+    def first(row, context):
+        return {"first": row["frame_index"][0] < 5}
+
+    marked = replace(decode.STAGE, name="first", function=first, reads=("frame_index",), writes=("first",))
+    changed = replace(decode.STAGE, function=poisoned, reads=("path", "pts", "first"))
+    rest = tuple(stage for stage in Stages().clip if stage is not decode.STAGE)
+    return Stages(clip=(marked, changed, *rest))
+
+
+def test_every_input_is_accounted_for(config, corpus, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    first = min(folder.glob("*.mp4"))
+    shutil.copy(first, folder / "zz copy of the first\n.mp4")
+    (folder / "empty.mp4").write_bytes(b"")
+    (folder / "html.mp4").write_bytes(b"<!doctype html><html>404</html>")
+    (folder / "script.mp4").write_bytes(b"ffconcat version 1.0\nfile other.mp4\n")
+    (folder / "notes.md").write_text("notes")
+    with open(os.path.join(os.fsencode(folder), b"\xff\xfe.mp4"), "wb") as file:
+        file.write(b"nothing")
+    video.write(folder / "short.mp4", np.zeros((3, 32, 32, 3), np.uint8), 8)
+    os.mkfifo(folder / "pipe.mp4")
+    result = inline(replace(config, input=str(folder)))
+    assert rejects(result) == [
+        ("\\xff\\xfe.mp4", "video", "bad", "unknown_container"),
+        ("empty.mp4", "video", "bad", "empty_file"),
+        ("html.mp4", "video", "bad", "html_page"),
+        ("notes.md", "video", "filtered", "not_a_video"),
+        ("pipe.mp4", "video", "bad", "not_a_file"),
+        ("script.mp4", "video", "bad", "ffconcat_script"),
+        ("short.mp4", "video", "filtered", "shot_length"),
+        ("zz copy of the first\n.mp4", "video", "filtered", "duplicate"),
+    ]
+    counts = result.counts
+    assert counts["videos_in"] == 12 == counts["videos_split"] + counts["videos_rejected"]
+    assert counts["clips_planned"] == counts["samples"] + counts["clips_filtered"] + counts["clips_bad"] == 12
+    assert str(tmp_path) not in json.dumps(list(result.rejects))
+
+
+def test_too_many_bad_fail_without_a_commit_and_a_higher_limit_takes_the_finished_work(config, corpus, tmp_path):
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    for number in range(5):
+        (folder / f"bad{number}.mp4").write_bytes(b"no video %d" % number)
+    config = replace(config, input=str(folder))
+    result = inline(config)
+    assert (result.exit_code, result.committed) == (1, False)
+    assert "max_bad_fraction=0.5" in result.table()
+    assert "unknown_container" in result.table()
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    allowed = inline(replace(config, max_bad_fraction=1.0))
+    assert (allowed.exit_code, allowed.worked["clip"], allowed.counts["samples"]) == (0, 0, 12)
+
+
+def test_filters_decide_by_threshold_and_again_without_new_work(config):
+    everything = inline(config)
+    strict = inline(replace(config, filters=FilterConfig(min_motion=1.0)))
+    assert (strict.counts["clips_filtered"], strict.worked["clip"], strict.exit_code) == (12, 0, 0)
+    assert {row["reason"] for row in strict.rejects} == {"motion"}
+    assert "threshold 1" in strict.rejects[0]["message"]
+    assert inline(config).counts == everything.counts
+
+
+def test_scores_rank_what_they_name():
+    rng = np.random.default_rng(0)
+    still = np.repeat(rng.integers(0, 255, (1, 64, 64, 3), dtype=np.uint8), 4, axis=0)
+    moving = rng.integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
+    dark = np.full((4, 64, 64, 3), 20, np.uint8)
+    assert measure(still)["motion"] == 0 < measure(moving)["motion"]
+    assert measure(dark)["sharpness"] == 0 < measure(still)["sharpness"]
+    assert measure(dark)["exposure"] == pytest.approx(20 / 255)
+
+
+def test_the_synthetic_corpus_stands_in_for_no_input(config):
+    result = inline(replace(config, input=None), synthetic_config=replace(CORPUS, num_videos=1))
+    assert (result.counts["videos_in"], result.counts["samples"]) == (1, 3)
+
+
+@pytest.mark.parametrize(
+    ("change", "key"),
+    [
+        ({"size": (33, 32)}, "size"),
+        ({"depth": "magic"}, "depth"),
+        ({"fps": 8.0, "stride": 2}, "stride"),
+        ({"num_frames": 1}, "num_frames"),
+        ({"max_bad_fraction": 2.0}, "max_bad_fraction"),
+        ({"input": "nowhere.mp4"}, "input"),
+    ],
+)
+def test_an_invalid_choice_is_refused_before_any_work(config, tmp_path, change, key):
+    with pytest.raises(ConfigError, match=f"preprocess.{key}"):
+        inline(replace(config, **change))
+    assert not (tmp_path / "out").exists()
+
+
+def test_one_run_at_a_time(config):
+    with exclusive(config.output), pytest.raises(ConfigError, match="another run"):
+        inline(config)
+
+
+@pytest.mark.heavy
+def test_every_real_and_hostile_file_ends_as_a_sample_or_a_reason(media, tmp_path):
+    """All the media: videos in all formats, and everything that has brought a decoder down."""
+    config = PreprocessConfig(
+        output=str(tmp_path / "out"),
+        input=str(media),
+        num_frames=9,
+        size=(96, 96),
+        depth="parallax",
+        max_bad_fraction=1.0,
+        masks=MaskConfig(num_masks=1),
+    )
+    result = inline(config)
+    assert result.exit_code == 0
+    keys = {row["key"]: row["reason"] for row in result.rejects}
+    assert keys["derived_hostile/concat_script.mp4"] == "ffconcat_script"
+    assert keys["derived_hostile/concat_relative.mp4"] == "ffconcat_script"
+    assert keys["derived_hostile/playlist.mp4"] == "playlist"
+    assert keys["mp4ff_edge/mp4/testdata/prog_8s_enc_dashinit.mp4"] == "encrypted"
+    failed = replace(config, max_bad_fraction=0.5)
+    assert (inline(failed).exit_code, inline(failed).worked["clip"]) == (1, 0)
