@@ -84,7 +84,7 @@ def test_a_plane_seen_from_behind_is_hidden():
 
 
 def test_visibility_equals_the_slow_twin_and_keeps_what_is_truly_seen():
-    both, either, kept, truly, seen_by_truth = 0, 0, 0, 0, 0
+    both, either, kept, truly = 0, 0, 0, 0
     for seed in range(4):
         scene, cameras, frames, z_depth = clip(seed)
         K, depth = cameras[0].K, z_depth[0]
