@@ -1,0 +1,197 @@
+"""`ex4d train` as a user runs it: real classes, real shards, two local ranks; killed, stopped, resumed."""
+
+from __future__ import annotations
+
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from make_run import make_base, make_config, make_dataset, make_sample
+
+from ex4d.models import weights
+from ex4d.models.backbone import load_base
+from ex4d.train import checkpoint, objective, runlog
+from ex4d.train.config import EXIT_PREEMPTED
+from ex4d.train.flops import count_parameters
+from pipelines import cli
+
+ROOT = Path(__file__).resolve().parents[2]
+TWO_RANKS = {"num_steps": 20, "save_every": 10, "micro_batch_size": 2, "num_processes": 2}
+PLAIN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
+    "OMP_NUM_THREADS": "1"
+}
+
+
+def start(config: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+    command = [sys.executable, *(launcher or ("-m", "pipelines.cli", "train")), str(config), *overrides]
+    return subprocess.Popen(command, cwd=ROOT, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+
+
+def finish(process: subprocess.Popen) -> tuple[int, str]:
+    try:
+        text, _ = process.communicate(timeout=150)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def wait_for_step(output: Path, step: int) -> None:
+    deadline = time.monotonic() + 120
+    while len(runlog.read(output / "metrics.jsonl")) < step:
+        assert time.monotonic() < deadline, f"step {step} did not come"
+        time.sleep(0.02)
+
+
+def losses(output: Path) -> list[float]:
+    return [metrics["loss"] for metrics in runlog.read(output / "metrics.jsonl")]
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("launch")
+    make_dataset(path)
+    make_base(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """Twenty steps on two ranks without a break; the path of its configuration."""
+    config = make_config(folder, **TWO_RANKS, output=str(folder / "whole"))
+    code, text = finish(start(config))
+    assert code == 0, text
+    assert "step 20/20" in text
+    assert f"adapter: {folder}/whole/adapter" in text.splitlines()[-1]
+    return config
+
+
+def test_twenty_steps_killed_after_ten_and_resumed_are_the_same_bit_for_bit(folder, whole):
+    output = folder / "killed"
+    process = start(whole, f"train.output={output}")
+    wait_for_step(output, 12)
+    process.send_signal(signal.SIGKILL)  # the launcher; its ranks must go with it
+    finish(process)
+    code, text = finish(start(whole, f"train.output={output}"))
+    assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+    steps = [metrics["step"] for metrics in runlog.read(output / "metrics.jsonl")]
+    assert steps == list(range(1, 21))
+
+
+def test_one_rank_at_stage_three_with_recomputation_learns_the_same(folder, whole):
+    output = folder / "one"
+    changes = ("train.num_processes=1", "train.grad_accum_steps=2", "train.zero_stage=3")
+    code, text = finish(start(whole, f"train.output={output}", *changes, "train.activation_checkpointing=true"))
+    assert code == 0, text
+    assert losses(output) == pytest.approx(losses(folder / "whole"), abs=1e-6)
+
+
+def test_finished_run_says_so_and_other_settings_are_refused(folder, whole, capsys):
+    assert cli.main(["train", str(whole)]) == 0
+    assert "already finished: 20 steps" in capsys.readouterr().out
+    for change in ("train.seed=1", "model.lora_rank=4"):
+        assert cli.main(["train", str(whole), change]) == 2
+        assert change.partition("=")[0] in capsys.readouterr().err
+
+
+def test_checkpoint_is_an_adapter_of_adapter_size(folder, whole):
+    path = checkpoint.latest(folder / "whole")
+    state, metadata = weights.read_adapter(folder / "whole" / "adapter")
+    assert (metadata.step, metadata.num_frames, tuple(metadata.size)) == (20, 5, (32, 32))
+    again, _ = weights.read_adapter(path)
+    assert all(torch.equal(again[name], state[name]) for name in state)
+    trainable = sum(tensor.numel() for tensor in state.values())
+    size = sum(file.stat().st_size for file in path.iterdir())
+    assert size <= 20 * trainable * 1.05
+    shape = load_base(str(folder / "base"), components=("transformer",)).shape
+    from ex4d.models.backbone import ModelConfig
+
+    counted = count_parameters(shape, ModelConfig(lora_rank=3, adapter_hidden=8))
+    assert trainable == counted["lora"] + counted["geometry_adapter"]
+
+
+def test_encoder_puts_each_thing_where_it_belongs(folder, whole):
+    """The slow twin: one clip by hand, without the batch."""
+    base = load_base(str(folder / "base"))
+    sample = make_sample(0)
+    batch = {
+        "keys": [sample.key],
+        "frames": sample.frames[None],
+        "visible": sample.visible[:1],
+        "captions": ["red sphere"],
+        "valid": np.array([True]),
+    }
+    encoder = objective.Encoder(base, "unit", prompt=None)
+    made = encoder.encode(batch, [objective.NamedNoise(0, 3, sample.key)], 5.0, "diffsynth")
+    noisy, timestep, prompt, image, first, cond = made.model_inputs
+    pixels = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
+    seen = torch.from_numpy(sample.visible[:1])
+    black = torch.where(seen[:, None], pixels, torch.tensor(-1.0))
+    torch.testing.assert_close(cond, base.encode_condition(black, seen, "unit"))
+    torch.testing.assert_close(first, base.first_frame_condition(pixels[:, :, 0], 5))  # frame 0 is seen whole
+    torch.testing.assert_close(image, base.encode_image(pixels[:, :, 0]))
+    torch.testing.assert_close(prompt, base.encode_text(["red sphere"]))
+    torch.testing.assert_close(timestep, made.sigma * 1000)
+    clean = noisy - made.sigma * made.target  # x_sigma = x0 + sigma (eps - x0)
+    torch.testing.assert_close(clean, base.encode_video(pixels), atol=1e-5, rtol=1e-4)
+
+
+def test_hole_share_counts_pixels():
+    visible = torch.ones(1, 5, 16, 16, dtype=torch.bool)
+    visible[0, 0, :8, :8] = False
+    visible[0, 3, 8:, :8] = False
+    share = objective.hole_share(visible, (2, 2, 2))
+    assert share[0, 0].tolist() == [[[1, 0], [0, 0]], [[0, 0], [0.25, 0]]]
+
+
+def test_hole_weight_moves_weight_and_keeps_scale():
+    hole = torch.zeros(1, 1, 1, 1, 4)
+    hole[..., 0] = 1
+    ones = torch.ones(1)
+    inputs = objective.Inputs((), torch.zeros(1, 2, 1, 1, 4), ones, 2 * ones, hole, ones)
+    flat = objective.velocity_losses(torch.full((1, 2, 1, 1, 4), 3.0), inputs, 5.0)
+    assert float(flat.weighted) == pytest.approx(2 * 9)
+    in_hole = objective.velocity_losses(3.0 * hole.expand(1, 2, 1, 1, 4), inputs, 5.0)
+    assert float(in_hole.weighted) == pytest.approx(2 * 9 * 5 / 8)
+    assert float(in_hole.mse) == pytest.approx(9 / 4)
+
+
+@pytest.mark.heavy
+def test_sigterm_gives_its_own_exit_code_and_the_run_goes_on(folder, whole):
+    output = folder / "stopped"
+    process = start(whole, f"train.output={output}")
+    wait_for_step(output, 3)
+    process.send_signal(signal.SIGTERM)
+    code, text = finish(process)
+    assert code == EXIT_PREEMPTED, text
+    assert 3 <= checkpoint.read_state(checkpoint.latest(output)).step < 20
+    assert finish(start(whole, f"train.output={output}"))[0] == 0
+    assert losses(output) == losses(folder / "whole")
+
+
+@pytest.mark.heavy
+def test_torchrun_trains_the_same(folder, whole):
+    output = folder / "torchrun"
+    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "pipelines.train")
+    code, text = finish(start(whole, f"train.output={output}", launcher=launcher))
+    assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+def test_ray_train_goes_on_after_a_rank_is_killed(folder, whole):
+    output = folder / "ray"
+    process = start(whole, f"train.output={output}", "train.launcher=ray")
+    wait_for_step(output, 12)
+    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
+    assert children
+    code, text = finish(process)
+    assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
