@@ -32,6 +32,7 @@ log = logging.getLogger(__name__)
 Batch = dict[str, Any]
 Draw = Callable[[int], int]  # number of masks -> the one to take
 Decode = Callable[[Mapping[str, bytes], Draw], dict[str, Any]]
+Item = tuple[str, dict[str, Any] | None, str]  # key, values or None, why there are none
 
 
 @dataclass(frozen=True)
@@ -182,8 +183,8 @@ class ShardLoader(Iterator[Batch]):
             futures.append(self._pool.submit(self._load, row, epoch) if self._pool else _now(self._load, row, epoch))
         self._pending.append((self._next, futures))
 
-    def _load(self, row: int, epoch: int) -> tuple[str, dict[str, Any] | None, str]:
-        """Return (key, values or None, why not) of one sample."""
+    def _load(self, row: int, epoch: int) -> Item:
+        """Return one sample, decoded."""
         fields = self.table.slice(row, 1).to_pylist()[0]
         key = fields["key"]
         try:
@@ -203,7 +204,7 @@ class ShardLoader(Iterator[Batch]):
             self._cache.forget(*place)  # the copy may be damaged and the original whole
             return _checked(storage.read_bytes(*place), fields)
 
-    def _stack(self, items: list[tuple[str, dict[str, Any] | None, str]]) -> Batch:
+    def _stack(self, items: list[Item]) -> Batch:
         for key, values, why in items:
             if values is None and key not in self.bad:
                 self.bad[key] = why
@@ -217,7 +218,7 @@ class ShardLoader(Iterator[Batch]):
         batch["valid"] = np.array([values is not None for _, values, _ in items])
         return batch
 
-    def _blank_like(self, items: list[tuple[str, dict[str, Any] | None, str]]) -> dict[str, Any]:
+    def _blank_like(self, items: list[Item]) -> dict[str, Any]:
         """Return zeros in the shape of any good sample, of the batch if it has one, else of the dataset."""
         if self._blank is None:
             near = (values for _, values, _ in items if values is not None)
