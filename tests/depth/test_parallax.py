@@ -116,3 +116,16 @@ def test_two_frames_and_other_shapes_work():
     config = SyntheticConfig(num_frames=3, size=(60, 96), moving_bodies=False, seed=2, camera_motion="strong")
     frames, _ = render_clip(*clip_scene(config, 0), fps=8.0)
     assert estimate("parallax", frames, DepthRequest()).values.shape == (3, 60, 96)
+
+
+def test_a_real_pair_with_measured_depth(media):
+    import cv2
+
+    folder = media / "rgbd_icl_tum" / "ch7"
+    pictures = [cv2.imread(str(folder / f"{index}.png"))[..., ::-1] for index in (1, 2)]
+    frames = np.stack([cv2.resize(picture, (256, 192), interpolation=cv2.INTER_AREA) for picture in pictures])
+    maps = [cv2.imread(str(folder / f"{index}_depth.png"), cv2.IMREAD_UNCHANGED) / 5000 for index in (1, 2)]
+    truth = np.stack([cv2.resize(depth, (256, 192), interpolation=cv2.INTER_NEAREST) for depth in maps])
+    measured = truth > 0
+    values = estimate("parallax", frames, DepthRequest()).values
+    assert abs_rel(values[measured], truth[measured]) <= 0.7 * abs_rel_of_constant(truth[measured])
