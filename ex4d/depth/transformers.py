@@ -79,7 +79,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
         "estimator": name,
         "weights": request.depth_path or network.hub_id,
         "revision": folder.name if folder.parent.name == "snapshots" else None,
-        "sha256": digest,
+        "weights_sha256": digest,
         "licence": network.licence,
     }
     return _result(values, fields, model.config, provenance)

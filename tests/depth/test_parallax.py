@@ -58,7 +58,7 @@ def test_static_scenes_have_half_the_error_of_a_constant():
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize(("moving_bodies", "ratio"), [(False, 0.5), (True, 0.6)])
+@pytest.mark.parametrize(("moving_bodies", "ratio"), [(False, 0.5), (True, 0.85)])
 def test_twenty_clips(moving_bodies: bool, ratio: float):
     ours, constant, refused = compare(range(20), size=96, moving_bodies=moving_bodies)
     print(

@@ -153,7 +153,7 @@ def test_each_network_runs_from_its_own_checkpoint(checkpoints, name: str, kind:
     assert first.values.shape == (3, 40, 56)
     assert first.values.tobytes() == second.values.tobytes()
     assert first.provenance["estimator"] == name
-    assert len(first.provenance["sha256"]) == 64
+    assert len(first.provenance["weights_sha256"]) == 64
     assert first.provenance["licence"]
 
 
