@@ -165,7 +165,8 @@ class progress:
             self._bar.update(self._bar.task_ids[0], completed=step, description=words)
         elif step == 1 or step % self._train.log_every == 0 or step == total:
             memory = metrics["peak_memory_bytes"] / 2**30
-            print(f"step {step}/{total}  {words}  {memory:.1f} GiB", flush=True)
+            sys.stdout.write(f"step {step}/{total}  {words}  {memory:.1f} GiB\n")  # Ray Train doubles what is printed
+            sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- many local processes
@@ -181,6 +182,7 @@ def _local_processes(arguments: list[str], count: int, output: Path) -> int:
     logs.mkdir(parents=True, exist_ok=True)
     common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
     common[PARENT] = str(os.getpid())
+    common.setdefault("TQDM_DISABLE", "1")  # the bars of model loading, one for each file and rank
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     processes: list[subprocess.Popen] = []
     stopping = False

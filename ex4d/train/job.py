@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -30,7 +30,7 @@ class Job:
     Args:
         encoder: turns a batch of clips into the model's inputs.
         model: frozen base and trainables in one module, on its device; `trainable_parameters()` names them.
-        open_loader: (split, samples consumed, micro batch size) -> endless micro batches of this rank.
+        open_loader: (split, samples consumed, micro batch size) -> endless micro batches of this rank, with `close()`.
         identity: what decides what the run learns (config.identity).
         write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
         facts: configuration and versions, for the log.
@@ -38,7 +38,7 @@ class Job:
 
     encoder: Encoder
     model: nn.Module
-    open_loader: Callable[[str, int, int], Iterator[dict[str, Any]]]
+    open_loader: Callable[[str, int, int], Any]
     identity: dict[str, Any]
     write_adapter: Callable[[Path, Mapping[str, Tensor], int], Any]
     facts: dict[str, Any]
@@ -98,7 +98,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         )
         return weights.save_adapter(folder, tensors, facts)
 
-    def open_loader(split: str, samples: int, micro_batch_size: int) -> Iterator[dict[str, Any]]:
+    def open_loader(split: str, samples: int, micro_batch_size: int) -> loader.ShardLoader:
         ranks = (place.rank, place.world_size)
         return loader.ShardLoader(config.data, split, micro_batch_size, config.seed, *ranks, samples_consumed=samples)
 

@@ -58,6 +58,7 @@ class Trainer:
         if config.ema_decay:
             self.average = checkpoint.read_tensors(path / "ema.safetensors") if path else self.engine.weights()
         self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
+        self.validation_batches = self.read_validation() if config.validate_every else []
 
     def run(self) -> int:
         """Train to `num_steps`, write the adapter, and return 0; or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
@@ -141,15 +142,21 @@ class Trainer:
         for name, mean in self.average.items():
             mean.lerp_(weights[name], 1 - self.config.ema_decay)
 
+    def read_validation(self) -> list[dict[str, Any]]:
+        """Return this rank's share of the validation clips, always the same."""
+        share = math.ceil(self.config.validate_samples / (self.plan.micro_size * self.plan.world_size))
+        batches = self.job.open_loader("val", 0, self.plan.micro_size)
+        try:
+            return [next(batches) for _ in range(share)]
+        finally:
+            batches.close()
+
     @torch.no_grad()
     def validate(self) -> float | None:
         """Return the mean plain error over the same validation clips, noise and sigmas each time."""
-        total = self.config.validate_samples
-        batches = self.job.open_loader("val", 0, self.plan.micro_size)
         self.engine.train(False)
         rows = []
-        for index in range(math.ceil(total / (self.plan.micro_size * self.plan.world_size))):
-            batch = next(batches)
+        for index, batch in enumerate(self.validation_batches):
             where = report.positions(self.place, self.plan, index)
             noises = [
                 NamedNoise(self.config.seed, f"validate {w}", k) for w, k in zip(where, batch["keys"], strict=True)
@@ -158,7 +165,7 @@ class Trainer:
             losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, hole_weight=1.0)
             rows.append(report.rows(where, losses, inputs))
         self.engine.train(True)
-        return report.gather(torch.cat(rows), True, False, first=total).mse
+        return report.gather(torch.cat(rows), True, False, first=self.config.validate_samples).mse
 
     def save(self, step: int, validation_loss: float | None, log: RunLog | None) -> None:
         """Write the checkpoint of `step`. Every rank calls; rank 0 writes, the others wait for it."""

@@ -10,6 +10,7 @@ import time
 from pathlib import Path
 
 import numpy as np
+import psutil
 import pytest
 import torch
 from make_run import make_base, make_config, make_dataset, make_sample
@@ -190,8 +191,10 @@ def test_ray_train_goes_on_after_a_rank_is_killed(folder, whole):
     output = folder / "ray"
     process = start(whole, f"train.output={output}", "train.launcher=ray")
     wait_for_step(output, 12)
-    children = subprocess.run(["pgrep", "-P", str(process.pid)], capture_output=True, text=True, check=False).stdout
-    assert children
+    below = psutil.Process(process.pid).children(recursive=True)
+    ranks = [child for child in below if child.is_running() and "RayTrainWorker" in " ".join(child.cmdline())]
+    assert len(ranks) == 2, [child.cmdline() for child in below]
+    ranks[1].kill()
     code, text = finish(process)
     assert code == 0, text
     assert losses(output) == losses(folder / "whole")
