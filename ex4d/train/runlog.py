@@ -47,7 +47,7 @@ class RunLog:
         self.flush()
         self._file.close()
         if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code, quiet=True)
+            self._wandb.finish(exit_code=exit_code)
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

@@ -1,0 +1,52 @@
+"""The run log: every step once, whatever was killed when, and W&B as a mirror that may fail."""
+
+from __future__ import annotations
+
+import json
+
+import pytest
+
+from ex4d.train import runlog
+
+OFF = {"mode": "disabled", "project": "p", "group": None}
+
+
+def test_lines_after_the_checkpoint_are_written_again(tmp_path):
+    log = runlog.RunLog(tmp_path, 0, OFF, {})
+    for step in (1, 2, 3):
+        log.write({"step": step, "loss": float(step)})
+    log.close()
+    with open(tmp_path / "metrics.jsonl", "a") as file:
+        file.write('{"step": 4, "lo')  # a kill in the middle of a line
+    again = runlog.RunLog(tmp_path, 2, OFF, {})
+    again.write({"step": 3, "loss": 30.0})
+    again.close()
+    assert [(m["step"], m["loss"]) for m in runlog.read(tmp_path / "metrics.jsonl")] == [(1, 1.0), (2, 2.0), (3, 30.0)]
+
+
+def test_an_offline_run_is_kept_for_wandb_and_its_id_stays(tmp_path):
+    """A real offline run of the real library, twice: no network, no key, one id."""
+    options = {"mode": "offline", "project": "ex4d-test", "group": "g"}
+    ids = []
+    for step in (0, 1):
+        log = runlog.RunLog(tmp_path, step, options, {"lr": 1.0})
+        log.write({"step": step + 1, "loss": 0.5, "step_s": {"total": 0.1}, "mse_by_sigma": [None, 1.0]})
+        log.close()
+        ids.append((tmp_path / "wandb_run_id").read_text())
+    assert ids[0] == ids[1]
+    kept = list((tmp_path / "wandb").glob(f"offline-run-*-{ids[0]}/run-{ids[0]}.wandb"))
+    assert kept
+    assert all(path.stat().st_size > 0 for path in kept)
+
+
+def test_a_wandb_that_does_not_start_ends_nothing(tmp_path, monkeypatch):
+    wandb = pytest.importorskip("wandb")
+
+    def refuse(**_):
+        raise wandb.Error("no room")
+
+    monkeypatch.setattr(wandb, "init", refuse)
+    log = runlog.RunLog(tmp_path, 0, {"mode": "online", "project": "p", "group": None}, {})
+    log.write({"step": 1, "loss": 1.0})
+    log.close()
+    assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
