@@ -9,7 +9,7 @@ from geometry_scenes import random_camera, random_scene
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import Camera, intrinsics, look_at, pixel_rays
 from ex4d.geometry.mesh import DWMesh, build
-from ex4d.geometry.render import choose_backend, cpu, cpu_kernels, nvdiffrast, reference, render, warp_video
+from ex4d.geometry.render import choose_backend, cpu, cpu_raster, nvdiffrast, reference, render, warp_video
 
 SIZE = (96, 128)
 
@@ -104,25 +104,30 @@ def test_pixel_centres_keep_the_picture_where_released_corners_shift_it():
     assert errors["default"] <= 1 < errors["released"]
 
 
-def fill_both(corners: np.ndarray, inverse: np.ndarray, face: int, pictures: list) -> None:
-    (slow_depth, slow_id), (fast_depth, fast_id) = pictures
-    reference.draw_triangle(corners, inverse, face, slow_depth, slow_id)
+def fill_both(corners: np.ndarray, inverse: np.ndarray, face: int, slow: tuple, keys: np.ndarray) -> None:
+    reference.draw_triangle(corners, inverse, face, *slow)
     values = [x for (u, v), i in zip(corners, inverse, strict=True) for x in (u, v, i)]
-    cpu_kernels._fill(*(float(x) for x in values), face, False, fast_depth, fast_id)
+    cpu_raster._fill(*(float(x) for x in values), face, False, keys)
+
+
+def blank(size: tuple[int, int]) -> tuple[tuple[np.ndarray, np.ndarray], np.ndarray]:
+    return (np.zeros(size, np.float32), np.full(size, -1, np.int32)), np.zeros(size, np.int64)
+
+
+def faces_of(keys: np.ndarray) -> np.ndarray:
+    return np.where(keys == 0, -1, cpu_raster.LAST_ID - (keys & 0xFFFFFFFF))
 
 
 def test_equal_depth_goes_to_the_lowest_face_and_nearest_wins():
-    pictures = [(np.zeros((8, 8), np.float32), np.full((8, 8), -1, np.int32)) for _ in range(2)]
+    slow, keys = blank((8, 8))
     corners, level = np.array([[0.0, 0], [0, 2048], [2048, 0]]), np.ones(3)
     for face, depth in ((3, 1.0), (7, 1.0), (9, 0.5)):
-        fill_both(corners, level * depth, face, pictures)
-    for _, face_id in pictures:
-        assert set(np.unique(face_id)) == {-1, 3}
-    depth, face_id = pictures[1]
-    cpu_kernels._fill(0.0, 0.0, 1.0, 0.0, 2048.0, 1.0, 2048.0, 0.0, 1.0, 1, False, depth, face_id)
-    assert set(np.unique(face_id)) == {-1, 1}  # whatever the order in which they come
-    fill_both(corners, level * 2, 11, pictures)
-    assert set(np.unique(pictures[1][1])) == {-1, 11}
+        fill_both(corners, level * depth, face, slow, keys)
+    assert set(np.unique(slow[1])) == set(np.unique(faces_of(keys))) == {-1, 3}
+    cpu_raster._fill(0.0, 0.0, 1.0, 0.0, 2048.0, 1.0, 2048.0, 0.0, 1.0, 1, False, keys)
+    assert set(np.unique(faces_of(keys))) == {-1, 1}  # whatever the order in which they come
+    fill_both(corners, level * 2, 11, slow, keys)
+    assert set(np.unique(faces_of(keys))) == {-1, 11}
 
 
 @pytest.mark.parametrize("seed", range(5))
@@ -136,11 +141,41 @@ def test_neighbours_share_each_pixel_once(seed):
     count = np.zeros((9, 9), int)
     for k in range(len(rim)):
         corners = np.stack([centre, rim[k], rim[(k + 1) % len(rim)]])
-        pictures = [(np.zeros((9, 9), np.float32), np.full((9, 9), -1, np.int32)) for _ in range(2)]
-        fill_both(corners, np.ones(3), 0, pictures)
-        assert np.array_equal(pictures[0][1], pictures[1][1])
-        count += pictures[1][1] == 0
+        slow, keys = blank((9, 9))
+        fill_both(corners, np.ones(3), 0, slow, keys)
+        assert np.array_equal(slow[1], faces_of(keys))
+        count += keys > 0
     assert (count == 1).all()
+
+
+@pytest.mark.parametrize("seed", range(3))
+def test_small_triangles_are_covered_as_by_the_reference(seed):
+    """The float32 set-up without branches, on 64 random triangles of at most 2 × 2 pixel centres, many on the rule."""
+    rng = np.random.default_rng(seed)
+    size, stride = (6, 7), cpu_raster.STRIDE
+    xy, out = np.zeros(4 * stride, np.float32), np.zeros(3 * cpu_raster.CHUNK, np.int32)
+    xy[:] = (np.repeat(np.tile(rng.integers(-2, 8, 2), 2), stride) + rng.integers(0, 5, 4 * stride)) * 128
+    xy += rng.integers(-100, 100, 4 * stride) * rng.integers(0, 2, 4 * stride)
+    last_i, last_j = np.float32(size[0] - 1), np.float32(size[1] - 1)
+    num_small = 0
+    for cull in (False, True):
+        cpu_raster._cover_upper(xy, cull, last_j, last_i, out)
+        for n in range(cpu_raster.CHUNK):
+            corners = np.array(
+                [[xy[n], xy[stride + n]], xy[[2 * stride + n, 3 * stride + n]], xy[[n + 1, stride + n + 1]]]
+            )
+            corners = corners.astype(np.float64)
+            (dx, dy), (ex, ey) = corners[1] - corners[0], corners[2] - corners[0]
+            slow, _ = blank(size)
+            if not (cull and dx * ey - dy * ex > 0):
+                reference.draw_triangle(corners, np.ones(3), 0, *slow)
+            bits, j0, i0 = out[[n, n + cpu_raster.CHUNK, n + 2 * cpu_raster.CHUNK]]
+            if bits == cpu_raster.LARGE:
+                continue
+            num_small += bits > 0
+            covered = {(i0 + (k >> 1), j0 + (k & 1)) for k in range(4) if bits >> k & 1}
+            assert covered == set(zip(*np.nonzero(slow[1] == 0), strict=True))
+    assert num_small > 10
 
 
 def test_scaling_depth_and_path_leaves_the_picture():
