@@ -37,7 +37,10 @@ format: $(STAMP)
 	$(BIN)/ruff format .
 
 bench: $(STAMP)
-	for name in render warp_truth loader train_step; do $(BIN)/python benchmarks/$$name.py || exit 1; done
+	$(BIN)/python benchmarks/render.py
+	$(BIN)/python benchmarks/warp_truth.py
+	$(BIN)/python benchmarks/loader.py --hardware "$$(nproc) $$(uname -m) cores"
+	$(BIN)/python benchmarks/train_step.py
 
 clean:
 	rm -rf out build dist *.egg-info
