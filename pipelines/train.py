@@ -28,6 +28,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ex4d import config as configs
+from ex4d import storage
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
 from pipelines.runner import RayConfig
@@ -67,7 +68,7 @@ def run(
     if place is not None:
         return _be_rank(train, model, place)
     if train.dry_run:
-        return _dry_run(train, model)
+        return _dry_run(train, model, config_path)
     if _is_finished(train, model):
         print(f"already finished: {train.num_steps} steps. {_where(train)}")
         return 0
@@ -257,7 +258,7 @@ def _free_port() -> int:
 # ---------------------------------------------------------------- before anything is loaded
 
 
-def _dry_run(train: TrainConfig, model: ModelConfig) -> int:
+def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     """Print what the run would need; nothing is loaded but configurations."""
     from ex4d.data import manifest
     from ex4d.models import backbone
@@ -265,10 +266,13 @@ def _dry_run(train: TrainConfig, model: ModelConfig) -> int:
     from ex4d.train.config import plan_batch
 
     shape = backbone.transformer_config(model.base, model.revision)
-    sample = manifest.read_dataset(train.data)["sample"]
+    if storage.exists(storage.join(train.data, manifest.DATASET)):
+        clip = manifest.read_dataset(train.data)["sample"]
+    else:  # not preprocessed yet: what the same file would make, or the method's own size
+        clip = {"num_frames": 49, "size": [512, 512]} | (configs.read_yaml(config_path).get("preprocess") or {})
     count = _num_processes(train)
     batch = plan_batch(train, count)
-    latents = flops.latent_size((sample["num_frames"], *sample["size"]))
+    latents = flops.latent_size((clip["num_frames"], *clip["size"]))
     needs = flops.summary(
         shape,
         model,
@@ -281,6 +285,8 @@ def _dry_run(train: TrainConfig, model: ModelConfig) -> int:
         checkpointing=train.activation_checkpointing,
         cpu_offload=train.cpu_offload,
         ema=train.ema_decay is not None,
+        gpu=train.gpu,
+        usd_per_gpu_hour=train.usd_per_gpu_hour,
     )
     print(json.dumps(needs, indent=2))
     return 0

@@ -44,7 +44,7 @@ class TrainConfig:
         validate_every: loss on the validation split, with fixed noise, after so many steps; None: never.
         validate_samples: how many validation samples.
         wandb_mode: None: online where a key is set, else offline; "disabled": not at all.
-        dry_run: say what the run would need, and stop.
+        dry_run: say what the run would need on `gpu`, and at `usd_per_gpu_hour`, and stop; nothing is loaded.
     """
 
     data: str = "out/dataset"
@@ -80,6 +80,8 @@ class TrainConfig:
     wandb_project: str = "ex4d"
     wandb_group: str | None = None
     dry_run: bool = False
+    gpu: str = "H200"
+    usd_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
         for name in ("num_steps", "save_every", "keep_last", "micro_batch_size", "grad_accum_steps", "log_every"):
@@ -102,7 +104,7 @@ class TrainConfig:
 # What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.
 FREE = frozenset(
     {
-        *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run"),
+        *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
         *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
         *("activation_checkpointing", "cpu_offload", "validate_every", "validate_samples"),
         *("wandb_mode", "wandb_project", "wandb_group"),

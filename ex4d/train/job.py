@@ -17,6 +17,7 @@ from ex4d.data import loader, manifest
 from ex4d.data.verify import tree_hash
 from ex4d.errors import ConfigError
 from ex4d.models import adapter, backbone, encoders, weights
+from ex4d.train import flops
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.objective import Encoder
 
@@ -34,6 +35,7 @@ class Job:
         identity: what decides what the run learns (config.identity).
         write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
         facts: configuration and versions, for the log.
+        cost: FLOPs and tokens of one sample; None where they are not known.
     """
 
     encoder: Encoder
@@ -42,6 +44,7 @@ class Job:
     identity: dict[str, Any]
     write_adapter: Callable[[Path, Mapping[str, Tensor], int], Any]
     facts: dict[str, Any]
+    cost: flops.Cost | None = None
 
 
 def dataset_fingerprint(dataset: str) -> str:
@@ -77,7 +80,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     base = backbone.load_base(
         chosen.base, chosen.revision, chosen.dtype, device, vae_dtype=chosen.vae_dtype, quantize=chosen.quantize
     )
-    base.latent_shape((sample["num_frames"], *sample["size"], 3))
+    *_, depth, height, width = base.latent_shape((sample["num_frames"], *sample["size"], 3))
+    cost = flops.cost(base.shape, (depth, height, width), chosen.lora_rank, chosen.adapter_hidden)
     model = adapter.build_model(base.transformer, chosen, seed=config.seed)
     model.set_gradient_checkpointing(config.activation_checkpointing)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
@@ -106,7 +110,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen), "versions": versions()}
     facts |= {"dataset": fingerprint, "world_size": place.world_size}
     encoder = Encoder(base, chosen.mask_range, config.prompt)
-    return Job(encoder, model, open_loader, who, write_adapter, facts)
+    return Job(encoder, model, open_loader, who, write_adapter, facts, cost)
 
 
 def versions() -> dict[str, str]:

@@ -21,7 +21,7 @@ from torch import Tensor, nn
 
 from ex4d.errors import ContractError
 from ex4d.models.backbone import ModelConfig
-from ex4d.train import checkpoint, engine, report
+from ex4d.train import checkpoint, engine, flops, report
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
 from ex4d.train.engine import Engine
 from ex4d.train.job import Job, build_job
@@ -127,8 +127,23 @@ class Trainer:
             "samples": self.samples,
         }
         metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma, "bad_samples": said.bad_samples}
+        metrics |= self.throughput(watch.times()["total"])
         metrics |= {"step_s": watch.times(), "peak_memory_bytes": said.peak_memory_bytes}
         return metrics, said.stop
+
+    def throughput(self, seconds: float) -> dict[str, float]:
+        """Return samples and tokens a second of all ranks; on a known GPU MFU and HFU of one (train.flops)."""
+        rate, cost = self.plan.global_size / seconds, self.job.cost
+        if cost is None:
+            return {"samples_per_s": rate}
+        found = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
+        on_gpu = self.device.type == "cuda"
+        peak = flops.peak_flops(torch.cuda.get_device_name(self.device)) if on_gpu else None
+        if peak:
+            recomputes = self.config.activation_checkpointing
+            mfu, hfu = flops.utilisation(cost, rate / self.plan.world_size, peak, recomputes)
+            found |= {"mfu": mfu, "hfu": hfu}
+        return found
 
     def noise(self, step: int, key: str) -> NamedNoise:
         """Return the randomness of one sample at one step."""

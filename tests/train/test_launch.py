@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import os
 import signal
 import subprocess
@@ -198,3 +199,11 @@ def test_ray_train_goes_on_after_a_rank_is_killed(folder, whole):
     code, text = finish(process)
     assert code == 0, text
     assert losses(output) == losses(folder / "whole")
+
+
+@pytest.mark.parametrize("config", sorted(p for p in (ROOT / "configs").glob("*.yaml") if "\ntrain:" in p.read_text()))
+def test_every_configuration_dry_runs(config, capsys):
+    assert cli.main(["train", str(config), "train.dry_run=true", "train.usd_per_gpu_hour=3"]) == 0
+    needs = json.loads(capsys.readouterr().out)
+    assert needs["parameters"]["lora"] > 0
+    assert needs["usd"] == pytest.approx(3 * needs["gpu_hours"])
