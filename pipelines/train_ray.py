@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import dataclasses
-import os
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -64,6 +63,5 @@ def rank_loop(chosen: dict[str, Any]) -> None:
 
     context = ray.train.get_context()
     place = Place(context.get_world_rank(), context.get_world_size(), context.get_local_rank())
-    os.environ.setdefault("OMP_NUM_THREADS", "1")
     with progress(chosen["train"]) as show:
         trainer.train(chosen["train"], chosen["model"], place, show)

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import os
 import signal
+import socket
 import subprocess
 import sys
 import time
@@ -30,9 +31,19 @@ PLAIN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", 
 }
 
 
-def start(config: Path, *overrides: str, launcher: tuple[str, ...] = ()) -> subprocess.Popen:
+def free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def start(
+    config: Path, *overrides: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
+) -> subprocess.Popen:
     command = [sys.executable, *(launcher or ("-m", "pipelines.cli", "train")), str(config), *overrides]
-    return subprocess.Popen(command, cwd=ROOT, env=PLAIN, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True)
+    environment = PLAIN | (environment or {})
+    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
 
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
@@ -178,9 +189,39 @@ def test_sigterm_gives_its_own_exit_code_and_the_run_goes_on(folder, whole):
 
 
 @pytest.mark.heavy
-def test_torchrun_trains_the_same(folder, whole):
-    output = folder / "torchrun"
-    launcher = ("-m", "torch.distributed.run", "--nproc-per-node=2", "--standalone", "-m", "pipelines.train")
+def test_torchrun_on_two_nodes_trains_the_same(folder, whole):
+    """Two agents of one process each, as on two machines."""
+    output, port = folder / "torchrun", str(free_port())
+    agent = ("-m", "torch.distributed.run", "--nnodes=2", "--nproc-per-node=1", "--master-addr=127.0.0.1")
+    agents = []
+    for rank in range(2):
+        launcher = (*agent, f"--master-port={port}", f"--node-rank={rank}", "-m", "pipelines.train")
+        agents.append(start(whole, f"train.output={output}", launcher=launcher))
+    for process in agents:
+        code, text = finish(process)
+        assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+
+
+@pytest.mark.heavy
+def test_srun_is_known_by_its_environment(folder, whole):
+    output, port = folder / "srun", str(free_port())
+    ranks = []
+    for rank in range(2):
+        step = {"SLURM_PROCID": str(rank), "SLURM_LOCALID": "0", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "2"}
+        place = step | {"MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
+        ranks.append(start(whole, f"train.output={output}", environment=place))
+    for process in ranks:
+        code, text = finish(process)
+        assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+
+
+@pytest.mark.heavy
+def test_the_deepspeed_launcher_trains_the_same(folder, whole):
+    output = folder / "deepspeed"
+    launcher = ("-m", "deepspeed.launcher.runner", "--num_gpus=2", f"--master_port={free_port()}")
+    launcher += ("--module", "pipelines.train")
     code, text = finish(start(whole, f"train.output={output}", launcher=launcher))
     assert code == 0, text
     assert losses(output) == losses(folder / "whole")
