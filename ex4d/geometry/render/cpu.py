@@ -26,7 +26,7 @@ def render(mesh: DWMesh, camera: Camera) -> Rendered:
     cull = profile.fan_cap and profile.keep_occluded and not contains(mesh, camera.eye)
     keys = np.zeros(camera.size, np.int64)
     rasterise(
-        mesh.z_depth, rays_x, rays_y, rotation, shift, target, near, mesh.face_occluded, cap, corners.mean(0),
+        mesh.z_depth, rays_x, rays_y, rotation.ravel(), shift, target, near, mesh.face_occluded, cap, corners.mean(0),
         cull, profile.keep_occluded, keys,
     )  # fmt: skip
     alpha = mesh.vertex_alpha if profile.vertex_alpha else np.ones((1, 1), bool)

@@ -70,19 +70,16 @@ def _span(at_zero, dx, dy, first, last):
 
 
 @kernel
-def _point(n, z, rays_x, rays_y, centre, rotation, shift):
-    """Return vertex n (the grid, then the cap's centre) in the target camera's axes."""
-    height, width = z.shape
-    if n < height * width:
-        i, j = n // width, n % width
+def _point(i, j, z, rays_x, rays_y, centre, rotation, shift):
+    """Return vertex (i, j) in the target camera's axes; the cap's centre where i is one too many."""
+    x, y, depth = centre[0], centre[1], centre[2]
+    if i < len(rays_y):
         depth = np.float64(z[i, j])
         x, y = rays_x[j] * depth, rays_y[i] * depth
-    else:
-        x, y, depth = centre[0], centre[1], centre[2]
     return (
-        rotation[0, 0] * x + rotation[0, 1] * y + rotation[0, 2] * depth + shift[0],
-        rotation[1, 0] * x + rotation[1, 1] * y + rotation[1, 2] * depth + shift[1],
-        rotation[2, 0] * x + rotation[2, 1] * y + rotation[2, 2] * depth + shift[2],
+        rotation[0] * x + rotation[1] * y + rotation[2] * depth + shift[0],
+        rotation[3] * x + rotation[4] * y + rotation[5] * depth + shift[1],
+        rotation[6] * x + rotation[7] * y + rotation[8] * depth + shift[2],
     )
 
 
@@ -137,7 +134,8 @@ def _vertices(z_row, rays_x, ray_y, rotation, shift, camera, near, last_j, last_
         one = 1 / pz
         u = np.floor((camera[0] * px * one + camera[2]) * 256.0 + 0.5)
         v = np.floor((camera[1] * py * one + camera[3]) * 256.0 + 0.5)
-        xy[X1 + n], xy[Y1 + n], inverse[STRIDE + n] = np.float32(u), np.float32(v), one
+        xy[X1 + n], xy[Y1 + n] = np.float32(u), np.float32(v)
+        inverse[STRIDE + n] = one if pz >= near else 0.0
         side = (u < 128.0) * 1 + (u > last_j * 256.0 + 128.0) * 2 + (v < 128.0) * 4 + (v > last_i * 256.0 + 128.0) * 8
         code = BEHIND if pz < near else side
         common &= code
@@ -199,12 +197,20 @@ def _cover_lower(xy, cull, last_j, last_i, out):
 
 
 @kernel
+def _cover_cut(inverse, half, cells, out):
+    """Send triangles across the near plane to `_draw` and drop those before it."""
+    for n in range(cells):
+        inside = (inverse[n + half] > 0) + (inverse[STRIDE + n] > 0) + (inverse[half * STRIDE + n + 1] > 0)
+        if inside < 3:
+            out[n] = LARGE if inside else 0
+
+
+@kernel
 def _merge(covered, count, half, xy, inverse, out, first_face, keys):
     """Enter the small triangles `covered[:count]` of a chunk: depth as in the reference, one key a pixel."""
-    right = half
     for m in range(count):
         n = covered[m]
-        a, b, c = n + right, n, n + 1
+        a, b, c = n + half, n, n + 1
         bits, j0, i0 = np.int64(out[n]), np.int64(out[n + CHUNK]), np.int64(out[n + 2 * CHUNK])
         ax, ay = np.float64(xy[X0 + a]), np.float64(xy[Y0 + a])
         ux, uy = np.float64(xy[X1 + b]) - ax, np.float64(xy[Y1 + b]) - ay
@@ -231,7 +237,7 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
 
     Args:
         z: float32 [rows + 1, columns + 1]; rays_x, rays_y: float64, K⁻¹ (u, v, 1) of its columns and rows.
-        rotation, shift: float64 [3, 3] and [3], from the source's to the target's axes.
+        rotation, shift: float64 [9], row by row, and [3], from the source's to the target's axes.
         camera: float64 [4]: fx, fy, cx, cy of the target.
         near: near plane.
         occluded: bool [2, rows, columns] flags of the grid's faces.
@@ -243,7 +249,6 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
     last_i, last_j = np.float32(keys.shape[0] - 1), np.float32(keys.shape[1] - 1)
     xy, inverse = np.zeros(4 * STRIDE, np.float32), np.zeros(2 * STRIDE)
     out, listed = np.zeros(3 * CHUNK, np.int32), np.zeros(CHUNK + 1, np.int64)
-    matrix = rotation.ravel()
     for start in range(0, columns, CHUNK):
         cells = min(CHUNK, columns - start)
         common, some = 0, 0
@@ -251,20 +256,19 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
             xy[: 2 * STRIDE], inverse[:STRIDE] = xy[2 * STRIDE :], inverse[STRIDE:]
             top_common, top_some = common, some
             common, some = _vertices(
-                z[i, start : start + cells + 1], rays_x[start:], rays_y[i], matrix, shift, camera, near,
+                z[i, start : start + cells + 1], rays_x[start:], rays_y[i], rotation, shift, camera, near,
                 last_j, last_i, xy, inverse,
             )  # fmt: skip
             if i == 0 or common & top_common:
                 continue
             for half in range(2):
-                if (some | top_some) & BEHIND:
-                    out[:cells] = LARGE
-                elif half == 0:
+                if half == 0:
                     _cover_upper(xy, cull, last_j, last_i, out)
                 else:
                     _cover_lower(xy, cull, last_j, last_i, out)
+                if (some | top_some) & BEHIND:
+                    _cover_cut(inverse, half, cells, out)
                 first_face = (half * rows + i - 1) * columns + start
-                tl = (i - 1) * (columns + 1) + start
                 count = 0
                 for n in range(cells):
                     listed[count] = n
@@ -276,19 +280,20 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
                         listed[small] = n
                         small += 1
                         continue
-                    a, c = tl + n + half, tl + n + 1 + half * (columns + 1)
+                    j = start + n
                     _draw(
-                        _point(a, z, rays_x, rays_y, centre, rotation, shift),
-                        _point(tl + n + columns + 1, z, rays_x, rays_y, centre, rotation, shift),
-                        _point(c, z, rays_x, rays_y, centre, rotation, shift),
+                        _point(i - 1, j + half, z, rays_x, rays_y, centre, rotation, shift),
+                        _point(i, j, z, rays_x, rays_y, centre, rotation, shift),
+                        _point(i - 1 + half, j + 1, z, rays_x, rays_y, centre, rotation, shift),
                         camera, near, first_face + n, cull, keys,
                     )  # fmt: skip
                 _merge(listed, small, half, xy, inverse, out, first_face, keys)
     if draw_occluded:
         for k in range(len(cap)):
+            a, b, c = cap[k, 0], cap[k, 1], cap[k, 2]
             _draw(
-                _point(cap[k, 0], z, rays_x, rays_y, centre, rotation, shift),
-                _point(cap[k, 1], z, rays_x, rays_y, centre, rotation, shift),
-                _point(cap[k, 2], z, rays_x, rays_y, centre, rotation, shift),
+                _point(a // (columns + 1), a % (columns + 1), z, rays_x, rays_y, centre, rotation, shift),
+                _point(b // (columns + 1), b % (columns + 1), z, rays_x, rays_y, centre, rotation, shift),
+                _point(c // (columns + 1), c % (columns + 1), z, rays_x, rays_y, centre, rotation, shift),
                 camera, near, 2 * rows * columns + k, cull, keys,
             )  # fmt: skip
