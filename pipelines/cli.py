@@ -80,7 +80,7 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--size", type=_size, help="HxW (default: the video's own)")
     parser.add_argument("--num-frames", type=int, help="default: all")
-    parser.add_argument("--profile", default="default", help="default, released or torn (default: %(default)s)")
+    parser.add_argument("--profile", default="default", help="default, carved, released or torn (default: %(default)s)")
     parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "reference", "nvdiffrast"))
     parser.add_argument("--save-mesh", action="store_true", help="also one PLY a frame")
     _view_arguments(parser)

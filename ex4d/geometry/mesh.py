@@ -17,58 +17,12 @@ import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_intrinsics, pixel_rays
+from ex4d.geometry.profiles import PROFILES as PROFILES
+from ex4d.geometry.profiles import Profile, profile_of
 
 MIN_ANGLE_DEG = 2.5  # released: a face whose smallest interior angle is below this is occluded
 RELEASED_FOCAL = 500.0  # the focal length at which the released threshold was chosen
 BOUNDARY_RATIO = 1.5  # border ring at this × the largest depth
-
-
-@dataclass(frozen=True)
-class Profile:
-    """How a mesh is made and drawn.
-
-    Args:
-        name: its key in PROFILES.
-        pixel_offset: where in its pixel a vertex stands: 0.5 is the centre.
-        fixed_angle: keep 2.5° at any focal length; else keep the depth jump that 2.5° means at f = 500.
-        fan_cap: close the far end by a fan over all border vertices; else two triangles over the four corners.
-        boundary_depth: depth of the border ring; None is 1.5 × the largest depth.
-        keep_occluded: draw occluded faces, black; else leave them out (the ordinary torn mesh).
-        vertex_alpha: the occlusion flag lives on vertices and is interpolated, as in the released code; else on faces.
-        two_sided: a face seen from behind shows its colour; else it hides what is behind it and is black, because the
-            source camera never saw that side. From outside a closed mesh no back side is ever nearest.
-    """
-
-    name: str
-    pixel_offset: float = 0.5
-    fixed_angle: bool = False
-    fan_cap: bool = True
-    boundary_depth: float | None = None
-    keep_occluded: bool = True
-    vertex_alpha: bool = False
-    two_sided: bool = False
-
-
-PROFILES = {
-    "default": Profile("default"),
-    "torn": Profile("torn", keep_occluded=False, two_sided=True),
-    "released": Profile(
-        "released",
-        pixel_offset=0.0,
-        fixed_angle=True,
-        fan_cap=False,
-        boundary_depth=100.0,
-        vertex_alpha=True,
-        two_sided=True,
-    ),
-}
-
-
-def profile_of(name: str) -> Profile:
-    """Return PROFILES[name]. Raises ConfigError for an unknown name."""
-    if name not in PROFILES:
-        raise ConfigError("profile", name, f"one of {', '.join(PROFILES)}")
-    return PROFILES[name]
 
 
 @dataclass(frozen=True, eq=False)

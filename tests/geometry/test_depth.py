@@ -89,7 +89,11 @@ def test_what_is_no_depth_is_refused_with_its_reason(values, kind, metric, reaso
 def test_shape_and_choices_are_checked():
     with pytest.raises(BadSample, match="depth_shape"):
         to_z_depth(CLIP, "z_depth", shape=(3, 16, 21))
-    for wrong in ({"kind": "depth"}, {"kind": "z_depth", "far_ratio": 1.0}, {"kind": "disparity", "percentiles": (9.0, 9.0)}):
+    for wrong in (
+        {"kind": "depth"},
+        {"kind": "z_depth", "far_ratio": 1.0},
+        {"kind": "disparity", "percentiles": (9.0, 9.0)},
+    ):
         with pytest.raises(ConfigError):
             to_z_depth(CLIP, **wrong)
 

@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from geometry_scenes import random_camera, random_scene
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import Camera, intrinsics, look_at, pixel_rays
-from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry.mesh import PROFILES, DWMesh, build
 from ex4d.geometry.render import choose_backend, cpu, cpu_raster, nvdiffrast, reference, render, warp_video
 
 SIZE = (96, 128)
@@ -206,6 +208,41 @@ def test_warp_video_sets_frame_0_and_compensates_a_moving_source():
     stays = camera.w2c @ path @ np.linalg.inv(camera.w2c)
     still, _ = warp_video(frames, depths, camera.K, stays, backend="cpu")
     assert (np.abs(moved.astype(int) - still) <= 1).mean() > 0.999
+
+
+def test_a_curtain_is_looked_through_beyond_its_reach():
+    """A body at depth 2 before a wall at depth 6, passed sideways: its curtain hides down to 2 × 1.2 and no farther."""
+    size = (48, 64)
+    K = intrinsics(size)
+    z_depth = np.full(size, 6, np.float32)
+    z_depth[14:34, 24:40] = 2
+    frame = np.random.default_rng(0).integers(0, 255, (*size, 3), dtype=np.uint8)
+    camera = Camera(K, look_at([1.4, 0.1, 0.3], [0, 0, 2.6]), size)
+    meshes = {name: build(frame, z_depth, K, name) for name in ("default", "carved")}
+    meshes["torn"] = build(frame, z_depth, K, replace(PROFILES["torn"], two_sided=False))
+    method, carved, torn = (render(meshes[name], camera, "cpu") for name in ("default", "carved", "torn"))
+    hit = np.where(method.face_id >= 0, method.z_depth, 0)
+    points = (pixel_rays(size, K) * hit[..., None] - camera.w2c[:3, 3]) @ camera.w2c[:3, :3]
+    curtain = meshes["default"].occluded[method.face_id] & (method.face_id >= 0)
+    least = meshes["default"].vertices[meshes["default"].faces[method.face_id], 2].min(-1)
+    through = curtain & (points[..., 2] > 1.2 * least)
+    kept = curtain & ~through
+    assert through.sum() > 100
+    assert (kept & np.isclose(least, 2)).sum() > 20
+    assert (torn.visible_mask & through).sum() > 50
+    for field in ("colour", "z_depth", "visible_mask", "face_id"):
+        expected = np.where(
+            through[..., None] if field == "colour" else through, *(getattr(x, field) for x in (torn, method))
+        )
+        assert np.array_equal(getattr(carved, field), expected), field
+    slow = render(meshes["carved"], camera, "reference")
+    assert np.array_equal(slow.face_id, carved.face_id)
+    assert np.array_equal(slow.colour, carved.colour)
+    farther = render(replace(meshes["carved"], profile=replace(PROFILES["carved"], curtain_reach=1e6)), camera, "cpu")
+    assert np.array_equal(farther.face_id, method.face_id)
+    cond_video, visible = warp_video(frame[None], z_depth[None], K, camera.w2c[None], "carved", "cpu")
+    assert np.array_equal(cond_video[0], carved.colour)
+    assert np.array_equal(visible[0], carved.visible_mask)
 
 
 def test_wrong_shapes_and_unknown_backends_are_refused():

@@ -7,18 +7,20 @@ that of two neighbours exactly one gets it. Nearest wins: the largest float32 1/
 between the snapped vertices; where these are equal the lowest face id wins. Colour and visibility are then shaded once
 a pixel from the unsnapped triangle, by homogeneous barycentrics (perspective-correct, and defined for triangles that
 cross the near plane), clamped to [0, 1] because snapping may move an edge past the pixel.
+
+On top of any of the three, `render` lets one look through what a profile's `curtain_reach` bounds.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import Camera
-from ex4d.geometry.mesh import DWMesh, Profile, build
+from ex4d.geometry.mesh import DWMesh, Profile, build, profile_of
 
 SUBPIXELS = 256  # vertices are snapped to 1/256 px
 NEAR_RATIO = 1e-3  # near plane / least depth of the mesh (the released code: 1e-3 with the least depth at 2.56)
@@ -85,7 +87,33 @@ def render(mesh: DWMesh, camera: Camera, backend: str = "auto") -> Rendered:
     Raises:
         ConfigError: unknown backend, or nvdiffrast without its package or a CUDA device.
     """
-    return BACKENDS[choose_backend(backend)](mesh, camera)
+    draw, reach = BACKENDS[choose_backend(backend)], mesh.profile.curtain_reach
+    seen = draw(mesh, camera)
+    if reach is None:
+        return seen
+    far = _beyond_reach(mesh, camera, seen, reach)
+    torn = replace(mesh, profile=replace(mesh.profile, keep_occluded=False, curtain_reach=None))
+    behind = draw(torn, camera)
+    return Rendered(
+        np.where(far[..., None], behind.colour, seen.colour),
+        np.where(far, behind.z_depth, seen.z_depth),
+        np.where(far, behind.visible_mask, seen.visible_mask),
+        np.where(far, behind.face_id, seen.face_id),
+    )
+
+
+def _beyond_reach(mesh: DWMesh, camera: Camera, seen: Rendered, reach: float) -> np.ndarray:
+    """Return bool [H, W]: the nearest face is occluded and is hit at a source depth beyond (1 + reach) × its least."""
+    far = np.zeros(camera.size, bool)
+    row, column = np.nonzero(seen.face_id >= 0)
+    face = seen.face_id[row, column]
+    row, column, face = (a[mesh.occluded[face]] for a in (row, column, face))
+    K = camera.K
+    ray = np.stack([(column + 0.5 - K[0, 2]) / K[0, 0], (row + 0.5 - K[1, 2]) / K[1, 1], np.ones(len(row))], 1)
+    hit = ray * seen.z_depth[row, column, None] - camera.w2c[:3, 3]
+    depth = np.append(mesh.z_depth, mesh.boundary_depth)  # the last: the cap's centre
+    far[row, column] = hit @ camera.w2c[:3, 2] > (1 + reach) * depth[mesh.faces[face]].min(1)
+    return far
 
 
 def warp_video(
@@ -127,7 +155,8 @@ def warp_video(
     if source_w2c is not None:
         w2c = relative_to(w2c, source_w2c)
     chosen = choose_backend(backend)
-    if chosen == "nvdiffrast":
+    profile = profile_of(profile) if isinstance(profile, str) else profile
+    if chosen == "nvdiffrast" and profile.curtain_reach is None:
         from ex4d.geometry.render.nvdiffrast import warp
 
         cond_video, visible = warp(frames, z_depth, K, w2c, profile)
@@ -135,7 +164,7 @@ def warp_video(
         cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
         for t, frame in enumerate(frames):
             camera = Camera(K, w2c[t], (frame.shape[0], frame.shape[1]))
-            seen = BACKENDS[chosen](build(frame, z_depth[t], K, profile), camera)
+            seen = render(build(frame, z_depth[t], K, profile), camera, chosen)
             cond_video[t], visible[t] = seen.colour, seen.visible_mask
     if len(frames) and np.abs(w2c[0] - np.eye(4)).max() < 1e-9:
         cond_video[0], visible[0] = frames[0], True

@@ -1,0 +1,59 @@
+"""How a mesh is made and drawn: one frozen choice, by name."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+from ex4d.errors import ConfigError
+
+
+@dataclass(frozen=True)
+class Profile:
+    """How a mesh is made and drawn.
+
+    Args:
+        name: its key in PROFILES.
+        pixel_offset: where in its pixel a vertex stands: 0.5 is the centre.
+        fixed_angle: keep 2.5° at any focal length; else keep the depth jump that 2.5° means at f = 500.
+        fan_cap: close the far end by a fan over all border vertices; else two triangles over the four corners.
+        boundary_depth: depth of the border ring; None is 1.5 × the largest depth.
+        keep_occluded: draw occluded faces, black; else leave them out (the ordinary torn mesh).
+        vertex_alpha: the occlusion flag lives on vertices and is interpolated, as in the released code; else on faces.
+        two_sided: a face seen from behind shows its colour; else it hides what is behind it and is black, because the
+            source camera never saw that side. From outside a closed mesh no back side is ever nearest.
+        curtain_reach: an occluded face hides up to (1 + reach) × its least depth; beyond, the torn mesh shows through.
+            None: it hides all the way, as the method says. See docs/decisions.md for what either costs.
+    """
+
+    name: str
+    pixel_offset: float = 0.5
+    fixed_angle: bool = False
+    fan_cap: bool = True
+    boundary_depth: float | None = None
+    keep_occluded: bool = True
+    vertex_alpha: bool = False
+    two_sided: bool = False
+    curtain_reach: float | None = None
+
+
+PROFILES = {
+    "default": Profile("default"),
+    "carved": Profile("carved", curtain_reach=0.2),
+    "torn": Profile("torn", keep_occluded=False, two_sided=True),
+    "released": Profile(
+        "released",
+        pixel_offset=0.0,
+        fixed_angle=True,
+        fan_cap=False,
+        boundary_depth=100.0,
+        vertex_alpha=True,
+        two_sided=True,
+    ),
+}
+
+
+def profile_of(name: str) -> Profile:
+    """Return PROFILES[name]. Raises ConfigError for an unknown name."""
+    if name not in PROFILES:
+        raise ConfigError("profile", name, f"one of {', '.join(PROFILES)}")
+    return PROFILES[name]
