@@ -171,6 +171,7 @@ def main() -> None:
     parser.add_argument("--output", type=Path, required=True, help="folder to write the model to")
     parser.add_argument("--cache", type=Path, required=True, help="file NAME.npy that keeps the rendered clips")
     parser.add_argument("--log", type=Path, required=True, help="file for the losses, one JSON object a line")
+    parser.add_argument("--init", type=Path, help="go on from this folder: its codec and its transformer")
     parser.add_argument("--num-clips", type=int, default=4000)
     parser.add_argument("--num-steps", type=int, default=20_000)
     parser.add_argument("--minutes", type=float, default=38.0)
@@ -182,8 +183,12 @@ def main() -> None:
     from ex4d.models.backbone import load_base
 
     clips, captions = render_corpus(args.cache, args.num_clips, num_frames=9, size=96)
-    codec = linear_codec.fit(np.asarray(clips[:300]))
-    transformer = tiny.new_transformer(codec.config.z_dim, seed=args.seed)
+    if args.init is None:
+        codec = linear_codec.fit(np.asarray(clips[:300]))
+        transformer = tiny.new_transformer(codec.config.z_dim, seed=args.seed)
+    else:
+        before = load_base(str(args.init), dtype="float32")
+        codec, transformer = before.vae, before.transformer
     tiny.build_tiny(args.output, codec, transformer, seed=args.seed, half=False)
     base = load_base(str(args.output), dtype="float32")
     train(base, clips, captions, args)
