@@ -178,6 +178,8 @@ def _demo_arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def _demo(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # bars of loading a model of 5 MB; read when tqdm is imported
+
     from pipelines import demo
 
     return demo.main(args.config, args.output)
