@@ -1,103 +1,187 @@
-"""Milliseconds a frame of mesh + flags + render, one thread, against Embree in the same run.
+"""Milliseconds a frame of mesh + flags + render: `python benchmarks/render.py` writes results/render.{json,md}.
 
-    python benchmarks/render.py [--threads 2] [--output benchmarks/results/render.json]
-
-Mean over 3 scenes × 4 angles of an orbit. Embree (embreex through trimesh) gets the same mesh and one ray a pixel.
+Mean over 3 scenes × 4 angles of an orbit, the least of a few calls each, process CPU time beside wall time. Embree
+(embreex) gets the same mesh and one ray a pixel in the same run, without shading; the reference draws one frame. Face
+ids of both are compared. Takes about a minute.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import platform
-import resource
 import sys
 import time
+from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 
 from ex4d.geometry.camera import Camera, intrinsics, look_at, pixel_rays
-from ex4d.geometry.mesh import build
-from ex4d.geometry.render import cpu
+from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry.render import cpu, reference
 
-sys.path.insert(0, str(Path(__file__).resolve().parent.parent / "tests" / "geometry"))
+ROOT = Path(__file__).resolve().parent.parent
+sys.path.insert(0, str(ROOT / "tests" / "geometry"))
+ANGLES_DEG = (10, 30, 60, 90)
+RESULTS = ROOT / "benchmarks" / "results"
+Case = tuple[np.ndarray, np.ndarray, Camera]
 
 
-def cases(size: tuple[int, int]) -> list:
+def cases(size: tuple[int, int]) -> list[Case]:
+    """Return (frame, z_depth, camera) of 3 scenes at each angle."""
     from geometry_scenes import random_scene
 
-    jobs = []
+    found = []
     for seed in range(3):
         frame, z_depth = random_scene(seed, size)
         radius = 1.06 * float(np.percentile(z_depth, 1))
-        for angle in np.radians((10, 30, 60, 90)):
-            eye = [radius * np.sin(angle), 0, radius * (1 - np.cos(angle))]
-            jobs.append((frame, z_depth, Camera(intrinsics(size), look_at(eye, [0, 0, radius]), size)))
-    return jobs
+        for angle in np.radians(ANGLES_DEG):
+            eye = radius * np.array([np.sin(angle), 0, 1 - np.cos(angle)])
+            found.append((frame, z_depth, Camera(intrinsics(size), look_at(eye, np.array([0, 0, radius])), size)))
+    return found
 
 
-def timed(function, repeats: int = 3) -> float:
-    """Return the least milliseconds of a few calls: other programs share the machine."""
-    best = np.inf
+def timed(function: Callable[..., object], *args: Any, repeats: int = 3) -> np.ndarray:
+    """Return the least (CPU, wall) milliseconds of a few calls: other programs share the machine."""
+    rows = []
     for _ in range(repeats):
-        start = time.perf_counter()
-        function()
-        best = min(best, time.perf_counter() - start)
-    return 1000 * best
+        start = time.process_time(), time.perf_counter()
+        function(*args)
+        rows.append((time.process_time() - start[0], time.perf_counter() - start[1]))
+    return 1000 * np.min(rows, axis=0)
 
 
-def measure(size: tuple[int, int], threads: int, embree: bool) -> dict:
+def draw_frame(job: Case) -> object:
+    return cpu.render(build(job[0], job[1], job[2].K), job[2])
+
+
+def pair(values: np.ndarray) -> dict[str, float]:
+    return {"cpu_ms": round(float(values[0]), 2), "wall_ms": round(float(values[1]), 2)}
+
+
+def memory_mb(name: str) -> float:
+    """Return a figure of /proc/self/status: VmRSS, what is held now, or VmHWM, the most since `forget_peak`."""
+    line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
+    return int(line.split()[1]) / 1024
+
+
+def forget_peak() -> float:
+    """Return the MB held now, and start the search for the most anew."""
+    Path("/proc/self/clear_refs").write_text("5")
+    return memory_mb("VmRSS")
+
+
+def measure(size: tuple[int, int], with_reference: bool) -> dict:
+    """Return the figures of one size."""
     jobs = cases(size)
-    meshes = [build(frame, z_depth, camera.K) for frame, z_depth, camera in jobs]
-    cpu.render(meshes[0], jobs[0][2])  # compiled once
-    result = {
-        "size": list(size),
-        "build_ms": float(np.mean([timed(lambda j=j: build(j[0], j[1], j[2].K)) for j in jobs])),
-        "render_ms": float(
-            np.mean([timed(lambda m=m, j=j: cpu.render(m, j[2])) for m, j in zip(meshes, jobs, strict=True)])
-        ),
+    before = forget_peak()
+    meshes = [build(*jobs[0][:2], jobs[0][2].K)]
+    cpu.render(meshes[0], jobs[0][2])
+    result: dict = {"size": list(size), "memory_mb": {"cpu": round(memory_mb("VmHWM") - before, 1)}}
+    meshes += [build(frame, z_depth, camera.K) for frame, z_depth, camera in jobs[1:]]
+    builds = np.array([timed(build, j[0], j[1], j[2].K) for j in jobs])
+    draws = np.array([timed(cpu.render, m, j[2]) for m, j in zip(meshes, jobs, strict=True)])
+    result["build"], result["render"], result["total"] = (pair(x.mean(0)) for x in (builds, draws, builds + draws))
+    result["total_by_angle_cpu_ms"] = {
+        str(angle): round(float((builds + draws)[k :: len(ANGLES_DEG), 0].mean()), 2)
+        for k, angle in enumerate(ANGLES_DEG)
     }
-    result["total_ms"] = result["build_ms"] + result["render_ms"]
-    with ThreadPoolExecutor(threads) as pool:
-        work = [(m, j[2]) for m, j in zip(meshes, jobs, strict=True)]
-        result[f"render_ms_{threads}_threads"] = timed(lambda: list(pool.map(lambda w: cpu.render(*w), work))) / len(
-            jobs
-        )
-    if embree:
-        import trimesh
-        from trimesh.ray.ray_pyembree import RayMeshIntersector
-
+    for threads in (1, 2):
+        with ThreadPoolExecutor(threads) as pool:
+            run = timed(lambda: list(pool.map(draw_frame, jobs)))
+        result[f"threads_{threads}"] = pair(run / len(jobs))
+    result["embree"] = embree(meshes[1 :: len(ANGLES_DEG)], [j[2] for j in jobs[1 :: len(ANGLES_DEG)]], result)
+    if with_reference:
         mesh, camera = meshes[1], jobs[1][2]
-        shape = trimesh.Trimesh(mesh.vertices, mesh.faces, process=False)
-        rays = pixel_rays(size, camera.K).reshape(-1, 3) @ camera.w2c[:3, :3]
-        origins = np.broadcast_to(camera.eye, rays.shape)
-        start = time.perf_counter()
-        tracer = RayMeshIntersector(shape)
-        tracer.intersects_first(origins[:1], rays[:1])
-        result["embree_build_ms"] = 1000 * (time.perf_counter() - start)
-        result["embree_render_ms"] = timed(lambda: tracer.intersects_first(origins, rays), 1)
+        seen: list = []
+        result["reference"] = pair(timed(lambda: seen.append(reference.render(mesh, camera)), repeats=1))
+        same = seen[0].face_id == cpu.render(mesh, camera).face_id
+        result["reference"]["equal_face_ids"] = float(same.mean())
     return result
 
 
-def main() -> None:
-    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--threads", type=int, default=2)
-    parser.add_argument("--output", type=Path)
-    arguments = parser.parse_args()
-    report = {
-        "date": datetime.now(UTC).date().isoformat(),
-        "machine": f"{platform.processor() or platform.machine()}, {platform.python_version()}",
-        "results": [measure((512, 512), arguments.threads, True), measure((576, 1024), arguments.threads, False)],
+def embree(meshes: list[DWMesh], cameras: list[Camera], result: dict) -> dict | None:
+    """Return Embree's mean times for the mesh's tree and one ray a pixel; None where embreex is not installed."""
+    try:
+        from embreex.mesh_construction import TriangleMesh
+        from embreex.rtcore_scene import EmbreeScene
+    except ImportError:
+        return None
+    before, builds, draws, equal = forget_peak(), [], [], []
+    for mesh, camera in zip(meshes, cameras, strict=True):
+        rays = (pixel_rays(camera.size, camera.K).reshape(-1, 3) @ camera.w2c[:3, :3]).astype(np.float32)
+        origins = np.broadcast_to(camera.eye.astype(np.float32), rays.shape).copy()
+
+        scene = EmbreeScene()
+        TriangleMesh(scene, mesh.vertices.astype(np.float32), mesh.faces)
+        builds.append(timed(scene.run, origins[:1], rays[:1], repeats=1))  # the first call builds the tree
+        draws.append(timed(scene.run, origins, rays, repeats=2))
+        hits = scene.run(origins, rays).reshape(camera.size)
+        equal.append((hits == cpu.render(mesh, camera).face_id).mean())
+    result["memory_mb"]["embree"] = round(memory_mb("VmHWM") - before, 1)
+    return {
+        "build": pair(np.mean(builds, 0)),
+        "render": pair(np.mean(draws, 0)),
+        "total": pair(np.mean(builds, 0) + np.mean(draws, 0)),
+        "equal_face_ids": float(np.mean(equal)),
     }
-    report["peak_memory_mb"] = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
-    text = json.dumps(report, indent=2)
+
+
+def markdown(report: dict) -> str:
+    """Return the figures as a page."""
+    lines = [
+        "# Rendering a DW-Mesh",
+        "",
+        f"{report['date']}, {report['machine']}, load {report['load']:.1f} at the start. Mean over 3 scenes and orbits "
+        f"of {', '.join(map(str, ANGLES_DEG))}°, least of 3 calls. Embree: the tree and one ray a pixel, no shading, 3 "
+        "frames. Reference: one frame.",
+        "",
+        "| size | what | CPU ms | wall ms | memory MB | same face ids |",
+        "|---|---|---|---|---|---|",
+    ]
+    for r in report["results"]:
+        size = f"{r['size'][0]} × {r['size'][1]}"
+        rows = [("mesh + flags", r["build"], "", ""), ("render", r["render"], "", "")]
+        rows += [("mesh + flags + render", r["total"], r["memory_mb"]["cpu"], "")]
+        rows += [(f"a frame, {t} thread{'s' * (t > 1)}", r[f"threads_{t}"], "", "") for t in (1, 2)]
+        if r["embree"]:
+            shares = f"{100 * r['embree']['equal_face_ids']:.2f} %"
+            rows += [("Embree, tree", r["embree"]["build"], "", ""), ("Embree, rays", r["embree"]["render"], "", "")]
+            rows += [("Embree, both", r["embree"]["total"], r["memory_mb"]["embree"], shares)]
+        if "reference" in r:
+            rows.append(("reference, render", r["reference"], "", f"{100 * r['reference']['equal_face_ids']:.2f} %"))
+        lines += [f"| {size} | {n} | {v['cpu_ms']:.1f} | {v['wall_ms']:.1f} | {m} | {e} |" for n, v, m, e in rows]
+    return "\n".join(lines) + "\n"
+
+
+def machine() -> str:
+    """Return the processor's name, its number of cores, and Python's version."""
+    info = Path("/proc/cpuinfo")
+    names = (
+        [x.split(":")[1].strip() for x in info.read_text().splitlines() if "model name" in x] if info.exists() else []
+    )
+    return f"{(names or [platform.machine()])[0]}, {os.cpu_count()} cores, Python {platform.python_version()}"
+
+
+def main() -> None:
+    """Measure and write the two files."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--output", type=Path, default=RESULTS)
+    args = parser.parse_args()
+    small = cases((64, 64))[0]
+    cpu.render(build(small[0], small[1], small[2].K), small[2])  # compiled once, outside every figure
+    report: dict = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "load": os.getloadavg()[0]}
+    report["results"] = [measure((512, 512), True), measure((576, 1024), False)]
+    args.output.mkdir(parents=True, exist_ok=True)
+    (args.output / "render.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
+    text = markdown(report)
+    (args.output / "render.md").write_text(text, encoding="utf-8")
     print(text)
-    if arguments.output:
-        arguments.output.parent.mkdir(parents=True, exist_ok=True)
-        arguments.output.write_text(text + "\n", encoding="utf-8")
 
 
 if __name__ == "__main__":
