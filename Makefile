@@ -19,7 +19,7 @@ $(STAMP): pyproject.toml constraints/cpu.txt
 	touch $@
 
 demo: $(STAMP)
-	$(BIN)/ex4d demo configs/tiny.yaml
+	$(BIN)/ex4d demo --config configs/tiny.yaml --output out/demo
 
 test: $(STAMP)
 	$(BIN)/python -m pytest
