@@ -152,32 +152,32 @@ def test_neighbours_share_each_pixel_once(seed):
 
 @pytest.mark.parametrize("seed", range(3))
 def test_small_triangles_are_covered_as_by_the_reference(seed):
-    """The float32 set-up without branches, on 64 random triangles of at most 2 × 2 pixel centres, many on the rule."""
+    """The float32 set-up without branches, on 64 random triangles of a few pixels, many with corners on the rule."""
     rng = np.random.default_rng(seed)
-    size, stride = (6, 7), cpu_raster.STRIDE
-    xy, out = np.zeros(4 * stride, np.float32), np.zeros(3 * cpu_raster.CHUNK, np.int32)
-    xy[:] = (np.repeat(np.tile(rng.integers(-2, 8, 2), 2), stride) + rng.integers(0, 5, 4 * stride)) * 128
-    xy += rng.integers(-100, 100, 4 * stride) * rng.integers(0, 2, 4 * stride)
+    size, stride, chunk = (6, 7), cpu_raster.STRIDE, cpu_raster.CHUNK
+    lane, out = np.zeros(8 * stride, np.float32), np.zeros(3 * chunk, np.int32)
+    base = np.repeat(np.tile(rng.integers(-1, 6, 2), 2), stride)
+    lane[: 4 * stride] = (base + rng.integers(0, 7, 4 * stride)) * 128
+    lane[: 4 * stride] += rng.integers(-100, 100, 4 * stride) * rng.integers(0, 2, 4 * stride)
     last_i, last_j = np.float32(size[0] - 1), np.float32(size[1] - 1)
-    num_small = 0
-    for cull in (False, True):
-        cpu_raster._cover_upper(xy, cull, last_j, last_i, out)
-        for n in range(cpu_raster.CHUNK):
-            corners = np.array(
-                [[xy[n], xy[stride + n]], xy[[2 * stride + n, 3 * stride + n]], xy[[n + 1, stride + n + 1]]]
-            )
-            corners = corners.astype(np.float64)
+    kinds = []
+    for cull, half in ((False, 0), (True, 0), (False, 1)):
+        cpu_raster._cover_chunk(half, lane, cull, last_j, last_i, out)
+        for n in range(chunk):
+            picks = [n + half, 2 * stride + n, 2 * half * stride + n + 1]
+            corners = np.array([[lane[k], lane[stride + k]] for k in picks], np.float64)
             (dx, dy), (ex, ey) = corners[1] - corners[0], corners[2] - corners[0]
             slow, _ = blank(size)
             if not (cull and dx * ey - dy * ex > 0):
                 reference.draw_triangle(corners, np.ones(3), 0, *slow)
-            bits, j0, i0 = out[[n, n + cpu_raster.CHUNK, n + 2 * cpu_raster.CHUNK]]
-            if bits == cpu_raster.LARGE:
-                continue
-            num_small += bits > 0
-            covered = {(i0 + (k >> 1), j0 + (k & 1)) for k in range(4) if bits >> k & 1}
-            assert covered == set(zip(*np.nonzero(slow[1] == 0), strict=True))
-    assert num_small > 10
+            covered = list(zip(*np.nonzero(slow[1] == 0), strict=True))
+            kind, j, i = out[[n, n + chunk, n + 2 * chunk]]
+            kinds.append(kind)
+            if kind == cpu_raster.ONE:
+                assert covered == [(i, j)]
+            elif kind == cpu_raster.NONE:
+                assert not covered
+    assert set(kinds) == {cpu_raster.NONE, cpu_raster.ONE, cpu_raster.MORE}
 
 
 def test_scaling_depth_and_path_leaves_the_picture():

@@ -2,8 +2,8 @@
 
 Columns of CHUNK cells are walked from top to bottom. The set-up of a chunk's triangles is written without branches, so
 that LLVM vectorises it. It is exact in float32: coordinates are whole 1/256 px, and a triangle over at most 2 × 2 pixel
-centres is smaller than 3 px. Larger ones go through `_fill`, row by row. What is nearest is kept as one 64-bit key a
-pixel, the bits of float32 1/z above the complement of the face id, merged by max: the order does not matter.
+centres is smaller than 3 px. Those that cover more than one go through `_fill`, row by row. What is nearest is kept as
+one 64-bit key a pixel, the bits of float32 1/z above the complement of the face id, merged by max in any order.
 """
 
 from __future__ import annotations
@@ -16,10 +16,11 @@ from ex4d.geometry.render.cpu_kernels import kernel
 
 CHUNK = 64
 STRIDE = 80  # of the streams in a chunk's buffer
-X0, Y0, X1, Y1 = 0, STRIDE, 2 * STRIDE, 3 * STRIDE  # top and bottom vertices
-LARGE = 16  # a triangle for `_fill`
+X0, Y0, X1, Y1 = 0, STRIDE, 2 * STRIDE, 3 * STRIDE  # top and bottom vertices, 1/256 px
+WB, WC, AREA, VALUE = 4 * STRIDE, 5 * STRIDE, 6 * STRIDE, 7 * STRIDE  # edge functions at the pixel, area, 1/z
+NONE, ONE, MORE = 0, 1, 2  # pixels that a triangle covers, as far as the set-up can say
+EXACT = 2.0**24  # below it whole numbers are exact in float32
 LAST_ID = 2**31 - 1
-LOWEST_BIT = np.array([0, 0, 1, 0, 2, 0, 1, 0, 3, 0, 1, 0, 2, 0, 1, 0], np.int64)
 F0, F1, FHALF, FPIXEL, FINVERSE = (np.float32(x) for x in (0, 1, 128, 256, 1 / 256))
 BEHIND = 16
 
@@ -40,7 +41,6 @@ def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys):
     if j1 < j0:
         return
     dxa, dya, dxb, dyb, dxc, dyc = cx - bx, cy - by, ax - cx, ay - cy, bx - ax, by - ay
-    low = np.int64(LAST_ID - face)
     for i in range(i0, i1 + 1):
         y = i * 256.0 + 128.0
         wa = dxa * (y - by) - dya * (128.0 - bx)
@@ -52,7 +52,7 @@ def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys):
         for j in range(int(first), int(last) + 1):
             x = j * 256.0
             value = np.float32(((wa - dya * x) * ia + (wb - dyb * x) * ib + (wc - dyc * x) * ic) / area)
-            keys[i, j] = max(keys[i, j], np.int64(value.view(np.int32)) << 32 | low)
+            keys[i, j] = max(keys[i, j], np.int64(value.view(np.int32)) << 32 | (LAST_ID - face))
 
 
 @kernel
@@ -86,10 +86,9 @@ def _point(i, j, z, rays_x, rays_y, centre, rotation, shift):
 @kernel
 def _snap(p, camera):
     """Return (x, y in 1/256 px, 1/z) of a point before the camera."""
-    inverse = 1 / p[2]
-    x = np.floor((camera[0] * p[0] * inverse + camera[2]) * 256.0 + 0.5)
-    y = np.floor((camera[1] * p[1] * inverse + camera[3]) * 256.0 + 0.5)
-    return x, y, inverse
+    one = 1 / p[2]
+    u, v = camera[0] * p[0] * one + camera[2], camera[1] * p[1] * one + camera[3]
+    return np.floor(u * 256.0 + 0.5), np.floor(v * 256.0 + 0.5), one
 
 
 @kernel
@@ -100,29 +99,32 @@ def _cut(inner, outer, near):
 
 
 @kernel
-def _draw(a, b, c, camera, near, face, cull, keys):
-    """Enter a triangle of points in camera axes, cut at the near plane."""
+def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, face, cull, keys):
+    """Enter a triangle of vertices ((i, j), (i, j), (i, j)), cut at the near plane."""
+    (ai, aj), (bi, bj), (ci, cj) = corners
+    a = _point(ai, aj, z, rays_x, rays_y, centre, rotation, shift)
+    b = _point(bi, bj, z, rays_x, rays_y, centre, rotation, shift)
+    c = _point(ci, cj, z, rays_x, rays_y, centre, rotation, shift)
     inside = (a[2] >= near) + (b[2] >= near) + (c[2] >= near)
-    if inside == 0:
-        return
     # Turned so that the odd one out comes first; the order round the triangle stays.
     if (inside == 1 and b[2] >= near) or (inside == 2 and b[2] < near):
         a, b, c = b, c, a
     elif (inside == 1 and c[2] >= near) or (inside == 2 and c[2] < near):
         a, b, c = c, a, b
+    if inside == 0:
+        return
     if inside == 1:
         b, c = _cut(a, b, near), _cut(a, c, near)
     elif inside == 2:
-        cut_b, cut_c = _cut(b, a, near), _cut(c, a, near)
-        (ax, ay, ia), (bx, by, ib), (cx, cy, ic) = _snap(cut_b, camera), _snap(c, camera), _snap(cut_c, camera)
+        a, cut = _cut(b, a, near), _cut(c, a, near)
+        (ax, ay, ia), (bx, by, ib), (cx, cy, ic) = _snap(a, camera), _snap(c, camera), _snap(cut, camera)
         _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys)
-        a = cut_b
     (ax, ay, ia), (bx, by, ib), (cx, cy, ic) = _snap(a, camera), _snap(b, camera), _snap(c, camera)
     _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys)
 
 
 @kernel
-def _vertices(z_row, rays_x, ray_y, rotation, shift, camera, near, last_j, last_i, xy, inverse):
+def _vertices(z_row, rays_x, ray_y, rotation, shift, camera, near, last_j, last_i, lane, inverse):
     """Enter a chunk's bottom vertices; return (AND, OR) of their outcodes: left, right, above, below, before near."""
     common, some = 31, 0
     for n in range(len(z_row)):
@@ -134,17 +136,16 @@ def _vertices(z_row, rays_x, ray_y, rotation, shift, camera, near, last_j, last_
         one = 1 / pz
         u = np.floor((camera[0] * px * one + camera[2]) * 256.0 + 0.5)
         v = np.floor((camera[1] * py * one + camera[3]) * 256.0 + 0.5)
-        xy[X1 + n], xy[Y1 + n] = np.float32(u), np.float32(v)
+        lane[X1 + n], lane[Y1 + n] = np.float32(u), np.float32(v)
         inverse[STRIDE + n] = one if pz >= near else 0.0
         side = (u < 128.0) * 1 + (u > last_j * 256.0 + 128.0) * 2 + (v < 128.0) * 4 + (v > last_i * 256.0 + 128.0) * 8
         code = BEHIND if pz < near else side
-        common &= code
-        some |= code
+        common, some = common & code, some | code
     return common, some
 
 
 def _cover_source(ax, ay, bx, by, cx, cy, cull, last_j, last_i):
-    """Return (bits, j0, i0): which of the pixels (i0, j0), (i0, j0 + 1), … a triangle covers, or LARGE."""
+    """Return (NONE, ONE or MORE pixels, column and row of the one, edge functions b and c there ≥ 0, signed area)."""
     j0 = np.ceil((min(ax, bx, cx) - FHALF) * FINVERSE)
     j1 = np.floor((max(ax, bx, cx) - FHALF) * FINVERSE)
     i0 = np.ceil((min(ay, by, cy) - FHALF) * FINVERSE)
@@ -155,45 +156,48 @@ def _cover_source(ax, ay, bx, by, cx, cy, cull, last_j, last_i):
     area = ux * vy - uy * vx
     dead = (area == F0) | (cull & (area > F0))
     sign = F1 if area > F0 else -F1
-    ux, uy, vx, vy, area = ux * sign, uy * sign, vx * sign, vy * sign, area * sign
+    ux, uy, vx, vy = ux * sign, uy * sign, vx * sign, vy * sign
     px, py = j0 * FPIXEL + FHALF - ax, i0 * FPIXEL + FHALF - ay
     wb, wc = vy * px - vx * py, ux * py - uy * px
-    wa = area - wb - wc
+    wa = area * sign - wb - wc
+    # Top-left rule: an edge that does not own its points must be exceeded by one unit or more.
     dx, dy = vx - ux, vy - uy
-    wa = wa - (F0 if (dy < F0) | ((dy == F0) & (dx > F0)) else F1)
-    wb = wb - (F0 if (vy > F0) | ((vy == F0) & (vx < F0)) else F1)
-    wc = wc - (F0 if (uy < F0) | ((uy == F0) & (ux > F0)) else F1)
+    least_a = F0 if (dy < F0) | ((dy == F0) & (dx > F0)) else F1
+    least_b = F0 if (vy > F0) | ((vy == F0) & (vx < F0)) else F1
+    least_c = F0 if (uy < F0) | ((uy == F0) & (ux > F0)) else F1
+    ra, rb, rc = wa - least_a, wb - least_b, wc - least_c
     right_b, right_c, down_b, down_c = vy * FPIXEL, -uy * FPIXEL, -vx * FPIXEL, ux * FPIXEL
     right_a, down_a = -right_b - right_c, -down_b - down_c
-    two_j, two_i = j1 > j0, i1 > i0
-    here = min(wa, wb, wc) >= F0
-    right = (min(wa + right_a, wb + right_b, wc + right_c) >= F0) & two_j
-    down = (min(wa + down_a, wb + down_b, wc + down_c) >= F0) & two_i
-    both = (min(wa + right_a + down_a, wb + right_b + down_b, wc + right_c + down_c) >= F0) & two_j & two_i
-    bits = np.int32(here) | np.int32(right) << 1 | np.int32(down) << 2 | np.int32(both) << 3
+    here = min(ra, rb, rc) >= F0
+    right = (min(ra + right_a, rb + right_b, rc + right_c) >= F0) & (j1 > j0)
+    down = (min(ra + down_a, rb + down_b, rc + down_c) >= F0) & (i1 > i0)
+    both = (min(ra + right_a + down_a, rb + right_b + down_b, rc + right_c + down_c) >= F0) & (j1 > j0) & (i1 > i0)
+    count = np.int32(here) + np.int32(right) + np.int32(down) + np.int32(both)
     away = (j1 < j0) | (i1 < i0) | (dead & ~large)
-    return np.int32(0 if away else (LARGE if large else bits)), np.int32(j0), np.int32(i0)
+    kind = np.int32(NONE if away else (MORE if large | (count > ONE) else count))
+    step_j, step_i = F1 if right | both else F0, F1 if down | both else F0
+    wb, wc = wb + step_j * right_b + step_i * down_b, wc + step_j * right_c + step_i * down_c
+    return kind, np.int32(j0 + step_j), np.int32(i0 + step_i), wb, wc, area
 
 
 _cover = kernel(_cover_source, inline="always")
 
 
 @kernel
-def _cover_upper(xy, cull, last_j, last_i, out):
-    """Enter what the triangles (tl, bl, tr) of a chunk cover: out int32, streams of CHUNK: bits, j0, i0."""
-    for n in range(CHUNK):
-        out[n], out[n + CHUNK], out[n + 2 * CHUNK] = _cover(
-            xy[X0 + n], xy[Y0 + n], xy[X1 + n], xy[Y1 + n], xy[X0 + n + 1], xy[Y0 + n + 1], cull, last_j, last_i
-        )
-
-
-@kernel
-def _cover_lower(xy, cull, last_j, last_i, out):
-    """Enter what the triangles (tr, bl, br) of a chunk cover."""
-    for n in range(CHUNK):
-        out[n], out[n + CHUNK], out[n + 2 * CHUNK] = _cover(
-            xy[X0 + n + 1], xy[Y0 + n + 1], xy[X1 + n], xy[Y1 + n], xy[X1 + n + 1], xy[Y1 + n + 1], cull, last_j, last_i
-        )
+def _cover_chunk(half, lane, cull, last_j, last_i, out):
+    """Enter what the triangles (tl, bl, tr), or (tr, bl, br), of a chunk cover: out int32 of kinds, columns, rows."""
+    if half == 0:
+        for n in range(CHUNK):
+            out[n], out[n + CHUNK], out[n + 2 * CHUNK], lane[WB + n], lane[WC + n], lane[AREA + n] = _cover(
+                lane[X0 + n], lane[Y0 + n], lane[X1 + n], lane[Y1 + n], lane[X0 + n + 1], lane[Y0 + n + 1],
+                cull, last_j, last_i,
+            )  # fmt: skip
+    else:
+        for n in range(CHUNK):
+            out[n], out[n + CHUNK], out[n + 2 * CHUNK], lane[WB + n], lane[WC + n], lane[AREA + n] = _cover(
+                lane[X0 + n + 1], lane[Y0 + n + 1], lane[X1 + n], lane[Y1 + n], lane[X1 + n + 1], lane[Y1 + n + 1],
+                cull, last_j, last_i,
+            )  # fmt: skip
 
 
 @kernel
@@ -202,33 +206,45 @@ def _cover_cut(inverse, half, cells, out):
     for n in range(cells):
         inside = (inverse[n + half] > 0) + (inverse[STRIDE + n] > 0) + (inverse[half * STRIDE + n + 1] > 0)
         if inside < 3:
-            out[n] = LARGE if inside else 0
+            out[n] = MORE if inside else NONE
 
 
 @kernel
-def _merge(covered, count, half, xy, inverse, out, first_face, keys):
-    """Enter the small triangles `covered[:count]` of a chunk: depth as in the reference, one key a pixel."""
-    for m in range(count):
-        n = covered[m]
-        a, b, c = n + half, n, n + 1
-        bits, j0, i0 = np.int64(out[n]), np.int64(out[n + CHUNK]), np.int64(out[n + 2 * CHUNK])
-        ax, ay = np.float64(xy[X0 + a]), np.float64(xy[Y0 + a])
-        ux, uy = np.float64(xy[X1 + b]) - ax, np.float64(xy[Y1 + b]) - ay
-        third = half * (X1 - X0)
-        vx, vy = np.float64(xy[X0 + third + c]) - ax, np.float64(xy[Y0 + third + c]) - ay
-        ia, ib, ic = inverse[a], inverse[STRIDE + b], inverse[half * STRIDE + c]
-        area = ux * vy - uy * vx
-        low = np.int64(LAST_ID - (first_face + n))
-        while bits:
-            k = LOWEST_BIT[bits]
-            bits &= bits - 1
-            j, i = j0 + (k & 1), i0 + (k >> 1)
-            px, py = j * 256.0 + 128.0 - ax, i * 256.0 + 128.0 - ay
-            wb, wc = vy * px - vx * py, ux * py - uy * px
-            wa = area - wb - wc
-            left, rest = (wc * ic, wb * ib) if area < 0 else (wb * ib, wc * ic)
-            value = np.float32((wa * ia + left + rest) / area)
-            keys[i, j] = max(keys[i, j], np.int64(value.view(np.int32)) << 32 | low)
+def _values(lane, inverse_a, inverse_b, inverse_c):
+    """Enter 1/z at the pixel of each triangle of a chunk, summed in the reference's order."""
+    for n in range(CHUNK):
+        wb, wc, area = np.float64(lane[WB + n]), np.float64(lane[WC + n]), np.float64(lane[AREA + n])
+        size = abs(area)
+        b, c = wb * inverse_b[n], wc * inverse_c[n]
+        total = (size - wb - wc) * inverse_a[n] + (b if area > 0 else c) + (c if area > 0 else b)
+        lane[VALUE + n] = np.float32(total / size)
+
+
+@kernel
+def _sort(out, hidden, drawn_hidden, cells, ones, mores):
+    """Enter which triangles of a chunk cover one pixel and which more, without branches; return how many of each."""
+    one, more = 0, 0
+    for n in range(cells):
+        drawn = drawn_hidden | ~hidden[n]
+        ones[one] = n
+        one += (out[n] == ONE) & drawn
+        mores[more] = n
+        more += (out[n] == MORE) & drawn
+    return one, more
+
+
+@kernel
+def _fill_exact(n, half, lane, inverse, face, cull, keys):
+    """Enter triangle n of a chunk, if its corners are before the camera and exact in float32; return whether."""
+    a, b, c = n + half, n, half * 2 * STRIDE + n + 1
+    ia, ib, ic = inverse[a], inverse[STRIDE + n], inverse[half * STRIDE + n + 1]
+    ax, ay = np.float64(lane[X0 + a]), np.float64(lane[Y0 + a])
+    bx, by = np.float64(lane[X1 + b]), np.float64(lane[Y1 + b])
+    cx, cy = np.float64(lane[X0 + c]), np.float64(lane[Y0 + c])
+    exact = max(abs(ax), abs(ay), abs(bx), abs(by), abs(cx), abs(cy)) < EXACT and ia > 0 and ib > 0 and ic > 0
+    if exact:
+        _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys)
+    return exact
 
 
 @kernel
@@ -238,62 +254,46 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
     Args:
         z: float32 [rows + 1, columns + 1]; rays_x, rays_y: float64, K⁻¹ (u, v, 1) of its columns and rows.
         rotation, shift: float64 [9], row by row, and [3], from the source's to the target's axes.
-        camera: float64 [4]: fx, fy, cx, cy of the target.
-        near: near plane.
+        camera: float64 [4]: fx, fy, cx, cy of the target; near: its near plane.
         occluded: bool [2, rows, columns] flags of the grid's faces.
         cap: int32 [C, 3] faces of the cap; centre: float64 [3], its centre in the source's axes.
-        cull: leave out back faces.
-        draw_occluded: else leave out occluded faces and the cap.
+        cull: leave out back faces; draw_occluded: else leave out occluded faces and the cap.
     """
     rows, columns = z.shape[0] - 1, z.shape[1] - 1
     last_i, last_j = np.float32(keys.shape[0] - 1), np.float32(keys.shape[1] - 1)
-    xy, inverse = np.zeros(4 * STRIDE, np.float32), np.zeros(2 * STRIDE)
-    out, listed = np.zeros(3 * CHUNK, np.int32), np.zeros(CHUNK + 1, np.int64)
+    lane, inverse = np.zeros(8 * STRIDE, np.float32), np.zeros(2 * STRIDE)
+    out, ones, mores = np.zeros(3 * CHUNK, np.int32), np.zeros(CHUNK + 1, np.int64), np.zeros(CHUNK + 1, np.int64)
     for start in range(0, columns, CHUNK):
         cells = min(CHUNK, columns - start)
         common, some = 0, 0
         for i in range(rows + 1):
-            xy[: 2 * STRIDE], inverse[:STRIDE] = xy[2 * STRIDE :], inverse[STRIDE:]
+            lane[: 2 * STRIDE], inverse[:STRIDE] = lane[2 * STRIDE : 4 * STRIDE], inverse[STRIDE:]
             top_common, top_some = common, some
             common, some = _vertices(
                 z[i, start : start + cells + 1], rays_x[start:], rays_y[i], rotation, shift, camera, near,
-                last_j, last_i, xy, inverse,
+                last_j, last_i, lane, inverse,
             )  # fmt: skip
             if i == 0 or common & top_common:
                 continue
             for half in range(2):
-                if half == 0:
-                    _cover_upper(xy, cull, last_j, last_i, out)
-                else:
-                    _cover_lower(xy, cull, last_j, last_i, out)
+                _cover_chunk(half, lane, cull, last_j, last_i, out)
                 if (some | top_some) & BEHIND:
                     _cover_cut(inverse, half, cells, out)
+                hidden = occluded[half, i - 1, start : start + cells]
+                one, more = _sort(out, hidden, draw_occluded, cells, ones, mores)
                 first_face = (half * rows + i - 1) * columns + start
-                count = 0
-                for n in range(cells):
-                    listed[count] = n
-                    count += (out[n] != 0) & (draw_occluded | ~occluded[half, i - 1, start + n])
-                small = 0
-                for m in range(count):
-                    n = listed[m]
-                    if out[n] != LARGE:
-                        listed[small] = n
-                        small += 1
-                        continue
-                    j = start + n
-                    _draw(
-                        _point(i - 1, j + half, z, rays_x, rays_y, centre, rotation, shift),
-                        _point(i, j, z, rays_x, rays_y, centre, rotation, shift),
-                        _point(i - 1 + half, j + 1, z, rays_x, rays_y, centre, rotation, shift),
-                        camera, near, first_face + n, cull, keys,
-                    )  # fmt: skip
-                _merge(listed, small, half, xy, inverse, out, first_face, keys)
-    if draw_occluded:
-        for k in range(len(cap)):
-            a, b, c = cap[k, 0], cap[k, 1], cap[k, 2]
-            _draw(
-                _point(a // (columns + 1), a % (columns + 1), z, rays_x, rays_y, centre, rotation, shift),
-                _point(b // (columns + 1), b % (columns + 1), z, rays_x, rays_y, centre, rotation, shift),
-                _point(c // (columns + 1), c % (columns + 1), z, rays_x, rays_y, centre, rotation, shift),
-                camera, near, 2 * rows * columns + k, cull, keys,
-            )  # fmt: skip
+                if one:
+                    _values(lane, inverse[half:], inverse[STRIDE:], inverse[half * STRIDE + 1 :])
+                for n in ones[:one]:
+                    pixel = out[n + 2 * CHUNK], out[n + CHUNK]
+                    key = np.int64(np.float32(lane[VALUE + n]).view(np.int32)) << 32 | (LAST_ID - first_face - n)
+                    keys[pixel] = max(keys[pixel], key)
+                for n in mores[:more]:
+                    if not _fill_exact(n, half, lane, inverse, first_face + n, cull, keys):
+                        face, j = first_face + n, start + n
+                        corners = ((i - 1, j + half), (i, j), (i - 1 + half, j + 1))
+                        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, face, cull, keys)
+    for k in range(len(cap) if draw_occluded else 0):
+        a, b, c = np.int64(cap[k, 0]), np.int64(cap[k, 1]), np.int64(cap[k, 2])
+        face, corners = 2 * rows * columns + k, (divmod(a, columns + 1), divmod(b, columns + 1), divmod(c, columns + 1))
+        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, face, cull, keys)
