@@ -46,6 +46,25 @@ def test_cpu_equals_reference_on_fifty_scenes():
     assert results[:, 3].max() <= 1
 
 
+@pytest.mark.parametrize(
+    ("eye", "target", "magnified"),
+    [
+        ((2.5, 0, 2.5), (0, 0.7, 2.5), 1),  # across the near plane, walls and cap in sight
+        ((0.3, 0.1, 0.2), (0, 0, 3), 5),  # triangles of many pixels
+        ((0.1, 0.1, 3.5), (0, 0.2, -1), 1),  # out of the closed volume, through back faces
+    ],
+)
+def test_cpu_is_bit_equal_to_the_reference_in_hard_views(eye, target, magnified):
+    size = (40, 90)
+    K = intrinsics(size) * np.array([[magnified, 1, 1], [1, magnified, 1], [1, 1, 1]])
+    mesh = build(*random_scene(7, size), intrinsics(size))
+    camera = Camera(K, look_at(eye, target), (50, 70))
+    fast, slow = cpu.render(mesh, camera), reference.render(mesh, camera)
+    assert (slow.face_id >= 0).mean() > 0.05
+    for field in ("face_id", "z_depth", "visible_mask", "colour"):
+        assert np.array_equal(getattr(fast, field), getattr(slow, field)), field
+
+
 def nearest_by_rays(mesh: DWMesh, camera: Camera) -> np.ndarray:
     """Return float64 [H, W] z of the nearest face by Möller–Trumbore, +inf where there is none."""
     points = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]

@@ -29,10 +29,15 @@ def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:
 
 
 def clip_near(polygon: np.ndarray, near: float) -> np.ndarray:
-    """Return the part of a triangle float64 [3, 3] with z ≥ near, [0, 3 or 4, 3], in the same order of corners."""
+    """Return the part of a triangle float64 [3, 3] with z ≥ near, [0, 3 or 4, 3], the corners in the same sense.
+
+    It begins at the corner that is alone on its side, or at the cut next to it: this decides how four are split.
+    """
     inside = polygon[:, 2] >= near
     if inside.all():
         return polygon
+    first = int(np.argmin(inside) if inside.sum() == 2 else np.argmax(inside))
+    polygon, inside = np.roll(polygon, -first, 0), np.roll(inside, -first)
     kept = []
     for k in range(3):
         a, b = k, (k + 1) % 3
