@@ -13,6 +13,7 @@ import os
 import platform
 import sys
 import time
+import tracemalloc
 from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from datetime import UTC, datetime
@@ -79,10 +80,11 @@ def forget_peak() -> float:
 def measure(size: tuple[int, int], with_reference: bool) -> dict:
     """Return the figures of one size."""
     jobs = cases(size)
-    before = forget_peak()
+    tracemalloc.start()
     meshes = [build(*jobs[0][:2], jobs[0][2].K)]
     cpu.render(meshes[0], jobs[0][2])
-    result: dict = {"size": list(size), "memory_mb": {"cpu": round(memory_mb("VmHWM") - before, 1)}}
+    result: dict = {"size": list(size), "memory_mb": {"cpu": round(tracemalloc.get_traced_memory()[1] / 2**20, 1)}}
+    tracemalloc.stop()
     meshes += [build(frame, z_depth, camera.K) for frame, z_depth, camera in jobs[1:]]
     builds = np.array([timed(build, j[0], j[1], j[2].K) for j in jobs])
     draws = np.array([timed(cpu.render, m, j[2]) for m, j in zip(meshes, jobs, strict=True)])
@@ -137,9 +139,9 @@ def markdown(report: dict) -> str:
     lines = [
         "# Rendering a DW-Mesh",
         "",
-        f"{report['date']}, {report['machine']}, load {report['load']:.1f} at the start. Mean over 3 scenes and orbits "
+        f"{report['date']}, {report['machine']}, load {report['load']:.1f} at the start, {report['load_end']:.1f} at the end. Mean over 3 scenes and orbits "
         f"of {', '.join(map(str, ANGLES_DEG))}°, least of 3 calls. Embree: the tree and one ray a pixel, no shading, 3 "
-        "frames. Reference: one frame.",
+        "frames. Reference: one frame. Memory: our buffers, mesh and pictures; of Embree the growth of the process.",
         "",
         "| size | what | CPU ms | wall ms | memory MB | same face ids |",
         "|---|---|---|---|---|---|",
@@ -177,6 +179,7 @@ def main() -> None:
     cpu.render(build(small[0], small[1], small[2].K), small[2])  # compiled once, outside every figure
     report: dict = {"date": datetime.now(UTC).date().isoformat(), "machine": machine(), "load": os.getloadavg()[0]}
     report["results"] = [measure((512, 512), True), measure((576, 1024), False)]
+    report["load_end"] = os.getloadavg()[0]
     args.output.mkdir(parents=True, exist_ok=True)
     (args.output / "render.json").write_text(json.dumps(report, indent=1) + "\n", encoding="utf-8")
     text = markdown(report)
