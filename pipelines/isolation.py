@@ -140,6 +140,8 @@ class _KilledFromOutside(BadSample):
 class _Child:
     def __init__(self, limits: Limits, table: str):
         self.limits, self.num_calls = limits, 0
+        # A child's peak memory starts at its parent's, since it is the parent until it becomes another program.
+        self.inherited_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.stderr = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115 (append: it is cut while the child writes)
         ours, theirs = socket.socketpair()
         self.socket = ours
@@ -194,8 +196,9 @@ class _Child:
             return BadSample("decode_cpu", f"{function} used more than {self.limits.cpu_s:g} s of processor time")
         if code == -signal.SIGALRM:
             return BadSample("decode_timeout", f"{function} took more than {self.limits.wall_s:g} s")
-        tail = self._stderr_tail()
-        if usage.ru_maxrss * 1024 > 0.8 * self.limits.memory_bytes or "bad_alloc" in tail:
+        tail, peak_bytes = self._stderr_tail(), usage.ru_maxrss * 1024
+        its_own = peak_bytes > 1.01 * self.inherited_bytes
+        if (its_own and peak_bytes > 0.8 * self.limits.memory_bytes) or "bad_alloc" in tail:
             return BadSample("decode_memory", f"{function} needs more than {self._memory()}")
         if code == -signal.SIGKILL:
             return _KilledFromOutside("decode_memory", f"{function} was killed twice by the system")

@@ -7,6 +7,7 @@ import subprocess
 import sys
 import threading
 import time
+from contextlib import closing
 from pathlib import Path
 
 import numpy as np
@@ -205,3 +206,11 @@ def test_a_child_starts_fast_and_imports_only_what_it_needs():
     code = "import sys, pipelines.isolation; print(' '.join(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "torch", "ray", "av", "cv2", "pydantic"} & set(modules)
+
+
+def test_a_large_parent_does_not_make_a_crash_look_like_a_lack_of_memory():
+    """A child's peak memory counts from its parent's: a worker that holds frames must still tell a crash from that."""
+    ballast = np.ones(2**27)  # 1 GiB, above the child's limit
+    with closing(Isolated(LIMITS, "poison")) as fresh:
+        assert reason_of(fresh, "segfault") == "decode_crash"
+    assert ballast[-1] == 1
