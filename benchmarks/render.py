@@ -142,8 +142,8 @@ def markdown(report: dict) -> str:
         "",
         f"{report['date']}, {report['machine']}; load {report['load']:.1f} at the start, {report['load_end']:.1f} at "
         f"the end. Mean over 3 scenes and orbits of {angles}°, least of 3 calls. Embree: the tree and one ray a pixel, "
-        "no shading, 3 frames. Reference: one frame. Memory: our buffers, mesh and pictures; of Embree the growth of the "
-        "process.",
+        "no shading, 3 frames. Reference: one frame. Memory: our buffers, mesh and pictures; of Embree the growth of "
+        "the process.",
         "",
         "| size | what | CPU ms | wall ms | memory MB | same face ids |",
         "|---|---|---|---|---|---|",
