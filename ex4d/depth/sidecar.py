@@ -18,6 +18,7 @@ taken where it is there; an npy holds z-depth. Pickles are refused.
 from __future__ import annotations
 
 import zipfile
+import zlib
 from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
@@ -26,11 +27,14 @@ import numpy as np
 
 from ex4d import storage
 from ex4d.depth import DepthRequest, DepthResult
-from ex4d.errors import BadSample
+from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry.camera import check_intrinsics
 
 KINDS = {"z_depth": "z_depth", "disparity": "disparity", "depth": "disparity", "depths": "z_depth"}
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
+# What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
+UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
 ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
 
 
@@ -85,7 +89,7 @@ def read(path: str) -> tuple[np.ndarray, str, np.ndarray | None, str]:
     except ValueError as error:
         reason = "depth_pickle" if "allow_pickle" in str(error) else "depth_shape"
         raise BadSample(reason, f"{_name(path)}: {error}") from error
-    except (OSError, EOFError, MemoryError, zipfile.BadZipFile) as error:
+    except UNREADABLE as error:
         raise BadSample("depth_shape", f"{_name(path)} cannot be read: {error}") from error
     if values.ndim == 4 and 1 in (values.shape[1], values.shape[3]):
         values = values[:, 0] if values.shape[1] == 1 else values[..., 0]
@@ -93,8 +97,11 @@ def read(path: str) -> tuple[np.ndarray, str, np.ndarray | None, str]:
         raise BadSample("depth_shape", f"{_name(path)}: {key} is {values.dtype} {list(values.shape)}, not [N, H, W]")
     if kind not in ("z_depth", "disparity"):
         raise BadSample("depth_shape", f"{_name(path)}: kind {kind!r}, not z_depth or disparity")
-    if K is not None and (K.shape != (3, 3) or not np.isfinite(K).all()):
-        raise BadSample("depth_shape", f"{_name(path)}: K is {list(K.shape)}, not finite [3, 3]")
+    if K is not None:
+        try:
+            check_intrinsics(K)
+        except ConfigError as error:  # here K is data, not a choice
+            raise BadSample("depth_shape", f"{_name(path)}: K is no matrix of intrinsics: {error.allowed}") from error
     return values, kind, K, key
 
 

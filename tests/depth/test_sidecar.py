@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import io
 import zipfile
 
 import numpy as np
@@ -168,3 +169,40 @@ def test_files_of_other_programs(media):
     for name, reason in {"icl_metric_depths_bad.npz": "depth_nan", "pickled_object_array.npz": "depth_pickle"}.items():
         with pytest.raises(BadSample, match=reason):
             estimate("sidecar", frames, DepthRequest(depth_path=str(folder / name)))
+
+
+def damaged(name: str) -> bytes:
+    """Return an npz of good depth, damaged in one way."""
+    whole = io.BytesIO()
+    np.savez_compressed(whole, z_depth=depth())
+    data = bytearray(whole.getvalue())
+    directory = data.find(b"PK\x01\x02")
+    if name == "stream":
+        data[60 : len(data) // 2] = b"\xff" * (len(data) // 2 - 60)
+    elif name == "method":
+        data[8] = data[directory + 10] = 99
+    elif name == "encrypted":
+        data[6] |= 1
+        data[directory + 8] |= 1
+    return bytes(data)
+
+
+@pytest.mark.parametrize("name", ["stream", "method", "encrypted"])
+def test_damaged_archives_are_bad_samples(tmp_path, name):
+    (tmp_path / "clip.npz").write_bytes(damaged(name))
+    with pytest.raises(BadSample, match="depth_shape"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+
+
+def test_a_shape_beyond_all_numbers_is_a_bad_sample(tmp_path):
+    header = f"{{'descr': '<f4', 'fortran_order': False, 'shape': ({10**22},)}}\n".encode()
+    (tmp_path / "clip.npy").write_bytes(b"\x93NUMPY\x01\x00" + len(header).to_bytes(2, "little") + header)
+    with pytest.raises(BadSample, match="depth_shape"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
+
+
+@pytest.mark.parametrize("K", [np.zeros((3, 3)), -np.eye(3), 1e300 * np.eye(3), np.eye(4)])
+def test_intrinsics_in_a_file_are_data_and_no_choice(tmp_path, K):
+    np.savez(tmp_path / "clip.npz", z_depth=depth(), K=K)
+    with pytest.raises(BadSample, match="intrinsics"):
+        estimate("sidecar", FRAMES, ask(tmp_path))
