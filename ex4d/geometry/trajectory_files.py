@@ -13,6 +13,8 @@ from __future__ import annotations
 
 import json
 import re
+import zipfile
+import zlib
 from dataclasses import dataclass
 from pathlib import Path
 
@@ -26,6 +28,11 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
 # Unreal: x forward, y right, z up. OpenCV: x right, y down, z forward. Determinant -1: the hand changes.
 UNREAL = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+# What the parsers below raise on files that are damaged or of another kind; RuntimeError: JSON nested without end.
+UNREADABLE = (
+    *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError),
+    *(OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error),
+)
 SUFFIXES = {".npz": "ex4d", ".json": "json"}
 
 
@@ -67,11 +74,12 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         raise ConfigError("format", format, f"allowed: {', '.join(READERS)}")
     try:
         poses = READERS[format](path, camera)
-    except (ValueError, KeyError, IndexError, TypeError) as error:
+    except UNREADABLE as error:
         raise ContractError(f"{path} is no {format} file of poses: {error}") from error
     rotation = poses.w2c[:, :3, :3]
     # 1e-3: text formats round their numbers, and the hand must be right.
     rigid = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(initial=0) < 1e-3
+    rigid &= np.abs(poses.w2c[:, 3] - [0, 0, 0, 1]).max(initial=0) < 1e-6
     if not (len(poses.w2c) and rigid and (np.linalg.det(rotation) > 0).all() and np.isfinite(poses.w2c).all()):
         raise ContractError(f"{path}: the poses read as {format} are no rigid motions")
     if flip_y:

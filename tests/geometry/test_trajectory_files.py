@@ -130,3 +130,20 @@ def test_the_released_poses_round_trip(media, tmp_path):
     with np.load(path, allow_pickle=False) as before, np.load(tmp_path / "again.npz", allow_pickle=False) as after:
         np.testing.assert_array_equal(before["extrinsics"], after["extrinsics"])
         np.testing.assert_array_equal(before["intrinsics"], after["intrinsics"])
+
+
+@pytest.mark.parametrize(
+    ("name", "data"),
+    [
+        ("deep.json", b"[" * 200_000),
+        ("list.json", b'["frame0"]'),
+        ("large.json", b'{"axes": "opencv", "w2c": [[[1' + b"0" * 400 + b"]]]}"),
+        ("empty.npz", b""),
+        ("cut.npz", b"PK\x03\x04" + b"\0" * 40),
+        ("row.json", json.dumps({"axes": "opencv", "w2c": [[*np.eye(4)[:3].tolist(), [1, 2, 3, 0]]]}).encode()),
+    ],
+)
+def test_damaged_files_of_poses_are_named(tmp_path, name, data):
+    (tmp_path / name).write_bytes(data)
+    with pytest.raises(ContractError, match=name):
+        read(tmp_path / name)
