@@ -197,6 +197,13 @@ def build(
     allowed = [key for key in inspect.signature(function).parameters if key not in ("num_frames", "radius")]
     if angle_deg is not None and "angle_deg" in allowed:
         options["angle_deg"] = float(angle_deg)
+    required = [
+        key for key in allowed if inspect.signature(function).parameters[key].default is inspect.Parameter.empty
+    ]
+    for key in required:
+        _check(
+            key, options.get(key), key in options, f"{name} needs it; on the command line give a file of poses instead"
+        )
     for key, value in options.items():
         _check(key, value, key in allowed, f"{name} takes {', '.join(allowed) or 'no options'}")
     return function(num_frames, float(radius), **options)

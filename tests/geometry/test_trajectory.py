@@ -132,3 +132,8 @@ def test_bad_choices_name_their_key(name: str, options: dict, key: str):
     with pytest.raises(ConfigError) as caught:
         trajectory.build(name, **{"num_frames": 9, **options})
     assert caught.value.key == key
+
+
+def test_a_path_through_poses_needs_poses():
+    with pytest.raises(ConfigError, match="key_poses"):
+        trajectory.build("custom", 9)
