@@ -69,8 +69,15 @@ def lora_names(num_blocks: int, style: str = "diffusers") -> list[str]:
 
 
 def count_blocks(names: Iterable[str]) -> int:
-    """Return one more than the highest block number in any format's names; 0 where there is none."""
-    return max((int(found[1]) for name in names if (found := re.search(r"blocks[._](\d+)[._]", name))), default=-1) + 1
+    """Return one more than the highest block number in any format's names; 0 where there is none.
+
+    Raises:
+        ContractError: a number below it is missing.
+    """
+    numbers = {int(found[1]) for name in names if (found := re.search(r"blocks[._](\d{1,9})[._]", name))}
+    if numbers and max(numbers) >= len(numbers):
+        raise ContractError(f"blocks are missing: there are {len(numbers)}, numbered up to {max(numbers)}")
+    return len(numbers)
 
 
 def style_of(names: Iterable[str]) -> str:
@@ -117,6 +124,9 @@ def from_format(state: Mapping[str, Tensor], style: str) -> tuple[dict[str, Tens
     Raises:
         ContractError: tensors are missing or surplus, or alpha differs between layers. Names them.
     """
+    for name, value in state.items():
+        if (name.endswith(".alpha") and value.numel() != 1) or (name.endswith(".weight") and value.ndim < 2):
+            raise ContractError(f"{style} weights: {name} has the shape {tuple(value.shape)}")
     alphas = {name: float(value) for name, value in state.items() if name.endswith(".alpha")}
     tensors = {name: value for name, value in state.items() if name not in alphas}
     num_blocks = count_blocks(tensors)

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 import pickle
 from collections.abc import Mapping
 from dataclasses import asdict, dataclass, fields
@@ -12,7 +13,7 @@ from typing import Any, Literal
 import torch
 from torch import Tensor
 
-from ex4d import storage
+from ex4d import config, storage
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import formats, lora
 from ex4d.models.adapter import Ex4dModel
@@ -22,6 +23,11 @@ FILE_NAME = "adapter.safetensors"
 FORMAT_VERSION = 1
 _HEADER = "ex4d"
 RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+# What torch's reader of pickles raises on bytes that are none, or that hold more than tensors.
+_UNPICKLABLE = (
+    *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
+    *(LookupError, AttributeError, TypeError, OverflowError, MemoryError),
+)
 CONVENTIONS = (
     "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
     "VAE(mask); residual added to the patch embedding; LoRA scaled by alpha / rank; timestep = 1000 sigma"
@@ -146,6 +152,9 @@ def load_state(model: Ex4dModel, state: Mapping[str, Tensor], what: str = "the s
             f"{what}: {len(different)} shapes differ, the first is {first}: "
             f"{tuple(state[first].shape)}, the model has {tuple(trainables[first].shape)}"
         )
+    broken = [name for name in trainables if not torch.isfinite(state[name]).all()]
+    if broken:
+        raise ContractError(f"{what}: {len(broken)} tensors are not finite, the first is {broken[0]}")
     for name, value in trainables.items():
         value.copy_(state[name])
 
@@ -222,9 +231,13 @@ def _is_released(file: Path) -> bool:
 def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
-    except (pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError) as error:
-        raise ContractError(f"{file} is no file of plain tensors: {error}") from error
-    if not isinstance(tensors, dict) or not all(isinstance(value, Tensor) for value in tensors.values()):
+    except _UNPICKLABLE as error:
+        # The first line alone: the rest of torch's advice is to load the file unsafely.
+        reason = (str(error).splitlines() or [type(error).__name__])[0]
+        raise ContractError(f"{file} is no file of plain tensors: {reason}") from error
+    if not isinstance(tensors, dict) or not all(
+        isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
+    ):
         raise ContractError(f"{file} is not a mapping of names to tensors")
     return tensors
 
@@ -255,7 +268,8 @@ def _header_of(file: Path) -> AdapterMetadata:
     try:
         with safe_open(file, framework="pt") as opened:
             header: Any = json.loads((opened.metadata() or {}).get(_HEADER, "null"))
-    except (SafetensorError, OSError, ValueError) as error:
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it cannot be iterated itself)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
         raise ContractError(f"{file} is no safetensors file of this project: {error}") from error
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
@@ -263,4 +277,23 @@ def _header_of(file: Path) -> AdapterMetadata:
     names = {field.name for field in fields(AdapterMetadata)}
     if set(header) != names:
         raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
-    return AdapterMetadata(**header | {"size": tuple(header["size"])})
+    try:
+        metadata = config.validate(AdapterMetadata, header, "adapter")
+    except ConfigError as error:
+        raise ContractError(f"{file}: its header says {error}") from error
+    _check_header(metadata, shapes, file)
+    return metadata
+
+
+def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], file: Path) -> None:
+    """Raise ContractError unless the header's sizes can be, and are those of the tensors: a model is built by them."""
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A" in name and shape}
+    hidden = next(iter(shapes.get("geometry_adapter.latent_encoder.0.weight", [])), 0)
+    if ranks != {metadata.lora_rank} or hidden != metadata.adapter_hidden:
+        raise ContractError(
+            f"{file}: its header says rank {metadata.lora_rank} and {metadata.adapter_hidden} channels, "
+            f"its tensors have {sorted(ranks)} and {hidden}"
+        )
+    sizes = (metadata.lora_alpha, metadata.num_frames, *metadata.size)
+    if not all(0 < value < math.inf for value in sizes):
+        raise ContractError(f"{file}: its header says alpha, frames and size {sizes}")

@@ -219,3 +219,47 @@ def test_a_truncated_file_is_refused(wan_folder: Path, tmp_path: Path) -> None:
     path.write_bytes(path.read_bytes()[:-100])
     with pytest.raises(ContractError, match="no safetensors"):
         weights.load_adapter(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        *({"lora_rank": 10**9}, {"lora_rank": None}, {"adapter_hidden": 10**7}, {"lora_alpha": float("nan")}),
+        *({"base": 5}, {"size": 5}, {"size": "ab"}, {"num_frames": -3}, {"mask_range": "banana"}),
+    ],
+    ids=str,
+)
+def test_a_header_that_cannot_be_true_is_refused_before_a_model_is_built(wan_folder, tmp_path, change) -> None:
+    model = build(wan_folder)
+    path = weights.save_adapter(tmp_path, model, dataclasses.replace(metadata_of(model), **change))
+    with pytest.raises(ContractError, match="its header says"):
+        weights.read_metadata(path)
+
+
+def test_an_adapter_that_is_not_finite_is_refused(wan_folder, tmp_path) -> None:
+    model = build(wan_folder)
+    state = weights.adapter_state(model)
+    name = next(iter(state))
+    weights.save_adapter(tmp_path, state | {name: torch.full_like(state[name], float("nan"))}, metadata_of(model))
+    with pytest.raises(ContractError, match="not finite"):
+        weights.load_adapter(tmp_path, model)
+
+
+@pytest.mark.parametrize(
+    "content",
+    [
+        *(b"hello", b"\x80\x02h\x09.", b""),
+        *({1: torch.zeros(1)}, {"blocks.999999999.self_attn.q.lora_A.default.weight": torch.zeros(1, 1)}),
+        {"blocks.0.self_attn.q.lora_A.default.weight": torch.tensor(1.0)},
+    ],
+    ids=["text", "memo", "empty", "number", "block", "scalar"],
+)
+def test_a_released_file_that_is_none_is_refused_in_one_line(tmp_path, content) -> None:
+    path = tmp_path / "some.ckpt"
+    if isinstance(content, bytes):
+        path.write_bytes(content)
+    else:
+        torch.save(content, path)
+    with pytest.raises(ContractError, match="some") as refused:
+        weights.read_metadata(path)
+    assert "\n" not in str(refused.value)
