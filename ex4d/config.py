@@ -19,6 +19,8 @@ from pydantic import ConfigDict, TypeAdapter, ValidationError
 
 from ex4d.errors import ConfigError
 
+MAX_BYTES, MAX_VALUES = 2**20, 100_000  # of a configuration file
+
 # Every section that may stand in a file. A command reads some; a misspelt section is an error for all of them.
 SECTIONS = ("ray", "synthetic", "preprocess", "encode", "model", "train", "generate", "evaluate", "sweep", "plan")
 
@@ -48,15 +50,48 @@ def load(path: str | Path, sections: Mapping[str, type], overrides: Sequence[str
 def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises ConfigError when it is missing, is no YAML, or is no mapping."""
     try:
-        tree = yaml.safe_load(Path(path).read_text(encoding="utf-8"))
+        with open(path, "rb") as file:
+            text = file.read(MAX_BYTES + 1).decode("utf-8")
     except (OSError, UnicodeDecodeError) as error:
         raise ConfigError("config", str(path), f"cannot be read ({error})") from error
-    except yaml.YAMLError as error:
+    if len(text) > MAX_BYTES:
+        raise ConfigError("config", str(path), f"is larger than {MAX_BYTES} bytes")
+    try:
+        tree = _parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError("config", str(path), f"is not valid YAML ({error})") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError("config", str(path), "must hold a mapping of sections")
+    return tree
+
+
+class _Loader(yaml.SafeLoader):
+    """YAML's plain types alone; a key that stands twice in one mapping is an error."""
+
+    def compose_mapping_node(self, anchor: Any) -> Any:
+        node = super().compose_mapping_node(anchor)
+        seen: set[str] = set()
+        for key, _ in node.value:
+            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+            seen.add(str(key.value))
+        return node
+
+
+def _parse(text: str) -> Any:
+    """Return what YAML says. Raises YAMLError, ValueError (a number or date that is none) or RecursionError."""
+    tree = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
+    # A few lines of aliases of aliases stand for billions of values; an alias of itself for endlessly many.
+    open_nodes, count = [tree], 0
+    while open_nodes:
+        node = open_nodes.pop()
+        count += 1
+        if count > MAX_VALUES:
+            raise ValueError(f"its aliases stand for more than {MAX_VALUES} values")
+        if isinstance(node, dict | list):
+            open_nodes.extend(node.values() if isinstance(node, dict) else node)
     return tree
 
 
@@ -102,8 +137,8 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
 def parse_value(text: str, key: str = "value") -> Any:
     """Return what a YAML scalar, list or mapping written on one line means; ConfigError where it is no YAML."""
     try:
-        return yaml.safe_load(text)
-    except yaml.YAMLError as error:
+        return _parse(text)
+    except (yaml.YAMLError, ValueError, RecursionError) as error:
         raise ConfigError(key, text, f"is not a YAML value ({error})") from error
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import itertools
 from dataclasses import dataclass
 
 import pytest
@@ -76,3 +77,29 @@ def test_dump_and_load_round_trip(tmp_path):
 def test_fingerprint_depends_on_values_only():
     assert config.fingerprint(Example()) == config.fingerprint(Example())
     assert config.fingerprint(Example()) != config.fingerprint(Example(lr=2e-3))
+
+
+BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
+    f"{name}: &{name} [{', '.join([f'*{before}'] * 9)}]\n" for before, name in itertools.pairwise("abcdefghijkl")
+)
+
+
+@pytest.mark.parametrize(
+    ("text", "says"),
+    [
+        ("train: {num_steps: 1, num_steps: 2}", "twice"),
+        ("train: {num_steps: 1}\ntrain: {num_steps: 2}", "twice"),
+        (BOMB, "aliases"),
+        ("train: &a {num_steps: *a}", "aliases"),
+        ("[" * 5000, "valid YAML"),
+        ("train: {num_steps: 2020-99-99}", "valid YAML"),
+        ("train: {num_steps: " + "9" * 5000 + "}", "valid YAML"),
+        ("train: !!python/object/apply:os.getcwd []", "valid YAML"),
+        ("#" * (config.MAX_BYTES + 1), "larger"),
+    ],
+    ids=lambda value: value[:20],
+)
+def test_hostile_yaml_is_an_invalid_choice(tmp_path, text, says):
+    (tmp_path / "some.yaml").write_text(text)
+    with pytest.raises(ConfigError, match=says):
+        config.read_yaml(tmp_path / "some.yaml")
