@@ -71,6 +71,8 @@ def _split(given: str) -> list[str]:
 
 
 def _expand_one(given: str) -> list[tuple[str, str]]:
+    if not given.strip():
+        raise ConfigError("preprocess.input", given, "is empty; write . for the working folder")
     path = os.path.abspath(os.path.expanduser(given))
     if os.path.isdir(path):
         return [(path, file) for file in _walk(path)]

@@ -81,3 +81,11 @@ def test_what_is_not_there_is_an_invalid_choice(tmp_path, monkeypatch, given):
     monkeypatch.chdir(tmp_path)
     with pytest.raises(ConfigError, match=r"preprocess\.input"):
         expand(given)
+
+
+@pytest.mark.parametrize("given", ["", " ", ["", "a.mp4"]])
+def test_nothing_given_is_not_the_working_folder(given, tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "a.mp4").touch()
+    with pytest.raises(ConfigError, match="empty"):
+        expand(given)
