@@ -77,12 +77,14 @@ def search_space(space: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]
 
 def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
     """Return a copy of a config tree with {"section.key": value} put in."""
-    copy = json.loads(json.dumps(tree))
+    copy = json.loads(json.dumps(tree, default=str))  # YAML has dates
     for key, value in values.items():
         *parents, leaf = key.split(".")
         node = copy
         for parent in parents:
-            node = node.setdefault(parent, {})
+            if not isinstance(node.get(parent), dict):  # a section may stand there empty
+                node[parent] = {}
+            node = node[parent]
         node[leaf] = value
     return copy
 
@@ -138,20 +140,23 @@ def run_trial(point: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
 
 def main(path: str, overrides: Sequence[str]) -> int:
     """Run the sweep of a config file; write its table and best.yaml; return the exit status."""
-    from pipelines.preprocess import RayConfig
+    from ex4d.data import manifest
+    from ex4d.models.backbone import ModelConfig
+    from ex4d.train.config import TrainConfig
+    from pipelines.runner import RayConfig
 
-    loaded = config.load(path, {"sweep": SweepConfig, "ray": RayConfig}, [o for o in overrides if _mine(o)])
+    sections = {"sweep": SweepConfig, "ray": RayConfig, "train": TrainConfig, "model": ModelConfig}
+    loaded = config.load(path, sections, overrides)
+    sweep, train = loaded["sweep"], loaded["train"]
+    search_space(sweep.space)
+    manifest.read_dataset(train.data)  # or each trial would find out for itself that there is none
     tree = config.read_yaml(path)
-    for override in (o for o in overrides if not _mine(o)):
+    for override in (o for o in overrides if o.startswith(("train.", "model."))):
         key, _, text = override.partition("=")
         tree = with_values(tree, {key: config.parse_value(text)})
-    sweep = loaded["sweep"]
+    tree = with_values(tree, {"train.data": train.data, "train.num_steps": train.num_steps})
     results = run(sweep, loaded["ray"].address, {name: tree.get(name) or {} for name in ("model", "train")})
     return report(results, tree, sweep)
-
-
-def _mine(override: str) -> bool:
-    return override.startswith(("sweep.", "ray."))
 
 
 def run(sweep: SweepConfig, address: str | None, tree: dict[str, Any]) -> Any:
@@ -163,7 +168,7 @@ def run(sweep: SweepConfig, address: str | None, tree: dict[str, Any]) -> Any:
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
 
-    num_steps = int(tree["train"].get("num_steps", 100))
+    num_steps = int(tree["train"]["num_steps"])
     tree = with_values(tree, {"train.wandb_group": sweep.group})
     tree = with_values(tree, {"train.data": str(Path(tree["train"]["data"]).resolve())})
     space = search_space(sweep.space)

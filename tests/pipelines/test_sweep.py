@@ -8,7 +8,7 @@ import sys
 
 import pytest
 
-from ex4d.errors import ConfigError
+from ex4d.errors import ConfigError, ContractError
 from pipelines import sweep
 
 
@@ -73,3 +73,25 @@ def test_a_sweep_whose_trials_all_failed_ends_with_1(tmp_path):
 
     assert sweep.report([Result()], {}, sweep.SweepConfig(output=str(tmp_path))) == 1
     assert not (tmp_path / "best.yaml").exists()
+
+
+@pytest.mark.parametrize(
+    ("override", "error"),
+    [
+        ("train.zero_stage=7", ConfigError),
+        ("train.no_such_key=1", ConfigError),
+        ("preprocess.output=x", ConfigError),
+        ("sweep.space={train.lr: {gauss: [0, 1]}}", ConfigError),
+        ("train.num_steps=3", ContractError),  # no dataset is there
+    ],
+)
+def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, monkeypatch, override, error):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "some.yaml").write_text("train:\nsweep: {num_trials: 1}\n")
+    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("a trial was started"))
+    with pytest.raises(error):
+        sweep.main("some.yaml", [override])
+
+
+def test_an_empty_section_takes_values():
+    assert sweep.with_values({"train": None}, {"train.lr": 1.0}) == {"train": {"lr": 1.0}}
