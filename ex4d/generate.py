@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -12,6 +13,7 @@ import numpy as np
 import torch
 
 from ex4d import flow, video
+from ex4d.errors import ConfigError
 from ex4d.geometry import masks
 from ex4d.models import backbone, weights
 from ex4d.models.adapter import Ex4dModel, build_model
@@ -36,6 +38,14 @@ class GenerateConfig:
     erosion_px: int = 5
     prompt: str = ""
     negative_prompt: str = ""
+
+    def __post_init__(self) -> None:
+        if self.num_inference_steps < 1:
+            raise ConfigError("generate.num_inference_steps", self.num_inference_steps, "at least 1")
+        if not math.isfinite(self.guidance_scale):
+            raise ConfigError("generate.guidance_scale", self.guidance_scale, "a finite number")
+        if not 0 < self.shift < math.inf:
+            raise ConfigError("generate.shift", self.shift, "finite, greater than 0")
 
 
 @dataclass(frozen=True)
@@ -122,6 +132,16 @@ def generate(
     return to_frames(base.decode_latents(latents))
 
 
+def _device(name: str | None) -> str:
+    if name is None:
+        return "cuda" if torch.cuda.is_available() else "cpu"
+    count = torch.cuda.device_count()
+    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
+    if name not in allowed:
+        raise ConfigError("device", name, f"here: {', '.join(allowed)}")
+    return name
+
+
 def load(
     adapter_path: str | Path, base: str | None = None, device: str | None = None, zero: bool = False
 ) -> tuple[backbone.Base, Ex4dModel]:
@@ -132,7 +152,7 @@ def load(
         device: default cuda where there is one.
         zero: leave the adapter at its initial value, where the model equals the base alone (for comparisons).
     """
-    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
+    device = _device(device)
     metadata = weights.read_metadata(adapter_path)
     loaded = backbone.load_base(base or metadata.base, metadata.base_revision if base is None else None, device=device)
     shape = backbone.ModelConfig(
@@ -168,7 +188,8 @@ def novel_view(
     """
     loaded, model = load(adapter_path, base, device)
     metadata = weights.read_metadata(adapter_path)
-    size, num_frames = size or metadata.size, num_frames or metadata.num_frames
+    size = size or metadata.size
+    num_frames = metadata.num_frames if num_frames is None else num_frames
     loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
     source = reconstruct(
         video_path,

@@ -20,6 +20,8 @@ from ex4d.geometry.render import warp_video
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
+
 
 @dataclass(frozen=True)
 class Reconstruction:
@@ -101,21 +103,23 @@ def reconstruct(
     Args:
         trajectory_name: a key of trajectory.TRAJECTORIES, or a file of poses.
         depth, depth_path: estimator name, and its file where it reads one.
-        num_frames: None takes every frame. size: (H, W), or None for the video's own.
+        num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
         fov_deg: horizontal field of view where the estimator gives no intrinsics.
         profile, backend: see geometry.mesh and geometry.render.
 
     Raises:
-        ConfigError: unknown trajectory, estimator, profile or backend.
+        ConfigError: unknown trajectory, estimator, profile or backend; a number out of its range.
         BadSample: the video or its depth cannot be used (`too_short`, the decoder's and the estimator's reasons).
     """
+    _check_choices(size, num_frames, fov_deg, depth)
     info = video.probe(video_path)
     pts, _ = video.frame_pts(video_path)
     if num_frames is None:
         num_frames = len(pts)
     if len(pts) < num_frames:
         raise BadSample("too_short", f"{video_path} has {len(pts)} frames, {num_frames} are asked for")
-    target = size or info.size
+    height, width = info.size
+    target = size or (height - height % 2, width - width % 2)
     frames = video.decode(video_path, pts[:num_frames], size=target, fit=fit)
     request = depth_estimators.DepthRequest(
         video_path=str(video_path),
@@ -130,6 +134,17 @@ def reconstruct(
     w2c = build_path(trajectory_name, num_frames, angle_deg, z_depth[0])
     cond_video, visible = warp_video(frames, z_depth, K, w2c, profile=profile, backend=backend)
     return Reconstruction(frames, float(info.fps), z_depth, K, w2c, cond_video, visible, result.provenance)
+
+
+def _check_choices(size: tuple[int, int] | None, num_frames: int | None, fov_deg: float, depth: str) -> None:
+    if size is not None and not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX and side % 2 == 0 for side in size):
+        raise ConfigError("size", size, f"(H, W), both even, from {MIN_SIDE_PX} to {MAX_SIDE_PX}")
+    if num_frames is not None and num_frames < 1:
+        raise ConfigError("num_frames", num_frames, "at least 1")
+    if not 1 <= fov_deg <= 170:
+        raise ConfigError("fov_deg", fov_deg, "from 1 to 170 degrees")
+    if depth not in depth_estimators.ESTIMATORS:
+        raise ConfigError("depth", depth, f"allowed: {', '.join(depth_estimators.ESTIMATORS)}")
 
 
 def build_path(name: str, num_frames: int, angle_deg: float, z_depth0: np.ndarray) -> np.ndarray:

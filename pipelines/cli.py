@@ -12,6 +12,7 @@ import os
 import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from pathlib import Path
 
 from ex4d.errors import BadSample, ConfigError, ContractError
 
@@ -70,7 +71,7 @@ def _view_arguments(parser: argparse.ArgumentParser) -> None:
 
 def _size(text: str) -> tuple[int, int]:
     height, x, width = text.lower().partition("x")
-    if not x or not height.isdigit() or not width.isdigit():
+    if not x or not height.isdecimal() or not width.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: write HEIGHTxWIDTH, e.g. 512x512")
     return int(height), int(width)
 
@@ -86,9 +87,17 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     _view_arguments(parser)
 
 
+def _check_output(folder: Path) -> None:
+    """Raise ConfigError unless files can be made in `folder`, which may not be there yet: known before the work."""
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError("output", str(folder), f"{there} is no folder that can be written to")
+
+
 def _reconstruct(args: argparse.Namespace) -> int:
     from ex4d.reconstruct import reconstruct
 
+    _check_output(Path(args.output))
     view = reconstruct(
         args.video,
         trajectory_name=args.trajectory,
@@ -126,6 +135,12 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
 def _generate(args: argparse.Namespace) -> int:
     from ex4d import generate
 
+    output = Path(args.output)
+    if output.suffix.lower() != ".mp4" or output.is_dir():
+        raise ConfigError("output", args.output, "the name of an .mp4 file")
+    if output.exists() and Path(args.video).exists() and output.samefile(args.video):
+        raise ConfigError("output", args.output, "another file than the video, which would be lost")
+    _check_output(output.parent)
     sampler = generate.GenerateConfig(
         num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, prompt=args.prompt
     )
@@ -217,7 +232,12 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"ex4d {args.command}: {error}", file=sys.stderr)
         return 2
-    except (BadSample, ContractError) as error:
+    except BadSample as error:
+        video = f"{args.video}: " if "video" in args else ""  # reasons are alike on every machine: they name no paths
+        print(f"ex4d {args.command}: {video}{error}", file=sys.stderr)
+        return 1
+    except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
+        logging.getLogger(__name__).debug("where it was raised", exc_info=True)
         print(f"ex4d {args.command}: {error}", file=sys.stderr)
         return 1
 

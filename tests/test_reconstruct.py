@@ -83,3 +83,46 @@ def test_what_cannot_be_done_is_said(clip, tmp_path, capsys):
     assert cli.main(["reconstruct", str(clip), "--depth", "guess", "--output", str(tmp_path)]) == 2
     assert "parallax" in capsys.readouterr().err
     assert cli.main(["reconstruct", str(tmp_path / "none.mp4"), "--output", str(tmp_path)]) == 1
+
+
+@pytest.mark.parametrize(
+    ("flags", "named"),
+    [
+        (["--size", "97x97"], "even"),
+        (["--size", "0x0"], "size"),
+        (["--size", "16x100000"], "8192"),
+        (["--num-frames", "0"], "at least 1"),
+        (["--num-frames", "-1"], "at least 1"),
+        (["--fov-deg", "nan"], "fov_deg"),
+        (["--angle-deg", "nan"], "angle_deg"),
+        (["--trajectory", "custom"], "key_poses"),
+    ],
+)
+def test_a_number_out_of_range_ends_with_2_and_leaves_no_file(clip, tmp_path, capsys, flags, named):
+    assert cli.main(["reconstruct", str(clip), "--output", str(tmp_path / "view"), *flags]) == 2
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "view").exists()
+
+
+def test_an_output_that_cannot_be_is_said_before_the_work(clip, tmp_path, capsys):
+    (tmp_path / "file").touch()
+    for output in ("file", "file/below"):
+        assert cli.main(["reconstruct", str(tmp_path / "no.mp4"), "--output", str(tmp_path / output)]) == 2
+        assert "output" in capsys.readouterr().err
+    argv = ["generate", "--video", str(clip), "--adapter", "nowhere", "--output"]
+    for output, named in ((str(clip), "lost"), (str(tmp_path / "a.txt"), "mp4"), (str(tmp_path), "mp4")):
+        assert cli.main([*argv, output]) == 2
+        assert named in capsys.readouterr().err
+
+
+def test_a_video_of_odd_sides_is_taken_without_its_last_line(tmp_path):
+    frames = np.random.default_rng(0).integers(0, 256, (3, 33, 47, 3), np.uint8)
+    video.write(tmp_path / "odd.mkv", frames, 10, lossless=True)
+    z_depth = np.linspace(1, 3, frames[..., 0].size, dtype=np.float32).reshape(frames.shape[:3])
+    np.savez(tmp_path / "odd.depth.npz", z_depth=z_depth)
+    assert reconstruct(tmp_path / "odd.mkv", num_frames=2, size=None).cond_video.shape == (2, 32, 46, 3)
+
+
+def test_the_reason_names_the_video(tmp_path, capsys):
+    assert cli.main(["reconstruct", str(tmp_path / "none.mp4"), "--output", str(tmp_path / "view")]) == 1
+    assert "none.mp4" in capsys.readouterr().err
