@@ -138,7 +138,7 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
         value = json.loads(storage.read_bytes(storage.join(folder, name)))
     except OSError as error:
         raise ContractError(f"{name}: cannot be read ({error})") from error
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:
         raise ContractError(f"{name}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ContractError(f"{name}: is not a mapping")
@@ -155,6 +155,10 @@ def read_dataset(folder: str) -> dict[str, Any]:
             f"{DATASET}: format {dataset.get('format')!r} version {dataset.get('format_version')!r}; "
             f"this program reads {FORMAT!r} version {FORMAT_VERSION}"
         )
+    for name, kind in {"counts": int, "sha256": str, "sample": object}.items():
+        found = dataset.get(name)
+        if not isinstance(found, dict) or not found or not all(isinstance(value, kind) for value in found.values()):
+            raise ContractError(f"{DATASET}: {name} is not the mapping that a finished dataset has")
     return dataset
 
 

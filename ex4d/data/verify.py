@@ -192,7 +192,8 @@ def _check_shard(
                 problems += [f"{name}: sample {row['key']}: {what}" for what in _check_sample(row, blob, check)]
             marker, more = file.read(len(END)), 0
             digest.update(marker)
-            while block := file.read(1 << 20):
+            # No further than one block past its stated end: what follows may have none.
+            while position + more <= shard["filesize"] and (block := file.read(1 << 20)):
                 digest.update(block)
                 more += len(block)
             position += len(marker) + more

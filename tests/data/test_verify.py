@@ -18,6 +18,7 @@ from ex4d.data.sample import MEMBERS, encode
 from ex4d.data.shards import Staged, pack
 from ex4d.data.tar import sample_tar
 from ex4d.data.verify import verify
+from ex4d.errors import ContractError
 
 
 @pytest.fixture
@@ -148,3 +149,29 @@ def test_full_finds_a_sample_that_breaks_the_contract(tmp_path):
     assert verify(str(tmp_path / "out")).ok
     report = verify(str(tmp_path / "out"), full=True)
     assert [p for p in report.problems if f"sample {sample.key}: member masks.npz" in p]
+
+
+@pytest.mark.parametrize("name", [manifest.DATASET, manifest.INDEX])
+def test_json_nested_without_end_is_damage(tmp_path, name):
+    (tmp_path / name).write_bytes(b"[" * 200_000)
+    with pytest.raises(ContractError, match="is not JSON"):
+        manifest.read_json(str(tmp_path), name)
+
+
+@pytest.mark.parametrize(
+    "change", [{"counts": 5}, {"sha256": 5}, {"sha256": {}}, {"counts": {"samples": "x"}}], ids=str
+)
+def test_a_dataset_without_its_seals_is_damaged(copy, change):
+    dataset = json.loads((copy / "dataset.json").read_text())
+    (copy / "dataset.json").write_text(json.dumps(dataset | change))
+    assert next(iter(change)) in verify(str(copy)).problems[0]
+    del dataset[next(iter(change))]
+    (copy / "dataset.json").write_text(json.dumps(dataset))
+    assert next(iter(change)) in verify(str(copy)).problems[0]
+
+
+def test_a_shard_without_an_end_is_damage(copy):
+    shard = next((copy / "shards").iterdir())
+    shard.unlink()
+    shard.symlink_to("/dev/zero")
+    assert not verify(str(copy)).ok
