@@ -40,7 +40,12 @@ def _filesystem(url: str | Path) -> tuple[Any, str]:
     scheme = str(url).partition("://")[0] if "://" in str(url) else "file"
     if scheme not in SCHEMES:
         raise ConfigError("url", str(url), f"allowed schemes: {', '.join(SCHEMES)}")
-    return fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else str(url))
+    try:
+        return fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else str(url))
+    except ImportError as error:
+        raise ConfigError(
+            "url", str(url), f"{scheme}:// needs a package that is not installed here ({error})"
+        ) from error
 
 
 def open_read(url: str | Path) -> IO[bytes]:

@@ -98,9 +98,10 @@ def check(config: PreprocessConfig) -> None:
     need(bool(config.output), "output", "a folder")
     need(config.num_workers >= 1, "num_workers", "at least 1")
     need(config.num_frames >= 2, "num_frames", "at least 2")
-    need(min(height, width) >= 16 and height % 2 == width % 2 == 0, "size", "[H, W], both even, at least 16")
+    sides = min(height, width) >= 16 and max(height, width) <= 8192 and height % 2 == width % 2 == 0
+    need(sides, "size", "[H, W], both even, from 16 to 8192")
     need(config.fit in MODES, "fit", ", ".join(MODES))
-    need(config.fps is None or config.fps > 0, "fps", "null, or more than 0")
+    need(config.fps is None or 0 < config.fps <= 1000, "fps", "null, or more than 0, up to 1000")
     need(config.stride >= 1, "stride", "at least 1")
     need(config.fps is None or config.stride == 1, "stride", "1 where preprocess.fps is given")
     need(config.clips_per_shot >= 1, "clips_per_shot", "at least 1")

@@ -23,6 +23,8 @@ def test_each_command_explains_itself(command, capsys):
         (["preprocess", "nowhere.yaml"], "nowhere.yaml"),
         (["preprocess", "configs/tiny.yaml", "preprocess.no_such_key=1"], "preprocess.no_such_key"),
         (["preprocess", "configs/tiny.yaml", "preprocess.depth=guess"], "parallax"),
+        (["preprocess", "configs/tiny.yaml", "preprocess.fps=.inf"], "preprocess.fps"),
+        (["preprocess", "configs/tiny.yaml", "preprocess.size=[100000, 16]"], "8192"),
         (["train", "configs/tiny.yaml", "train.zero_stage=7"], "train.zero_stage"),
         (["sweep", "configs/tiny.yaml", "sweep.no_such_key=1"], "sweep.no_such_key"),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml"),
@@ -52,3 +54,12 @@ def test_doctor_finds_what_is_installed(capsys):
     assert found["missing"] == []
     assert found["packages"]["torch"].startswith("2.")
     assert found["num_cpus"] >= 1
+
+
+def test_a_scheme_whose_package_is_missing_is_an_invalid_choice(monkeypatch, capsys):
+    def missing(url):
+        raise ImportError("Install s3fs to access S3")
+
+    monkeypatch.setattr("fsspec.core.url_to_fs", missing)
+    assert cli.main(["verify", "s3://bucket/dataset"]) == 2
+    assert "s3fs" in capsys.readouterr().err
