@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import dataclasses
 import io
+import os
 from fractions import Fraction
 from pathlib import Path
 
@@ -458,3 +459,9 @@ def test_what_probe_says_of_real_media(media):
     gaps = np.diff(pts) * float(time_base)
     assert gaps.min() < 0.04
     assert gaps.max() > 0.5
+
+
+def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
+    os.mkfifo(tmp_path / "pipe.mp4")
+    with pytest.raises(BadSample, match="pipe"):
+        video.probe(tmp_path / "pipe.mp4")

@@ -106,6 +106,8 @@ def ffmpeg_errors(reason: str, doing: str) -> Iterator[None]:
 def _binary(source: str | Path | bytes) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
+    if Path(source).is_fifo() or Path(source).is_socket():  # opening one waits for a writer, perhaps for ever
+        raise BadSample("open_error", "a pipe or socket cannot be sought in")
     try:
         return Path(source).open("rb")
     except OSError as error:
