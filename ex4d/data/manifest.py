@@ -159,6 +159,10 @@ def read_dataset(folder: str) -> dict[str, Any]:
         found = dataset.get(name)
         if not isinstance(found, dict) or not found or not all(isinstance(value, kind) for value in found.values()):
             raise ContractError(f"{DATASET}: {name} is not the mapping that a finished dataset has")
+    num_frames, size = (dataset["sample"].get(name) for name in ("num_frames", "size"))
+    sides = size if isinstance(size, list) and len(size) == 2 else [None]
+    if not all(isinstance(number, int) and number > 0 for number in (num_frames, *sides)):
+        raise ContractError(f"{DATASET}: sample has num_frames {num_frames!r} and size {size!r}, not T and [H, W]")
     return dataset
 
 

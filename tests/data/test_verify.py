@@ -159,7 +159,16 @@ def test_json_nested_without_end_is_damage(tmp_path, name):
 
 
 @pytest.mark.parametrize(
-    "change", [{"counts": 5}, {"sha256": 5}, {"sha256": {}}, {"counts": {"samples": "x"}}], ids=str
+    "change",
+    [
+        {"counts": 5},
+        {"sha256": 5},
+        {"sha256": {}},
+        {"counts": {"samples": "x"}},
+        {"sample": {"num_frames": 9, "size": "abc"}},
+        {"sample": {"num_frames": 9, "size": [16]}},
+    ],
+    ids=str,
 )
 def test_a_dataset_without_its_seals_is_damaged(copy, change):
     dataset = json.loads((copy / "dataset.json").read_text())
