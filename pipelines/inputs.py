@@ -59,7 +59,8 @@ def expand(given: str | Sequence[str], exclude: str | Path | None = None) -> lis
     outside = os.path.join(os.path.abspath(exclude), "") if exclude is not None else None
     paths = sorted({path for _, path in found if outside is None or not path.startswith(outside)})
     if not paths:
-        raise ConfigError("preprocess.input", given, "no file there")
+        inside = "every file there lies in preprocess.output, which is no input" if found else "no file there"
+        raise ConfigError("preprocess.input", given, inside)
     sources = [Source(path, _name(path, root), _may_be_video(path)) for path in _without_sidecars(paths)]
     return sorted(sources, key=lambda source: source.name)
 

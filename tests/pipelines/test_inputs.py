@@ -89,3 +89,8 @@ def test_nothing_given_is_not_the_working_folder(given, tmp_path, monkeypatch):
     (tmp_path / "a.mp4").touch()
     with pytest.raises(ConfigError, match="empty"):
         expand(given)
+
+
+def test_an_output_that_holds_every_input_is_named(folder):
+    with pytest.raises(ConfigError, match=r"preprocess\.output"):
+        expand(str(folder), exclude=folder)
