@@ -29,6 +29,7 @@ from typing import TYPE_CHECKING, Any
 
 from ex4d import config as configs
 from ex4d import storage
+from ex4d.errors import ConfigError
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
 from pipelines.runner import RayConfig
@@ -105,6 +106,10 @@ def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
 
 def _num_processes(train: TrainConfig) -> int:
     if train.num_processes is not None:
+        # Each holds the model: a mistyped number would fill the memory before anything could be said.
+        most = max(8, os.cpu_count() or 1)
+        if train.num_processes > most and not train.dry_run:
+            raise ConfigError("train.num_processes", train.num_processes, f"at most {most} on this machine")
         return train.num_processes
     if train.device == "cpu":
         return 2

@@ -63,3 +63,17 @@ def test_a_scheme_whose_package_is_missing_is_an_invalid_choice(monkeypatch, cap
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
     assert cli.main(["verify", "s3://bucket/dataset"]) == 2
     assert "s3fs" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(
+    "override",
+    [
+        *("train.lr=.inf", "train.weight_decay=.nan", "train.betas=[2, 3]", "train.seed=-1", "train.warmup_steps=-1"),
+        "train.num_processes=100000",
+    ],
+)
+def test_a_training_that_cannot_be_is_refused_before_a_process_starts(override, root, tmp_path, monkeypatch, capsys):
+    monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
+    argv = ["train", str(root / "configs/tiny.yaml"), override, f"train.output={tmp_path}"]
+    assert cli.main(argv) == 2
+    assert override.partition("=")[0] in capsys.readouterr().err

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import dataclasses
+import math
 import os
 from dataclasses import dataclass
 from typing import Any, Literal
@@ -84,21 +85,24 @@ class TrainConfig:
     usd_per_gpu_hour: float | None = None
 
     def __post_init__(self) -> None:
+        def need(holds: bool, name: str, allowed: str) -> None:
+            if not holds:
+                raise ConfigError(f"train.{name}", getattr(self, name), allowed)
+
         for name in ("num_steps", "save_every", "keep_last", "micro_batch_size", "grad_accum_steps", "log_every"):
-            if getattr(self, name) < 1:
-                raise ConfigError(f"train.{name}", getattr(self, name), "at least 1")
+            need(getattr(self, name) >= 1, name, "at least 1")
         for name in ("num_processes", "validate_every", "validate_samples"):
             value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"train.{name}", value, "at least 1")
-        if not 0 <= self.condition_dropout < 1:
-            raise ConfigError("train.condition_dropout", self.condition_dropout, "in [0, 1)")
-        if self.ema_decay is not None and not 0 < self.ema_decay < 1:
-            raise ConfigError("train.ema_decay", self.ema_decay, "in (0, 1), or null for off")
+            need(value is None or value >= 1, name, "at least 1")
+        need(0 <= self.condition_dropout < 1, "condition_dropout", "in [0, 1)")
+        need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "in (0, 1), or null for off")
         for name in ("lr", "shift", "hole_weight", "max_grad_norm"):
             value = getattr(self, name)
-            if value is not None and not value > 0:
-                raise ConfigError(f"train.{name}", value, "greater than 0")
+            need(value is None or 0 < value < math.inf, name, "finite, greater than 0")
+        need(0 <= self.weight_decay < math.inf, "weight_decay", "finite, at least 0")
+        need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
+        for name in ("seed", "warmup_steps"):
+            need(0 <= getattr(self, name) < 2**31, name, "0 to 2147483647")
 
 
 # What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.
