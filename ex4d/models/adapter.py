@@ -155,11 +155,13 @@ def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dMod
     they are trained.
 
     Raises:
-        ConfigError: a rank or width below 1.
+        ConfigError: a rank or width below 1, an alpha that is no scale.
     """
     for key in ("lora_rank", "adapter_hidden"):
         if getattr(config, key) < 1:
             raise ConfigError(f"model.{key}", getattr(config, key), "must be at least 1")
+    if not 0 < config.lora_alpha < math.inf:
+        raise ConfigError("model.lora_alpha", config.lora_alpha, "must be finite and greater than 0")
     lora.add_lora(transformer, config.lora_rank, config.lora_alpha, seed)
     shape = transformer.config
     device = transformer.patch_embedding.weight.device

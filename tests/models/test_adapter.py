@@ -161,3 +161,10 @@ def test_the_whole_model_is_one_graph_for_the_compiler(wan_folder: Path, style: 
     assert torch.equal(out, model(**inputs))
     out.sum().backward()
     assert all(value.grad is not None for value in model.trainable_parameters().values())
+
+
+@pytest.mark.parametrize("alpha", [0.0, float("nan"), float("inf")])
+def test_an_alpha_that_is_no_scale_is_refused(wan_folder: Path, alpha: float) -> None:
+    base = backbone.load_base(str(wan_folder), components=("transformer",))
+    with pytest.raises(ConfigError, match="lora_alpha"):
+        adapter.build_model(base.transformer, backbone.ModelConfig(lora_rank=4, lora_alpha=alpha, adapter_hidden=32))
