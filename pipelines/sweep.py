@@ -48,6 +48,17 @@ class SweepConfig:
     group: str = "sweep"
     seed: int = 0
 
+    def __post_init__(self) -> None:
+        for name, least in {
+            "num_trials": 1,
+            "max_concurrent": 1,
+            "window": 1,
+            "grace_steps": 1,
+            "reduction_factor": 2,
+        }.items():
+            if getattr(self, name) < least:
+                raise ConfigError(f"sweep.{name}", getattr(self, name), f"at least {least}")
+
 
 KINDS = ("uniform", "log_uniform", "int_uniform", "choice")
 
@@ -71,7 +82,10 @@ def search_space(space: Mapping[str, Mapping[str, list[Any]]]) -> dict[str, Any]
         (kind, values), *_ = kind_values.items()
         if not values or (kind != "choice" and len(values) != 2):
             raise ConfigError(f"sweep.space.{key}", values, "choice takes values, the others [low, high]")
-        built[key] = makers[kind]([float(v) if "uniform" in kind and kind != "int_uniform" else v for v in values])
+        try:
+            built[key] = makers[kind]([float(v) if "uniform" in kind and kind != "int_uniform" else v for v in values])
+        except (ValueError, TypeError) as error:
+            raise ConfigError(f"sweep.space.{key}", values, str(error)) from error
     return built
 
 

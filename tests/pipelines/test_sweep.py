@@ -26,6 +26,8 @@ def test_values_are_put_into_a_copy():
         ({"train.lr": {"gauss": [0, 1]}}, "log_uniform"),
         ({"train.lr": {"uniform": [1]}}, "low, high"),
         ({"train.lr": {"choice": []}}, "values"),
+        ({"train.lr": {"log_uniform": [-1, 1]}}, r"sweep\.space\.train\.lr"),
+        ({"train.lr": {"uniform": ["a", "b"]}}, r"sweep\.space\.train\.lr"),
         ({"train.lr": {"uniform": [0, 1], "choice": [1]}}, "one of"),
     ],
 )
@@ -82,6 +84,7 @@ def test_a_sweep_whose_trials_all_failed_ends_with_1(tmp_path):
         ("train.no_such_key=1", ConfigError),
         ("preprocess.output=x", ConfigError),
         ("sweep.space={train.lr: {gauss: [0, 1]}}", ConfigError),
+        ("sweep.num_trials=0", ConfigError),
         ("train.num_steps=3", ContractError),  # no dataset is there
     ],
 )
