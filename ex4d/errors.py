@@ -15,7 +15,9 @@ class ConfigError(Ex4dError):
 
     def __init__(self, key: str, value: object, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        super().__init__(f"{key}={value!r}: {allowed}")
+        shown = repr(value)
+        shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
+        super().__init__(f"{key}={shown}: {allowed}")
 
 
 class BadSample(Ex4dError):

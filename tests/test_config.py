@@ -103,3 +103,7 @@ def test_hostile_yaml_is_an_invalid_choice(tmp_path, text, says):
     (tmp_path / "some.yaml").write_text(text)
     with pytest.raises(ConfigError, match=says):
         config.read_yaml(tmp_path / "some.yaml")
+
+
+def test_a_long_value_is_named_by_its_beginning():
+    assert len(str(ConfigError("train.data", "x" * 10_000, "shorter"))) < 300
