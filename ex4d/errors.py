@@ -19,6 +19,9 @@ class ConfigError(Ex4dError):
         shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
         super().__init__(f"{key}={shown}: {allowed}")
 
+    def __reduce__(self) -> tuple:
+        return type(self), (self.key, self.value, self.allowed)  # survives pickling between processes
+
 
 class BadSample(Ex4dError):
     """One video or clip cannot be used. It becomes a row of rejects.parquet and the run goes on.

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import itertools
+import pickle
 from dataclasses import dataclass
 
 import pytest
@@ -107,3 +108,8 @@ def test_hostile_yaml_is_an_invalid_choice(tmp_path, text, says):
 
 def test_a_long_value_is_named_by_its_beginning():
     assert len(str(ConfigError("train.data", "x" * 10_000, "shorter"))) < 300
+
+
+def test_an_invalid_choice_survives_the_way_between_processes():
+    again = pickle.loads(pickle.dumps(ConfigError("train.data", 5, "a folder")))
+    assert (str(again), again.value) == ("train.data=5: a folder", 5)
