@@ -111,5 +111,5 @@ def test_a_long_value_is_named_by_its_beginning():
 
 
 def test_an_invalid_choice_survives_the_way_between_processes():
-    again = pickle.loads(pickle.dumps(ConfigError("train.data", 5, "a folder")))
+    again = pickle.loads(pickle.dumps(ConfigError("train.data", 5, "a folder")))  # noqa: S301 (our own bytes)
     assert (str(again), again.value) == ("train.data=5: a folder", 5)
