@@ -35,8 +35,7 @@ class RunLog:
         """Append one step."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
-        if self._wandb is not None:
-            self._wandb.log(_flat(metrics), step=metrics["step"])
+        self._mirror("log", _flat(metrics), step=metrics["step"])
 
     def flush(self) -> None:
         """Bring what is written to disk, so that a checkpoint never is ahead of the log."""
@@ -46,8 +45,22 @@ class RunLog:
         """Flush to disk and end the W&B run."""
         self.flush()
         self._file.close()
-        if self._wandb is not None:
-            self._wandb.finish(exit_code=exit_code)
+        self._mirror("finish", exit_code=exit_code)
+
+    def _mirror(self, method: str, *args: Any, **kwargs: Any) -> None:
+        """Call a method of the W&B run; where W&B fails, go on without it.
+
+        Its service is a process of its own, which a batch system's SIGTERM to all of a job's processes ends, too.
+        """
+        if self._wandb is None:
+            return
+        import wandb
+
+        try:
+            getattr(self._wandb, method)(*args, **kwargs)
+        except (OSError, EOFError, RuntimeError, wandb.Error) as error:
+            logger.warning("W&B is lost (%s: %s); metrics.jsonl has everything", type(error).__name__, error)
+            self._wandb = None
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:

@@ -50,3 +50,20 @@ def test_a_wandb_that_does_not_start_ends_nothing(tmp_path, monkeypatch):
     log.write({"step": 1, "loss": 1.0})
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+
+def test_a_wandb_service_that_is_killed_ends_nothing(tmp_path):
+    """SLURM sends SIGTERM to every process of a job, W&B's service among them; the checkpoint must still be written."""
+    import psutil
+
+    log = runlog.RunLog(tmp_path, 0, {"mode": "offline", "project": "ex4d-test", "group": None}, {})
+    service = [p for p in psutil.Process().children(recursive=True) if "wandb" in " ".join(p.cmdline())]
+    assert service
+    log.write({"step": 1, "loss": 1.0})
+    for process in service:
+        process.kill()
+        process.wait(timeout=10)
+    for step in range(2, 6):
+        log.write({"step": step, "loss": 1.0})
+    log.close()
+    assert [m["step"] for m in runlog.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
