@@ -14,7 +14,7 @@ from ex4d.errors import Filtered
 from pipelines.stages.shots import unpack_pts
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 
 @dataclass(frozen=True)

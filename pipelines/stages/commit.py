@@ -11,7 +11,7 @@ from pipelines.ledger import Ledger
 from pipelines.stage import Row, Stage, is_bug
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:

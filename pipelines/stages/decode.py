@@ -8,7 +8,7 @@ from pipelines.stage import Row, Stage
 from pipelines.stages import isolated
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 
 def decode(row: Row, config: PreprocessConfig) -> dict[str, Any]:

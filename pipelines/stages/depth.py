@@ -10,7 +10,7 @@ import numpy as np
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 
 def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:

@@ -11,7 +11,7 @@ from ex4d.errors import BadSample
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 MAX_CAPTION_BYTES = 64 * 1024
 

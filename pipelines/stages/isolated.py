@@ -10,7 +10,7 @@ from ex4d.errors import BadSample
 from pipelines import isolation
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 logger = logging.getLogger(__name__)
 

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 
 def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:

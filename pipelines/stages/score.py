@@ -12,7 +12,7 @@ from ex4d.errors import Filtered
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 _SIDE = 128  # scores are taken at this longer side, so that thresholds do not depend on the clip's size
 

@@ -11,7 +11,7 @@ from pipelines.stage import Row, Stage
 from pipelines.stages import isolated
 
 if TYPE_CHECKING:
-    from pipelines.preprocess import PreprocessConfig
+    from pipelines.settings import PreprocessConfig
 
 MAX_HEIGHT = 144
 # A file cannot hold honest video below this rate, so a header that declares hours in a few kB gets no hours.
