@@ -104,7 +104,7 @@ def reconstruct(
         trajectory_name: a key of trajectory.TRAJECTORIES, or a file of poses.
         depth, depth_path: estimator name, and its file where it reads one.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
-        fov_deg: horizontal field of view where the estimator gives no intrinsics.
+        fov_deg: field of view over the longer side where the estimator gives no intrinsics.
         profile, backend: see geometry.mesh and geometry.render.
 
     Raises:

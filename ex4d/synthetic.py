@@ -44,7 +44,7 @@ class SyntheticConfig:
         max_frequency: upper end of the textures' band in cycles per image height, at each surface's usual distance.
         supersample: rays per pixel along each axis.
         sky: an open sky in place of walls and ceiling; depth there is large, and finite.
-        fov_deg: vertical field of view.
+        fov_deg: field of view over the longer side.
     """
 
     num_videos: int = 24

@@ -43,7 +43,6 @@ class AdapterMetadata:
         base_fingerprint: of `encoders.base_fingerprint`; None where it is not known (the released file).
         lora_rank, lora_alpha, adapter_hidden, mask_range, source_video: as in ModelConfig.
         num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
-        num_frames, size: of the training clips; size is (H, W) in pixels.
         dataset_fingerprint: tree hash of the dataset; None where it is not known.
         step: training step it was taken from.
         conventions: for people.

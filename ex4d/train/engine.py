@@ -85,7 +85,7 @@ class Engine:
 
     Args:
         model: frozen base and trainables in one module, on its device, weights already those to start from.
-        zero_config: what `deepspeed_config` returned.
+        config, plan: the run's choices, and how its global batch is cut.
         moments: {"exp_avg.NAME": float32 tensor, "exp_avg_sq.NAME": …} of a checkpoint, with the `step` they belong
             to; None starts afresh.
 
