@@ -148,7 +148,13 @@ def _check_choices(size: tuple[int, int] | None, num_frames: int | None, fov_deg
 
 
 def build_path(name: str, num_frames: int, angle_deg: float, z_depth0: np.ndarray) -> np.ndarray:
-    """Return w2c float64 [T, 4, 4] of a named path (its radius from frame 0's depth) or of a file of poses."""
+    """Return w2c float64 [T, 4, 4] of a named path (its radius from frame 0's depth) or of a file of poses.
+
+    Raises:
+        ConfigError: neither of them, too few poses, or a zoom, whose focal lengths a warp with one K cannot show.
+    """
+    if name == "zoom":
+        raise ConfigError("trajectory", name, "changes the focal length, and a video is warped with one K; take dolly")
     if name in trajectory.TRAJECTORIES:
         return trajectory.build(name, num_frames, angle_deg, trajectory.radius_of(z_depth0))
     if not Path(name).is_file():
