@@ -127,6 +127,8 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, help="4k+1 (default: what the adapter was trained at)")
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is off: half the time (default: 5)")
+    parser.add_argument("--shift", type=float, default=5.0, help="of the sigma schedule (default: 5, as released)")
+    parser.add_argument("--erosion-px", type=int, default=5, help="the mask shrinks by so much at 512 px (default: 5)")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
     _view_arguments(parser)
@@ -142,7 +144,11 @@ def _generate(args: argparse.Namespace) -> int:
         raise ConfigError("output", args.output, "another file than the video, which would be lost")
     _check_output(output.parent)
     sampler = generate.GenerateConfig(
-        num_inference_steps=args.num_inference_steps, guidance_scale=args.guidance_scale, prompt=args.prompt
+        num_inference_steps=args.num_inference_steps,
+        guidance_scale=args.guidance_scale,
+        shift=args.shift,
+        erosion_px=args.erosion_px,
+        prompt=args.prompt,
     )
     view = generate.novel_view(
         video_path=args.video,

@@ -266,18 +266,20 @@ def _free_port() -> int:
 def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     """Print what the run would need; nothing is loaded but configurations."""
     from ex4d.data import manifest
-    from ex4d.models import backbone
+    from ex4d.models import backbone, families
     from ex4d.train import flops
     from ex4d.train.config import plan_batch
 
-    shape = backbone.transformer_config(model.base, model.revision)
+    shape = backbone.transformer_config(model.base, model.revision, model.family)
     if storage.exists(storage.join(train.data, manifest.DATASET)):
         clip = manifest.read_dataset(train.data)["sample"]
     else:  # not preprocessed yet: what the same file would make, or the method's own size
         clip = {"num_frames": 49, "size": [512, 512]} | (configs.read_yaml(config_path).get("preprocess") or {})
     count = _num_processes(train)
     batch = plan_batch(train, count)
-    latents = flops.latent_size((clip["num_frames"], *clip["size"]))
+    family = families.FAMILIES.get(families.family_of(shape) or "")
+    stride = family.stride if family else (4, 8, 8)
+    latents = flops.latent_size((clip["num_frames"], *clip["size"]), stride)
     needs = flops.summary(
         shape,
         model,

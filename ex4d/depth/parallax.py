@@ -55,7 +55,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
         fused = np.stack([_fuse(i, views, flows, weights, rays, poses) for i in range(num_frames)])
     values = (1.0 / fused).astype(np.float32)
     values /= np.median(values)
-    return DepthResult(values, "z_depth", None, False, {"estimator": "parallax", "fov_deg": 54.0})
+    return DepthResult(values, "z_depth", K, False, {"estimator": "parallax", "fov_deg": 54.0})
 
 
 def _check_motion(frames: np.ndarray, flows: Flows) -> None:

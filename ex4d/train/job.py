@@ -77,6 +77,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     chosen = model_config
     sample = manifest.read_dataset(config.data)["sample"]
     fingerprint = dataset_fingerprint(config.data)
+    if chosen.family is not None:
+        backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # refuses another before loading it
     base = backbone.load_base(
         chosen.base, chosen.revision, chosen.dtype, device, vae_dtype=chosen.vae_dtype, quantize=chosen.quantize
     )
