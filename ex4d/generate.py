@@ -15,7 +15,7 @@ import torch
 from ex4d import flow, video
 from ex4d.errors import ConfigError
 from ex4d.geometry import masks
-from ex4d.models import backbone, weights
+from ex4d.models import backbone, encoders, weights
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, reconstruct
 
@@ -71,8 +71,7 @@ class NovelView:
 
 def to_pixels(frames: np.ndarray, device: str | torch.device = "cpu") -> torch.Tensor:
     """Return pixels float32 [1, 3, T, H, W] in [-1, 1] of frames uint8 [T, H, W, 3]."""
-    tensor = torch.from_numpy(np.ascontiguousarray(frames)).to(device)
-    return tensor.permute(3, 0, 1, 2)[None].float() / 127.5 - 1.0
+    return encoders.to_pixels(torch.from_numpy(np.ascontiguousarray(frames))[None].to(device))
 
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:

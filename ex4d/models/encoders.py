@@ -166,6 +166,11 @@ class Base:
         return self.image_encoder(pixel_values=images, output_hidden_states=True).hidden_states[-2].float()
 
 
+def to_pixels(frames: Tensor) -> Tensor:
+    """Return pixels float32 [B, 3, T, H, W] in [-1, 1] of frames uint8 [B, T, H, W, 3]."""
+    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
+
+
 def base_fingerprint(transformer: Any) -> str | None:
     """Return 16 hex digits that tell bases apart by a weight, whatever folder or dtype they come from; None on meta.
 

@@ -10,6 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ex4d import flow
+from ex4d.models.encoders import to_pixels
 
 
 @dataclass(frozen=True)
@@ -106,11 +107,6 @@ class NamedNoise:
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Return standard normal noise, float32, drawn on the CPU so that every device sees the same."""
         return torch.randn(shape, generator=self.generator)
-
-
-def to_pixels(frames: Tensor) -> Tensor:
-    """Return pixels float32 [B, 3, T, H, W] in [-1, 1] of frames uint8 [B, T, H, W, 3]."""
-    return frames.permute(0, 4, 1, 2, 3).float() / 127.5 - 1.0
 
 
 def hole_share(visible: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
