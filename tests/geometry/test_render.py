@@ -279,7 +279,7 @@ def test_nvdiffrast_without_a_gpu_says_so():
     import torch
 
     if torch.cuda.is_available():
-        pytest.skip("there is a GPU: benchmarks/render.py compares the pictures")
+        pytest.skip("only a machine without a GPU can say that it has none")
     mesh = build(*random_scene(0, (16, 16)), intrinsics((16, 16)))
     with pytest.raises(ConfigError, match="CUDA"):
         render(mesh, random_camera(0, (16, 16)), backend="nvdiffrast")
