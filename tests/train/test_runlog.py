@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import subprocess
+import sys
 
 import pytest
 
@@ -52,18 +54,29 @@ def test_a_wandb_that_does_not_start_ends_nothing(tmp_path, monkeypatch):
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
 
 
+# Runs in a process of its own, since W&B complains of the loss once more when its process ends.
+KILLED_SERVICE = """
+import sys
+import psutil
+from ex4d.train import runlog
+log = runlog.RunLog(sys.argv[1], 0, {"mode": "offline", "project": "ex4d-test", "group": None}, {})
+service = [p for p in psutil.Process().children(recursive=True) if "wandb" in " ".join(p.cmdline())]
+assert service
+log.write({"step": 1, "loss": 1.0})
+for process in service:
+    process.kill()
+    process.wait(timeout=10)
+for step in range(2, 6):
+    log.write({"step": step, "loss": 1.0})
+log.close()
+"""
+
+
 def test_a_wandb_service_that_is_killed_ends_nothing(tmp_path):
     """SLURM sends SIGTERM to every process of a job, W&B's service among them; the checkpoint must still be written."""
-    import psutil
-
-    log = runlog.RunLog(tmp_path, 0, {"mode": "offline", "project": "ex4d-test", "group": None}, {})
-    service = [p for p in psutil.Process().children(recursive=True) if "wandb" in " ".join(p.cmdline())]
-    assert service
-    log.write({"step": 1, "loss": 1.0})
-    for process in service:
-        process.kill()
-        process.wait(timeout=10)
-    for step in range(2, 6):
-        log.write({"step": step, "loss": 1.0})
-    log.close()
+    done = subprocess.run(
+        [sys.executable, "-c", KILLED_SERVICE, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
+    )
+    assert done.returncode == 0, done.stderr
+    assert "W&B is lost" in done.stderr
     assert [m["step"] for m in runlog.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
