@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import subprocess
 import sys
 
@@ -74,9 +75,10 @@ log.close()
 
 def test_a_wandb_service_that_is_killed_ends_nothing(tmp_path):
     """SLURM sends SIGTERM to every process of a job, W&B's service among them; the checkpoint must still be written."""
-    done = subprocess.run(
-        [sys.executable, "-c", KILLED_SERVICE, str(tmp_path)], capture_output=True, text=True, timeout=120, check=False
-    )
+    # Without what W&B leaves in the environment: the new process must start a service of its own.
+    environment = {name: value for name, value in os.environ.items() if not name.startswith("WANDB")}
+    command = [sys.executable, "-c", KILLED_SERVICE, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=120, check=False, env=environment)
     assert done.returncode == 0, done.stderr
     assert "W&B is lost" in done.stderr
     assert [m["step"] for m in runlog.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
