@@ -18,8 +18,9 @@ from ex4d.config import fingerprint
 from ex4d.data import shards
 from ex4d.errors import ConfigError, Ex4dError, Filtered
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import inputs, progress, runner, settings
+from pipelines import inputs, runner, settings
 from pipelines.ledger import Ledger, exclusive
+from pipelines.progress import Progress
 from pipelines.report import Result, log_run
 from pipelines.runner import RayConfig
 from pipelines.settings import PreprocessConfig
@@ -84,8 +85,13 @@ def run(
     settings.check(config)
     sources = _sources(config, synthetic_config or SyntheticConfig())
     started = time.time()
-    with exclusive(config.output), runner.runner(runner_name, ray_config or RayConfig(), config.num_workers) as execute:
-        job = _Job(config, execute, stages or stages_of(config))
+    shown = Progress(config.output, config.metrics_port)
+    with (
+        exclusive(config.output),
+        shown.serving(),
+        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers) as execute,
+    ):
+        job = _Job(config, execute, stages or stages_of(config), shown)
         try:
             job.work(sources)
         except TooManyBugs as error:
@@ -114,12 +120,12 @@ class _Job:
     config: PreprocessConfig
     execute: runner.Runner
     stages: Stages
+    progress: Progress
     counts: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, str]] = field(default_factory=list)
     staged: list[shards.Staged] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     bugs: list[dict[str, Any]] = field(default_factory=list)
-    seconds: Counter[str] = field(default_factory=Counter)
     worked: dict[str, int] = field(default_factory=dict)
     committed: bool = False
 
@@ -226,11 +232,11 @@ class _Job:
     def _run(self, name: str, stages: Sequence[Stage], rows: Sequence[Row], keep: tuple[str, ...]) -> list[Row]:
         finished: list[Row] = []
         self.worked[name] = len(rows)
-        with progress.watched(name, len(rows)) as shown:
+        video_s = {row["key"]: _video_s(row) for row in rows}
+        with self.progress.watch(name, stages, len(rows)) as count:
             for row in self.execute(stages, rows, self.config, keep):
                 finished.append(row)
-                shown.step(row["refusal"] is not None)
-                self.seconds.update(row["seconds"])
+                count(row, video_s[row["key"]] or _video_s(row))
                 if is_bug(row):
                     self.bugs.append({"key": row["key"], **row["refusal"]})
                     if len(self.bugs) > self.config.max_bugs:
@@ -295,6 +301,14 @@ class _Job:
             self.rejects,
             self.problems,
             self.committed,
-            dict(self.seconds),
+            self.progress.tallies,
             self.worked,
         )
+
+
+def _video_s(row: Row) -> float:
+    """Return how much video a row is about: a clip's length, or that of a video whose record is known; else 0."""
+    if "frame_index" in row:
+        return len(row["frame_index"]) / row["fps"]
+    info = (row.get("record") or {}).get("info")
+    return info["duration_s"] if info else 0.0

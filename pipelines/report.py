@@ -13,6 +13,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from ex4d import storage
+from pipelines.progress import Tally
 
 
 @dataclass(frozen=True)
@@ -25,7 +26,7 @@ class Result:
         rejects: rows of rejects.parquet.
         problems: sentences; none means that the run succeeded.
         committed: True where the dataset folder now holds this run's dataset.
-        seconds: {stage: seconds}, summed over the rows that were worked on now.
+        stages: {stage: Tally} of the rows that were worked on now.
         worked: {pass: rows} that were worked on now; the rest lay in the ledger.
     """
 
@@ -34,7 +35,7 @@ class Result:
     rejects: Sequence[Mapping[str, str]]
     problems: Sequence[str] = ()
     committed: bool = True
-    seconds: Mapping[str, float] = field(default_factory=dict)
+    stages: Mapping[str, Tally] = field(default_factory=dict)
     worked: Mapping[str, int] = field(default_factory=dict)
 
     @property
@@ -84,7 +85,7 @@ def log_run(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], s
         "settings": dict(settings),
         "counts": dict(result.counts),
         "worked": dict(result.worked),
-        "stage_s": {name: round(value, 4) for name, value in result.seconds.items()},
+        "stages": {name: tally.figures() for name, tally in result.stages.items()},
         "problems": list(result.problems),
         "committed": result.committed,
         "bugs": list(bugs),

@@ -57,6 +57,7 @@ class PreprocessConfig:
         max_bad_fraction: share of bad videos, or of bad clips, above which the run fails and nothing is committed.
             One half: a crawl from the web loses a tenth to damage, and above a half it is the choices that are wrong.
         max_bugs: rows that may end in an unexpected error before the run stops.
+        metrics_port: Prometheus may scrape 127.0.0.1 there while the run lasts; None: nothing is served.
     """
 
     output: str
@@ -83,6 +84,7 @@ class PreprocessConfig:
     seed: int = 0
     max_bad_fraction: float = 0.5
     max_bugs: int = 10
+    metrics_port: int | None = None
 
 
 def check(config: PreprocessConfig) -> None:
@@ -116,6 +118,7 @@ def check(config: PreprocessConfig) -> None:
     need(0 <= config.seed < 2**31, "seed", "0 to 2147483647")
     need(0 <= config.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
     need(config.max_bugs >= 0, "max_bugs", "at least 0")
+    need(config.metrics_port is None or 1 <= config.metrics_port <= 65535, "metrics_port", "null, or 1 to 65535")
     limits = config.limits
     need(min(limits.timeout_s, limits.cpu_s) > 0 and limits.memory_mb >= 256, "limits", "seconds > 0, memory_mb >= 256")
 
