@@ -29,6 +29,8 @@ class TrainConfig:
         grad_accum_steps: micro batches a step. The global batch, micro × accum × processes, is fixed when a run
             starts; a run resumed on another number of processes keeps it and derives its accumulation.
         num_processes: local processes to start; None: one per GPU, or 2 where there is none. A launcher's wins.
+        min_processes: Ray Train alone: with fewer than `num_processes`, but at least so many, the run goes on, with the
+            same global batch and losses; None: it waits for all.
         launcher: auto: in-process under torchrun, srun or deepspeed, else local processes; ray: Ray Train.
         zero_stage: DeepSpeed ZeRO stage; the losses do not depend on it.
         lr: learning rate after warm-up.
@@ -44,6 +46,12 @@ class TrainConfig:
         cpu_offload: optimizer state in the host's memory (GPU runs).
         validate_every: loss on the validation split, with fixed noise, after so many steps; None: never.
         validate_samples: how many validation samples.
+        validate_videos: so many of them are generated with the current adapter, too, and kept as videos, by a process
+            of its own (under Ray by an actor), which cannot hold up or end the training; 0: none.
+        validate_video_steps: sampling steps of these videos.
+        validate_apart: the loss on the validation split comes from that process, too: later, and at no rank's expense.
+        validate_device: where that process computes: cpu, or a GPU that no rank uses, as cuda:7 (under Ray: cuda).
+        validate_timeout_s: a validation that takes longer is given up.
         wandb_mode: None: online where a key is set, else offline; "disabled": not at all.
         dry_run: say what the run would need on `gpu`, and at `usd_per_gpu_hour`, and stop; nothing is loaded.
     """
@@ -56,6 +64,7 @@ class TrainConfig:
     micro_batch_size: int = 1
     grad_accum_steps: int = 1
     num_processes: int | None = None
+    min_processes: int | None = None
     launcher: Literal["auto", "ray"] = "auto"
     zero_stage: Literal[0, 1, 2, 3] = 2
     device: Literal["auto", "cpu", "cuda"] = "auto"
@@ -77,6 +86,11 @@ class TrainConfig:
     log_every: int = 10
     validate_every: int | None = None
     validate_samples: int = 16
+    validate_videos: int = 0
+    validate_video_steps: int = 8
+    validate_apart: bool = False
+    validate_device: str = "cpu"
+    validate_timeout_s: float = 1800.0
     wandb_mode: Literal["online", "offline", "disabled"] | None = None
     wandb_project: str = "ex4d"
     wandb_group: str | None = None
@@ -91,9 +105,15 @@ class TrainConfig:
 
         for name in ("num_steps", "save_every", "keep_last", "micro_batch_size", "grad_accum_steps", "log_every"):
             need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_processes", "validate_every", "validate_samples"):
+        for name in ("num_processes", "min_processes", "validate_every", "validate_samples", "validate_video_steps"):
             value = getattr(self, name)
             need(value is None or value >= 1, name, "at least 1")
+        if self.min_processes is not None:
+            need(self.launcher == "ray", "min_processes", "null, save with train.launcher=ray")
+            most = self.num_processes or 0
+            need(self.min_processes <= most, "min_processes", "at most train.num_processes, which must be given")
+        need(0 <= self.validate_videos <= self.validate_samples, "validate_videos", "0 to train.validate_samples")
+        need(0 < self.validate_timeout_s < math.inf, "validate_timeout_s", "finite, greater than 0")
         need(0 <= self.condition_dropout < 1, "condition_dropout", "in [0, 1)")
         need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "in (0, 1), or null for off")
         for name in ("lr", "shift", "hole_weight", "max_grad_norm"):
@@ -110,7 +130,8 @@ FREE = frozenset(
     {
         *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
         *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
-        *("activation_checkpointing", "cpu_offload", "validate_every", "validate_samples"),
+        *("activation_checkpointing", "cpu_offload", "validate_every", "validate_samples", "min_processes"),
+        *("validate_videos", "validate_video_steps", "validate_apart", "validate_device", "validate_timeout_s"),
         *("wandb_mode", "wandb_project", "wandb_group"),
     }
 )
@@ -156,13 +177,25 @@ def plan_batch(config: TrainConfig, world_size: int, global_size: int | None = N
         ConfigError: the processes do not divide the batch.
     """
     if global_size is None:
-        global_size = config.micro_batch_size * config.grad_accum_steps * world_size
+        # An elastic run that starts small has the batch of its full size, or its curve would depend on the hour.
+        processes = config.num_processes if config.min_processes and config.num_processes else world_size
+        global_size = config.micro_batch_size * config.grad_accum_steps * processes
     if global_size % world_size:
         allowed = f"a divisor of the run's global batch of {global_size} samples"
         raise ConfigError("train.num_processes", world_size, allowed)
     per_rank = global_size // world_size
     accum = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= config.micro_batch_size)
     return BatchPlan(global_size, per_rank // accum, accum, world_size)
+
+
+def usable_ranks(config: TrainConfig, world_size: int, global_size: int | None = None) -> int:
+    """Return how many of `world_size` processes an elastic run can use: the most that divide its global batch.
+
+    Args:
+        global_size: as in plan_batch.
+    """
+    batch = global_size or plan_batch(config, 1).global_size
+    return next(count for count in range(world_size, 0, -1) if batch % count == 0)
 
 
 @dataclass(frozen=True)
