@@ -8,7 +8,6 @@ left as the network gives it. On a GPU: half precision, in batches.
 from __future__ import annotations
 
 import json
-import logging
 from dataclasses import dataclass
 from functools import lru_cache
 from pathlib import Path
@@ -16,12 +15,11 @@ from typing import Any
 
 import numpy as np
 
-from ex4d import storage
+from ex4d import hub, storage
 from ex4d.depth import DepthRequest, DepthResult
 from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.geometry.depth import align_clip
 
-log = logging.getLogger(__name__)
 GPU_BATCH = 8
 FILES = ("*.json", "*.safetensors")
 IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
@@ -64,7 +62,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
 
     network = NETWORKS[name]
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    folder = resolve(request.depth_path or network.hub_id)
+    folder = hub.resolve(request.depth_path or network.hub_id, FILES, "depth_path")
     model, settings, digest = _load(name, str(folder), device)
     size = GPU_BATCH if device == "cuda" else 1
     parts, fields = [], []
@@ -78,7 +76,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
     provenance = {
         "estimator": name,
         "weights": request.depth_path or network.hub_id,
-        "revision": folder.name if folder.parent.name == "snapshots" else None,
+        "revision": hub.revision_of(folder),
         "weights_sha256": digest,
         "licence": network.licence,
     }
@@ -112,24 +110,6 @@ def _depth_pro(values: np.ndarray, fields: list[Any], provenance: dict[str, Any]
     return DepthResult(z_depth.astype(np.float32), "z_depth", K, True, {**provenance, "fov_deg": fov_deg})
 
 
-def resolve(weights: str) -> Path:
-    """Return the local folder of weights, from the hub's cache or fetched. Raises ConfigError that says what to do."""
-    if Path(weights).is_dir():
-        return Path(weights)
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
-    hub_id, _, revision = weights.partition("@")
-    advice = f"not here: run `hf download {hub_id}` where there is a network, or give its folder as the depth path"
-    try:
-        path = huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=list(FILES))
-    except HFValidationError as error:
-        raise ConfigError("depth_path", weights, "is neither an existing folder nor hub-id[@revision]") from error
-    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        raise ConfigError("depth_path", weights, advice) from error
-    return Path(path)
-
-
 @lru_cache(maxsize=1)
 def _load(name: str, folder: str, device: str) -> tuple[Any, dict[str, Any], str]:
     """Return (model in eval mode, preprocessor settings, sha256 of the weights); kept from clip to clip."""
@@ -149,7 +129,7 @@ def _load(name: str, folder: str, device: str) -> tuple[Any, dict[str, Any], str
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ContractError(f"{folder} cannot be loaded as {network.cls}: {error}") from error
-    log.info("%s: weights %s, licence %s", name, folder, network.licence)
+    hub.say_licence(name, folder, network.licence)
     digests = [storage.sha256(path) for path in sorted(Path(folder).glob("*.safetensors"))]
     return model.to(device).eval(), _json(Path(folder) / "preprocessor_config.json"), "+".join(digests)
 

@@ -1,0 +1,55 @@
+"""Weights from a hub or a folder: the one place that says what to download and where to put it."""
+
+from __future__ import annotations
+
+import logging
+from collections.abc import Sequence
+from functools import lru_cache
+from pathlib import Path
+
+from ex4d.errors import ConfigError
+
+log = logging.getLogger(__name__)
+
+
+def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -> Path:
+    """Return the local folder of weights: `weights` itself, or the snapshot of a hub id, fetched if it is not cached.
+
+    Args:
+        weights: an existing folder, or `hub-id[@revision]`.
+        patterns: the files that are needed, as globs below the folder.
+        key: the setting that `weights` came from, for the message.
+        advice: what to do without a network; by default one download and the folder as the setting's value.
+
+    Raises:
+        ConfigError: neither a folder nor a hub id, or not here and not to be had: it says what to download.
+    """
+    if Path(weights).is_dir():
+        return Path(weights)
+    import huggingface_hub
+    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
+
+    hub_id, _, revision = weights.partition("@")
+    try:
+        path = huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns))
+    except HFValidationError as error:
+        raise ConfigError(key, weights, "is neither an existing folder nor hub-id[@revision]") from error
+    except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
+        at = f" --revision {revision}" if revision else ""
+        advice = advice or (
+            f"run `hf download {hub_id}{at} --local-dir models/{hub_id.rpartition('/')[2]}` where there is a network "
+            f"(needed: {', '.join(patterns)}), bring the folder here and set {key} to it"
+        )
+        raise ConfigError(key, weights, f"not here and not to be fetched ({type(error).__name__}): {advice}") from error
+    return Path(path)
+
+
+def revision_of(folder: Path) -> str | None:
+    """Return the commit of a snapshot in the hub's cache, whose folder is named by it; None for other folders."""
+    return folder.name if folder.parent.name == "snapshots" else None
+
+
+@lru_cache(maxsize=64)
+def say_licence(name: str, weights: str, licence: str) -> None:
+    """Log, once for each process and weights, under which licence they stand."""
+    log.warning("%s: weights %s, licence: %s", name, weights, licence)
