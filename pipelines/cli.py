@@ -44,6 +44,15 @@ def _preprocess(args: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _plan(args: argparse.Namespace) -> int:
+    from ex4d import config
+    from pipelines import plan
+
+    made, earlier = plan.main(config.load(args.config, plan.SECTIONS, args.overrides))
+    print(made.table(), plan.judgement(earlier), sep="\n")
+    return 0
+
+
 def _train(args: argparse.Namespace) -> int:
     from pipelines import train
 
@@ -183,6 +192,20 @@ def _verify(args: argparse.Namespace) -> int:
     return 0 if report.ok else 1
 
 
+def _retry_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("dataset", metavar="OUT", help="folder written by `ex4d preprocess`")
+    parser.add_argument("--reason", action="append", required=True, help="e.g. decode_timeout; may be given again")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="default: the choices of the last run there")
+
+
+def _retry(args: argparse.Namespace) -> int:
+    from pipelines import retry
+
+    result = retry.retry(args.dataset, args.reason, args.config)
+    print(result.table(), retry.summary(result), sep="\n")
+    return result.exit_code
+
+
 def _doctor_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--json", action="store_true", help="the same facts as one JSON object")
 
@@ -209,11 +232,13 @@ def _demo(args: argparse.Namespace) -> int:
 COMMANDS = {
     "demo": Command("the whole way on a synthetic corpus, with a page of results", _demo_arguments, _demo),
     "preprocess": Command("videos to training shards", _job_arguments, _preprocess),
+    "plan": Command("what preprocessing will cost, measured on a few videos", _job_arguments, _plan),
     "train": Command("shards to an adapter", _job_arguments, _train),
     "sweep": Command("many short trainings, the best configuration", _job_arguments, _sweep),
     "reconstruct": Command("what a camera path would see of a video", _reconstruct_arguments, _reconstruct),
     "generate": Command("a video seen from the side", _generate_arguments, _generate),
     "verify": Command("check a dataset to the last byte", _verify_arguments, _verify),
+    "retry": Command("try again what preprocess refused for a reason", _retry_arguments, _retry),
     "doctor": Command("what this machine has and what is missing", _doctor_arguments, _doctor),
 }
 

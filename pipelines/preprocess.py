@@ -19,7 +19,7 @@ from ex4d.data import shards
 from ex4d.errors import ConfigError, Ex4dError, Filtered
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import inputs, runner, settings
-from pipelines.ledger import Ledger, exclusive
+from pipelines.ledger import Attempts, Ledger, exclusive
 from pipelines.progress import Progress
 from pipelines.report import Result, log_run
 from pipelines.runner import RayConfig
@@ -68,6 +68,8 @@ def run(
     synthetic_config: SyntheticConfig | None = None,
     runner_name: str = "ray",
     stages: Stages | None = None,
+    sources: Sequence[inputs.Source] | None = None,
+    retry: Sequence[str] = (),
 ) -> Result:
     """Return what happened, after bringing the dataset folder `config.output` up to date with the input.
 
@@ -77,21 +79,26 @@ def run(
         synthetic_config: the corpus that stands in where `config.input` is None; written to `OUTPUT/source`.
         runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
         stages: instead of the usual ones.
+        sources: instead of all that `config.input` names.
+        retry: reasons; refusals of this input and these choices that have one of them are forgotten and tried again.
 
     Raises:
         ConfigError: a choice is invalid; before any work.
         ContractError: an artifact in the folder is not what it claims to be.
     """
     settings.check(config)
-    sources = _sources(config, synthetic_config or SyntheticConfig())
+    if sources is None:
+        sources = find_sources(config, synthetic_config or SyntheticConfig())
     started = time.time()
     shown = Progress(config.output, config.metrics_port)
+    attempts = Attempts(config.output, config.max_attempts)
     with (
         exclusive(config.output),
         shown.serving(),
-        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers) as execute,
+        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
     ):
-        job = _Job(config, execute, stages or stages_of(config), shown)
+        job = _Job(config, execute, stages or stages_of(config), shown, frozenset(retry), started)
+        job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
         try:
             job.work(sources)
         except TooManyBugs as error:
@@ -103,7 +110,8 @@ def run(
     return result
 
 
-def _sources(config: PreprocessConfig, synthetic_config: SyntheticConfig) -> list[inputs.Source]:
+def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig) -> list[inputs.Source]:
+    """Return every input file; where `config.input` is None, of a synthetic corpus that is written first."""
     if config.input is not None:
         exclude = storage.local_path(config.output) if storage.is_local(config.output) else None
         return inputs.expand(config.input, exclude)
@@ -121,12 +129,16 @@ class _Job:
     execute: runner.Runner
     stages: Stages
     progress: Progress
+    retry: frozenset[str]
+    started: float
     counts: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, str]] = field(default_factory=list)
     staged: list[shards.Staged] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
     bugs: list[dict[str, Any]] = field(default_factory=list)
     worked: dict[str, int] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    retried: dict[str, tuple[str, str]] = field(default_factory=dict)
     committed: bool = False
 
     def __post_init__(self) -> None:
@@ -162,12 +174,13 @@ class _Job:
         for row in rows:
             row["artifact"] = f"videos/{row['sha256']}.{made}.json"
             row["refusal_artifact"] = f"videos/{row['sha256']}.{refusal}.json"
-        missing = [row for row in rows if not self._finished(row)]
+        missing = self._missing(rows)
         fresh = {row["key"]: row for row in self._run("split", self.stages.split, missing, ("record",))}
         for row in rows:
             row["record"] = (
                 fresh[row["key"]]["record"] if row["key"] in fresh else self.ledger.read(self._finished(row))
             )
+            self._note(row["key"], row["record"]["refusal"])
         return list(rows)
 
     def _plan(self, rows: Sequence[Row]) -> list[Row]:
@@ -204,15 +217,33 @@ class _Job:
 
     def _clips(self, rows: Sequence[Row]) -> None:
         """Fill `staged` and `rejects`, from the ledger or by working now."""
-        missing = [row for row in rows if not self._finished(row)]
+        missing = self._missing(rows)
         fresh = {row["key"]: row for row in self._run("clip", self.stages.clip, missing, ())}
         for row in rows:
             refusal = fresh[row["key"]]["refusal"] if row["key"] in fresh else self._known_refusal(row)
+            self._note(row["key"], refusal)
             if refusal is None:
                 split = shards.split_of(row["sha256"], self.config.val_fraction)
                 self.staged.append(shards.Staged(row["key"], split, self.ledger.url(row["artifact"])))
             else:
                 self._reject("clip", row | {"refusal": refusal})
+
+    def _missing(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows that the ledger lacks, after taking those refusals from it that are to be retried."""
+        for row in rows:
+            self.used |= {row["artifact"], row["refusal_artifact"]}
+            name = self._finished(row) if self.retry else ""
+            if name == row["refusal_artifact"]:
+                reason = self.ledger.refusal(name)["reason"]
+                if reason in self.retry:
+                    self.ledger.remove(name)
+                    self.done.remove(name)
+                    self.retried[row["key"]] = (reason, "")
+        return [row for row in rows if not self._finished(row)]
+
+    def _note(self, key: str, refusal: dict[str, Any] | None) -> None:
+        if key in self.retried:
+            self.retried[key] = (self.retried[key][0], "done" if refusal is None else refusal["reason"])
 
     def _finished(self, row: Row) -> str:
         """Return the name of what the ledger has of a row, "" for nothing."""
@@ -272,6 +303,9 @@ class _Job:
             return
         shards.pack(self.staged, self.config.output, self._facts(), self.rejects, self.config.shard_size_mb << 20)
         self.committed = True
+        self.ledger.sweep(self.started)
+        if self.config.keep_staging == "current":
+            self.ledger.prune(self.used)
         if self.bugs:
             self.problems.append(f"{len(self.bugs)} rows ended in bugs; their tracebacks are in run.jsonl")
 
@@ -303,6 +337,7 @@ class _Job:
             self.committed,
             self.progress.tallies,
             self.worked,
+            self.retried,
         )
 
 
