@@ -5,6 +5,7 @@
 | `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
 | `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
 | `clips/KEY.FP.json` | why a clip was refused |
+| `attempts/ID` | a line for each time that work on a row began; gone when it ended, so what stays are deaths |
 
 FP is the fingerprint of all that the file depends on, so a changed setting makes other names and redoes only those.
 A refusal also depends on the limits and thresholds that refused it. Each file is written once, whole.
@@ -14,14 +15,23 @@ from __future__ import annotations
 
 import fcntl
 import json
+import os
+import re
+import uuid
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
+from dataclasses import dataclass, field
 from typing import Any
 
 from ex4d import storage
+from ex4d.config import fingerprint, to_dict
 from ex4d.errors import ConfigError, ContractError
 
-VIDEOS, CLIPS = "staging/videos", "staging/clips"
+VIDEOS, CLIPS, ATTEMPTS = "staging/videos", "staging/clips", "staging/attempts"
+CONFIG = "staging/config.json"
+SECRET = "(not kept)"
+# user:password@host, and the query of a web address, which may be a signature
+_SECRET = re.compile(r'(?<=://)[^/\s",@]*@|(?<=http://|ttps://)[^\s",?]*\?[^\s",]*')
 
 
 class Ledger:
@@ -74,21 +84,116 @@ class Ledger:
 
         return json.loads(read_sample(storage.read_bytes(self.url(name)), key)["json"])["scores"]
 
-    def forget(self, reasons: Iterable[str]) -> int:
-        """Return how many refusals with one of these reasons were deleted; the next run tries those again."""
-        wanted, count = set(reasons), 0
-        for name in sorted(self.names()):
-            if not name.endswith(".json"):
-                continue
-            body = self.read(name)
-            refusal = body["refusal"] if name.startswith("videos/") else body
-            if refusal is not None and refusal["reason"] in wanted:
-                storage.remove(self.url(name))
-                count += 1
-        return count
+    def refusal(self, name: str) -> dict[str, Any]:
+        """Return the refusal that an artifact of refusal holds, a video's or a clip's."""
+        body = self.read(name)
+        return body["refusal"] if name.startswith("videos/") else body
+
+    def remove(self, name: str) -> None:
+        """Delete an artifact; the next run makes it again."""
+        storage.remove(self.url(name))
+
+    def write_config(self, sections: Mapping[str, Any]) -> None:
+        """Keep a run's choices, and the folder that its relative paths start from, for `ex4d retry`.
+
+        What a URL says of passwords or signatures is not kept.
+        """
+        plain = {name: to_dict(section) for name, section in sections.items() if section is not None}
+        text = _SECRET.sub(SECRET, json.dumps({"folder": os.getcwd(), "sections": plain}, sort_keys=True))
+        storage.write_bytes(storage.join(self.output, CONFIG), text.encode())
+
+    def read_config(self) -> tuple[str, dict[str, Any]]:
+        """Return (folder, {section: mapping}) of the last run.
+
+        Raises:
+            ConfigError: nothing was run there, or its choices held a secret.
+        """
+        url = storage.join(self.output, CONFIG)
+        if not storage.exists(url):
+            raise ConfigError("OUT", self.output, "a folder that `ex4d preprocess` has written to")
+        text = storage.read_bytes(url).decode()
+        if SECRET in text:
+            raise ConfigError("OUT", self.output, "the run read URLs with a password or signature; give its --config")
+        kept = json.loads(text)
+        return kept["folder"], kept["sections"]
+
+    def sweep(self, before: float) -> None:
+        """Delete what killed runs left unfinished: temporary files older than `before` (Unix time), and all attempts.
+
+        Only for a run that holds the folder and has nothing left to do. Object stores have no temporary files.
+        """
+        for name in storage.list_files(storage.join(self.output, ATTEMPTS)):
+            storage.remove(storage.join(self.output, ATTEMPTS, name))
+        if storage.is_local(self.output):
+            for path in (storage.local_path(self.output) / "staging").rglob(".tmp-*"):
+                # A worker of a killed run may live for seconds after it.
+                if path.is_file() and path.stat().st_mtime < before:
+                    path.unlink(missing_ok=True)
+
+    def prune(self, used: Iterable[str]) -> int:
+        """Return how many artifacts were deleted: superseded ones, of a source of which others are `used` now."""
+        used = set(used)
+        sources = {_source(name) for name in used}
+        superseded = [name for name in sorted(self.names() - used) if _source(name) in sources]
+        for name in superseded:
+            storage.remove(self.url(name))
+        return len(superseded)
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         storage.write_bytes(self.url(name), json.dumps(value, sort_keys=True).encode())
+
+
+def _source(name: str) -> str:
+    """Return the first 16 digits of the content hash that an artifact's name begins with."""
+    return name.partition("/")[2][:16]
+
+
+@dataclass(frozen=True)
+class Attempts:
+    """Which rows kill the process that works on them, so that none is tried for ever.
+
+    A row is given up after `limit` deaths in one run. Deaths of other runs count too, but only to `RUNS_LIMIT` times as
+    many: a run that is killed takes every row in work with it, and most of those are innocent; a row that brings down
+    the whole machine is only seen so.
+
+    Args:
+        output: the dataset folder; the marks lie in its staging.
+        limit: deaths in one run.
+        run: tells this run from others.
+    """
+
+    RUNS_LIMIT = 3
+
+    output: str
+    limit: int
+    run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+
+    def begin(self, work: str, key: str) -> bool:
+        """Return True where `work` on the row `key` may be tried; the try counts as a death until `end`."""
+        url = self._url(work, key)
+        begun = storage.read_bytes(url).decode().split() if storage.exists(url) else []
+        may = begun.count(self.run) < self.limit and len(begun) < self.limit * self.RUNS_LIMIT
+        if may:
+            self._write(url, [*begun, self.run])
+        return may
+
+    def end(self, work: str, key: str) -> None:
+        """Note that the work ended and its process lives."""
+        storage.remove(self._url(work, key))
+
+    def _url(self, work: str, key: str) -> str:
+        return storage.join(self.output, ATTEMPTS, fingerprint(work, key))
+
+    @staticmethod
+    def _write(url: str, runs: list[str]) -> None:
+        data = ("\n".join(runs) + "\n").encode()
+        if not storage.is_local(url):
+            storage.write_bytes(url, data)
+            return
+        # Not flushed to disk: it must outlive a process, not the machine, and it is written for every row.
+        path = storage.local_path(url)
+        path.parent.mkdir(parents=True, exist_ok=True)
+        path.write_bytes(data)
 
 
 @contextmanager

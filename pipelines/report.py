@@ -28,6 +28,7 @@ class Result:
         committed: True where the dataset folder now holds this run's dataset.
         stages: {stage: Tally} of the rows that were worked on now.
         worked: {pass: rows} that were worked on now; the rest lay in the ledger.
+        retried: {key: (its reason before, "done" or its reason now)} of refusals that were tried again.
     """
 
     output: str
@@ -37,6 +38,7 @@ class Result:
     committed: bool = True
     stages: Mapping[str, Tally] = field(default_factory=dict)
     worked: Mapping[str, int] = field(default_factory=dict)
+    retried: Mapping[str, tuple[str, str]] = field(default_factory=dict)
 
     @property
     def exit_code(self) -> int:

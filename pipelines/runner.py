@@ -8,13 +8,16 @@ from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
+from itertools import islice
 from typing import Any
 
 from ex4d.errors import ConfigError, ContractError, Ex4dError
-from pipelines.stage import Chain, Row, Stage, chains, check, pack_row, unpack_row
+from pipelines.ledger import Attempts
+from pipelines.stage import Chain, Row, Stage, chains, check, pack_row, refused, unpack_row
 
 RUNNERS = ("ray", "inline")
 MAX_ROWS_PER_TASK = 8  # a task costs Ray some milliseconds; a killed one is done again, whole
+WAVE_ROWS = 20_000  # rows that Ray holds at once, done or to do: some 50 MB, whatever the size of the corpus
 
 # (stages, rows, context, columns that must come out) -> finished rows, in any order
 Runner = Callable[[Sequence[Stage], Sequence[Row], Any, tuple[str, ...]], Iterator[Row]]
@@ -36,8 +39,11 @@ class RayConfig:
 
 
 @contextmanager
-def runner(name: str, ray_config: RayConfig, num_workers: int) -> Iterator[Runner]:
+def runner(name: str, ray_config: RayConfig, num_workers: int, attempts: Attempts | None = None) -> Iterator[Runner]:
     """Yield the runner of that name; a Ray that was started here is stopped at the end.
+
+    Args:
+        attempts: Ray tries a row again whose worker died; these say when to refuse it instead. None: never.
 
     Raises:
         ConfigError: unknown name, or no worker.
@@ -50,7 +56,7 @@ def runner(name: str, ray_config: RayConfig, num_workers: int) -> Iterator[Runne
         yield inline
         return
     with _ray(ray_config, num_workers):
-        yield partial(on_ray, ray_config, num_workers)
+        yield partial(on_ray, ray_config, num_workers, attempts)
 
 
 def inline(stages: Sequence[Stage], rows: Sequence[Row], context: Any, keep: tuple[str, ...]) -> Iterator[Row]:
@@ -66,12 +72,13 @@ def inline(stages: Sequence[Stage], rows: Sequence[Row], context: Any, keep: tup
 def on_ray(
     ray_config: RayConfig,
     num_workers: int,
+    attempts: Attempts | None,
     stages: Sequence[Stage],
     rows: Sequence[Row],
     context: Any,
     keep: tuple[str, ...],
 ) -> Iterator[Row]:
-    """Yield each finished row as it comes, run on Ray Data. A bug refuses its row.
+    """Yield each finished row as it comes, run on Ray Data. A bug refuses its row, and so do deaths of its worker.
 
     Raises:
         ConfigError, ContractError: raised by a stage; the run stops.
@@ -83,29 +90,33 @@ def on_ray(
     check(stages, rows[0])
     _settings(ray.data.DataContext.get_current())
     rows_per_task = max(1, min(MAX_ROWS_PER_TASK, len(rows) // (4 * num_workers)))
-    dataset = ray.data.from_items([pack_row(row) for row in rows], override_num_blocks=-(-len(rows) // rows_per_task))
-    for chain in chains(stages, keep, propagate=False):
-        dataset = _mapped(dataset, chain, context, ray_config)
-    for packed in dataset.iter_rows():
-        row = unpack_row(packed)
-        if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
-            raise _stop(row["refusal"])
-        yield row
+    waiting = iter(rows)
+    while wave := [pack_row(row) for row in islice(waiting, WAVE_ROWS)]:
+        dataset = ray.data.from_items(wave, override_num_blocks=-(-len(wave) // rows_per_task))
+        for chain in chains(stages, keep, propagate=False):
+            dataset = _mapped(dataset, chain, context, attempts, ray_config)
+        for packed in dataset.iter_rows():
+            row = unpack_row(packed)
+            if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
+                raise _stop(row["refusal"])
+            yield row
 
 
-def _mapped(dataset: Any, chain: Chain, context: Any, ray_config: RayConfig) -> Any:
+def _mapped(dataset: Any, chain: Chain, context: Any, attempts: Attempts | None, ray_config: RayConfig) -> Any:
     import ray
 
     num_cpus, num_gpus, memory_mb = chain.stages[0].needs
     options: dict[str, Any] = {"num_cpus": num_cpus}
     if memory_mb is not None:
-        options["memory"] = memory_mb << 20
+        # A machine that has less takes one call at a time, instead of waiting for ever for a larger one.
+        largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
+        options["memory"] = int(min(memory_mb << 20, largest))
     if not num_gpus:
-        return dataset.map(partial(_work, chain, context), **options)
+        return dataset.map(partial(_work, chain, context, attempts), **options)
     size = ray_config.gpu_actors or max(1, int(ray.cluster_resources().get("GPU", 0) / num_gpus))
     return dataset.map(
         _Worker,
-        fn_constructor_args=(chain, context),
+        fn_constructor_args=(chain, context, attempts),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_gpus=num_gpus,
         **options,
@@ -115,16 +126,19 @@ def _mapped(dataset: Any, chain: Chain, context: Any, ray_config: RayConfig) -> 
 class _Worker:
     """A process that keeps its model between rows."""
 
-    def __init__(self, chain: Chain, context: Any):
-        self.chain, self.context = chain, context
+    def __init__(self, chain: Chain, context: Any, attempts: Attempts | None):
+        self.chain, self.context, self.attempts = chain, context, attempts
 
     def __call__(self, packed: dict[str, Any]) -> dict[str, Any]:
-        return _work(self.chain, self.context, packed)
+        return _work(self.chain, self.context, self.attempts, packed)
 
 
-def _work(chain: Chain, context: Any, packed: dict[str, Any]) -> dict[str, Any]:
+def _work(chain: Chain, context: Any, attempts: Attempts | None, packed: dict[str, Any]) -> dict[str, Any]:
     quiet_threads()
     row = unpack_row(packed)
+    name = chain.stages[0].name
+    if attempts is not None and not attempts.begin(name, row["key"]) and row["refusal"] is None:
+        row = refused(row, "bad", name, "worker_crash", "the processes that worked on it died")
     try:
         return pack_row(chain(row, context))
     except (ConfigError, ContractError) as error:
@@ -133,6 +147,9 @@ def _work(chain: Chain, context: Any, packed: dict[str, Any]) -> dict[str, Any]:
         arguments = [str(part) for part in error.args] if isinstance(error, ContractError) else _config_parts(error)
         refusal = {"fate": "stop", "stage": "", "reason": kind, "message": str(error), "arguments": arguments}
         return pack_row({"key": row["key"], "refusal": refusal, "seconds": {}})
+    finally:
+        if attempts is not None:
+            attempts.end(name, row["key"])
 
 
 def _config_parts(error: ConfigError) -> list[str]:

@@ -14,6 +14,7 @@ from ex4d.geometry.masks import MaskConfig
 from pipelines.stages.score import FilterConfig
 
 PROFILES = ("default", "released")
+STAGING = ("all", "current")
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
 VIDEO_CODE, CLIP_CODE = 1, 1  # raised when stages change what they write, so that older staging is not taken
@@ -57,6 +58,9 @@ class PreprocessConfig:
         max_bad_fraction: share of bad videos, or of bad clips, above which the run fails and nothing is committed.
             One half: a crawl from the web loses a tenth to damage, and above a half it is the choices that are wrong.
         max_bugs: rows that may end in an unexpected error before the run stops.
+        max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
+        keep_staging: "all", so that earlier choices come back without work, or "current": after a commit, what other
+            choices made of the same videos is deleted from staging.
         metrics_port: Prometheus may scrape 127.0.0.1 there while the run lasts; None: nothing is served.
     """
 
@@ -84,6 +88,8 @@ class PreprocessConfig:
     seed: int = 0
     max_bad_fraction: float = 0.5
     max_bugs: int = 10
+    max_attempts: int = 3
+    keep_staging: str = "all"
     metrics_port: int | None = None
 
 
@@ -118,6 +124,8 @@ def check(config: PreprocessConfig) -> None:
     need(0 <= config.seed < 2**31, "seed", "0 to 2147483647")
     need(0 <= config.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
     need(config.max_bugs >= 0, "max_bugs", "at least 0")
+    need(config.max_attempts >= 1, "max_attempts", "at least 1")
+    need(config.keep_staging in STAGING, "keep_staging", ", ".join(STAGING))
     need(config.metrics_port is None or 1 <= config.metrics_port <= 65535, "metrics_port", "null, or 1 to 65535")
     limits = config.limits
     need(min(limits.timeout_s, limits.cpu_s) > 0 and limits.memory_mb >= 256, "limits", "seconds > 0, memory_mb >= 256")

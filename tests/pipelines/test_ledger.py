@@ -2,13 +2,15 @@
 
 from __future__ import annotations
 
+import os
 from dataclasses import replace
 
 import numpy as np
 import pytest
 
-from ex4d.errors import ContractError, Filtered
-from pipelines.ledger import Ledger
+from ex4d.config import validate
+from ex4d.errors import ConfigError, ContractError, Filtered
+from pipelines.ledger import Attempts, Ledger
 from pipelines.settings import DecodeLimits, PreprocessConfig, clip_fingerprints, video_fingerprints
 from pipelines.stages import clips
 from pipelines.stages.score import FilterConfig
@@ -22,7 +24,7 @@ def record(num_frames=40, cuts=(), step=512, time_base=(1, 12288), pts=None):
     return {"info": {"time_base": list(time_base)}, "pts_runs": pack_pts(pts), "cuts": list(cuts)}
 
 
-def test_names_read_and_forget(tmp_path):
+def test_names_read_and_remove(tmp_path):
     ledger = Ledger(str(tmp_path))
     assert ledger.names() == set()
     ledger.write_sample("clips/a.1.tar", b"blocks")
@@ -32,8 +34,78 @@ def test_names_read_and_forget(tmp_path):
     ledger.write_video("videos/e.3.json", {"refusal": None})
     (tmp_path / "staging" / "clips" / ".tmp-0123-f.1.tar").write_bytes(b"a write that was killed")
     assert len(ledger.names()) == 5
-    assert ledger.forget(["decode_timeout"]) == 2
+    assert ledger.refusal("clips/b.2.json") == ledger.refusal("videos/d.3.json") == {"reason": "decode_timeout"}
+    ledger.remove("clips/b.2.json")
+    ledger.remove("videos/d.3.json")
     assert ledger.names() == {"clips/a.1.tar", "clips/c.2.json", "videos/e.3.json"}
+
+
+def test_a_sweep_takes_what_killed_runs_left_and_nothing_else(tmp_path):
+    ledger = Ledger(str(tmp_path))
+    ledger.write_sample("clips/a.1.tar", b"blocks")
+    old, new = (tmp_path / "staging" / "clips" / f".tmp-{name}-b.1.tar" for name in ("old", "new"))
+    for path in (old, new):
+        path.write_bytes(b"half")
+    os.utime(old, (1000, 1000))
+    Attempts(str(tmp_path), 3).begin("decode", "clip")
+    (mark,) = (tmp_path / "staging" / "attempts").iterdir()
+    ledger.sweep(before=new.stat().st_mtime - 1)
+    assert (old.exists(), new.exists(), mark.exists()) == (False, True, False)
+    assert ledger.names() == {"clips/a.1.tar"}
+
+
+def test_only_what_was_superseded_is_pruned(tmp_path):
+    ledger = Ledger(str(tmp_path))
+    here, gone = "a" * 16, "b" * 16
+    for key in (f"{here}-000000-000008-9", f"{here}-000000-000016-17", f"{gone}-000000-000008-9"):
+        for made in ("1", "2"):
+            ledger.write_sample(f"clips/{key}.{made}.tar", b"blocks")
+    used = {f"clips/{here}-000000-000008-9.2.tar", f"clips/{here}-000000-000008-9.3.json"}
+    assert ledger.prune(used) == 3
+    kept = {f"clips/{here}-000000-000008-9.2.tar"} | {f"clips/{gone}-000000-000008-9.{made}.tar" for made in "12"}
+    assert ledger.names() == kept
+
+
+def test_a_row_is_given_up_after_so_many_deaths_in_a_run(tmp_path):
+    attempts = Attempts(str(tmp_path), 3)
+    assert [attempts.begin("decode", "clip") for _ in range(4)] == [True, True, True, False]
+    assert attempts.begin("decode", "other")
+    assert attempts.begin("depth", "clip")
+
+
+def test_a_row_that_ended_well_starts_anew(tmp_path):
+    attempts = Attempts(str(tmp_path), 2)
+    for _ in range(5):
+        assert attempts.begin("decode", "clip")
+        assert attempts.begin("decode", "clip")
+        attempts.end("decode", "clip")
+    assert list((tmp_path / "staging" / "attempts").iterdir()) == []
+
+
+def test_deaths_with_whole_runs_count_less_but_not_for_ever(tmp_path):
+    """A run that is killed takes innocent rows with it; a row that kills every run is found nevertheless."""
+    tried = [Attempts(str(tmp_path), 3).begin("decode", "clip") for _ in range(12)]
+    assert tried == [True] * 9 + [False] * 3
+
+
+def test_attempts_are_counted_in_an_object_store_too():
+    attempts = Attempts("memory://attempts-test", 2)
+    assert [attempts.begin("decode", "clip") for _ in range(3)] == [True, True, False]
+
+
+def test_a_run_keeps_its_choices_but_no_secret(tmp_path):
+    ledger = Ledger(str(tmp_path))
+    with pytest.raises(ConfigError, match="has written to"):
+        ledger.read_config()
+    ledger.write_config({"preprocess": replace(CONFIG, input=["s3://bucket/a?.mp4", "b.mp4"]), "ray": None})
+    folder, sections = ledger.read_config()
+    assert folder == os.getcwd()
+    assert validate(PreprocessConfig, sections["preprocess"], "preprocess").input == ["s3://bucket/a?.mp4", "b.mp4"]
+    for secret in ("https://me:hunter2@example.org/a.mp4", "https://example.org/a.mp4?X-Signature=hunter2"):
+        ledger.write_config({"preprocess": replace(CONFIG, input=secret)})
+        assert "hunter2" not in (tmp_path / "staging" / "config.json").read_text()
+        with pytest.raises(ConfigError, match="--config"):
+            ledger.read_config()
 
 
 def test_a_damaged_record_is_a_broken_contract(tmp_path):

@@ -18,8 +18,9 @@ from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import preprocess
-from pipelines.ledger import Ledger, exclusive
+from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
+from pipelines.retry import retry, summary
 from pipelines.stages import decode
 from pipelines.stages.score import FilterConfig, measure
 
@@ -142,9 +143,13 @@ def test_one_bad_row_costs_one_row(config):
     bad = result.counts["clips_bad"]
     assert 1 <= bad <= 3
     assert inline(config).worked["clip"] == 0  # what was refused stays refused
-    assert Ledger(config.output).forget(["decode_timeout"]) == bad
-    retried = inline(config)
+    unlucky_keys = {row["key"] for row in result.rejects}
+    nothing = retry(config.output, ["decode_crash"], runner_name="inline")
+    assert (nothing.worked["clip"], nothing.retried) == (0, {})
+    retried = retry(config.output, ["decode_timeout", "decode_crash"], runner_name="inline")
     assert (retried.worked["clip"], retried.counts["samples"]) == (bad, 12)
+    assert retried.retried == {key: ("decode_timeout", "done") for key in unlucky_keys}
+    assert summary(retried) == f"tried again: {bad}\n  decode_timeout -> done: {bad}"
 
 
 @pytest.mark.ray
