@@ -24,13 +24,13 @@ TINY = "tiny"
 TINY_FOLDER = Path(__file__).parent / "assets" / "tiny"
 COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 # Sub-folders of the diffusers layout that a component needs; only safetensors and text are ever fetched or read.
-_FOLDERS = {
+FOLDERS = {
     "transformer": ("transformer",),
     "vae": ("vae",),
     "text_encoder": ("text_encoder", "tokenizer"),
     "image_encoder": ("image_encoder", "image_processor"),
 }
-_FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
+FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
 
@@ -134,7 +134,7 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
     import huggingface_hub
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
-    patterns = [f"{sub}/{file}" for name in components for sub in _FOLDERS[name] for file in _FILES]
+    patterns = [f"{sub}/{file}" for name in components for sub in FOLDERS[name] for file in FILES]
     patterns.append("transformer/config.json")
     try:
         return Path(huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=patterns))
@@ -142,7 +142,7 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
         raise ConfigError("model.base", base, "is neither 'tiny', nor an existing folder, nor a hub id") from error
     except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
         at = f" --revision {revision}" if revision else ""
-        subs = ", ".join(sub for name in components for sub in _FOLDERS[name])
+        subs = ", ".join(sub for name in components for sub in FOLDERS[name])
         raise ConfigError(
             "model.base",
             base,

@@ -1,0 +1,40 @@
+"""Which encoders a base has, by the content of their files: what latents depend on, known without loading anything."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Sequence
+from pathlib import Path
+
+from ex4d import config, storage
+from ex4d.models.backbone import FILES, FOLDERS, resolve
+
+ENCODERS = ("vae", "text_encoder", "image_encoder")
+_SHA256 = re.compile(r"[0-9a-f]{64}")
+
+
+def encoder_fingerprints(
+    base: str, revision: str | None = None, needed: Sequence[str] = ("transformer", "vae")
+) -> dict[str, str]:
+    """Return {component of ENCODERS: 16 hex digits of its weights and settings}; one whose files are not there is left out.
+
+    Args:
+        base, revision: as in `backbone.load_base`.
+        needed: components that are fetched where a hub id is not cached.
+
+    Raises:
+        ConfigError: the base is not there, and not to be had.
+    """
+    folder = resolve(base, revision, needed)
+    found = {}
+    for component in ENCODERS:
+        files = sorted(file for sub in FOLDERS[component] for kind in FILES for file in (folder / sub).glob(kind))
+        if any(file.suffix == ".safetensors" for file in files):
+            found[component] = config.fingerprint([(str(file.relative_to(folder)), _sha256(file)) for file in files])
+    return found
+
+
+def _sha256(file: Path) -> str:
+    # The hub's cache keeps large files under their sha256, so that gigabytes need not be read to know it.
+    stored = file.resolve().name
+    return stored if _SHA256.fullmatch(stored) else storage.sha256(file)
