@@ -49,6 +49,11 @@ def revision_of(folder: Path) -> str | None:
     return folder.name if folder.parent.name == "snapshots" else None
 
 
+def name_of(weights: str) -> str:
+    """Return a hub id as it is, and of a folder its name alone: what is recorded is alike on every machine."""
+    return Path(weights).name if Path(weights).is_dir() else weights
+
+
 @lru_cache(maxsize=64)
 def say_licence(name: str, weights: str, licence: str) -> None:
     """Log, once for each process and weights, under which licence they stand."""

@@ -66,6 +66,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "depth-anything-v2": partial(_late, "transformers", name="depth-anything-v2"),
     "depth-pro": partial(_late, "transformers", name="depth-pro"),
     "zoedepth": partial(_late, "transformers", name="zoedepth"),
+    "depthcrafter": partial(_late, "depthcrafter"),
 }
 
 

@@ -75,7 +75,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
         raise BadSample("depth_nan", f"{name} gave {(~np.isfinite(values)).mean():.2%} values that are not numbers")
     provenance = {
         "estimator": name,
-        "weights": request.depth_path or network.hub_id,
+        "weights": hub.name_of(request.depth_path or network.hub_id),
         "revision": hub.revision_of(folder),
         "weights_sha256": digest,
         "licence": network.licence,
