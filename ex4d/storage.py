@@ -1,24 +1,36 @@
 """Files by path or URL, local or in an object store, with atomic writes. The only gate to fsspec.
 
 A URL is a local path or `scheme://…`. Writes appear whole or not at all: on a local disk by a temporary file and
-rename, in an object store because a put is atomic there.
+rename, in an object store because a put is atomic there, also one that is tried again. What fails for a passing reason
+is tried `ATTEMPTS` times. Credentials and endpoints come from where each store's own tools look for them: for S3 and
+what speaks its language AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or fsspec's configuration.
 """
 
 from __future__ import annotations
 
 import hashlib
+import io
 import os
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
+from urllib.parse import unquote
 
 import fsspec
 
+from ex4d import retry
 from ex4d.errors import ConfigError
+from ex4d.retry import Truncated
+
+__all__ = [
+    *("SCHEMES", "Truncated", "atomic_path", "check_url", "exists", "glob", "is_file", "is_local", "join"),
+    *("list_files", "local_path", "move_file", "open_read", "read_bytes", "remove", "sha256", "size", "write_bytes"),
+]
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hf", "http", "https", "memory")
+BLOCK_BYTES = 4 * 2**20  # of one ranged read where a file is read from end to end
 
 
 def is_local(url: str | Path) -> bool:
@@ -36,28 +48,123 @@ def join(url: str | Path, *parts: str) -> str:
     return "/".join([str(url).rstrip("/"), *parts])
 
 
-def _filesystem(url: str | Path) -> tuple[Any, str]:
-    scheme = str(url).partition("://")[0] if "://" in str(url) else "file"
+def check_url(url: str) -> None:
+    """Return nothing where a remote URL may be opened.
+
+    Raises:
+        ConfigError: another scheme than SCHEMES, a chain of them (`zip::s3://…`), or `..` among its folders.
+    """
+    scheme, _, rest = url.partition("://")
+    shown = retry.redacted(url)
     if scheme not in SCHEMES:
-        raise ConfigError("url", str(url), f"allowed schemes: {', '.join(SCHEMES)}")
+        raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
+    if "::" in rest or "://" in rest.partition("?")[0]:
+        raise ConfigError("url", shown, "one scheme, not a chain of them")
+    if ".." in unquote(unquote(rest)).replace("\\", "/").partition("?")[0].split("/"):
+        raise ConfigError("url", shown, "no .. in it")
+
+
+def _is_web(url: str | Path) -> bool:
+    return str(url).startswith(("http://", "https://"))
+
+
+def _filesystem(url: str | Path) -> tuple[Any, str]:
+    if is_local(url):
+        return fsspec.core.url_to_fs(str(local_path(url)))
+    url = str(url)
+    check_url(url)
+    scheme = url.partition("://")[0]
+    # What others write must be seen, so listings are never remembered.
+    options: dict[str, Any] = {"use_listings_cache": False}
     try:
-        return fsspec.core.url_to_fs(str(local_path(url)) if is_local(url) else str(url))
+        if _is_web(url):
+            import aiohttp
+
+            # By default a file that takes longer than five minutes is cut off.
+            waits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
+            options["client_kwargs"] = {"timeout": waits}
+        return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise ConfigError(
-            "url", str(url), f"{scheme}:// needs a package that is not installed here ({error})"
+            "url", retry.redacted(url), f"{scheme}:// needs a package that is not installed here ({error})"
         ) from error
 
 
 def open_read(url: str | Path) -> IO[bytes]:
     """Return a seekable binary reader. The caller closes it."""
-    filesystem, path = _filesystem(url)
-    return filesystem.open(path, "rb")
+    if is_local(url):
+        return open(local_path(url), "rb")
+    return io.BufferedReader(_Ranges(str(url)), BLOCK_BYTES)
+
+
+class _Ranges(io.RawIOBase):
+    """A remote file, read by ranges, each of them tried again where it breaks."""
+
+    def __init__(self, url: str):
+        self.url, self.position = url, 0
+        self.length = size(url)
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = io.SEEK_SET) -> int:
+        start = {io.SEEK_SET: 0, io.SEEK_CUR: self.position, io.SEEK_END: self.length}[whence]
+        self.position = max(0, start + offset)
+        return self.position
+
+    def tell(self) -> int:
+        return self.position
+
+    def readinto(self, buffer: Any) -> int:
+        wanted = min(len(buffer), self.length - self.position)
+        if wanted <= 0:
+            return 0
+        data = read_bytes(self.url, self.position, wanted)
+        buffer[: len(data)] = data
+        self.position += len(data)
+        return len(data)
 
 
 def exists(url: str | Path) -> bool:
     """Return True where a file or folder is there."""
+    if is_local(url):
+        return local_path(url).exists()
+    return _info(url) is not None
+
+
+def is_file(url: str | Path) -> bool:
+    """Return True where a file is there."""
+    if is_local(url):
+        return local_path(url).is_file()
+    info = _info(url)
+    return info is not None and info["type"] == "file"
+
+
+def size(url: str | Path) -> int:
+    """Return a file's number of bytes. Raises FileNotFoundError; OSError where a server does not tell."""
+    if is_local(url):
+        return local_path(url).stat().st_size
+    info = _info(url)
+    if info is None:
+        raise FileNotFoundError(2, "No such file", retry.redacted(str(url)))
+    if info["size"] is None:
+        raise OSError(95, "The server does not tell the size", retry.redacted(str(url)))
+    return int(info["size"])
+
+
+def _info(url: str | Path) -> dict[str, Any] | None:
+    """Return what the store knows of a file or folder, None where there is none.
+
+    Not by fsspec's `exists`, which takes every error for a No.
+    """
     filesystem, path = _filesystem(url)
-    return filesystem.exists(path)
+    try:
+        return retry.call(lambda: filesystem.info(path), str(url))
+    except FileNotFoundError:
+        return None
 
 
 def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> bytes:
@@ -67,7 +174,15 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
             file.seek(offset)
             return file.read() if length is None else file.read(length)
     filesystem, path = _filesystem(url)
-    return filesystem.cat_file(path, start=offset or None, end=None if length is None else offset + length)
+    if offset and length is None:
+        length = max(0, size(url) - offset)
+    if length == 0:
+        return b""
+    end = None if length is None else offset + length
+    data = retry.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end), str(url))
+    if length is not None and len(data) > length:  # a web server that knows no ranges sent everything
+        return data[offset : offset + length]
+    return data
 
 
 def write_bytes(url: str | Path, data: bytes) -> None:
@@ -77,7 +192,7 @@ def write_bytes(url: str | Path, data: bytes) -> None:
             temporary.write_bytes(data)
         return
     filesystem, path = _filesystem(url)
-    filesystem.pipe_file(path, data)
+    retry.call(lambda: filesystem.pipe_file(path, data), str(url))
 
 
 @contextmanager
@@ -106,19 +221,25 @@ def move_file(source: Path, url: str | Path) -> None:
         os.replace(source, target)
         return
     filesystem, path = _filesystem(url)
-    filesystem.put_file(str(source), path)
+    retry.call(lambda: filesystem.put_file(str(source), path), str(url))
     source.unlink()
 
 
 def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Return every file under a folder, sorted, as paths relative to it with forward slashes.
+    """Return every file under a folder, sorted, as paths relative to it with forward slashes; none for no folder.
 
     Args:
         suffixes: keep only names ending so, lower case with the dot; () keeps all.
     """
     filesystem, path = _filesystem(url)
+    # A web server's folders are walked page by page, and without on_error a page that breaks is an empty one.
+    options = {"on_error": "raise"} if _is_web(url) else {}
     root = PurePosixPath(path.replace(os.sep, "/"))
-    found = [str(PurePosixPath(name.replace(os.sep, "/")).relative_to(root)) for name in filesystem.find(path)]
+    try:
+        names = [PurePosixPath(name.replace(os.sep, "/")) for name in _call(filesystem.find, path, url, **options)]
+    except FileNotFoundError:
+        return []
+    found = [str(name.relative_to(root)) for name in names if name.is_relative_to(root) and name != root]
     return sorted(
         name
         for name in found
@@ -126,17 +247,69 @@ def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
     )
 
 
+def glob(url: str) -> list[str]:
+    """Return the URLs of the remote files that match a pattern (`*`, `**`, `?`, `[…]`), sorted."""
+    filesystem, path = _filesystem(url)
+    found = _call(filesystem.glob, path, url, detail=True)
+    return sorted(filesystem.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
+
+
+def _call(function: Any, path: str, url: str | Path, **options: Any) -> Any:
+    if is_local(url):
+        return function(path, **options)
+    return retry.call(lambda: function(path, **options), str(url))
+
+
 def remove(url: str | Path) -> None:
     """Delete one file; nothing happens where it is not there."""
+    if is_local(url):
+        local_path(url).unlink(missing_ok=True)
+        return
     filesystem, path = _filesystem(url)
-    if filesystem.exists(path):
-        filesystem.rm_file(path)
+    try:
+        retry.call(lambda: filesystem.rm_file(path), str(url))
+    except FileNotFoundError:
+        return
 
 
-def sha256(url: str | Path) -> str:
-    """Return the hex sha256 of a file's content."""
-    digest = hashlib.sha256()
+def sha256(url: str | Path, copy_to: Path | None = None) -> str:
+    """Return the hex sha256 of a file's content, read in bounded memory.
+
+    Args:
+        copy_to: a local file that gets the content as well.
+
+    Raises:
+        Truncated: a server gave another number of bytes than it had announced.
+        OSError: cannot be read.
+    """
+
+    def once() -> str:
+        digest = hashlib.sha256()
+        with open(copy_to or os.devnull, "wb") as copy:
+            for block in _blocks(url):
+                digest.update(block)
+                copy.write(block)
+        return digest.hexdigest()
+
+    return once() if is_local(url) else retry.call(once, str(url))
+
+
+def _blocks(url: str | Path) -> Iterator[bytes]:
+    """Yield a file's content in order."""
+    if _is_web(url):
+        yield from _stream(str(url))  # not every web server knows ranges
+        return
     with open_read(url) as file:
-        while block := file.read(1 << 20):
-            digest.update(block)
-    return digest.hexdigest()
+        while block := file.read(BLOCK_BYTES):
+            yield block
+
+
+def _stream(url: str) -> Iterator[bytes]:
+    filesystem, path = _filesystem(url)
+    info, count = filesystem.info(path), 0
+    with filesystem.open(path, "rb", block_size=0) as file:
+        while block := file.read(BLOCK_BYTES):
+            count += len(block)
+            yield block
+    if info.get("size") not in (None, count):
+        raise Truncated(5, f"{count} bytes came of the {info['size']} that were announced", retry.redacted(url))

@@ -1,0 +1,150 @@
+"""Calls to a store that fail for a passing reason are tried again, a fixed number of times; others are not.
+
+Passing are lost connections, timeouts, and what a server calls its own trouble (5xx, 408, 425, 429; S3's SlowDown is a
+503). What is not there (404) or not allowed (401, 403) stays so. A store's client tries single requests again by
+itself; this is around whole operations, such as an upload of many parts, and the same for every store.
+"""
+
+from __future__ import annotations
+
+import errno
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator
+from typing import TypeVar
+
+log = logging.getLogger(__name__)
+
+ATTEMPTS = 5
+FIRST_DELAY_S = 0.25  # doubled each time: 3.75 s in all
+
+Result = TypeVar("Result")
+
+# Base classes of what the stores' clients raise beside OSError; looked up only where the client is loaded already.
+_CLIENT_ERRORS = {
+    "aiohttp": ("ClientError",),
+    "botocore.exceptions": ("BotoCoreError", "ClientError"),
+    "gcsfs.retry": ("HttpError",),
+    "httpx": ("HTTPError",),
+    "requests": ("RequestException",),
+}
+# Classes, by name, that say that a connection broke.
+_BROKEN = {
+    *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
+    *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"),  # botocore
+    *("TransportError", "Timeout", "ChunkedEncodingError"),  # httpx, requests
+}
+_PASSING_STATUS = (408, 425, 429, *(status for status in range(500, 600) if status not in (501, 505)))
+_LASTING = (FileNotFoundError, PermissionError, FileExistsError, IsADirectoryError, NotADirectoryError)
+_LASTING_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.ENAMETOOLONG, errno.EOPNOTSUPP)
+
+
+class Unavailable(OSError):
+    """An operation failed for a passing reason as often as it was tried."""
+
+
+class Truncated(OSError):
+    """A download gave another number of bytes than was announced."""
+
+
+def call(operation: Callable[[], Result], url: str) -> Result:
+    """Return what `operation` returns.
+
+    Args:
+        operation: may run several times, so each run must bring the same.
+        url: named in the error, without what may be secret in it.
+
+    Raises:
+        Unavailable: every attempt failed for a passing reason.
+        Truncated: every attempt did, and the last so.
+        OSError: FileNotFoundError and PermissionError among them; the messages hold nothing of what the server said.
+    """
+    for attempt in range(1, ATTEMPTS + 1):
+        try:
+            return operation()
+        except _catchable() as error:
+            if not is_passing(error):
+                raise _lasting(error, url) from None
+            log.info("attempt %d of %d at %s: %s", attempt, ATTEMPTS, redacted(url), _named(error))
+            if attempt == ATTEMPTS:
+                raise _given_up(error, url) from None
+        time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1))
+    raise AssertionError("the last attempt returns or raises")
+
+
+def is_passing(error: BaseException) -> bool:
+    """Return True where the same call may succeed later."""
+    if isinstance(error, Unavailable):
+        return False  # it was tried often enough
+    status, code = _answer(error)
+    if code == "NoSuchUpload":  # of a multipart upload whose end was tried twice: the upload begins again
+        return True
+    if status is not None:
+        return status in _PASSING_STATUS
+    if any(_is_broken(cause) for cause in _causes(error)):
+        return True
+    return isinstance(error, OSError) and not isinstance(error, _LASTING) and error.errno not in _LASTING_ERRNO
+
+
+def redacted(url: str) -> str:
+    """Return a URL without user, password and query, which may be secret."""
+    if "://" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    netloc, slash, path = rest.partition("?")[0].partition("/")
+    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
+
+
+def _catchable() -> tuple[type[BaseException], ...]:
+    loaded = ((sys.modules.get(module), names) for module, names in _CLIENT_ERRORS.items())
+    return (OSError, *(getattr(module, name) for module, names in loaded if module for name in names))
+
+
+def _causes(error: BaseException | None) -> Iterator[BaseException]:
+    while error is not None:
+        yield error
+        error = error.__cause__
+
+
+def _is_broken(error: BaseException) -> bool:
+    return any(base.__name__ in _BROKEN for base in type(error).__mro__)
+
+
+def _answer(error: BaseException) -> tuple[int | None, str]:
+    """Return the status and the store's own code of the answer that an error stands for, (None, "") for no answer."""
+    for cause in _causes(error):
+        if _is_broken(cause):
+            break  # below it lie a client's own parsers, with codes that nobody sent
+        response = getattr(cause, "response", None)
+        if isinstance(response, dict):  # botocore
+            status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")
+            return status, str(response.get("Error", {}).get("Code", ""))
+        for holder, name in ((response, "status_code"), (cause, "status"), (cause, "code")):
+            status = getattr(holder, name, None)
+            if str(status).isdecimal():
+                return int(str(status)), ""
+    return None, ""
+
+
+def _named(error: BaseException) -> str:
+    status, _ = _answer(error)
+    return type(error).__name__ if status is None else f"status {status}"
+
+
+def _given_up(error: BaseException, url: str) -> OSError:
+    if isinstance(error, Truncated):
+        return error
+    return Unavailable(errno.EIO, f"{ATTEMPTS} attempts failed, the last with {_named(error)}", redacted(url))
+
+
+def _lasting(error: BaseException, url: str) -> OSError:
+    status, _ = _answer(error)
+    if isinstance(error, Unavailable):
+        return error
+    if isinstance(error, FileNotFoundError) or status in (404, 410):
+        return FileNotFoundError(errno.ENOENT, "No such file", redacted(url))
+    if isinstance(error, PermissionError) or status in (401, 403) or "Credentials" in type(error).__name__:
+        return PermissionError(errno.EACCES, "Not allowed", redacted(url))
+    number = error.errno if isinstance(error, OSError) and error.errno else errno.EIO
+    return OSError(number, f"refused with {_named(error)}", redacted(url))
