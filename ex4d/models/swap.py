@@ -1,0 +1,153 @@
+"""Block swap: frozen weights of some transformer blocks in the host's memory, on the device only while they work.
+
+A swapped block's frozen tensors lie in one buffer of (pinned) host memory. Its forward pass first makes a copy on the
+device, and gives the copy away when it returns. Under activation checkpointing the backward pass runs the block's
+forward again, which fetches again, and this time autograd holds the copy until the block's backward is through: who
+still needs a copy is counted by references alone, so no order of hooks decides whether the numbers are right. While a
+block works, the next swapped one in the running direction is copied on a stream of its own.
+
+diffusers' `apply_group_offloading` was read for this (0.42.1, hooks/group_offloading.py) and not taken: it moves weights back
+when a block's forward returns, which in a recomputed block is before its backward, and it moves LoRA along with the base.
+"""
+
+from __future__ import annotations
+
+import math
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ex4d.errors import ConfigError
+
+_ALIGN = 256  # bytes; what a GPU's wide loads want
+
+
+class HostBlock:
+    """The frozen tensors of one block, out of its module and in one buffer of host memory.
+
+    While they are away the module's entries are None, so that what walks over parameters (DeepSpeed, `Module.to`) does
+    not see them.
+    """
+
+    def __init__(self, block: nn.Module, pin: bool):
+        self._places: list[tuple[dict[str, Any], str, int, Tensor]] = []
+        size = 0
+        for table, name, tensor in list(_frozen(block)):
+            self._places.append((table, name, size, torch.empty_like(tensor, device="meta")))
+            size += math.ceil(tensor.nbytes / _ALIGN) * _ALIGN
+        self.host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
+        for (table, name, tensor), view in zip(_frozen(block), self.views(self.host), strict=True):
+            view.copy_(tensor)
+            table[name] = None
+
+    def views(self, buffer: Tensor) -> list[Tensor]:
+        """Return the block's tensors, in order, as parts of a copy of its buffer."""
+        return [
+            buffer[start : start + like.nbytes].view(like.dtype).view(like.shape) for *_, start, like in self._places
+        ]
+
+    @contextmanager
+    def lent(self, buffer: Tensor) -> Iterator[None]:
+        """Put the parts of `buffer` into the module, and take them out again."""
+        for (table, name, _, _), tensor in zip(self._places, self.views(buffer), strict=True):
+            table[name] = tensor
+        try:
+            yield
+        finally:
+            for table, name, *_ in self._places:
+                table[name] = None
+
+
+def _frozen(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
+    """Yield (the module's own table, name, tensor) of every frozen parameter and buffer, in module order."""
+    for module in block.modules():
+        for table in (module._parameters, module._buffers):
+            for name, tensor in table.items():
+                if tensor is not None and not tensor.requires_grad:
+                    yield table, name, tensor
+
+
+class BlockSwap:
+    """The swapped blocks of one transformer, and the copies that are under way.
+
+    Args:
+        blocks: all blocks of the transformer; those of `indices` are changed in place.
+        device: where they work. A CPU makes real copies too, so that all of this can be tried there.
+    """
+
+    def __init__(self, blocks: nn.ModuleList, indices: list[int], device: torch.device):
+        self.device, self.indices = device, indices
+        self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
+        self._under_way: dict[int, tuple[Tensor, Any]] = {}
+        self._host = {index: HostBlock(blocks[index], pin=self._stream is not None) for index in indices}
+        for index in indices:
+            blocks[index].forward = self._fetching(index, blocks[index].forward)  # type: ignore[method-assign]
+
+    @property
+    def host_bytes(self) -> int:
+        """Bytes that the swapped blocks take in the host's memory, and no longer on the device."""
+        return sum(block.host.nbytes for block in self._host.values())
+
+    def _fetching(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
+        def fetch_and_forward(*args: Any, **kwargs: Any) -> Any:
+            buffer = self._take(index)
+            self._send_for(self._following(index), instead=(index, buffer))
+            with self._host[index].lent(buffer):
+                return forward(*args, **kwargs)
+
+        return fetch_and_forward
+
+    def _following(self, index: int) -> int:
+        """Return which swapped block works next; the last one in a direction is the first of the way back."""
+        # Inside a backward pass autograd has a current graph task, and blocks are recomputed from the last to the first.
+        backwards = torch._C._current_graph_task_id() != -1
+        place = self.indices.index(index) + (-1 if backwards else 1)
+        return self.indices[min(max(place, 0), len(self.indices) - 1)]
+
+    def _copy(self, index: int) -> tuple[Tensor, Any]:
+        """Return (a copy of a block's buffer on the device, the event after which it is there)."""
+        host = self._host[index].host
+        if self._stream is None:
+            return host.clone(), None
+        with torch.cuda.stream(self._stream):
+            buffer = host.to(self.device, non_blocking=True)
+            return buffer, self._stream.record_event()
+
+    def _send_for(self, index: int, instead: tuple[int, Tensor]) -> None:
+        """Begin the copy of a block; a copy that is at hand serves again. What else was sent for is given up."""
+        here, buffer = instead
+        self._under_way = {i: copy for i, copy in self._under_way.items() if i == index}
+        if index == here:
+            self._under_way[index] = (buffer, None)
+        elif index not in self._under_way:
+            self._under_way[index] = self._copy(index)
+
+    def _take(self, index: int) -> Tensor:
+        """Return the copy of a block, waiting until it is there."""
+        buffer, event = self._under_way.pop(index, None) or self._copy(index)
+        if event is not None:
+            working = torch.cuda.current_stream(self.device)
+            working.wait_event(event)
+            buffer.record_stream(working)  # it was allocated on the copying stream
+        return buffer
+
+
+def swap_blocks(transformer: nn.Module, count: int, device: torch.device) -> BlockSwap | None:
+    """Keep the frozen weights of `count` blocks, evenly spread, in the host's memory; None where count is 0.
+
+    Do it after LoRA was added; then move the model to `device`, which the swapped weights do not follow. Training then
+    needs activation checkpointing, without which autograd would hold every copy until its backward.
+
+    Raises:
+        ConfigError: the transformer has fewer blocks.
+    """
+    blocks: Any = transformer.get_submodule("blocks")
+    if not 0 <= count <= len(blocks):
+        raise ConfigError("train.block_swap", count, f"0 to {len(blocks)}, the number of blocks")
+    if count == 0:
+        return None
+    indices = [(2 * place + 1) * len(blocks) // (2 * count) for place in range(count)]
+    return BlockSwap(blocks, indices, device)
