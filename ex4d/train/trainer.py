@@ -60,7 +60,7 @@ class Trainer:
         self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
         self.validation_batches = self.read_validation() if config.validate_every else []
 
-    def run(self) -> int:
+    def run(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
         """Train to `num_steps`, write the adapter, and return 0; or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
 
         Raises:
@@ -71,22 +71,21 @@ class Trainer:
             checkpoint.clean(config.output)
             wandb = {"mode": config.wandb_mode, "project": config.wandb_project, "group": config.wandb_group}
             log = RunLog(config.output, self.first_step, wandb, self.job.facts)
-        with stop_signal() as stop_asked:
-            for step in range(self.first_step + 1, config.num_steps + 1):
-                metrics, stop = self.step(step, stop_asked)
-                last = step == config.num_steps
-                if config.validate_every and (last or step % config.validate_every == 0):
-                    metrics["validation_loss"] = self.validate()
+        for step in range(self.first_step + 1, config.num_steps + 1):
+            metrics, stop = self.step(step, stop_asked)
+            last = step == config.num_steps
+            if config.validate_every and (last or step % config.validate_every == 0):
+                metrics["validation_loss"] = self.validate()
+            if log:
+                log.write(metrics)
+                self.show(metrics)
+            if last or stop or step % config.save_every == 0:
+                self.save(step, metrics.get("validation_loss"), log)
+            if stop and not last:
+                logger.warning("stopped by a signal after step %d; the same command goes on from there", step)
                 if log:
-                    log.write(metrics)
-                    self.show(metrics)
-                if last or stop or step % config.save_every == 0:
-                    self.save(step, metrics.get("validation_loss"), log)
-                if stop and not last:
-                    logger.warning("stopped by a signal after step %d; the same command goes on from there", step)
-                    if log:
-                        log.close(EXIT_PREEMPTED)
-                    return EXIT_PREEMPTED
+                    log.close(EXIT_PREEMPTED)
+                return EXIT_PREEMPTED
         self.export()
         if log:
             log.close()
@@ -125,6 +124,7 @@ class Trainer:
             "lr": lr,
             "grad_norm": grad_norm,
             "samples": self.samples,
+            "processes": self.plan.world_size,
         }
         metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma, "bad_samples": said.bad_samples}
         metrics |= self.throughput(watch.times()["total"])
@@ -209,12 +209,19 @@ class Trainer:
         torch.distributed.barrier()
 
 
-def train(config: TrainConfig, model_config: ModelConfig, place: Place, show: Callable[..., None]) -> int:
+def train(
+    config: TrainConfig,
+    model_config: ModelConfig,
+    place: Place,
+    show: Callable[..., None],
+    stop_asked: Callable[[], bool] | None = None,
+) -> int:
     """Train as configured, as one rank of several; return 0, or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
 
     Args:
         place: this process among all. Its launcher has set MASTER_ADDR and MASTER_PORT.
         show: called on rank 0 with each step's metrics.
+        stop_asked: says whether to write a checkpoint and stop; None: SIGTERM says so.
 
     Raises:
         ConfigError: the choices are invalid, or the output folder holds a run with others.
@@ -223,7 +230,8 @@ def train(config: TrainConfig, model_config: ModelConfig, place: Place, show: Ca
     """
     device = engine.start(place, config.device)
     job = build_job(config, model_config, place, device)
-    code = Trainer(config, job, place, device, show).run()
+    with stop_signal(stop_asked) as stopping:
+        code = Trainer(config, job, place, device, show).run(stopping)
     engine.stop()
     return code
 
@@ -250,12 +258,16 @@ def learning_rate(config: TrainConfig, step: int) -> float:
 
 
 @contextmanager
-def stop_signal() -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM has come; it no longer ends the process while this is open."""
-    asked = threading.Event()
-    if threading.current_thread() is not threading.main_thread():  # Ray Train runs the loop in a thread of its own
-        yield asked.is_set
+def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
+    """Yield a function that says whether SIGTERM has come; it no longer ends the process while this is open.
+
+    Args:
+        instead: says it already, and is yielded: Ray Train runs the loop in a thread, where signals cannot be taken.
+    """
+    if instead is not None:
+        yield instead
         return
+    asked = threading.Event()
     before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
     try:
         yield asked.is_set

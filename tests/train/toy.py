@@ -25,7 +25,7 @@ from ex4d.train import engine
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.job import Job
 from ex4d.train.objective import Encoder
-from ex4d.train.trainer import Trainer
+from ex4d.train.trainer import Trainer, stop_signal
 
 NUM_CLIPS = 11
 
@@ -131,7 +131,8 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
     encoder = ToyEncoder(ToyBase(), "unit", config.prompt)
     who = identity(config, ToyModelConfig(), "toy")
     job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
-    return Trainer(config, job, place, torch.device("cpu"), show).run()
+    with stop_signal() as stop_asked:
+        return Trainer(config, job, place, torch.device("cpu"), show).run(stop_asked)
 
 
 def main(output: str, settings: list[str]) -> int:

@@ -1,0 +1,189 @@
+"""Ray Train over two virtual nodes of one machine: ranks and nodes that go away, nodes that come back, SIGTERM."""
+
+from __future__ import annotations
+
+import os
+import random
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import psutil
+import pytest
+from make_run import make_base, make_config, make_dataset
+from safetensors.torch import load_file
+
+from ex4d.train import checkpoint, runlog
+from ex4d.train.config import EXIT_PREEMPTED
+
+ROOT = Path(__file__).resolve().parents[2]
+PLAIN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
+RUN = {"num_steps": 30, "save_every": 5, "micro_batch_size": 2, "num_processes": 2, "zero_stage": 2}
+STORE_BYTES = 80 * 2**20
+
+pytestmark = [pytest.mark.heavy, pytest.mark.ray]
+
+
+# The command with an impatient eye on the cluster: a node that comes back is used after two seconds, not sixty.
+IMPATIENT = """
+import functools, sys
+from pipelines import train, train_ray
+train_ray.on_ray = functools.partial(train_ray.on_ray, resize_every_s=2.0)
+sys.exit(train.main(sys.argv[1:]))
+"""
+
+
+def start(config: Path, *overrides: str, program: tuple[str, ...] = ("-m", "pipelines.cli", "train")):
+    command = [sys.executable, *program, str(config), *overrides]
+    environment = PLAIN | {"OMP_NUM_THREADS": "1"}
+    return subprocess.Popen(
+        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+    )
+
+
+def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str]:
+    try:
+        text, _ = process.communicate(timeout=timeout_s)
+    finally:
+        process.kill()
+    return process.returncode, text
+
+
+def steps(output: Path) -> list[dict]:
+    return runlog.read(output / "metrics.jsonl")
+
+
+def losses(output: Path) -> list[float]:
+    return [metrics["loss"] for metrics in steps(output)]
+
+
+def wait_for(what, why: str, timeout_s: float = 120) -> None:
+    deadline = time.monotonic() + timeout_s
+    while not what():
+        assert time.monotonic() < deadline, f"did not come: {why}"
+        time.sleep(0.02)
+
+
+def same_adapter(ours: Path, theirs: Path) -> bool:
+    """Return whether two runs ended on the same bytes of each tensor."""
+    a, b = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (ours, theirs))
+    return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    path = tmp_path_factory.mktemp("ray_train")
+    make_dataset(path)
+    make_base(path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def whole(folder) -> Path:
+    """Thirty steps on two local ranks without a break or a Ray; the path of its configuration."""
+    config = make_config(folder, **RUN, output=str(folder / "whole"))
+    code, text = finish(start(config))
+    assert code == 0, text
+    return config
+
+
+@pytest.fixture(scope="module")
+def shared_cluster() -> Iterator:
+    from ray.cluster_utils import Cluster
+
+    made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
+    yield made
+    made.shutdown()
+
+
+@pytest.fixture
+def cluster(shared_cluster):
+    """A head without processors for the command, and two nodes that hold one rank each."""
+    for _ in range(2 - len(shared_cluster.worker_nodes)):
+        add_node(shared_cluster)
+    return shared_cluster
+
+
+def add_node(cluster) -> None:
+    cluster.add_node(num_cpus=1, object_store_memory=STORE_BYTES)
+
+
+def ranks(cluster) -> list[tuple]:
+    """Return (node, process) of each rank."""
+    found = []
+    for node in cluster.worker_nodes:
+        raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
+        below = [child for child in raylet.children(recursive=True) if child.is_running()]
+        found += [(node, child) for child in below if "RayTrainWorker" in " ".join(child.cmdline())]
+    return found
+
+
+def on(cluster, output: Path, *more: str) -> tuple[str, ...]:
+    return ("train.launcher=ray", f"ray.address={cluster.address}", f"train.output={output}", *more)
+
+
+def test_a_rank_killed_at_a_random_step_changes_nothing(folder, whole, cluster):
+    output, chance = folder / "rank", random.Random(20261123)
+    victim, step = chance.randrange(2), chance.randrange(6, 29)
+    process = start(whole, *on(cluster, output))
+    wait_for(lambda: len(steps(output)) >= step, f"step {step}")
+    found = ranks(cluster)
+    assert len({node for node, _ in found}) == len(found) == 2
+    found[victim][1].send_signal(signal.SIGKILL)
+    code, text = finish(process)
+    assert code == 0, text
+    assert "restart" in text.lower(), "Ray noticed"
+    assert losses(output) == losses(folder / "whole")
+    assert same_adapter(output, folder / "whole")
+
+
+def test_a_node_removed_and_another_given_changes_nothing(folder, whole, cluster):
+    output, step = folder / "node", random.Random(7).randrange(6, 29)
+    process = start(whole, *on(cluster, output))
+    wait_for(lambda: len(steps(output)) >= step, f"step {step}")
+    cluster.remove_node(ranks(cluster)[1][0], allow_graceful=False)
+    add_node(cluster)
+    code, text = finish(process)
+    assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+    assert same_adapter(output, folder / "whole")
+
+
+@pytest.mark.parametrize("to", ["command", "rank 0", "rank 1"])
+def test_sigterm_saves_says_75_and_the_same_command_goes_on(to, folder, whole, cluster):
+    output = folder / f"stopped {to}"
+    process = start(whole, *on(cluster, output))
+    wait_for(lambda: len(steps(output)) >= 3, "step 3")
+    if to == "command":
+        process.send_signal(signal.SIGTERM)
+    else:
+        ranks(cluster)[int(to[-1])][1].send_signal(signal.SIGTERM)
+    code, text = finish(process)
+    assert code == EXIT_PREEMPTED, text
+    stopped_at = checkpoint.read_state(checkpoint.latest(output)).step
+    assert 3 <= stopped_at < 30
+    assert len(steps(output)) == stopped_at
+    code, text = finish(start(whole, *on(cluster, output)))
+    assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+    assert same_adapter(output, folder / "whole")
+
+
+def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, whole, cluster):
+    longer = ("train.num_steps=1200", "train.save_every=20")
+    assert finish(start(whole, *longer, f"train.output={folder / 'long'}"))[0] == 0
+    output = folder / "elastic"
+    process = start(whole, *on(cluster, output, *longer, "train.min_processes=1"), program=("-c", IMPATIENT))
+    wait_for(lambda: len(steps(output)) >= 50, "step 50")
+    cluster.remove_node(ranks(cluster)[1][0], allow_graceful=False)
+    wait_for(lambda: steps(output)[-1]["processes"] == 1, "a step on one node")
+    add_node(cluster)
+    wait_for(lambda: steps(output)[-1]["processes"] == 2, "a step on two nodes again")
+    code, text = finish(process)
+    assert code == 0, text
+    sizes = [metrics["processes"] for metrics in steps(output)]
+    assert [size for index, size in enumerate(sizes) if sizes[index - 1 : index] != [size]] == [2, 1, 2]
+    assert losses(output) == pytest.approx(losses(folder / "long"), abs=1e-6)
