@@ -1,0 +1,173 @@
+"""A preprocess run in a process of its own, its Ray and all its processes, so that a test can kill any of them."""
+
+from __future__ import annotations
+
+import contextlib
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from pathlib import Path
+
+import numpy as np
+import psutil
+
+from ex4d import config
+from ex4d.data.verify import verify
+from ex4d.synthetic import SyntheticConfig, write_corpus
+
+VICTIMS = ("worker", "raylet", "driver")
+MAIN = """
+import sys
+from ex4d import config
+from pipelines import preprocess
+sections = config.load(sys.argv[1], preprocess.SECTIONS)
+result = preprocess.run(sections["preprocess"], sections["ray"], runner_name=sys.argv[2])
+print(result.table())
+sys.exit(result.exit_code)
+"""
+
+
+@dataclass
+class Run:
+    """One `ex4d preprocess`, started at once; `seen` are all the processes that it ever had."""
+
+    output: Path
+    process: subprocess.Popen[bytes]
+    seen: dict[int, psutil.Process] = field(default_factory=dict)
+
+    def look(self) -> dict[int, psutil.Process]:
+        """Return the processes below the driver that are there now."""
+        with contextlib.suppress(psutil.NoSuchProcess):
+            for process in psutil.Process(self.process.pid).children(recursive=True):
+                self.seen.setdefault(process.pid, process)
+        return {pid: process for pid, process in self.seen.items() if process.is_running()}
+
+    def find(self, kind: str, rng: np.random.Generator) -> psutil.Process | None:
+        """Return the raylet, the driver, or any one of Ray's workers; None where there is none (yet)."""
+        if kind == "driver":
+            return psutil.Process(self.process.pid) if self.process.poll() is None else None
+        found = [process for process in self.look().values() if kind == _kind(process)]
+        return found[int(rng.integers(len(found)))] if found else None
+
+    def wait(self, limit_s: float = 240.0) -> int:
+        """Return the exit status, once the driver has ended and everything below it is gone."""
+        deadline = time.monotonic() + limit_s
+        while self.process.poll() is None or any(_alive(process) for process in self.look().values()):
+            if time.monotonic() > deadline:
+                raise TimeoutError(f"still there: {[_name(process) for process in self.look().values()]}")
+            time.sleep(0.1)
+        return self.process.returncode
+
+    def staged(self) -> int:
+        """Return how many artifacts are finished."""
+        folders = (self.output / "staging" / name for name in ("videos", "clips"))
+        return sum(not path.name.startswith(".") for folder in folders for path in folder.glob("*"))
+
+
+def _name(process: psutil.Process) -> str:
+    try:
+        return " ".join(process.cmdline())[:200] or process.name()
+    except psutil.Error:
+        return ""
+
+
+def _kind(process: psutil.Process) -> str:
+    name = _name(process)
+    if "raylet/raylet" in name.split(" ")[0]:
+        return "raylet"
+    return "worker" if name.startswith("ray::") else ""
+
+
+def _alive(process: psutil.Process) -> bool:
+    try:
+        return process.is_running() and process.status() != psutil.STATUS_ZOMBIE
+    except psutil.NoSuchProcess:
+        return False
+
+
+@dataclass(frozen=True)
+class Bench:
+    """A corpus and the choices of all runs over it; each output folder is a run's or several's, one after another."""
+
+    folder: Path
+    sections: dict
+    ray_folder: str
+    num_artifacts: int
+
+    def start(self, name: str, runner_name: str = "ray") -> Run:
+        """Return a run into the output folder `name`, just started."""
+        output = self.folder / name
+        path = self.folder / f"{name}.yaml"
+        config.dump({**self.sections, "preprocess": {**self.sections["preprocess"], "output": str(output)}}, path)
+        environment = os.environ | {"RAY_TMPDIR": self.ray_folder}
+        with open(self.folder / f"{name}.log", "ab") as log:
+            command = [sys.executable, "-c", MAIN, str(path), runner_name]
+            return Run(output, subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+
+    def finish(self, name: str, runner_name: str = "ray") -> str:
+        """Return the tree hash after a run that nobody disturbs."""
+        run = self.start(name, runner_name)
+        code = run.wait()
+        assert code == 0, (self.folder / f"{name}.log").read_text()[-2000:]
+        return self.checked(name)
+
+    def checked(self, name: str) -> str:
+        """Return the tree hash of a finished folder, where nothing may be left over."""
+        report = verify(str(self.folder / name), full=False)
+        assert report.ok, str(report)
+        leftovers = [path.name for path in (self.folder / name).rglob(".tmp-*")]
+        assert leftovers == []
+        assert list((self.folder / name).glob("staging/attempts/*")) == []
+        return report.tree_sha256
+
+    def kill(self, name: str, kinds: Sequence[str], rng: np.random.Generator) -> tuple[list[int], int]:
+        """Return (artifacts that were finished at each kill, exit status) of a run that loses processes on its way.
+
+        A moment is drawn by progress, since seconds mean another thing on a busy machine: after so many artifacts and
+        up to a quarter of a second. With all of them finished, the shards are being packed.
+        """
+        run, killed = self.start(name), []
+        for moment, kind in zip(sorted(rng.integers(0, self.num_artifacts + 1, len(kinds))), kinds, strict=True):
+            while run.process.poll() is None and run.staged() < moment:
+                time.sleep(0.01)
+            time.sleep(float(rng.uniform(0, 0.25)))
+            victim = None
+            while run.process.poll() is None and (victim := run.find(kind, rng)) is None:
+                time.sleep(0.02)
+            run.look()
+            killed.append(run.staged())
+            if victim is not None:
+                with contextlib.suppress(psutil.NoSuchProcess):
+                    victim.kill()
+        return killed, run.wait()
+
+
+@contextlib.contextmanager
+def bench(folder: Path, num_videos: int, clips_per_video: int) -> Iterator[Bench]:
+    """Yield a Bench over synthetic videos with sidecar depth, clips of 9 × 64 × 64."""
+    num_frames = 9 * clips_per_video
+    write_corpus(
+        folder / "in", SyntheticConfig(num_videos=num_videos, num_frames=num_frames, size=(64, 64), supersample=1)
+    )
+    sections = {
+        "preprocess": {
+            "input": str(folder / "in"),
+            "num_workers": 2,
+            "num_frames": 9,
+            "size": [64, 64],
+            "clips_per_shot": clips_per_video,
+            "masks": {"num_masks": 1},
+            "val_fraction": 0.2,
+        },
+        "ray": {"object_store_mb": 100},
+    }
+    ray_folder = tempfile.mkdtemp(prefix="ex4d-")  # its sockets' names must be short
+    try:
+        yield Bench(folder, sections, ray_folder, num_videos * (1 + clips_per_video))
+    finally:
+        shutil.rmtree(ray_folder, ignore_errors=True)
