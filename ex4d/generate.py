@@ -7,7 +7,7 @@ import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import torch
@@ -18,6 +18,7 @@ from ex4d.geometry import masks
 from ex4d.models import backbone, encoders, weights
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, reconstruct
+from ex4d.reconstruct_files import white
 
 
 @dataclass(frozen=True)
@@ -63,8 +64,7 @@ class NovelView:
         paths = [output] + [output.with_name(f"{output.stem}{end}") for end in (".cond.mp4", ".mask.mp4", ".json")]
         video.write(paths[0], self.frames, source.fps)
         video.write(paths[1], source.cond_video, source.fps)
-        mask = np.repeat(source.visible[..., None].astype(np.uint8) * 255, 3, axis=-1)
-        video.write(paths[2], mask, source.fps)
+        video.write(paths[2], white(source.visible), source.fps)
         paths[3].write_text(json.dumps(self.record, indent=2, default=str) + "\n", encoding="utf-8")
         return paths
 
@@ -168,52 +168,40 @@ def novel_view(
     adapter_path: str | Path,
     *,
     base: str | None = None,
-    trajectory: str = "orbit",
-    angle_deg: float = 60.0,
-    depth: str = "sidecar",
-    depth_path: str | None = None,
     size: tuple[int, int] | None = None,
     num_frames: int | None = None,
-    fov_deg: float = 54.0,
+    profile: str | None = None,
     config: GenerateConfig = GenerateConfig(),
     seed: int = 0,
     device: str | None = None,
     on_step: Callable[[int], None] | None = None,
+    **view: Any,
 ) -> NovelView:
-    """Return a video seen along a camera path: depth, warp, then the model. See `reconstruct` for the shared choices.
+    """Return a video seen along a camera path: depth, warp, then the model.
 
     Args:
         size, num_frames: default to what the adapter was trained at; frames 4k+1, sides multiples of the latent patch.
+        profile: of the meshes; None takes "released" for an adapter that was trained with the released masks.
+        view: what else `reconstruct` takes: depth, trajectory_name, angle_deg, …
     """
     loaded, model = load(adapter_path, base, device)
     metadata = weights.read_metadata(adapter_path)
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
     loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
-    source = reconstruct(
-        video_path,
-        trajectory_name=trajectory,
-        angle_deg=angle_deg,
-        depth=depth,
-        depth_path=depth_path,
-        num_frames=num_frames,
-        size=size,
-        fov_deg=fov_deg,
-        seed=seed,
-    )
+    profile = profile or ("released" if metadata.mask_range == "released" else "default")
+    source = reconstruct(video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, **view)
     frames = generate(
         loaded, model, source.cond_video, source.visible, config, seed, metadata.mask_range, on_step=on_step
     )
     record = {
         "video": Path(video_path).name,
-        "trajectory": trajectory,
-        "angle_deg": angle_deg,
+        **source.choices,
         "depth": source.provenance,
-        "K": source.K.tolist(),
+        "K": source.view_K.tolist(),
         "w2c": source.w2c.tolist(),
         "axes": "opencv",
         "visible_share": float(source.visible.mean()),
-        "seed": seed,
         "base": base or metadata.base,
         **asdict(config),
     }

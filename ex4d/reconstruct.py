@@ -2,39 +2,40 @@
 
 from __future__ import annotations
 
-import io
-import json
-from dataclasses import dataclass, field
+from collections.abc import Mapping
+from dataclasses import dataclass, field, replace
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import Any
 
 import numpy as np
 
 from ex4d import depth as depth_estimators
-from ex4d import storage, video
+from ex4d import video
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry import camera, mesh, trajectory
-from ex4d.geometry import depth as depth_maps
-from ex4d.geometry.render import warp_video
-
-if TYPE_CHECKING:
-    from PIL.Image import Image
+from ex4d.geometry import camera, camera_path, trajectory
+from ex4d.geometry.profiles import profile_of
+from ex4d.geometry.render import choose_backend, warp_video
 
 MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
+RELEASED_FOCAL_PX = 500.0  # the released code's, at any size
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A clip, its geometry, and its view along a trajectory.
+    """A clip, its geometry, and its view along a trajectory. `reconstruct_files.write` makes files of it.
 
     Attributes:
         frames: uint8 [T, H, W, 3], the source.
         fps: frames per second.
         z_depth: float32 [T, H, W], along the source camera's z.
-        K: float64 [3, 3] px, pixel centres at +0.5.
-        w2c: float64 [T, 4, 4], OpenCV axes; world = the source camera of frame 0.
+        K: float64 [3, 3] px of the source, pixel centres at +0.5.
+        w2c: float64 [T, 4, 4] of the new cameras, OpenCV axes; world = the source camera of frame 0.
+        view_K: float64 [3, 3] px of the new cameras; [T, 3, 3] where the focal length changes (a zoom).
         cond_video: uint8 [T, H, W, 3], colour where visible, zero elsewhere.
         visible: bool [T, H, W], True where the source shows what the new camera sees.
+        source_w2c: float64 [T, 4, 4] of the source camera where its poses were given; None: taken to stand still.
+        profile: how the meshes are made and drawn.
+        choices: what was asked for, JSON-able.
         provenance: the depth estimator's record.
     """
 
@@ -43,44 +44,13 @@ class Reconstruction:
     z_depth: np.ndarray
     K: np.ndarray
     w2c: np.ndarray
+    view_K: np.ndarray
     cond_video: np.ndarray
     visible: np.ndarray
-    provenance: dict = field(default_factory=dict)
-
-    def write(self, folder: str | Path, save_mesh: bool = False, profile: str = "default") -> list[Path]:
-        """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json, preview.png; return the paths.
-
-        Args:
-            save_mesh: also mesh/000000.ply …, one a frame, in that frame's own source camera.
-            profile: of those meshes.
-        """
-        folder = Path(folder)
-        mask, preview = io.BytesIO(), io.BytesIO()
-        np.savez_compressed(mask, visible=self.visible)
-        white = np.repeat(self.visible[..., None].astype(np.uint8) * 255, 3, axis=-1)
-        contact_sheet(self).save(preview, format="PNG")
-        cameras = {
-            "axes": "opencv",
-            "size": list(self.visible.shape[1:]),
-            "K": self.K.tolist(),
-            "w2c": self.w2c.tolist(),
-        }
-        contents = {
-            "cond.mp4": video.encode(self.cond_video, self.fps),
-            "mask.npz": mask.getvalue(),
-            "mask.mp4": video.encode(white, self.fps, crf=0),  # x264 is lossless there
-            "camera.json": (json.dumps(cameras, indent=1) + "\n").encode(),
-            "preview.png": preview.getvalue(),
-        }
-        for name, data in contents.items():
-            storage.write_bytes(folder / name, data)
-        paths = [folder / name for name in contents]
-        if save_mesh:
-            (folder / "mesh").mkdir(exist_ok=True)
-            for index, (frame, z_depth) in enumerate(zip(self.frames, self.z_depth, strict=True)):
-                paths.append(folder / "mesh" / f"{index:06d}.ply")
-                mesh.export(mesh.build(frame, z_depth, self.K, profile), paths[-1])
-        return paths
+    source_w2c: np.ndarray | None = None
+    profile: str = "default"
+    choices: dict[str, Any] = field(default_factory=dict)
+    provenance: dict[str, Any] = field(default_factory=dict)
 
 
 def reconstruct(
@@ -88,6 +58,9 @@ def reconstruct(
     *,
     trajectory_name: str = "orbit",
     angle_deg: float = 60.0,
+    trajectory_options: Mapping[str, Any] | None = None,
+    source_poses: str | Path | None = None,
+    source_scale: float = 1.0,
     depth: str = "sidecar",
     depth_path: str | None = None,
     num_frames: int | None = 49,
@@ -101,39 +74,73 @@ def reconstruct(
     """Return the first `num_frames` frames of a video as seen along a camera path.
 
     Args:
-        trajectory_name: a key of trajectory.TRAJECTORIES, or a file of poses.
-        depth, depth_path: estimator name, and its file where it reads one.
+        trajectory_name: a key of trajectory.TRAJECTORIES, or a file of poses or key poses.
+        trajectory_options: what else that path or file takes; see geometry.camera_path.
+        source_poses: a file with the pose of the source camera at each frame, where it moves; source_scale: units of
+            the depth for one unit of that file (1 for metric depth and metric poses).
+        depth, depth_path: estimator name, and its file or weights where it reads one.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
-        profile, backend: see geometry.mesh and geometry.render.
+        profile, backend: see geometry.mesh and geometry.render. "released" also takes the released code's mapping of
+            relative depth, its radius, and 500 px of focal length where the estimator gives none.
 
     Raises:
         ConfigError: unknown trajectory, estimator, profile or backend; a number out of its range.
         BadSample: the video or its depth cannot be used (`too_short`, the decoder's and the estimator's reasons).
+        ContractError: a file of poses or weights is damaged.
     """
     _check_choices(size, num_frames, fov_deg, depth)
+    profile_of(profile)
+    backend = choose_backend(backend)
+    released = profile == "released"
+    frames, request, fps = _read(video_path, num_frames, size, fit)
+    num_frames = len(frames)
+    moved = None if source_poses is None else camera_path.source_poses(source_poses, num_frames, source_scale)
+    request = replace(request, depth_path=depth_path, seed=seed)
+    result = depth_estimators.estimate(depth, frames, request)
+    z_depth = depth_estimators.z_depth_of(result, profile)
+    K = result.K
+    if K is None:
+        K = _released_intrinsics(frames.shape) if released else camera.intrinsics(frames.shape[1:3], fov_deg)
+    radius = trajectory.radius_of(z_depth[0], "released" if released else "percentile")
+    w2c, view_K = camera_path.build(trajectory_name, num_frames, angle_deg, radius, K, trajectory_options)
+    cond_video, visible = warp_video(frames, z_depth, K, w2c, profile, backend, moved, view_K)
+    choices = {
+        "trajectory": trajectory_name,
+        "angle_deg": angle_deg,
+        "trajectory_options": dict(trajectory_options or {}),
+        "source_poses": None if source_poses is None else str(source_poses),
+        "source_scale": source_scale,
+        "radius": radius,
+        "profile": profile,
+        "backend": backend,
+        "seed": seed,
+    }
+    return Reconstruction(
+        frames, fps, z_depth, K, w2c, view_K, cond_video, visible, moved, profile, choices, result.provenance
+    )
+
+
+def _read(
+    video_path: str | Path, num_frames: int | None, size: tuple[int, int] | None, fit: str
+) -> tuple[np.ndarray, depth_estimators.DepthRequest, float]:
+    """Return (frames uint8 [T, H, W, 3], how they lie in the video, frames per second)."""
     info = video.probe(video_path)
-    pts, _ = video.frame_pts(video_path)
+    pts, time_base = video.frame_pts(video_path)
     if num_frames is None:
         num_frames = len(pts)
     if len(pts) < num_frames:
-        raise BadSample("too_short", f"{video_path} has {len(pts)} frames, {num_frames} are asked for")
+        raise BadSample("too_short", f"{Path(video_path).name} has {len(pts)} frames, {num_frames} are asked for")
     height, width = info.size
     target = size or (height - height % 2, width - width % 2)
     frames = video.decode(video_path, pts[:num_frames], size=target, fit=fit)
     request = depth_estimators.DepthRequest(
-        video_path=str(video_path),
-        depth_path=depth_path,
-        frame_index=np.arange(num_frames),
-        fit=video.Fit(info.size, target, fit),
-        seed=seed,
+        video_path=str(video_path), frame_index=np.arange(num_frames), fit=video.Fit(info.size, target, fit)
     )
-    result = depth_estimators.estimate(depth, frames, request)
-    z_depth = depth_maps.to_z_depth(result.values, result.kind)
-    K = result.K if result.K is not None else camera.intrinsics(target, fov_deg)
-    w2c = build_path(trajectory_name, num_frames, angle_deg, z_depth[0])
-    cond_video, visible = warp_video(frames, z_depth, K, w2c, profile=profile, backend=backend)
-    return Reconstruction(frames, float(info.fps), z_depth, K, w2c, cond_video, visible, result.provenance)
+    fps = float(info.fps)
+    if fps <= 0:  # the container declares none
+        fps = 1 / (float(time_base) * float(np.median(np.diff(pts)))) if len(pts) > 1 else 1.0
+    return frames, request, fps
 
 
 def _check_choices(size: tuple[int, int] | None, num_frames: int | None, fov_deg: float, depth: str) -> None:
@@ -147,34 +154,5 @@ def _check_choices(size: tuple[int, int] | None, num_frames: int | None, fov_deg
         raise ConfigError("depth", depth, f"allowed: {', '.join(depth_estimators.ESTIMATORS)}")
 
 
-def build_path(name: str, num_frames: int, angle_deg: float, z_depth0: np.ndarray) -> np.ndarray:
-    """Return w2c float64 [T, 4, 4] of a named path (its radius from frame 0's depth) or of a file of poses.
-
-    Raises:
-        ConfigError: neither of them, too few poses, or a zoom, whose focal lengths a warp with one K cannot show.
-    """
-    if name == "zoom":
-        raise ConfigError("trajectory", name, "changes the focal length, and a video is warped with one K; take dolly")
-    if name in trajectory.TRAJECTORIES:
-        return trajectory.build(name, num_frames, angle_deg, trajectory.radius_of(z_depth0))
-    if not Path(name).is_file():
-        known = ", ".join(trajectory.TRAJECTORIES)
-        raise ConfigError("trajectory", name, f"a file of poses, or one of {known}")
-    w2c = trajectory.load(name)
-    if len(w2c) < num_frames:
-        raise ConfigError("trajectory", name, f"has {len(w2c)} poses, {num_frames} frames need one each")
-    return w2c[:num_frames]
-
-
-def contact_sheet(view: Reconstruction, num_columns: int = 7, width_px: int = 192) -> Image:
-    """Return a picture: source, disparity and condition (rows) at evenly spaced frames (columns)."""
-    from PIL import Image as pillow
-
-    chosen = np.unique(np.linspace(0, len(view.frames) - 1, num_columns).round().astype(int))
-    disparity = 1.0 / view.z_depth
-    low, high = np.percentile(disparity, [1, 99])
-    grey = (np.clip((disparity - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)
-    rows = (view.frames, np.repeat(grey[..., None], 3, axis=-1), view.cond_video)
-    sheet = pillow.fromarray(np.concatenate([np.concatenate(list(row[chosen]), axis=1) for row in rows], axis=0))
-    scale = width_px / view.frames.shape[2]
-    return sheet.resize((round(sheet.width * scale), round(sheet.height * scale)))
+def _released_intrinsics(shape: tuple[int, ...]) -> np.ndarray:
+    return np.array([[RELEASED_FOCAL_PX, 0, shape[2] / 2], [0, RELEASED_FOCAL_PX, shape[1] / 2], [0, 0, 1]])

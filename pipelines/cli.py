@@ -13,6 +13,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from ex4d.errors import BadSample, ConfigError, ContractError
 
@@ -44,6 +45,17 @@ def _preprocess(args: argparse.Namespace) -> int:
     return result.exit_code
 
 
+def _encode(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each file of a model, in every worker
+    from ex4d import config
+    from pipelines import encode
+
+    sections = config.load(args.config, encode.SECTIONS, args.overrides)
+    result = encode.run(sections["encode"], sections["model"], sections["ray"])
+    print(result.table(), encode.throughput(result), sep="\n")
+    return result.exit_code
+
+
 def _plan(args: argparse.Namespace) -> int:
     from ex4d import config
     from pipelines import plan
@@ -71,11 +83,51 @@ def _sweep(args: argparse.Namespace) -> int:
 def _view_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `reconstruct` and `generate` share: how depth is found, and where the camera goes."""
     parser.add_argument("--depth", default="sidecar", help="estimator: sidecar, parallax, … (default: %(default)s)")
-    parser.add_argument("--depth-path", help="depth file, for --depth sidecar where it is not beside the video")
+    parser.add_argument("--depth-path", help="depth file where it is not beside the video; for a network its weights")
     parser.add_argument("--trajectory", default="orbit", help="a path's name or a file of poses (default: %(default)s)")
     parser.add_argument("--angle-deg", type=float, default=60.0, help="how far the camera goes (default: %(default)s)")
+    parser.add_argument(
+        *("--trajectory-option", "-t"),
+        action="append",
+        default=[],
+        metavar="KEY=VALUE",
+        help="distance= of a dolly, turns= of a spiral, zoom= of a zoom, scale= or camera= of a file",
+    )
+    parser.add_argument("--source-poses", metavar="FILE", help="poses of the source camera, where it moves")
+    parser.add_argument("--source-scale", type=float, default=1.0, help="depth's units for one of --source-poses")
     parser.add_argument("--fov-deg", type=float, default=54.0, help="where depth brings no intrinsics (default: 54)")
+    parser.add_argument("--profile", help="of the mesh: default, closed, torn, or released for published weights")
+    parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "reference", "nvdiffrast"))
     parser.add_argument("--seed", type=int, default=0)
+
+
+def _view(args: argparse.Namespace) -> dict[str, Any]:
+    """Return the arguments of `reconstruct` that `_view_arguments` read, save the profile."""
+    return {
+        "trajectory_name": args.trajectory,
+        "angle_deg": args.angle_deg,
+        "trajectory_options": dict(_option(text) for text in args.trajectory_option),
+        "source_poses": args.source_poses,
+        "source_scale": args.source_scale,
+        "depth": args.depth,
+        "depth_path": args.depth_path,
+        "fov_deg": args.fov_deg,
+        "backend": args.backend,
+        "seed": args.seed,
+    }
+
+
+def _option(text: str) -> tuple[str, float | bool | str]:
+    """Return (key, value) of KEY=VALUE: a number, true or false, or the text as it stands."""
+    key, equals, value = text.partition("=")
+    if not key or not equals or not value:
+        raise ConfigError("trajectory-option", text, "KEY=VALUE, e.g. zoom=3")
+    if value.lower() in ("true", "false"):
+        return key, value.lower() == "true"
+    try:
+        return key, float(value)
+    except ValueError:
+        return key, value
 
 
 def _size(text: str) -> tuple[int, int]:
@@ -90,9 +142,7 @@ def _reconstruct_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--output", required=True, metavar="DIR")
     parser.add_argument("--size", type=_size, help="HxW (default: the video's own)")
     parser.add_argument("--num-frames", type=int, help="default: all")
-    parser.add_argument("--profile", default="default", help="default, carved, released or torn (default: %(default)s)")
-    parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "reference", "nvdiffrast"))
-    parser.add_argument("--save-mesh", action="store_true", help="also one PLY a frame")
+    parser.add_argument("--save-mesh", nargs="?", const="ply", choices=("ply", "glb"), help="also a mesh a frame")
     _view_arguments(parser)
 
 
@@ -104,26 +154,18 @@ def _check_output(folder: Path) -> None:
 
 
 def _reconstruct(args: argparse.Namespace) -> int:
+    from ex4d import reconstruct_files
     from ex4d.reconstruct import reconstruct
 
     _check_output(Path(args.output))
     view = reconstruct(
-        args.video,
-        trajectory_name=args.trajectory,
-        angle_deg=args.angle_deg,
-        depth=args.depth,
-        depth_path=args.depth_path,
-        num_frames=args.num_frames,
-        size=args.size,
-        fov_deg=args.fov_deg,
-        profile=args.profile,
-        backend=args.backend,
-        seed=args.seed,
+        args.video, num_frames=args.num_frames, size=args.size, profile=args.profile or "default", **_view(args)
     )
-    paths = view.write(args.output, args.save_mesh, args.profile)
+    paths = reconstruct_files.write(view, args.output, args.save_mesh)
     print(f"{view.visible[-1].mean():.0%} of the last frame is visible")
-    for path in paths[:5]:
-        print(path)
+    for path in paths:
+        if path.parent.name != "mesh":
+            print(path)
     return 0
 
 
@@ -163,16 +205,12 @@ def _generate(args: argparse.Namespace) -> int:
         video_path=args.video,
         adapter_path=args.adapter,
         base=args.base,
-        trajectory=args.trajectory,
-        angle_deg=args.angle_deg,
-        depth=args.depth,
-        depth_path=args.depth_path,
         size=args.size,
         num_frames=args.num_frames,
-        fov_deg=args.fov_deg,
+        profile=args.profile,
         config=sampler,
-        seed=args.seed,
         device=args.device,
+        **_view(args),
     )
     for path in view.write(args.output):
         print(path)
@@ -233,6 +271,7 @@ COMMANDS = {
     "demo": Command("the whole way on a synthetic corpus, with a page of results", _demo_arguments, _demo),
     "preprocess": Command("videos to training shards", _job_arguments, _preprocess),
     "plan": Command("what preprocessing will cost, measured on a few videos", _job_arguments, _plan),
+    "encode": Command("clips to latents, so that training loads no encoder", _job_arguments, _encode),
     "train": Command("shards to an adapter", _job_arguments, _train),
     "sweep": Command("many short trainings, the best configuration", _job_arguments, _sweep),
     "reconstruct": Command("what a camera path would see of a video", _reconstruct_arguments, _reconstruct),

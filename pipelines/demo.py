@@ -74,7 +74,7 @@ def main(config_path: str, output: str) -> int:
     view = novel_view(
         video_path=source,
         adapter_path=adapter,
-        trajectory=settings["evaluate"].trajectory,
+        trajectory_name=settings["evaluate"].trajectory,
         angle_deg=settings["evaluate"].angle_deg,
         config=settings["generate"],
         seed=settings["evaluate"].seed,

@@ -80,8 +80,6 @@ def test_what_cannot_be_done_is_said(clip, tmp_path, capsys):
         reconstruct(clip, num_frames=99)
     with pytest.raises(ConfigError, match="orbit"):
         reconstruct(clip, trajectory_name="sideways", num_frames=5, size=(64, 64))
-    with pytest.raises(ConfigError, match="zoom"):
-        reconstruct(clip, trajectory_name="zoom", num_frames=5, size=(64, 64))
     assert cli.main(["reconstruct", str(clip), "--depth", "guess", "--output", str(tmp_path)]) == 2
     assert "parallax" in capsys.readouterr().err
     assert cli.main(["reconstruct", str(tmp_path / "none.mp4"), "--output", str(tmp_path)]) == 1

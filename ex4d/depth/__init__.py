@@ -12,6 +12,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry import depth as conversion
 
 if TYPE_CHECKING:
     from ex4d.video import Fit
@@ -101,3 +102,17 @@ def check(result: DepthResult, shape: tuple[int, ...]) -> None:
         raise BadSample("depth_nonpositive", f"{result.kind} falls to {low:.4g}")
     if np.ptp(values) <= 1e-6 * abs(float(values.max())):
         raise BadSample("depth_constant", f"every value is {low:.4g}")
+
+
+def z_depth_of(result: DepthResult, profile: str = "default") -> np.ndarray:
+    """Return z_depth float32 [T, H, W]: what an estimator said, bounded and positive (`geometry.depth.to_z_depth`).
+
+    Args:
+        profile: "released" maps relative disparity as the released code does, by its minimum and maximum.
+
+    Raises:
+        BadSample: depth_shape, depth_nan, depth_nonpositive, depth_constant.
+    """
+    mapping: dict[str, Any] = conversion.RELEASED_MAPPING if profile == "released" else {}
+    shape = (result.values.shape[0], result.values.shape[1], result.values.shape[2])
+    return conversion.to_z_depth(result.values, result.kind, metric=result.metric, shape=shape, **mapping)

@@ -148,3 +148,10 @@ def align_clip(disparity: np.ndarray, num_rounds: int = 5) -> np.ndarray:
             shift = float(target[keep].mean() - scale * source[keep].mean())
         aligned[t] = scale * source + shift
     return aligned.astype(np.float32)
+
+
+def as_grey(z_depth: np.ndarray) -> np.ndarray:
+    """Return pictures uint8 [T, H, W] of z_depth [T, H, W] > 0: disparity, near bright, one scale for the clip."""
+    disparity = 1.0 / np.maximum(z_depth, 1e-6)
+    low, high = np.percentile(disparity, [1, 99])
+    return (np.clip((disparity - low) / max(high - low, 1e-9), 0, 1) * 255).astype(np.uint8)

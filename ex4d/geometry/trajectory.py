@@ -25,12 +25,14 @@ def radius_of(z_depth0: np.ndarray, rule: str = "percentile") -> float:
 
     Args:
         rule: "percentile" is 1.06 times the 1st percentile (scales with the depth); "released" is the smallest depth
-            plus 0.15, the constant of the released code, which does not.
+            inside the border ring, which is pushed back there before, plus 0.15, a constant that does not scale.
 
     Raises:
         BadSample depth_nan: no finite, positive depth is there.
     """
     values = np.asarray(z_depth0, np.float64)
+    if rule == "released" and min(values.shape) > 2:
+        values = values[1:-1, 1:-1]
     values = values[np.isfinite(values) & (values > 0)]
     if values.size == 0:
         raise BadSample("depth_nan", "the first frame has no finite, positive depth")
@@ -151,6 +153,12 @@ def static(num_frames: int, radius: float) -> np.ndarray:
     return _straight(np.zeros((num_frames, 3)))
 
 
+def zoom_poses(num_frames: int, radius: float, zoom: float = 2.0) -> np.ndarray:
+    """Return the source camera for every frame: a zoom moves no camera, `zoom_intrinsics` gives its focal lengths."""
+    _check("zoom", zoom, np.isfinite(zoom) and zoom > 0, "finite and above 0")
+    return static(num_frames, radius)
+
+
 def custom(num_frames: int, radius: float, key_poses: np.ndarray) -> np.ndarray:
     """Return a smooth path through `key_poses`, w2c [N, 4, 4] with eyes in radii; the first is made the source."""
     poses = relative_to_first(np.asarray(key_poses, np.float64))
@@ -165,7 +173,7 @@ TRAJECTORIES: dict[str, Callable[..., np.ndarray]] = {
     "left": left,
     "right": right,
     "dolly": dolly,
-    "zoom": static,  # the centre stays; `zoom_intrinsics` gives the focal lengths
+    "zoom": zoom_poses,
     "crane": crane,
     "arc": arc,
     "spiral": spiral,
@@ -184,7 +192,7 @@ def build(
         name: a key of TRAJECTORIES. A zoom's poses are static: give the renderer `zoom_intrinsics`.
         angle_deg: the extent of a path that turns; None takes the path's default, and a path without angle ignores it.
         radius: distance of the point looked at, in the depth's unit (see `radius_of`).
-        options: what else the function takes (`distance`, `turns`, `key_poses`).
+        options: what else the function takes (`distance`, `turns`, `zoom`, `key_poses`).
 
     Raises:
         ConfigError: unknown name or option, or a value outside what the path allows.
@@ -202,10 +210,11 @@ def build(
     ]
     for key in required:
         _check(
-            key, options.get(key), key in options, f"{name} needs it; on the command line give a file of poses instead"
+            key, options.get(key), key in options, f"{name} needs it; on the command line give a JSON file that has it"
         )
     for key, value in options.items():
         _check(key, value, key in allowed, f"{name} takes {', '.join(allowed) or 'no options'}")
+        _check(key, value, key == "key_poses" or isinstance(value, int | float), "a number")
     return function(num_frames, float(radius), **options)
 
 

@@ -7,6 +7,9 @@
 | `tum` | text: `time tx ty tz qx qy qz qw` | OpenCV c2w | none |
 | `recammaster` | JSON: frameN → camNN → `[r r r 0] … [tx ty tz 1]`, row vectors | Unreal c2w, left-handed, cm | none |
 | `json` | our camera.json: `axes` "opencv", `K`, `w2c`, `size` | OpenCV w2c | px |
+
+`K` of our JSON is [3, 3], or [T, 3, 3] along a zoom. A JSON file with `key_poses` instead of `w2c` holds poses that a
+spline goes through (`read_key_poses`).
 """
 
 from __future__ import annotations
@@ -17,12 +20,14 @@ import zipfile
 import zlib
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 from scipy.spatial.transform import Rotation
 
 from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
+from ex4d.geometry.camera import check_rigid, look_at
 
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
@@ -85,6 +90,37 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
     if flip_y:
         poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.times, poses.size, poses.source)
     return poses
+
+
+def read_key_poses(path: str | Path) -> np.ndarray | None:
+    """Return w2c [N, 4, 4] of a JSON file's `key_poses`, or None where it has none.
+
+    Each is a w2c 4×4, or {"eye": [x, y, z], "look_at": [x, y, z]}; OpenCV axes, lengths in multiples of the radius, the
+    distance of what is looked at.
+
+    Raises:
+        ContractError: what is written there is no list of poses. ConfigError: the file is missing.
+    """
+    if not storage.exists(path):
+        raise ConfigError("trajectory", str(path), "no such file of poses")
+    if not str(path).lower().endswith(".json"):
+        return None
+    try:
+        tree = json.loads(storage.read_bytes(path))
+        if not isinstance(tree, dict) or "key_poses" not in tree:
+            return None
+        if tree.get("axes") != "opencv":
+            raise ValueError(f"axes {tree.get('axes')!r}; our files say opencv")
+        poses = [check_rigid(_key_pose(entry)) for entry in tree["key_poses"]]
+        return np.stack(poses)
+    except (*UNREADABLE, ConfigError) as error:
+        raise ContractError(f"{path} holds no key poses: {error}") from error
+
+
+def _key_pose(entry: Any) -> np.ndarray:
+    if isinstance(entry, dict):
+        return look_at(np.array(entry["eye"], np.float64), np.array(entry["look_at"], np.float64))
+    return np.array(entry, np.float64)
 
 
 def write(path: str | Path, poses: PoseFile, format: str) -> None:

@@ -11,6 +11,7 @@ from pathlib import Path
 import numpy as np
 
 from ex4d import storage, video
+from ex4d.geometry.depth import as_grey
 
 STYLE = """
 :root{color-scheme:light dark;--ink:#16202a;--soft:#5c6b7a;--line:#d8dfe6;--back:#fbfcfd;--mark:#0b6bcb}
@@ -73,14 +74,8 @@ def depth_colours(z_depth: np.ndarray) -> np.ndarray:
     """Return uint8 [T, H, W, 3] pictures of z_depth float [T, H, W]: disparity, near bright, one scale for the clip."""
     import cv2
 
-    disparity = 1.0 / np.maximum(z_depth, 1e-6)
-    low, high = np.percentile(disparity, [1, 99])
-    grey = np.clip((disparity - low) / max(high - low, 1e-9), 0, 1)
     return np.stack(
-        [
-            cv2.cvtColor(cv2.applyColorMap((g * 255).astype(np.uint8), cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB)
-            for g in grey
-        ]
+        [cv2.cvtColor(cv2.applyColorMap(grey, cv2.COLORMAP_MAGMA), cv2.COLOR_BGR2RGB) for grey in as_grey(z_depth)]
     )
 
 

@@ -19,9 +19,8 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
     """
-    from ex4d.depth import DepthRequest, estimate
+    from ex4d.depth import DepthRequest, estimate, z_depth_of
     from ex4d.geometry import camera
-    from ex4d.geometry import depth as conversion
     from ex4d.video import Fit
 
     frames = row["frames"]
@@ -33,8 +32,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         seed=row["seed"],
     )
     result = estimate(config.depth, frames, request)
-    mapping: dict[str, Any] = conversion.RELEASED_MAPPING if config.profile == "released" else {}
-    z_depth = conversion.to_z_depth(result.values, result.kind, metric=result.metric, shape=frames.shape[:3], **mapping)
+    z_depth = z_depth_of(result, config.profile)
     K = camera.intrinsics(config.size, config.fov_deg) if result.K is None else np.asarray(result.K, np.float64)
     known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}

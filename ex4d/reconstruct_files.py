@@ -1,0 +1,101 @@
+"""The files of a reconstruction, and those that the released generator reads."""
+
+from __future__ import annotations
+
+import io
+import json
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from ex4d import storage, video
+from ex4d.geometry import mesh
+from ex4d.geometry.depth import as_grey
+from ex4d.reconstruct import Reconstruction
+
+if TYPE_CHECKING:
+    from PIL.Image import Image
+
+RELEASED_FPS = 30  # the released tool writes 30 whatever the source has
+
+
+def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = None) -> list[Path]:
+    """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json, preview.png; return the paths.
+
+    camera.json: `axes` "opencv", `size` [H, W], `K` [3, 3] px or, for a zoom, [T, 3, 3], `w2c` [T, 4, 4] of the new
+    cameras, and `source_w2c` [T, 4, 4] where the source's poses were given. With the released profile also the three
+    files of `released`.
+
+    Args:
+        mesh_format: "ply" or "glb": also mesh/000000.ply …, one a frame, in that frame's own source camera.
+    """
+    folder = Path(folder)
+    mask, preview = io.BytesIO(), io.BytesIO()
+    np.savez_compressed(mask, visible=view.visible)
+    contact_sheet(view).save(preview, format="PNG")
+    contents = {
+        "cond.mp4": video.encode(view.cond_video, view.fps),
+        "mask.npz": mask.getvalue(),
+        "mask.mp4": video.encode(white(view.visible), view.fps, crf=0),  # x264 is lossless there
+        "camera.json": (json.dumps(cameras(view), indent=1) + "\n").encode(),
+        "preview.png": preview.getvalue(),
+    }
+    if view.profile == "released":
+        contents |= released(view)
+    for name, data in contents.items():
+        storage.write_bytes(folder / name, data)
+    paths = [folder / name for name in contents]
+    if mesh_format:
+        (folder / "mesh").mkdir(exist_ok=True)
+        for index, (frame, z_depth) in enumerate(zip(view.frames, view.z_depth, strict=True)):
+            paths.append(folder / "mesh" / f"{index:06d}.{mesh_format}")
+            mesh.export(mesh.build(frame, z_depth, view.K, view.profile), paths[-1])
+    return paths
+
+
+def white(visible: np.ndarray) -> np.ndarray:
+    """Return pictures uint8 [T, H, W, 3] of visible bool [T, H, W]: 255 where True."""
+    return np.repeat(visible[..., None].astype(np.uint8) * 255, 3, axis=-1)
+
+
+def cameras(view: Reconstruction) -> dict:
+    """Return the contents of camera.json."""
+    tree = {
+        "axes": "opencv",
+        "size": list(view.visible.shape[1:]),
+        "K": view.view_K.tolist(),
+        "w2c": view.w2c.tolist(),
+    }
+    return tree if view.source_w2c is None else {**tree, "source_w2c": view.source_w2c.tolist()}
+
+
+def released(view: Reconstruction) -> dict[str, bytes]:
+    """Return color_NAME.mp4, mask_NAME.mp4 and camera_NAME.npz, as the released tool lays them out.
+
+    NAME is what it calls the path: 180 for the slide, the angle for an orbit, 180_outer for the full sweep; else ours.
+    30 frames a second, the mask 255 where seen, the poses OpenGL world-to-camera with K [3, 3] of the first.
+    """
+    path, angle_deg = view.choices["trajectory"], view.choices["angle_deg"]
+    known = {"released-180": "180", "orbit": f"{angle_deg:g}", "full": "180_outer"}
+    name = known.get(path, Path(path).stem)
+    poses = io.BytesIO()
+    opengl = np.diag([1.0, -1.0, -1.0, 1.0]) @ view.w2c
+    np.savez_compressed(poses, extrinsics=opengl.astype(np.float32), intrinsics=view.K.astype(np.float32))
+    return {
+        f"color_{name}.mp4": video.encode(view.cond_video, RELEASED_FPS),
+        f"mask_{name}.mp4": video.encode(white(view.visible), RELEASED_FPS, crf=0),
+        f"camera_{name}.npz": poses.getvalue(),
+    }
+
+
+def contact_sheet(view: Reconstruction, num_columns: int = 7, width_px: int = 192) -> Image:
+    """Return a picture: source, disparity and condition (rows) at evenly spaced frames (columns)."""
+    from PIL import Image as pillow
+
+    chosen = np.unique(np.linspace(0, len(view.frames) - 1, num_columns).round().astype(int))
+    grey = np.repeat(as_grey(view.z_depth)[..., None], 3, axis=-1)
+    rows = (view.frames, grey, view.cond_video)
+    sheet = pillow.fromarray(np.concatenate([np.concatenate(list(row[chosen]), axis=1) for row in rows], axis=0))
+    scale = width_px / view.frames.shape[2]
+    return sheet.resize((round(sheet.width * scale), round(sheet.height * scale)))
