@@ -267,34 +267,21 @@ def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     """Print what the run would need; nothing is loaded but configurations."""
     from ex4d.data import manifest
     from ex4d.models import backbone, families
-    from ex4d.train import flops
+    from ex4d.train import estimate, flops
     from ex4d.train.config import plan_batch
 
     shape = backbone.transformer_config(model.base, model.revision, model.family)
+    facts: dict[str, Any] = {}
     if storage.exists(storage.join(train.data, manifest.DATASET)):
-        clip = manifest.read_dataset(train.data)["sample"]
-    else:  # not preprocessed yet: what the same file would make, or the method's own size
-        clip = {"num_frames": 49, "size": [512, 512]} | (configs.read_yaml(config_path).get("preprocess") or {})
-    count = _num_processes(train)
-    batch = plan_batch(train, count)
+        facts = manifest.read_dataset(train.data)
+    # Not preprocessed yet: what the same file would make, or the method's own size.
+    planned = {"num_frames": 49, "size": [512, 512]} | (configs.read_yaml(config_path).get("preprocess") or {})
+    clip = facts.get("sample", planned)
     family = families.FAMILIES.get(families.family_of(shape) or "")
     stride = family.stride if family else (4, 8, 8)
     latents = flops.latent_size((clip["num_frames"], *clip["size"]), stride)
-    needs = flops.summary(
-        shape,
-        model,
-        latents,
-        micro_batch_size=batch.micro_size,
-        global_batch_size=batch.global_size,
-        world_size=count,
-        num_steps=train.num_steps,
-        zero_stage=train.zero_stage,
-        checkpointing=train.activation_checkpointing,
-        cpu_offload=train.cpu_offload,
-        ema=train.ema_decay is not None,
-        gpu=train.gpu,
-        usd_per_gpu_hour=train.usd_per_gpu_hour,
-    )
+    batch = plan_batch(train, _num_processes(train))
+    needs = estimate.summary(shape, model, train, latents, batch, precomputed="latents" in facts)
     print(json.dumps(needs, indent=2))
     return 0
 

@@ -7,7 +7,7 @@ adapter of its own, a training run of its own and a switch in the sampler: more 
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any
 
 _WAN = {
@@ -28,6 +28,8 @@ _WAN = {
 _14B = _WAN | {"num_attention_heads": 40, "ffn_dim": 13824, "num_layers": 40}
 _1_3B = _WAN | {"num_attention_heads": 12, "ffn_dim": 8960, "num_layers": 30}
 _5B = _WAN | {"num_attention_heads": 24, "ffn_dim": 14336, "num_layers": 30}
+_ENCODERS = {"vae": 126_892_531, "text_encoder": 5_680_910_336}  # Wan's causal VAE, UMT5-XXL's encoder
+_WITH_CLIP = _ENCODERS | {"image_encoder": 630_766_080}  # CLIP ViT-H/14
 
 
 @dataclass(frozen=True)
@@ -38,12 +40,14 @@ class Family:
         hub_ids: repositories in diffusers layout that hold it; () where only a converted folder will do.
         transformer: the complete configuration of diffusers' WanTransformer3DModel.
         stride: pixels per latent in (T, H, W); T frames give (T − 1) / stride + 1 latents.
+        encoders: {component: parameters} of what makes latents, text and image features, counted on the meta device.
         note: what is special, for people.
     """
 
     hub_ids: tuple[str, ...]
     transformer: Mapping[str, Any]
     stride: tuple[int, int, int] = (4, 8, 8)
+    encoders: Mapping[str, int] = field(default_factory=lambda: _ENCODERS)
     note: str = ""
 
 
@@ -51,6 +55,7 @@ FAMILIES = {
     "wan2.1-i2v-14b": Family(
         hub_ids=("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
         transformer=_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
+        encoders=_WITH_CLIP,
         note="the base of the published EX-4D weights (480P)",
     ),
     "wan2.1-t2v-1.3b": Family(
@@ -61,12 +66,14 @@ FAMILIES = {
     "wan2.1-fun-1.3b-inp": Family(
         hub_ids=(),
         transformer=_1_3B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 1536},
+        encoders=_WITH_CLIP,
         note="published in its original layout only; convert it to a diffusers folder first",
     ),
     "wan2.2-ti2v-5b": Family(
         hub_ids=("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
         transformer=_5B | {"in_channels": 48, "out_channels": 48},
         stride=(4, 16, 16),
+        encoders=_ENCODERS | {"vae": 704_688_668},
         note="used as text-to-video: one timestep for all tokens, frame 0 through the geometry adapter alone",
     ),
 }

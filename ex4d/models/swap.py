@@ -6,8 +6,8 @@ forward again, which fetches again, and this time autograd holds the copy until 
 still needs a copy is counted by references alone, so no order of hooks decides whether the numbers are right. While a
 block works, the next swapped one in the running direction is copied on a stream of its own.
 
-diffusers' `apply_group_offloading` was read for this (0.42.1, hooks/group_offloading.py) and not taken: it moves weights back
-when a block's forward returns, which in a recomputed block is before its backward, and it moves LoRA along with the base.
+diffusers' `apply_group_offloading` (0.42.1) is not taken: it swaps LoRA along with the base, so that an optimizer's
+updates are lost when a block comes again (tried, with its figure, in docs/decisions/models.md).
 """
 
 from __future__ import annotations
@@ -84,7 +84,7 @@ class BlockSwap:
         self._under_way: dict[int, tuple[Tensor, Any]] = {}
         self._host = {index: HostBlock(blocks[index], pin=self._stream is not None) for index in indices}
         for index in indices:
-            blocks[index].forward = self._fetching(index, blocks[index].forward)  # type: ignore[method-assign]
+            blocks[index].forward = self._fetching(index, blocks[index].forward)
 
     @property
     def host_bytes(self) -> int:
@@ -102,7 +102,7 @@ class BlockSwap:
 
     def _following(self, index: int) -> int:
         """Return which swapped block works next; the last one in a direction is the first of the way back."""
-        # Inside a backward pass autograd has a current graph task, and blocks are recomputed from the last to the first.
+        # Inside a backward pass autograd has a current graph task; blocks are recomputed from the last to the first.
         backwards = torch._C._current_graph_task_id() != -1
         place = self.indices.index(index) + (-1 if backwards else 1)
         return self.indices[min(max(place, 0), len(self.indices) - 1)]
@@ -127,7 +127,7 @@ class BlockSwap:
 
     def _take(self, index: int) -> Tensor:
         """Return the copy of a block, waiting until it is there."""
-        buffer, event = self._under_way.pop(index, None) or self._copy(index)
+        buffer, event = self._under_way.pop(index) if index in self._under_way else self._copy(index)
         if event is not None:
             working = torch.cuda.current_stream(self.device)
             working.wait_event(event)

@@ -44,6 +44,8 @@ class TrainConfig:
         prompt: one prompt for every clip; None: each clip's own caption.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
         cpu_offload: optimizer state in the host's memory (GPU runs).
+        block_swap: so many blocks of the frozen base stay in the host's memory and come to the device while they work;
+            needs activation_checkpointing.
         validate_every: loss on the validation split, with fixed noise, after so many steps; None: never.
         validate_samples: how many validation samples.
         validate_videos: so many of them are generated with the current adapter, too, and kept as videos, by a process
@@ -83,6 +85,7 @@ class TrainConfig:
     prompt: str | None = ""
     activation_checkpointing: bool = False
     cpu_offload: bool = False
+    block_swap: int = 0
     log_every: int = 10
     validate_every: int | None = None
     validate_samples: int = 16
@@ -114,6 +117,9 @@ class TrainConfig:
             need(self.min_processes <= most, "min_processes", "at most train.num_processes, which must be given")
         need(0 <= self.validate_videos <= self.validate_samples, "validate_videos", "0 to train.validate_samples")
         need(0 < self.validate_timeout_s < math.inf, "validate_timeout_s", "finite, greater than 0")
+        need(self.block_swap >= 0, "block_swap", "at least 0")
+        if self.block_swap:
+            need(self.activation_checkpointing, "block_swap", "0, save with train.activation_checkpointing=true")
         need(0 <= self.condition_dropout < 1, "condition_dropout", "in [0, 1)")
         need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "in (0, 1), or null for off")
         for name in ("lr", "shift", "hole_weight", "max_grad_norm"):
@@ -130,7 +136,8 @@ FREE = frozenset(
     {
         *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
         *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
-        *("activation_checkpointing", "cpu_offload", "validate_every", "validate_samples", "min_processes"),
+        *("activation_checkpointing", "cpu_offload", "block_swap"),
+        *("validate_every", "validate_samples", "min_processes"),
         *("validate_videos", "validate_video_steps", "validate_apart", "validate_device", "validate_timeout_s"),
         *("wandb_mode", "wandb_project", "wandb_group"),
     }
