@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry.camera import Camera
+from ex4d.geometry.camera import Camera, check_intrinsics, relative_to
 from ex4d.geometry.mesh import DWMesh, Profile, build, profile_of
 
 SUBPIXELS = 256  # vertices are snapped to 1/256 px
@@ -124,6 +124,7 @@ def warp_video(
     profile: str | Profile = "default",
     backend: str = "auto",
     source_w2c: np.ndarray | None = None,
+    view_K: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]): each frame's mesh seen from its own camera.
 
@@ -133,19 +134,18 @@ def warp_video(
     Args:
         frames: uint8 [T, H, W, 3].
         z_depth: [T, H, W], finite and positive.
-        K: [3, 3] of source and target.
+        K: [3, 3] of the source, and of the target unless `view_K` is given.
         w2c: [T, 4, 4], world = the source camera of frame 0.
         profile: a key of mesh.PROFILES, or a Profile.
         backend: a key of BACKENDS or "auto".
         source_w2c: [T, 4, 4] poses of a source camera that moves, in the same world and unit of length as w2c; None: it
             stands still.
+        view_K: [3, 3] or [T, 3, 3] of the target: a zoom.
 
     Raises:
         BadSample: depth that is no depth, or shapes that do not fit.
         ConfigError: unknown profile or backend, bad cameras.
     """
-    from ex4d.geometry.camera import relative_to
-
     frames, z_depth = np.asarray(frames), np.asarray(z_depth)
     w2c = np.asarray(w2c, np.float64)
     if frames.ndim != 4 or frames.shape[:3] != z_depth.shape:
@@ -154,18 +154,23 @@ def warp_video(
         raise ConfigError("w2c", list(w2c.shape), f"[{len(frames)}, 4, 4], one pose a frame")
     if source_w2c is not None:
         w2c = relative_to(w2c, source_w2c)
+    K = check_intrinsics(K)
+    view_K = np.asarray(K if view_K is None else view_K, np.float64)
+    if view_K.shape not in ((3, 3), (len(frames), 3, 3)):
+        raise ConfigError("view_K", list(view_K.shape), f"[3, 3] or [{len(frames)}, 3, 3]")
+    view_K = np.broadcast_to(view_K, (len(frames), 3, 3))
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
     if chosen == "nvdiffrast" and profile.curtain_reach is None:
         from ex4d.geometry.render.nvdiffrast import warp
 
-        cond_video, visible = warp(frames, z_depth, K, w2c, profile)
+        cond_video, visible = warp(frames, z_depth, K, w2c, profile, view_K)
     else:
         cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
         for t, frame in enumerate(frames):
-            camera = Camera(K, w2c[t], (frame.shape[0], frame.shape[1]))
+            camera = Camera(view_K[t], w2c[t], (frame.shape[0], frame.shape[1]))
             seen = render(build(frame, z_depth[t], K, profile), camera, chosen)
             cond_video[t], visible[t] = seen.colour, seen.visible_mask
-    if len(frames) and np.abs(w2c[0] - np.eye(4)).max() < 1e-9:
+    if len(frames) and np.abs(w2c[0] - np.eye(4)).max() < 1e-9 and np.allclose(view_K[0], K, rtol=1e-12):
         cond_video[0], visible[0] = frames[0], True
     return cond_video, visible
