@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ex4d.errors import ContractError
+from ex4d.train import waits
 from ex4d.train.config import BatchPlan, Place, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -44,6 +45,7 @@ def start(place: Place, device: str) -> torch.device:
         torch.cuda.set_device(place.local_rank)
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=datetime.timedelta(minutes=30), verbose=False)
+    waits.time_collectives(deepspeed.comm.comm.cdb, on_gpu)
     return torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import math
 import resource
 import time
+from collections.abc import Callable
 from dataclasses import dataclass
 
 import torch
@@ -100,10 +101,16 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Splits a step's wall-clock time into named parts; waits for the GPU at each, so that the parts are true."""
+    """Splits a step's wall-clock time into named parts; waits for the GPU at each, so that the parts are true.
 
-    def __init__(self, device: torch.device):
-        self._device = device
+    Args:
+        waited: seconds that this process waited in collectives since it was last asked; they become the part
+            "communication" and are taken out of the part in which they fell (waits.waited).
+    """
+
+    def __init__(self, device: torch.device, waited: Callable[[], float] = lambda: 0.0):
+        self._device, self._waited = device, waited
+        waited()  # what came before is not ours
         self._start = self._last = time.perf_counter()
         self._parts: dict[str, float] = {}
 
@@ -111,8 +118,9 @@ class Stopwatch:
         """Add the time since the last lap to a part."""
         if self._device.type == "cuda":
             torch.cuda.synchronize(self._device)
-        now = time.perf_counter()
-        self._parts[name] = self._parts.get(name, 0.0) + now - self._last
+        now, waited = time.perf_counter(), self._waited()
+        for part, seconds in ((name, now - self._last - waited), ("communication", waited)):
+            self._parts[part] = self._parts.get(part, 0.0) + seconds
         self._last = now
 
     def times(self) -> dict[str, float]:

@@ -27,6 +27,7 @@ from ex4d.train.engine import Engine
 from ex4d.train.job import Job, build_job
 from ex4d.train.objective import NamedNoise, velocity_losses
 from ex4d.train.runlog import RunLog
+from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
 
@@ -93,7 +94,7 @@ class Trainer:
 
     def step(self, step: int, stop_asked: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
         """Do one optimizer step; return its metrics, and whether any rank was asked to stop."""
-        watch = report.Stopwatch(self.device)
+        watch = report.Stopwatch(self.device, waited)
         rows, keys = [], []
         for accum in range(self.plan.accum_steps):
             batch = next(self.batches)
@@ -112,7 +113,7 @@ class Trainer:
         said = report.gather(local, gradients_finite, stop_asked())
         if not said.finite:
             raise report.NonFinite(report.describe_non_finite(step, local, keys, gradients_finite))
-        watch.lap("gather")
+        watch.lap("communication")
         lr = learning_rate(self.config, step)
         grad_norm = self.engine.step(lr)
         self.update_average()

@@ -6,7 +6,9 @@ import os
 import socket
 import subprocess
 import sys
+import time
 from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -14,7 +16,7 @@ from safetensors.torch import load_file
 from toy import ToyModel, train_toy
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.train import checkpoint, report, runlog
+from ex4d.train import checkpoint, report, runlog, waits
 from ex4d.train.config import EXIT_PREEMPTED, BatchPlan, Place, TrainConfig, place_from_environment, plan_batch
 from ex4d.train.engine import Engine, deepspeed_config
 from ex4d.train.trainer import learning_rate
@@ -215,6 +217,52 @@ def test_learning_rate_warms_up_and_decays():
     assert learning_rate(config, 14) == pytest.approx(0.1)
 
 
+def test_step_time_is_split_into_all_its_parts(whole):
+    parts = runlog.read(whole / "metrics.jsonl")[-1]["step_s"]
+    total = parts.pop("total")
+    assert list(parts) == ["data", "communication", "encode", "forward", "backward", "optimizer"]
+    assert sum(parts.values()) == pytest.approx(total, rel=0.05)
+    assert all(seconds >= 0 for seconds in parts.values())
+    assert 0 < parts["communication"] < total
+
+
+class SlowBackend:
+    """DeepSpeed's backend as far as `waits` knows it: every collective takes a twentieth of a second."""
+
+    def __getattr__(self, name):
+        if name not in waits.COLLECTIVES:
+            raise AttributeError(name)
+        return lambda **_: time.sleep(0.05)
+
+    def all_reduce(self, async_op=False):
+        time.sleep(0.05)
+        return SimpleNamespace(wait=lambda: time.sleep(0.1), done=True) if async_op else None
+
+    def all_gather_into_tensor(self):
+        self.all_gather()  # as DeepSpeed does where there is no such op
+
+
+def test_time_in_collectives_is_counted_once_and_while_waiting():
+    backend = SlowBackend()
+    for _ in range(2):
+        waits.time_collectives(backend, on_gpu=False)  # a second engine in one process
+    waits.waited()
+    watch = report.Stopwatch(torch.device("cpu"), waits.waited)
+    time.sleep(0.1)
+    backend.all_gather_into_tensor()
+    watch.lap("forward")
+    handle = backend.all_reduce(async_op=True)
+    time.sleep(0.2)  # computing beside it costs nothing
+    assert handle.done
+    handle.wait()
+    watch.lap("backward")
+    parts = watch.times()
+    assert parts["communication"] == pytest.approx(0.05 + 0.05 + 0.1, abs=0.04)
+    assert parts["forward"] == pytest.approx(0.1, abs=0.04)
+    assert parts["backward"] == pytest.approx(0.2, abs=0.04)
+    assert waits.waited() == 0
+
+
 def start_ranks(count: int, output: Path, *settings: str) -> list[subprocess.Popen]:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -246,6 +294,17 @@ def test_two_ranks_learn_what_one_does_and_go_on_after_a_kill(stage, whole, tmp_
     ranks[1].wait()
     assert finish(start_ranks(2, tmp_path / "killed", *settings)) == [0, 0]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage", [2, 3])
+def test_waiting_for_a_slow_rank_is_communication(stage, tmp_path):
+    settings = ("num_steps=6", "micro_batch_size=2", "late_s=0.4", f"zero_stage={stage}")
+    assert finish(start_ranks(2, tmp_path, *settings)) == [0, 0]
+    for metrics in runlog.read(tmp_path / "metrics.jsonl")[1:]:
+        parts = metrics["step_s"]
+        assert parts["communication"] > 0.3, "rank 0 waits for rank 1"
+        assert parts["total"] - parts["communication"] < 0.3
 
 
 @pytest.mark.heavy

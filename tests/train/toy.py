@@ -2,7 +2,8 @@
 
     python tests/train/toy.py OUTPUT KEY=VALUE …      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 
-Beside the keys of TrainConfig it takes nan_at=STEP, kill_at=STEP, term_at=STEP: what befalls rank 0 at that step.
+Beside the keys of TrainConfig it takes nan_at=STEP, kill_at=STEP, term_at=STEP: what befalls rank 0 at that step; and
+late_s=SECONDS: how much longer rank 1 takes to encode.
 """
 
 from __future__ import annotations
@@ -11,6 +12,7 @@ import dataclasses
 import os
 import signal
 import sys
+import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -98,9 +100,12 @@ def clips(seed: int, place: Place, micro: int, samples: int, nan_at: int | None,
 
 
 class ToyEncoder(Encoder):
-    """Damages the clips whose key says so."""
+    """Damages the clips whose key says so, and takes its time."""
+
+    late_s = 0.0
 
     def encode(self, batch, noises, shift, sampling):  # type: ignore[no-untyped-def]
+        time.sleep(self.late_s)
         inputs = super().encode(batch, noises, shift, sampling)
         for index, key in enumerate(batch["keys"]):
             if key.endswith("-nan"):
@@ -129,6 +134,8 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
             os.kill(os.getpid(), signal.SIGTERM)
 
     encoder = ToyEncoder(ToyBase(), "unit", config.prompt)
+    if place.rank == 1:
+        encoder.late_s = fate.get("late_s") or 0.0
     who = identity(config, ToyModelConfig(), "toy")
     job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
     with stop_signal() as stop_asked:
@@ -137,7 +144,7 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
 
 def main(output: str, settings: list[str]) -> int:
     values = {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
-    fate = {key: values.pop(key, None) for key in ("nan_at", "kill_at", "term_at")}
+    fate = {key: values.pop(key, None) for key in ("nan_at", "kill_at", "term_at", "late_s")}
     place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0)
     engine.start(place, "cpu")
     code = train_toy(output, place, fate, **values)
