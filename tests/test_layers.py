@@ -13,7 +13,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
 FLOOR = {"errors", "config", "retry", "storage", "hub", "video"}
-LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic"}
+LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
@@ -24,6 +24,7 @@ MAY_IMPORT = {
     "geometry": FLOOR,
     "depth": FLOOR | {"geometry"},
     "synthetic": FLOOR | {"geometry"},
+    "quality": FLOOR | {"geometry"},
     "data": FLOOR,
     "models": FLOOR,
     "flow": FLOOR,

@@ -19,7 +19,6 @@ from __future__ import annotations
 
 import zipfile
 import zlib
-from dataclasses import replace
 from pathlib import PurePosixPath
 from typing import Any
 
@@ -130,8 +129,12 @@ def _fitted(
     aspect = (stored[0] / stored[1]) / (fit.source_size[0] / fit.source_size[1])
     if abs(aspect - 1) > ASPECT_TOLERANCE:
         raise BadSample("depth_shape", f"{name} is {stored}, the video {tuple(fit.source_size)}: another aspect")
-    fit = replace(fit, source_size=stored)
-    return np.ascontiguousarray(fit.apply_depth(values)), None if K is None else fit.apply_K(K)
+    depth = np.ascontiguousarray(fit.scaled_to(stored).apply_depth(values))
+    if K is None:
+        return depth, None
+    # By way of the video's own pixels: K belongs to the frames, whose cut need not be whole pixels of a smaller map.
+    to_video = np.diag([fit.source_size[1] / stored[1], fit.source_size[0] / stored[0], 1.0])
+    return depth, fit.apply_K(to_video @ K)
 
 
 def _name(path: str) -> str:

@@ -12,7 +12,13 @@ from ex4d.video.resize import Fit
 from ex4d.video.source import opened, probe
 
 
-def decode_decord(path: str | Path | bytes, wanted: list[int], size: tuple[int, int] | None, fit: str) -> np.ndarray:
+def decode_decord(
+    path: str | Path | bytes,
+    wanted: list[int],
+    size: tuple[int, int] | None,
+    fit: str,
+    box: tuple[int, int, int, int] | None = None,
+) -> np.ndarray:
     """Return uint8 [T,H,W,3] RGB like `frames.decode`, by decord.
 
     decord numbers the packets by pts, seeks to a key frame and then *counts* frames. The count is right where every
@@ -44,7 +50,7 @@ def decode_decord(path: str | Path | bytes, wanted: list[int], size: tuple[int, 
         raise BadSample("decord_error", str(error).splitlines()[0]) from error
     if frames.shape[1:3] != info.size:
         raise BadSample("decord_inexact", f"frames of {frames.shape[1:3]} where the stream has {info.size}")
-    return frames if size is None else Fit(info.size, size, fit).apply_image(frames)
+    return frames if size is None else Fit(info.size, size, fit, box).apply_image(frames)
 
 
 def _closed_gop_pts(path: str | Path) -> np.ndarray:

@@ -59,6 +59,7 @@ def decode(
     size: tuple[int, int] | None = None,
     fit: str = "crop",
     backend: str = "pyav",
+    box: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Return uint8 [T,H,W,3] RGB: exactly the frames whose pts are asked for, in that order, upright.
 
@@ -67,6 +68,7 @@ def decode(
         size: (H, W) px of the result; None keeps the video's.
         fit: Fit mode that leads to `size`.
         backend: "pyav", or "decord" where its own timestamps prove each frame.
+        box: (y, x, height, width) px of the upright picture that `size` is made of; None is all of it.
 
     Raises:
         BadSample: `decode_short` (a frame is not there), `decode_error`, `decode_corrupt` (the decoder concealed
@@ -81,9 +83,9 @@ def decode(
     if backend == "decord":
         from ex4d.video.decord_backend import decode_decord
 
-        return decode_decord(path, wanted, size, fit)
+        return decode_decord(path, wanted, size, fit, box)
     found: dict[int, np.ndarray] = {}
-    to_rgb = Converter(size, fit)
+    to_rgb = Converter(size, fit, box=box)
     with opened(path) as (_, stream, _):
         groups = _groups(sorted(set(wanted)), stream.time_base)
     for group in groups:
@@ -112,8 +114,14 @@ def iter_decimated(
 class Converter:
     """A decoded frame becomes upright RGB: square pixels, colour matrix, range, rotation, then the resize."""
 
-    def __init__(self, size: tuple[int, int] | None, fit: str, max_height: int | None = None):
-        self.size, self.fit_mode, self.max_height = size, fit, max_height
+    def __init__(
+        self,
+        size: tuple[int, int] | None,
+        fit: str,
+        max_height: int | None = None,
+        box: tuple[int, int, int, int] | None = None,
+    ):
+        self.size, self.fit_mode, self.max_height, self.box = size, fit, max_height, box
         self.coded_size: tuple[int, int] | None = None
         self.fit: Fit | None = None
 
@@ -133,7 +141,7 @@ class Converter:
         if self.size is None:
             return image
         if self.fit is None:
-            self.fit = Fit(image.shape[:2], self.size, self.fit_mode)
+            self.fit = Fit(image.shape[:2], self.size, self.fit_mode, self.box)
         return self.fit.apply_image(image)
 
     def _decimated(self, shown_size: tuple[int, int], turn: int) -> tuple[int, int]:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import cached_property
 from typing import Any
 
@@ -22,37 +22,61 @@ class Fit:
         size: (H, W) in px.
         mode: "crop" keeps the aspect and cuts the longer side about the centre, "pad" keeps the aspect and adds
             black bars, "squeeze" scales the sides apart.
+        box: (y, x, height, width) in source px of what the modes see of the source, e.g. inside its black bars; None is
+            all of it.
 
     Raises:
-        ConfigError: unknown mode, or a side below one pixel.
+        ConfigError: unknown mode, a side below one pixel, or a box outside the source.
     """
 
     source_size: tuple[int, int]
     size: tuple[int, int]
     mode: str = "crop"
+    box: tuple[int, int, int, int] | None = None
 
     def __post_init__(self) -> None:
         if self.mode not in MODES:
             raise ConfigError("fit", self.mode, f"allowed: {', '.join(MODES)}")
         if min(*self.source_size, *self.size) < 1:
             raise ConfigError("size", (self.source_size, self.size), "both sides of both sizes must be at least 1 px")
+        y, x, height, width = self.source_box
+        inside = y + height <= self.source_size[0] and x + width <= self.source_size[1]
+        if min(y, x) < 0 or min(height, width) < 1 or not inside:
+            raise ConfigError("box", self.box, f"[y, x, height, width] within {self.source_size}")
+
+    @property
+    def source_box(self) -> tuple[int, int, int, int]:
+        """(y, x, height, width) in source px of what the modes see."""
+        return self.box or (0, 0, *self.source_size)
+
+    def scaled_to(self, source_size: tuple[int, int]) -> Fit:
+        """Return the same fit for a map of the source that is stored at another size; a box goes to its nearest px."""
+        if self.box is None:
+            return replace(self, source_size=source_size)
+        edges = []
+        for axis in (0, 1):
+            scale = source_size[axis] / self.source_size[axis]
+            start = min(round(self.box[axis] * scale), source_size[axis] - 1)
+            edges.append((start, max(1, round((self.box[axis] + self.box[axis + 2]) * scale) - start)))
+        (y, height), (x, width) = edges
+        return replace(self, source_size=source_size, box=(y, x, height, width))
 
     @cached_property
     def crop_box(self) -> tuple[int, int, int, int]:
         """(y, x, height, width) in source px of what is kept."""
-        (source_h, source_w), (h, w) = self.source_size, self.size
+        (y, x, source_h, source_w), (h, w) = self.source_box, self.size
         if self.mode != "crop":
-            return 0, 0, source_h, source_w
+            return y, x, source_h, source_w
         if source_w * h > w * source_h:
             keep = max(1, _round_div(source_h * w, h))
-            return 0, (source_w - keep) // 2, source_h, keep
+            return y, x + (source_w - keep) // 2, source_h, keep
         keep = max(1, _round_div(source_w * h, w))
-        return (source_h - keep) // 2, 0, keep, source_w
+        return y + (source_h - keep) // 2, x, keep, source_w
 
     @cached_property
     def inner_box(self) -> tuple[int, int, int, int]:
         """(y, x, height, width) in target px of where it goes; the whole target unless the mode is "pad"."""
-        (source_h, source_w), (h, w) = self.source_size, self.size
+        (_, _, source_h, source_w), (h, w) = self.source_box, self.size
         if self.mode != "pad":
             return 0, 0, h, w
         if source_w * h > w * source_h:
@@ -71,7 +95,7 @@ class Fit:
 
         self._check(image.shape[-3:-1])
         (y, x, height, width), (top, left, inner_h, inner_w) = self.crop_box, self.inner_box
-        if self.source_size == self.size:
+        if self.source_size == self.size and self.box is None:
             return image
         shrinks = inner_h <= height and inner_w <= width
         interpolation = cv2.INTER_AREA if shrinks else cv2.INTER_LINEAR

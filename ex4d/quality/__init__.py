@@ -1,0 +1,48 @@
+"""What a shot, a clip and its depth look like in a few numbers: scores, always kept, that thresholds may decide on.
+
+A score is one float, finite, the same on every run. Those of a shot come from the decode that finds the cuts, those of
+a clip from its frames, made small; so the dear stages never see what a threshold refuses.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Score:
+    """What a number means, for docs and pages.
+
+    Args:
+        meaning: one sentence.
+        low, high: the range; high None: no upper end.
+        keep: "min": a clip is kept at or above a threshold; "max": at or below.
+        suggested: a threshold that `docs/decisions/preprocess.md` measured; None where figures justify none.
+        stage: the stage that measures it.
+    """
+
+    meaning: str
+    low: float
+    high: float | None
+    keep: str
+    suggested: float | None = None
+    stage: str = "score"
+
+
+SCORES: dict[str, Score] = {
+    "motion": Score("mean absolute change of luma from frame to frame", 0.0, 1.0, "min", 0.002),
+    "camera_motion": Score("speed of the picture under one affine motion, longer sides a second", 0.0, None, "min"),
+    "object_motion": Score("share of the texture that moves otherwise than the whole picture", 0.0, 1.0, "max"),
+    "sharpness": Score("share of the gradient that a small blur takes away", 0.0, 1.0, "min", 0.2),
+    "exposure": Score("mean luma", 0.0, 1.0, "min", 0.05),
+    "still": Score("share of frames that repeat the one before", 0.0, 1.0, "max", 0.6),
+    "text": Score("share of the picture under lines of overlaid text", 0.0, 1.0, "max", 0.005),
+    "bars": Score("share of the picture that black bars took and the crop box leaves out", 0.0, 1.0, "max"),
+    "logo": Score("share of a corner under edges that stay while the picture moves", 0.0, 1.0, "max", 0.03),
+    "depth_flicker": Score(
+        "jitter of log depth along the flow, frame to frame", 0.0, None, "max", stage="depth_quality"
+    ),
+    "depth_drift": Score("change of the depth's scale over the clip, log", 0.0, None, "max", stage="depth_quality"),
+    "sky": Score("share of the depth beyond 20 × the near depth", 0.0, 1.0, "max", stage="depth_quality"),
+    "holes": Score("mean hole share of the clip's masks", 0.0, 1.0, "max", stage="mask_quality"),
+}

@@ -1,0 +1,134 @@
+"""Scores of a shot from the small frames that cuts are looked for in: black bars around the picture, and a logo in it.
+
+Both need many frames, more than one clip has: a bar is black whatever is shown, a logo stays while the picture moves.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+
+import numpy as np
+
+from ex4d.quality.pictures import gradient
+
+MAX_SAMPLES = 64
+BLACK = 24.0  # luma of 255: video black, its noise and its rounding stay under it
+LIT = 40.0  # a frame is looked at where its brightest parts are above
+STEP = 16.0  # by so much a picture is brighter than a bar in most of the columns at its edge
+MIN_BAR_LINES = 2
+MIN_KEPT = 0.25  # bars that would leave less than this of a side are a dark picture
+EDGE = 6.0  # levels a pixel: an edge that counts
+STAYS = 0.75  # |mean gradient| / mean |gradient|: 1 for what never moves
+CORNER = 0.3  # of each side
+MAX_RESTING = 0.12  # share of the other edges that stay; beyond it the camera rests and nothing can be said of a logo
+
+
+@dataclass
+class Samples:
+    """At most MAX_SAMPLES frames of a shot of any length, evenly spread: every 2ⁿ-th, n growing as the shot does."""
+
+    stride: int = 1
+    kept: list[tuple[int, np.ndarray]] = field(default_factory=list)
+
+    def add(self, index: int, grey: np.ndarray) -> None:
+        """Take frame `index` (rising), uint8 [h,w] luma, where it is one of the wanted ones."""
+        if index % self.stride == 0:
+            self.kept.append((index, grey))
+        while len(self.kept) > MAX_SAMPLES:
+            self.stride *= 2
+            self.kept = [(index, grey) for index, grey in self.kept if index % self.stride == 0]
+
+    def split(self, cut: int) -> np.ndarray:
+        """Return uint8 [K,h,w] of the frames before `cut`, and go on with those after it."""
+        before = [grey for index, grey in self.kept if index < cut]
+        self.kept, self.stride = [(index, grey) for index, grey in self.kept if index >= cut], 1
+        return np.stack(before) if before else np.zeros((0, 1, 1), np.uint8)
+
+
+def find_box(grey: np.ndarray) -> tuple[int, int, int, int]:
+    """Return (y, x, height, width) of what lies inside black bars, in px of the small frames; all of it without any.
+
+    A bar is a run of lines from the border that are black in every lit frame, but for a tenth of their pixels, and ends
+    at a straight edge: in most of its columns the picture begins there. So a dark sky is no bar.
+
+    Args:
+        grey: uint8 [K,h,w] luma, K frames of one shot.
+    """
+    height, width = grey.shape[1:]
+    lit = grey[np.percentile(grey, 99, axis=(1, 2)) > LIT] if len(grey) else grey
+    if not len(lit):
+        return 0, 0, height, width
+    top, bottom = _bars(lit)
+    left, right = _bars(lit[:, top : height - bottom].transpose(0, 2, 1))
+    return top, left, height - top - bottom, width - left - right
+
+
+def _bars(lit: np.ndarray) -> tuple[int, int]:
+    """Return how many lines at the top and the bottom of uint8 [K,h,w] are bars."""
+    level = np.percentile(np.percentile(lit, 90, axis=2), 95, axis=0)
+    black = level <= BLACK
+    sides = ((black, lit), (black[::-1], lit[:, ::-1]))
+    runs = [int(np.argmin(lines)) for lines, _ in sides]  # 0 where all are black, too
+    first, last = (run if _ends_straight(run, *side) else 0 for run, side in zip(runs, sides, strict=True))
+    count = max(first, last)
+    if first != last and _ends_straight(count, *sides[0 if last == count else 1]):
+        first = last = count  # bars come in pairs of one height, and a subtitle hides one of the edges
+    return (first, last) if len(level) - first - last >= MIN_KEPT * len(level) else (0, 0)
+
+
+def _ends_straight(count: int, black: np.ndarray, lit: np.ndarray) -> bool:
+    """Return whether the picture begins after `count` lines: black before, brighter in most of the columns there."""
+    if count < MIN_BAR_LINES or not black[count - MIN_BAR_LINES : count].all():
+        return False
+    bar = float(np.percentile(lit[:, count - MIN_BAR_LINES : count], 95))
+    inside = lit[:, count : count + 4].max(axis=(0, 1)).astype(np.float32)
+    return bool((inside > bar + STEP).mean() > 0.5)
+
+
+def source_box(box: Sequence[int], small: Sequence[int], size: Sequence[int]) -> list[int]:
+    """Return a box of the small frames in px of the source, a small line further in: its edge is blurred there.
+
+    Args:
+        box: (y, x, height, width) of `find_box`.
+        small: (h, w) of the small frames.
+        size: (H, W) of the source, upright.
+    """
+    found: list[list[int]] = []
+    for start, length, lines, pixels in zip(box[:2], box[2:], small, size, strict=True):
+        first = 0 if start == 0 else -(-(start + 1) * pixels // lines)
+        stop = pixels if start + length == lines else (start + length - 1) * pixels // lines
+        found.append([first, stop - first])
+    return [found[0][0], found[1][0], found[0][1], found[1][1]]
+
+
+def logo_share(grey: np.ndarray, box: Sequence[int]) -> float:
+    """Return the share of a corner, in [0, 1], under edges that stay where they are while the rest moves.
+
+    The gradient's mean over time keeps its length where an edge stays and loses it where the picture moves. The most
+    covered corner counts, times how far the share of edges elsewhere that stay is below MAX_RESTING: with a static
+    camera everything stays, nothing can be said, and the score is 0.
+
+    Args:
+        grey: uint8 [K,h,w] luma, frames spread over the shot.
+        box: (y, x, height, width) inside bars.
+    """
+    import cv2
+
+    y, x, height, width = box
+    if len(grey) < 8 or min(height, width) < 16:
+        return 0.0
+    slopes = np.stack([gradient(image) for image in grey[:, y : y + height, x : x + width]])
+    mean, length = np.hypot(*slopes.mean(axis=0)), np.hypot(slopes[:, 0], slopes[:, 1]).mean(axis=0)
+    stays = (mean > EDGE) & (mean > STAYS * length)
+    rows, columns = round(CORNER * height), round(CORNER * width)
+    corner = np.zeros((height, width), bool)
+    shares = []
+    for ys in (slice(0, rows), slice(height - rows, height)):
+        for xs in (slice(0, columns), slice(width - columns, width)):
+            corner[ys, xs] = True
+            closed = cv2.morphologyEx(stays[ys, xs].astype(np.uint8), cv2.MORPH_CLOSE, np.ones((5, 5), np.uint8))
+            shares.append(float(closed.mean()))
+    edges = ~corner & (length > EDGE)
+    resting = float(stays[edges].mean()) if edges.any() else 1.0
+    return max(shares) * float(np.clip((MAX_RESTING - resting) / MAX_RESTING, 0.0, 1.0))
