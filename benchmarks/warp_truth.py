@@ -1,23 +1,25 @@
 """Warps against exact novel views: `python benchmarks/warp_truth.py` writes benchmarks/results/warp_truth.{json,md}.
 
 Procedural scenes with exact depth, textures up to the Nyquist limit, supersampled truth, the last frame of an orbit of
-30, 60 and 90°. Beside the default mesh: its curtains carved, the released profile, the torn mesh, exact correspondences
-as the ceiling, and a sweep of the occlusion threshold.
+30, 60 and 90°. Beside the default mesh: the closed one, whose curtains hide all the way, the released profile, the torn
+mesh, exact correspondences as the ceiling, and sweeps of the occlusion threshold and of the curtains' reach.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
-from dataclasses import asdict
+from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
 
 from ex4d.evaluate import warp
+from ex4d.geometry.profiles import PROFILES
 
 ANGLES_DEG = (30.0, 60.0, 90.0)
 THRESHOLDS_DEG = (0.6, 1.25, 2.5, 5.0, 10.0)
+REACHES = (0.0, 0.05, 0.1, 0.15, 0.2, 0.3)
 FIELDS = ("psnr", "coverage", "recall", "false_share")
 RESULTS = Path(__file__).parent / "results"
 
@@ -29,10 +31,12 @@ def measure(size: int, num_scenes: int) -> dict[str, dict[str, dict[str, float]]
         scores: dict[str, list[warp.WarpScore]] = {}
         for index in range(num_scenes):
             pair = warp.make_pair((71, index), (size, size), angle, max_frequency=size / 2)
-            found = {name: warp.score(pair, name) for name in ("default", "carved", "released", "torn")}
+            found = {name: warp.score(pair, name) for name in ("default", "closed", "released", "torn")}
             found["exact correspondences"] = warp.score_ceiling(pair)
             for threshold in THRESHOLDS_DEG:
                 found[f"threshold {threshold:g}°"] = warp.score(pair, mesh=warp.with_threshold(pair, threshold))
+            for reach in REACHES:
+                found[f"reach {reach:g}"] = warp.score(pair, replace(PROFILES["default"], curtain_reach=reach))
             for name, value in found.items():
                 scores.setdefault(name, []).append(value)
         table[f"{angle:g}"] = {

@@ -15,9 +15,7 @@ from ex4d.geometry.render import render
 
 # benchmarks/results/warp_truth.md holds the figures of more scenes at 256² and 512².
 LEAST_PSNR_DB = {30.0: 28.0, 60.0: 25.0, 90.0: 22.0}
-# A watertight mesh takes all that lies behind a depth edge for solid. Where a free-standing body is seen from its side,
-# a camera that looks past its back is refused surfaces that both cameras see: that is the price of no false colours.
-LEAST_RECALL = {30.0: 0.95, 60.0: 0.75, 90.0: 0.85}
+LEAST_RECALL = 0.9
 
 
 @pytest.fixture(scope="module")
@@ -32,8 +30,15 @@ def pairs():
 def test_what_is_visible_is_true(pairs, angle):
     scores = [warp.score(pair) for pair in pairs[angle]]
     assert np.mean([s.psnr for s in scores]) >= LEAST_PSNR_DB[angle]
-    assert np.mean([s.recall for s in scores]) >= LEAST_RECALL[angle]
-    assert np.mean([s.false_share for s in scores]) <= 0.02
+    assert np.mean([s.recall for s in scores]) >= LEAST_RECALL
+    assert np.mean([s.false_share for s in scores]) <= 0.03
+
+
+def test_curtains_that_hide_all_the_way_refuse_what_both_cameras_see(pairs):
+    """A body seen from its side: a camera that looks past its back is refused the wall behind, for no false colours."""
+    closed, default = ([warp.score(pair, p) for pair in pairs[60.0]] for p in ("closed", "default"))
+    assert np.mean([s.recall for s in closed]) < LEAST_RECALL
+    assert np.mean([s.false_share for s in closed]) <= np.mean([s.false_share for s in default])
 
 
 def test_the_corrected_mesh_beats_the_released_one_and_the_torn_one(pairs):

@@ -8,13 +8,15 @@ between the snapped vertices; where these are equal the lowest face id wins. Col
 a pixel from the unsnapped triangle, by homogeneous barycentrics (perspective-correct, and defined for triangles that
 cross the near plane), clamped to [0, 1] because snapping may move an edge past the pixel.
 
-On top of any of the three, `render` lets one look through what a profile's `curtain_reach` bounds.
+Where a profile's `curtain_reach` bounds them, an occluded face ends at (1 + reach) × its least source depth: what of it
+lies farther is not drawn. Source depth less that end, times 1/z, is linear in the picture between the snapped vertices,
+and its sign at the pixel centre decides.
 """
 
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass, replace
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -87,33 +89,7 @@ def render(mesh: DWMesh, camera: Camera, backend: str = "auto") -> Rendered:
     Raises:
         ConfigError: unknown backend, or nvdiffrast without its package or a CUDA device.
     """
-    draw, reach = BACKENDS[choose_backend(backend)], mesh.profile.curtain_reach
-    seen = draw(mesh, camera)
-    if reach is None:
-        return seen
-    far = _beyond_reach(mesh, camera, seen, reach)
-    torn = replace(mesh, profile=replace(mesh.profile, keep_occluded=False, curtain_reach=None))
-    behind = draw(torn, camera)
-    return Rendered(
-        np.where(far[..., None], behind.colour, seen.colour),
-        np.where(far, behind.z_depth, seen.z_depth),
-        np.where(far, behind.visible_mask, seen.visible_mask),
-        np.where(far, behind.face_id, seen.face_id),
-    )
-
-
-def _beyond_reach(mesh: DWMesh, camera: Camera, seen: Rendered, reach: float) -> np.ndarray:
-    """Return bool [H, W]: the nearest face is occluded and is hit at a source depth beyond (1 + reach) × its least."""
-    far = np.zeros(camera.size, bool)
-    row, column = np.nonzero(seen.face_id >= 0)
-    face = seen.face_id[row, column]
-    row, column, face = (a[mesh.occluded[face]] for a in (row, column, face))
-    K = camera.K
-    ray = np.stack([(column + 0.5 - K[0, 2]) / K[0, 0], (row + 0.5 - K[1, 2]) / K[1, 1], np.ones(len(row))], 1)
-    hit = ray * seen.z_depth[row, column, None] - camera.w2c[:3, 3]
-    depth = np.append(mesh.z_depth, mesh.boundary_depth)  # the last: the cap's centre
-    far[row, column] = hit @ camera.w2c[:3, 2] > (1 + reach) * depth[mesh.faces[face]].min(1)
-    return far
+    return BACKENDS[choose_backend(backend)](mesh, camera)
 
 
 def warp_video(
@@ -161,7 +137,7 @@ def warp_video(
     view_K = np.broadcast_to(view_K, (len(frames), 3, 3))
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
-    if chosen == "nvdiffrast" and profile.curtain_reach is None:
+    if chosen == "nvdiffrast":
         from ex4d.geometry.render.nvdiffrast import warp
 
         cond_video, visible = warp(frames, z_depth, K, w2c, profile, view_K)

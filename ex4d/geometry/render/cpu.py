@@ -22,12 +22,14 @@ def render(mesh: DWMesh, camera: Camera) -> Rendered:
     cap = cap_faces(mesh.size, profile.fan_cap)
     target = np.array([camera.K[0, 0], camera.K[1, 1], camera.K[0, 2], camera.K[1, 2]])
     near = NEAR_RATIO * float(mesh.z_depth.min())
-    # From outside a closed volume the nearest face always shows its front, so that back faces need not be drawn.
-    cull = profile.fan_cap and profile.keep_occluded and not contains(mesh, camera.eye)
+    # From outside a closed volume the nearest face always shows its front, so that back faces need not be drawn; where
+    # its curtains end, one looks into it.
+    reach = -1.0 if profile.curtain_reach is None else profile.curtain_reach
+    cull = profile.fan_cap and profile.keep_occluded and reach < 0 and not contains(mesh, camera.eye)
     keys = np.zeros(camera.size, np.int64)
     rasterise(
         mesh.z_depth, rays_x, rays_y, rotation.ravel(), shift, target, near, mesh.face_occluded, cap, corners.mean(0),
-        cull, profile.keep_occluded, keys,
+        cull, profile.keep_occluded, reach, keys,
     )  # fmt: skip
     alpha = mesh.vertex_alpha if profile.vertex_alpha else np.ones((1, 1), bool)
     seen = Rendered(

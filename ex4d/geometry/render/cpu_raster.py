@@ -26,13 +26,16 @@ BEHIND = 16
 
 
 @kernel
-def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys):
-    """Enter one triangle, corners in 1/256 px and 1/z, by spans of rows; without back faces (area > 0) if cull."""
+def _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hc, face, cull, keys):
+    """Enter one triangle, corners in 1/256 px and 1/z, by spans of rows; without back faces (area > 0) if cull.
+
+    ha, hb, hc: how far each corner lies beyond the depth where a curtain ends, in the source's z; all zero: no end.
+    """
     area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
     if area == 0 or (cull and area > 0):
         return
     if area < 0:
-        bx, by, ib, cx, cy, ic, area = cx, cy, ic, bx, by, ib, -area
+        bx, by, ib, hb, cx, cy, ic, hc, area = cx, cy, ic, hc, bx, by, ib, hb, -area
     height, width = keys.shape
     i0 = max(math.ceil((min(ay, by, cy) - 128.0) / 256.0), 0)
     i1 = min(math.floor((max(ay, by, cy) - 128.0) / 256.0), height - 1)
@@ -41,6 +44,8 @@ def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys):
     if j1 < j0:
         return
     dxa, dya, dxb, dyb, dxc, dyc = cx - bx, cy - by, ax - cx, ay - cy, bx - ax, by - ay
+    ends = max(ha, hb, hc) > 0
+    ha, hb, hc = ha * ia, hb * ib, hc * ic
     for i in range(i0, i1 + 1):
         y = i * 256.0 + 128.0
         wa = dxa * (y - by) - dya * (128.0 - bx)
@@ -51,7 +56,10 @@ def _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys):
         first, last = _span(wc, dxc, dyc, first, last)
         for j in range(int(first), int(last) + 1):
             x = j * 256.0
-            value = np.float32(((wa - dya * x) * ia + (wb - dyb * x) * ib + (wc - dyc * x) * ic) / area)
+            a, b, c = wa - dya * x, wb - dyb * x, wc - dyc * x
+            if ends and a * ha + b * hb + c * hc > 0:
+                continue
+            value = np.float32((a * ia + b * ib + c * ic) / area)
             keys[i, j] = max(keys[i, j], np.int64(value.view(np.int32)) << 32 | (LAST_ID - face))
 
 
@@ -71,7 +79,7 @@ def _span(at_zero, dx, dy, first, last):
 
 @kernel
 def _point(i, j, z, rays_x, rays_y, centre, rotation, shift):
-    """Return vertex (i, j) in the target camera's axes; the cap's centre where i is one too many."""
+    """Return vertex (i, j) in the target camera's axes and its source z; the cap's centre where i is one too many."""
     x, y, depth = centre[0], centre[1], centre[2]
     if i < len(rays_y):
         depth = np.float64(z[i, j])
@@ -80,6 +88,7 @@ def _point(i, j, z, rays_x, rays_y, centre, rotation, shift):
         rotation[0] * x + rotation[1] * y + rotation[2] * depth + shift[0],
         rotation[3] * x + rotation[4] * y + rotation[5] * depth + shift[1],
         rotation[6] * x + rotation[7] * y + rotation[8] * depth + shift[2],
+        depth,
     )
 
 
@@ -95,16 +104,22 @@ def _snap(p, camera):
 def _cut(inner, outer, near):
     """Return where an edge meets the near plane; from its inner end, so that both its faces get the same point."""
     share = (near - inner[2]) / (outer[2] - inner[2])
-    return inner[0] + share * (outer[0] - inner[0]), inner[1] + share * (outer[1] - inner[1]), near
+    return (
+        inner[0] + share * (outer[0] - inner[0]),
+        inner[1] + share * (outer[1] - inner[1]),
+        near,
+        inner[3] + share * (outer[3] - inner[3]),
+    )
 
 
 @kernel
-def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, face, cull, keys):
-    """Enter a triangle of vertices ((i, j), (i, j), (i, j)), cut at the near plane."""
+def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, face, cull, keys):
+    """Enter a triangle of vertices ((i, j), (i, j), (i, j)), cut at the near plane, and where it ends (`_beyond`)."""
     (ai, aj), (bi, bj), (ci, cj) = corners
     a = _point(ai, aj, z, rays_x, rays_y, centre, rotation, shift)
     b = _point(bi, bj, z, rays_x, rays_y, centre, rotation, shift)
     c = _point(ci, cj, z, rays_x, rays_y, centre, rotation, shift)
+    least = min(a[3], b[3], c[3])
     inside = (a[2] >= near) + (b[2] >= near) + (c[2] >= near)
     # Turned so that the odd one out comes first; the order round the triangle stays.
     if (inside == 1 and b[2] >= near) or (inside == 2 and b[2] < near):
@@ -117,10 +132,19 @@ def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, fac
         b, c = _cut(a, b, near), _cut(a, c, near)
     elif inside == 2:
         a, cut = _cut(b, a, near), _cut(c, a, near)
+        hd = _beyond(cut[3], least, reach)
         (ax, ay, ia), (bx, by, ib), (cx, cy, ic) = _snap(a, camera), _snap(c, camera), _snap(cut, camera)
-        _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys)
+        ha, hb = _beyond(a[3], least, reach), _beyond(c[3], least, reach)
+        _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hd, face, cull, keys)
     (ax, ay, ia), (bx, by, ib), (cx, cy, ic) = _snap(a, camera), _snap(b, camera), _snap(c, camera)
-    _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys)
+    ha, hb, hc = _beyond(a[3], least, reach), _beyond(b[3], least, reach), _beyond(c[3], least, reach)
+    _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hc, face, cull, keys)
+
+
+@kernel
+def _beyond(depth, least, reach):
+    """Return how far a corner lies beyond (1 + reach) × the triangle's least depth; 0 where reach < 0: no end."""
+    return depth - (1 + reach) * least if reach >= 0 else 0.0
 
 
 @kernel
@@ -221,20 +245,24 @@ def _values(lane, inverse_a, inverse_b, inverse_c):
 
 
 @kernel
-def _sort(out, hidden, drawn_hidden, cells, ones, mores):
-    """Enter which triangles of a chunk cover one pixel and which more, without branches; return how many of each."""
+def _sort(out, hidden, drawn_hidden, curtains_end, cells, ones, mores):
+    """Enter which triangles of a chunk cover one pixel and which more, without branches; return how many of each.
+
+    Where curtains end, a hidden one counts as covering more: only the slower way looks where it ends.
+    """
     one, more = 0, 0
     for n in range(cells):
         drawn = drawn_hidden | ~hidden[n]
+        slow = curtains_end & hidden[n]
         ones[one] = n
-        one += (out[n] == ONE) & drawn
+        one += (out[n] == ONE) & drawn & ~slow
         mores[more] = n
-        more += (out[n] == MORE) & drawn
+        more += ((out[n] == MORE) | ((out[n] == ONE) & slow)) & drawn
     return one, more
 
 
 @kernel
-def _fill_exact(n, half, lane, inverse, face, cull, keys):
+def _fill_exact(n, half, lane, inverse, depth_a, depth_b, depth_c, reach, face, cull, keys):
     """Enter triangle n of a chunk, if its corners are before the camera and exact in float32; return whether."""
     a, b, c = n + half, n, half * 2 * STRIDE + n + 1
     ia, ib, ic = inverse[a], inverse[STRIDE + n], inverse[half * STRIDE + n + 1]
@@ -243,12 +271,18 @@ def _fill_exact(n, half, lane, inverse, face, cull, keys):
     cx, cy = np.float64(lane[X0 + c]), np.float64(lane[Y0 + c])
     exact = max(abs(ax), abs(ay), abs(bx), abs(by), abs(cx), abs(cy)) < EXACT and ia > 0 and ib > 0 and ic > 0
     if exact:
-        _fill(ax, ay, ia, bx, by, ib, cx, cy, ic, face, cull, keys)
+        least = np.float64(min(depth_a, depth_b, depth_c))
+        ha = _beyond(np.float64(depth_a), least, reach)
+        hb = _beyond(np.float64(depth_b), least, reach)
+        hc = _beyond(np.float64(depth_c), least, reach)
+        _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hc, face, cull, keys)
     return exact
 
 
 @kernel
-def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, centre, cull, draw_occluded, keys):
+def rasterise(
+    z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, centre, cull, draw_occluded, reach, keys
+):  # fmt: skip
     """Enter all faces of a grid and its cap into keys int64 [H, W], zero where nothing is.
 
     Args:
@@ -258,6 +292,7 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
         occluded: bool [2, rows, columns] flags of the grid's faces.
         cap: int32 [C, 3] faces of the cap; centre: float64 [3], its centre in the source's axes.
         cull: leave out back faces; draw_occluded: else leave out occluded faces and the cap.
+        reach: an occluded face ends at (1 + reach) × its least depth; negative: it does not end.
     """
     rows, columns = z.shape[0] - 1, z.shape[1] - 1
     last_i, last_j = np.float32(keys.shape[0] - 1), np.float32(keys.shape[1] - 1)
@@ -280,7 +315,7 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
                 if (some | top_some) & BEHIND:
                     _cover_cut(inverse, half, cells, out)
                 hidden = occluded[half, i - 1, start : start + cells]
-                one, more = _sort(out, hidden, draw_occluded, cells, ones, mores)
+                one, more = _sort(out, hidden, draw_occluded, reach >= 0, cells, ones, mores)
                 first_face = (half * rows + i - 1) * columns + start
                 if one:
                     _values(lane, inverse[half:], inverse[STRIDE:], inverse[half * STRIDE + 1 :])
@@ -289,11 +324,12 @@ def rasterise(z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, c
                     key = np.int64(np.float32(lane[VALUE + n]).view(np.int32)) << 32 | (LAST_ID - first_face - n)
                     keys[pixel] = max(keys[pixel], key)
                 for n in mores[:more]:
-                    if not _fill_exact(n, half, lane, inverse, first_face + n, cull, keys):
-                        face, j = first_face + n, start + n
+                    face, j, end = first_face + n, start + n, reach if hidden[n] else -1.0
+                    za, zb, zc = z[i - 1, j + half], z[i, j], z[i - 1 + half, j + 1]
+                    if not _fill_exact(n, half, lane, inverse, za, zb, zc, end, face, cull, keys):
                         corners = ((i - 1, j + half), (i, j), (i - 1 + half, j + 1))
-                        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, face, cull, keys)
+                        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, end, face, cull, keys)
     for k in range(len(cap) if draw_occluded else 0):
         a, b, c = np.int64(cap[k, 0]), np.int64(cap[k, 1]), np.int64(cap[k, 2])
         face, corners = 2 * rows * columns + k, (divmod(a, columns + 1), divmod(b, columns + 1), divmod(c, columns + 1))
-        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, face, cull, keys)
+        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, face, cull, keys)

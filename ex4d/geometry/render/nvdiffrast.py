@@ -18,6 +18,7 @@ from ex4d.geometry.mesh import DWMesh, Profile, build
 from ex4d.geometry.render import NEAR_RATIO, Rendered
 
 MAX_FACES = 2**24  # ids come back as float32
+MAX_LAYERS = 8  # curtains that are looked through, one behind the other, before what is left stays hidden
 BATCH_VERTICES = 4_000_000  # about 0.5 GB of positions, attributes and pictures at a time
 
 
@@ -87,18 +88,23 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
     id_of = torch.from_numpy(ids.astype(np.int32)).cuda()
     points = torch.from_numpy(np.stack([_local(m, c) for m, c in zip(meshes, cameras, strict=True)])).cuda()
     clip = torch.from_numpy(np.stack([_clip_matrix(m, c) for m, c in zip(meshes, cameras, strict=True)])).cuda()
+    source_z = torch.from_numpy(np.stack([m.vertices[:, 2:] for m in meshes])).cuda().float()
     ones = torch.ones_like(points[..., :1])
     position = (torch.cat([points, ones], -1) @ clip.transpose(1, 2)).float().contiguous()
     attributes = torch.from_numpy(np.stack([_attributes(m) for m in meshes])).cuda()
-    attributes = torch.cat([attributes, points[..., 2:].float()], -1).contiguous()
-    raster, _ = dr.rasterize(context, position, faces, resolution=list(size), grad_db=False)
+    attributes = torch.cat([attributes, points[..., 2:].float(), source_z], -1).contiguous()
+    occluded = torch.from_numpy(np.stack([m.occluded[ids] for m in meshes])).cuda()
+    if profile.curtain_reach is None:
+        raster, _ = dr.rasterize(context, position, faces, resolution=list(size), grad_db=False)
+    else:
+        end = torch.where(occluded, (1 + profile.curtain_reach) * source_z[:, faces.long(), 0].amin(2), torch.inf)
+        raster = _first_before_end(position, faces, size, source_z.contiguous(), end)
     mixed, _ = dr.interpolate(attributes, raster, faces)
     index = raster[..., 3].long() - 1
     hit, index = index >= 0, index.clamp(min=0)
     if profile.vertex_alpha:
         seen = hit & (mixed[..., 3] * 255 > 125)
     else:
-        occluded = torch.from_numpy(np.stack([m.occluded[ids] for m in meshes])).cuda()
         seen = hit & ~occluded.gather(1, index.flatten(1)).view(index.shape)
     if not profile.two_sided:
         corners = points[:, faces.long()]
@@ -110,6 +116,30 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
     face_id = torch.where(hit, id_of[index], -1).to(torch.int32).cpu().numpy()
     visible = seen.cpu().numpy()
     return [Rendered(colour[n], depth[n], visible[n], face_id[n]) for n in range(len(meshes))]
+
+
+def _first_before_end(position: Any, faces: Any, size: tuple[int, int], source_z: Any, end: Any) -> Any:
+    """Return nvdiffrast's raster [B, H, W, 4] of the nearest faces that have not ended where they are hit.
+
+    Args:
+        position: [B, N, 4] in clip space; faces: int32 [M, 3].
+        source_z: float32 [B, N, 1] of the vertices; end: [B, M], the source depth where a face ends.
+    """
+    import torch
+
+    dr, context = _context()
+    with dr.DepthPeeler(context, position, faces, resolution=list(size), grad_db=False) as peeler:
+        kept, _ = peeler.rasterize_next_layer()
+        for _ in range(MAX_LAYERS):
+            depth, _ = dr.interpolate(source_z, kept, faces)
+            index = kept[..., 3].long() - 1
+            limit = end.gather(1, index.clamp(min=0).flatten(1)).view(index.shape)
+            ended = (index >= 0) & (depth[..., 0] > limit)
+            if not ended.any():
+                break
+            behind, _ = peeler.rasterize_next_layer()
+            kept = torch.where(ended[..., None], behind, kept)
+    return kept
 
 
 def _empty(size: tuple[int, int]) -> Rendered:

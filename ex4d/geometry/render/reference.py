@@ -12,24 +12,28 @@ from ex4d.geometry.render import NEAR_RATIO, SUBPIXELS, Rendered
 def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:
     """Return what `camera` sees of `mesh`. `snap=False` leaves vertices where they are: what does snapping cost?"""
     points = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
+    source_z, reach = mesh.vertices[:, 2], mesh.profile.curtain_reach
     near = NEAR_RATIO * float(mesh.z_depth.min())
     inverse_depth = np.zeros(camera.size, np.float32)
     face_id = np.full(camera.size, -1, np.int32)
     for face, corners in enumerate(mesh.faces):
         if mesh.occluded[face] and not mesh.profile.keep_occluded:
             continue
-        polygon = clip_near(points[corners], near)
+        beyond = np.zeros(3)
+        if mesh.occluded[face] and reach is not None:
+            beyond = source_z[corners] - (1 + reach) * source_z[corners].min()
+        polygon = clip_near(np.column_stack([points[corners], beyond]), near)
         if len(polygon) < 3:
             continue
         uv, inverse = to_picture(polygon, camera, snap)
         for k in range(1, len(polygon) - 1):
             pick = [0, k, k + 1]
-            draw_triangle(uv[pick], inverse[pick], face, inverse_depth, face_id)
+            draw_triangle(uv[pick], inverse[pick], polygon[pick, 3], face, inverse_depth, face_id)
     return shade(mesh, camera, points, inverse_depth, face_id)
 
 
 def clip_near(polygon: np.ndarray, near: float) -> np.ndarray:
-    """Return the part of a triangle float64 [3, 3] with z ≥ near, [0, 3 or 4, 3], the corners in the same sense.
+    """Return the part of a triangle float64 [3, C] with z ≥ near, [0, 3 or 4, C], the corners in the same sense.
 
     It begins at the corner that is alone on its side, or at the cut next to it: this decides how four are split.
     """
@@ -49,7 +53,7 @@ def clip_near(polygon: np.ndarray, near: float) -> np.ndarray:
             cut = p + (near - p[2]) / (q[2] - p[2]) * (q - p)
             cut[2] = near
             kept.append(cut)
-    return np.array(kept).reshape(-1, 3)
+    return np.array(kept).reshape(-1, polygon.shape[1])
 
 
 def to_picture(points: np.ndarray, camera: Camera, snap: bool) -> tuple[np.ndarray, np.ndarray]:
@@ -63,15 +67,18 @@ def to_picture(points: np.ndarray, camera: Camera, snap: bool) -> tuple[np.ndarr
 
 
 def draw_triangle(
-    uv: np.ndarray, inverse: np.ndarray, face: int, inverse_depth: np.ndarray, face_id: np.ndarray
+    uv: np.ndarray, inverse: np.ndarray, beyond: np.ndarray, face: int, inverse_depth: np.ndarray, face_id: np.ndarray
 ) -> None:
-    """Enter one triangle (uv [3, 2] in 1/256 px, 1/z [3]) into the pictures inverse_depth and face_id, in place."""
+    """Enter one triangle (uv [3, 2] in 1/256 px, 1/z [3]) into the pictures inverse_depth and face_id, in place.
+
+    beyond [3]: how far its corners lie beyond the source depth where it ends; it is drawn where that is not positive.
+    """
     height, width = face_id.shape
     area = (uv[1, 0] - uv[0, 0]) * (uv[2, 1] - uv[0, 1]) - (uv[1, 1] - uv[0, 1]) * (uv[2, 0] - uv[0, 0])
     if area == 0:
         return
     if area < 0:
-        uv, inverse, area = uv[[0, 2, 1]], inverse[[0, 2, 1]], -area
+        uv, inverse, beyond, area = uv[[0, 2, 1]], inverse[[0, 2, 1]], beyond[[0, 2, 1]], -area
     half = SUBPIXELS // 2
     first = np.ceil((uv.min(0) - half) / SUBPIXELS)
     last = np.floor((uv.max(0) - half) / SUBPIXELS)
@@ -89,6 +96,8 @@ def draw_triangle(
         top_left = dy < 0 or (dy == 0 and dx > 0)
         inside &= edge >= 0 if top_left else edge > 0
         weights.append(edge)
+    ends = beyond * inverse
+    inside &= weights[0] * ends[0] + weights[1] * ends[1] + weights[2] * ends[2] <= 0
     value = (weights[0] * inverse[0] + weights[1] * inverse[1] + weights[2] * inverse[2]) / area
     value = value.astype(np.float32)
     block = np.s_[i0 : i1 + 1, j0 : j1 + 1]
