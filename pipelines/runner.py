@@ -193,6 +193,7 @@ def _ray(config: RayConfig, num_workers: int) -> Iterator[None]:
     else:
         store = None if config.object_store_mb is None else config.object_store_mb << 20
         ray.init(
+            address="local",  # not somebody else's that runs on this machine
             num_cpus=num_workers,
             object_store_memory=store,
             include_dashboard=False,

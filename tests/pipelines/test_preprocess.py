@@ -152,59 +152,6 @@ def test_one_bad_row_costs_one_row(config):
     assert summary(retried) == f"tried again: {bad}\n  decode_timeout -> done: {bad}"
 
 
-@pytest.mark.ray
-def test_poison_costs_its_rows_and_no_innocent(config, corpus, tmp_path, ray_local):
-    """A decode that segfaults, one that hangs, one that eats memory, among good ones; and an unexpected error."""
-    poison = tmp_path / "poisoned_table.py"
-    poison.write_text(
-        "import ctypes, time\n"
-        "FUNCTIONS = {name: f'poisoned_table:{name}' for name in ('crash', 'hang', 'eat')}\n"
-        "def crash(): ctypes.string_at(0)\n"
-        "def hang(): time.sleep(1000)\n"
-        "def eat():\n    held = []\n    while True: held.append(bytearray(1 << 26))\n"
-    )
-    stages = _poisoned(str(tmp_path))
-    ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
-    try:
-        result = preprocess.run(config, RayConfig(), stages=stages)
-    finally:
-        ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
-    reasons = sorted(row["reason"] for row in result.rejects)
-    assert reasons == ["bug:ZeroDivisionError", "decode_crash", "decode_memory", "decode_timeout"]
-    assert (result.counts["samples"], result.counts["clips_bad"]) == (8, 4)
-    assert result.exit_code == 1  # because of the bug
-    assert result.committed
-    assert "ZeroDivisionError" in (tmp_path / "out" / "run.jsonl").read_text()
-    # the bug is tried again, the three others are known
-    assert inline(config).worked["clip"] == 1
-
-
-def _poisoned(folder):
-    def poisoned(row, context):
-        from pipelines import isolation
-
-        kinds = {"00000.mp4": "crash", "00001.mp4": "hang", "00002.mp4": "eat", "00003.mp4": "bug"}
-        kind = kinds[row["path"][-9:]]
-        if row["pts"][0] == 0 or row["first"]:
-            if kind == "bug":
-                return {"frames": 1 // 0}
-            sys.path.insert(0, folder)
-            try:
-                limits = isolation.Limits(wall_s=2 if kind == "hang" else 60, cpu_s=60, memory_bytes=1 << 30)
-                isolation.run(kind, (), limits, table="poisoned_table")
-            finally:
-                sys.path.remove(folder)
-        return decode.decode(row, context)
-
-    def first(row, context):
-        return {"first": row["frame_index"][0] < 5}
-
-    marked = replace(decode.STAGE, name="first", function=first, reads=("frame_index",), writes=("first",))
-    changed = replace(decode.STAGE, function=poisoned, reads=("path", "pts", "first"))
-    rest = tuple(stage for stage in Stages().clip if stage is not decode.STAGE)
-    return Stages(clip=(marked, changed, *rest))
-
-
 def test_every_input_is_accounted_for(config, corpus, tmp_path):
     folder = tmp_path / "in"
     shutil.copytree(corpus, folder)
