@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 
 from ex4d import config
-from pipelines import demo, sweep
+from pipelines import demo, encode, sweep
 
 ROOT = Path(__file__).resolve().parent.parent
-CLASSES = {**demo.SECTIONS, "sweep": sweep.SweepConfig}
+CLASSES = {**demo.SECTIONS, **encode.SECTIONS, "sweep": sweep.SweepConfig}
 
 
 @pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)

@@ -10,10 +10,10 @@ from __future__ import annotations
 import hashlib
 import logging
 from collections import deque
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import Any
 
 import numpy as np
@@ -22,8 +22,9 @@ import pyarrow as pa
 from ex4d import storage
 from ex4d.data import manifest
 from ex4d.data.cache import RangeCache
+from ex4d.data.latents import decode_latents
 from ex4d.data.members import decode_masks, unpack_bits
-from ex4d.data.sample import decode_frames, require_members
+from ex4d.data.sample import OPTIONAL, VISIBILITY, decode_frames, require_members, shown
 from ex4d.data.tar import read_sample
 from ex4d.errors import BadSample, ConfigError, ContractError
 
@@ -73,28 +74,48 @@ def draw_mask(num_masks: int, seed: int, epoch: int, key: str) -> int:
     return int.from_bytes(digest[:8], "big") % num_masks
 
 
-def decode_pixels(members: Mapping[str, bytes], draw: Draw) -> dict[str, Any]:
+def decode_pixels(
+    members: Mapping[str, bytes], draw: Draw, mask_kinds: Sequence[str] = (VISIBILITY,)
+) -> dict[str, Any]:
     """Return one sample of a pixel dataset, with one of its masks.
 
     `frames` uint8 [T,H,W,3] RGB; `visible` bool [T,H,W], True = seen; `kind` uint8 []; `mask_index` int64 [];
-    `captions` str.
+    `captions` str; where the sample has a cond.mp4 `shown` uint8 [T,H,W,3]: what the mask uncovers instead of `frames`.
+
+    Args:
+        draw: number of masks -> the one to take.
+        mask_kinds: names of the values of `kind`.
 
     Raises:
         ContractError: a member is missing, damaged, or does not fit the others.
     """
-    require_members(members)
+    require_members(members, optional=OPTIONAL)
     frames = decode_frames(members["mp4"])
     packed, kind, _ = decode_masks(members["masks.npz"], frames.shape[2])
     if packed.shape[1:3] != frames.shape[:2] or not len(kind):
         raise ContractError(f"masks.npz: [S,T,H] = {[*packed.shape[:3]]} for frames {[*frames.shape]}")
     index = draw(len(kind))
-    return {
+    colours = {}
+    if "cond.mp4" in members:
+        cond = decode_frames(members["cond.mp4"], "cond.mp4")
+        is_visibility = np.isin(kind, [place for place, name in enumerate(mask_kinds) if name == VISIBILITY])
+        if cond.shape != (max(1, int(is_visibility.sum())) * len(frames), *frames.shape[1:]):
+            raise ContractError(f"cond.mp4: {[*cond.shape]} for frames {[*frames.shape]}, kind {kind.tolist()}")
+        colours["shown"] = shown(frames, cond, is_visibility, index)
+    return colours | {
         "frames": frames,
         "visible": unpack_bits(packed[index], frames.shape[2]),
         "kind": kind[index],
         "mask_index": np.int64(index),
         "captions": members["txt"].decode("utf-8", "replace"),
     }
+
+
+def decoder_of(dataset: Mapping[str, Any]) -> Decode:
+    """Return what decodes the samples of a dataset, by the contents of its dataset.json: latents or pixels."""
+    if "latents" in dataset:
+        return decode_latents
+    return partial(decode_pixels, mask_kinds=tuple(dataset["sample"].get("mask_kinds", ())))
 
 
 class ShardLoader(Iterator[Batch]):
@@ -112,7 +133,8 @@ class ShardLoader(Iterator[Batch]):
         seed: of the order and of the masks.
         rank, world_size: this rank takes sample g of the stream where g mod world_size is rank.
         samples_consumed: where to start: a batch's `samples_consumed`; a multiple of world_size.
-        decode: ({member: bytes}, draw) -> values of one sample; raises ContractError or BadSample for a bad one.
+        decode: ({member: bytes}, draw) -> values of one sample; raises ContractError or BadSample for a bad one. None:
+            `decoder_of` the dataset.
 
     Raises:
         ConfigError: an argument out of range, or a split without samples.
@@ -129,7 +151,7 @@ class ShardLoader(Iterator[Batch]):
         world_size: int = 1,
         samples_consumed: int = 0,
         config: LoaderConfig | None = None,
-        decode: Decode = decode_pixels,
+        decode: Decode | None = None,
     ):
         if micro_batch_size < 1 or not 0 <= rank < world_size or seed < 0:
             raise ConfigError(
@@ -139,10 +161,11 @@ class ShardLoader(Iterator[Batch]):
             )
         if samples_consumed < 0 or samples_consumed % world_size:
             raise ConfigError("samples_consumed", samples_consumed, f"a multiple of world_size {world_size}")
-        self.dataset, self.seed, self.decode = dataset, seed, decode
+        facts = manifest.read_dataset(dataset)
+        self.dataset, self.seed, self.decode = dataset, seed, decode or decoder_of(facts)
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         self.config = config or LoaderConfig()
-        self.table, identity = _read_split(dataset, split)
+        self.table, identity = _read_split(dataset, split, facts)
         self.num_samples = len(self.table)
         self.samples_consumed = samples_consumed
         self.bad: dict[str, str] = {}
@@ -230,11 +253,11 @@ class ShardLoader(Iterator[Batch]):
         return self._blank
 
 
-def _read_split(dataset: str, split: str) -> tuple[pa.Table, str]:
+def _read_split(dataset: str, split: str, facts: Mapping[str, Any]) -> tuple[pa.Table, str]:
     """Return the manifest rows of one split, in their order, and an identity of the dataset."""
     if split not in manifest.SPLITS:
         raise ConfigError("split", split, f"allowed: {', '.join(manifest.SPLITS)}")
-    identity = manifest.read_dataset(dataset).get("sha256", {}).get(manifest.MANIFEST)
+    identity = facts["sha256"].get(manifest.MANIFEST)
     columns = ["key", "split", "shard", "offset", "length", "sha256"]
     table = manifest.read_table(dataset, manifest.MANIFEST, columns, sha256=identity)
     table = table.filter(pa.compute.equal(table["split"], split)).combine_chunks()

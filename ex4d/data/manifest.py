@@ -18,11 +18,13 @@ from ex4d import storage
 from ex4d.errors import ContractError
 
 DATASET, INDEX, MANIFEST, REJECTS = "dataset.json", "index.json", "manifest.parquet", "rejects.parquet"
+TABLES = (INDEX, MANIFEST, REJECTS)
 FORMAT, FORMAT_VERSION = "ex4d-dataset", 1
 SPLITS = ("train", "val")
 SHARD = re.compile(
     r"shards/(train|val)-(\d{6})\.tar"
 )  # the only names that are ever opened, so no path can leave the folder
+MORE = re.compile(r"text\.parquet|text/\d{6}\.safetensors")  # what a latent dataset has beside: data/texts.py
 UNITS, FATES = ("video", "clip"), ("filtered", "bad")
 REJECT_COLUMNS = ("key", "unit", "fate", "stage", "reason", "message")
 PROVENANCE_COLUMNS = ("source_sha256", "source_group", "source_path", "start_s", "end_s")
@@ -50,6 +52,14 @@ def shard_name(split: str, number: int) -> str:
     return f"shards/{split}-{number:06d}.tar"
 
 
+def list_contents(folder: str) -> list[str]:
+    """Return the relative URLs of all files in the folder that can be shards or of MORE, whether or not they belong."""
+    names = [f"shards/{name}" for name in storage.list_files(storage.join(folder, "shards"))]
+    names += [f"text/{name}" for name in storage.list_files(storage.join(folder, "text"))]
+    names += [name for name in ("text.parquet",) if storage.exists(storage.join(folder, name))]
+    return [name for name in names if SHARD.fullmatch(name) or MORE.fullmatch(name)]
+
+
 def write_manifest(path: Path, rows: Iterable[Mapping[str, Any]], scores: Iterable[str]) -> int:
     """Write manifest.parquet to a local path, a group of rows at a time, and return the number of rows.
 
@@ -60,16 +70,17 @@ def write_manifest(path: Path, rows: Iterable[Mapping[str, Any]], scores: Iterab
     names = sorted(scores)
     schema = pa.schema([*_COLUMNS, *((f"score_{name}", pa.float64()) for name in names)])
     flat = ({**row, **{f"score_{name}": row["scores"][name] for name in names}} for row in rows)
-    return _write_table(path, flat, schema)
+    return write_table(path, flat, schema)
 
 
 def write_rejects(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
     """Write rejects.parquet to a local path; rows need exactly REJECT_COLUMNS, their order does not matter."""
     schema = pa.schema([(name, pa.string()) for name in REJECT_COLUMNS])
-    _write_table(path, sorted(rows, key=lambda row: tuple(row[name] for name in REJECT_COLUMNS)), schema)
+    write_table(path, sorted(rows, key=lambda row: tuple(row[name] for name in REJECT_COLUMNS)), schema)
 
 
-def _write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
+def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
+    """Write rows as Parquet to a local path, a group at a time; return their number. Equal rows give equal bytes."""
     # Every setting that reaches the bytes is stated: a default may move between versions of the library.
     count, rest = 0, iter(rows)
     with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6") as writer:

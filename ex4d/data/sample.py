@@ -1,6 +1,7 @@
 """THE CONTRACT of a training sample: five members, their types, shapes and ranges; bytes out, bytes in, and the check.
 
-A sample is one clip with S simulated masks. The condition that a model is shown is `frames * visible[s]`.
+A sample is one clip with S simulated masks. The condition that a model is shown is `frames * visible[s]`, or, where the
+dataset has conditions of imperfect geometry, their colours for visibility masks (`shown`).
 
 | member        | what |
 |---|---|
@@ -9,6 +10,13 @@ A sample is one clip with S simulated masks. The condition that a model is shown
 | `masks.npz`   | `visible_packed` uint8 [S,T,H,ceil(W/8)], `kind` uint8 [S], `hole_share` float32 [S,T] |
 | `mp4`         | T frames, H.264, one encoder thread |
 | `txt`         | caption, UTF-8, may be empty |
+
+By dataset, and then in every sample:
+
+| member      | what |
+|---|---|
+| `cond.mp4`  | T frames for each visibility mask in turn, as a warp with wrong depth shows them; T black for none |
+| `depth.mkv` | T frames, 16-bit FFV1: disparity = value / 65535 × `disparity_max` of `json`; z_depth = 1 / disparity |
 
 In the JSON members a number is always int or always float, every key is always present and nothing is null but the
 `w2c` of a tracking mask: readers that infer a column type from the first samples depend on it.
@@ -37,9 +45,12 @@ from ex4d.data.members import (
 )
 from ex4d.errors import BadSample, ContractError
 
-MEMBERS = ("camera.json", "json", "masks.npz", "mp4", "txt")  # sorted: their order in a shard
+MEMBERS = ("camera.json", "json", "masks.npz", "mp4", "txt")
+OPTIONAL = ("cond.mp4", "depth.mkv")
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # no dots: readers split key and extension at the first one
 TRACKING = "tracking"  # the one kind of mask that has no camera path
+VISIBILITY = "visibility"  # the kind of mask whose condition a cond.mp4 holds
+DEPTH_STEPS = 65535  # of the stored disparity
 CRF = 12
 # What `json` must hold. More keys are allowed, the same in every sample of a dataset. "" says that there is none.
 PROVENANCE: dict[str, type] = {
@@ -68,12 +79,14 @@ class SampleSpec:
         size: (H, W), both even (yuv420p).
         num_masks: S.
         mask_kinds: names of the values of `kind`, in order.
+        optional: which of OPTIONAL every sample has.
     """
 
     num_frames: int
     size: tuple[int, int]
     num_masks: int
     mask_kinds: tuple[str, ...]
+    optional: tuple[str, ...] = ()
 
 
 @dataclass(frozen=True)
@@ -91,6 +104,9 @@ class Sample:
         w2c: S entries, float64 [T,4,4] (OpenCV axes, world-to-camera) or None for a tracking mask.
         caption: may be empty.
         provenance: see PROVENANCE.
+        cond: uint8 [V·T,H,W,3] RGB, T frames for each visibility mask in turn, or T black ones where V is 0; None
+            where the dataset has none. Only what the mask keeps of it is ever shown.
+        z_depth: float32 [T,H,W], positive, finite, in the units of `w2c`; None where the dataset has none.
     """
 
     key: str
@@ -103,6 +119,21 @@ class Sample:
     w2c: list[np.ndarray | None]
     caption: str
     provenance: dict[str, Any]
+    cond: np.ndarray | None = None
+    z_depth: np.ndarray | None = None
+
+
+def shown(frames: np.ndarray, cond: np.ndarray | None, is_visibility: np.ndarray, index: int) -> np.ndarray:
+    """Return uint8 [T,H,W,3], the colours that mask `index` uncovers: of `cond` for a visibility mask, else `frames`.
+
+    Args:
+        cond: see Sample.
+        is_visibility: bool [S].
+    """
+    if cond is None or not is_visibility[index]:
+        return frames
+    first = int(np.count_nonzero(is_visibility[:index])) * len(frames)
+    return cond[first : first + len(frames)]
 
 
 def encode(sample: Sample) -> dict[str, bytes]:
@@ -118,7 +149,13 @@ def encode(sample: Sample) -> dict[str, bytes]:
         "axes": "opencv",
         "w2c": [None if path is None else np.asarray(path, dtype=np.float64).tolist() for path in sample.w2c],
     }
-    facts = plain({**sample.provenance, "key": sample.key, "fps": float(sample.fps)}, f"{sample.key}.json")
+    own: dict[str, Any] = {"key": sample.key, "fps": float(sample.fps)}
+    optional = {}
+    if sample.cond is not None:
+        optional["cond.mp4"] = video.encode(sample.cond, sample.fps, crf=CRF)
+    if sample.z_depth is not None:
+        own["disparity_max"], optional["depth.mkv"] = _encode_depth(sample.z_depth, sample.fps)
+    facts = plain({**sample.provenance, **own}, f"{sample.key}.json")
     masks = {
         "visible_packed": pack_bits(sample.visible),
         "kind": np.asarray(sample.kind, dtype=np.uint8),
@@ -130,7 +167,28 @@ def encode(sample: Sample) -> dict[str, bytes]:
         "masks.npz": encode_npz(masks),
         "mp4": video.encode(sample.frames, sample.fps, crf=CRF),
         "txt": sample.caption.encode("utf-8"),
+        **optional,
     }
+
+
+def _encode_depth(z_depth: np.ndarray, fps: float) -> tuple[float, bytes]:
+    disparity = 1.0 / z_depth.astype(np.float64)
+    most = float(disparity.max())
+    return most, video.encode(np.rint(disparity / most * DEPTH_STEPS).astype(np.uint16), fps, lossless=True)
+
+
+def decode_depth(data: bytes, disparity_max: object) -> np.ndarray:
+    """Return z_depth float32 [T,H,W] of `depth.mkv`; what was too far for 16 bits lies at half a step's disparity.
+
+    Raises:
+        ContractError: it does not decode, or `disparity_max` is no positive number.
+    """
+    if not isinstance(disparity_max, float) or not 0 < disparity_max < math.inf:
+        raise ContractError(f"json: disparity_max {disparity_max!r}")
+    stored = decode_frames(data, "depth.mkv")
+    if stored.dtype != np.uint16:
+        raise ContractError(f"depth.mkv: is {stored.dtype}, not 16-bit grey")
+    return (DEPTH_STEPS / (np.maximum(stored, 0.5) * disparity_max)).astype(np.float32)
 
 
 def decode(members: Mapping[str, bytes]) -> Sample:
@@ -139,7 +197,7 @@ def decode(members: Mapping[str, bytes]) -> Sample:
     Raises:
         ContractError: a member is missing, does not parse, or does not fit the others; the message names it.
     """
-    require_members(members)
+    require_members(members, optional=OPTIONAL)
     facts = decode_json(members["json"], "json")
     camera = decode_json(members["camera.json"], "camera.json")
     frames = decode_frames(members["mp4"])
@@ -161,7 +219,10 @@ def decode(members: Mapping[str, bytes]) -> Sample:
     if not isinstance(key, str) or not isinstance(fps, float):
         raise ContractError("json: needs key (text) and fps (float)")
     visible = unpack_bits(packed, frames.shape[2])
-    sample = Sample(key, frames, fps, visible, kind, share, intrinsics, paths, caption, facts)
+    cond = decode_frames(members["cond.mp4"], "cond.mp4") if "cond.mp4" in members else None
+    depth = members.get("depth.mkv")
+    z_depth = None if depth is None else decode_depth(depth, facts.pop("disparity_max", None))
+    sample = Sample(key, frames, fps, visible, kind, share, intrinsics, paths, caption, facts, cond, z_depth)
     _check(sample)
     return sample
 
@@ -176,6 +237,7 @@ def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = N
     Raises:
         ContractError: names the member and what is wrong.
     """
+    require_members(members, (*MEMBERS, *spec.optional))
     sample = decode(members)
     if key is not None and sample.key != key:
         raise ContractError(f"json: key {sample.key!r} inside, stored as {key!r}")
@@ -189,22 +251,28 @@ def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = N
     for index, path in zip(sample.kind, sample.w2c, strict=True):
         if (path is None) != (spec.mask_kinds[index] == TRACKING):
             raise ContractError(f"camera.json: w2c must be null exactly for {TRACKING} masks")
+    if sample.cond is not None:
+        count = max(1, sum(spec.mask_kinds[index] == VISIBILITY for index in sample.kind))
+        if len(sample.cond) != count * spec.num_frames:
+            raise ContractError(f"cond.mp4: {len(sample.cond)} frames, wanted {count} × {spec.num_frames}")
     return sample
 
 
-def require_members(members: Mapping[str, bytes], wanted: tuple[str, ...] = MEMBERS) -> None:
+def require_members(
+    members: Mapping[str, bytes], wanted: tuple[str, ...] = MEMBERS, optional: tuple[str, ...] = ()
+) -> None:
     """Return nothing; raise ContractError naming the members that are missing or not known."""
-    missing, unknown = set(wanted) - set(members), set(members) - set(wanted)
+    missing, unknown = set(wanted) - set(members), set(members) - set(wanted) - set(optional)
     if missing or unknown:
         raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
 
 
-def decode_frames(data: bytes) -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB of the `mp4` member; ContractError where it does not decode."""
+def decode_frames(data: bytes, member: str = "mp4") -> np.ndarray:
+    """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode."""
     try:
         return video.read(data)[0]
     except BadSample as error:
-        raise ContractError(f"mp4: {error}") from error
+        raise ContractError(f"{member}: {error}") from error
 
 
 def _check(sample: Sample) -> None:
@@ -227,6 +295,13 @@ def _check(sample: Sample) -> None:
     need(np.shape(sample.hole_share) == visible.shape[:2], "masks.npz", f"hole_share {np.shape(sample.hole_share)}")
     error = np.abs(np.asarray(sample.hole_share) - hole_share(visible)).max(initial=0.0)
     need(bool(error < 1e-5), "masks.npz", f"hole_share differs from the mask by {error:.2g}")
+    cond, z_depth = sample.cond, sample.z_depth
+    if cond is not None:
+        fits = cond.dtype == np.uint8 and cond.shape[1:] == frames.shape[1:] and len(cond) % len(frames) == 0
+        need(fits and len(cond) > 0, "cond.mp4", f"{cond.dtype} {cond.shape} for frames {frames.shape}")
+    if z_depth is not None:
+        need(z_depth.shape == frames.shape[:3], "depth.mkv", f"{z_depth.shape} for frames {frames.shape}")
+        need(bool(np.isfinite(z_depth).all() and (z_depth > 0).all()), "depth.mkv", "must be finite and positive")
     K = np.asarray(sample.K)
     need(K.shape == (3, 3) and bool(np.isfinite(K).all()), "camera.json", "K must be 3 x 3 and finite")
     need(K[0, 0] > 0 and K[1, 1] > 0 and K[2].tolist() == [0, 0, 1], "camera.json", f"K {K.tolist()}")

@@ -11,7 +11,7 @@ import json
 import shutil
 import tempfile
 from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -62,6 +62,7 @@ def pack(
     facts: Mapping[str, Any],
     rejects: Iterable[Mapping[str, str]],
     shard_size_bytes: int = SHARD_SIZE_BYTES,
+    write_more: Callable[[Path], Sequence[str]] | None = None,
 ) -> dict[str, Any]:
     """Write a dataset folder and return the contents of its dataset.json.
 
@@ -73,6 +74,8 @@ def pack(
             videos_in, videos_split and clips_planned; the other counts are added here.
         rejects: mappings of manifest.REJECT_COLUMNS.
         shard_size_bytes: a shard is closed before it would grow over this; one sample alone may.
+        write_more: writes further files of the dataset under the local folder that it is given and returns their names,
+            of manifest.MORE; dataset.json seals them like the tables.
 
     Raises:
         ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
@@ -93,15 +96,16 @@ def pack(
         manifest.write_manifest(work / manifest.MANIFEST, _check_rows(first, rows), scores)
         manifest.write_rejects(work / manifest.REJECTS, rejected)
         manifest.write_index(work / manifest.INDEX, shards)
+        more = [*write_more(work)] if write_more else []
         dataset = {
             **facts,
             "format": manifest.FORMAT,
             "format_version": manifest.FORMAT_VERSION,
             "counts": counts,
             "members": [member["name"] for member in first["members"]] if first else [],
-            "sha256": {name: folder.put(name) for name in (manifest.INDEX, manifest.MANIFEST, manifest.REJECTS)},
+            "sha256": {name: folder.put(name) for name in (*manifest.TABLES, *more)},
         }
-        folder.remove_stale({shard["url"] for shard in shards})
+        folder.remove_stale({*(shard["url"] for shard in shards), *more})
         (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         folder.put(manifest.DATASET)
     return dataset
@@ -123,10 +127,9 @@ class _Folder:
         return digest
 
     def remove_stale(self, names: set[str]) -> None:
-        """Delete the shards of an earlier pack that are not among `names`."""
-        for name in storage.list_files(storage.join(self.output, "shards"), (".tar",)):
-            url = f"shards/{name}"
-            if manifest.SHARD.fullmatch(url) and url not in names:
+        """Delete the shards, and the files of manifest.MORE, of an earlier pack that are not among `names`."""
+        for url in manifest.list_contents(self.output):
+            if url not in names:
                 self._uncommit()
                 storage.remove(storage.join(self.output, url))
 

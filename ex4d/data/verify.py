@@ -12,9 +12,9 @@ from typing import Any
 import pyarrow as pa
 
 from ex4d import storage
-from ex4d.data import manifest
+from ex4d.data import latents, manifest, texts
 from ex4d.data.members import decode_json
-from ex4d.data.sample import SampleSpec, validate
+from ex4d.data.sample import OPTIONAL, SampleSpec, validate
 from ex4d.data.tar import BLOCK, END, header, read_sample
 from ex4d.errors import ContractError
 
@@ -91,12 +91,15 @@ def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check |
         check = check or _contract_of(dataset)
     except ContractError as error:
         return Report(folder, (str(error), *_table_problems(folder, {})[1]), {}, 0, 0, "", full)
-    digests, problems = _table_problems(folder, dataset.get("sha256", {}))
+    digests, problems = _table_problems(folder, dataset["sha256"])
     problems += _row_problems(table, rejects)
     counts, wrong = _count(dataset.get("counts", {}), table, rejected)
     problems += wrong
     by_shard = manifest.rows_by_shard(table)
-    problems += _folder_problems(folder, {shard["url"] for shard in shards}, set(by_shard))
+    more = set(dataset["sha256"]) - set(manifest.TABLES)
+    problems += _folder_problems(folder, {*(shard["url"] for shard in shards), *more}, set(by_shard))
+    if full and "latents" in dataset and not problems:
+        problems += texts.problems(folder, dataset, _captions(table) if dataset["latents"].get("captions") else ())
     with ThreadPoolExecutor(num_threads) as pool:
         jobs = [
             pool.submit(_check_shard, folder, shard, by_shard.get(shard["url"]), check if full else None)
@@ -113,16 +116,24 @@ def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check |
 def _contract_of(dataset: Mapping[str, Any]) -> Check:
     try:
         facts = dataset["sample"]
-        spec = SampleSpec(facts["num_frames"], tuple(facts["size"]), facts["num_masks"], tuple(facts["mask_kinds"]))
+        kinds = tuple(facts["mask_kinds"])
+        optional = tuple(name for name in OPTIONAL if name in dataset.get("members", ()))
+        spec = SampleSpec(facts["num_frames"], tuple(facts["size"]), facts["num_masks"], kinds, optional)
     except (KeyError, TypeError) as error:
         raise ContractError(f"{manifest.DATASET}: sample is not a SampleSpec ({error!r})") from error
+    if "latents" in dataset:
+        encoded = latents.LatentSpec.of(dataset)
+        return lambda members, key: latents.validate(members, encoded, len(kinds), key)
     return lambda members, key: validate(members, spec, key)
 
 
 def _table_problems(folder: str, sealed: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return the sha256 of each file that is not a shard ("" when missing), and which differ from dataset.json."""
     digests, problems = {}, []
-    for name in (manifest.DATASET, manifest.INDEX, manifest.MANIFEST, manifest.REJECTS):
+    for name in (manifest.DATASET, *sorted({*manifest.TABLES, *sealed})):
+        if name not in (manifest.DATASET, *manifest.TABLES) and not manifest.MORE.fullmatch(name):
+            problems.append(f"{manifest.DATASET}: names {name!r}, which is no file of a dataset")
+            continue
         url = storage.join(folder, name)
         digests[name] = storage.sha256(url) if storage.exists(url) else ""
         if not digests[name]:
@@ -134,9 +145,16 @@ def _table_problems(folder: str, sealed: Mapping[str, str]) -> tuple[dict[str, s
 
 def _folder_problems(folder: str, indexed: set[str], named: set[str]) -> list[str]:
     there = {f"shards/{name}" for name in storage.list_files(storage.join(folder, "shards"))}
+    there |= {name for name in manifest.list_contents(folder) if manifest.MORE.fullmatch(name)}
     wrong = [(there - indexed, f"is not in {manifest.INDEX}"), (indexed - there, "is missing")]
     wrong.append((named - indexed, f"is in {manifest.MANIFEST} and not in {manifest.INDEX}"))
     return [f"{name}: {what}" for names, what in wrong for name in sorted(names)]
+
+
+def _captions(table: pa.Table) -> set[str]:
+    """Return the sha256 of every caption."""
+    members = table["members"].combine_chunks().flatten()
+    return set(members.filter(pa.compute.equal(members.field("name"), "txt")).field("sha256").to_pylist())
 
 
 def _row_problems(table: pa.Table, rejects: list[Row]) -> list[str]:

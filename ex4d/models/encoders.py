@@ -58,6 +58,11 @@ class Base:
         return self.shape["in_channels"] > self.shape["out_channels"]
 
     @property
+    def first_frame_channels(self) -> int:
+        """How many channels of the first-frame condition are its mask: the input is noise, mask and latents."""
+        return self.shape["in_channels"] - 2 * self.shape["out_channels"]
+
+    @property
     def stride(self) -> tuple[int, int, int]:
         """Pixels per latent in (T, H, W)."""
         shape = self._need("vae").config

@@ -16,7 +16,7 @@ _SHA256 = re.compile(r"[0-9a-f]{64}")
 def encoder_fingerprints(
     base: str, revision: str | None = None, needed: Sequence[str] = ("transformer", "vae")
 ) -> dict[str, str]:
-    """Return {component of ENCODERS: 16 hex digits of its weights and settings}; one whose files are not there is left out.
+    """Return {component of ENCODERS: 16 hex digits of its weights and settings}, without those that have no files.
 
     Args:
         base, revision: as in `backbone.load_base`.

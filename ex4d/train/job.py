@@ -13,13 +13,14 @@ from torch import Tensor, nn
 
 from ex4d import config as configs
 from ex4d import storage
-from ex4d.data import loader, manifest
+from ex4d.data import latents, loader, manifest
+from ex4d.data.texts import TextStore
 from ex4d.data.verify import tree_hash
-from ex4d.errors import ConfigError
-from ex4d.models import adapter, backbone, encoders, weights
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import adapter, backbone, encoders, fingerprints, weights
 from ex4d.train import flops
 from ex4d.train.config import Place, TrainConfig, identity
-from ex4d.train.objective import Encoder
+from ex4d.train.objective import Encoder, LatentEncoder
 
 PACKAGES = ("ex4d-platform", "torch", "deepspeed", "diffusers", "transformers", "peft", "numpy")
 
@@ -68,21 +69,33 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     """Return the job of a configuration, with the base loaded to `device`.
 
     Raises:
-        ConfigError: a base that is not there, or that cannot take these clips.
-        ContractError: no finished dataset.
+        ConfigError: a base that is not there, or that cannot take these clips; a mask range or a prompt that a latent
+            dataset was not encoded with.
+        ContractError: no finished dataset, or latents of another model.
     """
     if model_config.source_video:
         allowed = "false: a clip from a monocular dataset is its own source, so a second condition would only be copied"
         raise ConfigError("model.source_video", True, allowed)
     chosen = model_config
-    sample = manifest.read_dataset(config.data)["sample"]
+    dataset = manifest.read_dataset(config.data)
+    sample = dataset["sample"]
     fingerprint = dataset_fingerprint(config.data)
     if chosen.family is not None:
         backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # refuses another before loading it
+    texts = _check_latents(config, chosen, dataset, place) if "latents" in dataset else None
     base = backbone.load_base(
-        chosen.base, chosen.revision, chosen.dtype, device, vae_dtype=chosen.vae_dtype, quantize=chosen.quantize
+        chosen.base,
+        chosen.revision,
+        chosen.dtype,
+        device,
+        components=("transformer",) if texts else backbone.COMPONENTS,
+        vae_dtype=chosen.vae_dtype,
+        quantize=chosen.quantize,
     )
-    *_, depth, height, width = base.latent_shape((sample["num_frames"], *sample["size"], 3))
+    if texts:
+        *_, depth, height, width = dataset["latents"]["shape"]
+    else:
+        *_, depth, height, width = base.latent_shape((sample["num_frames"], *sample["size"], 3))
     cost = flops.cost(base.shape, (depth, height, width), chosen.lora_rank, chosen.adapter_hidden)
     model = adapter.build_model(base.transformer, chosen, seed=config.seed)
     model.set_gradient_checkpointing(config.activation_checkpointing)
@@ -106,13 +119,55 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
 
     def open_loader(split: str, samples: int, micro_batch_size: int) -> loader.ShardLoader:
         ranks = (place.rank, place.world_size)
-        return loader.ShardLoader(config.data, split, micro_batch_size, config.seed, *ranks, samples_consumed=samples)
+        decode = _with_texts(texts) if texts and config.prompt is None else None
+        return loader.ShardLoader(
+            config.data, split, micro_batch_size, config.seed, *ranks, samples_consumed=samples, decode=decode
+        )
 
     who = identity(config, chosen, fingerprint)
     facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen), "versions": versions()}
     facts |= {"dataset": fingerprint, "world_size": place.world_size}
-    encoder = Encoder(base, chosen.mask_range, config.prompt)
+    if texts:
+        encoder: Encoder = LatentEncoder(base, texts, config.prompt)
+    else:
+        encoder = Encoder(base, chosen.mask_range, config.prompt)
     return Job(encoder, model, open_loader, who, write_adapter, facts, cost)
+
+
+def _check_latents(
+    config: TrainConfig, chosen: backbone.ModelConfig, dataset: Mapping[str, Any], place: Place
+) -> TextStore:
+    """Return the prompt embeddings of a latent dataset that was made for this model; see build_job for the errors."""
+    facts = dataset["latents"]
+    latents.LatentSpec.of(dataset)
+    if facts["mask_range"] != chosen.mask_range:
+        allowed = f"{facts['mask_range']!r}, with which the latents of {config.data} were encoded"
+        raise ConfigError("model.mask_range", chosen.mask_range, allowed)
+    # Gigabytes may have to be read for it, so one rank does.
+    ours = fingerprints.encoder_fingerprints(chosen.base, chosen.revision) if place.rank == 0 else {}
+    for component, theirs in facts["models"].items():
+        if ours.get(component, theirs) != theirs:
+            raise ContractError(
+                f"{config.data}: its latents are of another model: their {component} is {theirs} "
+                f"({facts['base']}), that of model.base={chosen.base} is {ours[component]}"
+            )
+    texts = TextStore(config.data, dataset)
+    if config.prompt is not None and config.prompt not in texts:
+        raise ConfigError("train.prompt", config.prompt, f"a text that {config.data} holds; see encode.prompts")
+    if config.prompt is None and not facts["captions"]:
+        raise ConfigError("train.prompt", None, f"a text: {config.data} was encoded with encode.captions=false")
+    return texts
+
+
+def _with_texts(texts: TextStore) -> loader.Decode:
+    """Return decode_latents that reads the caption's embeddings ahead, too, in the loader's thread."""
+
+    def decode(members: Mapping[str, bytes], draw: loader.Draw) -> dict[str, Any]:
+        values = latents.decode_latents(members, draw)
+        texts.embeds(values["captions"])
+        return values
+
+    return decode
 
 
 def versions() -> dict[str, str]:

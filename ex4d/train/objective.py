@@ -1,4 +1,4 @@
-"""From a batch of clips to the flow-matching loss: encoding with the frozen base, noise by name, the weighted error."""
+"""From a batch of clips to the flow-matching loss: what the base makes of it, noise by name, the weighted error."""
 
 from __future__ import annotations
 
@@ -10,7 +10,27 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from ex4d import flow
+from ex4d.data.texts import TextStore
 from ex4d.models.encoders import to_pixels
+
+
+@dataclass(frozen=True)
+class Encoded:
+    """What the frozen base makes of a micro batch of clips, each with one mask; all float32.
+
+    Args:
+        latents: of the clips, [B, z, f, h, w].
+        cond_latents: of the colours shown and of the mask, [B, 2·z, f, h, w].
+        image, first_frame: the first frame's features [B, n, d] and condition [B, m + z, f, h, w]; None for a base that
+            takes none.
+        hole: share of each latent cell that is masked, [B, 1, f, h, w], in [0, 1].
+    """
+
+    latents: Tensor
+    cond_latents: Tensor
+    image: Tensor | None
+    first_frame: Tensor | None
+    hole: Tensor
 
 
 @dataclass(frozen=True)
@@ -48,21 +68,15 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], noises: list[NamedNoise], shift: float, sampling: str) -> Inputs:
-        """Return the inputs of a micro batch {"keys", "frames" u8 [B,T,H,W,3], "visible" bool [B,T,H,W], "captions",
-        "valid" bool [B]}.
+        """Return the inputs of a micro batch of the loader: `captions`, `valid` bool [B], and what `clips` takes.
 
         Args:
             noises: one source of randomness a sample.
             shift, sampling: of the noise levels (flow.draw_sigma).
         """
         device = self.base.device
-        frames = torch.as_tensor(batch["frames"]).to(device)
-        visible = torch.as_tensor(batch["visible"]).to(device)
-        latents = self.base.encode_video(to_pixels(frames)).float()
-        condition = to_pixels(frames * visible[..., None])
-        first = condition[:, :, 0]
-        cond_latents = self.base.encode_condition(condition, visible, self.mask_range)
-
+        encoded = self.clips(batch)
+        latents = encoded.latents
         drawn = [flow.draw_sigma(sampling, noise.generator, shift, device) for noise in noises]
         sigma, weight = (torch.stack(column) for column in zip(*drawn, strict=True))
         captions = [self.prompt if self.prompt is not None else caption for caption in batch["captions"]]
@@ -72,13 +86,35 @@ class Encoder:
             flow.add_noise(latents, noise_latents, sigma),
             sigma * flow.NUM_TRAIN_TIMESTEPS,
             self._prompt_embeds(prompts),
+            encoded.image,
+            encoded.first_frame,
+            encoded.cond_latents,
+        )
+        valid = torch.as_tensor(batch["valid"]).to(device).float()
+        return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, encoded.hole, valid)
+
+    def clips(self, batch: dict[str, Any]) -> Encoded:
+        """Return what the base makes of `frames` u8 [B,T,H,W,3], of which the mask `visible` bool [B,T,H,W] shows the
+        colours `shown` (u8, as `frames`), or its own where the batch has none.
+        """
+        device = self.base.device
+        frames = torch.as_tensor(batch["frames"]).to(device)
+        visible = torch.as_tensor(batch["visible"]).to(device)
+        colours = torch.as_tensor(batch["shown"]).to(device) if "shown" in batch else frames
+        latents = self.base.encode_video(to_pixels(frames)).float()
+        condition = to_pixels(colours * visible[..., None])
+        first = condition[:, :, 0]
+        return Encoded(
+            latents,
+            self.base.encode_condition(condition, visible, self.mask_range),
             self.base.encode_image(first),
             self.base.first_frame_condition(first, frames.shape[1]),
-            cond_latents,
+            hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4])),
         )
-        hole = hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4]))
-        valid = torch.as_tensor(batch["valid"]).to(device).float()
-        return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, hole, valid)
+
+    def text(self, prompt: str) -> Tensor:
+        """Return the embeddings [1, 512, d] of a prompt."""
+        return self.base.encode_text([prompt])
 
     def _prompt_embeds(self, prompts: list[str]) -> Tensor:
         fixed = {"", self.prompt}
@@ -86,11 +122,41 @@ class Encoder:
         for prompt in prompts:
             embeds = self._known.get(prompt)
             if embeds is None:
-                embeds = self.base.encode_text([prompt])
+                embeds = self.text(prompt)
                 if prompt in fixed:
                     self._known[prompt] = embeds
             rows.append(embeds)
         return torch.cat(rows)
+
+
+class LatentEncoder(Encoder):
+    """The same for a latent dataset: nothing is encoded any more, and of the base the transformer alone is needed.
+
+    Args:
+        base: models.backbone.Base.
+        texts: the dataset's prompt embeddings.
+        prompt: as in Encoder.
+    """
+
+    def __init__(self, base: Any, texts: TextStore, prompt: str | None):
+        super().__init__(base, "", prompt)
+        self.texts = texts
+
+    def clips(self, batch: dict[str, Any]) -> Encoded:
+        """Return the batch of data.latents.decode_latents on the base's device, with the first frame's mask."""
+        device = self.base.device
+        names = ("latents", "cond_latents", "hole", "first_frame", "image")
+        found = {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
+        first = found.get("first_frame")
+        if first is not None:
+            mask = torch.zeros_like(first[:, :1]).expand(-1, self.base.first_frame_channels, -1, -1, -1).clone()
+            mask[:, :, 0] = 1
+            first = torch.cat([mask, first], dim=1)
+        return Encoded(found["latents"], found["cond_latents"], found.get("image"), first, found["hole"])
+
+    def text(self, prompt: str) -> Tensor:
+        """Return the stored embeddings [1, 512, d] of a prompt."""
+        return torch.from_numpy(self.texts.embeds(prompt))[None].to(self.base.device)
 
 
 class NamedNoise:

@@ -14,6 +14,7 @@ from make_data import REJECTS, SPEC, facts, make_sample
 
 from ex4d import storage
 from ex4d.data import loader as loader_module
+from ex4d.data import manifest
 from ex4d.data.cache import RangeCache
 from ex4d.data.loader import LoaderConfig, ShardLoader, draw_mask, epoch_order
 from ex4d.data.shards import pack
@@ -41,7 +42,7 @@ def take(dataset, count, threads=0, **arguments):
 
 def slow_stream(dataset, count):
     """The first `count` samples of the stream: the definition, without ranks, batches or threads."""
-    table, _ = loader_module._read_split(str(dataset), "train")
+    table, _ = loader_module._read_split(str(dataset), "train", manifest.read_dataset(str(dataset)))
     keys, stream = table["key"].to_pylist(), []
     for epoch in itertools.count():
         for row in epoch_order(len(keys), 5, epoch):
