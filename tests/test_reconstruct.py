@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 
 import numpy as np
 import pytest
 
 from ex4d import synthetic, video
-from ex4d.errors import BadSample, ConfigError
+from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import Camera
@@ -126,3 +127,177 @@ def test_a_video_of_odd_sides_is_taken_without_its_last_line(tmp_path):
 def test_the_reason_names_the_video(tmp_path, capsys):
     assert cli.main(["reconstruct", str(tmp_path / "none.mp4"), "--output", str(tmp_path / "view")]) == 1
     assert "none.mp4" in capsys.readouterr().err
+
+
+def write_poses(path, w2c, **facts) -> str:
+    path.write_text(json.dumps({"axes": "opencv", "w2c": np.asarray(w2c).tolist(), **facts}))
+    return str(path)
+
+
+def truth_of(world, w2c, K) -> np.ndarray:
+    """Return what the new cameras truly see: w2c [T, 4, 4] from the first source camera, K [3, 3] or [T, 3, 3]."""
+    scene, cameras = synthetic.clip_scene(world, 0)
+    K = np.broadcast_to(K, (len(w2c), 3, 3))
+    pictures = [
+        scene.render(Camera(K[t], pose @ cameras[0].w2c, world.size), t / world.fps, supersample=2)[0]
+        for t, pose in enumerate(w2c)
+    ]
+    return np.stack(pictures)
+
+
+@pytest.mark.parametrize("zoom", [2.0, 0.7])
+def test_a_zoom_is_what_the_lens_would_see(clip, tmp_path, zoom):
+    argv = ["reconstruct", str(clip), "--trajectory", "zoom", "-t", f"zoom={zoom}", "--output", str(tmp_path)]
+    assert cli.main(argv) == 0
+    cameras = json.loads((tmp_path / "camera.json").read_text())
+    K = np.array(cameras["K"])
+    assert K.shape == (5, 3, 3)
+    np.testing.assert_allclose(K[:, 0, 0] / K[0, 0, 0], zoom ** np.linspace(0, 1, 5))
+    np.testing.assert_allclose(cameras["w2c"], np.tile(np.eye(4), (5, 1, 1)))
+    visible, cond_video = np.load(tmp_path / "mask.npz")["visible"], video.read(tmp_path / "cond.mp4")[0]
+    truth = truth_of(WORLD, np.array(cameras["w2c"]), K)
+    assert visible[0].all()
+    assert visible[-1].mean() > 0.3
+    assert psnr(cond_video[-1], truth[-1], visible[-1]) > 22
+    assert psnr(cond_video[-1], truth[-1], visible[-1]) > psnr(truth[0], truth[-1], visible[-1]) + 5
+    again = reconstruct(clip, trajectory_name=str(tmp_path / "camera.json"), num_frames=5, size=(64, 64))
+    np.testing.assert_allclose(again.view_K, K)  # a zoom that was written is a path like any other
+    assert np.array_equal(again.visible, visible)
+
+
+def test_a_moving_source_camera_is_taken_out(tmp_path):
+    """New poses are told from the first camera: with the source's own poses known, its motion leaves no trace."""
+    world = dataclasses.replace(WORLD, seed=33, camera_motion="strong", moving_bodies=False)
+    path = synthetic.write_corpus(tmp_path, world)[0]
+    _, cameras = synthetic.clip_scene(world, 0)
+    poses = write_poses(tmp_path / "source.json", [camera.w2c for camera in cameras])
+    size = {"num_frames": 5, "size": (64, 64)}
+    held = {"trajectory_name": "orbit", "angle_deg": 15.0}
+    view = reconstruct(path, **held, **size, source_poses=poses)
+    blind = reconstruct(path, **held, **size)
+    truth = truth_of(world, view.w2c, view.K)
+    last = view.visible[-1]
+    assert last.mean() > 0.2
+    assert psnr(view.cond_video[-1], truth[-1], last) > 24
+    assert psnr(view.cond_video[-1], truth[-1], last) > psnr(blind.cond_video[-1], truth[-1], last) + 5
+    np.testing.assert_allclose(view.source_w2c, [c.w2c @ np.linalg.inv(cameras[0].w2c) for c in cameras], atol=1e-9)
+    argv = ["reconstruct", str(path), "--source-poses", poses, "--angle-deg", "15", "--output", str(tmp_path / "view")]
+    assert cli.main(argv) == 0
+    assert np.array_equal(np.load(tmp_path / "view" / "mask.npz")["visible"], view.visible)
+    assert np.shape(json.loads((tmp_path / "view" / "camera.json").read_text())["source_w2c"]) == (5, 4, 4)
+
+
+def test_source_poses_in_another_unit_are_scaled(tmp_path):
+    world = dataclasses.replace(WORLD, seed=33, camera_motion="strong")
+    path = synthetic.write_corpus(tmp_path, world)[0]
+    _, cameras = synthetic.clip_scene(world, 0)
+    w2c = np.stack([camera.w2c for camera in cameras])
+    metres = write_poses(tmp_path / "m.json", w2c)
+    w2c[:, :3, 3] *= 100
+    centimetres = write_poses(tmp_path / "cm.json", w2c)
+    first = reconstruct(path, num_frames=5, size=(64, 64), source_poses=metres)
+    second = reconstruct(path, num_frames=5, size=(64, 64), source_poses=centimetres, source_scale=0.01)
+    np.testing.assert_allclose(first.source_w2c, second.source_w2c, atol=1e-9)
+    short = write_poses(tmp_path / "short.json", w2c[:2])
+    for wrong, scale, named in ((metres, float("nan"), "source_scale"), (short, 1.0, "source_poses.*2 poses")):
+        with pytest.raises(ConfigError, match=named):
+            reconstruct(path, num_frames=5, size=(64, 64), source_poses=wrong, source_scale=scale)
+
+
+def test_key_poses_become_a_smooth_path_in_radii(clip, tmp_path):
+    keys = [{"eye": [0, 0, 0], "look_at": [0, 0, 1]}, {"eye": [0.5, 0, 0.1], "look_at": [0, 0, 1]}]
+    keys.append({"eye": [0.8, -0.2, 0.4], "look_at": [0, 0, 1]})
+    (tmp_path / "keys.json").write_text(json.dumps({"axes": "opencv", "key_poses": keys}))
+    argv = ["reconstruct", str(clip), "--trajectory", str(tmp_path / "keys.json"), "--output", str(tmp_path / "view")]
+    assert cli.main(argv) == 0
+    w2c = np.array(json.loads((tmp_path / "view" / "camera.json").read_text())["w2c"])
+    radius = reconstruct(clip, num_frames=5, size=(64, 64)).choices["radius"]
+    eyes = np.linalg.inv(w2c)[:, :3, 3] / radius
+    np.testing.assert_allclose(eyes[[0, 2, 4]], [key["eye"] for key in keys], atol=1e-9)  # through each of the three
+    assert np.linalg.norm(eyes[1] - (eyes[0] + eyes[2]) / 2) > 1e-3  # a spline, no polygon
+    seen = w2c @ [0, 0, radius, 1]
+    np.testing.assert_allclose(seen[[0, 2, 4], :2], 0, atol=1e-9)
+    for bad in ([], [{"eye": [0, 0, 0]}], [[1, 2], [3, 4]], [{"eye": [0, 0, 1], "look_at": [0, 0, 1]}], 7):
+        (tmp_path / "bad.json").write_text(json.dumps({"axes": "opencv", "key_poses": bad}))
+        with pytest.raises(ContractError, match=r"bad\.json"):
+            reconstruct(clip, trajectory_name=str(tmp_path / "bad.json"), num_frames=5, size=(64, 64))
+
+
+def test_options_of_paths_and_files(clip, tmp_path):
+    where = {"num_frames": 5, "size": (64, 64)}
+    view = reconstruct(clip, trajectory_name="dolly", trajectory_options={"distance": 0.25}, **where)
+    np.testing.assert_allclose(view.w2c[-1, 2, 3], -0.25 * view.choices["radius"])
+    file = write_poses(tmp_path / "poses.json", trajectory.build("orbit", 5, 20.0, 2.0))
+    view = reconstruct(clip, trajectory_name=file, trajectory_options={"scale": 0.5}, **where)
+    np.testing.assert_allclose(view.w2c, trajectory.build("orbit", 5, 20.0, 1.0), atol=1e-9)
+    for name, options, key in (
+        ("orbit", {"zoom": 2.0}, "zoom"),
+        ("zoom", {"zoom": -1.0}, "zoom"),
+        ("zoom", {"zoom": "far"}, "zoom"),
+        (file, {"distance": 1.0}, "distance"),
+        (file, {"scale": 0.0}, "scale"),
+        (file, {"format": "colmap"}, "format"),
+    ):
+        with pytest.raises(ConfigError) as caught:
+            reconstruct(clip, trajectory_name=name, trajectory_options=options, **where)
+        assert caught.value.key == key
+    assert cli.main(["reconstruct", str(clip), "-t", "zoom", "--output", str(tmp_path / "none")]) == 2
+
+
+def test_glb_holds_seen_and_occluded_faces_apart(clip, tmp_path):
+    import trimesh
+
+    assert (
+        cli.main(["reconstruct", str(clip), "--num-frames", "2", "--save-mesh", "glb", "--output", str(tmp_path)]) == 0
+    )
+    assert sorted(p.name for p in (tmp_path / "mesh").iterdir()) == ["000000.glb", "000001.glb"]
+    scene = trimesh.load(tmp_path / "mesh" / "000001.glb")
+    assert set(scene.geometry) == {"visible", "occluded"}
+    assert len(np.unique(scene.geometry["visible"].visual.vertex_colors[:, :3], axis=0)) > 100
+    assert (scene.geometry["occluded"].visual.vertex_colors[:, :3] == 0).all()
+    assert sum(len(part.faces) for part in scene.geometry.values()) == 2 * 63 * 63 + 2 * (64 + 64 - 2)
+
+
+def test_metric_depth_keeps_its_scale(tmp_path, monkeypatch):
+    """A disparity that a network calls metric is inverted, not stretched between percentiles."""
+    from ex4d import depth
+
+    path = synthetic.write_corpus(tmp_path, WORLD)[0]
+
+    def metric(frames, request):
+        z_depth = np.load(path.with_suffix(".depth.npz"))["z_depth"][: len(frames)]
+        return depth.DepthResult((1 / z_depth).astype(np.float32), "disparity", None, True, {})
+
+    monkeypatch.setitem(depth.ESTIMATORS, "metric", metric)
+    exact = reconstruct(path, num_frames=2, size=(64, 64)).z_depth
+    np.testing.assert_allclose(reconstruct(path, depth="metric", num_frames=2, size=(64, 64)).z_depth, exact, rtol=1e-5)
+
+
+HOSTILE = {
+    "empty.mp4": b"",
+    "text.mp4": b"no video at all\n",
+    "concat.mp4": b"ffconcat version 1.0\nfile secret.mp4\n",
+    "playlist.mp4": b"#EXTM3U\n#EXT-X-TARGETDURATION:1\n#EXTINF:1,\nsecret.mp4\n",
+    "cut.mp4": None,
+}
+
+
+@pytest.mark.parametrize("name", HOSTILE)
+def test_a_hostile_video_is_named_with_its_reason(clip, tmp_path, capsys, name):
+    (tmp_path / "secret.mp4").write_bytes(clip.read_bytes())
+    data = HOSTILE[name]
+    (tmp_path / name).write_bytes(clip.read_bytes()[: clip.stat().st_size // 3] if data is None else data)
+    (tmp_path / name).with_suffix(".depth.npz").write_bytes(clip.with_suffix(".depth.npz").read_bytes())
+    assert cli.main(["reconstruct", str(tmp_path / name), "--output", str(tmp_path / "view")]) == 1
+    assert name in capsys.readouterr().err
+    assert not (tmp_path / "view").exists()
+
+
+def test_hostile_media_end_with_a_reason(media, tmp_path, capsys):
+    for path in sorted((media / "derived_hostile").iterdir()):
+        if path.is_dir() or path.name.startswith(("README", "bitflips")):
+            continue
+        argv = ["reconstruct", str(path), "--num-frames", "2", "--size", "64x64", "--output", str(tmp_path / "view")]
+        status = cli.main(argv)  # no depth file lies beside any of them: none can succeed
+        assert status == 1, path.name
+        assert path.name in capsys.readouterr().err

@@ -76,14 +76,15 @@ def source_poses(path: str | Path, num_frames: int, scale: float = 1.0) -> np.nd
     Args:
         scale: units of the depth for one unit of the file.
     """
-    return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale)
+    return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale, "source_")
 
 
-def _first_frames(path: str | Path, w2c: np.ndarray, num_frames: int, scale: object) -> np.ndarray:
+def _first_frames(path: str | Path, w2c: np.ndarray, num_frames: int, scale: object, which: str = "") -> np.ndarray:
     if not isinstance(scale, int | float) or not np.isfinite(scale) or scale <= 0:
-        raise ConfigError("scale", scale, "a finite number above 0")
+        raise ConfigError(f"{which}scale", scale, "a finite number above 0")
     if len(w2c) < num_frames:
-        raise ConfigError("trajectory", str(path), f"has {len(w2c)} poses, {num_frames} frames need one each")
+        key = f"{which}poses" if which else "trajectory"
+        raise ConfigError(key, str(path), f"has {len(w2c)} poses, {num_frames} frames need one each")
     w2c = trajectory.relative_to_first(w2c[:num_frames])
     w2c[:, :3, 3] *= scale
     return w2c
