@@ -274,14 +274,15 @@ def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     facts: dict[str, Any] = {}
     if storage.exists(storage.join(train.data, manifest.DATASET)):
         facts = manifest.read_dataset(train.data)
-    # Not preprocessed yet: what the same file would make, or the method's own size.
-    planned = {"num_frames": 49, "size": [512, 512]} | (configs.read_yaml(config_path).get("preprocess") or {})
-    clip = facts.get("sample", planned)
+    # Not made yet: what the same file would make, or the method's own size.
+    said = configs.read_yaml(config_path)
+    clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (said.get("preprocess") or {}))
+    precomputed = "latents" in facts if facts else (said.get("encode") or {}).get("output") == train.data
     family = families.FAMILIES.get(families.family_of(shape) or "")
     stride = family.stride if family else (4, 8, 8)
     latents = flops.latent_size((clip["num_frames"], *clip["size"]), stride)
     batch = plan_batch(train, _num_processes(train))
-    needs = estimate.summary(shape, model, train, latents, batch, precomputed="latents" in facts)
+    needs = estimate.summary(shape, model, train, latents, batch, precomputed)
     print(json.dumps(needs, indent=2))
     return 0
 

@@ -1,19 +1,24 @@
-"""Every file in configs/ loads, section by section, into the dataclass that its command reads."""
+"""Every file in configs/ loads, section by section, into the dataclass that its command reads; trainings dry-run."""
 
 from __future__ import annotations
 
+import json
 from pathlib import Path
 
 import pytest
 
 from ex4d import config
-from pipelines import demo, encode, sweep
+from pipelines import demo, encode, sweep, train
 
 ROOT = Path(__file__).resolve().parent.parent
+CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CLASSES = {**demo.SECTIONS, **encode.SECTIONS, "sweep": sweep.SweepConfig}
+TRAININGS = [path for path in CONFIGS if "train" in config.read_yaml(path)]
+# GB of memory that the file promises, with which its dry run must agree.
+PROMISED = {"train_14b_48gb.yaml": 48, "train_14b_24gb.yaml": 24}
 
 
-@pytest.mark.parametrize("path", sorted((ROOT / "configs").glob("*.yaml")), ids=lambda path: path.name)
+@pytest.mark.parametrize("path", CONFIGS, ids=lambda path: path.name)
 def test_a_config_loads(path):
     present = config.read_yaml(path)
     assert present, "an empty config says nothing"
@@ -22,7 +27,26 @@ def test_a_config_loads(path):
     assert all(isinstance(loaded[name], CLASSES[name]) for name in present)
 
 
+@pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
+def test_a_training_says_what_it_needs_before_it_starts(path, capsys):
+    assert train.main([str(path), "train.dry_run=true"]) == 0
+    said = json.loads(capsys.readouterr().out)
+    assert said["fits"], f"{path.name} does not fit the GPU that it names: {said['memory_bytes']}"
+    assert said["memory_bytes"]["total"] < 1e9 * PROMISED.get(path.name, 141)
+    assert said["hours"] > 0
+    chosen = config.load(path, {"train": CLASSES["train"], "model": CLASSES["model"]})
+    assert ("text_encoder" in said["memory_bytes"]) == (
+        chosen["model"].base != "tiny" and "encode" not in config.read_yaml(path)
+    )
+    assert (said["host_bytes"] > 0) == (chosen["train"].block_swap > 0)
+
+
 def test_the_paper_s_training_is_the_paper_s():
     loaded = config.load(ROOT / "configs" / "train_14b.yaml", {name: CLASSES[name] for name in ("model", "train")})
     assert (loaded["train"].lr, loaded["train"].micro_batch_size, loaded["train"].num_processes) == (3e-5, 4, 8)
     assert (loaded["model"].lora_rank, loaded["model"].lora_alpha) == (16, 16)
+    smaller = [
+        config.load(ROOT / "configs" / name, {"model": CLASSES["model"], "train": CLASSES["train"]})
+        for name in PROMISED
+    ]
+    assert all(one["train"].lr == 3e-5 and one["train"].grad_accum_steps == 32 for one in smaller)
