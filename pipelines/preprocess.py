@@ -25,7 +25,7 @@ from pipelines.report import Result, log_run
 from pipelines.runner import RayConfig
 from pipelines.settings import PreprocessConfig
 from pipelines.stage import Row, Stage, is_bug, new_row, refuse, refused
-from pipelines.stages import clips, commit, decode, depth, identify, masks, probe, score, shots
+from pipelines.stages import clips, commit, condition, decode, depth, identify, masks, probe, score, shots
 
 __all__ = ["SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
 
@@ -47,6 +47,7 @@ class Stages:
         score.STAGE,
         depth.STAGE,
         masks.STAGE,
+        condition.STAGE,
         commit.STAGE_SAMPLE,
         commit.RECORD_REFUSAL,
     )

@@ -15,6 +15,7 @@ from pipelines.stages.score import FilterConfig
 
 PROFILES = ("default", "released")
 STAGING = ("all", "current")
+MEMBERS = ("cond", "depth")
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
 VIDEO_CODE, CLIP_CODE = 1, 1  # raised when stages change what they write, so that older staging is not taken
@@ -50,6 +51,8 @@ class PreprocessConfig:
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
         profile: "default", or "released" for the mapping of depth that the published weights saw.
         masks: how masks are simulated.
+        members: what samples hold beside the usual: cond, what a warp with wrong depth shows through visibility masks,
+            and depth.
         filters: thresholds on scores.
         limits: of decoding.
         val_fraction: share of sources that go to val.
@@ -81,6 +84,7 @@ class PreprocessConfig:
     fov_deg: float = 54.0
     profile: str = "default"
     masks: MaskConfig = field(default_factory=MaskConfig)
+    members: tuple[str, ...] = ()
     filters: FilterConfig = field(default_factory=FilterConfig)
     limits: DecodeLimits = field(default_factory=DecodeLimits)
     val_fraction: float = 0.02
@@ -119,6 +123,7 @@ def check(config: PreprocessConfig) -> None:
     need(config.depth_num_gpus >= 0, "depth_num_gpus", "0 for CPU, else a share of a GPU or a whole number")
     need(1 <= config.fov_deg <= 170, "fov_deg", "1 to 170")
     need(config.profile in PROFILES, "profile", ", ".join(PROFILES))
+    need(set(config.members) <= set(MEMBERS), "members", f"a list of {', '.join(MEMBERS)}")
     need(0 <= config.val_fraction <= 1, "val_fraction", "0 to 1")
     need(config.shard_size_mb >= 1, "shard_size_mb", "at least 1")
     need(0 <= config.seed < 2**31, "seed", "0 to 2147483647")
@@ -166,6 +171,7 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     chosen = {name: everything[name] for name in names}
     # A sidecar is known by its content; for a network the path says which weights.
     chosen["depth_weights"] = "" if config.depth == "sidecar" else config.depth_path or ""
+    chosen["members"] = sorted(set(config.members))
     return chosen
 
 

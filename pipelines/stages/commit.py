@@ -43,6 +43,8 @@ def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             w2c=[None if path is None else np.asarray(path, np.float64) for path in row["w2c"]],
             caption=row["caption"],
             provenance=provenance(row),
+            cond=row["cond"],
+            z_depth=row["z_depth"] if "depth" in config.members else None,
         )
     )
     Ledger(config.output).write_sample(row["artifact"], sample_tar(row["key"], members))
@@ -88,6 +90,7 @@ STAGE_SAMPLE = Stage(
     stage_sample,
     reads=(
         *("key", "frames", "fps", "visible", "kind", "hole_share", "K", "w2c", "caption", "artifact"),
+        *("cond", "z_depth"),
         *("sha256", "name", "pts", "time_base", "scores", "seed", "depth_facts", "versions", "fingerprint"),
     ),
     writes=(),
