@@ -80,10 +80,13 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResul
 
     Raises:
         ConfigError: unknown estimator, or weights that are not there.
-        BadSample: depth_missing, depth_pickle, depth_shape, depth_nan, depth_nonpositive, depth_constant, no_parallax.
+        BadSample: depth_missing, depth_pickle, depth_shape, depth_nan, depth_nonpositive, depth_constant, depth_fov,
+            no_parallax.
     """
     if name not in ESTIMATORS:
         raise ConfigError("depth", name, f"allowed: {', '.join(ESTIMATORS)}")
+    if frames.dtype != np.uint8 or frames.ndim != 4 or frames.shape[3] != 3 or 0 in frames.shape:
+        raise BadSample("depth_shape", f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, H, W, 3]")
     result = ESTIMATORS[name](frames, request)
     check(result, frames.shape[:3])
     return result

@@ -56,7 +56,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
     Raises:
         ConfigError: the weights are not here and cannot be fetched, or are of another family.
         ContractError: the folder does not hold what its config says.
-        BadSample: depth_nan, depth_constant.
+        BadSample: depth_nan, depth_nonpositive, depth_constant, depth_fov.
     """
     import torch
 
@@ -73,6 +73,8 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
     values = np.concatenate(parts)
     if not np.isfinite(values).all():
         raise BadSample("depth_nan", f"{name} gave {(~np.isfinite(values)).mean():.2%} values that are not numbers")
+    if values.min() < 0:
+        raise BadSample("depth_nonpositive", f"{name} gave values down to {values.min():.4g}")
     provenance = {
         "estimator": name,
         "weights": hub.name_of(request.depth_path or network.hub_id),
@@ -88,7 +90,7 @@ def _result(values: np.ndarray, fields: list[Any], config: Any, provenance: dict
     if config.model_type == "depth_pro":
         return _depth_pro(values, fields, provenance)
     if config.model_type == "zoedepth" or config.depth_estimation_type == "metric":
-        return DepthResult(np.maximum(values, 1e-3).astype(np.float32), "z_depth", None, True, provenance)
+        return DepthResult(values.astype(np.float32), "z_depth", None, True, provenance)
     aligned = align_clip(values)
     return DepthResult(aligned - min(0.0, float(aligned.min())), "disparity", None, False, provenance)
 
