@@ -14,26 +14,22 @@ with the interpreter's lock held); and the address space ends at `memory_bytes`.
 from __future__ import annotations
 
 import atexit
-import ctypes
-import faulthandler
 import importlib
 import os
-import pickle
 import resource
 import signal
 import socket
-import struct
 import subprocess
 import sys
 import tempfile
 import threading
 import time
-import traceback
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ex4d.errors import BadSample, ConfigError
+from pipelines.wire import receive, send
 
 # What a child will run, and nothing else: name -> "module:function", imported on first use. Tests bring their own.
 FUNCTIONS: dict[str, str] = {
@@ -44,10 +40,7 @@ FUNCTIONS: dict[str, str] = {
 TABLE = "pipelines.isolation"
 
 _START_LIMIT_S = 120.0  # a cold disk and a busy machine; a healthy child is ready in well under a second
-_GRACE_S = 5.0  # the child's own alarm comes after the parent's patience has ended
 _STDERR_TAIL_BYTES = 2000
-_LENGTH = struct.Struct("<Q")
-_PR_SET_PDEATHSIG = 1  # linux/prctl.h
 
 
 @dataclass(frozen=True)
@@ -68,25 +61,27 @@ class Limits:
 
 
 def run(function: str, args: Sequence[Any] = (), limits: Limits | None = None, table: str = TABLE) -> Any:
-    """Return what the named function returns, from this process's child for these limits. See `Isolated.call`."""
-    return pooled(limits or Limits(), table).call(function, *args)
+    """Return what the named function returns, from this process's child. See `Isolated.call`."""
+    limits = limits or Limits()
+    return pooled(limits, table).call_within(limits, function, args)
 
 
-_POOL: dict[tuple[int, Limits, str], Isolated] = {}
+_POOL: dict[tuple[int, int, int, str], Isolated] = {}
 _POOL_LOCK = threading.Lock()
 
 
 def pooled(limits: Limits, table: str = TABLE) -> Isolated:
-    """Return this process's Isolated for these limits; a forked process gets its own."""
+    """Return this process's Isolated for a memory limit, whatever the time limits; a forked process gets its own."""
     with _POOL_LOCK:
-        return _POOL.setdefault((os.getpid(), limits, table), Isolated(limits, table))
+        key = (os.getpid(), limits.memory_bytes, limits.max_calls, table)
+        return _POOL.setdefault(key, Isolated(limits, table))
 
 
 class Isolated:
     """One child process, started at the first call and replaced when it dies. Threads take turns.
 
     Args:
-        limits: hold for each call by itself.
+        limits: hold for each call by itself; a call may be given other times.
         table: name of a module with FUNCTIONS like this one's.
     """
 
@@ -103,25 +98,32 @@ class Isolated:
             ConfigError: the name is not in the table.
             Exception: whatever the function raised, with the child's traceback as a note.
         """
+        return self.call_within(self.limits, function, args, kwargs)
+
+    def call_within(
+        self, limits: Limits, function: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        """Return what `call` returns, within the wall_s and cpu_s of other limits."""
+        message = (function, tuple(args), dict(kwargs or {}), limits)
         if function not in importlib.import_module(self.table).FUNCTIONS:
             raise ConfigError("function", function, f"not in the table of {self.table}")
         with self._lock:
             try:
-                succeeded, value = self._call(function, args, kwargs)
+                succeeded, value = self._call(message)
             except _KilledFromOutside:
                 # The system's out-of-memory killer or an operator: once may be a neighbour's fault, twice is not.
-                succeeded, value = self._call(function, args, kwargs)
+                succeeded, value = self._call(message)
         if succeeded:
             return value
         raise value
 
-    def _call(self, function: str, args: tuple, kwargs: dict) -> tuple[bool, Any]:
+    def _call(self, message: Message) -> tuple[bool, Any]:
         if self._child is not None and (self._child.num_calls >= self.limits.max_calls or not self._child.alive()):
             self.close()
         if self._child is None:
             self._child = _Child(self.limits, self.table)
         try:
-            return self._child.call(function, args, kwargs)
+            return self._child.call(message)
         except BaseException:  # also KeyboardInterrupt: the answer to this call must not reach the next one
             self.close()
             raise
@@ -133,13 +135,17 @@ class Isolated:
             child.kill()
 
 
+# function, args, kwargs, limits
+Message = tuple[str, tuple[Any, ...], dict[str, Any], Limits]
+
+
 class _KilledFromOutside(BadSample):
     """The child got a SIGKILL that was not ours."""
 
 
 class _Child:
     def __init__(self, limits: Limits, table: str):
-        self.limits, self.num_calls = limits, 0
+        self.memory_bytes, self.num_calls = limits.memory_bytes, 0
         # A child's peak memory starts at its parent's, since it is the parent until it becomes another program.
         self.inherited_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         self.stderr = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115 (append: it is cut while the child writes)
@@ -147,7 +153,7 @@ class _Child:
         self.socket = ours
         # The death signal follows the *thread* that started the child, so only the main thread may ask for it.
         parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        command = [sys.executable, "-m", "pipelines.isolation", str(theirs.fileno()), str(parent), table]
+        command = [sys.executable, "-m", "pipelines.isolation_child", str(theirs.fileno()), str(parent), table]
         single = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
         with theirs:
             self.process = subprocess.Popen(
@@ -161,8 +167,8 @@ class _Child:
             )
         try:
             deadline = time.monotonic() + _START_LIMIT_S
-            _send(self.socket, limits, deadline)
-            _receive(self.socket, deadline)
+            send(self.socket, limits.memory_bytes, deadline)
+            receive(self.socket, deadline)
         except (TimeoutError, EOFError, ConnectionError) as error:
             message = f"the isolated process did not start: {self._stderr_tail()}"
             self.kill()
@@ -171,34 +177,35 @@ class _Child:
     def alive(self) -> bool:
         return self.process.poll() is None
 
-    def call(self, function: str, args: tuple, kwargs: dict) -> tuple[bool, Any]:
+    def call(self, message: Message) -> tuple[bool, Any]:
         """Return (True, result) or (False, the exception that it raised). Raises BadSample when the child is lost."""
+        function, *_, limits = message
         self.num_calls += 1
         self.stderr.truncate(0)
-        deadline = time.monotonic() + self.limits.wall_s
+        deadline = time.monotonic() + limits.wall_s
         try:
-            _send(self.socket, (function, args, kwargs), deadline)
-            succeeded, value = _receive(self.socket, deadline)
+            send(self.socket, message, deadline)
+            succeeded, value = receive(self.socket, deadline)
         except TimeoutError:
-            raise BadSample("decode_timeout", f"{function} took more than {self.limits.wall_s:g} s") from None
+            raise BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s") from None
         except (EOFError, ConnectionError):
-            raise self._post_mortem(function) from None
+            raise self._post_mortem(function, limits) from None
         if isinstance(value, MemoryError):
             raise BadSample("decode_memory", f"{function} needs more than {self._memory()}")
         return succeeded, value
 
-    def _post_mortem(self, function: str) -> BadSample:
+    def _post_mortem(self, function: str, limits: Limits) -> BadSample:
         os.kill(self.process.pid, signal.SIGKILL)  # not Popen.kill, which would collect the exit status
         # wait4 instead of Popen.wait: the peak memory tells running out of it from other crashes
         _, status, usage = os.wait4(self.process.pid, 0)
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
         if code == -signal.SIGXCPU:
-            return BadSample("decode_cpu", f"{function} used more than {self.limits.cpu_s:g} s of processor time")
+            return BadSample("decode_cpu", f"{function} used more than {limits.cpu_s:g} s of processor time")
         if code == -signal.SIGALRM:
-            return BadSample("decode_timeout", f"{function} took more than {self.limits.wall_s:g} s")
+            return BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s")
         tail, peak_bytes = self._stderr_tail(), usage.ru_maxrss * 1024
         its_own = peak_bytes > 1.01 * self.inherited_bytes
-        if (its_own and peak_bytes > 0.8 * self.limits.memory_bytes) or "bad_alloc" in tail:
+        if (its_own and peak_bytes > 0.8 * self.memory_bytes) or "bad_alloc" in tail:
             return BadSample("decode_memory", f"{function} needs more than {self._memory()}")
         if code == -signal.SIGKILL:
             return _KilledFromOutside("decode_memory", f"{function} was killed twice by the system")
@@ -209,7 +216,7 @@ class _Child:
         return crash
 
     def _memory(self) -> str:
-        return f"{self.limits.memory_bytes / 2**30:.2f} GiB"
+        return f"{self.memory_bytes / 2**30:.2f} GiB"
 
     def _stderr_tail(self) -> str:
         size = self.stderr.seek(0, os.SEEK_END)
@@ -224,101 +231,8 @@ class _Child:
         self.stderr.close()
 
 
-def _send(sock: socket.socket, message: Any, deadline: float | None = None) -> None:
-    """Send one message: the lengths, the pickle, then each array's bytes as they lie in memory."""
-    buffers: list[pickle.PickleBuffer] = []
-    body = pickle.dumps(message, protocol=5, buffer_callback=buffers.append)
-    parts = [memoryview(body), *(buffer.raw() for buffer in buffers)]
-    header = b"".join(_LENGTH.pack(number) for number in (len(parts), *(part.nbytes for part in parts)))
-    for part in (memoryview(header), *parts):
-        while part.nbytes:
-            sock.settimeout(_remaining(deadline))
-            part = part[sock.send(part[: 1 << 20]) :]
-
-
-def _receive(sock: socket.socket, deadline: float | None = None) -> Any:
-    """Return one message. Raises EOFError when the other side is gone, TimeoutError at the deadline."""
-    (count,) = _LENGTH.unpack(_read(sock, _LENGTH.size, deadline))
-    lengths = [_LENGTH.unpack(_read(sock, _LENGTH.size, deadline))[0] for _ in range(count)]
-    body, *buffers = [_read(sock, length, deadline) for length in lengths]
-    # The other side is our own code with our own rights, not a file: a pickle gives it nothing that it has not got.
-    return pickle.loads(body, buffers=buffers)  # noqa: S301
-
-
-def _read(sock: socket.socket, length: int, deadline: float | None) -> bytearray:
-    data = bytearray(length)
-    view = memoryview(data)
-    while view.nbytes:
-        sock.settimeout(_remaining(deadline))
-        received = sock.recv_into(view)
-        if received == 0:
-            raise EOFError
-        view = view[received:]
-    return data
-
-
-def _remaining(deadline: float | None) -> float | None:
-    if deadline is None:
-        return None
-    remaining = deadline - time.monotonic()
-    if remaining <= 0:
-        raise TimeoutError
-    return remaining
-
-
-def _serve(sock: socket.socket, table: str) -> None:
-    """Answer calls until the other side closes: the child's main loop."""
-    limits: Limits = _receive(sock)
-    functions = importlib.import_module(table).FUNCTIONS
-    resource.setrlimit(resource.RLIMIT_AS, (limits.memory_bytes, limits.memory_bytes))
-    resource.setrlimit(resource.RLIMIT_CORE, (0, 0))
-    _send(sock, "ready")
-    while True:
-        try:
-            function, args, kwargs = _receive(sock)
-        except EOFError:
-            return
-        used = resource.getrusage(resource.RUSAGE_SELF)
-        cpu_s = int(used.ru_utime + used.ru_stime + limits.cpu_s) + 1
-        resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.getrlimit(resource.RLIMIT_CPU)[1]))
-        signal.setitimer(signal.ITIMER_REAL, limits.wall_s + _GRACE_S)
-        answer = _answer(functions[function], args, kwargs)
-        signal.setitimer(signal.ITIMER_REAL, 0)
-        _send(sock, answer)
-
-
-def _answer(name: str, args: tuple, kwargs: dict) -> tuple[bool, Any]:
-    module, _, function = name.partition(":")
-    try:
-        return True, getattr(importlib.import_module(module), function)(*args, **kwargs)
-    except Exception as error:  # noqa: BLE001 (it crosses to the caller, who decides)
-        text = traceback.format_exc()
-        try:
-            pickle.loads(pickle.dumps(error))  # noqa: S301 (our own bytes: does it survive the way?)
-        except (pickle.PicklingError, TypeError, AttributeError):
-            error = RuntimeError(f"{type(error).__name__}: {error}")
-        error.__traceback__ = error.__cause__ = error.__context__ = None
-        error.add_note(f"in the isolated process:\n{text}")
-        return False, error
-
-
-def _die_with(parent: int) -> None:
-    if parent and sys.platform == "linux":
-        ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
-            os._exit(1)
-
-
 @atexit.register
 def _close_all() -> None:
     for (pid, *_), isolated in _POOL.items():
         if pid == os.getpid():
             isolated.close()
-
-
-if __name__ == "__main__":
-    _fd, _parent, _table = sys.argv[1:]
-    _die_with(int(_parent))
-    faulthandler.enable()
-    with socket.socket(fileno=int(_fd)) as _sock:
-        _serve(_sock, _table)

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 from typing import TYPE_CHECKING, Any
 
 from ex4d.errors import BadSample
@@ -25,14 +24,13 @@ def call(config: PreprocessConfig, function: str, *args: Any, needs_s: float = 0
     """Return what the named function of FUNCTIONS returns, run in this process's child.
 
     Args:
-        needs_s: seconds that the work may honestly take. The limits are doubled until it fits, so that few different
-            children exist.
+        needs_s: seconds that the work may honestly take; the limits of time grow to them.
 
     Raises:
         BadSample: decode_timeout, decode_cpu, decode_memory, decode_crash, or what the function raised.
     """
     limits = config.limits
-    factor = 2 ** max(0, math.ceil(math.log2(max(1.0, needs_s / limits.timeout_s))))
+    factor = max(1.0, needs_s / limits.timeout_s)
     allowed = isolation.Limits(limits.timeout_s * factor, limits.cpu_s * factor, limits.memory_mb << 20)
     try:
         return isolation.run(function, args, allowed, table=__name__)

@@ -203,7 +203,7 @@ def test_the_real_table_decodes_as_the_library_does(tmp_path):
 
 
 def test_a_child_starts_fast_and_imports_only_what_it_needs():
-    code = "import sys, pipelines.isolation; print(' '.join(sys.modules))"
+    code = "import sys, pipelines.isolation, pipelines.isolation_child; print(' '.join(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "torch", "ray", "av", "cv2", "pydantic"} & set(modules)
 
@@ -214,3 +214,15 @@ def test_a_large_parent_does_not_make_a_crash_look_like_a_lack_of_memory():
     with closing(Isolated(LIMITS, "poison")) as fresh:
         assert reason_of(fresh, "segfault") == "decode_crash"
     assert ballast[-1] == 1
+
+
+def test_one_child_serves_calls_of_different_times(poison_on_path):
+    """A pool by time limits would keep a child, and its memory, for each length of video."""
+    within = [Limits(wall_s=wall_s, cpu_s=wall_s, memory_bytes=2**30) for wall_s in (20, 7, 35)]
+    pids = [isolation.run("pid", (), limits, table="poison") for limits in within]
+    assert len(set(pids)) == 1
+    assert isolation.run("pid", (), Limits(memory_bytes=2**31), table="poison") != pids[0]
+    with pytest.raises(BadSample, match=r"more than 0\.3 s"):
+        isolation.run("hang", (), Limits(wall_s=0.3, memory_bytes=2**30), table="poison")
+    with pytest.raises(BadSample, match="decode_cpu"):
+        isolation.run("spin", (), Limits(wall_s=30, cpu_s=0.3, memory_bytes=2**30), table="poison")
