@@ -6,9 +6,9 @@
 | `novel_view` | what the warp to the novel camera fills: the holes of generation | the novel picture |
 | `tracking` | what is covered by tracked, visible points of frame 0 | the source's pixels |
 
-Every mask aims at its own share of holes, so that together they span `hole_share`: the extent of the camera path, or
-the number of points that are tracked, is searched for it. The share of a mask is that of its fullest frame. Frame 0 is
-complete. Everything follows from (seed, index of the mask).
+Every mask aims at its own share of holes; together they are spread as generation's are on this very clip. The extent of
+the camera path, or the number of points that are tracked, is searched for it. The share of a mask is that of its
+fullest frame. Frame 0 is complete. Everything follows from (seed, index of the mask).
 """
 
 from __future__ import annotations
@@ -19,17 +19,22 @@ from dataclasses import dataclass
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry import tracks, trajectory
-from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry import hole_share, tracks, trajectory
+from ex4d.geometry.hole_share import Paths
+from ex4d.geometry.mask_scene import Scene
 from ex4d.geometry.visibility import erode, erode_all, novel_view, tracking, visibility
 
 __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tracking", "visibility"]
 
 KINDS = ("visibility", "novel_view", "tracking")
 TRACKING = KINDS.index("tracking")
-SEARCH_PX = 64  # the extent of a path is searched on pictures of about this size
+# Where a kind cannot reach a share of holes on a clip, the next one of its row is taken, and recorded.
+INSTEAD = {"visibility": ("novel_view",), "novel_view": ("visibility",), "tracking": ("visibility", "novel_view")}
 SEARCH_STEPS = 6
-CLOSE_ENOUGH = 0.03  # to the wanted share of holes; the next path is tried where the search ends farther off
+CLOSE_ENOUGH = 0.03  # to the wanted share of holes; the search goes on where it ends farther off
+MET = 0.045  # the promise is 5 points
+CORRECTIONS = 3  # of the search on small pictures by what the whole clip gives
+REDRAWS = 3  # of a tracking mask's grid and erosion
 DRIFT_CELLS = 4  # the field that decides which points are dropped has so many cells along a side: holes are blobs
 
 # extent in (0, 1], sign ±1, largest angle → keywords of trajectory.build
@@ -54,7 +59,11 @@ class MaskConfig:
             cannot reach the share of holes aimed at, visibility takes their place.
         trajectories: keys of PATHS, tried in random order.
         max_angle_deg: largest angle of a path that turns.
-        hole_share: (least, most) share of holes in a mask's fullest frame; mask i aims into the i-th of S equal strata.
+        generation: (trajectory, angle) of each path that generation will be asked for. Masks aim at the shares of holes
+            that these leave open on the clip itself, each equally often, and at those in between, down to the least of
+            `hole_share` (`hole_share.spread`); mask i aims into the i-th of S equal parts of that spread. Empty: the
+            spread is even.
+        hole_share: (least, most) share of holes in a mask's fullest frame.
         erosion_px: (least, most) side of the square that the kept region is eroded by, px at 512; one for each mask.
         grid: (least, most) tracked points along each side.
         depth_tolerance: how far behind the drawn surface a pixel may lie and still be seen, as a share of its depth.
@@ -66,7 +75,8 @@ class MaskConfig:
     novel_view: float = 0.2
     trajectories: tuple[str, ...] = ("orbit", "arc", "crane", "spiral", "lateral", "full", "dolly")
     max_angle_deg: float = 90.0
-    hole_share: tuple[float, float] = (0.1, 0.9)
+    generation: Paths = (("orbit", 30.0), ("orbit", 60.0), ("orbit", 90.0), ("full", 90.0))
+    hole_share: tuple[float, float] = (0.1, 0.97)
     erosion_px: tuple[int, int] = (2, 8)
     grid: tuple[int, int] = (10, 50)
     depth_tolerance: float = 0.02
@@ -83,6 +93,9 @@ class MaskConfig:
         known = bool(self.trajectories) and set(self.trajectories) <= set(PATHS)
         need(known, "trajectories", f"one or more of {', '.join(PATHS)}")
         need(0 < self.max_angle_deg <= 90, "max_angle_deg", "above 0 and up to 90")
+        for name, angle_deg in self.generation:
+            need(name in PATHS and name != "dolly", "generation", f"[name, angle] with {', '.join(PATHS)}, not dolly")
+            trajectory.build(name, 2, angle_deg)
         need(0 <= self.hole_share[0] <= self.hole_share[1] < 1, "hole_share", "0 <= least <= most < 1")
         need(1 <= self.erosion_px[0] <= self.erosion_px[1], "erosion_px", "1 <= least <= most")
         need(2 <= self.grid[0] <= self.grid[1], "grid", "2 <= least <= most")
@@ -95,7 +108,8 @@ class MaskSet:
 
     visible: bool [S, T, H, W], True = kept. kind: uint8 [S], index into KINDS. w2c: for each mask float64 [T, 4, 4]
     relative to each frame's own camera, None for tracking. hole_share: float32 [S, T]. target: float32 [S], the
-    share of holes that was aimed at in the fullest frame.
+    share of holes that was aimed at in the fullest frame. generation: float32 [G, T], the shares of holes that the
+    clip's warp along each path of `MaskConfig.generation` has, on a small picture.
     """
 
     visible: np.ndarray
@@ -103,6 +117,7 @@ class MaskSet:
     w2c: list[np.ndarray | None]
     hole_share: np.ndarray
     target: np.ndarray
+    generation: np.ndarray
 
 
 def draw(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, config: MaskConfig, seed: int) -> MaskSet:
@@ -120,24 +135,25 @@ def draw(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, config: MaskCon
         raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
     count = config.num_masks
     rng = np.random.default_rng([seed, count])
-    low, high = config.hole_share
-    strata = (rng.permutation(count) + rng.uniform(0, 1, count)) / count
-    targets = low + (high - low) * strata
-    scene = _Scene(frames, z_depth, K)
+    scene = Scene(frames, z_depth, K)
+    generated = hole_share.generation(scene.small(), config.generation)
+    places = (rng.permutation(count) + rng.uniform(0, 1, count)) / count
+    targets = hole_share.spread(places, *config.hole_share, generated.max(axis=1, initial=0.0))
     shares = np.array([getattr(config, kind) for kind in KINDS])
     kinds = rng.choice(len(KINDS), size=count, p=shares / shares.sum()).astype(np.uint8)
     if (kinds == TRACKING).any():
         _give_tracking_what_it_can_reach(kinds, targets, 1 - float(scene.dense()[1].mean(axis=(1, 2)).min()))
-    visible, paths = np.empty((count, *z_depth.shape), bool), []
-    for index, target in enumerate(targets):
-        generator = np.random.default_rng([seed, count, index])
-        if kinds[index] == TRACKING:
-            visible[index], path = _draw_tracking(scene, config, target, generator), None
-        else:
-            visible[index], path = _draw_rendered(scene, KINDS[kinds[index]], config, target, generator)
-        paths.append(path)
+    drawn = [_draw_one(scene, KINDS[kinds[i]], config, targets[i], [seed, count, i]) for i in range(count)]
+    visible = np.stack([mask.visible for mask in drawn])
     share = 1 - visible.mean(axis=(2, 3), dtype=np.float64)
-    return MaskSet(visible, kinds, paths, share.astype(np.float32), targets.astype(np.float32))
+    return MaskSet(
+        visible,
+        np.array([KINDS.index(mask.kind) for mask in drawn], np.uint8),
+        [mask.w2c for mask in drawn],
+        share.astype(np.float32),
+        targets.astype(np.float32),
+        generated,
+    )
 
 
 def _give_tracking_what_it_can_reach(kinds: np.ndarray, targets: np.ndarray, floor: float) -> None:
@@ -157,89 +173,112 @@ def _give_tracking_what_it_can_reach(kinds: np.ndarray, targets: np.ndarray, flo
             kinds[index] = KINDS.index("visibility")
 
 
-class _Scene:
-    """A clip with what several masks share: its meshes, also small ones for the search, and its tracks."""
+@dataclass(frozen=True)
+class _Drawn:
+    """One mask: its kind, visible [T, H, W], w2c [T, 4, 4] or None, and by how much it misses its share of holes."""
 
-    def __init__(self, frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray):
-        self.frames, self.z_depth, self.K = frames, np.ascontiguousarray(z_depth, np.float32), np.asarray(K, np.float64)
-        self.radius = trajectory.radius_of(self.z_depth[0])
-        self._meshes: dict[int, DWMesh] = {}
-        self._small: _Scene | None = None
-        self._dense: tuple[np.ndarray, np.ndarray] | None = None
-
-    def mesh(self, t: int) -> DWMesh:
-        if t not in self._meshes:
-            self._meshes[t] = build(self.frames[t], self.z_depth[t], self.K)
-        return self._meshes[t]
-
-    def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        if self._dense is None:
-            self._dense = tracks.follow(self.frames)
-        return self._dense
-
-    def small(self) -> _Scene:
-        """The clip with every n-th pixel, which the search for an extent looks at."""
-        step = max(1, min(self.z_depth.shape[1:]) // SEARCH_PX)
-        if self._small is None and step > 1:
-            cut = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
-            K = self.K.copy()
-            K[:2, 2] = (K[:2, 2] - step // 2 - 0.5) / step + 0.5
-            K[[0, 1], [0, 1]] /= step
-            self._small = _Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K)
-            self._small.radius = self.radius
-        return self._small or self
+    kind: str
+    visible: np.ndarray
+    w2c: np.ndarray | None
+    error: float
 
 
-def _draw_rendered(
-    scene: _Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (visible [T, H, W], w2c [T, 4, 4]) of the random path whose share of holes comes closest to the target."""
-    num_frames = len(scene.frames)
-    erosion_px = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
+NOTHING = _Drawn("", np.zeros((0, 0, 0), bool), None, np.inf)
+
+
+def _draw_one(scene: Scene, kind: str, config: MaskConfig, target: float, seed: list[int]) -> _Drawn:
+    """Return the mask of a kind, or of the kind that stands in for it, that comes closest to the target."""
+    rng = np.random.default_rng(seed)
+    best = NOTHING
+    for name in (kind, *INSTEAD[kind]):
+        found = (_draw_tracking if name == "tracking" else _draw_rendered)(scene, name, config, target, rng)
+        best = min(best, found, key=lambda mask: mask.error)
+        if best.error <= MET:
+            break
+    return best
+
+
+def _missed(visible: np.ndarray, target: float) -> float:
+    """Return the share of holes in the fullest frame, less the target."""
+    return float(1 - visible.mean(axis=(1, 2)).min()) - target
+
+
+def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
+    """Return the mask of a random path whose extent makes its share of holes the target.
+
+    Paths are tried in random order until one reaches it; after them all once more with the least erosion. What a path
+    gives is searched on small pictures at four moments, and the search corrected by what the whole clip gives.
+    """
+    erosion = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
     sign = rng.choice([-1.0, 1.0])
     names = [config.trajectories[index] for index in rng.permutation(len(config.trajectories))]
-    moments = sorted({num_frames // 4, num_frames // 2, 3 * num_frames // 4, num_frames - 1})
+    tries = [(name, erosion_px) for erosion_px in dict.fromkeys((erosion, config.erosion_px[0])) for name in names]
+    num_frames = len(scene.frames)
+    best = NOTHING
+    for name, erosion_px in tries:
 
-    def path(name: str, extent: float) -> np.ndarray:
-        keywords = PATHS[name](extent, sign, config.max_angle_deg)
-        return trajectory.build(name, num_frames, radius=scene.radius, **keywords)
+        def path(extent: float, name: str = name) -> np.ndarray:
+            keywords = PATHS[name](extent, sign, config.max_angle_deg)
+            return trajectory.build(name, num_frames, radius=scene.radius, **keywords)
 
-    def peak(w2c: np.ndarray) -> float:
-        kept = np.stack([_view(scene.small(), t, w2c[t], kind, config.depth_tolerance) for t in moments])
-        return float(1 - erode_all(kept, erosion_px).mean(axis=(1, 2)).min())
-
-    best, best_error = path(names[0], 1.0), np.inf
-    for name in names:
-        low, high, extent = 0.0, 1.0, 1.0
-        for _ in range(SEARCH_STEPS):
-            w2c = path(name, extent)
-            share = peak(w2c)
-            if abs(share - target) < best_error:
-                best, best_error = w2c, abs(share - target)
-            if best_error < CLOSE_ENOUGH / 3 or (extent == 1.0 and share < target):
+        aim = target
+        for _ in range(CORRECTIONS):
+            w2c, off = _search(scene.small(), path, kind, aim, erosion_px, config.depth_tolerance)
+            if off > CLOSE_ENOUGH and off >= best.error:
                 break
-            low, high = (extent, high) if share < target else (low, extent)
-            extent = (low + high) / 2
-        if best_error < CLOSE_ENOUGH:
+            visible = np.stack([scene.view(t, w2c[t], kind, config.depth_tolerance) for t in range(num_frames)])
+            visible[0] = True
+            visible = erode(visible, erosion_px)
+            missed = _missed(visible, target)
+            best = min(best, _Drawn(kind, visible, w2c, abs(missed)), key=lambda mask: mask.error)
+            if best.error <= CLOSE_ENOUGH:
+                return best
+            aim = min(max(aim - missed, 0.0), 1.0)
+    return best
+
+
+def _search(
+    small: Scene, path: Callable[[float], np.ndarray], kind: str, aim: float, erosion_px: int, tolerance: float
+) -> tuple[np.ndarray, float]:
+    """Return (w2c [T, 4, 4], how far off its share of holes is) of the extent that comes closest to the aim."""
+    last = len(small.frames) - 1
+    moments = sorted({(last + 1) // 4, (last + 1) // 2, 3 * (last + 1) // 4, last})
+    best, least = path(1.0), np.inf
+    low, high, extent = 0.0, 1.0, 1.0
+    for _ in range(SEARCH_STEPS):
+        w2c = path(extent)
+        kept = np.stack([small.view(t, w2c[t], kind, tolerance) for t in moments])
+        missed = _missed(erode_all(kept, erosion_px), aim)
+        if abs(missed) < least:
+            best, least = w2c, abs(missed)
+        if least < CLOSE_ENOUGH / 3 or (extent == 1.0 and missed < 0):
             break
-    visible = np.stack([_view(scene, t, best[t], kind, config.depth_tolerance) for t in range(num_frames)])
-    visible[0] = True
-    return erode(visible, erosion_px), best
+        low, high = (extent, high) if missed < 0 else (low, extent)
+        extent = (low + high) / 2
+    return best, least
 
 
-def _view(scene: _Scene, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
-    if kind == "novel_view":
-        return novel_view(scene.mesh(t), w2c)
-    return visibility(scene.z_depth[t], scene.mesh(t), w2c, tolerance)
+def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
+    """Return the mask of tracked points, so many of them dropped over time that its share of holes is the target."""
+    best = NOTHING
+    for attempt in range(REDRAWS + 1):
+        count = int(rng.integers(config.grid[0], config.grid[1] + 1))
+        erosion_px = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
+        if attempt == REDRAWS:
+            count, erosion_px = config.grid[1], config.erosion_px[0]
+        visible = _tracked(scene, count, erosion_px, target, rng)
+        found = _Drawn(kind, visible, None, abs(_missed(visible, target)))
+        best = min(best, found, key=lambda mask: mask.error)
+        if best.error <= MET:
+            break
+    return best
 
 
-def _draw_tracking(scene: _Scene, config: MaskConfig, target: float, rng: np.random.Generator) -> np.ndarray:
-    """Return visible [T, H, W] of tracked points; so many are dropped over time that the target share is met."""
+def _tracked(scene: Scene, count: int, erosion_px: int, target: float, rng: np.random.Generator) -> np.ndarray:
+    """Return visible [T, H, W] of a grid of count × count points; blobs of them are dropped over time."""
     import cv2
 
     num_frames, height, width = scene.z_depth.shape
-    count = int(rng.integers(config.grid[0], config.grid[1] + 1))
-    erosion_px = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
     field = rng.uniform(0, 1, (DRIFT_CELLS, DRIFT_CELLS)).astype(np.float32)
     noise = cv2.resize(field, (count, count), interpolation=cv2.INTER_CUBIC).ravel()
     priority = np.argsort(np.argsort(noise, kind="stable"), kind="stable") / noise.size  # uniform in [0, 1)
@@ -252,13 +291,13 @@ def _draw_tracking(scene: _Scene, config: MaskConfig, target: float, rng: np.ran
         kept = tracking(xy[moments], seen[moments] & (priority >= late[:, None]), spacing, (height, width))
         return erode_all(kept, erosion_px)
 
-    low, high, best, best_error = 0.0, 1.0, 0.0, np.inf
+    low, high, best, least = 0.0, 1.0, 0.0, np.inf
     moments = np.array(sorted({num_frames // 2, num_frames - 1}))
     for _ in range(SEARCH_STEPS):
-        share = float(1 - made((low + high) / 2, moments).mean(axis=(1, 2)).min())
-        if abs(share - target) < best_error:
-            best, best_error = (low + high) / 2, abs(share - target)
-        low, high = ((low + high) / 2, high) if share < target else (low, (low + high) / 2)
+        missed = _missed(made((low + high) / 2, moments), target)
+        if abs(missed) < least:
+            best, least = (low + high) / 2, abs(missed)
+        low, high = ((low + high) / 2, high) if missed < 0 else (low, (low + high) / 2)
     visible = made(best, np.arange(num_frames))
     visible[0] = True
     return visible

@@ -9,11 +9,12 @@ import numpy as np
 import pytest
 
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry import masks, tracks, trajectory
+from ex4d.geometry import hole_share, masks, tracks, trajectory
 from ex4d.geometry.camera import Camera, intrinsics, pixel_rays
 from ex4d.geometry.masks import KINDS, MaskConfig
 from ex4d.geometry.mesh import build
 from ex4d.geometry.profiles import CURTAIN_REACH
+from ex4d.geometry.render import warp_video
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
 
 SIZE = (80, 80)
@@ -163,9 +164,10 @@ def test_erosion_scales_and_spares_the_first_frame_and_the_border(erosion_px: in
 
 def test_strata_are_met_and_first_frames_are_complete():
     error, kinds = [], []
-    for seed in range(4):
+    config = MaskConfig(num_masks=4, generation=(), hole_share=(0.1, 0.9))
+    for seed in range(5):
         _, cameras, frames, z_depth = clip(seed)
-        drawn = masks.draw(frames, z_depth, cameras[0].K, MaskConfig(num_masks=4), seed)
+        drawn = masks.draw(frames, z_depth, cameras[0].K, config, seed)
         assert drawn.visible.shape == (4, 5, *SIZE)
         assert drawn.visible[:, 0].all()
         np.testing.assert_allclose(drawn.hole_share, 1 - drawn.visible.mean(axis=(2, 3)), atol=1e-6)
@@ -174,8 +176,51 @@ def test_strata_are_met_and_first_frames_are_complete():
         np.testing.assert_array_equal(strata, np.arange(4))
         error.extend(np.abs(drawn.hole_share.max(axis=1) - drawn.target))
         kinds.extend(drawn.kind)
-    assert np.mean(np.array(error) <= 0.05) >= 0.9
-    assert len(set(kinds)) >= 2
+    assert np.max(error) <= 0.05
+    assert len(set(kinds)) == 3
+
+
+def test_holes_of_training_match_those_of_generation_on_the_same_clips():
+    training, generated, even, error = [], [], [], []
+    for seed in range(4):
+        _, cameras, frames, z_depth = clip(seed)
+        drawn = masks.draw(frames, z_depth, cameras[0].K, MaskConfig(num_masks=6), seed)
+        assert drawn.generation.shape == (4, 5)
+        training.append(drawn.hole_share)
+        generated.append(drawn.generation)
+        error.extend(np.abs(drawn.hole_share.max(axis=1) - drawn.target))
+        even.append(masks.draw(frames, z_depth, cameras[0].K, MaskConfig(generation=(), tracking=0), seed).hole_share)
+    matched = hole_share.compare(np.concatenate(training), np.concatenate(generated))
+    spread_evenly = hole_share.compare(np.concatenate(even), np.concatenate(generated))
+    assert matched.distance < 0.1 < spread_evenly.distance
+    assert np.isclose([matched.training.sum(), matched.generation.sum()], 1).all()
+    assert np.mean(np.array(error) <= 0.05) == 1
+
+
+def test_a_clip_s_generation_is_its_warp():
+    _, cameras, frames, z_depth = clip(2)
+    config = MaskConfig(num_masks=1, generation=(("arc", -40.0),))
+    drawn = masks.draw(frames, z_depth, cameras[0].K, config, 0)
+    path = trajectory.build("arc", 5, -40.0, trajectory.radius_of(z_depth[0]))
+    _, visible = warp_video(frames, z_depth, cameras[0].K, path, backend="cpu")
+    np.testing.assert_allclose(drawn.generation[0], 1 - visible.mean(axis=(1, 2)), atol=0.02)
+
+
+def test_the_spread_has_each_peak_in_the_middle_of_its_part():
+    places, peaks = np.linspace(0, 1, 9), np.array([0.9, 0.5])
+    spread = hole_share.spread(places, 0.1, 0.85, peaks)
+    np.testing.assert_allclose(spread[[0, 2]], [0.1, 0.5])
+    assert (np.diff(spread) >= 0).all()
+    assert spread[-1] == 0.85
+    np.testing.assert_allclose(hole_share.spread(places, 0.2, 0.6, np.zeros(0)), 0.2 + 0.4 * places)
+
+
+def test_the_comparison_measures_a_shift():
+    training = np.tile([0.0, 0.2, 0.4], (3, 1))
+    found = hole_share.compare(training, np.tile([0.0, 0.5, 0.7], (2, 1)), num_bins=10)
+    assert found.distance == pytest.approx(0.3)
+    np.testing.assert_allclose(found.percentiles[:, 1], [0.3, 0.6])
+    assert found.training[2] == found.generation[5] == 0.5
 
 
 def test_equal_seeds_give_equal_bits_and_other_seeds_other_masks():
@@ -210,6 +255,7 @@ def test_tracks_that_cannot_reach_a_target_make_room():
         ("tracking", -1.0),
         ("trajectories", ("zoom",)),
         ("hole_share", (0.9, 0.1)),
+        ("generation", (("dolly", 30.0),)),
         ("max_angle_deg", 120.0),
         ("erosion_px", (0, 3)),
         ("grid", (1, 5)),
