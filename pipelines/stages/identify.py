@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 import os
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ex4d import storage
 from ex4d.errors import BadSample
+from pipelines import fetch
+from pipelines.inputs import without_query
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
@@ -20,41 +21,55 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), and the caption beside it.
 
     Raises:
-        BadSample: not_a_file, unreadable, empty_file.
+        BadSample: not_a_file, unreadable, empty_file, truncated_download.
     """
     path = row["path"]
     try:
-        if not os.path.isfile(path):  # a pipe or device would block whoever opens it
-            raise BadSample("not_a_file", "is missing, or no regular file")
-        size_bytes = os.path.getsize(path)
-        if size_bytes == 0:
-            raise BadSample("empty_file", "has no bytes")
+        sha256, size_bytes = _local(path) if storage.is_local(path) else _remote(path, config)
         return {
-            "sha256": storage.sha256(path),
+            "sha256": sha256,
             "size_bytes": size_bytes,
             "depth_file": _depth_file(path, config) if config.depth == "sidecar" else "",
             "caption": _caption(path),
         }
     except OSError as error:
-        raise BadSample("unreadable", f"{error.strerror}") from error
+        raise fetch.unreadable(error) from error
+
+
+def _local(path: str) -> tuple[str, int]:
+    if not os.path.isfile(path):  # a pipe or device would block whoever opens it
+        raise BadSample("not_a_file", "is missing, or no regular file")
+    size_bytes = os.path.getsize(path)
+    if size_bytes == 0:
+        raise BadSample("empty_file", "has no bytes")
+    return storage.sha256(path), size_bytes
+
+
+def _remote(url: str, config: PreprocessConfig) -> tuple[str, int]:
+    try:
+        sha256, size_bytes = fetch.digest(url, config)
+    except FileNotFoundError:
+        raise BadSample("not_a_file", "is missing, or no regular file") from None
+    if size_bytes == 0:
+        raise BadSample("empty_file", "has no bytes")
+    return sha256, size_bytes
 
 
 def _depth_file(path: str, config: PreprocessConfig) -> str:
     from ex4d.depth import DepthRequest, sidecar
 
     try:
-        found = sidecar.find(DepthRequest(video_path=path, depth_path=config.depth_path))
+        found = sidecar.find(DepthRequest(video_path=without_query(path), depth_path=config.depth_path))
     except BadSample:
         return ""  # the depth stage refuses each clip that misses it
-    return f"{os.path.basename(found)}:{storage.sha256(found)}"
+    return f"{found.rpartition('/')[2]}:{storage.sha256(found)}"
 
 
 def _caption(path: str) -> str:
-    file = Path(path).with_suffix(".txt")
-    if not file.is_file():
+    file = os.path.splitext(without_query(path))[0] + ".txt"
+    if not storage.is_file(file):
         return ""
-    with open(file, "rb") as handle:
-        return handle.read(MAX_CAPTION_BYTES).decode("utf-8", "replace").strip()
+    return storage.read_bytes(file, 0, MAX_CAPTION_BYTES).decode("utf-8", "replace").strip()
 
 
 STAGE = Stage("identify", identify, reads=("path",), writes=("sha256", "size_bytes", "depth_file", "caption"))

@@ -5,6 +5,7 @@ from __future__ import annotations
 from dataclasses import asdict
 from typing import TYPE_CHECKING, Any
 
+from pipelines import fetch
 from pipelines.stage import Row, Stage
 from pipelines.stages import isolated
 
@@ -14,7 +15,7 @@ if TYPE_CHECKING:
 
 def probe(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return the VideoInfo as a mapping. Raises BadSample with the reasons of `video.probe`."""
-    return {"info": asdict(isolated.call(config, "probe", row["path"]))}
+    return {"info": asdict(isolated.call(config, "probe", fetch.video(row, config)))}
 
 
-STAGE = Stage("probe", probe, reads=("path",), writes=("info",))
+STAGE = Stage("probe", probe, reads=("path", "sha256"), writes=("info",))

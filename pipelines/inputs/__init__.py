@@ -1,0 +1,218 @@
+"""From `preprocess.input` to the list of files, each of which must be accounted for at the end.
+
+A folder gives every file under it: a video by its suffix or by having none that we know; what is certainly no video
+by its name is named as such, and the sidecars of a video (depth, caption) belong to it. A list gives what its rows
+name; see `lists`. Folders, files and lists lie on this machine or in any store of `storage.SCHEMES`.
+"""
+
+from __future__ import annotations
+
+import glob
+import hashlib
+import os
+import posixpath
+from collections import Counter
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from urllib.parse import unquote
+
+from ex4d import retry, storage
+from ex4d.errors import ConfigError
+from pipelines.inputs import lists
+from pipelines.inputs.lists import Entry, Span, may_be_video, without_query
+
+__all__ = ["Entry", "Source", "Span", "expand", "without_query"]
+
+SIDECAR_SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
+KEY = "preprocess.input"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file, or a row of a list that names none.
+
+    Args:
+        path: where it is, a path or URL; may hold bytes that are no UTF-8, as Python's surrogates. "" for a bad row.
+        name: the path relative to the input root, forward slashes, always valid Unicode; unique in a run. It holds
+            neither user, password nor query of a URL. A bad row is `LIST:NUMBER`.
+        spans: what lists say of it, in their order; () is the whole file, of which nothing is said.
+        reason, message: why it will not be opened; "" where it will.
+    """
+
+    path: str
+    name: str
+    spans: tuple[Span, ...] = ()
+    reason: str = ""
+    message: str = ""
+
+    @property
+    def is_video(self) -> bool:
+        """False where the name, or the list, tells that there is none."""
+        return not self.reason
+
+    @property
+    def fate(self) -> str:
+        """How a source that is no video is counted: a file that is none is no fault, a row that names none is."""
+        return "filtered" if self.reason == "not_a_video" else "bad"
+
+
+def expand(given: str | Sequence[str], exclude: str | Path | None = None, root: str | None = None) -> list[Source]:
+    """Return every input file, sorted by name, once each, and every row of a list that cannot be used.
+
+    Args:
+        given: a file, a folder, a glob, a list (`lists.SUFFIXES`), several of them with commas between, or a list of
+            them; on this machine or in a store.
+        exclude: files under this folder (the output) are left out.
+        root: folder that names in lists start from; None: each list's own.
+
+    Raises:
+        ConfigError: something that is named does not exist or may not be opened, or nothing was found.
+    """
+    parts = _split(given) if isinstance(given, str) else list(given)
+    found = [entry for part in parts for entry in _expand_one(part, root)]
+    kept = found
+    if exclude is not None:
+        outside = _folder(str(exclude))
+        kept = [entry for entry in found if not entry.path.startswith(outside)]
+    if not kept:
+        inside = "every file there lies in preprocess.output, which is no input" if found else "no file there"
+        raise ConfigError(KEY, given, inside)
+    spans: dict[str, list[Span]] = {}
+    for entry in kept:
+        if not entry.reason:
+            spans.setdefault(entry.path, []).extend([entry.span] if entry.span else [])
+    names = _names(kept)
+    sources = [_source(path, names[path], spans[path]) for path in _without_sidecars(sorted(spans))]
+    sources += [Source("", names[entry.path], (), entry.reason, entry.message) for entry in kept if entry.reason]
+    return sorted(sources, key=lambda source: source.name)
+
+
+def _source(path: str, name: str, spans: Sequence[Span]) -> Source:
+    if not may_be_video(path):
+        return Source(path, name, reason="not_a_video", message="by its name")
+    return Source(path, name, tuple(dict.fromkeys(spans)))
+
+
+def _folder(path: str) -> str:
+    return path.rstrip("/") + "/" if not storage.is_local(path) else os.path.join(os.path.abspath(path), "")
+
+
+def _split(given: str) -> list[str]:
+    if "," not in given or os.path.lexists(given):
+        return [given]
+    return [part.strip() for part in given.split(",") if part.strip()]
+
+
+def _expand_one(given: str, root: str | None) -> list[Entry]:
+    if not given.strip():
+        raise ConfigError(KEY, given, "is empty; write . for the working folder")
+    if not storage.is_local(given):
+        return _expand_remote(given, root)
+    path = os.path.abspath(os.path.expanduser(storage.local_path(given)))
+    if os.path.isdir(path):
+        return [Entry(path, file) for file in _walk(path)]
+    if os.path.lexists(path):
+        if path.endswith(lists.SUFFIXES):
+            return _expand_list(path, root)
+        return [Entry(os.path.dirname(path), path)]
+    if glob.has_magic(given):
+        matches = sorted(glob.glob(path, recursive=True))
+        files = [inner for file in matches for inner in (_walk(file) if os.path.isdir(file) else [file])]
+        if files:
+            return [Entry(_fixed_part(path, os.sep), file) for file in files]
+    raise ConfigError(KEY, given, "is no file, folder, or glob that matches anything")
+
+
+def _expand_remote(url: str, root: str | None) -> list[Entry]:
+    shown, plain = retry.redacted(url), without_query(url)
+    storage.check_url(url)
+    if lists.is_page(url):
+        raise ConfigError(KEY, shown, "is a page that shows a video, not a file; download it first")
+    is_web = url.startswith(("http://", "https://"))
+    try:
+        if "*" in plain or (glob.has_magic(plain) and not is_web):
+            entries = [Entry(_fixed_part(plain, "/"), file) for file in storage.glob(url)]
+        elif plain.endswith(lists.SUFFIXES):
+            return _expand_list(url, root)
+        elif not plain.endswith("/") and storage.is_file(url):
+            return [Entry(plain.rpartition("/")[0], url)]
+        else:
+            entries = [Entry(plain, storage.join(plain, name)) for name in storage.list_files(url) if "?" not in name]
+    except OSError as error:
+        raise ConfigError(KEY, shown, f"cannot be read: {error.strerror}") from None
+    if not entries:
+        raise ConfigError(KEY, shown, "is no file, folder, or glob that matches anything")
+    return entries
+
+
+def _expand_list(path: str, root: str | None) -> list[Entry]:
+    """Return what the rows of a list name; folders and globs in a text list stand for the files there."""
+    found = []
+    for entry in lists.read(path, root):
+        is_several = entry.span is None and not entry.reason and _is_several(entry.path)
+        found += _expand_one(entry.path, root) if is_several else [entry]
+    return found
+
+
+def _is_several(path: str) -> bool:
+    """A file that is missing is one bad row of a long list, not an error of the list."""
+    if not storage.is_local(path):
+        return without_query(path).endswith("/") or "*" in without_query(path)
+    return os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))
+
+
+def _fixed_part(pattern: str, separator: str) -> str:
+    pieces = pattern.split(separator)
+    magic = next(index for index, piece in enumerate(pieces) if glob.has_magic(piece))
+    return separator.join(pieces[:magic]) or separator
+
+
+def _walk(folder: str) -> list[str]:
+    return [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if name[:5] != ".tmp-"]
+
+
+def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
+    videos = {os.path.splitext(without_query(path))[0] for path in paths if may_be_video(path)}
+    for path in paths:
+        plain = without_query(path)
+        owners = (plain.removesuffix(suffix) for suffix in SIDECAR_SUFFIXES if plain.endswith(suffix))
+        if may_be_video(path) or not any(owner in videos for owner in owners):
+            yield path
+
+
+def _names(entries: Sequence[Entry]) -> dict[str, str]:
+    """Return {path: name}: relative to the deepest folder that holds all roots, unique."""
+    is_local = {storage.is_local(entry.path) for entry in entries}
+    roots = [_as_path(entry.root) for entry in entries]
+    # Where files of this machine and of stores meet, the name of a store's file begins with its host or bucket.
+    common = {kind: "/" for kind in is_local}
+    for kind in is_local:
+        if kind or len(is_local) == 1:
+            common[kind] = posixpath.commonpath(
+                [root for root, entry in zip(roots, entries, strict=True) if storage.is_local(entry.path) == kind]
+            )
+    names = {
+        entry.path: _unicode(posixpath.relpath(_as_path(entry.path), common[storage.is_local(entry.path)]))
+        for entry in entries
+    }
+    taken = Counter(names.values())
+    return {
+        path: name if taken[name] == 1 else f"{name}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+        for path, name in names.items()
+    }
+
+
+def _as_path(place: str) -> str:
+    """Return an absolute path for a path or URL: /BUCKET/KEY or /HOST/PATH, without what may be secret."""
+    if storage.is_local(place):
+        return place.replace(os.sep, "/")
+    plain = without_query(place).partition("://")[2]
+    netloc, _, path = plain.partition("/")
+    if place.startswith(("http://", "https://")):
+        path = unquote(path, errors="surrogateescape")
+    return f"/{netloc.rpartition('@')[2]}/{path}"
+
+
+def _unicode(name: str) -> str:
+    return os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,238 @@
+"""What a list of videos says: text with a path a line, or a table with captions, licences and spans of time.
+
+A table is CSV, TSV or Parquet; its columns are known by name, whatever their order, case and neighbours:
+
+| what | columns |
+|---|---|
+| file | `path`, `video` (OpenVid-1M), `file`, `file_name`; else `url` |
+| caption | `caption` |
+| licence | `licence`, `license` |
+| span | `start_s`, `end_s`; or `timestamp`: [start, end] (Koala-36M), or a list of such (Panda-70M) |
+| its name at the site | `videoID`: where `url` is a page, NAME.mp4 and the like in the list's folder is the file |
+
+Times are seconds or H:MM:SS. Where `timestamp` is a list, `caption` may be one too, one text for each span; both may be
+written as Python or JSON. Each row is one span of a file, or several, or the whole of it; a file may stand in several
+rows. A row that cannot be used is an Entry with a reason: `bad_row`, `not_a_file_url` (a page that shows a video),
+`url_not_allowed`.
+"""
+
+from __future__ import annotations
+
+import csv
+import io
+import os
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass
+from typing import Any
+from urllib.parse import parse_qs, urlsplit
+
+from ex4d import retry, storage
+from ex4d.errors import BadSample, ConfigError
+from pipelines.inputs import rows
+from pipelines.inputs.rows import Span
+
+SUFFIXES = (".txt", ".csv", ".tsv", ".parquet")
+VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".flv")
+# Names that tell us there is no video to look for; all other suffixes are opened and judged by content.
+OTHER_SUFFIXES = (
+    *(".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv"),
+    *(".parquet", ".srt", ".vtt", ".ass", ".log", ".sha256", ".md5", ".npy", ".npz", ".pt", ".safetensors", ".ckpt"),
+    *(".exr", ".pfm", ".ply", ".glb", ".obj", ".tar", ".zip", ".gz", ".7z", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
+    *(".tif", ".tiff", ".gif", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
+)
+MAX_FIELD_BYTES = 16 * 2**20
+# Their URLs are pages with a player.
+PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com", "tiktok.com", "facebook.com")
+
+
+@dataclass(frozen=True)
+class Entry:
+    """One file that was named, with one of its spans; or a row of a list that cannot be used.
+
+    Args:
+        root: folder that the file's name is relative to.
+        path: absolute path or URL; of a bad row `LIST:NUMBER`.
+        span: None where nothing is said.
+        reason, message: why a row cannot be used.
+    """
+
+    root: str
+    path: str
+    span: Span | None = None
+    reason: str = ""
+    message: str = ""
+
+
+def may_be_video(path: str) -> bool:
+    """Return False where a name tells that this is no video."""
+    name = without_query(path).rpartition("/")[2].lower()
+    return not name.startswith(".") and not name.endswith(OTHER_SUFFIXES)
+
+
+def without_query(url: str) -> str:
+    """Return a web address without what follows `?` or `#`; anything else as it is."""
+    is_web = url.startswith(("http://", "https://"))
+    return url.partition("?")[0].partition("#")[0] if is_web else url
+
+
+def is_page(url: str) -> bool:
+    """Return True for the address of a page that shows a video."""
+    host = url.partition("://")[2].partition("/")[0].rpartition("@")[2].partition(":")[0].lower()
+    return url.startswith(("http://", "https://")) and any(host == page or host.endswith("." + page) for page in PAGES)
+
+
+def read(path: str, root: str | None = None) -> Iterator[Entry]:
+    """Yield what each row of a list names, in order.
+
+    Args:
+        path: absolute path or URL of the list.
+        root: folder that relative names start from; None: the list's own.
+
+    Raises:
+        ConfigError: the list cannot be read, or no column names files.
+    """
+    folder = root or without_query(path).rpartition("/")[0] or "/"
+    if storage.is_local(folder):
+        folder = os.path.abspath(os.path.expanduser(folder))
+    resolver = _Resolver(path, folder)
+    shown = retry.redacted(path)
+    try:
+        if without_query(path).endswith(".txt"):
+            yield from _read_text(resolver)
+            return
+        table = _table(path)
+        columns = rows.known(next(table))
+        if "path" not in columns and "url" not in columns:
+            wanted = (*rows.COLUMNS["path"], *rows.COLUMNS["url"])
+            raise ConfigError("preprocess.input", shown, f"needs a column of {', '.join(wanted)}")
+        for number, row in enumerate(table, start=1):
+            yield from resolver.of_row(number, row if isinstance(row, str) else rows.chosen(row, columns))
+    except OSError as error:
+        raise ConfigError("preprocess.input", shown, f"cannot be read: {error.strerror}") from None
+
+
+def _read_text(resolver: _Resolver) -> Iterator[Entry]:
+    lines = os.fsdecode(storage.read_bytes(resolver.listing)).splitlines()
+    names = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
+    for number, name in names:
+        if name and not name.startswith("#"):
+            yield from resolver.of_line(number, name)
+
+
+def _table(path: str) -> Iterator[Any]:
+    """Yield the names of a table's columns, then each row as a mapping, or a sentence where it is none."""
+    with storage.open_read(path) as file:
+        if without_query(path).endswith(".parquet"):
+            yield from _parquet_table(file, path)
+            return
+        # Names of files may hold any bytes; captions are cleaned later.
+        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
+        csv.field_size_limit(MAX_FIELD_BYTES)
+        reader = csv.DictReader(text, delimiter="\t" if without_query(path).endswith(".tsv") else ",")
+        yield reader.fieldnames or ()
+        while True:
+            try:
+                row = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                yield f"is no row ({error})"
+                continue
+            yield "has more fields than there are columns" if None in row else row
+
+
+def _parquet_table(file: Any, path: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        yield names
+        for batch in table.iter_batches(batch_size=4096, columns=list(rows.known(names).values())):
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        raise ConfigError("preprocess.input", retry.redacted(path), f"is no Parquet ({type(error).__name__})") from None
+
+
+class _Resolver:
+    """Turns rows of one list into entries."""
+
+    def __init__(self, listing: str, folder: str):
+        self.listing, self.folder = listing, folder
+        self._stems: dict[str, str] | None = None
+
+    def of_line(self, number: int, name: str) -> Iterator[Entry]:
+        """Yield the entry of a line of text."""
+        if without_query(name).endswith(SUFFIXES):
+            raise ConfigError("preprocess.input", retry.redacted(name), f"a list inside the list {self.listing}")
+        try:
+            path = self._place(name)
+        except BadSample as error:
+            yield self._bad(number, error)
+            return
+        yield Entry(path.rpartition("/")[0] if self._is_elsewhere(path) else self.folder, path)
+
+    def of_row(self, number: int, row: Mapping[str, Any] | str) -> Iterator[Entry]:
+        """Yield an entry for each span of a row."""
+        try:
+            if isinstance(row, str):
+                raise BadSample("bad_row", row)
+            path = self._file(row)
+            found = rows.spans(row)
+        except BadSample as error:
+            yield self._bad(number, error)
+            return
+        root = path.rpartition("/")[0] if self._is_elsewhere(path) else self.folder
+        yield from (Entry(root, path, span) for span in found)
+
+    def _bad(self, number: int, error: BadSample) -> Entry:
+        return Entry(self.folder, f"{self.listing}:{number}", None, error.reason, error.message)
+
+    def _is_elsewhere(self, path: str) -> bool:
+        return storage.is_local(path) != storage.is_local(self.folder) or not path.startswith(self.folder)
+
+    def _file(self, row: Mapping[str, Any]) -> str:
+        place = row.get("path", row.get("url"))
+        if not isinstance(place, str) or not place.strip():
+            raise BadSample("bad_row", "names no file")
+        place = place.strip()
+        if is_page(place):
+            downloaded = self._by_stem(str(row.get("id", "")), place)
+            if downloaded is None:
+                raise BadSample("not_a_file_url", "a page that shows a video; no file of its name lies by the list")
+            return downloaded
+        return self._place(place)
+
+    def _place(self, name: str) -> str:
+        """Return the absolute path or URL of what a row names. Raises BadSample."""
+        if "://" not in name and storage.is_local(self.folder):
+            return os.path.abspath(os.path.join(self.folder, name))
+        if "://" not in name:
+            if name.startswith("/"):
+                raise BadSample("url_not_allowed", "a list in a store names a path of this machine")
+            name = storage.join(self.folder, name)
+        elif storage.is_local(name):
+            if not storage.is_local(self.listing):
+                raise BadSample("url_not_allowed", "a list in a store names a path of this machine")
+            return os.path.abspath(storage.local_path(name))
+        try:
+            storage.check_url(name)
+        except ConfigError as error:
+            raise BadSample("url_not_allowed", error.allowed) from None
+        return name
+
+    def _by_stem(self, name: str, url: str) -> str | None:
+        """Return the file in the list's folder that is named after a site's video."""
+        if self._stems is None:
+            files = sorted(name for name in self._beside() if name.lower().endswith(VIDEO_SUFFIXES))
+            self._stems = {os.path.splitext(name)[0]: name for name in reversed(files)}
+        parts = urlsplit(url)
+        candidates = (name, *parse_qs(parts.query).get("v", []), parts.path.rpartition("/")[2])
+        found = next((self._stems[stem] for stem in candidates if stem in self._stems), None)
+        return None if found is None else storage.join(self.folder, found)
+
+    def _beside(self) -> Sequence[str]:
+        if not storage.is_local(self.folder):
+            return [name for name in storage.list_files(self.folder) if "/" not in name]
+        return os.listdir(self.folder)

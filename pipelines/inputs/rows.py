@@ -1,0 +1,115 @@
+"""What a row of a list says of its file: spans of time with their captions, and a licence."""
+
+from __future__ import annotations
+
+import ast
+import math
+from collections.abc import Iterable, Mapping
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from ex4d.errors import BadSample
+
+COLUMNS = {
+    "path": ("path", "video", "video_path", "file", "file_name", "filename"),
+    "url": ("url", "video_url"),
+    "id": ("videoid", "video_id"),
+    "caption": ("caption",),
+    "licence": ("licence", "license"),
+    "timestamp": ("timestamp", "timestamps"),
+    "start": ("start_s", "start_time", "start"),
+    "end": ("end_s", "end_time", "end"),
+}
+MAX_CAPTION_CHARS, MAX_LICENCE_CHARS = 65536, 200
+
+
+@dataclass(frozen=True)
+class Span:
+    """A part of a file, and what a list says of it.
+
+    Args:
+        start_s, end_s: seconds from the first frame; None: to the end.
+        caption: None: it says nothing.
+        licence: "" where it is not known.
+    """
+
+    start_s: float = 0.0
+    end_s: float | None = None
+    caption: str | None = None
+    licence: str = ""
+
+
+def known(names: Iterable[Any]) -> dict[str, str]:
+    """Return {what: column} of a table with columns of these names, for what there is of COLUMNS."""
+    there = {str(name).strip().lower().replace(" ", "_"): name for name in names}
+    found = {what: next((there[name] for name in given if name in there), None) for what, given in COLUMNS.items()}
+    return {what: name for what, name in found.items() if name is not None}
+
+
+def chosen(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
+    """Return {what: value} of a row, without what is empty."""
+    return {what: row[name] for what, name in columns.items() if row[name] not in (None, "")}
+
+
+def spans(row: Mapping[str, Any]) -> list[Span]:
+    """Return the spans of a row, at least one. Raises BadSample(`bad_row`)."""
+    make = partial(Span, licence=_text(row.get("licence", ""))[:MAX_LICENCE_CHARS])
+    caption = row.get("caption")
+    if "timestamp" not in row:
+        start, end = _span(row.get("start", 0.0), row.get("end"))
+        return [make(start, end, _caption(caption))]
+    pairs = _parsed(row["timestamp"])
+    if not isinstance(pairs, list | tuple) or not pairs:
+        raise BadSample("bad_row", "timestamp is no list")
+    if not isinstance(pairs[0], list | tuple):
+        pairs = [pairs]
+    captions = _parsed(caption) if isinstance(caption, list | tuple) or len(pairs) > 1 else caption
+    if not isinstance(captions, list | tuple):
+        captions = [captions] * len(pairs)
+    if len(captions) != len(pairs):
+        raise BadSample("bad_row", f"{len(captions)} captions for {len(pairs)} spans")
+    found = []
+    for pair, text in zip(pairs, captions, strict=True):
+        if not isinstance(pair, list | tuple) or len(pair) != 2:
+            raise BadSample("bad_row", "timestamp is no list of [start, end]")
+        found.append(make(*_span(*pair), _caption(text)))
+    return found
+
+
+def _parsed(value: Any) -> Any:
+    """Return a list that is written as text, or the value itself; only literals are read."""
+    if not isinstance(value, str) or not value.lstrip().startswith(("[", "(")):
+        return value
+    try:
+        return ast.literal_eval(value.strip())
+    except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
+        raise BadSample("bad_row", "a list that is none") from None
+
+
+def _span(start: Any, end: Any) -> tuple[float, float | None]:
+    start_s, end_s = seconds(start), None if end is None else seconds(end)
+    if end_s is not None and end_s <= start_s:
+        raise BadSample("bad_row", f"ends at {end_s:g} s, starts at {start_s:g} s")
+    return start_s, end_s
+
+
+def seconds(value: Any) -> float:
+    """Return the seconds that a number or [[H:]MM:]SS[.fff] stands for. Raises BadSample(`bad_row`)."""
+    parts = str(value).strip().split(":")
+    try:
+        numbers = [float(part) for part in parts]
+    except ValueError:
+        numbers = []
+    total = sum(number * 60**power for power, number in enumerate(reversed(numbers)))
+    if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not math.isfinite(total):
+        raise BadSample("bad_row", "a time that is none")
+    return total
+
+
+def _caption(value: Any) -> str | None:
+    return _text(value)[:MAX_CAPTION_CHARS] if value not in (None, "") else None
+
+
+def _text(value: Any) -> str:
+    return str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
