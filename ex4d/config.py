@@ -25,13 +25,16 @@ MAX_BYTES, MAX_VALUES = 2**20, 100_000  # of a configuration file
 SECTIONS = ("ray", "synthetic", "preprocess", "encode", "model", "train", "generate", "evaluate", "sweep", "plan")
 
 
-def load(path: str | Path, sections: Mapping[str, type], overrides: Sequence[str] = ()) -> dict[str, Any]:
+def load(
+    path: str | Path, sections: Mapping[str, type], overrides: Sequence[str] = (), optional: Sequence[str] = ()
+) -> dict[str, Any]:
     """Return {section: validated dataclass} for the asked sections of the YAML file at `path`.
 
     Args:
         path: YAML file; a mapping of section names (see SECTIONS) to mappings.
         sections: {"train": TrainConfig, ...}: what this command reads. A section missing in the file takes defaults.
         overrides: "section.key=value" strings, values parsed as YAML; the section must be one that this command reads.
+        optional: sections that come back as None where neither the file nor an override has them.
 
     Raises:
         ConfigError: unreadable file, unknown section or key, wrong type or value. Names key, value, what is allowed.
@@ -44,7 +47,10 @@ def load(path: str | Path, sections: Mapping[str, type], overrides: Sequence[str
             raise ConfigError(str(name), body, f"a section of {path} must be a mapping of keys to values")
     for override in overrides:
         _apply_override(tree, override, allowed=tuple(sections))
-    return {name: validate(cls, tree.get(name) or {}, name) for name, cls in sections.items()}
+    return {
+        name: None if name in optional and name not in tree else validate(cls, tree.get(name) or {}, name)
+        for name, cls in sections.items()
+    }
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
