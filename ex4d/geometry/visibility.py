@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 
-from ex4d.geometry.camera import Camera, pixel_rays
+from ex4d.geometry import visibility_kernels as kernels
+from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh, angle_threshold_deg, occlusion_flags
-from ex4d.geometry.render import render
+from ex4d.geometry.render import cpu, render
 
 COVER = 1.25  # side of a point's square in spacings of the grid: neighbours that drift apart leave no gap
 
@@ -30,53 +31,25 @@ def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: fl
         w2c: [4, 4] of the novel camera; world = the frame's own camera.
         tolerance: share of its depth that a point may lie behind the drawn surface.
     """
-    height, width = mesh.size
-    K = mesh.K
-    u, v, z = landing(z_depth, K, w2c)
-    inside = (z > 1e-9) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
-    drawn = render(mesh, Camera(K, w2c, mesh.size), backend="cpu").z_depth
-    farthest = np.pad(drawn, 1, mode="edge")
-    farthest = np.maximum(farthest[:-1], farthest[1:])
-    farthest = np.maximum(farthest[:, :-1], farthest[:, 1:])  # [i, j]: the four pixels around the corner (j, i)
-    row = np.clip(np.rint(v), 0, height).astype(int)
-    column = np.clip(np.rint(u), 0, width).astype(int)
-    return inside & (z <= farthest[row, column] * (1 + tolerance)) & _has_good_face(z_depth, mesh, u, v, z > 1e-9)
+    drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
+    depth = np.ascontiguousarray(z_depth, np.float32)
+    # Torn is judged by the real depth, the border not pushed. Without the test of where faces turn, the pixels just
+    # behind a limb pass for seen, being hardly deeper.
+    torn = occlusion_flags(depth, mesh.K, np.radians(angle_threshold_deg(mesh.K[0, 0], mesh.profile)))
+    u, v, z = landing(depth, mesh.K, w2c)
+    kept = np.zeros(mesh.size, bool)
+    kernels.mark_good(torn, u, v, z, kept)
+    kernels.keep_seen(u, v, z, drawn, tolerance, kept)
+    return kept
 
 
 def landing(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (u, v, z) float64 [H, W]: where the novel camera sees each source pixel; u, v = −1 behind it."""
-    points = (pixel_rays(z_depth.shape, K) * z_depth[..., None]) @ w2c[:3, :3].T + w2c[:3, 3]
-    z = points[..., 2]
-    safe = np.where(z > 1e-9, z, np.inf)
-    ahead = z > 1e-9
-    u = np.where(ahead, points[..., 0] / safe * K[0, 0] + K[0, 2], -1)
-    v = np.where(ahead, points[..., 1] / safe * K[1, 1] + K[1, 2], -1)
+    u, v, z = (np.empty(z_depth.shape) for _ in range(3))
+    intrinsics = (float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2]))
+    depth = np.ascontiguousarray(z_depth, np.float32)
+    kernels.land(depth, intrinsics, np.ascontiguousarray(w2c, np.float64), u, v, z)
     return u, v, z
-
-
-def _has_good_face(z_depth: np.ndarray, mesh: DWMesh, u: np.ndarray, v: np.ndarray, ahead: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: one face around the pixel at least is not torn, and turned towards the novel camera.
-
-    Torn is judged by the real depth, the border not pushed. Turned towards it are the faces that keep their winding in
-    the novel picture (u, v): without this test the pixels just behind a limb pass for seen, being hardly deeper.
-    """
-    angle = np.radians(angle_threshold_deg(mesh.K[0, 0], mesh.profile))
-    bad = occlusion_flags(np.ascontiguousarray(z_depth, np.float32), mesh.K, angle)
-    right, down, diagonal = np.s_[:-1, 1:], np.s_[1:, :-1], np.s_[1:, 1:]
-    corner = np.s_[:-1, :-1]
-
-    def winding(a: tuple, b: tuple, c: tuple) -> np.ndarray:
-        area = (u[b] - u[a]) * (v[c] - v[a]) - (u[c] - u[a]) * (v[b] - v[a])
-        return (area > 0) & ahead[a] & ahead[b] & ahead[c]
-
-    first = ~bad[0] & winding(corner, right, down)
-    second = ~bad[1] & winding(diagonal, down, right)
-    good = np.zeros(mesh.size, bool)
-    good[corner] |= first
-    good[down] |= first | second
-    good[right] |= first | second
-    good[diagonal] |= second
-    return good
 
 
 def tracking(xy: np.ndarray, seen: np.ndarray, spacing: np.ndarray, size: tuple[int, int]) -> np.ndarray:

@@ -14,6 +14,31 @@ from ex4d.geometry.render.cpu_raster import rasterise
 def render(mesh: DWMesh, camera: Camera) -> Rendered:
     """Return what `camera` sees of `mesh`. Releases the GIL: draw frames in parallel threads, not one frame in many."""
     profile = mesh.profile
+    keys, rays_x, rays_y, rotation, target, cap = _rasterised(mesh, camera)
+    alpha = mesh.vertex_alpha if profile.vertex_alpha else np.ones((1, 1), bool)
+    seen = Rendered(
+        np.empty((*camera.size, 3), np.uint8),
+        np.empty(camera.size, np.float32),
+        np.empty(camera.size, bool),
+        np.empty(camera.size, np.int32),
+    )
+    shade(
+        keys, mesh.z_depth, rays_x, rays_y, rotation, camera.eye, target, mesh.colours, alpha, mesh.face_occluded, cap,
+        profile.two_sided, profile.vertex_alpha, seen.colour, seen.z_depth, seen.visible_mask, seen.face_id,
+    )  # fmt: skip
+    return seen
+
+
+def render_depth(mesh: DWMesh, camera: Camera) -> np.ndarray:
+    """Return `render(mesh, camera).z_depth` alone, float32 [H, W], +inf where nothing is, without shading."""
+    keys, *_ = _rasterised(mesh, camera)
+    with np.errstate(divide="ignore"):  # no face: a key of 0
+        return np.float32(1) / (keys >> 32).astype(np.int32).view(np.float32)
+
+
+def _rasterised(mesh: DWMesh, camera: Camera) -> tuple[np.ndarray, ...]:
+    """Return (keys int64 [H, W] of the nearest faces, rays_x, rays_y, rotation, target, cap) as `shade` takes them."""
+    profile = mesh.profile
     height, width = mesh.size
     rays_x = (np.arange(width) + profile.pixel_offset - mesh.K[0, 2]) / mesh.K[0, 0]
     rays_y = (np.arange(height) + profile.pixel_offset - mesh.K[1, 2]) / mesh.K[1, 1]
@@ -31,15 +56,4 @@ def render(mesh: DWMesh, camera: Camera) -> Rendered:
         mesh.z_depth, rays_x, rays_y, rotation.ravel(), shift, target, near, mesh.face_occluded, cap, corners.mean(0),
         cull, profile.keep_occluded, reach, keys,
     )  # fmt: skip
-    alpha = mesh.vertex_alpha if profile.vertex_alpha else np.ones((1, 1), bool)
-    seen = Rendered(
-        np.empty((*camera.size, 3), np.uint8),
-        np.empty(camera.size, np.float32),
-        np.empty(camera.size, bool),
-        np.empty(camera.size, np.int32),
-    )
-    shade(
-        keys, mesh.z_depth, rays_x, rays_y, rotation, camera.eye, target, mesh.colours, alpha, mesh.face_occluded, cap,
-        profile.two_sided, profile.vertex_alpha, seen.colour, seen.z_depth, seen.visible_mask, seen.face_id,
-    )  # fmt: skip
-    return seen
+    return keys, rays_x, rays_y, rotation, target, cap
