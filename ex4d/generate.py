@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import math
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any, Literal
 
@@ -28,14 +28,14 @@ class GenerateConfig:
     Attributes:
         num_inference_steps: Euler steps (released: 25).
         guidance_scale: classifier-free guidance on the text; 1 means one pass and no guidance (released: 5).
-        shift: of the sigma schedule (released: 5).
+        shift: of the sigma schedule; None: what the adapter was trained with (released: 5).
         erosion_px: the visible region is shrunk by a square of this side at 512 px, as in training (2 … 8 there).
         prompt, negative_prompt: fixed texts; the released tool uses one generic prompt.
     """
 
     num_inference_steps: int = 25
     guidance_scale: float = 5.0
-    shift: float = 5.0
+    shift: float | None = None
     erosion_px: int = 5
     prompt: str = ""
     negative_prompt: str = ""
@@ -45,8 +45,12 @@ class GenerateConfig:
             raise ConfigError("generate.num_inference_steps", self.num_inference_steps, "at least 1")
         if not math.isfinite(self.guidance_scale):
             raise ConfigError("generate.guidance_scale", self.guidance_scale, "a finite number")
-        if not 0 < self.shift < math.inf:
-            raise ConfigError("generate.shift", self.shift, "finite, greater than 0")
+        if self.shift is not None and not 0 < self.shift < math.inf:
+            raise ConfigError("generate.shift", self.shift, "finite, greater than 0, or null for the adapter's own")
+
+    def for_adapter(self, metadata: weights.AdapterMetadata) -> GenerateConfig:
+        """Return these choices with the adapter's own where none was made."""
+        return self if self.shift is not None else replace(self, shift=metadata.shift)
 
 
 @dataclass(frozen=True)
@@ -123,7 +127,7 @@ def generate(
     latents = flow.sample(
         velocity_under(config.prompt),
         noise.to(base.device),
-        flow.sigmas(config.num_inference_steps, config.shift),
+        flow.sigmas(config.num_inference_steps, config.shift or flow.DEFAULT_SHIFT),
         guidance_scale=config.guidance_scale,
         negative_velocity_fn=velocity_under(config.negative_prompt) if guided else None,
         on_step=on_step,
@@ -186,6 +190,7 @@ def novel_view(
     """
     loaded, model = load(adapter_path, base, device)
     metadata = weights.read_metadata(adapter_path)
+    config = config.for_adapter(metadata)
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
     loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work

@@ -39,7 +39,7 @@ def _preprocess(args: argparse.Namespace) -> int:
     from ex4d import config
     from pipelines import preprocess
 
-    sections = config.load(args.config, preprocess.SECTIONS, args.overrides)
+    sections = config.load(args.config, preprocess.SECTIONS, args.overrides, preprocess.OPTIONAL)
     result = preprocess.run(sections["preprocess"], sections["ray"], sections["synthetic"])
     print(result.table())
     return result.exit_code
@@ -60,7 +60,7 @@ def _plan(args: argparse.Namespace) -> int:
     from ex4d import config
     from pipelines import plan
 
-    made, earlier = plan.main(config.load(args.config, plan.SECTIONS, args.overrides))
+    made, earlier = plan.main(config.load(args.config, plan.SECTIONS, args.overrides, plan.OPTIONAL))
     print(made.table(), plan.judgement(earlier), sep="\n")
     return 0
 
@@ -178,7 +178,7 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, help="4k+1 (default: what the adapter was trained at)")
     parser.add_argument("--num-inference-steps", type=int, default=25)
     parser.add_argument("--guidance-scale", type=float, default=5.0, help="1 is off: half the time (default: 5)")
-    parser.add_argument("--shift", type=float, default=5.0, help="of the sigma schedule (default: 5, as released)")
+    parser.add_argument("--shift", type=float, help="of the sigma schedule (default: the adapter's own)")
     parser.add_argument("--erosion-px", type=int, default=5, help="the mask shrinks by so much at 512 px (default: 5)")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")

@@ -72,6 +72,7 @@ def load_base(
     components: Sequence[str] = COMPONENTS,
     vae_dtype: str | torch.dtype = "float32",
     quantize: str | None = None,
+    transformer_device: str | torch.device | None = None,
 ) -> Base:
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
@@ -79,6 +80,7 @@ def load_base(
         components: of COMPONENTS; training on precomputed latents needs the transformer alone. A base without an image
             encoder has None there.
         quantize: of the transformer; see ModelConfig.
+        transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
 
     Raises:
         ConfigError: the base is not there and cannot be fetched; says what to download and where to put it.
@@ -92,7 +94,11 @@ def load_base(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     main, vae = _dtype(dtype, device), _dtype(vae_dtype, device)
-    loaded = {name: _load(name, folder, vae if name == "vae" else main, device, quantize) for name in components}
+    places = {"transformer": torch.device(transformer_device)} if transformer_device is not None else {}
+    loaded = {
+        name: _load(name, folder, vae if name == "vae" else main, places.get(name, device), quantize)
+        for name in components
+    }
     return Base(
         name=base,
         revision=_commit_of(folder) if not _is_local(base) else revision,

@@ -28,18 +28,19 @@ _ALIGN = 256  # bytes; what a GPU's wide loads want
 class HostBlock:
     """The frozen tensors of one block, out of its module and in one buffer of host memory.
 
-    While they are away the module's entries are None, so that what walks over parameters (DeepSpeed, `Module.to`) does
-    not see them.
+    The modules' own entries are None from then on, so that what walks over parameters (DeepSpeed, `Module.to`) does not
+    see them; while the block works they are plain attributes, which come before such entries.
     """
 
     def __init__(self, block: nn.Module, pin: bool):
-        self._places: list[tuple[dict[str, Any], str, int, Tensor]] = []
+        self._places: list[tuple[nn.Module, str, int, Tensor]] = []
+        found = list(_frozen(block))
         size = 0
-        for table, name, tensor in list(_frozen(block)):
-            self._places.append((table, name, size, torch.empty_like(tensor, device="meta")))
+        for module, _, name, tensor in found:
+            self._places.append((module, name, size, torch.empty_like(tensor, device="meta")))
             size += math.ceil(tensor.nbytes / _ALIGN) * _ALIGN
         self.host = torch.empty(size, dtype=torch.uint8, pin_memory=pin)
-        for (table, name, tensor), view in zip(_frozen(block), self.views(self.host), strict=True):
+        for (_, table, name, tensor), view in zip(found, self.views(self.host), strict=True):
             view.copy_(tensor)
             table[name] = None
 
@@ -51,23 +52,23 @@ class HostBlock:
 
     @contextmanager
     def lent(self, buffer: Tensor) -> Iterator[None]:
-        """Put the parts of `buffer` into the module, and take them out again."""
-        for (table, name, _, _), tensor in zip(self._places, self.views(buffer), strict=True):
-            table[name] = tensor
+        """Put the parts of `buffer` into the modules, and take them out again."""
+        for (module, name, _, _), tensor in zip(self._places, self.views(buffer), strict=True):
+            vars(module)[name] = tensor
         try:
             yield
         finally:
-            for table, name, *_ in self._places:
-                table[name] = None
+            for module, name, *_ in self._places:
+                del vars(module)[name]
 
 
-def _frozen(block: nn.Module) -> Iterator[tuple[dict[str, Any], str, Tensor]]:
-    """Yield (the module's own table, name, tensor) of every frozen parameter and buffer, in module order."""
+def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, Tensor]]:
+    """Yield (module, its own table, name, tensor) of every frozen parameter and buffer, in module order."""
     for module in block.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
                 if tensor is not None and not tensor.requires_grad:
-                    yield table, name, tensor
+                    yield module, table, name, tensor
 
 
 class BlockSwap:

@@ -19,6 +19,7 @@ from ex4d.models import formats, lora
 from ex4d.models.adapter import Ex4dModel
 from ex4d.models.encoders import base_fingerprint
 
+DEFAULT_SHIFT = 5.0  # of the release
 FILE_NAME = "adapter.safetensors"
 FORMAT_VERSION = 1
 _HEADER = "ex4d"
@@ -42,6 +43,7 @@ class AdapterMetadata:
         base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
         base_fingerprint: of `encoders.base_fingerprint`; None where it is not known (the released file).
         lora_rank, lora_alpha, adapter_hidden, mask_range, source_video: as in ModelConfig.
+        shift: of the noise schedule that it was trained with, and is sampled with unless another is asked for.
         num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
         dataset_fingerprint: tree hash of the dataset; None where it is not known.
         step: training step it was taken from.
@@ -57,6 +59,7 @@ class AdapterMetadata:
     adapter_hidden: int
     mask_range: Literal["unit", "released"] = "unit"
     source_video: bool = False
+    shift: float = DEFAULT_SHIFT
     num_frames: int = 49
     size: tuple[int, int] = (512, 512)
     dataset_fingerprint: str | None = None
@@ -273,6 +276,7 @@ def _header_of(file: Path) -> AdapterMetadata:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
         raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
+    header.setdefault("shift", DEFAULT_SHIFT)  # adapters from before 2026-11-23 do not say it
     names = {field.name for field in fields(AdapterMetadata)}
     if set(header) != names:
         raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
@@ -293,6 +297,6 @@ def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], fi
             f"{file}: its header says rank {metadata.lora_rank} and {metadata.adapter_hidden} channels, "
             f"its tensors have {sorted(ranks)} and {hidden}"
         )
-    sizes = (metadata.lora_alpha, metadata.num_frames, *metadata.size)
+    sizes = (metadata.lora_alpha, metadata.shift, metadata.num_frames, *metadata.size)
     if not all(0 < value < math.inf for value in sizes):
-        raise ContractError(f"{file}: its header says alpha, frames and size {sizes}")
+        raise ContractError(f"{file}: its header says alpha, shift, frames and size {sizes}")

@@ -1,13 +1,14 @@
-"""The choices of a training run (YAML section `train`), and what follows from them. Imports nothing heavy."""
+"""The choices of a training run (YAML section `train`), and what follows from them. Imports nothing of torch."""
 
 from __future__ import annotations
 
 import dataclasses
 import math
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, Literal
 
+from ex4d.data.loader import LoaderConfig
 from ex4d.errors import ConfigError
 
 # Exit codes of `ex4d train`; 0, 1 and 2 mean what they mean everywhere. 75 is EX_TEMPFAIL of sysexits.h:
@@ -43,6 +44,7 @@ class TrainConfig:
         condition_dropout: share of samples that see the empty prompt (for classifier-free guidance).
         prompt: one prompt for every clip; None: each clip's own caption.
         activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
+        loader: how samples are fetched: threads, prefetch, cache (data.loader.LoaderConfig).
         cpu_offload: optimizer state in the host's memory (GPU runs).
         block_swap: so many blocks of the frozen base stay in the host's memory and come to the device while they work;
             needs activation_checkpointing.
@@ -86,6 +88,7 @@ class TrainConfig:
     activation_checkpointing: bool = False
     cpu_offload: bool = False
     block_swap: int = 0
+    loader: LoaderConfig = field(default_factory=LoaderConfig)
     log_every: int = 10
     validate_every: int | None = None
     validate_samples: int = 16
@@ -116,6 +119,8 @@ class TrainConfig:
             most = self.num_processes or 0
             need(self.min_processes <= most, "min_processes", "at most train.num_processes, which must be given")
         need(0 <= self.validate_videos <= self.validate_samples, "validate_videos", "0 to train.validate_samples")
+        for name in ("validate_videos", "validate_apart"):
+            need(bool(self.validate_every) or not getattr(self, name), name, "off, where train.validate_every is null")
         need(0 < self.validate_timeout_s < math.inf, "validate_timeout_s", "finite, greater than 0")
         need(self.block_swap >= 0, "block_swap", "at least 0")
         if self.block_swap:
@@ -136,7 +141,7 @@ FREE = frozenset(
     {
         *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
         *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
-        *("activation_checkpointing", "cpu_offload", "block_swap"),
+        *("activation_checkpointing", "cpu_offload", "block_swap", "loader"),
         *("validate_every", "validate_samples", "min_processes"),
         *("validate_videos", "validate_video_steps", "validate_apart", "validate_device", "validate_timeout_s"),
         *("wandb_mode", "wandb_project", "wandb_group"),

@@ -17,7 +17,7 @@ from ex4d.data import latents, loader, manifest
 from ex4d.data.texts import TextStore
 from ex4d.data.verify import tree_hash
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import adapter, backbone, encoders, fingerprints, weights
+from ex4d.models import adapter, backbone, encoders, fingerprints, swap, weights
 from ex4d.train import flops
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.objective import Encoder, LatentEncoder
@@ -91,6 +91,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         components=("transformer",) if texts else backbone.COMPONENTS,
         vae_dtype=chosen.vae_dtype,
         quantize=chosen.quantize,
+        # Full weights that are to be swapped need not fit on the device.
+        transformer_device="cpu" if config.block_swap and not chosen.quantize else None,
     )
     if texts:
         *_, depth, height, width = dataset["latents"]["shape"]
@@ -98,6 +100,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         *_, depth, height, width = base.latent_shape((sample["num_frames"], *sample["size"], 3))
     cost = flops.cost(base.shape, (depth, height, width), chosen.lora_rank, chosen.adapter_hidden)
     model = adapter.build_model(base.transformer, chosen, seed=config.seed)
+    if swap.swap_blocks(model.transformer, config.block_swap, device):
+        model.to(device)
     model.set_gradient_checkpointing(config.activation_checkpointing)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
 
@@ -110,6 +114,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
             lora_alpha=float(chosen.lora_alpha),
             adapter_hidden=chosen.adapter_hidden,
             mask_range=chosen.mask_range,
+            shift=config.shift,
             num_frames=sample["num_frames"],
             size=tuple(sample["size"]),
             dataset_fingerprint=fingerprint,
@@ -121,7 +126,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         ranks = (place.rank, place.world_size)
         decode = _with_texts(texts) if texts and config.prompt is None else None
         return loader.ShardLoader(
-            config.data, split, micro_batch_size, config.seed, *ranks, samples_consumed=samples, decode=decode
+            config.data, split, micro_batch_size, config.seed, *ranks, samples, config.loader, decode
         )
 
     who = identity(config, chosen, fingerprint)
