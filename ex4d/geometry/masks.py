@@ -66,6 +66,8 @@ class MaskConfig:
         hole_share: (least, most) share of holes in a mask's fullest frame.
         erosion_px: (least, most) side of the square that the kept region is eroded by, px at 512; one for each mask.
         grid: (least, most) tracked points along each side.
+        tracker: "flow", or "cotracker3", whose licence forbids commercial use, with `tracker_path`: the folder of its
+            code and weights (`geometry.cotracker`).
         depth_tolerance: how far behind the drawn surface a pixel may lie and still be seen, as a share of its depth.
     """
 
@@ -79,6 +81,8 @@ class MaskConfig:
     hole_share: tuple[float, float] = (0.1, 0.97)
     erosion_px: tuple[int, int] = (2, 8)
     grid: tuple[int, int] = (10, 50)
+    tracker: str = "flow"
+    tracker_path: str | None = None
     depth_tolerance: float = 0.02
 
     def __post_init__(self) -> None:
@@ -99,6 +103,7 @@ class MaskConfig:
         need(0 <= self.hole_share[0] <= self.hole_share[1] < 1, "hole_share", "0 <= least <= most < 1")
         need(1 <= self.erosion_px[0] <= self.erosion_px[1], "erosion_px", "1 <= least <= most")
         need(2 <= self.grid[0] <= self.grid[1], "grid", "2 <= least <= most")
+        need(self.tracker in tracks.METHODS, "tracker", f"one of {', '.join(tracks.METHODS)}")
         need(self.depth_tolerance > 0, "depth_tolerance", "above 0")
 
 
@@ -141,7 +146,7 @@ def draw(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, config: MaskCon
     targets = hole_share.spread(places, *config.hole_share, generated.max(axis=1, initial=0.0))
     shares = np.array([getattr(config, kind) for kind in KINDS])
     kinds = rng.choice(len(KINDS), size=count, p=shares / shares.sum()).astype(np.uint8)
-    if (kinds == TRACKING).any():
+    if (kinds == TRACKING).any() and config.tracker == "flow":
         _give_tracking_what_it_can_reach(kinds, targets, 1 - float(scene.dense()[1].mean(axis=(1, 2)).min()))
     drawn = [_draw_one(scene, KINDS[kinds[i]], config, targets[i], [seed, count, i]) for i in range(count)]
     visible = np.stack([mask.visible for mask in drawn])
@@ -266,7 +271,7 @@ def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, r
         erosion_px = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
         if attempt == REDRAWS:
             count, erosion_px = config.grid[1], config.erosion_px[0]
-        visible = _tracked(scene, count, erosion_px, target, rng)
+        visible = _tracked(scene, config, count, erosion_px, target, rng)
         found = _Drawn(kind, visible, None, abs(_missed(visible, target)))
         best = min(best, found, key=lambda mask: mask.error)
         if best.error <= MET:
@@ -274,7 +279,9 @@ def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, r
     return best
 
 
-def _tracked(scene: Scene, count: int, erosion_px: int, target: float, rng: np.random.Generator) -> np.ndarray:
+def _tracked(
+    scene: Scene, config: MaskConfig, count: int, erosion_px: int, target: float, rng: np.random.Generator
+) -> np.ndarray:
     """Return visible [T, H, W] of a grid of count × count points; blobs of them are dropped over time."""
     import cv2
 
@@ -284,7 +291,8 @@ def _tracked(scene: Scene, count: int, erosion_px: int, target: float, rng: np.r
     priority = np.argsort(np.argsort(noise, kind="stable"), kind="stable") / noise.size  # uniform in [0, 1)
     spacing = np.array([width, height]) / count
     points = np.stack(np.meshgrid(*(np.arange(count) + 0.5,) * 2), axis=-1).reshape(-1, 2) * spacing
-    xy, seen = tracks.track(scene.frames, points, scene.dense())
+    dense = scene.dense() if config.tracker == "flow" else None
+    xy, seen = tracks.track(scene.frames, points, dense, config.tracker, config.tracker_path)
 
     def made(dropped: float, moments: np.ndarray) -> np.ndarray:
         late = moments / max(1, num_frames - 1) * dropped

@@ -1,4 +1,7 @@
-"""Optical flow and the point tracks chained from it. DIS (Kroeger et al. 2016) in OpenCV, one thread, deterministic."""
+"""Optical flow and the point tracks chained from it. DIS (Kroeger et al. 2016) in OpenCV, one thread, deterministic.
+
+CoTracker3 can stand in for it (`ex4d.geometry.cotracker`).
+"""
 
 from __future__ import annotations
 
@@ -8,8 +11,9 @@ from typing import Any
 
 import numpy as np
 
-from ex4d.errors import BadSample
+from ex4d.errors import BadSample, ConfigError
 
+METHODS = ("flow", "cotracker3")
 Flows = dict[tuple[int, int], np.ndarray]
 # On synthetic clips of 96 px these keep 96–99 % of the visible tracks within 2 px of the truth, 83 % without them.
 MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
@@ -126,7 +130,11 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def track(
-    frames: np.ndarray, points: np.ndarray, dense: tuple[np.ndarray, np.ndarray] | None = None
+    frames: np.ndarray,
+    points: np.ndarray,
+    dense: tuple[np.ndarray, np.ndarray] | None = None,
+    method: str = "flow",
+    folder: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return where points of the first frame go: (xy float32 [T, N, 2] px, visible bool [T, N]).
 
@@ -134,7 +142,19 @@ def track(
         frames: uint8 [T, H, W, 3].
         points: float [N, 2] px (x, y) in frame 0, pixel centres at +0.5.
         dense: what `follow(frames)` gives, when it is at hand.
+        method: one of METHODS.
+        folder: of CoTracker3's code and weights (`cotracker.FETCH`).
+
+    Raises:
+        ConfigError: unknown method; code or weights that are missing.
+        BadSample: flow_size.
     """
+    if method not in METHODS:
+        raise ConfigError("masks.tracker", method, f"one of {', '.join(METHODS)}")
+    if method == "cotracker3":
+        from ex4d.geometry import cotracker
+
+        return cotracker.track(frames, points, folder)
     height, width = frames.shape[1:3]
     flow, seen = follow(frames) if dense is None else dense
     points = np.asarray(points, np.float32).reshape(-1, 2)

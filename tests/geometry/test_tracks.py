@@ -2,11 +2,16 @@
 
 from __future__ import annotations
 
+import pickle
+import sys
+from pathlib import Path
+
 import numpy as np
 import pytest
+import torch
 
-from ex4d.errors import BadSample
-from ex4d.geometry import tracks
+from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry import cotracker, masks, tracks
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
 
 SIZE = (96, 96)
@@ -94,3 +99,69 @@ def test_points_outside_are_not_visible_and_two_runs_are_equal():
 def test_tiny_pictures_are_refused():
     with pytest.raises(BadSample, match="flow_size"):
         tracks.pair_flows(np.zeros((2, 8, 40, 3), np.uint8))
+
+
+# The interface of CoTrackerPredictor: video [B, T, 3, H, W] of 0 … 255, queries [B, N, (frame, x, y)]
+# with pixel centres at integers → tracks [B, T, N, 2], visibilities [B, T, N]. This one moves points evenly.
+STAND_IN = """
+import torch
+
+class CoTrackerPredictor(torch.nn.Module):
+    def __init__(self, checkpoint="", offline=True, window_len=60):
+        super().__init__()
+        assert checkpoint is None and offline and window_len == 60
+        self.model = torch.nn.Module()
+        self.model.step = torch.nn.Parameter(torch.zeros(2))
+
+    def forward(self, video, queries=None):
+        assert video.ndim == 5 and video.shape[2] == 3 and video.max() > 1 and (queries[..., 0] == 0).all()
+        times = torch.arange(video.shape[1])[None, :, None, None]
+        tracks = queries[:, None, :, 1:] + times * self.model.step
+        return tracks, torch.ones(tracks.shape[:3], dtype=torch.bool)
+"""
+
+
+@pytest.fixture
+def checkout(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A folder as `cotracker.FETCH` describes it."""
+    (tmp_path / "cotracker").mkdir()
+    (tmp_path / "cotracker" / "__init__.py").write_text("")
+    (tmp_path / "cotracker" / "predictor.py").write_text(STAND_IN)
+    (tmp_path / "checkpoints").mkdir()
+    torch.save({"model": {"step": torch.tensor([3.0, 0.0])}}, tmp_path / "checkpoints" / cotracker.CHECKPOINT)
+    monkeypatch.setattr(sys, "path", list(sys.path))
+    for name in ("cotracker", "cotracker.predictor"):
+        monkeypatch.delitem(sys.modules, name, raising=False)
+    cotracker._predictor.cache_clear()
+    yield tmp_path
+    for name in ("cotracker", "cotracker.predictor"):
+        sys.modules.pop(name, None)
+    cotracker._predictor.cache_clear()
+
+
+def test_cotracker_speaks_our_coordinates_and_says_its_licence(checkout: Path, caplog: pytest.LogCaptureFixture):
+    frames = shifted()
+    for _ in range(2):
+        xy, visible = tracks.track(frames, grid(), method="cotracker3", folder=str(checkout))
+    truth = grid()[None] + np.arange(6)[:, None, None] * np.array([3.0, 0])
+    np.testing.assert_allclose(xy, truth, atol=1e-4)
+    np.testing.assert_array_equal(visible, truth[..., 0] < SIZE[1])
+    assert caplog.text.count("not for commercial use") <= 1  # once a process
+    config = masks.MaskConfig(2, 0, 1, 0, tracker="cotracker3", tracker_path=str(checkout), generation=())
+    drawn = masks.draw(frames, np.full(frames.shape[:3], 2.0, np.float32), np.diag([96.0, 96, 1]), config, 0)
+    assert "tracking" in {masks.KINDS[kind] for kind in drawn.kind}
+
+
+def test_what_cotracker_lacks_is_said(checkout: Path, tmp_path_factory: pytest.TempPathFactory):
+    for folder in (None, str(tmp_path_factory.mktemp("empty"))):
+        with pytest.raises(ConfigError, match="git clone"):
+            tracks.track(shifted(2), grid(), method="cotracker3", folder=folder)
+    file = checkout / "checkpoints" / cotracker.CHECKPOINT
+    file.write_bytes(pickle.dumps(print))  # a pickle that would run code is not loaded
+    with pytest.raises(ConfigError, match="weights of CoTracker3"):
+        tracks.track(shifted(2), grid(), method="cotracker3", folder=str(checkout))
+    torch.save({"other": torch.zeros(1)}, file)
+    with pytest.raises(ConfigError, match="weights of CoTracker3"):
+        tracks.track(shifted(2), grid(), method="cotracker3", folder=str(checkout))
+    with pytest.raises(ConfigError, match=r"masks\.tracker"):
+        tracks.track(shifted(2), grid(), method="raft")
