@@ -7,8 +7,8 @@ import pytest
 
 from ex4d.depth import DepthRequest, estimate
 from ex4d.errors import BadSample
+from ex4d.evaluate.depth_error import abs_rel, abs_rel_of_constant
 from ex4d.geometry.camera import Camera
-from ex4d.geometry.depth import align_scale_shift
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 
@@ -17,23 +17,6 @@ def clip(seed: int, size: int = 72, moving_bodies: bool = False, motion: str = "
         num_frames=num_frames, size=(size, size), seed=seed, moving_bodies=moving_bodies, camera_motion=motion
     )
     return render_clip(*clip_scene(config, 0), fps=8.0)
-
-
-def abs_rel(z_depth: np.ndarray, truth: np.ndarray) -> float:
-    """Mean |z − truth| / truth after one scale >= 0 and shift of the clip's disparity."""
-    scale, shift = align_scale_shift(1 / z_depth, 1 / truth, positive_scale=False)
-    if scale < 0:  # near and far are exchanged: nothing was learned beyond a constant
-        scale, shift = 0.0, float(np.mean(1 / truth))
-    aligned = 1 / np.maximum(scale / z_depth + shift, 0.5 / truth.max())
-    return float(np.mean(np.abs(aligned - truth) / truth))
-
-
-def abs_rel_of_constant(truth: np.ndarray) -> float:
-    """The same for the constant that is best in this measure: the median weighted with 1 / truth."""
-    values = np.sort(truth, axis=None)
-    weight = np.cumsum(1 / values.astype(np.float64))
-    constant = values[np.searchsorted(weight, weight[-1] / 2)]
-    return float(np.mean(np.abs(constant - truth) / truth))
 
 
 def compare(seeds: range, **options) -> tuple[np.ndarray, np.ndarray, int]:
