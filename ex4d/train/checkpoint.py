@@ -17,12 +17,13 @@ import os
 import re
 import shutil
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Any
 
+from ex4d import storage
 from ex4d.errors import ContractError
 
 _NAME = re.compile(r"step-(\d{6,})")
@@ -94,6 +95,19 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
     save_file(tensors, path)
 
 
+def load_weights(model: Any, tensors: Mapping[str, Any]) -> None:
+    """Fill a model's trainables from {name: tensor}. Raises ContractError where names or shapes differ."""
+    import torch
+
+    trainables = model.trainable_parameters()
+    if {n: p.shape for n, p in trainables.items()} != {n: t.shape for n, t in tensors.items()}:
+        odd = sorted(trainables.keys() ^ tensors.keys())[:3] or "a shape"
+        raise ContractError(f"the weights of the checkpoint belong to another model: {odd} differs")
+    with torch.no_grad():
+        for name, parameter in trainables.items():
+            parameter.copy_(tensors[name])
+
+
 @contextmanager
 def writing(output: str | Path, state: State) -> Iterator[Path]:
     """Yield the folder that becomes the checkpoint of `state`, whole or not at all. One rank calls it."""
@@ -127,6 +141,14 @@ def _flush(path: Path) -> None:
         os.fsync(descriptor)
     finally:
         os.close(descriptor)
+
+
+def note_validation(output: str | Path, step: int, validation_loss: float) -> None:
+    """Put a validation loss that came later into the checkpoint of its step, where that still stands."""
+    path = folder(output) / f"step-{step:06d}"
+    if path.is_dir():
+        state = replace(read_state(path), validation_loss=validation_loss)
+        storage.write_bytes(path / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
 
 
 def clean(output: str | Path) -> None:

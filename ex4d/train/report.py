@@ -16,6 +16,7 @@ from ex4d.train.config import BatchPlan, Place
 from ex4d.train.objective import Inputs, Losses
 
 NUM_SIGMA_BUCKETS = 5
+WEIGHTED, MSE, SIGMA, VALID = 1, 2, 3, 4  # columns of `rows`; the first is the position
 
 
 class NonFinite(Ex4dError):
@@ -67,17 +68,30 @@ def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None 
     torch.distributed.all_gather(everyone, message)
     samples = torch.cat([each[:-1] for each in everyone]).cpu()
     unsound, stopping, memory, *_ = torch.stack([each[-1] for each in everyone]).amax(dim=0).tolist()
-    samples = samples[samples[:, 0].argsort()][:first]
-    good = samples[samples[:, 4] > 0]
+    samples = in_order(samples, first)
+    good = samples[samples[:, VALID] > 0]
     finite = bool(samples.isfinite().all()) and not unsound
-    loss, mse = (math.fsum(good[:, i].tolist()) / len(good) if finite and len(good) else None for i in (1, 2))
+    loss, mse = (mean(samples, column) if finite else None for column in (WEIGHTED, MSE))
     return Report(loss, mse, by_sigma(good), finite, bool(stopping), int(memory), len(samples) - len(good))
+
+
+def in_order(samples: Tensor, first: int | None = None) -> Tensor:
+    """Return rows [n, 5] by their position in the global batch, the first so many of them."""
+    return samples[samples[:, 0].argsort()][:first]
+
+
+def mean(samples: Tensor, column: int) -> float | None:
+    """Return the mean of a column of rows [n, 5] over the samples that could be read; None where there are none, or
+    one is not finite. The sum is exact, so the order does not matter.
+    """
+    good = samples[samples[:, VALID] > 0]
+    return math.fsum(good[:, column].tolist()) / len(good) if len(good) and good.isfinite().all() else None
 
 
 def by_sigma(samples: Tensor) -> list[float | None]:
     """Return the mean plain error in NUM_SIGMA_BUCKETS equal parts of sigma's range [0, 1]."""
-    bucket = (samples[:, 3] * NUM_SIGMA_BUCKETS).long().clamp(0, NUM_SIGMA_BUCKETS - 1)
-    groups = [samples[bucket == index, 2].tolist() for index in range(NUM_SIGMA_BUCKETS)]
+    bucket = (samples[:, SIGMA] * NUM_SIGMA_BUCKETS).long().clamp(0, NUM_SIGMA_BUCKETS - 1)
+    groups = [samples[bucket == index, MSE].tolist() for index in range(NUM_SIGMA_BUCKETS)]
     return [math.fsum(group) / len(group) if group else None for group in groups]
 
 

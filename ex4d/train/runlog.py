@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import os
+import subprocess
 import uuid
 from pathlib import Path
 from typing import Any
@@ -15,27 +16,44 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes OUTPUT/metrics.jsonl, one object a step, and mirrors it to W&B. Rank 0 holds one.
+    """Writes OUTPUT/metrics.jsonl, one object a step, and OUTPUT/validation.jsonl, one object a validation done
+    apart, and mirrors both to W&B. Rank 0 holds one.
 
     Args:
         output: folder of the run.
         step: the step that the run goes on from; lines after it are dropped, so that each step stands there once.
         wandb_options: mode ("online", "offline", "disabled" or None: by the key), project, group.
-        facts: configuration and versions, for W&B.
+        facts: configuration, versions, commit and dataset, for W&B: as its configuration and as an artifact.
     """
 
     def __init__(self, output: str | Path, step: int, wandb_options: dict[str, Any], facts: dict[str, Any]):
-        self.path = Path(output) / "metrics.jsonl"
-        self.path.parent.mkdir(parents=True, exist_ok=True)
+        self.output, self.step = Path(output), step
+        self.path = self.output / "metrics.jsonl"
+        self.validation_path = self.output / "validation.jsonl"
+        self.output.mkdir(parents=True, exist_ok=True)
         truncate(self.path, step)
+        truncate(self.validation_path, step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
-        self._wandb = _start_wandb(Path(output), wandb_options, facts)
+        self._wandb = _start_wandb(self.output, wandb_options, facts)
+        # A validation comes later than its step, so it has an axis of its own.
+        self._mirror("define_metric", "validation/*", step_metric="validation/step")
+        self._mirror("log_artifact", *_artifacts(self._wandb, self.output, facts))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
-        self._mirror("log", _flat(metrics), step=metrics["step"])
+        self.step = metrics["step"]
+        self._mirror("log", _flat(metrics), step=self.step)
+
+    def write_validation(self, result: dict[str, Any]) -> None:
+        """Append what a validation apart has found: see validation.Validator.results."""
+        with open(self.validation_path, "a", encoding="utf-8") as file:
+            file.write(json.dumps(result) + "\n")
+        shown = {f"validation/{key}": value for key, value in result.items() if key != "videos" and value is not None}
+        if self._wandb is not None:
+            shown |= _videos(self.output, result.get("videos", []))
+        self._mirror("log", shown, step=self.step)
 
     def flush(self) -> None:
         """Bring what is written to disk, so that a checkpoint never is ahead of the log."""
@@ -58,7 +76,7 @@ class RunLog:
 
         try:
             getattr(self._wandb, method)(*args, **kwargs)
-        except (OSError, EOFError, RuntimeError, wandb.Error) as error:
+        except (OSError, EOFError, RuntimeError, ValueError, wandb.Error) as error:
             logger.warning("W&B is lost (%s: %s); metrics.jsonl has everything", type(error).__name__, error)
             self._wandb = None
 
@@ -83,6 +101,44 @@ def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
     for key, value in metrics.items():
         flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
     return flat
+
+
+def commit() -> str | None:
+    """Return the commit of this source, with a "+" where files differ from it; None where it is not in a repository."""
+
+    def git(*words: str) -> str | None:
+        try:
+            done = subprocess.run(["git", "-C", str(here.parent), *words], capture_output=True, text=True, check=False)
+        except OSError:
+            return None
+        return done.stdout.strip() if done.returncode == 0 else None
+
+    here = Path(__file__).resolve()
+    if git("ls-files", "--error-unmatch", here.name) is None:  # installed, perhaps below another project's repository
+        return None
+    head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
+    return f"{head}+" if head and changed else head
+
+
+def _artifacts(run: Any, output: Path, facts: dict[str, Any]) -> list[Any]:
+    """Return the artifact that says what a run was: its facts, and its configuration where there is one."""
+    if run is None:
+        return []
+    import wandb
+
+    artifact = wandb.Artifact(f"run-{run.id}", type="run")
+    with artifact.new_file("run.json", mode="w") as file:
+        json.dump(facts, file, indent=1)
+    if (output / "config.yaml").exists():
+        artifact.add_file(str(output / "config.yaml"))
+    return [artifact]
+
+
+def _videos(output: Path, paths: list[str]) -> dict[str, Any]:
+    """Return {"validation/clip-N": wandb.Video}."""
+    import wandb
+
+    return {f"validation/{Path(path).stem}": wandb.Video(str(output / path), format="mp4") for path in paths}
 
 
 def _start_wandb(output: Path, options: dict[str, Any], facts: dict[str, Any]) -> Any:

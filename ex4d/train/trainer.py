@@ -11,22 +11,22 @@ import logging
 import math
 import signal
 import threading
-from collections.abc import Callable, Iterator, Mapping
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
-from ex4d.errors import ContractError
 from ex4d.models.backbone import ModelConfig
-from ex4d.train import checkpoint, engine, flops, report
+from ex4d.train import checkpoint, engine, flops, report, validation
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
 from ex4d.train.engine import Engine
 from ex4d.train.job import Job, build_job
 from ex4d.train.objective import NamedNoise, velocity_losses
-from ex4d.train.runlog import RunLog
+from ex4d.train.runlog import RunLog, commit
+from ex4d.train.validation import Validator
 from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
@@ -37,13 +37,23 @@ class Trainer:
 
     Args:
         show: called on rank 0 with each step's metrics.
+        start_validation: see validation.Validator.
 
     Raises:
         ConfigError: the output folder holds a run with other settings.
     """
 
-    def __init__(self, config: TrainConfig, job: Job, place: Place, device: torch.device, show: Callable[..., None]):
+    def __init__(
+        self,
+        config: TrainConfig,
+        job: Job,
+        place: Place,
+        device: torch.device,
+        show: Callable[..., None],
+        start_validation: Callable[[Path, str], validation.Handle] = validation.Child,
+    ):
         self.config, self.job, self.place, self.device, self.show = config, job, place, device, show
+        self.start_validation = start_validation
         path = checkpoint.latest(config.output)
         state = checkpoint.read_state(path) if path else None
         if state:
@@ -53,13 +63,16 @@ class Trainer:
         self.average: dict[str, Tensor] | None = None
         moments = None
         if path:
-            load_weights(job.model, checkpoint.read_tensors(path / "adapter.safetensors"))
+            checkpoint.load_weights(job.model, checkpoint.read_tensors(path / "adapter.safetensors"))
             moments = checkpoint.read_tensors(path / "optimizer.safetensors")
         self.engine = Engine(job.model, config, self.plan, moments, self.first_step)
         if config.ema_decay:
             self.average = checkpoint.read_tensors(path / "ema.safetensors") if path else self.engine.weights()
         self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
-        self.validation_batches = self.read_validation() if config.validate_every else []
+        self.apart = config.validate_apart or config.validate_videos > 0
+        in_ranks = config.validate_every and not config.validate_apart
+        share = (self.plan.micro_size, self.plan.world_size)
+        self.validation_batches = validation.read_share(job, config, *share) if in_ranks else []
 
     def run(self, stop_asked: Callable[[], bool] = lambda: False) -> int:
         """Train to `num_steps`, write the adapter, and return 0; or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
@@ -67,29 +80,42 @@ class Trainer:
         Raises:
             NonFinite: a loss or gradient is not finite; names the clips. The last checkpoint is untouched.
         """
-        config, log = self.config, None
-        if self.place.rank == 0:
-            checkpoint.clean(config.output)
-            wandb = {"mode": config.wandb_mode, "project": config.wandb_project, "group": config.wandb_group}
-            log = RunLog(config.output, self.first_step, wandb, self.job.facts)
+        if self.place.rank != 0:
+            return self.loop(stop_asked, None, None)
+        config = self.config
+        checkpoint.clean(config.output)
+        wandb = {"mode": config.wandb_mode, "project": config.wandb_project, "group": config.wandb_group}
+        log = RunLog(config.output, self.first_step, wandb, self.job.facts | {"commit": commit()})
+        validator = Validator(config, self.job, self.start_validation) if self.apart else None
+        try:
+            code = self.loop(stop_asked, log, validator)
+            if validator and code == 0:
+                self.note(log, validator.wait(stop_asked))
+        finally:
+            if validator:
+                validator.close()
+        log.close(code)
+        return code
+
+    def loop(self, stop_asked: Callable[[], bool], log: RunLog | None, validator: Validator | None) -> int:
+        """Train to `num_steps` and write the adapter; see `run`. Rank 0 has a log, and a validator where one is due."""
+        config = self.config
         for step in range(self.first_step + 1, config.num_steps + 1):
             metrics, stop = self.step(step, stop_asked)
             last = step == config.num_steps
             if config.validate_every and (last or step % config.validate_every == 0):
-                metrics["validation_loss"] = self.validate()
+                metrics |= self.validate(step, validator)
             if log:
                 log.write(metrics)
                 self.show(metrics)
             if last or stop or step % config.save_every == 0:
                 self.save(step, metrics.get("validation_loss"), log)
+            if log and validator:
+                self.note(log, validator.results())  # after `save`: they may be of this very step
             if stop and not last:
                 logger.warning("stopped by a signal after step %d; the same command goes on from there", step)
-                if log:
-                    log.close(EXIT_PREEMPTED)
                 return EXIT_PREEMPTED
         self.export()
-        if log:
-            log.close()
         return 0
 
     def step(self, step: int, stop_asked: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
@@ -158,30 +184,29 @@ class Trainer:
         for name, mean in self.average.items():
             mean.lerp_(weights[name], 1 - self.config.ema_decay)
 
-    def read_validation(self) -> list[dict[str, Any]]:
-        """Return this rank's share of the validation clips, always the same."""
-        share = math.ceil(self.config.validate_samples / (self.plan.micro_size * self.plan.world_size))
-        batches = self.job.open_loader("val", 0, self.plan.micro_size)
-        try:
-            return [next(batches) for _ in range(share)]
-        finally:
-            batches.close()
+    def validate(self, step: int, validator: Validator | None) -> dict[str, Any]:
+        """Return what is known at once of the weights on the validation clips, and have the rest found out apart.
 
-    @torch.no_grad()
-    def validate(self) -> float | None:
-        """Return the mean plain error over the same validation clips, noise and sigmas each time."""
-        self.engine.train(False)
-        rows = []
-        for index, batch in enumerate(self.validation_batches):
-            where = report.positions(self.place, self.plan, index)
-            noises = [
-                NamedNoise(self.config.seed, f"validate {w}", k) for w, k in zip(where, batch["keys"], strict=True)
-            ]
-            inputs = self.job.encoder.encode(batch, noises, self.config.shift, "uniform")
-            losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, hole_weight=1.0)
-            rows.append(report.rows(where, losses, inputs))
-        self.engine.train(True)
-        return report.gather(torch.cat(rows), True, False, first=self.config.validate_samples).mse
+        Every rank calls. `validation_loss` is the mean plain error over the same clips, noise and sigmas each time.
+        """
+        config, found = self.config, dict[str, Any]()
+        if not config.validate_apart:
+            self.engine.train(False)
+            batches = self.validation_batches
+            rows = validation.measure(config, self.job.encoder, self.engine.forward, batches, self.plan, self.place)
+            self.engine.train(True)
+            found["validation_loss"] = report.gather(rows, True, False, first=config.validate_samples).mse
+        weights = self.engine.weights() if self.apart else {}
+        if validator:
+            found["validation_videos"] = validator.submit(step, weights)
+        return found
+
+    def note(self, log: RunLog, results: list[dict[str, Any]]) -> None:
+        """Log what validations apart have found."""
+        for result in results:
+            log.write_validation(result)
+            if result.get("validation_loss") is not None:
+                checkpoint.note_validation(self.config.output, result["step"], result["validation_loss"])
 
     def save(self, step: int, validation_loss: float | None, log: RunLog | None) -> None:
         """Write the checkpoint of `step`. Every rank calls; rank 0 writes, the others wait for it."""
@@ -216,6 +241,7 @@ def train(
     place: Place,
     show: Callable[..., None],
     stop_asked: Callable[[], bool] | None = None,
+    start_validation: Callable[[Path, str], validation.Handle] = validation.Child,
 ) -> int:
     """Train as configured, as one rank of several; return 0, or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
 
@@ -223,6 +249,7 @@ def train(
         place: this process among all. Its launcher has set MASTER_ADDR and MASTER_PORT.
         show: called on rank 0 with each step's metrics.
         stop_asked: says whether to write a checkpoint and stop; None: SIGTERM says so.
+        start_validation: where a validation apart is to run; see validation.Validator.
 
     Raises:
         ConfigError: the choices are invalid, or the output folder holds a run with others.
@@ -232,20 +259,9 @@ def train(
     device = engine.start(place, config.device)
     job = build_job(config, model_config, place, device)
     with stop_signal(stop_asked) as stopping:
-        code = Trainer(config, job, place, device, show).run(stopping)
+        code = Trainer(config, job, place, device, show, start_validation).run(stopping)
     engine.stop()
     return code
-
-
-def load_weights(model: nn.Module, tensors: Mapping[str, Tensor]) -> None:
-    """Fill a model's trainables from {name: tensor}. Raises ContractError where names or shapes differ."""
-    trainables = model.trainable_parameters()  # type: ignore[operator]
-    if {n: p.shape for n, p in trainables.items()} != {n: t.shape for n, t in tensors.items()}:
-        odd = sorted(trainables.keys() ^ tensors.keys())[:3] or "a shape"
-        raise ContractError(f"the weights of the checkpoint belong to another model: {odd} differs")
-    with torch.no_grad():
-        for name, parameter in trainables.items():
-            parameter.copy_(tensors[name])
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:

@@ -173,7 +173,7 @@ def test_sigterm_saves_says_75_and_the_same_command_goes_on(to, folder, whole, c
 
 
 def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, whole, cluster):
-    longer = ("train.num_steps=1200", "train.save_every=20")
+    longer = ("train.num_steps=400", "train.save_every=20")
     assert finish(start(whole, *longer, f"train.output={folder / 'long'}"))[0] == 0
     output = folder / "elastic"
     process = start(whole, *on(cluster, output, *longer, "train.min_processes=1"), program=("-c", IMPATIENT))

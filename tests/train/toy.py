@@ -23,7 +23,7 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ex4d import config as configs
-from ex4d.train import engine
+from ex4d.train import engine, validation
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.job import Job
 from ex4d.train.objective import Encoder
@@ -128,6 +128,7 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
         save_file(tensors, folder / "adapter.safetensors")
 
     def show(metrics: dict) -> None:
+        time.sleep(fate.get("pause_s") or 0.0)
         if metrics["step"] == fate.get("kill_at"):
             os.kill(os.getpid(), signal.SIGKILL)
         if metrics["step"] == fate.get("term_at"):
@@ -138,8 +139,9 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
         encoder.late_s = fate.get("late_s") or 0.0
     who = identity(config, ToyModelConfig(), "toy")
     job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
+    device, start_validation = torch.device("cpu"), fate.get("validator", validation.Child)
     with stop_signal() as stop_asked:
-        return Trainer(config, job, place, torch.device("cpu"), show).run(stop_asked)
+        return Trainer(config, job, place, device, show, start_validation).run(stop_asked)
 
 
 def main(output: str, settings: list[str]) -> int:

@@ -1,0 +1,299 @@
+"""Validation apart from the ranks: what one set of weights makes of held-out clips, judged by a process of its own.
+
+    OUTPUT/validation/step-000010/job.json              the choices of the run
+    OUTPUT/validation/step-000010/adapter.safetensors   the weights to judge; removed afterwards
+    OUTPUT/validation/step-000010/clip-0.mp4            beside each other: condition, generated, real
+    OUTPUT/validation/step-000010/result.json           written last
+    OUTPUT/validation/step-000010/log.txt
+
+It has no part in the process group, a deadline, the lowest priority, and is the first that the kernel kills when memory
+runs out; whatever becomes of it is a line in validation.jsonl and nothing else. One runs at a time.
+
+    python -m ex4d.train.validation OUTPUT/validation/step-000010
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import math
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable, Mapping
+from pathlib import Path
+from typing import Any, Protocol
+
+import numpy as np
+import torch
+from torch import Tensor
+
+from ex4d import config as configs
+from ex4d import flow, generate, storage, video
+from ex4d.models.backbone import ModelConfig, load_base
+from ex4d.train import checkpoint, report
+from ex4d.train.config import BatchPlan, Place, TrainConfig
+from ex4d.train.job import Job, build_job
+from ex4d.train.objective import NamedNoise, velocity_losses
+
+logger = logging.getLogger(__name__)
+
+PARENT = "EX4D_VALIDATION_PARENT"  # process id of the rank whose child this is
+RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
+FPS = 8.0
+CHECK_S = 0.2
+
+
+# ---------------------------------------------------------------- the figure, the same in the ranks and apart
+
+
+@torch.no_grad()
+def measure(
+    config: TrainConfig,
+    encoder: Any,
+    forward: Callable[..., Tensor],
+    batches: list[dict],
+    plan: BatchPlan,
+    place: Place,
+) -> Tensor:
+    """Return report.rows of a rank's share of the validation clips: the same noise and sigmas each time, at any number
+    of ranks.
+    """
+    rows = []
+    for index, batch in enumerate(batches):
+        where = report.positions(place, plan, index)
+        noises = [NamedNoise(config.seed, f"validate {w}", k) for w, k in zip(where, batch["keys"], strict=True)]
+        inputs = encoder.encode(batch, noises, config.shift, "uniform")
+        rows.append(report.rows(where, velocity_losses(forward(*inputs.model_inputs), inputs, 1.0), inputs))
+    return torch.cat(rows)
+
+
+def read_share(job: Job, config: TrainConfig, micro_size: int, world_size: int) -> list[dict[str, Any]]:
+    """Return this rank's share of the validation clips, always the same."""
+    batches = job.open_loader("val", 0, micro_size)
+    try:
+        return [next(batches) for _ in range(math.ceil(config.validate_samples / (micro_size * world_size)))]
+    finally:
+        batches.close()
+
+
+# ---------------------------------------------------------------- rank 0's side
+
+
+class Handle(Protocol):
+    """A validation under way."""
+
+    def poll(self) -> int | None:
+        """Return its exit status, or None while it runs."""
+
+    def kill(self) -> None:
+        """End it."""
+
+
+class Child:
+    """A validation in a process of this machine. Raises OSError where none can be started."""
+
+    def __init__(self, folder: Path, device: str):
+        environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
+        environment |= {PARENT: str(os.getpid()), "OMP_NUM_THREADS": "1", "TQDM_DISABLE": "1"}
+        if device == "cpu":
+            environment["CUDA_VISIBLE_DEVICES"] = ""
+        command = [sys.executable, "-m", "ex4d.train.validation", str(folder)]
+        with open(folder / "log.txt", "wb") as log:
+            self._process = subprocess.Popen(
+                command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
+            )
+        os.setpriority(os.PRIO_PROCESS, self._process.pid, 19)
+        Path(f"/proc/{self._process.pid}/oom_score_adj").write_text("1000")
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        return self._process.poll()
+
+    def kill(self) -> None:
+        """End it and what it started."""
+        if self._process.poll() is None:
+            os.killpg(self._process.pid, signal.SIGKILL)
+        self._process.wait()
+
+
+class Validator:
+    """Has weights judged, one set at a time. Rank 0 holds one; no method of it waits, save `wait`, and none raises.
+
+    Args:
+        config: of the run.
+        job: its facts and its way of writing an adapter.
+        start: (folder of a step, device) -> what runs there.
+    """
+
+    def __init__(self, config: TrainConfig, job: Job, start: Callable[[Path, str], Handle] = Child):
+        self.config, self.job, self.start = config, job, start
+        self._running: tuple[int, Handle, float] | None = None
+        self._said: list[dict[str, Any]] = []
+
+    def submit(self, step: int, weights: Mapping[str, Tensor]) -> list[str]:
+        """Have the weights of a step judged; return where its videos will be, relative to the run's folder.
+
+        Where the one before is not done yet, this one is left out.
+        """
+        self._collect()
+        if self._running:
+            self._fail(step, f"left out: that of step {self._running[0]} was not done")
+            return []
+        folder = step_folder(self.config.output, step)
+        try:
+            shutil.rmtree(folder, ignore_errors=True)
+            self.job.write_adapter(folder, weights, step)
+            chosen = {name: self.job.facts.get(name) for name in ("train", "model")}
+            (folder / "job.json").write_text(json.dumps(chosen), encoding="utf-8")
+            self._running = (step, self.start(folder, self.config.validate_device), time.monotonic())
+        except OSError as error:  # no space, no memory, no more processes
+            self._fail(step, str(error))
+            return []
+        return [f"validation/{folder.name}/clip-{index}.mp4" for index in range(self.config.validate_videos)]
+
+    def results(self) -> list[dict[str, Any]]:
+        """Return what has come since the last call: {"step", "validation_loss", "videos": paths, "seconds"} or {"step",
+        "failed": why}.
+        """
+        self._collect()
+        said, self._said = self._said, []
+        return said
+
+    def wait(self, stop_asked: Callable[[], bool]) -> list[dict[str, Any]]:
+        """Return the last results, not later than the deadline or a wish to stop."""
+        self._collect()
+        while self._running and not stop_asked():
+            time.sleep(CHECK_S)
+            self._collect()
+        self.close()
+        return self.results()
+
+    def close(self) -> None:
+        """End what is under way."""
+        if self._running:
+            self._running[1].kill()
+            self._fail(self._running[0], "the training ended before it")
+            self._running = None
+
+    def _collect(self) -> None:
+        if self._running is None:
+            return
+        step, handle, start = self._running
+        seconds, status = time.monotonic() - start, handle.poll()
+        if status is None and seconds <= self.config.validate_timeout_s:
+            return
+        self._running = None
+        folder = step_folder(self.config.output, step)
+        if status is None:
+            handle.kill()
+            self._fail(step, f"given up after {self.config.validate_timeout_s:g} s")
+        elif status:
+            self._fail(step, f"ended with {status}; see {folder}/log.txt")
+        else:
+            self._read(folder, step, seconds)
+        (folder / "adapter.safetensors").unlink(missing_ok=True)
+
+    def _read(self, folder: Path, step: int, seconds: float) -> None:
+        try:
+            result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
+            loss, names = result["validation_loss"], result["videos"]
+            if not (loss is None or math.isfinite(loss)) or not all((folder / name).is_file() for name in names):
+                raise ValueError("a loss that is no number, or a video that is not there")
+        except (OSError, ValueError, KeyError, TypeError) as error:
+            self._fail(step, f"its result cannot be read: {error}")
+            return
+        videos = [f"validation/{folder.name}/{name}" for name in names]
+        self._said.append({"step": step, "validation_loss": loss, "videos": videos, "seconds": round(seconds, 3)})
+
+    def _fail(self, step: int, why: str) -> None:
+        logger.warning("validation of step %d: %s; the training goes on", step, why)
+        self._said.append({"step": step, "failed": why})
+
+
+def step_folder(output: str | Path, step: int) -> Path:
+    """Return where the validation of a step lies."""
+    return Path(output) / "validation" / f"step-{step:06d}"
+
+
+# ---------------------------------------------------------------- the process that judges
+
+
+def judge(folder: Path) -> None:
+    """Judge the weights in a step's folder: write its videos, then result.json."""
+    chosen = json.loads((folder / "job.json").read_text(encoding="utf-8"))
+    config = configs.validate(TrainConfig, chosen["train"], "train")
+    place, device = Place(0, 1, 0), torch.device(config.validate_device)
+    job = build_job(config, configs.validate(ModelConfig, chosen["model"], "model"), place, device)
+    checkpoint.load_weights(job.model, checkpoint.read_tensors(folder / "adapter.safetensors"))
+    job.model.eval()
+    result: dict[str, Any] = {"validation_loss": None, "videos": []}
+    if config.validate_apart:
+        micro = config.micro_batch_size
+        plan = BatchPlan(micro, micro, 1, 1)
+        batches = read_share(job, config, micro, 1)
+        rows = measure(config, job.encoder, job.model, batches, plan, place)
+        result["validation_loss"] = report.mean(report.in_order(rows, config.validate_samples), report.MSE)
+    if config.validate_videos:
+        result["videos"] = write_videos(job, config, chosen["model"], folder)
+    storage.write_bytes(folder / "result.json", json.dumps(result).encode())
+
+
+@torch.no_grad()
+def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any], folder: Path) -> list[str]:
+    """Write the first held-out clips as clip-N.mp4, beside each other what is given, made and real; return the names.
+
+    Same clips, masks and noise at every step, without guidance. A clip that cannot be read is left out.
+    """
+    base = job.encoder.base
+    if getattr(base, "vae", base) is None:  # a training on latents loads none
+        name, revision = model_config["base"], model_config["revision"]
+        base = load_base(name, revision, device=base.device, components=("vae",))
+    batches, names = job.open_loader("val", 0, 1), []
+    for index in range(config.validate_videos):
+        batch = next(batches)
+        if not batch["valid"][0]:
+            continue
+        noise = NamedNoise(config.seed, "validation video", batch["keys"][0])
+        inputs = job.encoder.encode(batch, [noise], config.shift, "uniform")
+        given: tuple[Any, ...] = inputs.model_inputs
+        noisy, cond, latents = given[0], given[-1], sample(job.model, given, config)
+        real = noisy - inputs.sigma.view(-1, 1, 1, 1, 1) * inputs.target  # x0 = x - sigma v
+        panels = [cond[:, : real.shape[1]], latents, real]
+        frames = [generate.to_frames(base.decode_latents(panel)) for panel in panels]
+        names.append(f"clip-{index}.mp4")
+        video.write(folder / names[-1], np.concatenate(frames, axis=2), FPS)
+    batches.close()
+    return names
+
+
+def sample(model: Callable[..., Tensor], model_inputs: tuple[Any, ...], config: TrainConfig) -> Tensor:
+    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from a noise of its own."""
+    noisy, _, prompt, *conditions = model_inputs
+    noise = torch.randn(noisy.shape, generator=flow.generator_for(config.seed, "validation video"))
+    return flow.sample(
+        lambda latents, timestep: model(latents, timestep, prompt, *conditions),
+        noise.to(noisy.device),
+        flow.sigmas(config.validate_video_steps, config.shift),
+    )
+
+
+def main(folder: str) -> int:
+    """Be the process of one validation."""
+    # A rank that is killed cannot tell its child; Linux does (prctl PR_SET_PDEATHSIG = 1).
+    parent = int(os.environ.get(PARENT, 0))
+    if parent:
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != parent:
+            return 1
+    torch.set_num_threads(1)
+    judge(Path(folder))
+    return 0
+
+
+if __name__ == "__main__":
+    sys.exit(main(sys.argv[1]))
