@@ -300,7 +300,10 @@ def test_clip_matrix_for_nvdiffrast_puts_pixels_where_the_contract_does():
     K = np.array([[20.0, 0, 11], [0, 22, 9], [0, 0, 1]])
     mesh, camera = build(*random_scene(0, size), K), Camera(K, np.eye(4), size)
     points = mesh.vertices[: 16 * 24]
-    clip = np.concatenate([points, np.ones((len(points), 1))], 1) @ nvdiffrast._clip_matrix(mesh, camera).T
+    clip = (
+        np.concatenate([points, np.ones((len(points), 1))], 1)
+        @ nvdiffrast._clip_matrix(camera, nvdiffrast._near(mesh, points)).T
+    )
     row, column = np.divmod(np.arange(16 * 24), 24)
     assert np.allclose(clip[:, 0] / clip[:, 3], (2 * column + 1) / 24 - 1)
     assert np.allclose(clip[:, 1] / clip[:, 3], (2 * row + 1) / 16 - 1)

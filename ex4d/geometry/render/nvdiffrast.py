@@ -1,8 +1,8 @@
 """The render contract on a CUDA GPU through nvdiffrast 0.4.0, a whole trajectory in batches. Imported when asked for.
 
-Where it departs from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and tests depth by a float32 z/w, so that
-silhouettes move by up to 1/16 px and face ids are not to be compared. It is not on the package index and its licence
-restricts commercial use: installing it is the user's decision.
+Where it departs from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and compares depth by integers that come
+from a float32 z/w, so that silhouettes move by up to 1/16 px and face ids are not to be compared. It is not on the
+package index and its licence restricts commercial use: installing it is the user's decision.
 """
 
 from __future__ import annotations
@@ -86,8 +86,9 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
         return [_empty(size) for _ in meshes]
     faces = torch.from_numpy(meshes[0].faces[ids]).cuda().contiguous()
     id_of = torch.from_numpy(ids.astype(np.int32)).cuda()
-    points = torch.from_numpy(np.stack([_local(m, c) for m, c in zip(meshes, cameras, strict=True)])).cuda()
-    clip = torch.from_numpy(np.stack([_clip_matrix(m, c) for m, c in zip(meshes, cameras, strict=True)])).cuda()
+    local = [_local(m, c) for m, c in zip(meshes, cameras, strict=True)]
+    clips = [_clip_matrix(c, _near(m, p)) for m, c, p in zip(meshes, cameras, local, strict=True)]
+    points, clip = torch.from_numpy(np.stack(local)).cuda(), torch.from_numpy(np.stack(clips)).cuda()
     source_z = torch.from_numpy(np.stack([m.vertices[:, 2:] for m in meshes])).cuda().float()
     ones = torch.ones_like(points[..., :1])
     position = (torch.cat([points, ones], -1) @ clip.transpose(1, 2)).float().contiguous()
@@ -156,13 +157,21 @@ def _local(mesh: DWMesh, camera: Camera) -> np.ndarray:
     return mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
 
 
-def _clip_matrix(mesh: DWMesh, camera: Camera) -> np.ndarray:
+def _near(mesh: DWMesh, points: np.ndarray) -> float:
+    """Return the near plane for vertices float64 [N, 3] in camera axes: the contract's, or just before the nearest.
+
+    Where nothing is cut, the picture is the same with either, and depth is told apart the better the farther it is: the
+    integers that nvdiffrast compares come from a float32 near 1, whose steps are about 6e-8 · z / near of z.
+    """
+    return max(NEAR_RATIO * float(mesh.z_depth.min()), 0.99 * float(points[:, 2].min()))
+
+
+def _clip_matrix(camera: Camera, near: float) -> np.ndarray:
     """Return the float64 [4, 4] matrix from camera axes to clip space, with z/w = 1 − 2 · near / z.
 
     nvdiffrast's row 0 is at y = −1, as OpenCV's is at v = 0, so that nothing is flipped.
     """
     height, width = camera.size
-    near = NEAR_RATIO * float(mesh.z_depth.min())
     K = camera.K
     return np.array(
         [
