@@ -209,11 +209,56 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
     try:
         with progress(train) as show:
             place = Place(rank, workers, context.get_local_rank())
-            return trainer.train(train, chosen["model"], place, show, _stop.is_set), ""
+            return trainer.train(train, chosen["model"], place, show, _stop.is_set, RemoteValidation), ""
     except report.NonFinite as error:
         return 1, str(error)
     except ConfigError as error:
         return 2, str(error)
+
+
+class Judge:
+    """An actor that judges one set of weights: a process with resources of its own, which ends with rank 0."""
+
+    def judge(self, folder: str) -> None:
+        """Write a validation's result into its folder."""
+        from ex4d.train import validation
+
+        os.nice(19)
+        validation.judge(Path(folder))
+
+
+class RemoteValidation:
+    """A validation under way in an actor (validation.Handle), with a GPU of its own where `device` is one."""
+
+    def __init__(self, folder: Path, device: str):
+        import ray
+
+        self._folder = folder
+        gpus = 0 if device == "cpu" else 1
+        actor: Any = ray.remote(Judge).options(num_cpus=0, num_gpus=gpus, scheduling_strategy="DEFAULT")
+        self._actor = actor.remote()
+        self._done = self._actor.judge.remote(str(folder))
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        import ray
+
+        if not ray.wait([self._done], timeout=0)[0]:
+            return None
+        try:
+            ray.get(self._done)
+        except ray.exceptions.RayError as error:
+            (self._folder / "log.txt").write_text(str(error), encoding="utf-8")
+            return 1
+        finally:
+            self.kill()
+        return 0
+
+    def kill(self) -> None:
+        """End it."""
+        import ray
+
+        ray.kill(self._actor)
 
 
 def _wait_for_stop(flag: Any) -> None:

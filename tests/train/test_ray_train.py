@@ -113,11 +113,16 @@ def add_node(cluster) -> None:
 
 def ranks(cluster) -> list[tuple]:
     """Return (node, process) of each rank."""
+    return processes(cluster, "RayTrainWorker")
+
+
+def processes(cluster, name: str) -> list[tuple]:
+    """Return (node, process) of each actor of that name."""
     found = []
-    for node in cluster.worker_nodes:
+    for node in (cluster.head_node, *cluster.worker_nodes):
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         below = [child for child in raylet.children(recursive=True) if child.is_running()]
-        found += [(node, child) for child in below if "RayTrainWorker" in " ".join(child.cmdline())]
+        found += [(node, child) for child in below if name in " ".join(child.cmdline())]
     return found
 
 
@@ -170,6 +175,28 @@ def test_sigterm_saves_says_75_and_the_same_command_goes_on(to, folder, whole, c
     assert code == 0, text
     assert losses(output) == losses(folder / "whole")
     assert same_adapter(output, folder / "whole")
+
+
+@pytest.mark.parametrize("killed", [False, True])
+def test_a_validation_is_an_actor_whose_death_changes_nothing(killed, folder, whole, cluster):
+    output = folder / f"validated {killed}"
+    more = ("train.validate_every=20", "train.validate_videos=1", "train.validate_video_steps=2")
+    process = start(whole, *on(cluster, output, *more, "train.validate_samples=2", "train.validate_apart=true"))
+    if killed:
+        wait_for(lambda: processes(cluster, "ray::Judge"), "the actor")
+        processes(cluster, "ray::Judge")[0][1].kill()
+    code, text = finish(process)
+    assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+    assert same_adapter(output, folder / "whole")
+    first, *others = runlog.read(output / "validation.jsonl")
+    assert first["step"] == 20 or others, text
+    found = {result["step"]: result for result in (first, *others)}
+    if killed:
+        assert "failed" in found[20]
+    else:
+        assert found[20]["validation_loss"] > 0
+        assert (output / found[20]["videos"][0]).stat().st_size > 500
 
 
 def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, whole, cluster):

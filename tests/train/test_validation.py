@@ -13,11 +13,12 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from make_run import make_base, make_config, make_dataset, make_sample
+from make_run import make_base, make_config, make_dataset
 from safetensors.torch import load_file
 from toy import train_toy
 
 from ex4d import generate, video
+from ex4d.data.loader import ShardLoader
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import load_base
 from ex4d.models.encoders import to_pixels
@@ -153,11 +154,11 @@ def test_videos_are_made_of_held_out_clips_by_another_process(folder, in_ranks):
     assert frames.shape == (5, 32, 96, 3)
     given, made, real = np.split(frames.astype(float), 3, axis=2)
     base = load_base(str(folder / "base"), components=("vae",))
-    clips = [to_pixels(torch.from_numpy(make_sample(index).frames)[None]) for index in (4, 5, 6)]
-    truth = [generate.to_frames(base.decode_latents(base.encode_video(clip))) for clip in clips]
-    distances = sorted(np.abs(real - clip).mean() for clip in truth)
-    assert distances[0] < distances[1] / 2, "one of them, as the codec sees it"
-    assert given[1:].mean() < 0.8 * real[1:].mean(), "its holes are black"
+    batch = next(ShardLoader(str(folder / "dataset"), "val", 1, 0))
+    clip, visible = torch.from_numpy(batch["frames"]), torch.from_numpy(batch["visible"])
+    for panel, frames in ((real, clip), (given, clip * visible[..., None])):
+        seen = generate.to_frames(base.decode_latents(base.encode_video(to_pixels(frames))))
+        assert np.abs(panel - seen).mean() < 4, "as the codec sees it"
     assert np.abs(made - real).mean() > 1
     assert not list((output / "validation").glob("*/adapter.safetensors"))
 
