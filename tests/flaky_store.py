@@ -26,10 +26,13 @@ class Flaky:
         app: what answers the requests that do not fail.
         share: of the requests that fail.
         seed: of the draw.
+
+    `refuse` holds kinds of requests of which all fail.
     """
 
     def __init__(self, app: Any, share: float, seed: int):
         self.app, self.share, self.seed = app, share, seed
+        self.refuse: set[str] = set()
         self.asked: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self._draws: dict[str, Random] = {}
@@ -53,9 +56,9 @@ class Flaky:
         with self._lock:
             self.asked[kind] += 1
             draw = self._draws.setdefault(kind, Random(f"{self.seed} {kind}"))
-            fails = draw.random() < self.share or self.asked[kind] == 1
+            first = self.share and not self.failed[kind]
             how = draw.choice([*_ANSWERS, "cut"] if kind == "get" else [*_ANSWERS])
-            if not self.share or not fails:
+            if not (draw.random() < self.share or first or kind in self.refuse):
                 return None
             self.failed[kind] += 1
             return how
@@ -84,8 +87,11 @@ def _cut(answer: Any) -> Iterator[bytes]:
 def object_store(share: float = 0.05, seed: int = 0) -> Iterator[tuple[str, Flaky]]:
     """Yield (the address of the server, the Flaky in front of it)."""
     from moto.server import DomainDispatcherApplication, create_backend_app
+    from moto.core.models import DEFAULT_ACCOUNT_ID
+    from moto.s3.models import s3_backends
     from werkzeug.serving import make_server
 
+    s3_backends[DEFAULT_ACCOUNT_ID]["aws"].reset()  # moto's stores are the process's
     flaky = Flaky(DomainDispatcherApplication(create_backend_app), share, seed)
     server = make_server("127.0.0.1", 0, flaky, threaded=True)
     thread = threading.Thread(target=server.serve_forever, daemon=True)
@@ -107,6 +113,9 @@ def use(monkeypatch: Any, address: str) -> None:
         "AWS_DEFAULT_REGION": "us-east-1",
         "AWS_MAX_ATTEMPTS": "1",
     }
+    import s3fs
+
+    s3fs.S3FileSystem.clear_instance_cache()  # those of another test speak to its store
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE"):

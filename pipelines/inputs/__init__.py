@@ -183,19 +183,18 @@ def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
 
 def _names(entries: Sequence[Entry]) -> dict[str, str]:
     """Return {path: name}: relative to the deepest folder that holds all roots, unique."""
-    is_local = {storage.is_local(entry.path) for entry in entries}
-    roots = [_as_path(entry.root) for entry in entries]
-    # Where files of this machine and of stores meet, the name of a store's file begins with its host or bucket.
-    common = {kind: "/" for kind in is_local}
-    for kind in is_local:
-        if kind or len(is_local) == 1:
-            common[kind] = posixpath.commonpath(
-                [root for root, entry in zip(roots, entries, strict=True) if storage.is_local(entry.path) == kind]
-            )
+    files = [entry for entry in entries if not entry.reason]
+    roots: dict[bool, list[str]] = {}
+    for entry in files:
+        roots.setdefault(storage.is_local(entry.path), []).append(_as_path(entry.root))
+    common = {is_local: posixpath.commonpath(found) for is_local, found in roots.items()}
+    if len(common) == 2:  # a store's file then is named with its host or bucket
+        common[False] = "/"
     names = {
         entry.path: _unicode(posixpath.relpath(_as_path(entry.path), common[storage.is_local(entry.path)]))
-        for entry in entries
+        for entry in files
     }
+    names |= {entry.path: _unicode(without_query(entry.path).rpartition("/")[2]) for entry in entries if entry.reason}
     taken = Counter(names.values())
     return {
         path: name if taken[name] == 1 else f"{name}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
