@@ -133,9 +133,14 @@ def quantize_blocks(transformer: nn.Module, style: str, device: torch.device | s
     Raises:
         ConfigError: the style is not of STYLES.
     """
+    quantize_linears(transformer.get_submodule("blocks"), style, device)
+
+
+def quantize_linears(within: nn.Module, style: str, device: torch.device | str = "cpu") -> None:
+    """The same for every linear layer below one module: a block at a time, say, where not all are made at once."""
     if style not in STYLES:
         raise ConfigError("model.quantize", style, f"allowed: {', '.join(STYLES)} or null")
-    for module in transformer.get_submodule("blocks").modules():
+    for module in within.modules():
         for name, child in list(module.named_children()):
             if type(child) is nn.Linear:
                 setattr(module, name, QuantizedLinear(child, style, device))
