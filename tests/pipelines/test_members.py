@@ -27,7 +27,7 @@ CORPUS = SyntheticConfig(num_videos=3, num_frames=9, size=(32, 32), supersample=
 
 @pytest.fixture(scope="module")
 def config(tmp_path_factory):
-    """A dataset with both members, two masks a clip: of every number of visibility masks from none to all."""
+    """A dataset with both members, three masks a clip, of which one, two or none are visibility masks."""
     folder = tmp_path_factory.mktemp("members")
     write_corpus(folder / "corpus", CORPUS)
     made = PreprocessConfig(
@@ -35,7 +35,7 @@ def config(tmp_path_factory):
         input=str(folder / "corpus"),
         num_frames=5,
         size=(32, 32),
-        masks=MaskConfig(num_masks=2, visibility=0.5, tracking=0.2, novel_view=0.3),
+        masks=MaskConfig(num_masks=3, visibility=0.5, tracking=0.2, novel_view=0.3),
         members=("cond", "depth"),
         val_fraction=0.0,
         seed=2,
@@ -60,7 +60,8 @@ def test_every_sample_has_both_and_verify_knows_them(config, tmp_path):
         count = int((sample.kind == KINDS.index(VISIBILITY)).sum())
         numbers.add(count)
         assert len(sample.cond) == max(1, count) * 5
-    assert len(numbers) > 1  # among them a sample without a visibility mask, or with two
+    assert len(numbers) > 1
+    assert max(numbers) > 1
     plain = replace(config, output=str(tmp_path / "plain"), members=())
     preprocess.run(plain, runner_name="inline")
     assert read_dataset(plain.output)["members"] == ["camera.json", "json", "masks.npz", "mp4", "txt"]
@@ -70,6 +71,8 @@ def test_every_sample_has_both_and_verify_knows_them(config, tmp_path):
         assert not (ours.visible & ~theirs.visible).any()  # the wrong warp tears holes and closes none
         other = ours.kind != KINDS.index(VISIBILITY)
         np.testing.assert_array_equal(ours.visible[other], theirs.visible[other])
+        torn = [a.sum() < b.sum() for a, b in zip(ours.visible[~other], theirs.visible[~other], strict=True)]
+        assert all(torn)
 
 
 def test_depth_is_kept_to_16_bits_of_disparity(config):
@@ -99,6 +102,21 @@ def test_a_visibility_mask_uncovers_the_warp_and_others_the_clip(config):
             seen.add(bool(is_visibility))
     loader.close()
     assert seen == {True, False}
+
+
+def test_each_visibility_mask_has_its_own_frames(config):
+    by_key = {sample.key: sample for sample in samples(preprocess.storage.local_path(config.output))}
+    loader = ShardLoader(config.output, "train", 3, 0)
+    places = set()
+    for batch in (next(loader) for _ in range(6)):
+        for key, index, shown in zip(batch["keys"], batch["mask_index"], batch["shown"], strict=True):
+            kinds = by_key[key].kind.tolist()
+            if kinds[index] == KINDS.index(VISIBILITY):
+                place = kinds[:index].count(KINDS.index(VISIBILITY))
+                np.testing.assert_array_equal(shown, by_key[key].cond[5 * place : 5 * place + 5])
+                places.add(place)
+    loader.close()
+    assert {0, 1} <= places
 
 
 def test_the_condition_is_encoded_from_the_warp_by_trainer_and_encode_alike(config, tmp_path):
