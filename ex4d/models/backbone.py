@@ -13,6 +13,7 @@ from typing import Any, Literal
 
 import torch
 
+from ex4d import hub
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import families
 from ex4d.models.encoders import Base
@@ -101,7 +102,7 @@ def load_base(
     }
     return Base(
         name=base,
-        revision=_commit_of(folder) if not _is_local(base) else revision,
+        revision=hub.revision_of(folder) if not _is_local(base) else revision,
         device=device,
         shape=read_config(folder, "transformer"),
         tokenizer=_tokenizer(folder) if "text_encoder" in components else None,
@@ -137,30 +138,9 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
                 "model.base", base, f"{folder} is no diffusers folder: transformer/config.json is missing"
             )
         return folder
-    import huggingface_hub
-    from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
-
     patterns = [f"{sub}/{file}" for name in components for sub in FOLDERS[name] for file in FILES]
-    patterns.append("transformer/config.json")
-    try:
-        return Path(huggingface_hub.snapshot_download(base, revision=revision, allow_patterns=patterns))
-    except HFValidationError as error:
-        raise ConfigError("model.base", base, "is neither 'tiny', nor an existing folder, nor a hub id") from error
-    except (HfHubHTTPError, LocalEntryNotFoundError, OSError) as error:
-        at = f" --revision {revision}" if revision else ""
-        subs = ", ".join(sub for name in components for sub in FOLDERS[name])
-        raise ConfigError(
-            "model.base",
-            base,
-            f"is not cached and cannot be fetched ({type(error).__name__}). Where there is a network run "
-            f"`hf download {base}{at} --local-dir models/{base.rpartition('/')[2]}` (needed: {subs}), bring the "
-            f"folder here and set model.base to it",
-        ) from error
-
-
-def _commit_of(folder: Path) -> str | None:
-    """Return the commit of a snapshot in the hub's cache, whose folder is named by it."""
-    return folder.name if folder.parent.name == "snapshots" else None
+    at = f"@{revision}" if revision else ""
+    return hub.resolve(f"{base}{at}", [*patterns, "transformer/config.json"], "model.base")
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:

@@ -142,11 +142,22 @@ def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = Fa
     return metadata
 
 
-@torch.no_grad()
 def load_state(model: Ex4dModel, state: Mapping[str, Tensor], what: str = "the state") -> None:
-    """Copy a canonical state into the model's trainables. Raises ContractError unless names and shapes are equal."""
+    """Copy a canonical state into the model's trainables. Raises ContractError unless it fits: see `fill`."""
     trainables = model.trainable_parameters()
     formats.require(state, trainables, what)
+    fill(trainables, state, what)
+
+
+@torch.no_grad()
+def fill(trainables: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
+    """Copy a state into parameters of the same names; all of it, or nothing is changed.
+
+    Raises:
+        ContractError: names or shapes differ, or a tensor is not finite; names the first.
+    """
+    if odd := sorted(trainables.keys() ^ state.keys()):
+        raise ContractError(f"{what} belongs to another model: {len(odd)} names differ, the first is {odd[0]}")
     different = [name for name, value in trainables.items() if value.shape != state[name].shape]
     if different:
         first = different[0]
