@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 import trimesh
@@ -11,7 +13,16 @@ from ex4d.depth import DepthRequest, estimate
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import intrinsics
 from ex4d.geometry.depth import to_z_depth
-from ex4d.geometry.mesh import BOUNDARY_RATIO, PROFILES, angle_threshold_deg, build, contains, export, smallest_angles
+from ex4d.geometry.mesh import (
+    BOUNDARY_RATIO,
+    PROFILES,
+    DWMesh,
+    angle_threshold_deg,
+    build,
+    contains,
+    export,
+    smallest_angles,
+)
 from ex4d.geometry.mesh import topology as make_topology
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 from ex4d.video.frames import decode, frame_pts
@@ -100,11 +111,13 @@ def test_mesh_is_watertight_and_every_check_catches_every_mutant(seed):
     mesh = build(*random_scene(seed, size), intrinsics(size))
     faces = mesh.faces
     assert edges_closed(faces)
+    assert euler_number(faces) == 2
     assert trimesh_closed(mesh.vertices, faces)
     origins, directions = rays_at(mesh.vertices, faces, 4000, seed)
     assert open_rays(mesh.vertices, faces, origins, directions) == 0
     for name, mutant in mutants(mesh.vertices, faces, size).items():
         assert not edges_closed(mutant), name
+        assert (euler_number(mutant) == 2) == (name == "one face flipped"), name  # it counts, and sees no direction
         assert not trimesh_closed(mesh.vertices, mutant), name
         # Aimed at the mutated face and at the cap's rim, where the two-triangle cap has its T-junctions.
         middle = mesh.vertices[faces[5]].mean(0)
@@ -122,21 +135,41 @@ def test_a_million_rays_find_no_leak():
     assert leaks == 0
 
 
-def check_frame(frame: np.ndarray, z_depth: np.ndarray) -> None:
-    """Finite vertices, no face without area, border and cap occluded, and the eyes of the usual orbits outside."""
-    mesh = build(frame, z_depth, intrinsics(z_depth.shape))
+def check_mesh(mesh: DWMesh, radius: float) -> None:
+    """Finite vertices, no face without area, and the eyes of the usual orbits outside."""
     a, b, c = (mesh.vertices[mesh.faces[:, k]] for k in range(3))
-    assert np.isfinite(mesh.vertices).all()
-    assert (np.linalg.norm(np.cross(b - a, c - a), axis=1) > 0).all()
+    assert np.isfinite(mesh.vertices).all(), "finite"
+    assert (np.linalg.norm(np.cross(b - a, c - a), axis=1) > 0).all(), "area"
+    for angle in np.radians((-90, -60, -30, 0, 30, 60, 90)):
+        eye = np.array([radius * np.sin(angle), 0, radius * (1 - np.cos(angle))])
+        assert not contains(mesh, eye), "outside"
+
+
+def check_frame(frame: np.ndarray, z_depth: np.ndarray) -> None:
+    """What check_mesh says, border and cap behind everything and occluded."""
+    mesh = build(frame, z_depth, intrinsics(z_depth.shape))
+    check_mesh(mesh, float(1.06 * np.percentile(z_depth, 1)))
     assert np.isclose(mesh.boundary_depth, BOUNDARY_RATIO * z_depth.max())
     assert mesh.face_occluded[:, [0, -1]].all()
     assert mesh.face_occluded[:, :, [0, -1]].all()
     assert mesh.occluded[mesh.face_occluded.size :].all()
-    assert not contains(mesh, np.zeros(3))
-    radius = float(1.06 * np.percentile(z_depth, 1))
-    for angle in np.radians((-90, -60, -30, 30, 60, 90)):
-        eye = np.array([radius * np.sin(angle), 0, radius * (1 - np.cos(angle))])
-        assert not contains(mesh, eye)
+
+
+@pytest.mark.parametrize(("place", "value", "what"), [((4, 5), np.nan, "finite"), (np.s_[4, 5:7], 0.0, "area")])
+def test_the_checks_of_a_frame_catch_broken_vertices(place, value, what):
+    mesh = build(*random_scene(0, (12, 16)), intrinsics((12, 16)))
+    broken = mesh.z_depth.copy()
+    broken[place] = value
+    with pytest.raises(AssertionError, match=what):
+        check_mesh(replace(mesh, z_depth=broken), 1.0)
+
+
+def test_the_checks_of_a_frame_catch_an_eye_inside():
+    frame, z_depth = random_scene(0, (12, 16))
+    wide = build(frame, z_depth, intrinsics((12, 16), fov_deg=120.0))  # at 54° no orbit's eye is before the camera
+    check_mesh(wide, 0.5)
+    with pytest.raises(AssertionError, match="outside"):
+        check_mesh(wide, 1.3 * float(z_depth.max()))
 
 
 @pytest.mark.parametrize("seed", range(10))
