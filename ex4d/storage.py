@@ -26,7 +26,18 @@ from ex4d.retry import Truncated
 
 __all__ = [
     *("SCHEMES", "Truncated", "atomic_path", "check_url", "exists", "glob", "is_file", "is_local", "join"),
-    *("list_files", "local_path", "move_file", "open_read", "read_bytes", "remove", "sha256", "size", "write_bytes"),
+    *(
+        "list_files",
+        "local_path",
+        "move_file",
+        "open_read",
+        "read_bytes",
+        "remove",
+        "sha256",
+        "size",
+        "tag",
+        "write_bytes",
+    ),
 ]
 
 SCHEMES = ("file", "s3", "gs", "gcs", "hf", "http", "https", "memory")
@@ -153,6 +164,16 @@ def size(url: str | Path) -> int:
     if info["size"] is None:
         raise OSError(95, "The server does not tell the size", retry.redacted(str(url)))
     return int(info["size"])
+
+
+def tag(url: str) -> str:
+    """Return what a store says of a file's content without sending it, "" where that proves nothing.
+
+    Two contents of one URL have two tags: an ETag that is not weak, or a hub's or bucket's hash of the bytes.
+    """
+    info = _info(url) or {}
+    found = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key)), "")
+    return "" if found.startswith("W/") or info.get("size") is None else f"{found} {info['size']}"
 
 
 def _info(url: str | Path) -> dict[str, Any] | None:

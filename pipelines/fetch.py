@@ -5,6 +5,7 @@ room. The processes of one machine share the folder; what one of them works with
 from __future__ import annotations
 
 import fcntl
+import json
 import os
 import tempfile
 import threading
@@ -15,12 +16,14 @@ from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
 from ex4d import retry, storage
+from ex4d.config import fingerprint
 from ex4d.errors import BadSample, ConfigError
 from pipelines.inputs import without_query
 
 if TYPE_CHECKING:
     from pipelines.settings import PreprocessConfig
 
+SOURCES = "staging/sources"  # one note for each remote file that was hashed, named by its URL and its store's tag
 MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
 
 
@@ -56,8 +59,20 @@ def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
 
 
 def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
-    """Return (sha256, bytes) of a remote file, which lies in the cache afterwards. Raises OSError."""
-    return _cache(config).add(url, "video")
+    """Return (sha256, bytes) of a remote file, from an earlier run where its store says that it is the same still.
+
+    Else the file is read, and lies in the cache afterwards. Raises OSError.
+    """
+    tag = storage.tag(url)
+    note = storage.join(config.output, SOURCES, f"{fingerprint(url, tag)}.json")
+    if tag and storage.exists(note):
+        known = json.loads(storage.read_bytes(note))
+        return known["sha256"], known["size_bytes"]
+    sha256, size_bytes = _cache(config).add(url, "video")
+    # Of a file that was replaced while it was read, nothing is kept.
+    if tag and storage.tag(url) == tag:
+        storage.write_bytes(note, json.dumps({"sha256": sha256, "size_bytes": size_bytes}).encode())
+    return sha256, size_bytes
 
 
 def unreadable(error: OSError) -> BadSample:
@@ -79,7 +94,7 @@ class FileCache:
 
     def __init__(self, folder: Path, max_bytes: int):
         self.folder, self.max_bytes = folder, max_bytes
-        folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+        self._make_folder()
         if folder.stat().st_uid != os.getuid():
             raise ConfigError("preprocess.cache_dir", str(folder), "belongs to another user")
         self._held: dict[str, IO[bytes]] = {}
@@ -102,6 +117,7 @@ class FileCache:
 
     def add(self, url: str, name: str) -> tuple[str, int]:
         """Return (sha256, bytes) of a file after copying it here. Raises OSError."""
+        self._make_folder()  # somebody may have tidied up
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
         self._make_room(_size_or_none(url) or 0)
         try:
@@ -112,6 +128,9 @@ class FileCache:
         finally:
             temporary.unlink(missing_ok=True)
         return sha256, size_bytes
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _path(self, sha256: str, name: str) -> Path:
         if len(os.fsencode(name)) > MAX_NAME_BYTES:
@@ -168,7 +187,7 @@ def _drop(path: Path) -> bool:
 
 def _move(source: Path, target: Path) -> None:
     while True:
-        target.parent.mkdir(exist_ok=True)
+        target.parent.mkdir(parents=True, exist_ok=True)
         try:
             os.replace(source, target)
             return

@@ -27,7 +27,7 @@ class Flaky:
         share: of the requests that fail.
         seed: of the draw.
 
-    `refuse` holds kinds of requests of which all fail.
+    `refuse` holds kinds of requests of which all fail; `read` the paths that were asked for.
     """
 
     def __init__(self, app: Any, share: float, seed: int):
@@ -35,12 +35,15 @@ class Flaky:
         self.refuse: set[str] = set()
         self.asked: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
+        self.read: list[str] = []
         self._draws: dict[str, Random] = {}
         self._lock = threading.Lock()
 
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         kind = _kind(environ)
         fault = self._fault(kind)
+        if kind == "get":
+            self.read.append(environ["PATH_INFO"])
         if fault == "cut":
             return _cut(self.app(environ, start_response))
         if fault is None:
@@ -86,9 +89,9 @@ def _cut(answer: Any) -> Iterator[bytes]:
 @contextmanager
 def object_store(share: float = 0.05, seed: int = 0) -> Iterator[tuple[str, Flaky]]:
     """Yield (the address of the server, the Flaky in front of it)."""
-    from moto.server import DomainDispatcherApplication, create_backend_app
     from moto.core.models import DEFAULT_ACCOUNT_ID
     from moto.s3.models import s3_backends
+    from moto.server import DomainDispatcherApplication, create_backend_app
     from werkzeug.serving import make_server
 
     s3_backends[DEFAULT_ACCOUNT_ID]["aws"].reset()  # moto's stores are the process's

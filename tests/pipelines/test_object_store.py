@@ -123,8 +123,13 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
     assert kinds <= set(store.failed)  # every kind of request has failed
     assert store.failed.total() >= 0.05 * store.asked.total()
     print("\nasked", dict(store.asked), "failed", dict(store.failed))
+    storage.write_bytes("s3://bucket/in/empty.mp4", b"replaced")
+    shutil.rmtree(config.cache_dir)
+    store.read.clear()
     again = inline(remote)
-    assert again.worked == {"hash": 7, "split": 0, "clip": 0}
+    assert again.worked == {"hash": 7, "split": 1, "clip": 0}
+    videos = [path for path in store.read if path.endswith(".mp4")]
+    assert set(videos) == {"/bucket/in/empty.mp4"}  # what the store says is unchanged was not read again
     assert "secret-that-nobody-may-see" not in caplog.text + storage.read_bytes("s3://bucket/out/run.jsonl").decode()
 
 
