@@ -96,16 +96,10 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, tensors: Mapping[str, Any]) -> None:
-    """Fill a model's trainables from {name: tensor}. Raises ContractError where names or shapes differ."""
-    import torch
+    """Fill a model's trainables from {name: tensor}. Raises ContractError where they do not fit: see weights.fill."""
+    from ex4d.models import weights
 
-    trainables = model.trainable_parameters()
-    if {n: p.shape for n, p in trainables.items()} != {n: t.shape for n, t in tensors.items()}:
-        odd = sorted(trainables.keys() ^ tensors.keys())[:3] or "a shape"
-        raise ContractError(f"the weights of the checkpoint belong to another model: {odd} differs")
-    with torch.no_grad():
-        for name, parameter in trainables.items():
-            parameter.copy_(tensors[name])
+    weights.fill(model.trainable_parameters(), tensors, "the checkpoint")
 
 
 @contextmanager
@@ -126,13 +120,11 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
-        if target.exists():  # a rename replaces only an empty folder; what is here is the same step of the same run
-            os.replace(target, temporary.with_name(temporary.name + "-old"))
-        os.replace(temporary, target)
-        _flush(target.parent)
+        if not target.exists():  # what stands there is the same step of the same run, and no moment is without it
+            os.replace(temporary, target)
+            _flush(target.parent)
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
-        shutil.rmtree(temporary.with_name(temporary.name + "-old"), ignore_errors=True)
 
 
 def _flush(path: Path) -> None:

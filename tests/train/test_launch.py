@@ -21,7 +21,7 @@ from ex4d.models import weights
 from ex4d.models.backbone import load_base
 from ex4d.train import checkpoint, objective, runlog
 from ex4d.train.config import EXIT_PREEMPTED
-from ex4d.train.flops import count_parameters
+from ex4d.train.estimate import count_parameters
 from pipelines import cli
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -48,14 +48,14 @@ def start(
 
 def finish(process: subprocess.Popen) -> tuple[int, str]:
     try:
-        text, _ = process.communicate(timeout=150)
+        text, _ = process.communicate(timeout=600)
     finally:
         process.kill()
     return process.returncode, text
 
 
 def wait_for_step(output: Path, step: int) -> None:
-    deadline = time.monotonic() + 120
+    deadline = time.monotonic() + 300
     while len(runlog.read(output / "metrics.jsonl")) < step:
         assert time.monotonic() < deadline, f"step {step} did not come"
         time.sleep(0.02)
@@ -224,6 +224,22 @@ def test_the_deepspeed_launcher_trains_the_same(folder, whole):
     launcher += ("--module", "pipelines.train")
     code, text = finish(start(whole, f"train.output={output}", launcher=launcher))
     assert code == 0, text
+    assert losses(output) == losses(folder / "whole")
+
+
+@pytest.mark.heavy
+def test_deepspeed_with_a_hostfile_of_two_nodes_trains_the_same(folder, whole):
+    """As on two machines without ssh between them: the launcher is started on each, with the same hostfile."""
+    output, hostfile, port = folder / "hostfile", folder / "hosts", free_port()
+    hostfile.write_text("node-a slots=1\nnode-b slots=1\n")
+    nodes = []
+    for rank in range(2):
+        launcher = ("-m", "deepspeed.launcher.runner", f"--hostfile={hostfile}", "--no_ssh", f"--node_rank={rank}")
+        launcher += ("--master_addr=127.0.0.1", f"--master_port={port}", "--module", "pipelines.train")
+        nodes.append(start(whole, f"train.output={output}", launcher=launcher))
+    for process in nodes:
+        code, text = finish(process)
+        assert code == 0, text
     assert losses(output) == losses(folder / "whole")
 
 

@@ -9,6 +9,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
+from contextlib import suppress
 from pathlib import Path
 
 import psutil
@@ -24,7 +25,7 @@ PLAIN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", 
 RUN = {"num_steps": 30, "save_every": 5, "micro_batch_size": 2, "num_processes": 2, "zero_stage": 2}
 STORE_BYTES = 80 * 2**20
 
-pytestmark = [pytest.mark.heavy, pytest.mark.ray]
+pytestmark = [pytest.mark.heavy, pytest.mark.ray, pytest.mark.timeout(1800)]
 
 
 # The command with an impatient eye on the cluster: a node that comes back is used after two seconds, not sixty.
@@ -44,7 +45,7 @@ def start(config: Path, *overrides: str, program: tuple[str, ...] = ("-m", "pipe
     )
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 240) -> tuple[int, str]:
+def finish(process: subprocess.Popen, timeout_s: float = 600) -> tuple[int, str]:
     try:
         text, _ = process.communicate(timeout=timeout_s)
     finally:
@@ -60,7 +61,7 @@ def losses(output: Path) -> list[float]:
     return [metrics["loss"] for metrics in steps(output)]
 
 
-def wait_for(what, why: str, timeout_s: float = 120) -> None:
+def wait_for(what, why: str, timeout_s: float = 400) -> None:
     deadline = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline, f"did not come: {why}"
@@ -122,7 +123,10 @@ def processes(cluster, name: str) -> list[tuple]:
     for node in (cluster.head_node, *cluster.worker_nodes):
         raylet = psutil.Process(node.all_processes["raylet"][0].process.pid)
         below = [child for child in raylet.children(recursive=True) if child.is_running()]
-        found += [(node, child) for child in below if name in " ".join(child.cmdline())]
+        for child in below:
+            with suppress(psutil.Error):  # gone meanwhile
+                if name in " ".join(child.cmdline()):
+                    found.append((node, child))
     return found
 
 

@@ -158,7 +158,8 @@ def test_videos_are_made_of_held_out_clips_by_another_process(folder, in_ranks):
     clip, visible = torch.from_numpy(batch["frames"]), torch.from_numpy(batch["visible"])
     for panel, frames in ((real, clip), (given, clip * visible[..., None])):
         seen = generate.to_frames(base.decode_latents(base.encode_video(to_pixels(frames))))
-        assert np.abs(panel - seen).mean() < 4, "as the codec sees it"
+        # By luma: the file halves the resolution of colour, and these clips are noise.
+        assert np.abs((panel - seen) @ [0.2126, 0.7152, 0.0722]).mean() < 4, "as the codec sees it"
     assert np.abs(made - real).mean() > 1
     assert not list((output / "validation").glob("*/adapter.safetensors"))
 
