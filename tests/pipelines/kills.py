@@ -101,13 +101,18 @@ class Bench:
 
     def start(self, name: str, runner_name: str = "ray") -> Run:
         """Return a run into the output folder `name`, just started."""
-        output = self.folder / name
-        path = self.folder / f"{name}.yaml"
-        config.dump({**self.sections, "preprocess": {**self.sections["preprocess"], "output": str(output)}}, path)
+        path = self.write_config(name)
         environment = os.environ | {"RAY_TMPDIR": self.ray_folder}
         with open(self.folder / f"{name}.log", "ab") as log:
             command = [sys.executable, "-c", MAIN, str(path), runner_name]
-            return Run(output, subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+            return Run(self.folder / name, subprocess.Popen(command, stdout=log, stderr=log, env=environment))
+
+    def write_config(self, name: str) -> Path:
+        """Return the YAML file of runs into the output folder `name`."""
+        path = self.folder / f"{name}.yaml"
+        choices = {**self.sections["preprocess"], "output": str(self.folder / name)}
+        config.dump({**self.sections, "preprocess": choices}, path)
+        return path
 
     def finish(self, name: str, runner_name: str = "ray") -> str:
         """Return the tree hash after a run that nobody disturbs."""
