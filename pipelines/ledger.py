@@ -27,7 +27,7 @@ from ex4d import storage
 from ex4d.config import fingerprint, to_dict
 from ex4d.errors import ConfigError, ContractError
 
-VIDEOS, CLIPS, ATTEMPTS = "staging/videos", "staging/clips", "staging/attempts"
+VIDEOS, CLIPS, SCORES, ATTEMPTS = "staging/videos", "staging/clips", "staging/scores", "staging/attempts"
 CONFIG = "staging/config.json"
 SECRET = "(not kept)"
 # user:password@host, and the query of a web address, which may be a signature
@@ -43,7 +43,7 @@ class Ledger:
     def names(self) -> set[str]:
         """Return the names of everything that is done, e.g. `clips/KEY.FP.tar`."""
         found = set()
-        for folder in (VIDEOS, CLIPS):
+        for folder in (VIDEOS, CLIPS, SCORES):
             kind = folder.rpartition("/")[2]
             found |= {f"{kind}/{name}" for name in storage.list_files(storage.join(self.output, folder))}
         return found
@@ -63,6 +63,10 @@ class Ledger:
     def write_sample(self, name: str, blob: bytes) -> None:
         """Write a finished sample's tar blocks."""
         storage.write_bytes(self.url(name), blob)
+
+    def write_scores(self, name: str, scores: Mapping[str, float]) -> None:
+        """Write down the scores of a clip that was looked at and not yet made."""
+        self._write_json(name, scores)
 
     def read(self, name: str) -> dict[str, Any]:
         """Return a video's record or a clip's refusal.
@@ -117,8 +121,8 @@ class Ledger:
         kept = json.loads(text)
         return kept["folder"], kept["sections"]
 
-    def sweep(self, before: float) -> None:
-        """Delete what killed runs left unfinished: temporary files older than `before` (Unix time), and all attempts.
+    def sweep(self) -> None:
+        """Delete what killed processes left unfinished: temporary files, and marks of attempts.
 
         Only for a run that holds the folder and has nothing left to do. Object stores have no temporary files.
         """
@@ -126,9 +130,7 @@ class Ledger:
             storage.remove(storage.join(self.output, ATTEMPTS, name))
         if storage.is_local(self.output):
             for path in (storage.local_path(self.output) / "staging").rglob(".tmp-*"):
-                # A worker of a killed run may live for seconds after it.
-                if path.is_file() and path.stat().st_mtime < before:
-                    path.unlink(missing_ok=True)
+                path.unlink(missing_ok=True)
 
     def prune(self, used: Iterable[str]) -> int:
         """Return how many artifacts were deleted: superseded ones, of a source of which others are `used` now."""

@@ -62,6 +62,7 @@ class PlanConfig:
 
 
 SECTIONS = {**preprocess.SECTIONS, "plan": PlanConfig}
+OPTIONAL = preprocess.OPTIONAL
 
 
 @dataclass(frozen=True)
@@ -157,7 +158,7 @@ def main(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
     return plan, earlier
 
 
-def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfig) -> Plan:
+def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfig | None) -> Plan:
     """Return the plan, after running a sample of the corpus through the stages in this process."""
     sources = preprocess.find_sources(config, synthetic)
     videos = [source for source in sources if source.is_video]

@@ -28,6 +28,8 @@ class Result:
         committed: True where the dataset folder now holds this run's dataset.
         stages: {stage: Tally} of the rows that were worked on now.
         worked: {pass: rows} that were worked on now; the rest lay in the ledger.
+        scored: clips whose scores were measured, where that was all; else None.
+        report: where the page of the run is; "" for none.
         retried: {key: (its reason before, "done" or its reason now)} of refusals that were tried again.
     """
 
@@ -39,6 +41,8 @@ class Result:
     stages: Mapping[str, Tally] = field(default_factory=dict)
     worked: Mapping[str, int] = field(default_factory=dict)
     retried: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    scored: int | None = None
+    report: str = ""
 
     @property
     def exit_code(self) -> int:
@@ -66,15 +70,20 @@ class Result:
         counts = self.counts
         console.print(
             f"videos: {counts['videos_in']} in, {counts['videos_split']} split, {counts['videos_rejected']} rejected",
-            f"clips: {counts['clips_planned']} planned, {counts['samples']} samples, "
-            f"{counts['clips_filtered']} filtered, {counts['clips_bad']} bad",
+            f"clips: {counts['clips_planned']} planned, "
+            + (f"{counts['samples']} samples" if self.scored is None else f"{self.scored} scored")
+            + f", {counts['clips_filtered']} filtered, {counts['clips_bad']} bad",
             sep="\n",
             highlight=False,
         )
         for problem in self.problems:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
         state = "dataset" if self.committed else "no dataset was written; finished work is kept in staging of"
+        if self.scored is not None:
+            state = "scores alone were measured, and are kept for the next run, in staging of"
         console.print(f"{state}: {self.output}", highlight=False, markup=False, soft_wrap=True)
+        if self.report:
+            console.print(f"page: {self.report}", highlight=False, markup=False, soft_wrap=True)
         return text.getvalue().rstrip()
 
 

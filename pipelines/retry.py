@@ -39,7 +39,7 @@ def retry(output: str, reasons: Sequence[str], config_path: str | None = None, r
         folder, kept = Ledger(output).read_config()
         sections = {name: config.validate(cls, kept.get(name, {}), name) for name, cls in preprocess.SECTIONS.items()}
     else:
-        folder, sections = os.getcwd(), config.load(Path(config_path), preprocess.SECTIONS)
+        folder, sections = os.getcwd(), config.load(Path(config_path), preprocess.SECTIONS, (), preprocess.OPTIONAL)
     choices = replace(sections["preprocess"], output=output)
     if not os.path.isdir(folder):
         raise ConfigError("OUT", output, f"the run started in {folder}, which is not there; give its --config")

@@ -15,10 +15,15 @@ from pipelines.stages.score import FilterConfig
 
 PROFILES = ("default", "released")
 STAGING = ("all", "current")
+NEAR_DUPLICATES = ("group", "filter", "off")
 MEMBERS = ("cond", "depth")
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
-VIDEO_CODE, CLIP_CODE = 1, 1  # raised when stages change what they write, so that older staging is not taken
+VIDEO_CODE, CLIP_CODE = 2, 2  # raised when stages change what they write, so that older staging is not taken
+
+
+WORKER_MB = 768  # resident memory of a worker and its decoding child before they hold a clip: 450 + 250, measured
+CLIP_BYTES_PER_PX = 32  # what a pixel of a clip's frames adds at the peak; 24 measured at 49 × 512 × 512, 4 masks
 
 
 @dataclass(frozen=True)
@@ -41,12 +46,18 @@ class PreprocessConfig:
 
     Args:
         output: dataset folder.
-        input: file, folder, glob, text list, several with commas between, or a list; None is the synthetic corpus.
+        input: file, folder, glob, list (.txt, .csv, .tsv, .parquet), several with commas between, or a list of them, on
+            this machine or in a store; None is the synthetic corpus, where the configuration has that section.
+        list_root: folder that names in lists start from; None: each list's own.
+        cache_dir: local folder for copies of remote files; None: one in the system's folder for temporary files.
+        cache_mb: its size, beside what is worked with right now.
         num_workers: CPU workers of a Ray that is started here.
         num_frames, size, fit: T, [H, W] px, and crop, pad or squeeze.
         fps: frames a second of a clip; None keeps the source's frames, every `stride`-th.
         clips_per_shot, clips_per_video: most clips of each; None for no limit on a video.
         min_shot_s: shorter shots give no clip.
+        crop_bars: black bars around a shot are cut off before `fit`.
+        score_only: measure scores and show what each threshold would keep, before depth and masks; no shards.
         depth: estimator; depth_path: its file, folder or weights; depth_num_gpus: share of a GPU for each, 0 for CPU.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
         profile: "default", or "released" for the mapping of depth that the published weights saw.
@@ -55,6 +66,8 @@ class PreprocessConfig:
             and depth.
         filters: thresholds on scores.
         limits: of decoding.
+        near_duplicates: "group" puts videos that show nearly the same into one split, "filter" takes one of them (the
+            largest picture, then the longest), "off" does not look.
         val_fraction: share of sources that go to val.
         shard_size_mb: a shard is closed before it grows over this.
         seed: of everything that is drawn.
@@ -69,6 +82,9 @@ class PreprocessConfig:
 
     output: str
     input: str | list[str] | None = None
+    list_root: str | None = None
+    cache_dir: str | None = None
+    cache_mb: int = 20480
     num_workers: int = 2
     num_frames: int = 49
     size: tuple[int, int] = (512, 512)
@@ -78,6 +94,8 @@ class PreprocessConfig:
     clips_per_shot: int = 1
     clips_per_video: int | None = None
     min_shot_s: float = 0.0
+    crop_bars: bool = True
+    score_only: bool = False
     depth: str = "sidecar"
     depth_path: str | None = None
     depth_num_gpus: float = 0.0
@@ -87,6 +105,7 @@ class PreprocessConfig:
     members: tuple[str, ...] = ()
     filters: FilterConfig = field(default_factory=FilterConfig)
     limits: DecodeLimits = field(default_factory=DecodeLimits)
+    near_duplicates: str = "group"
     val_fraction: float = 0.02
     shard_size_mb: int = 256
     seed: int = 0
@@ -124,6 +143,8 @@ def check(config: PreprocessConfig) -> None:
     need(1 <= config.fov_deg <= 170, "fov_deg", "1 to 170")
     need(config.profile in PROFILES, "profile", ", ".join(PROFILES))
     need(set(config.members) <= set(MEMBERS), "members", f"a list of {', '.join(MEMBERS)}")
+    need(config.cache_mb >= 1, "cache_mb", "at least 1")
+    need(config.near_duplicates in NEAR_DUPLICATES, "near_duplicates", ", ".join(NEAR_DUPLICATES))
     need(0 <= config.val_fraction <= 1, "val_fraction", "0 to 1")
     need(config.shard_size_mb >= 1, "shard_size_mb", "at least 1")
     need(0 <= config.seed < 2**31, "seed", "0 to 2147483647")
@@ -134,6 +155,12 @@ def check(config: PreprocessConfig) -> None:
     need(config.metrics_port is None or 1 <= config.metrics_port <= 65535, "metrics_port", "null, or 1 to 65535")
     limits = config.limits
     need(min(limits.timeout_s, limits.cpu_s) > 0 and limits.memory_mb >= 256, "limits", "seconds > 0, memory_mb >= 256")
+
+
+def clip_memory_mb(config: PreprocessConfig) -> int:
+    """Return the memory that Ray reserves for work on a clip, MB, so that a small machine works on fewer at once."""
+    pixels = config.num_frames * config.size[0] * config.size[1]
+    return WORKER_MB + (pixels * CLIP_BYTES_PER_PX >> 20)
 
 
 @cache
@@ -164,6 +191,12 @@ def clip_fingerprints(config: PreprocessConfig, facts: Mapping[str, Any]) -> tup
     return fingerprint(*made), fingerprint(*made, config.limits, config.filters)
 
 
+def score_fingerprint(config: PreprocessConfig, facts: Mapping[str, Any]) -> str:
+    """Return the fingerprint of a clip's scores; `facts` as for `clip_fingerprints`."""
+    seen = {name: facts[name] for name in ("sha256", "pts", "fps", "box", "shot_scores")}
+    return fingerprint("scores", CLIP_CODE, versions(), config.size, config.fit, seen)
+
+
 def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings that every sample depends on, whatever its source; no path of this machine is among them."""
     names = ("num_frames", "size", "fit", "fps", "stride", "depth", "fov_deg", "profile", "masks", "seed")
@@ -175,8 +208,34 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     return chosen
 
 
+def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Return what dataset.json says of a dataset, but for what packing adds."""
+    from ex4d.geometry import masks
+
+    return {
+        "sample": {
+            "num_frames": config.num_frames,
+            "size": list(config.size),
+            "num_masks": config.masks.num_masks,
+            "mask_kinds": list(masks.KINDS),
+        },
+        "config": dataset_settings(config),
+        "versions": versions(),
+        "counts": {name: counts[name] for name in ("videos_in", "videos_split", "clips_planned")},
+    }
+
+
 def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings that dataset.json shows: those that decide which samples there are, and how they look."""
-    names = ("clips_per_shot", "clips_per_video", "min_shot_s", "filters", "val_fraction", "shard_size_mb")
+    names = (
+        "clips_per_shot",
+        "clips_per_video",
+        "min_shot_s",
+        "crop_bars",
+        "filters",
+        "near_duplicates",
+        "val_fraction",
+        "shard_size_mb",
+    )
     everything = to_dict(config)
     return sample_settings(config) | {name: everything[name] for name in names}

@@ -57,6 +57,7 @@ PROVENANCE: dict[str, type] = {
     "source_sha256": str,  # of the video file's bytes
     "source_group": str,  # what goes to one split together: the source_sha256 of the first of its near-duplicates
     "source_path": str,  # relative to the input root, never absolute
+    "licence": str,  # of the video, as the list of inputs said
     "start_pts": int,  # of the first frame, in units of time_base
     "end_pts": int,  # of the last frame
     "time_base": str,  # "1/30000", seconds

@@ -31,9 +31,13 @@ class Samples:
     stride: int = 1
     kept: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
+    def wants(self, index: int) -> bool:
+        """Return whether frame `index` is one of the kept ones."""
+        return index % self.stride == 0
+
     def add(self, index: int, grey: np.ndarray) -> None:
-        """Take frame `index` (rising), uint8 [h,w] luma, where it is one of the wanted ones."""
-        if index % self.stride == 0:
+        """Take frame `index` (rising), uint8 [h,w] luma, where it is wanted."""
+        if self.wants(index):
             self.kept.append((index, grey))
         while len(self.kept) > MAX_SAMPLES:
             self.stride *= 2

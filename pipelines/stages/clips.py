@@ -3,14 +3,15 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Mapping
-from dataclasses import dataclass
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ex4d.errors import Filtered
+from ex4d.errors import BadSample, Filtered
+from pipelines.inputs import Span
 from pipelines.stages.shots import unpack_pts
 
 if TYPE_CHECKING:
@@ -27,6 +28,10 @@ class Clip:
         pts: of those frames, ticks of time_base.
         time_base: seconds of a tick, (numerator, denominator).
         fps: frames a second of the clip, mean.
+        box: [y, x, height, width] px of the source that its frames are made of: the shot inside black bars.
+        shot_scores: {name: score} of its shot.
+        caption: what a list says of its span; None: nothing.
+        licence: "" where it is not known.
     """
 
     key: str
@@ -34,26 +39,55 @@ class Clip:
     pts: list[int]
     time_base: tuple[int, int]
     fps: float
+    box: list[int]
+    shot_scores: dict[str, float]
+    caption: str | None = None
+    licence: str = ""
 
 
-def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig) -> list[Clip]:
+def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans: Sequence[Span] = ()) -> list[Clip]:
     """Return the clips of a video, in time order, at least one.
 
     Args:
-        record: `info`, `pts_runs` and `cuts` of the probe and shots stages.
+        record: `info`, `pts_runs`, `cuts` and `shots` of the probe and shots stages.
+        spans: clips lie within one of these, and within a shot; () is the whole video. Of spans that give the same clip
+            the first has it.
 
     Raises:
+        BadSample: span_outside (the video ends before any span begins).
         Filtered: shot_length (score: the longest shot, s), frame_rate (score: the best rate a shot could give, 1/s).
     """
     pts = np.array(unpack_pts(record["pts_runs"]), np.int64)
     time_base = Fraction(*record["info"]["time_base"])
     edges = [0, *record["cuts"], len(pts)]
-    spans = [(start, stop) for start, stop in itertools.pairwise(edges) if stop > start]
-    found = [index for span in spans for index in _of_shot(span, pts, time_base, config)]
+    shots = list(zip(itertools.pairwise(edges), record["shots"], strict=True))
+    parts = [
+        (part, look, span)
+        for span in spans or (Span(),)
+        for shot, look in shots
+        if (part := _within(span, shot, pts, time_base))
+    ]
+    if not parts:
+        raise BadSample("span_outside", "the video ends before any span of the list begins")
+    whole = [0, 0, *record["info"]["size"]]
+    found: dict[str, Clip] = {}
+    for part, look, span in parts:
+        for index in _of_shot(part, pts, time_base, config):
+            clip = _clip(sha256, index, pts, time_base, look if config.crop_bars else look | {"box": whole}, config)
+            found.setdefault(clip.key, replace(clip, caption=span.caption, licence=span.licence))
     if not found:
-        raise _why_none(spans, pts, time_base, config)
-    chosen = _spread(found, config.clips_per_video)
-    return [_clip(sha256, index, pts, time_base, config) for index in chosen]
+        raise _why_none([part for part, _, _ in parts], pts, time_base, config)
+    return _spread(sorted(found.values(), key=lambda clip: clip.frame_index), config.clips_per_video)
+
+
+def _within(span: Span, shot: tuple[int, int], pts: np.ndarray, time_base: Fraction) -> tuple[int, int] | None:
+    """Return the part of a shot, as indices [start, stop), that a span of time covers; None for nothing."""
+    seconds = (pts - pts[0]) * float(time_base)
+    half_frame = 0.5 * float(np.median(np.diff(seconds))) if len(pts) > 1 else 0.0  # lists round to milliseconds
+    first = int(np.searchsorted(seconds, span.start_s - half_frame))
+    last = len(pts) if span.end_s is None else int(np.searchsorted(seconds, span.end_s - half_frame))
+    start, stop = max(shot[0], first), min(shot[1], last)
+    return (start, stop) if start < stop else None
 
 
 def _of_shot(
@@ -88,13 +122,20 @@ def _grid(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> n
     return np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
 
 
-def _spread(found: list[np.ndarray], limit: int | None) -> list[np.ndarray]:
+def _spread(found: list[Clip], limit: int | None) -> list[Clip]:
     if limit is None or len(found) <= limit:
         return found
     return [found[(2 * number + 1) * len(found) // (2 * limit)] for number in range(limit)]
 
 
-def _clip(sha256: str, index: np.ndarray, pts: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> Clip:
+def _clip(
+    sha256: str,
+    index: np.ndarray,
+    pts: np.ndarray,
+    time_base: Fraction,
+    look: Mapping[str, Any],
+    config: PreprocessConfig,
+) -> Clip:
     ticks = [int(value) for value in pts[index]]
     steps = max(1, len(ticks) - 1)
     span_s = float((ticks[-1] - ticks[0]) * time_base)
@@ -106,6 +147,8 @@ def _clip(sha256: str, index: np.ndarray, pts: np.ndarray, time_base: Fraction, 
         pts=ticks,
         time_base=(time_base.numerator, time_base.denominator),
         fps=float(fps),
+        box=list(look["box"]),
+        shot_scores={name: float(look[name]) for name in ("bars", "logo")},
     )
 
 

@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `record`: what is known of the video now (info, pts_runs, cuts, or refusal), after writing it down."""
-    record = {name: row[name] for name in ("info", "pts_runs", "cuts", "refusal")}
+    """Return `record`: what is known of the video now (its columns, or a refusal), after writing it down."""
+    record = {name: row[name] for name in ("info", "pts_runs", "cuts", "shots", "hashes", "refusal")}
     if not is_bug(row):
         Ledger(config.output).write_video(row["artifact" if row["refusal"] is None else "refusal_artifact"], record)
     return {"record": record}
@@ -56,32 +56,48 @@ def provenance(row: Row) -> dict[str, Any]:
     time_base = Fraction(*row["time_base"])
     return {
         "source_sha256": row["sha256"],
-        "source_group": row["sha256"],
+        "source_group": row["source_group"],
         "source_path": row["name"],
+        "licence": row["licence"],
         "start_pts": row["pts"][0],
         "end_pts": row["pts"][-1],
         "time_base": f"{time_base.numerator}/{time_base.denominator}",
         "start_s": float(row["pts"][0] * time_base),
         "end_s": float(row["pts"][-1] * time_base),
-        "scores": row["scores"],
+        "crop_box": row["box"],
+        "scores": {**row["scores"], **row["depth_scores"], **row["mask_scores"]},
         "seeds": {"clip": row["seed"]},
-        "depth": row["depth_facts"],
+        "depth": {name: _unicode(value) for name, value in row["depth_facts"].items()},
         "versions": row["versions"],
         "config_fingerprint": row["fingerprint"],
     }
 
 
+def _unicode(value: Any) -> Any:
+    """Return a text, e.g. a file's name with bytes that are no UTF-8, as one that JSON can hold; all else as it is."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
 def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return nothing; a clip that was refused has a record in staging afterwards. Bugs leave none: they are retried."""
     if row["refusal"] is not None and not is_bug(row):
-        Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"])
+        scores = {} if row["scores"] is None else {"scores": row["scores"]}
+        Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"] | scores)
+    return {}
+
+
+def record_scores(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing; the scores of the clip lie in the ledger afterwards."""
+    Ledger(config.output).write_scores(row["artifact"], row["scores"])
     return {}
 
 
 RECORD_VIDEO = Stage(
     "record_video",
     record_video,
-    reads=("refusal", "info", "pts_runs", "cuts", "artifact", "refusal_artifact"),
+    reads=("refusal", "info", "pts_runs", "cuts", "shots", "hashes", "artifact", "refusal_artifact"),
     writes=("record",),
     takes_rejected=True,
 )
@@ -91,10 +107,30 @@ STAGE_SAMPLE = Stage(
     reads=(
         *("key", "frames", "fps", "visible", "kind", "hole_share", "K", "w2c", "caption", "artifact"),
         *("cond", "z_depth"),
-        *("sha256", "name", "pts", "time_base", "scores", "seed", "depth_facts", "versions", "fingerprint"),
+        *(
+            "sha256",
+            "source_group",
+            "name",
+            "licence",
+            "pts",
+            "time_base",
+            "box",
+            "scores",
+            "depth_scores",
+            "mask_scores",
+            "seed",
+            "depth_facts",
+            "versions",
+            "fingerprint",
+        ),
     ),
     writes=(),
 )
 RECORD_REFUSAL = Stage(
-    "record_refusal", record_refusal, reads=("refusal", "refusal_artifact"), writes=(), takes_rejected=True
+    "record_refusal",
+    record_refusal,
+    reads=("refusal", "refusal_artifact", "scores"),
+    writes=(),
+    takes_rejected=True,
 )
+RECORD_SCORES = Stage("record_scores", record_scores, reads=("artifact", "scores"), writes=())

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipelines import fetch
 from pipelines.stage import Row, Stage
 from pipelines.stages import isolated
 
@@ -13,8 +14,10 @@ if TYPE_CHECKING:
 
 def decode(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `frames` uint8 [T,H,W,3] RGB. Raises BadSample with the reasons of `video.decode`."""
-    frames = isolated.call(config, "decode", row["path"], row["pts"], config.size, config.fit)
+    frames = isolated.call(
+        config, "decode", fetch.video(row, config), row["pts"], config.size, config.fit, "pyav", tuple(row["box"])
+    )
     return {"frames": frames}
 
 
-STAGE = Stage("decode", decode, reads=("path", "pts"), writes=("frames",))
+STAGE = Stage("decode", decode, reads=("path", "sha256", "pts", "box"), writes=("frames",))

@@ -2,11 +2,12 @@
 
 from __future__ import annotations
 
-from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines import fetch
+from pipelines.inputs import without_query
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
@@ -24,11 +25,12 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     from ex4d.video import Fit
 
     frames = row["frames"]
+    y, x, height, width = row["box"]
     request = DepthRequest(
-        video_path=row["path"],
-        depth_path=config.depth_path,
+        video_path=without_query(row["path"]),
+        depth_path=fetch.depth_path(row, config),
         frame_index=np.asarray(row["frame_index"], np.int64),
-        fit=Fit((row["size"][0], row["size"][1]), config.size, config.fit),
+        fit=Fit((row["size"][0], row["size"][1]), config.size, config.fit, (y, x, height, width)),
         seed=row["seed"],
     )
     result = estimate(config.depth, frames, request)
@@ -42,11 +44,6 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 STAGE = Stage(
     "depth",
     depth,
-    reads=("frames", "path", "frame_index", "size", "seed"),
+    reads=("frames", "path", "depth_file", "frame_index", "size", "box", "seed"),
     writes=("z_depth", "K", "depth_facts"),
 )
-
-
-def with_gpu(stage: Stage, num_gpus: float) -> Stage:
-    """Return the stage, if it is this one with a share of a GPU."""
-    return replace(stage, num_gpus=num_gpus) if stage is STAGE else stage

@@ -1,4 +1,4 @@
-"""What a clip looks like in three numbers, and the thresholds that decide on them before the dear stages run."""
+"""What a clip looks like in numbers, and the thresholds that decide on them before the dear stages run."""
 
 from __future__ import annotations
 
@@ -6,65 +6,78 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
-import numpy as np
-
 from ex4d.errors import Filtered
+from ex4d.quality import SCORES
 from pipelines.stage import Row, Stage
 
 if TYPE_CHECKING:
     from pipelines.settings import PreprocessConfig
 
-_SIDE = 128  # scores are taken at this longer side, so that thresholds do not depend on the clip's size
-
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Thresholds on scores; None is off, and the score is kept either way.
+    """Thresholds on scores; None is off, and the score is kept either way. `quality.SCORES` says what each score is.
+
+    `preprocess.score_only=true` shows what each would keep; docs/decisions/preprocess.md has the figures behind them.
 
     Args:
-        min_motion, max_motion: mean absolute change of luma between frames, in [0, 1]; 0.002 drops still pictures.
-        min_sharpness: standard deviation of the Laplacian of luma, median over frames; below 0.01 all is blur.
-        min_exposure, max_exposure: mean luma in [0, 1].
+        min_motion, max_motion: change of luma from frame to frame; 0.002 drops still pictures.
+        min_camera_motion, max_camera_motion: longer sides a second; 0.02 drops cameras that rest.
+        max_object_motion: share of the texture that moves by itself, parallax included.
+        min_sharpness: 0.4 drops what is blurred.
+        min_exposure, max_exposure: mean luma.
+        max_still: share of repeated frames; 0.6 drops slide-shows.
+        max_text, max_logo: share of the picture under text, of a corner under a logo; 0.005 and 0.03 find most.
+        max_bars: share that black bars took, where cropping them (`crop_bars`) leaves too little.
+        max_depth_flicker, max_depth_drift: jitter and drift of log depth.
+        max_sky: share of the depth that is far away.
+        min_holes, max_holes: mean hole share of the masks.
     """
 
     min_motion: float | None = None
     max_motion: float | None = None
+    min_camera_motion: float | None = None
+    max_camera_motion: float | None = None
+    max_object_motion: float | None = None
     min_sharpness: float | None = None
     min_exposure: float | None = None
     max_exposure: float | None = None
-
-
-def measure(frames: np.ndarray) -> dict[str, float]:
-    """Return {"motion", "sharpness", "exposure"} of uint8 [T,H,W,3]; see FilterConfig for what they are."""
-    import cv2
-
-    scale = min(1.0, _SIDE / max(frames.shape[1:3]))
-    size = (max(1, round(frames.shape[2] * scale)), max(1, round(frames.shape[1] * scale)))
-    small = [
-        cv2.resize(cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY), size, interpolation=cv2.INTER_AREA) for frame in frames
-    ]
-    luma = np.stack(small).astype(np.float32) / 255
-    edges = [float(cv2.Laplacian(image, cv2.CV_32F).std()) for image in luma]
-    motion = float(np.abs(np.diff(luma, axis=0)).mean(dtype=np.float64)) if len(luma) > 1 else 0.0
-    return {"motion": motion, "sharpness": float(np.median(edges)), "exposure": float(luma.mean(dtype=np.float64))}
+    max_still: float | None = None
+    max_text: float | None = None
+    max_bars: float | None = None
+    max_logo: float | None = None
+    max_depth_flicker: float | None = None
+    max_depth_drift: float | None = None
+    max_sky: float | None = None
+    min_holes: float | None = None
+    max_holes: float | None = None
 
 
 def decide(scores: Mapping[str, float], filters: FilterConfig) -> None:
     """Return nothing where a clip passes. Raises Filtered, named after the first score that misses its threshold."""
-    for name, score in scores.items():
+    for name in SCORES:
+        score = scores.get(name)
         low: float | None = getattr(filters, f"min_{name}", None)
         high: float | None = getattr(filters, f"max_{name}", None)
-        if low is not None and score < low:
+        if score is not None and low is not None and score < low:
             raise Filtered(name, score, low)
-        if high is not None and score > high:
+        if score is not None and high is not None and score > high:
             raise Filtered(name, score, high)
 
 
-def score(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `scores` of the clip. Raises Filtered."""
-    scores = measure(row["frames"])
-    decide(scores, config.filters)
-    return {"scores": scores}
+def measure(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `scores` of the clip and of its shot: those that the ledger had, or measured now."""
+    from ex4d.quality import clip
+
+    known = row["known_scores"]
+    return {"scores": known or clip.measure(row["frames"], row["fps"]) | row["shot_scores"]}
 
 
-STAGE = Stage("score", score, reads=("frames",), writes=("scores",))
+def filtered(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing. Raises Filtered."""
+    decide(row["scores"], config.filters)
+    return {}
+
+
+MEASURE = Stage("measure", measure, reads=("frames", "fps", "shot_scores", "known_scores"), writes=("scores",))
+STAGE = Stage("score", filtered, reads=("scores",), writes=())

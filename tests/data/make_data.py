@@ -38,6 +38,7 @@ def make_sample(index: int, spec: dict = SPEC, seed: int = 0) -> Sample:
             "source_sha256": source,
             "source_group": source,
             "source_path": f"videos/{index // 2}.mp4",
+            "licence": "",
             "start_pts": 1000 * index,
             "end_pts": 1000 * index + 900,
             "time_base": "1/12800",

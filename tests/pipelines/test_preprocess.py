@@ -10,6 +10,7 @@ import sys
 from dataclasses import replace
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 
 from ex4d import video
@@ -22,7 +23,7 @@ from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
 from pipelines.retry import retry, summary
 from pipelines.stages import decode
-from pipelines.stages.score import FilterConfig, measure
+from pipelines.stages.score import FilterConfig
 
 CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
 
@@ -199,21 +200,21 @@ def test_too_many_bad_fail_without_a_commit_and_a_higher_limit_takes_the_finishe
 
 def test_filters_decide_by_threshold_and_again_without_new_work(config):
     everything = inline(config)
-    strict = inline(replace(config, filters=FilterConfig(min_motion=1.0)))
-    assert (strict.counts["clips_filtered"], strict.worked["clip"], strict.exit_code) == (12, 0, 0)
-    assert {row["reason"] for row in strict.rejects} == {"motion"}
-    assert "threshold 1" in strict.rejects[0]["message"]
+    motions = sorted(pq.read_table(f"{config.output}/manifest.parquet")["score_motion"].to_pylist())
+    strict = inline(replace(config, filters=FilterConfig(min_motion=motions[6])))
+    assert (strict.counts["clips_filtered"], strict.worked["clip"], strict.exit_code) == (6, 0, 0)
+    assert {(row["stage"], row["reason"]) for row in strict.rejects} == {("score", "motion")}
+    assert f"threshold {motions[6]:.6g}" in strict.rejects[0]["message"]
     assert inline(config).counts == everything.counts
 
 
-def test_scores_rank_what_they_name():
-    rng = np.random.default_rng(0)
-    still = np.repeat(rng.integers(0, 255, (1, 64, 64, 3), dtype=np.uint8), 4, axis=0)
-    moving = rng.integers(0, 255, (4, 64, 64, 3), dtype=np.uint8)
-    dark = np.full((4, 64, 64, 3), 20, np.uint8)
-    assert measure(still)["motion"] == 0 < measure(moving)["motion"]
-    assert measure(dark)["sharpness"] == 0 < measure(still)["sharpness"]
-    assert measure(dark)["exposure"] == pytest.approx(20 / 255)
+def test_where_nothing_is_left_the_run_fails_and_the_dataset_of_before_stays(config):
+    before = tree(config) if inline(config).committed else ""
+    nothing = inline(replace(config, filters=FilterConfig(min_motion=1.0)))
+    assert (nothing.exit_code, nothing.committed, nothing.counts["clips_filtered"]) == (1, False, 12)
+    assert "none of the clips is left" in nothing.table()
+    assert "12 filtered" in nothing.table()
+    assert tree(config) == before
 
 
 def test_the_synthetic_corpus_stands_in_for_no_input(config):

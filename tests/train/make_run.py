@@ -23,7 +23,7 @@ def make_sample(index: int) -> Sample:
     visible[:, 0] = True
     source = hashlib.sha256(f"source {index}".encode()).hexdigest()
     pose = np.tile(np.eye(4), (5, 1, 1))
-    provenance = {"source_sha256": source, "source_group": source, "source_path": f"{index}.mp4"}
+    provenance = {"source_sha256": source, "source_group": source, "source_path": f"{index}.mp4", "licence": ""}
     provenance |= {"start_pts": 0, "end_pts": 400, "time_base": "1/1000", "start_s": 0.0, "end_s": 0.4}
     provenance |= {"scores": {}, "seeds": {}, "depth": {"estimator": "sidecar", "weights_sha256": ""}}
     return Sample(

@@ -1,0 +1,76 @@
+"""Scores of a clip's depth: does it jitter, does its scale drift, how much of it is sky."""
+
+from __future__ import annotations
+
+import numpy as np
+
+from ex4d.geometry.tracks import consistency, pair_flows, sample
+from ex4d.quality.pictures import shrink, spread
+
+SIDE = 128
+TRIPLES = 6
+AGREE_PX = 0.5  # flow and the flow back: beyond it a pixel is not followed
+MIN_SHARE = 0.05  # of the picture must be followed
+MEDIAN_OF_SECOND = 1.652  # median of |a − 2 b + c| of three normal numbers, 0.6745 · √6, in their standard deviations
+SKY_RATIO = 20.0
+
+
+def measure(frames: np.ndarray, z_depth: np.ndarray) -> dict[str, float]:
+    """Return {"depth_flicker", "depth_drift", "sky"} of a clip.
+
+    depth_flicker: about the standard deviation of the noise in log depth from frame to frame: the median over
+    pixels of the second difference of log depth along the flow, so that bodies and cameras that move evenly do not
+    count. depth_drift: by how much (log) the scale of the depth moves over the clip against what the picture shows:
+    where a surface comes nearer by a share, the flow around it spreads by the same share. sky: share of pixels
+    farther than SKY_RATIO × the near depth (1st percentile of the clip).
+
+    Args:
+        frames: uint8 [T,H,W,3] RGB.
+        z_depth: float32 [T,H,W], > 0.
+    """
+    near = float(np.percentile(z_depth[:, ::4, ::4], 1))
+    sky = float((z_depth > SKY_RATIO * near).mean())
+    small = shrink(frames, SIDE)
+    flickers, drifts = [], []
+    for first in spread(max(0, len(frames) - 2), TRIPLES):
+        triple = slice(first, first + 3)
+        found = _triple(small[triple], _log_depth(z_depth[triple], small.shape[1:3]))
+        if found is not None:
+            flickers.append(found[0])
+            drifts.append(found[1])
+    flicker = float(np.mean(flickers)) if flickers else 0.0
+    drift = abs(float(np.mean(drifts))) * (len(frames) - 1) if drifts else 0.0
+    return {"depth_flicker": flicker, "depth_drift": drift, "sky": sky}
+
+
+def _log_depth(z_depth: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
+    import cv2
+
+    logs = np.log(z_depth.astype(np.float32))
+    return np.stack([cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA) for image in logs])
+
+
+def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
+    """Return (flicker, drift a frame) of three frames, seen from the middle one; None where nothing is followed."""
+    flows = pair_flows(frames)
+    back, forth = flows[1, 0], flows[1, 2]
+    followed = (consistency(back, flows[0, 1]) < AGREE_PX) & (consistency(forth, flows[2, 1]) < AGREE_PX)
+    if followed.mean() < MIN_SHARE:
+        return None
+    before, after = sample(logs[0], back), sample(logs[2], forth)
+    second = np.abs(before + after - 2 * logs[1])[followed]
+    # From the middle to the last, and from the first to the middle: the same motion seen twice.
+    grown = after - logs[1] + _spreading(forth)
+    shrunk = before - logs[1] + _spreading(back)
+    drift = (np.median(grown[followed]) - np.median(shrunk[followed])) / 2
+    return float(np.median(second)) / MEDIAN_OF_SECOND, float(drift)
+
+
+def _spreading(flow: np.ndarray) -> np.ndarray:
+    """Return half the divergence of flow [h,w,2], float32 [h,w]: by which share the picture grows there."""
+    import cv2
+
+    smooth = cv2.GaussianBlur(flow, (0, 0), 2.0)
+    along_x = cv2.Sobel(smooth[..., 0], cv2.CV_32F, 1, 0, scale=1 / 8)
+    along_y = cv2.Sobel(smooth[..., 1], cv2.CV_32F, 0, 1, scale=1 / 8)
+    return (along_x + along_y) / 2

@@ -1,0 +1,101 @@
+"""Small charts as SVG text: a histogram with a threshold in it, the share kept at each threshold, a split bar."""
+
+from __future__ import annotations
+
+import html
+from collections.abc import Sequence
+
+import numpy as np
+
+WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 190, 42, 20, 12
+BINS = 36
+
+
+def number(value: float) -> str:
+    """Return a number in three significant digits, as a reader expects it."""
+    if value == 0:
+        return "0"
+    return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"
+
+
+def limits(values: np.ndarray, marks: Sequence[float] = ()) -> tuple[float, float]:
+    """Return the ends of an axis that shows all but the last half per cent of the values, and the marks."""
+    low, high = float(values.min()), float(np.percentile(values, 99.5))
+    low, high = min([low, *marks]), max([high, *marks])
+    if high - low < 1e-12:
+        return low - max(abs(low) * 0.05, 1e-3), high + max(abs(high) * 0.05, 1e-3)
+    return low, high
+
+
+def histogram(values: Sequence[float] | np.ndarray, label: str, mark: float | None = None) -> str:
+    """Return an SVG histogram of finite values; those beyond the axis are in its last bar. `mark`: a threshold."""
+    data = np.asarray(values, np.float64)
+    low, high = limits(data, [] if mark is None else [mark])
+    counts, _ = np.histogram(np.clip(data, low, high), bins=BINS, range=(low, high))
+    most = max(1, int(counts.max()))
+    plot_w, plot_h = WIDTH - LEFT - 6, HEIGHT - TOP - BOTTOM
+    step = plot_w / BINS
+    bars = "".join(
+        f'<rect x="{LEFT + i * step:.1f}" y="{TOP + plot_h * (1 - c / most):.1f}" width="{step - 1:.1f}" '
+        f'height="{plot_h * c / most:.1f}"><title>{int(c)} from {number(low + i * (high - low) / BINS)}</title></rect>'
+        for i, c in enumerate(counts)
+        if c
+    )
+    line = "" if mark is None else _vertical(LEFT + (mark - low) / (high - low) * plot_w)
+    return _svg(label, f'<g fill="var(--mark)">{bars}</g>{line}{_axes(number(low), number(high), str(most))}')
+
+
+def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark: float | None = None) -> str:
+    """Return an SVG line of the share of values that a threshold keeps: at or above it ("min"), at or below ("max")."""
+    data = np.sort(np.asarray(values, np.float64))
+    low, high = limits(data, [] if mark is None else [mark])
+    at = np.linspace(low, high, 121)
+    below = np.searchsorted(data, at, side="left" if keep == "min" else "right") / len(data)
+    kept = 1 - below if keep == "min" else below
+    plot_w, plot_h = WIDTH - LEFT - 6, HEIGHT - TOP - BOTTOM
+    points = " ".join(
+        f"{LEFT + (a - low) / (high - low) * plot_w:.1f},{TOP + plot_h * (1 - k):.1f}"
+        for a, k in zip(at, kept, strict=True)
+    )
+    grid = "".join(f'<path d="M{LEFT} {TOP + plot_h * part}H{WIDTH - 6}" stroke="var(--line)"/>' for part in (0, 0.5))
+    line = "" if mark is None else _vertical(LEFT + (mark - low) / (high - low) * plot_w)
+    curve = f'<polyline points="{points}" fill="none" stroke="var(--mark)" stroke-width="2"/>'
+    return _svg(label, f"{grid}{curve}{line}{_axes(number(low), number(high), '100 %')}")
+
+
+def split_bar(parts: Sequence[tuple[str, int]], label: str) -> str:
+    """Return an SVG bar, split in the shares of (name, count), with its legend below."""
+    total = max(1, sum(count for _, count in parts))
+    colours = ("var(--mark)", "var(--warm)", "var(--bad)")
+    at, bars, names = 0.0, "", ""
+    for index, (name, count) in enumerate(parts):
+        width = 1000 * count / total
+        bars += f'<rect x="{at:.1f}" width="{max(0.0, width - 2):.1f}" height="18" rx="3" fill="{colours[index % 3]}"/>'
+        at += width
+        names += (
+            f'<span><i style="background:{colours[index % 3]}"></i>{html.escape(name)} <b>{count:,}</b> '
+            f"<small>{count / total:.1%}</small></span>"
+        )
+    shape = 'viewBox="0 0 1000 18" preserveAspectRatio="none" class="split" role="img"'
+    return f'<svg {shape} aria-label="{html.escape(label)}">{bars}</svg><div class="legend">{names}</div>'
+
+
+def _vertical(x: float) -> str:
+    return (
+        f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{TOP - 6}" y2="{HEIGHT - BOTTOM}" stroke="var(--bad)" stroke-width="1.5" '
+        'stroke-dasharray="4 3"/>'
+    )
+
+
+def _axes(low: str, high: str, top: str) -> str:
+    return (
+        f'<line x1="{LEFT}" x2="{WIDTH - 6}" y1="{HEIGHT - BOTTOM}" y2="{HEIGHT - BOTTOM}" stroke="var(--soft)"/>'
+        f'<g fill="var(--soft)" font-size="11"><text x="{LEFT}" y="{HEIGHT - 6}">{low}</text>'
+        f'<text x="{WIDTH - 6}" y="{HEIGHT - 6}" text-anchor="end">{high}</text>'
+        f'<text x="{LEFT - 5}" y="{TOP + 8}" text-anchor="end">{top}</text>'
+        f'<text x="{LEFT - 5}" y="{HEIGHT - BOTTOM}" text-anchor="end">0</text></g>'
+    )
+
+
+def _svg(label: str, body: str) -> str:
+    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">{body}</svg>'

@@ -1,0 +1,31 @@
+"""Is the geometry of a clip fit to learn from: scores of its depth and of its masks, and the thresholds on them."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stage import Row, Stage
+from pipelines.stages.score import decide
+
+if TYPE_CHECKING:
+    from pipelines.settings import PreprocessConfig
+
+
+def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `depth_scores`: flicker, drift and sky of `quality.geometry`. Raises Filtered, before masks are drawn."""
+    from ex4d.quality import geometry
+
+    scores = geometry.measure(row["frames"], row["z_depth"])
+    decide(scores, config.filters)
+    return {"depth_scores": scores}
+
+
+def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `mask_scores`: `holes`, the mean hole share over masks and frames. Raises Filtered."""
+    scores = {"holes": float(row["hole_share"].mean(dtype="float64"))}
+    decide(scores, config.filters)
+    return {"mask_scores": scores}
+
+
+DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth"), writes=("depth_scores",))
+MASKS = Stage("mask_quality", check_masks, reads=("hole_share",), writes=("mask_scores",))

@@ -1,0 +1,163 @@
+"""Scores of clips through the whole pipeline: bars are cropped, geometry is judged, score_only measures first."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pyarrow.parquet as pq
+import pytest
+
+from ex4d import video
+from ex4d.data import sample
+from ex4d.data.tar import read_sample
+from ex4d.data.verify import verify
+from ex4d.geometry.masks import MaskConfig
+from ex4d.quality import SCORES
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, write_corpus
+from pipelines import preprocess
+from pipelines.preprocess import PreprocessConfig, RayConfig
+from pipelines.stages.score import FilterConfig
+
+CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory):
+    folder = tmp_path_factory.mktemp("corpus")
+    write_corpus(folder, CORPUS)
+    return folder
+
+
+@pytest.fixture
+def config(corpus, tmp_path):
+    return PreprocessConfig(
+        output=str(tmp_path / "out"),
+        input=str(corpus),
+        num_frames=5,
+        size=(32, 32),
+        clips_per_shot=3,
+        masks=MaskConfig(num_masks=1, visibility=0.0, tracking=0.0, novel_view=1.0),
+        val_fraction=0.3,
+    )
+
+
+def inline(config, **more):
+    return preprocess.run(config, runner_name="inline", **more)
+
+
+def samples(config):
+    """Return every finished sample of the staging folder."""
+    found = []
+    for path in sorted(Path(config.output, "staging/clips").glob("*.tar")):
+        found.append(sample.decode(read_sample(path.read_bytes(), path.name.split(".")[0])))
+    return found
+
+
+def test_every_sample_holds_every_score(config):
+    inline(config)
+    for one in samples(config):
+        assert set(one.provenance["scores"]) == set(SCORES)
+        assert one.provenance["crop_box"] == [0, 0, 32, 32]
+
+
+def _letterboxed(folder, top):
+    """Write a scene of 96 × 128 with its depth and K, and the same between bars of `top` px; return their names."""
+    settings = SyntheticConfig(num_frames=9, size=(96, 128), supersample=1, fps=8.0, seed=4)
+    scene, cameras = clip_scene(settings, 0)
+    frames, z_depth = render_clip(scene, cameras, settings.fps)
+    pad = ((0, 0), (top, top), (0, 0))
+    tall_K = cameras[0].K + np.array([[0, 0, 0], [0, 0, top], [0, 0, 0]])
+    files = {
+        "plain": (frames, z_depth, cameras[0].K),
+        "barred": (np.pad(frames, (*pad, (0, 0))), np.pad(z_depth, pad, mode="edge"), tall_K),
+    }
+    for name, (picture, depth, K) in files.items():
+        (folder / name).mkdir()
+        video.write(folder / name / "clip.mp4", picture, settings.fps)
+        np.savez(folder / name / "clip.depth.npz", z_depth=depth, K=K)
+
+
+@pytest.mark.parametrize("fit", ["crop", "pad", "squeeze"])
+def test_letterboxed_video_gives_the_picture_its_depth_and_its_intrinsics_inside_the_bars(config, tmp_path, fit):
+    """What is cut out is the picture without its border line: compared with the unbarred video, cut the same way."""
+    _letterboxed(tmp_path, top=24)
+    found = {}
+    for name in ("plain", "barred"):
+        one = replace(config, input=str(tmp_path / name), output=str(tmp_path / f"out-{name}"), clips_per_shot=1)
+        one = replace(one, num_frames=9, size=(64, 64), fit=fit, members=("depth",))
+        assert inline(one).counts["samples"] == 1
+        found[name] = samples(one)[0]
+    y, x, height, width = found["barred"].provenance["crop_box"]
+    assert (x, width) == (0, 128)
+    assert 24 <= y <= 26
+    assert 92 <= height <= 96
+    assert found["barred"].provenance["scores"]["bars"] == pytest.approx(1 - height / 144)
+    assert found["barred"].frames.min(axis=(0, 3)).max() > 8
+    inner = video.Fit((96, 128), (64, 64), fit, (y - 24, 0, height, 128))
+    scene, cameras = clip_scene(SyntheticConfig(num_frames=9, size=(96, 128), supersample=1, fps=8.0, seed=4), 0)
+    assert np.allclose(found["barred"].K, inner.apply_K(cameras[0].K))
+    truth = inner.apply_image(render_clip(scene, cameras, 8.0)[0])
+    assert np.abs(found["barred"].frames.astype(int) - truth).mean() < 6
+    kept = inline(replace(one, crop_bars=False, output=str(tmp_path / "whole")))
+    assert kept.counts["samples"] == 1
+    assert samples(replace(one, output=str(tmp_path / "whole")))[0].provenance["crop_box"] == [0, 0, 144, 128]
+
+
+def test_depth_that_flickers_is_filtered_before_masks_and_the_truth_is_not(config, corpus, tmp_path):
+    folder = tmp_path / "flickering"
+    folder.mkdir()
+    rng = np.random.default_rng(0)
+    for number, path in enumerate(sorted(corpus.glob("*.mp4"))):
+        (folder / path.name).write_bytes(path.read_bytes() + bytes([number]))  # other bytes, the same picture
+        with np.load(path.with_suffix(".depth.npz")) as arrays:
+            jitter = np.exp(rng.normal(0, 0.08, (17, 1, 1))) if number < 2 else 1.0
+            z_depth = (arrays["z_depth"] * jitter).astype(np.float32)
+            np.savez(folder / f"{path.stem}.depth.npz", z_depth=z_depth, K=arrays["K"])
+    result = inline(replace(config, input=str(folder), filters=FilterConfig(max_depth_flicker=0.01)))
+    assert (result.counts["samples"], result.counts["clips_filtered"]) == (6, 6)
+    assert {(row["stage"], row["reason"]) for row in result.rejects} == {("depth_quality", "depth_flicker")}
+    assert result.stages["masks"].done == 6
+
+
+def test_hole_share_is_a_filter(config):
+    everything = inline(config)
+    holes = sorted(pq.read_table(f"{config.output}/manifest.parquet")["score_holes"].to_pylist())
+    fewer = inline(replace(config, filters=FilterConfig(max_holes=holes[8])))
+    assert (everything.counts["samples"], fewer.counts["samples"]) == (12, 9)
+    assert {row["stage"] for row in fewer.rejects} == {"mask_quality"}
+
+
+def test_score_only_measures_every_clip_makes_none_and_a_full_run_takes_its_work(config, tmp_path):
+    looking = replace(config, score_only=True, filters=FilterConfig(min_motion=1.0))
+    looked = inline(looking)
+    assert (looked.exit_code, looked.committed, looked.scored) == (0, False, 12)
+    assert looked.worked == {"hash": 4, "split": 4, "score": 12}
+    assert not Path(config.output, "shards").exists()
+    table = pq.read_table(f"{config.output}/report/scores.parquet").to_pylist()
+    assert len(table) == 12
+    rows = json.loads(Path(config.output, "report/scores.json").read_text())
+    assert [row["key"] for row in rows] == [row["key"] for row in table]
+    assert {row["refused_by"] for row in table} == {"motion"}
+    assert inline(looking).worked == {"hash": 4, "split": 0, "score": 0}
+    motions = sorted(row["motion"] for row in table)
+    half = replace(config, filters=FilterConfig(min_motion=motions[6]))
+    after = inline(half)
+    assert (after.counts["samples"], after.counts["clips_filtered"]) == (6, 6)
+    assert after.worked == {"hash": 4, "split": 0, "clip": 6}  # what falls under a threshold is not decoded again
+    assert after.stages["measure"].done == 6
+    alone = replace(half, output=str(tmp_path / "alone"))
+    inline(alone)
+    assert verify(half.output, full=True).tree_sha256 == verify(alone.output, full=True).tree_sha256
+
+
+@pytest.mark.ray
+def test_scores_are_the_same_on_ray(config, tmp_path, ray_local):
+    tables = []
+    for name in ("inline", "ray"):
+        one = replace(config, score_only=True, output=str(tmp_path / name))
+        assert preprocess.run(one, RayConfig(), runner_name=name).exit_code == 0
+        tables.append(Path(one.output, "report/scores.json").read_bytes())
+    assert tables[0] == tables[1]
