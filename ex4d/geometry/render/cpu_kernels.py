@@ -73,6 +73,25 @@ def _clamped(wa, wb, wc):
 
 
 @kernel
+def _cell_of(face, num_cells, columns, inverse_columns):
+    """Return (half, row, column) of a grid face."""
+    half = 1 if face >= num_cells else 0
+    cell = face - half * num_cells
+    row = int((cell + 0.5) * inverse_columns)  # at least half a cell from a whole number: exact
+    return half, row, cell - row * columns
+
+
+@kernel
+def _turned(x, y, rotation):
+    """Return the ray (x, y, 1) of the target in the source's axes."""
+    return (
+        rotation[0, 0] * x + rotation[1, 0] * y + rotation[2, 0],
+        rotation[0, 1] * x + rotation[1, 1] * y + rotation[2, 1],
+        rotation[0, 2] * x + rotation[1, 2] * y + rotation[2, 2],
+    )
+
+
+@kernel
 def shade(
     keys, z, rays_x, rays_y, rotation, eye, camera, colours, alpha, occluded, cap, two_sided, vertex_alpha,
     colour, z_depth, visible, face_id,
@@ -98,10 +117,7 @@ def shade(
             face = np.int64(2**31 - 1) - (key & np.int64(2**32 - 1))
             face_id[i, j], z_depth[i, j] = face, np.float32(1) / np.int32(key >> 32).view(np.float32)
             if face < num_grid:
-                half = 1 if face >= num_cells else 0
-                cell = face - half * num_cells
-                row = int((cell + 0.5) * inverse_columns)  # at least half a cell from a whole number: exact
-                column = cell - row * columns
+                half, row, column = _cell_of(face, num_cells, columns, inverse_columns)
                 if not vertex_alpha and occluded[half, row, column]:
                     continue
                 ai, aj, bi, bj, ci, cj = row, column + half, row + 1, column, row + half, column + 1
@@ -111,13 +127,8 @@ def shade(
                 ci, cj = c // (columns + 1), c % (columns + 1)
             else:
                 continue
-            rx = (j + 0.5 - camera[2]) / camera[0]
             wa, wb, wc = _weights(
-                (
-                    rotation[0, 0] * rx + rotation[1, 0] * ry + rotation[2, 0],
-                    rotation[0, 1] * rx + rotation[1, 1] * ry + rotation[2, 1],
-                    rotation[0, 2] * rx + rotation[1, 2] * ry + rotation[2, 2],
-                ),
+                _turned((j + 0.5 - camera[2]) / camera[0], ry, rotation),
                 _corner(ai, aj, z, rays_x, rays_y, eye),
                 _corner(bi, bj, z, rays_x, rays_y, eye),
                 _corner(ci, cj, z, rays_x, rays_y, eye),
