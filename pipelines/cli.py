@@ -217,6 +217,21 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _export_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder written by `ex4d train`, its file, or an ex4d.ckpt")
+    parser.add_argument("--style", required=True, choices=("ex4d", "released", "kohya", "comfyui", "diffusers"))
+    parser.add_argument("--output", required=True, metavar="F", help="the file to write; for ex4d the folder")
+    parser.add_argument("--from", dest="lora", metavar="LORA", help="take the LoRA from this file of another program")
+
+
+def _export(args: argparse.Namespace) -> int:
+    from ex4d.models.export import export
+
+    _check_output(Path(args.output).parent)
+    print(export(args.adapter, args.style, args.output, args.lora))
+    return 0
+
+
 def _verify_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("dataset", help="folder written by `ex4d preprocess`")
     parser.add_argument("--quick", action="store_true", help="hashes and counts only, no decoding")
@@ -276,6 +291,7 @@ COMMANDS = {
     "sweep": Command("many short trainings, the best configuration", _job_arguments, _sweep),
     "reconstruct": Command("what a camera path would see of a video", _reconstruct_arguments, _reconstruct),
     "generate": Command("a video seen from the side", _generate_arguments, _generate),
+    "export": Command("an adapter for other programs, and back", _export_arguments, _export),
     "verify": Command("check a dataset to the last byte", _verify_arguments, _verify),
     "retry": Command("try again what preprocess refused for a reason", _retry_arguments, _retry),
     "doctor": Command("what this machine has and what is missing", _doctor_arguments, _doctor),

@@ -203,11 +203,12 @@ def write_lora(path: str | Path, state: Mapping[str, Tensor], style: str, alpha:
         raise ConfigError("format", style, "allowed: diffusers, comfyui, kohya")
     tensors = formats.to_format(state, style, alpha)
     if style != "kohya":
-        tensors = {name: _fold(name, value, alpha) for name, value in tensors.items()}
+        tensors = {name: folded(name, value, alpha) for name, value in tensors.items()}
     storage.write_bytes(path, save({name: value.contiguous() for name, value in tensors.items()}))
 
 
-def _fold(name: str, value: Tensor, alpha: float) -> Tensor:
+def folded(name: str, value: Tensor, alpha: float) -> Tensor:
+    """Return a canonical or renamed tensor with B times alpha / rank, which readers take for alpha = rank."""
     rank = value.shape[-1]
     return value if ".lora_B" not in name or alpha == rank else value * (alpha / rank)
 

@@ -1,0 +1,67 @@
+"""Adapters to and from the files of other programs: the whole adapter, or its LoRA under another program's names."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+from torch import Tensor
+
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import weights
+
+STYLES = ("ex4d", "released", "kohya", "comfyui", "diffusers")
+
+
+def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path | None = None) -> Path:
+    """Return the path of an adapter written in another form; what only changes its names changes no bit.
+
+    Args:
+        adapter: folder or file of `ex4d train`, or a released ex4d.ckpt.
+        style: "ex4d" (a folder, with the metadata), "released" (LoRA and geometry as ex4d.ckpt), or "kohya", "comfyui",
+            "diffusers": the LoRA alone, since they have no place for the geometry adapter. Where a form has none for
+            alpha, B is written times alpha / rank.
+        output: the folder or file to write.
+        lora: take the LoRA from this kohya, ComfyUI or diffusers file and the rest from `adapter`.
+
+    Raises:
+        ConfigError: another style, a file that is not there, or an output that is one of the inputs.
+        ContractError: a damaged file, or a LoRA of another model than the adapter's.
+    """
+    if style not in STYLES:
+        raise ConfigError("style", style, f"allowed: {', '.join(STYLES)}")
+    output = Path(output)
+    target = output / weights.FILE_NAME if style == "ex4d" else output
+    for source in (Path(adapter), Path(adapter) / weights.FILE_NAME, *([Path(lora)] if lora else [])):
+        if source.is_file() and target.exists() and source.samefile(target):
+            raise ConfigError("output", str(output), "another file than the inputs")
+    state, metadata = weights.read_adapter(adapter)
+    if lora is not None:
+        state, alpha = _with_lora(state, lora)
+        metadata = replace(metadata, lora_rank=_rank(state), lora_alpha=alpha)
+    if style == "ex4d":
+        return weights.save_adapter(output, state, metadata)
+    if style == "released":
+        plain = {name: weights.folded(name, value, metadata.lora_alpha) for name, value in state.items()}
+        weights.write_released(output, plain)
+    else:
+        loras = {name: value for name, value in state.items() if ".lora_" in name}
+        weights.write_lora(output, loras, style, metadata.lora_alpha)
+    return output
+
+
+def _rank(state: dict[str, Tensor]) -> int:
+    return next(value.shape[0] for name, value in state.items() if ".lora_A" in name)
+
+
+def _with_lora(state: dict[str, Tensor], lora: str | Path) -> tuple[dict[str, Tensor], float]:
+    """Return (the state with another LoRA, its alpha)."""
+    if not Path(lora).is_file():
+        raise ConfigError("from", str(lora), "is no file")
+    new, alpha = weights.read_lora(lora)
+    old = {name: value for name, value in state.items() if ".lora_" in name}
+    # A and B have the rank on one side and the layer's width on the other; the width must be that of the layer.
+    axis = {name: 1 if ".lora_A" in name else 0 for name in old}
+    if old.keys() != new.keys() or any(new[n].shape[axis[n]] != old[n].shape[axis[n]] for n in old):
+        raise ContractError(f"{lora}: its LoRA is of another model than the adapter's")
+    return {name: new.get(name, value) for name, value in state.items()}, alpha
