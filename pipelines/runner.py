@@ -89,11 +89,13 @@ def on_ray(
         return
     check(stages, rows[0])
     _settings(ray.data.DataContext.get_current())
-    rows_per_task = max(1, min(MAX_ROWS_PER_TASK, len(rows) // (4 * num_workers)))
+    work = list(chains(stages, keep, propagate=False))
+    # Frames go from chain to chain through the object store, a clip at a time.
+    rows_per_task = max(1, min(MAX_ROWS_PER_TASK, len(rows) // (4 * num_workers))) if len(work) == 1 else 1
     waiting = iter(rows)
     while wave := [pack_row(row) for row in islice(waiting, WAVE_ROWS)]:
         dataset = ray.data.from_items(wave, override_num_blocks=-(-len(wave) // rows_per_task))
-        for chain in chains(stages, keep, propagate=False):
+        for chain in work:
             dataset = _mapped(dataset, chain, context, attempts, ray_config)
         for packed in dataset.iter_rows():
             row = unpack_row(packed)

@@ -172,3 +172,20 @@ def test_on_ray_too_a_broken_contract_or_choice_stops_the_run_as_what_it_is(by_v
     stage = Stage("stop", function, ("number",), ())
     with runner.runner("ray", runner.RayConfig(), 2) as execute, pytest.raises(kind):
         list(execute((stage,), rows(6), {}, ()))
+
+
+@pytest.mark.ray
+def test_rows_reach_ray_in_waves_and_none_is_lost(by_value, monkeypatch):
+    monkeypatch.setattr(runner, "WAVE_ROWS", 4)
+    with runner.runner("ray", runner.RayConfig(), 2) as execute:
+        done = list(execute((PICKY,), rows(10), CONTEXT, ("number",)))
+    assert sorted(row["number"] for row in done) == list(range(10))
+    assert {row["number"] // 4 for row in done[:4]} == {0}
+
+
+@pytest.mark.ray
+def test_more_memory_than_there_is_means_one_at_a_time_and_not_for_ever(by_value):
+    greedy = Stage("total", total, reads=("value",), writes=("total",), memory_mb=2**30)
+    with runner.runner("ray", runner.RayConfig(), 2) as execute:
+        done = list(execute((PICKY, greedy), rows(2), CONTEXT, ("total",)))
+    assert sorted(row["total"] for row in done) == [0, 3]
