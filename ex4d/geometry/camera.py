@@ -64,15 +64,23 @@ def check_rigid(w2c: np.ndarray) -> np.ndarray:
     w2c = np.asarray(w2c, np.float64)
     if w2c.shape != (4, 4) or not np.isfinite(w2c).all():
         raise ConfigError("camera.w2c", w2c.tolist(), "finite [4, 4]")
-    rotation = w2c[:3, :3]
-    # 1e-4: files store poses with 6 to 8 digits.
-    if np.abs(rotation @ rotation.T - np.eye(3)).max() > 1e-4 or np.abs(w2c[3] - (0, 0, 0, 1)).max() > 1e-9:
-        raise ConfigError("camera.w2c", w2c.tolist(), "a rotation and a translation, last row 0 0 0 1")
-    if np.linalg.det(rotation) < 0:
-        raise ConfigError(
-            "camera.w2c", w2c.tolist(), "determinant +1: this one mirrors, convert its axes to OpenCV first"
-        )
+    if not is_rigid(w2c):
+        allowed = "a rotation and a translation, last row 0 0 0 1"
+        if is_rigid(w2c * np.array([-1, 1, 1, 1])):
+            allowed = "determinant +1: this one mirrors, convert its axes to OpenCV first"
+        raise ConfigError("camera.w2c", w2c.tolist(), allowed)
     return w2c
+
+
+def is_rigid(poses: np.ndarray, tolerance: float = 1e-4) -> bool:
+    """Return whether all of `poses` [..., 4, 4] are rotations (determinant +1) and translations.
+
+    tolerance: on R Rᵀ; files store poses with 6 to 8 digits. On the last row it is a thousandth of that.
+    """
+    rotation = poses[..., :3, :3]
+    square = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max(initial=0)
+    last = np.abs(poses[..., 3, :] - (0, 0, 0, 1)).max(initial=0)
+    return bool(square < tolerance and last < 1e-3 * tolerance and (np.linalg.det(rotation) > 0).all())
 
 
 def intrinsics(size: tuple[int, int], fov_deg: float = 54.0) -> np.ndarray:
@@ -88,10 +96,10 @@ def intrinsics(size: tuple[int, int], fov_deg: float = 54.0) -> np.ndarray:
 
 
 def look_at(eye: np.ndarray, target: np.ndarray, up: tuple[float, float, float] = (0.0, -1.0, 0.0)) -> np.ndarray:
-    """Return w2c float64 [4, 4] of a camera at `eye` that looks at `target`.
+    """Return w2c float64 [..., 4, 4] of cameras at `eye` that look at `target`.
 
     Args:
-        eye, target: world points [3].
+        eye, target: world points [..., 3].
         up: world direction that points up in the picture; the default is OpenCV's −y.
 
     Raises:
@@ -101,15 +109,16 @@ def look_at(eye: np.ndarray, target: np.ndarray, up: tuple[float, float, float] 
     forward = np.asarray(target, np.float64) - eye
     right = np.cross(forward, np.asarray(up, np.float64))
     # forward × up points to the right where y points down in the picture and up is −y.
-    if np.linalg.norm(forward) < 1e-12 or np.linalg.norm(right) < 1e-12 * np.linalg.norm(forward):
+    far, wide = (np.linalg.norm(vector, axis=-1, keepdims=True) for vector in (forward, right))
+    if (far < 1e-12).any() or (wide < 1e-12 * far).any():
         raise ConfigError(
             "look_at", (eye.tolist(), np.asarray(target).tolist()), "eye, target and up must span a plane"
         )
-    forward /= np.linalg.norm(forward)
-    right /= np.linalg.norm(right)
-    rotation = np.stack([right, np.cross(forward, right), forward])
-    w2c = np.eye(4)
-    w2c[:3, :3], w2c[:3, 3] = rotation, -rotation @ eye
+    forward, right = forward / far, right / wide
+    rotation = np.stack([right, np.cross(forward, right), forward], axis=-2)
+    w2c = np.zeros((*rotation.shape[:-2], 4, 4))
+    w2c[..., :3, :3], w2c[..., 3, 3] = rotation, 1
+    w2c[..., :3, 3] = -(rotation @ eye[..., None])[..., 0]
     return w2c
 
 

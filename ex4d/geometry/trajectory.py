@@ -16,6 +16,7 @@ from scipy.interpolate import CubicSpline
 from scipy.spatial.transform import Rotation, RotationSpline
 
 from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry.camera import look_at
 
 ORBIT_RISE = 0.2  # released code: the eye rises by 0.2 r (1 - cos phi) while it goes around
 
@@ -43,16 +44,6 @@ def radius_of(z_depth0: np.ndarray, rule: str = "percentile") -> float:
     raise ConfigError("radius_rule", rule, "allowed: percentile, released")
 
 
-def look_at_path(eyes: np.ndarray, target: np.ndarray) -> np.ndarray:
-    """Return w2c [T, 4, 4] of cameras at `eyes` [T, 3] that look at `target` [3] and keep the world's y (down) down."""
-    forward = target - eyes
-    forward = forward / np.linalg.norm(forward, axis=1, keepdims=True)
-    right = np.cross([0.0, 1.0, 0.0], forward)
-    right = right / np.linalg.norm(right, axis=1, keepdims=True)
-    rotation = np.stack([right, np.cross(forward, right), forward], axis=1)
-    return _w2c(rotation, eyes)
-
-
 def _w2c(rotation: np.ndarray, eyes: np.ndarray) -> np.ndarray:
     w2c = np.tile(np.eye(4), (len(eyes), 1, 1))
     w2c[:, :3, :3] = rotation
@@ -62,7 +53,7 @@ def _w2c(rotation: np.ndarray, eyes: np.ndarray) -> np.ndarray:
 
 def _around(x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float) -> np.ndarray:
     """Return the path of eyes (x, y, z) radius that look at (0, 0, radius)."""
-    return look_at_path(radius * np.stack([x, y, z], axis=1), np.array([0.0, 0.0, radius]))
+    return look_at(radius * np.stack([x, y, z], axis=1), np.array([0.0, 0.0, radius]))
 
 
 def _straight(offsets: np.ndarray) -> np.ndarray:

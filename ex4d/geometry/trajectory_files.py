@@ -27,7 +27,7 @@ from scipy.spatial.transform import Rotation
 
 from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
-from ex4d.geometry.camera import check_rigid, look_at
+from ex4d.geometry.camera import check_rigid, is_rigid, look_at
 
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
@@ -81,11 +81,8 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         poses = READERS[format](path, camera)
     except UNREADABLE as error:
         raise ContractError(f"{path} is no {format} file of poses: {error}") from error
-    rotation = poses.w2c[:, :3, :3]
-    # 1e-3: text formats round their numbers, and the hand must be right.
-    rigid = np.abs(rotation @ rotation.transpose(0, 2, 1) - np.eye(3)).max(initial=0) < 1e-3
-    rigid &= np.abs(poses.w2c[:, 3] - [0, 0, 0, 1]).max(initial=0) < 1e-6
-    if not (len(poses.w2c) and rigid and (np.linalg.det(rotation) > 0).all() and np.isfinite(poses.w2c).all()):
+    # 1e-3: text formats round their numbers.
+    if not (len(poses.w2c) and np.isfinite(poses.w2c).all() and is_rigid(poses.w2c, 1e-3)):
         raise ContractError(f"{path}: the poses read as {format} are no rigid motions")
     if flip_y:
         poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.times, poses.size, poses.source)
