@@ -5,6 +5,7 @@ from __future__ import annotations
 import itertools
 import pickle
 from dataclasses import dataclass
+from functools import partial
 
 import pytest
 
@@ -104,6 +105,15 @@ def test_hostile_yaml_is_an_invalid_choice(tmp_path, text, says):
     (tmp_path / "some.yaml").write_text(text)
     with pytest.raises(ConfigError, match=says):
         config.read_yaml(tmp_path / "some.yaml")
+
+
+def test_an_optional_section_is_none_where_nobody_asks_for_it(file):
+    load = partial(config.load, file, {"train": Example, "ray": Inner}, optional=("ray",))
+    assert load()["ray"] is None
+    assert load(["ray.depth=3"])["ray"] == Inner(3)
+    assert config.load(file, {"ray": Inner}) == {"ray": Inner()}
+    file.write_text("ray:\n")
+    assert load() == {"train": Example(), "ray": Inner()}
 
 
 def test_a_long_value_is_named_by_its_beginning():

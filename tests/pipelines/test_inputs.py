@@ -7,7 +7,10 @@ import os
 import pytest
 
 from ex4d.errors import ConfigError
+from ex4d.synthetic import SyntheticConfig
+from pipelines.cli import main
 from pipelines.inputs import expand
+from pipelines.preprocess import PreprocessConfig, find_sources
 
 
 @pytest.fixture
@@ -94,3 +97,17 @@ def test_nothing_given_is_not_the_working_folder(given, tmp_path, monkeypatch):
 def test_an_output_that_holds_every_input_is_named(folder):
     with pytest.raises(ConfigError, match=r"preprocess\.output"):
         expand(str(folder), exclude=folder)
+
+
+def test_no_input_is_a_corpus_only_where_one_is_asked_for(tmp_path):
+    config = PreprocessConfig(output=str(tmp_path / "out"))
+    with pytest.raises(ConfigError, match=r"preprocess\.input"):
+        find_sources(config, None)
+    assert not (tmp_path / "out").exists()
+    assert len(find_sources(config, SyntheticConfig(num_videos=2, num_frames=2, size=(16, 16), supersample=1))) == 2
+
+
+def test_the_command_says_that_the_input_is_missing(tmp_path, capsys):
+    (tmp_path / "config.yaml").write_text(f"preprocess: {{output: {tmp_path / 'out'}}}\n")
+    assert main(["preprocess", str(tmp_path / "config.yaml")]) == 2
+    assert "preprocess.input" in capsys.readouterr().err
