@@ -31,6 +31,7 @@ KINDS = ("visibility", "novel_view", "tracking")
 BATCH = 2
 PROVENANCE: dict[str, Any] = {
     "source_path": "made.mp4",
+    "licence": "",
     "start_pts": 0,
     "end_pts": 48,
     "time_base": "1/24",

@@ -32,7 +32,7 @@ log = logging.getLogger(__name__)
 
 Batch = dict[str, Any]
 Draw = Callable[[int], int]  # number of masks -> the one to take
-Decode = Callable[[Mapping[str, bytes], Draw], dict[str, Any]]
+Decode = Callable[..., dict[str, Any]]  # ({member: bytes}, draw) -> values of one sample
 Item = tuple[str, dict[str, Any] | None, str]  # key, values or None, why there are none
 
 
@@ -75,7 +75,10 @@ def draw_mask(num_masks: int, seed: int, epoch: int, key: str) -> int:
 
 
 def decode_pixels(
-    members: Mapping[str, bytes], draw: Draw, mask_kinds: Sequence[str] = (VISIBILITY,)
+    members: Mapping[str, bytes],
+    draw: Draw,
+    mask_kinds: Sequence[str] = (VISIBILITY,),
+    into: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return one sample of a pixel dataset, with one of its masks.
 
@@ -85,12 +88,13 @@ def decode_pixels(
     Args:
         draw: number of masks -> the one to take.
         mask_kinds: names of the values of `kind`.
+        into: [T,H,W,3] for the frames: their place in a batch, so that they need not be copied there.
 
     Raises:
         ContractError: a member is missing, damaged, or does not fit the others.
     """
     require_members(members, optional=OPTIONAL)
-    frames = decode_frames(members["mp4"])
+    frames = decode_frames(members["mp4"], into=into)
     packed, kind, _ = decode_masks(members["masks.npz"], frames.shape[2])
     if packed.shape[1:3] != frames.shape[:2] or not len(kind):
         raise ContractError(f"masks.npz: [S,T,H] = {[*packed.shape[:3]]} for frames {[*frames.shape]}")
@@ -165,6 +169,9 @@ class ShardLoader(Iterator[Batch]):
         self.dataset, self.seed, self.decode = dataset, seed, decode or decoder_of(facts)
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         self.config = config or LoaderConfig()
+        # Where frames can be decoded to their place in the batch, its shape: nine megabytes a clip that are not copied.
+        spec = facts.get("sample", {}) if decode is None and "latents" not in facts else {}
+        self._frame_shape = (spec["num_frames"], *spec["size"], 3) if spec else None
         self.table, identity = _read_split(dataset, split, facts)
         self.num_samples = len(self.table)
         self.samples_consumed = samples_consumed
@@ -200,19 +207,21 @@ class ShardLoader(Iterator[Batch]):
         places = range(self._next + self.rank, self._next + self.micro_batch_size * self.world_size, self.world_size)
         self._next += self.micro_batch_size * self.world_size
         futures = []
-        for place in places:
+        frames = None if self._frame_shape is None else np.empty((len(places), *self._frame_shape), np.uint8)
+        for slot, place in enumerate(places):
             epoch, index = divmod(place, self.num_samples)
-            row = int(self._order(epoch)[index])
-            futures.append(self._pool.submit(self._load, row, epoch) if self._pool else _now(self._load, row, epoch))
+            what = (int(self._order(epoch)[index]), epoch, None if frames is None else frames[slot])
+            futures.append(self._pool.submit(self._load, *what) if self._pool else _now(self._load, *what))
         self._pending.append((self._next, futures))
 
-    def _load(self, row: int, epoch: int) -> Item:
-        """Return one sample, decoded."""
+    def _load(self, row: int, epoch: int, into: np.ndarray | None = None) -> Item:
+        """Return one sample, decoded, its frames in `into` where that is given."""
         fields = self.table.slice(row, 1).to_pylist()[0]
         key = fields["key"]
         try:
             members = self._read(fields)
-            return key, self.decode(members, lambda count: draw_mask(count, self.seed, epoch, key)), ""
+            place = {} if into is None else {"into": into}
+            return key, self.decode(members, lambda count: draw_mask(count, self.seed, epoch, key), **place), ""
         except (ContractError, BadSample) as error:
             return key, None, str(error)
 
@@ -277,6 +286,9 @@ def _checked(blob: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
 def _joined(values: list[Any]) -> Any:
     if isinstance(values[0], str):
         return values
+    whole = getattr(values[0], "base", None)
+    if whole is not None and whole.shape == (len(values), *values[0].shape) and all(v.base is whole for v in values):
+        return whole  # they were decoded to their places
     return np.stack(values) if len(values) > 1 else np.asarray(values[0])[None]  # one alone need not be copied
 
 

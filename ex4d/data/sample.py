@@ -268,10 +268,14 @@ def require_members(
         raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
 
 
-def decode_frames(data: bytes, member: str = "mp4") -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode."""
+def decode_frames(data: bytes, member: str = "mp4", into: np.ndarray | None = None) -> np.ndarray:
+    """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode.
+
+    Args:
+        into: an array of that shape for the frames, which is then returned.
+    """
     try:
-        return video.read(data)[0]
+        return video.read(data, into)[0]
     except BadSample as error:
         raise ContractError(f"{member}: {error}") from error
 

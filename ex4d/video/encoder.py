@@ -106,20 +106,31 @@ def write(path: str | Path, frames: np.ndarray, fps: float | Fraction, crf: int 
     storage.write_bytes(path, encode(frames, fps, crf, lossless))
 
 
-def read(source: str | Path | bytes) -> tuple[np.ndarray, float]:
+def read(source: str | Path | bytes, into: np.ndarray | None = None) -> tuple[np.ndarray, float]:
     """Return (all frames, fps) of a file that `encode` made: uint8 [T,H,W,3] RGB, or [T,H,W] uint8 or uint16 if grey.
 
+    Args:
+        into: an array of the frames' shape and type that they are written to; it is what comes back, then.
+
     Raises:
-        BadSample: it does not decode from end to end.
+        BadSample: it does not decode from end to end, or to other frames than `into` takes.
     """
     if not isinstance(source, bytes):
         source = storage.read_bytes(source)
-    images = []
+    images, count = [], 0
     with opened(source) as (container, stream, _):
         fps = float(stream.average_rate or 0)
-        for frame in decoded(container, stream):
+        for count, frame in enumerate(decoded(container, stream), start=1):
             grey = frame.format.name.startswith("gray")
-            images.append(frame.to_ndarray() if grey else rgb_of(frame))
-    if not images:
+            image = frame.to_ndarray() if grey else rgb_of(frame)
+            if into is None:
+                images.append(image)
+            elif count > len(into) or image.shape != into.shape[1:]:
+                raise BadSample("other_frames", f"frame {count} of {[*image.shape]} where {[*into.shape]} are expected")
+            else:
+                into[count - 1] = image
+    if not count:
         raise BadSample("no_frames", "the video stream has no frame that decodes")
-    return np.stack(images), fps
+    if into is not None and count < len(into):
+        raise BadSample("other_frames", f"{count} frames where {len(into)} are expected")
+    return np.stack(images) if into is None else into, fps

@@ -256,3 +256,31 @@ def test_the_cache_stays_within_its_bound(tmp_path):
         assert cache.read(str(tmp_path / "source"), offset, 100)[0] == offset % 250
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 1000 + 100
     assert cache.read(str(tmp_path / "source"), 0, 2000) == (bytes(range(250)) * 8)  # too large to keep, still read
+
+
+@pytest.mark.parametrize("threads", [0, 2])
+def test_frames_are_decoded_to_their_place_in_the_batch(dataset16, threads):
+    """The fast path against its twin: the same decoder given by hand, whose samples are stacked afterwards."""
+    config = LoaderConfig(num_threads=threads)
+    fast, slow = (
+        ShardLoader(str(dataset16), "train", 3, 5, config=config, decode=decode)
+        for decode in (None, loader_module.decoder_of(manifest.read_dataset(str(dataset16))))
+    )
+    batches = [(next(fast), next(slow)) for _ in range(5)]
+    for ours, twin in batches:
+        assert ours["frames"].flags.owndata, "the array that was decoded to, not a copy of it"
+        assert ours.keys() == twin.keys()
+        for name in ("frames", "visible", "kind", "mask_index", "valid"):
+            np.testing.assert_array_equal(ours[name], twin[name])
+            assert ours[name].dtype == twin[name].dtype
+    # A batch stays what it is when the next ones come.
+    assert not np.shares_memory(batches[0][0]["frames"], batches[1][0]["frames"])
+    fast.close()
+    slow.close()
+
+
+def test_frames_that_are_not_the_datasets_are_a_bad_sample(dataset16):
+    loader = ShardLoader(str(dataset16), "train", 2, 5, config=QUIET)
+    loader._frame_shape = (SPEC["num_frames"] + 4, *SPEC["size"], 3)
+    assert next(loader)["valid"].tolist() == [False, False]
+    assert all("where 9 are expected" in why for why in loader.bad.values())
