@@ -34,8 +34,8 @@ from pipelines.stages.encode import Encoding
 CODE = 1  # raised when stages change what they write, so that older staging is not taken
 PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")
 TEXTS = "texts"
-SAMPLE_STAGES = (stages.READ, stages.ENCODE_VIDEO, stages.ENCODE_IMAGE, stages.WRITE_LATENTS)
-TEXT_STAGES = (stages.ENCODE_TEXT, stages.WRITE_TEXT)
+SAMPLE_STAGES = (stages.READ, stages.LOAD_MODELS, stages.ENCODE_VIDEO, stages.ENCODE_IMAGE, stages.WRITE_LATENTS)
+TEXT_STAGES = (stages.LOAD_TEXT_MODEL, stages.ENCODE_TEXT, stages.WRITE_TEXT)
 
 
 @dataclass(frozen=True)
@@ -125,7 +125,7 @@ def run(
     ):
         job = _Job(config, model, dataset, models, execute, progress)
         job.work()
-        job.judge(started)
+        job.judge()
         result = job.finish()
         log_run(result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
     return result
@@ -233,7 +233,7 @@ class _Job:
         named = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
         self.rejects.append({**named, "key": row["key"], "unit": "clip"})
 
-    def judge(self, started: float) -> None:
+    def judge(self) -> None:
         """Commit the dataset, unless too much was bad."""
         total = self.dataset["counts"]["samples"]
         if len(self.rejects) > self.config.max_bad_fraction * total:
@@ -250,7 +250,7 @@ class _Job:
         write_texts = partial(texts.write, staged=self.texts, file_size_bytes=size)
         shards.pack(self.staged, self.config.output, self._facts(), [*earlier, *self.rejects], size, write_texts)
         self.committed = True
-        self.ledger.sweep(started)
+        self.ledger.sweep()
         if self.bugs:
             self.problems.append(f"{len(self.bugs)} rows ended in bugs; their tracebacks are in run.jsonl")
 
@@ -297,10 +297,12 @@ class _Job:
 
 
 def throughput(result: Result) -> str:
-    """Return a line on this run: clips a second of work, and the share that each stage had of it."""
+    """Return a line on this run: clips a second of work, and the share that each stage had of it; loading apart."""
     spent = {name: tally.worker_s for name, tally in result.stages.items() if tally.done}
+    loading = sum(spent.pop(name, 0.0) for name in (stages.LOAD_MODELS.name, stages.LOAD_TEXT_MODEL.name))
     whole = sum(spent.values())
     if not whole:
         return "nothing was left to encode"
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items())
-    return f"{result.worked['samples'] / whole:.2f} clips/s for each worker; of {whole:.1f} s of work: {shares}"
+    rate = f"{result.worked['samples'] / whole:.2f} clips/s for each worker"
+    return f"{rate}, loading models {loading:.1f} s; of {whole:.1f} s of work: {shares}"

@@ -95,6 +95,18 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
     }
 
 
+def load_models(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return nothing; the models of clips are loaded: once a process, so that its time is not the first clip's."""
+    loaded(context.model, context.device, VIDEO_MODELS)
+    return {}
+
+
+def load_text_model(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return nothing; the model of texts is loaded."""
+    loaded(context.model, context.device, TEXT_MODELS)
+    return {}
+
+
 def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
     """Return `target`, `condition`, `hole` and `first_frame` as data.latents has them, float32.
 
@@ -200,6 +212,8 @@ READ = Stage(
     reads=("key", "shard", "offset", "length", "sha256"),
     writes=("frames", "packed", "cond", "is_visibility", "kind", "first_shown", "first_index", "kept"),
 )
+LOAD_MODELS = Stage("load_models", load_models, reads=(), writes=())
+LOAD_TEXT_MODEL = Stage("load_text_model", load_text_model, reads=(), writes=())
 ENCODE_VIDEO = Stage(
     "encode_video",
     encode_video,
@@ -221,6 +235,6 @@ WRITE_TEXT = Stage("write_text", write_text, reads=("text", "embeds", "artifact"
 
 
 def with_gpu(stages: tuple[Stage, ...], num_gpus: float) -> tuple[Stage, ...]:
-    """Return the stages, those that run a model with a share of a GPU."""
-    models = (ENCODE_VIDEO, ENCODE_IMAGE, ENCODE_TEXT)
-    return tuple(replace(stage, num_gpus=num_gpus) if stage in models else stage for stage in stages)
+    """Return the stages with a share of a GPU from the one that loads a model on: pictures travel once, latents not."""
+    first = next(index for index, stage in enumerate(stages) if stage in (LOAD_MODELS, LOAD_TEXT_MODEL))
+    return (*stages[:first], *(replace(stage, num_gpus=num_gpus) for stage in stages[first:]))

@@ -227,8 +227,8 @@ def test_latents_cannot_be_encoded_again(folder, tmp_path):
 def test_models_run_on_the_share_of_a_gpu_that_was_asked_for():
     chosen = stages.with_gpu(encode.SAMPLE_STAGES, 0.5)
     assert {stage.name: stage.num_gpus for stage in chosen} == {
-        **{"read_sample": 0.0, "encode_video": 0.5},
-        **{"encode_image": 0.5, "write_latents": 0.0},
+        **{"read_sample": 0.0, "load_models": 0.5, "encode_video": 0.5},
+        **{"encode_image": 0.5, "write_latents": 0.5},
     }
 
 
