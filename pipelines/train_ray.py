@@ -17,7 +17,7 @@ from typing import TYPE_CHECKING, Any
 
 from ex4d.errors import ConfigError
 from ex4d.train import checkpoint
-from ex4d.train.config import Place, TrainConfig, usable_ranks
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, usable_ranks
 
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
@@ -25,9 +25,10 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-MAX_FAILURES = 3  # in a row, without a checkpoint between them
+MAX_FAILURES = 3  # of one start; where it reached a checkpoint, there will be another
 
-_stop = threading.Event()  # of this process, where it is a rank: SIGTERM came, here or to the command
+# Of this process, where it is a rank: SIGTERM came, here or to the command; it came to the command.
+_stop, _told = threading.Event(), threading.Event()
 
 
 def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize_every_s: float = 60.0) -> int:
@@ -35,6 +36,8 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
 
     A rank or a node that dies takes the group down; Ray starts it again from the last checkpoint in `train.output`,
     which all nodes must see: on as many processes as before, or with `train.min_processes` on those that there are.
+    SIGTERM to this process, or to a rank of a run that is not elastic, makes a checkpoint and EXIT_PREEMPTED; in an
+    elastic run the node of such a rank is going away, and the run goes on without it.
 
     Args:
         resize_every_s: how often an elastic run looks whether more processes could be had.
@@ -209,11 +212,18 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
     try:
         with progress(train) as show:
             place = Place(rank, workers, context.get_local_rank())
-            return trainer.train(train, chosen["model"], place, show, _stop.is_set, RemoteValidation), ""
+            code = trainer.train(train, chosen["model"], place, show, _stop.is_set, RemoteValidation)
     except report.NonFinite as error:
         return 1, str(error)
     except ConfigError as error:
         return 2, str(error)
+    if code == EXIT_PREEMPTED and train.min_processes and rank == 0 and not _told.is_set():
+        raise RankLeaves("SIGTERM to a rank; the run goes on with those that stay")
+    return code, ""
+
+
+class RankLeaves(Exception):
+    """A rank of an elastic run got SIGTERM and a checkpoint is written. Ray starts the others without it."""
 
 
 class Judge:
@@ -269,4 +279,5 @@ def _wait_for_stop(flag: Any) -> None:
     except ray.exceptions.RayError as error:  # the command is gone, and this process soon will be
         logger.warning("the command cannot be heard any more: %s", error)
         return
+    _told.set()
     _stop.set()

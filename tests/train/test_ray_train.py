@@ -203,6 +203,17 @@ def test_a_validation_is_an_actor_whose_death_changes_nothing(killed, folder, wh
         assert (output / found[20]["videos"][0]).stat().st_size > 500
 
 
+def test_sigterm_to_a_rank_of_an_elastic_run_does_not_end_it(folder, whole, cluster):
+    output = folder / "leaves"
+    process = start(whole, *on(cluster, output, "train.min_processes=1"))
+    wait_for(lambda: len(steps(output)) >= 3, "step 3")
+    ranks(cluster)[1][1].send_signal(signal.SIGTERM)
+    code, text = finish(process)
+    assert code == 0, text
+    assert "the run goes on with those that stay" in text
+    assert losses(output) == pytest.approx(losses(folder / "whole"), abs=1e-6)
+
+
 def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, whole, cluster):
     longer = ("train.num_steps=400", "train.save_every=20")
     assert finish(start(whole, *longer, f"train.output={folder / 'long'}"))[0] == 0
