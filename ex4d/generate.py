@@ -17,7 +17,7 @@ from ex4d.errors import ConfigError
 from ex4d.geometry import masks
 from ex4d.models import backbone, encoders, weights
 from ex4d.models.adapter import Ex4dModel, build_model
-from ex4d.reconstruct import Reconstruction, reconstruct
+from ex4d.reconstruct import Reconstruction, check_choices, reconstruct
 from ex4d.reconstruct_files import white
 
 
@@ -45,6 +45,8 @@ class GenerateConfig:
             raise ConfigError("generate.num_inference_steps", self.num_inference_steps, "at least 1")
         if not math.isfinite(self.guidance_scale):
             raise ConfigError("generate.guidance_scale", self.guidance_scale, "a finite number")
+        if self.erosion_px < 0:
+            raise ConfigError("generate.erosion_px", self.erosion_px, "at least 0")
         if self.shift is not None and not 0 < self.shift < math.inf:
             raise ConfigError("generate.shift", self.shift, "finite, greater than 0, or null for the adapter's own")
 
@@ -188,13 +190,14 @@ def novel_view(
         profile: of the meshes; None takes "released" for an adapter that was trained with the released masks.
         view: what else `reconstruct` takes: depth, trajectory_name, angle_deg, …
     """
-    loaded, model = load(adapter_path, base, device)
     metadata = weights.read_metadata(adapter_path)
+    profile = profile or ("released" if metadata.mask_range == "released" else "default")
+    check_choices(profile=profile, **view)  # before gigabytes are loaded
+    loaded, model = load(adapter_path, base, device)
     config = config.for_adapter(metadata)
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
     loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
-    profile = profile or ("released" if metadata.mask_range == "released" else "default")
     source = reconstruct(video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, **view)
     frames = generate(
         loaded, model, source.cond_video, source.visible, config, seed, metadata.mask_range, on_step=on_step

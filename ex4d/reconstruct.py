@@ -89,8 +89,7 @@ def reconstruct(
         BadSample: the video or its depth cannot be used (`too_short`, the decoder's and the estimator's reasons).
         ContractError: a file of poses or weights is damaged.
     """
-    _check_choices(size, num_frames, fov_deg, depth)
-    profile_of(profile)
+    check_choices(trajectory_name, source_poses, depth, num_frames, size, fov_deg, profile, backend)
     backend = choose_backend(backend)
     released = profile == "released"
     frames, request, fps = _read(video_path, num_frames, size, fit)
@@ -143,7 +142,21 @@ def _read(
     return frames, request, fps
 
 
-def _check_choices(size: tuple[int, int] | None, num_frames: int | None, fov_deg: float, depth: str) -> None:
+def check_choices(
+    trajectory_name: str = "orbit",
+    source_poses: str | Path | None = None,
+    depth: str = "sidecar",
+    num_frames: int | None = None,
+    size: tuple[int, int] | None = None,
+    fov_deg: float = 54.0,
+    profile: str = "default",
+    backend: str = "auto",
+    **_: Any,
+) -> None:
+    """Raise ConfigError for what can be known to be wrong before any work; arguments as in `reconstruct`."""
+    camera_path.check_name(trajectory_name)
+    if source_poses is not None and not Path(source_poses).is_file():
+        raise ConfigError("source_poses", str(source_poses), "no such file of poses")
     if size is not None and not all(MIN_SIDE_PX <= side <= MAX_SIDE_PX and side % 2 == 0 for side in size):
         raise ConfigError("size", size, f"(H, W), both even, from {MIN_SIDE_PX} to {MAX_SIDE_PX}")
     if num_frames is not None and num_frames < 1:
@@ -152,6 +165,8 @@ def _check_choices(size: tuple[int, int] | None, num_frames: int | None, fov_deg
         raise ConfigError("fov_deg", fov_deg, "from 1 to 170 degrees")
     if depth not in depth_estimators.ESTIMATORS:
         raise ConfigError("depth", depth, f"allowed: {', '.join(depth_estimators.ESTIMATORS)}")
+    profile_of(profile)
+    choose_backend(backend)
 
 
 def _released_intrinsics(shape: tuple[int, ...]) -> np.ndarray:

@@ -39,10 +39,15 @@ def build(
     if name in trajectory.TRAJECTORIES:
         w2c = trajectory.build(name, num_frames, angle_deg, radius, **options)
         return w2c, trajectory.zoom_intrinsics(K, num_frames, **options) if name == "zoom" else K
-    if not Path(name).is_file():
+    check_name(name)
+    return from_file(name, num_frames, radius, K, options)
+
+
+def check_name(name: str) -> None:
+    """Raise ConfigError unless `name` is a path of trajectory.TRAJECTORIES or a file."""
+    if name not in trajectory.TRAJECTORIES and not Path(name).is_file():
         known = ", ".join(trajectory.TRAJECTORIES)
         raise ConfigError("trajectory", name, f"a file of poses, or one of {known}")
-    return from_file(name, num_frames, radius, K, options)
 
 
 def from_file(

@@ -1,0 +1,96 @@
+"""`ex4d generate`: a video, a path and an adapter in; a video, its condition and a record out."""
+
+from __future__ import annotations
+
+import json
+from dataclasses import replace
+
+import numpy as np
+import pytest
+
+from ex4d import synthetic, video
+from pipelines import cli
+
+WORLD = synthetic.SyntheticConfig(num_videos=1, num_frames=5, size=(64, 64), seed=8, camera_motion="static")
+
+
+@pytest.fixture(scope="module")
+def clip(tmp_path_factory):
+    return synthetic.write_corpus(tmp_path_factory.mktemp("clip"), WORLD)[0]
+
+
+@pytest.fixture(scope="module")
+def adapters(tmp_path_factory) -> dict[str, str]:
+    """Untrained adapters of the tiny base, one a range of masks."""
+    from ex4d.models import backbone, weights
+    from ex4d.models.adapter import build_model
+    from ex4d.models.encoders import base_fingerprint
+
+    base = backbone.load_base("tiny", components=("transformer",))
+    fingerprint = base_fingerprint(base.transformer)
+    config = backbone.ModelConfig(lora_rank=2, lora_alpha=2.0, adapter_hidden=16)
+    model = build_model(base.transformer, config)
+    made = weights.AdapterMetadata("tiny", None, fingerprint, 2, 2.0, 16, num_frames=5, size=(64, 64))
+    folders = {}
+    for mask_range in ("unit", "released"):
+        folders[mask_range] = str(tmp_path_factory.mktemp(mask_range))
+        weights.save_adapter(folders[mask_range], model, replace(made, mask_range=mask_range))
+    return folders
+
+
+def run(clip, adapter: str, output, *flags: str) -> dict:
+    argv = ["generate", "--video", str(clip), "--adapter", adapter, "--output", str(output)]
+    assert cli.main([*argv, "--num-inference-steps", "2", "--guidance-scale", "1", "--device", "cpu", *flags]) == 0
+    return json.loads(output.with_suffix(".json").read_text())
+
+
+def test_a_view_is_written_with_all_that_repeats_it(clip, adapters, tmp_path):
+    flags = ("--trajectory", "zoom", "-t", "zoom=1.5", "--seed", "4")
+    first, second = (run(clip, adapters["unit"], tmp_path / name, *flags) for name in ("a.mp4", "b.mp4"))
+    assert first == second
+    assert (tmp_path / "a.mp4").read_bytes() == (tmp_path / "b.mp4").read_bytes()
+    frames, fps = video.read(tmp_path / "a.mp4")
+    assert (frames.shape, fps) == ((5, 64, 64, 3), WORLD.fps)
+    assert video.read(tmp_path / "a.cond.mp4")[0].shape == video.read(tmp_path / "a.mask.mp4")[0].shape == frames.shape
+    assert (first["trajectory"], first["trajectory_options"], first["seed"]) == ("zoom", {"zoom": 1.5}, 4)
+    K = np.array(first["K"])
+    assert K[-1, 0, 0] / K[0, 0, 0] == pytest.approx(1.5)
+    assert first["depth"]["estimator"] == "sidecar"
+    other = run(clip, adapters["unit"], tmp_path / "c.mp4", *flags[:-1], "5")
+    assert other["seed"] == 5
+    assert (tmp_path / "c.mp4").read_bytes() != (tmp_path / "a.mp4").read_bytes()
+
+
+def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_path):
+    assert run(clip, adapters["released"], tmp_path / "r.mp4")["profile"] == "released"
+    assert run(clip, adapters["unit"], tmp_path / "u.mp4")["profile"] == "default"
+    assert run(clip, adapters["released"], tmp_path / "t.mp4", "--profile", "torn")["profile"] == "torn"
+
+
+@pytest.mark.parametrize(
+    ("flags", "status", "named"),
+    [
+        (("--trajectory", "sideways"), 2, "trajectory"),
+        (("--profile", "woven"), 2, "profile"),
+        (("--angle-deg", "nan"), 2, "angle_deg"),
+        (("--guidance-scale", "nan"), 2, "guidance_scale"),
+        (("--shift", "0"), 2, "shift"),
+        (("--erosion-px", "-3"), 2, "erosion"),
+        (("--num-frames", "6"), 2, "num_frames"),
+        (("--size", "60x64"), 2, "size"),
+        (("--source-poses", "none.json"), 2, "none.json"),
+        (("--num-frames", "9"), 1, "too_short"),
+    ],
+)
+def test_what_cannot_be_done_is_named(clip, adapters, tmp_path, capsys, flags, status, named):
+    argv = ["generate", "--video", str(clip), "--adapter", adapters["unit"], "--output", str(tmp_path / "a.mp4")]
+    assert cli.main([*argv, *flags]) == status
+    assert named in capsys.readouterr().err
+    assert not (tmp_path / "a.mp4").exists()
+
+
+def test_a_hostile_video_is_named(adapters, tmp_path, capsys):
+    (tmp_path / "noise.mp4").write_bytes(np.random.default_rng(0).bytes(4000))
+    argv = ["generate", "--video", str(tmp_path / "noise.mp4"), "--adapter", adapters["unit"]]
+    assert cli.main([*argv, "--output", str(tmp_path / "a.mp4")]) == 1
+    assert "noise.mp4" in capsys.readouterr().err
