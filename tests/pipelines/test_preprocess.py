@@ -21,7 +21,7 @@ from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import preprocess
 from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
-from pipelines.retry import retry, summary
+from pipelines.stage import chains
 from pipelines.stages import decode
 from pipelines.stages.score import FilterConfig
 
@@ -144,13 +144,19 @@ def test_one_bad_row_costs_one_row(config):
     bad = result.counts["clips_bad"]
     assert 1 <= bad <= 3
     assert inline(config).worked["clip"] == 0  # what was refused stays refused
-    unlucky_keys = {row["key"] for row in result.rejects}
-    nothing = retry(config.output, ["decode_crash"], runner_name="inline")
-    assert (nothing.worked["clip"], nothing.retried) == (0, {})
-    retried = retry(config.output, ["decode_timeout", "decode_crash"], runner_name="inline")
-    assert (retried.worked["clip"], retried.counts["samples"]) == (bad, 12)
-    assert retried.retried == {key: ("decode_timeout", "done") for key in unlucky_keys}
-    assert summary(retried) == f"tried again: {bad}\n  decode_timeout -> done: {bad}"
+
+
+@pytest.mark.parametrize(("num_gpus", "num_chains"), [(0.0, 1), (0.25, 2)])
+def test_frames_travel_once_at_most_and_memory_is_reserved(config, num_gpus, num_chains):
+    stages = preprocess.stages_of(replace(config, depth_num_gpus=num_gpus, num_frames=49, size=(512, 512)))
+    made = list(chains(stages.clip, (), propagate=False))
+    assert len(made) == num_chains
+    assert [stage.name for chain in made for stage in chain.stages] == [stage.name for stage in Stages().clip]
+    assert all("frames" not in chain.keep for chain in made[1:])
+    for stage in stages.clip:
+        assert stage.num_gpus == (num_gpus if made[-1].stages[0].name == "depth" and stage in made[-1].stages else 0)
+        assert 1000 < stage.memory_mb < 1500
+    assert {stage.memory_mb for stage in stages.split} == {768}
 
 
 def test_every_input_is_accounted_for(config, corpus, tmp_path):
