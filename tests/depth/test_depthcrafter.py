@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import dataclasses
 import itertools
 import json
 import logging
@@ -225,3 +226,30 @@ def test_broken_weights_are_bad_samples_with_a_reason(weights, monkeypatch, valu
     finally:
         for name, parameter in last.named_parameters():
             parameter.data.copy_(kept[name])
+
+
+def test_half_precision_as_on_a_gpu(weights):
+    """The same networks in float16: close to float32, the overflowing encoder of the VAE in float32 for its part."""
+    import copy
+
+    import torch
+
+    full = networks_of(weights)
+    half = dataclasses.replace(
+        full, **{name: copy.deepcopy(getattr(full, name)).half() for name in ("unet", "vae", "image_encoder")}
+    )
+    seen = []
+    half.vae.encoder.conv_in.register_forward_pre_hook(lambda _, args: seen.append(args[0].dtype))
+    found = []
+    for networks in (full, half):
+        noise = torch.Generator().manual_seed(0)
+        with torch.inference_mode():
+            small = depthcrafter.working_pictures(pictures(2))
+            latents = depthcrafter.encode(networks, small, noise)
+            result = depthcrafter.denoise(networks, latents, depthcrafter.embed(networks, small), noise)
+            found.append(depthcrafter.decode(networks, result, (64, 64)))
+    assert seen == [torch.float32]
+    assert {p.dtype for p in half.vae.parameters()} == {torch.float16}
+    assert np.isfinite(found[1]).all()
+    assert np.abs(found[0] - found[1]).max() < 0.05
+    assert found[0].std() > 0.01
