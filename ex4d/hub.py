@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 from collections.abc import Sequence
 from functools import lru_cache
@@ -47,6 +48,22 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
 def revision_of(folder: Path) -> str | None:
     """Return the commit of a snapshot in the hub's cache, whose folder is named by it; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None
+
+
+def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*.txt", "*.safetensors")) -> str:
+    """Return 64 hex digits that stand for the files in folders by name and content: alike wherever the folders lie."""
+    lines = []
+    for number, folder in enumerate(folders):
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
+            stat = path.stat()
+            lines.append(f"{_sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}  {number}/{path.name}\n")
+    return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+@lru_cache(maxsize=256)
+def _sha256(path: str, size: int, mtime_ns: int) -> str:
+    with open(path, "rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
 
 
 def name_of(weights: str) -> str:

@@ -136,6 +136,7 @@ class Job:
 
     def _clip_row(self, video: Row, clip: clips.Clip) -> Row:
         facts = {name: video[name] for name in ("name", "sha256", "source_group", "depth_file")} | vars(clip)
+        facts["caption_source"] = "list" if clip.caption else "sidecar" if video["caption"] else "none"
         if clip.caption is None:
             facts["caption"] = video["caption"]
         made, refusal = settings.clip_fingerprints(self.config, facts)

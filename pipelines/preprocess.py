@@ -21,7 +21,7 @@ from pipelines.report import Result, log_run
 from pipelines.runner import RayConfig
 from pipelines.settings import PreprocessConfig
 from pipelines.stage import Stage
-from pipelines.stages import commit, condition, decode, depth, identify, masks, probe, qc, score, shots
+from pipelines.stages import caption, commit, condition, decode, depth, identify, masks, probe, qc, score, shots
 
 __all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
 
@@ -42,6 +42,7 @@ class Stages:
         score.MEASURE,
         score.STAGE,
         depth.STAGE,
+        caption.STAGE,
         qc.DEPTH,
         masks.STAGE,
         condition.STAGE,
@@ -62,7 +63,8 @@ def stages_of(config: PreprocessConfig) -> Stages:
     """
     plain = Stages()
     on_gpu = plain.clip.index(depth.STAGE)
-    gpus = [config.depth_num_gpus if position >= on_gpu else 0.0 for position in range(len(plain.clip))]
+    share = max(config.depth_num_gpus, config.captioner.num_gpus if config.captioner else 0.0)
+    gpus = [share if position >= on_gpu else 0.0 for position in range(len(plain.clip))]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
         split=tuple(replace(stage, memory_mb=settings.WORKER_MB) for stage in plain.split),

@@ -11,6 +11,7 @@ from typing import Any
 from ex4d.config import fingerprint, to_dict
 from ex4d.errors import ConfigError
 from ex4d.geometry.masks import MaskConfig
+from pipelines.stages.caption import CaptionerConfig
 from pipelines.stages.score import FilterConfig
 
 PROFILES = ("default", "released")
@@ -61,6 +62,7 @@ class PreprocessConfig:
         depth: estimator; depth_path: its file, folder or weights; depth_num_gpus: share of a GPU for each, 0 for CPU.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
         profile: "default", or "released" for the mapping of depth that the published weights saw.
+        captioner: describes clips that have no caption; None leaves them without.
         masks: how masks are simulated.
         members: what samples hold beside the usual: cond, what a warp with wrong depth shows through visibility masks,
             and depth.
@@ -101,6 +103,7 @@ class PreprocessConfig:
     depth_num_gpus: float = 0.0
     fov_deg: float = 54.0
     profile: str = "default"
+    captioner: CaptionerConfig | None = None
     masks: MaskConfig = field(default_factory=MaskConfig)
     members: tuple[str, ...] = ()
     filters: FilterConfig = field(default_factory=FilterConfig)
@@ -153,6 +156,10 @@ def check(config: PreprocessConfig) -> None:
     need(config.max_attempts >= 1, "max_attempts", "at least 1")
     need(config.keep_staging in STAGING, "keep_staging", ", ".join(STAGING))
     need(config.metrics_port is None or 1 <= config.metrics_port <= 65535, "metrics_port", "null, or 1 to 65535")
+    if config.captioner is not None:
+        sane = config.captioner.max_new_tokens >= 1 and config.captioner.num_gpus >= 0
+        need(sane, "captioner", "max_new_tokens at least 1, num_gpus at least 0")
+    sample_settings(config)  # weights that are not to be had are known before any work
     limits = config.limits
     need(min(limits.timeout_s, limits.cpu_s) > 0 and limits.memory_mb >= 256, "limits", "seconds > 0, memory_mb >= 256")
 
@@ -202,10 +209,31 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     names = ("num_frames", "size", "fit", "fps", "stride", "depth", "fov_deg", "profile", "masks", "seed")
     everything = to_dict(config)
     chosen = {name: everything[name] for name in names}
-    # A sidecar is known by its content; for a network the path says which weights.
-    chosen["depth_weights"] = "" if config.depth == "sidecar" else config.depth_path or ""
+    chosen["depth_weights"] = "" if config.score_only else _depth_weights(config.depth, config.depth_path)
+    chosen["captioner"] = None
+    if config.captioner is not None and not config.score_only:
+        made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
+        chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
     chosen["members"] = sorted(set(config.members))
     return chosen
+
+
+@cache
+def _depth_weights(depth: str, depth_path: str | None) -> str:
+    """Return what stands for the weights of an estimator by their content; a sidecar is known by the clip's facts."""
+    from ex4d import hub
+    from ex4d.depth import weight_folders
+
+    folders = weight_folders(depth, depth_path)
+    return hub.fingerprint(folders) if folders else ""
+
+
+@cache
+def _caption_weights(model: str) -> str:
+    from ex4d import hub
+    from ex4d.models.captioner import folder_of
+
+    return hub.fingerprint([folder_of(model)])
 
 
 def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]:

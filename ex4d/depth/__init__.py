@@ -7,10 +7,12 @@ import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
+from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ex4d import hub
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import depth as conversion
 
@@ -69,6 +71,26 @@ ESTIMATORS: dict[str, Estimator] = {
     "zoedepth": partial(_late, "transformers", name="zoedepth"),
     "depthcrafter": partial(_late, "depthcrafter"),
 }
+WITHOUT_WEIGHTS = ("sidecar", "parallax")
+
+
+def weight_folders(name: str, depth_path: str | None) -> list[Path]:
+    """Return the folders that hold an estimator's weights, fetched where they are not here; [] where it has none.
+
+    Args:
+        name: a key of ESTIMATORS.
+        depth_path: as in DepthRequest.
+
+    Raises:
+        ConfigError: not here and not to be had: it says what to get.
+    """
+    if name in WITHOUT_WEIGHTS:
+        return []
+    if name == "depthcrafter":
+        unet, base = importlib.import_module("ex4d.depth.depthcrafter_weights").folders(depth_path)
+        return [Path(unet), Path(base) / "vae", Path(base) / "image_encoder", Path(base) / "scheduler"]
+    networks = importlib.import_module("ex4d.depth.transformers")
+    return [hub.resolve(depth_path or networks.NETWORKS[name].hub_id, networks.FILES, "depth_path")]
 
 
 def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResult:

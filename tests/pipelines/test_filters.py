@@ -14,11 +14,13 @@ from ex4d import video
 from ex4d.data import sample
 from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
+from ex4d.errors import ConfigError
 from ex4d.geometry.masks import MaskConfig
 from ex4d.quality import SCORES
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, write_corpus
 from pipelines import preprocess
 from pipelines.preprocess import PreprocessConfig, RayConfig
+from pipelines.stages.caption import CaptionerConfig
 from pipelines.stages.score import FilterConfig
 
 CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
@@ -161,3 +163,77 @@ def test_scores_are_the_same_on_ray(config, tmp_path, ray_local):
         assert preprocess.run(one, RayConfig(), runner_name=name).exit_code == 0
         tables.append(Path(one.output, "report/scores.json").read_bytes())
     assert tables[0] == tables[1]
+
+
+def test_captions_come_from_files_first_and_else_from_a_captioner(config, corpus, tmp_path, monkeypatch):
+    from ex4d.models import captioner
+
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number, path in enumerate(sorted(corpus.glob("*.mp4"))[:2]):
+        for suffix in (".mp4", ".depth.npz", *([".txt"] if number else [])):
+            (folder / f"{path.stem}{suffix}").write_bytes(path.with_suffix(suffix).read_bytes())
+    weights = tmp_path / "blip"
+    weights.mkdir()
+    (weights / "config.json").write_text('{"model_type": "blip"}')
+    made = ("a made caption", {"model": "blip", "revision": "", "weights_sha256": "0" * 64})
+    monkeypatch.setattr(captioner, "caption", lambda frames, *choices: made)
+    one = replace(config, input=str(folder), clips_per_shot=1, captioner=CaptionerConfig(model=str(weights)))
+    assert inline(one).counts["samples"] == 2
+    found = {sample.caption: sample.provenance["caption"] for sample in samples(one)}
+    assert found["a made caption"] == {"source": "model", **made[1]}
+    (theirs,) = [facts for text, facts in found.items() if text != "a made caption"]
+    assert theirs == {"source": "sidecar", "model": "", "revision": "", "weights_sha256": ""}
+    assert str(tmp_path) not in json.dumps(preprocess.settings.sample_settings(one))
+    with pytest.raises(ConfigError, match=r"preprocess\.captioner\.model"):
+        inline(replace(one, captioner=CaptionerConfig(model="nobody/has-this"), output=str(tmp_path / "no")))
+    assert not (tmp_path / "no").exists()
+
+
+def test_weights_of_depth_are_known_by_content_and_not_by_where_they_lie(config, tmp_path):
+    found = set()
+    for place in ("here", "there"):
+        folder = tmp_path / place
+        folder.mkdir()
+        (folder / "config.json").write_text("{}")
+        (folder / "model.safetensors").write_bytes(b"weights")
+        one = replace(config, depth="depth-anything-v2", depth_path=str(folder))
+        found.add(json.dumps(preprocess.settings.dataset_settings(one)))
+    assert len(found) == 1
+    assert str(tmp_path) not in found.pop()
+    (tmp_path / "other").mkdir()
+    (tmp_path / "other" / "model.safetensors").write_bytes(b"others")
+    other = replace(config, depth="depth-anything-v2", depth_path=str(tmp_path / "other"))
+    assert preprocess.settings.sample_settings(other) != preprocess.settings.sample_settings(one)
+
+
+@pytest.mark.parametrize(("rate", "spacing"), [({"stride": 1}, 1), ({"stride": 3}, 3), ({"fps": 4.0}, 2)])
+def test_clips_of_a_shot_are_disjoint_capped_and_of_the_wanted_rate(config, corpus, rate, spacing):
+    """17 frames at 8 a second."""
+    many = replace(config, clips_per_shot=10, num_frames=2, size=(32, 32), **rate)
+    result = inline(replace(many, score_only=True))
+    table = pq.read_table(f"{config.output}/report/scores.parquet").to_pylist()
+    assert {row["end_frame"] - row["start_frame"] for row in table} == {spacing}
+    taken = [(row["source_path"], frame) for row in table for frame in (row["start_frame"], row["end_frame"])]
+    assert len(set(taken)) == len(taken)
+    per_video = min(10, (16 // spacing + 1) // 2)
+    assert result.scored == 4 * per_video
+    capped = inline(replace(many, score_only=True, clips_per_shot=2))
+    assert capped.scored == 8
+
+
+def test_no_clip_crosses_a_fade(config, tmp_path):
+    """Two shots with a fade through black between them: frames 0 to 29, black to 41, 42 to 71."""
+    rng = np.random.default_rng(0)
+    pictures = [np.kron(rng.integers(60, 220, (8, 8, 3)), np.ones((12, 12, 1))) for _ in range(2)]
+    gains = np.concatenate([np.ones(24), np.linspace(1, 0, 7), np.zeros(10), np.linspace(0, 1, 7), np.ones(24)])
+    frames = np.stack([pictures[t > 35] * gain for t, gain in enumerate(gains)]).astype(np.uint8)
+    frames[..., 0] += (np.arange(72)[:, None, None] % 3).astype(np.uint8)
+    folder = tmp_path / "in"
+    folder.mkdir()
+    video.write(folder / "fade.mp4", frames, 24.0)
+    one = replace(config, input=str(folder), score_only=True, num_frames=16, size=(64, 64), clips_per_shot=1)
+    assert inline(one).scored == 2
+    table = pq.read_table(f"{config.output}/report/scores.parquet").to_pylist()
+    (first, second) = sorted((row["start_frame"], row["end_frame"]) for row in table)
+    assert first[1] < 36 <= second[0]

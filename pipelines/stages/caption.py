@@ -1,0 +1,44 @@
+"""What a clip shows, in words: what its list or the file beside it says, else what a captioner sees, if one is set."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
+
+from pipelines.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.settings import PreprocessConfig
+
+NO_MODEL = {"model": "", "revision": "", "weights_sha256": ""}
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """A network that describes clips without a caption.
+
+    Args:
+        model: a BLIP checkpoint: hub-id[@revision] or a local folder.
+        prompt: what every caption begins with.
+        max_new_tokens: its greatest length.
+        num_gpus: share of a GPU, 0 for CPU; it runs in the actor of the depth stage, which gets the larger of both.
+    """
+
+    model: str
+    prompt: str = ""
+    max_new_tokens: int = 40
+    num_gpus: float = 0.0
+
+
+def caption(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `caption`, and `caption_facts`: `source` (list, sidecar, model or none), and which model it was."""
+    captioner = config.captioner
+    if row["caption"] or captioner is None:
+        return {"caption": row["caption"], "caption_facts": {"source": row["caption_source"], **NO_MODEL}}
+    from ex4d.models import captioner as network
+
+    text, facts = network.caption(row["frames"], captioner.model, captioner.prompt, captioner.max_new_tokens)
+    return {"caption": text, "caption_facts": {"source": "model", **facts}}
+
+
+STAGE = Stage("caption", caption, reads=("frames", "caption", "caption_source"), writes=("caption", "caption_facts"))
