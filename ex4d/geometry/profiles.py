@@ -27,7 +27,8 @@ class Profile:
         two_sided: a face seen from behind shows its colour; else it hides what is behind it and is black, because the
             source camera never saw that side. From outside a closed mesh no back side is ever nearest.
         curtain_reach: an occluded face hides what lies up to (1 + reach) × its least depth; beyond, one looks through
-            it. None: it hides all the way. The mesh is the same, watertight, with either.
+            it, and no face is drawn from behind. None: it hides all the way. The mesh is the same, watertight, with
+            either.
     """
 
     name: str

@@ -54,14 +54,14 @@ def test_cpu_equals_reference_on_fifty_scenes():
         ((0.1, 0.1, 3.5), (0, 0.2, -1), 1),  # out of the closed volume, through back faces
     ],
 )
-@pytest.mark.parametrize(("profile", "least"), [("closed", 0.05), ("default", 0.01)])
+@pytest.mark.parametrize(("profile", "least"), [("closed", 0.05), ("default", 0.0)])
 def test_cpu_is_bit_equal_to_the_reference_in_hard_views(profile, least, eye, target, magnified):
     size = (40, 90)
     K = intrinsics(size) * np.array([[magnified, 1, 1], [1, magnified, 1], [1, 1, 1]])
     mesh = build(*random_scene(7, size), intrinsics(size), profile)
     camera = Camera(K, look_at(eye, target), (50, 70))
     fast, slow = cpu.render(mesh, camera), reference.render(mesh, camera)
-    assert (slow.face_id >= 0).mean() > least
+    assert (slow.face_id >= 0).mean() >= least
     for field in ("face_id", "z_depth", "visible_mask", "colour"):
         assert np.array_equal(getattr(fast, field), getattr(slow, field)), field
 
@@ -81,7 +81,7 @@ def nearest_by_rays(mesh: DWMesh, camera: Camera) -> np.ndarray:
     if mesh.profile.curtain_reach is not None:
         source_z = (rays * distance[..., None] - camera.w2c[:3, 3]) @ camera.w2c[:3, 2]
         end = (1 + mesh.profile.curtain_reach) * mesh.vertices[mesh.faces, 2].min(1)
-        hit &= ~mesh.occluded | (source_z <= end)
+        hit &= (~mesh.occluded | (source_z <= end)) & (determinant > 0)
     return np.where(hit, distance, np.inf).min(1).reshape(camera.size)
 
 
@@ -262,7 +262,7 @@ def test_a_curtain_is_looked_through_beyond_its_reach():
     assert (~through & mesh.occluded[closed.face_id] & np.isclose(least, 2)).sum() > 20
     assert (torn.visible_mask & through & (cut.face_id == torn.face_id)).sum() > 50
     assert (source_depth(cut, camera) <= end[cut.face_id] + 1e-3).all()
-    open_ = through & ~mesh.occluded[cut.face_id]  # not the next curtain
+    open_ = through & torn.visible_mask & ~mesh.occluded[cut.face_id]  # neither the next curtain nor a back
     for field in ("colour", "z_depth", "visible_mask", "face_id"):
         assert np.array_equal(getattr(cut, field)[~through], getattr(closed, field)[~through]), field
         assert np.array_equal(getattr(cut, field)[open_], getattr(torn, field)[open_]), field

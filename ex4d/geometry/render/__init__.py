@@ -10,7 +10,7 @@ cross the near plane), clamped to [0, 1] because snapping may move an edge past 
 
 Where a profile's `curtain_reach` bounds them, an occluded face ends at (1 + reach) × its least source depth: what of it
 lies farther is not drawn. Source depth less that end, times 1/z, is linear in the picture between the snapped vertices,
-and its sign at the pixel centre decides.
+and its sign at the pixel centre decides. One may then look into the volume, and no face is drawn from behind.
 """
 
 from __future__ import annotations

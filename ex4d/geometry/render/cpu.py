@@ -47,10 +47,10 @@ def _rasterised(mesh: DWMesh, camera: Camera) -> tuple[np.ndarray, ...]:
     cap = cap_faces(mesh.size, profile.fan_cap)
     target = np.array([camera.K[0, 0], camera.K[1, 1], camera.K[0, 2], camera.K[1, 2]])
     near = NEAR_RATIO * float(mesh.z_depth.min())
-    # From outside a closed volume the nearest face always shows its front, so that back faces need not be drawn; where
-    # its curtains end, one looks into it.
+    # From outside a closed volume the nearest face always shows its front, so that back faces need not be drawn.
     reach = -1.0 if profile.curtain_reach is None else profile.curtain_reach
-    cull = profile.fan_cap and profile.keep_occluded and reach < 0 and not contains(mesh, camera.eye)
+    closed = profile.fan_cap and profile.keep_occluded
+    cull = reach >= 0 or (closed and not contains(mesh, camera.eye))
     keys = np.zeros(camera.size, np.int64)
     rasterise(
         mesh.z_depth, rays_x, rays_y, rotation.ravel(), shift, target, near, mesh.face_occluded, cap, corners.mean(0),

@@ -95,10 +95,13 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
     attributes = torch.from_numpy(np.stack([_attributes(m) for m in meshes])).cuda()
     attributes = torch.cat([attributes, points[..., 2:].float(), source_z], -1).contiguous()
     occluded = torch.from_numpy(np.stack([m.occluded[ids] for m in meshes])).cuda()
+    a, b, c = points[:, faces.long()].unbind(2)
+    front = (torch.linalg.cross(b - a, c - a) * a).sum(-1) < 0
     if profile.curtain_reach is None:
         raster, _ = dr.rasterize(context, position, faces, resolution=list(size), grad_db=False)
     else:
         end = torch.where(occluded, (1 + profile.curtain_reach) * source_z[:, faces.long(), 0].amin(2), torch.inf)
+        end = torch.where(front, end, -torch.inf)
         raster = _first_before_end(position, faces, size, source_z.contiguous(), end)
     mixed, _ = dr.interpolate(attributes, raster, faces)
     index = raster[..., 3].long() - 1
@@ -108,9 +111,6 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
     else:
         seen = hit & ~occluded.gather(1, index.flatten(1)).view(index.shape)
     if not profile.two_sided:
-        corners = points[:, faces.long()]
-        a, b, c = corners.unbind(2)
-        front = (torch.linalg.cross(b - a, c - a) * a).sum(-1) < 0
         seen &= front.gather(1, index.flatten(1)).view(index.shape)
     colour = torch.where(seen[..., None], mixed[..., :3] + 0.5, 0.0).clamp(0, 255).to(torch.uint8).cpu().numpy()
     depth = torch.where(hit, mixed[..., 4], torch.inf).cpu().numpy()

@@ -28,7 +28,8 @@ def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:
         uv, inverse = to_picture(polygon, camera, snap)
         for k in range(1, len(polygon) - 1):
             pick = [0, k, k + 1]
-            draw_triangle(uv[pick], inverse[pick], polygon[pick, 3], face, inverse_depth, face_id)
+            if reach is None or signed_area(uv[pick]) < 0:
+                draw_triangle(uv[pick], inverse[pick], polygon[pick, 3], face, inverse_depth, face_id)
     return shade(mesh, camera, points, inverse_depth, face_id)
 
 
@@ -66,6 +67,11 @@ def to_picture(points: np.ndarray, camera: Camera, snap: bool) -> tuple[np.ndarr
     return (np.floor(uv + 0.5) if snap else uv), inverse
 
 
+def signed_area(uv: np.ndarray) -> float:
+    """Return twice the area of a triangle uv [3, 2] in the picture: negative where it shows its front."""
+    return (uv[1, 0] - uv[0, 0]) * (uv[2, 1] - uv[0, 1]) - (uv[1, 1] - uv[0, 1]) * (uv[2, 0] - uv[0, 0])
+
+
 def draw_triangle(
     uv: np.ndarray, inverse: np.ndarray, beyond: np.ndarray, face: int, inverse_depth: np.ndarray, face_id: np.ndarray
 ) -> None:
@@ -74,7 +80,7 @@ def draw_triangle(
     beyond [3]: how far its corners lie beyond the source depth where it ends; it is drawn where that is not positive.
     """
     height, width = face_id.shape
-    area = (uv[1, 0] - uv[0, 0]) * (uv[2, 1] - uv[0, 1]) - (uv[1, 1] - uv[0, 1]) * (uv[2, 0] - uv[0, 0])
+    area = signed_area(uv)
     if area == 0:
         return
     if area < 0:
