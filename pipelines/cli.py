@@ -91,7 +91,7 @@ def _view_arguments(parser: argparse.ArgumentParser) -> None:
         action="append",
         default=[],
         metavar="KEY=VALUE",
-        help="distance= of a dolly, turns= of a spiral, zoom= of a zoom, scale= or camera= of a file",
+        help="distance= of a dolly, turns= of a spiral, zoom= of a zoom; scale=, resample=true, camera= of a file",
     )
     parser.add_argument("--source-poses", metavar="FILE", help="poses of the source camera, where it moves")
     parser.add_argument("--source-scale", type=float, default=1.0, help="depth's units for one of --source-poses")

@@ -13,6 +13,7 @@ from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import Camera
+from ex4d.geometry.trajectory_files import PoseFile, write
 from ex4d.reconstruct import reconstruct
 from pipelines import cli
 
@@ -68,10 +69,10 @@ def test_the_command_writes_files_that_say_the_same(clip, tmp_path, capsys):
 
 def test_a_file_of_poses_is_a_trajectory_too(clip, tmp_path):
     path = trajectory.build("orbit", 5, 20.0, 2.0)
-    trajectory.save(tmp_path / "poses.json", path, "json")
+    write(tmp_path / "poses.json", PoseFile(path), "json")
     view = reconstruct(clip, trajectory_name=str(tmp_path / "poses.json"), num_frames=5, size=(64, 64))
     np.testing.assert_allclose(view.w2c, path, atol=1e-9)
-    trajectory.save(tmp_path / "short.json", path[:2], "json")
+    write(tmp_path / "short.json", PoseFile(path[:2]), "json")
     with pytest.raises(ConfigError, match="2 poses"):
         reconstruct(clip, trajectory_name=str(tmp_path / "short.json"), num_frames=5, size=(64, 64))
 
@@ -223,6 +224,11 @@ def test_key_poses_become_a_smooth_path_in_radii(clip, tmp_path):
             reconstruct(clip, trajectory_name=str(tmp_path / "bad.json"), num_frames=5, size=(64, 64))
 
 
+def zoomed(num_frames: int) -> list:
+    """Return K [T, 3, 3] whose focal lengths grow evenly from 50 to 100 px."""
+    return [[[f, 0, 32], [0, f, 32], [0, 0, 1]] for f in np.linspace(50, 100, num_frames)]
+
+
 def test_options_of_paths_and_files(clip, tmp_path):
     where = {"num_frames": 5, "size": (64, 64)}
     view = reconstruct(clip, trajectory_name="dolly", trajectory_options={"distance": 0.25}, **where)
@@ -230,6 +236,10 @@ def test_options_of_paths_and_files(clip, tmp_path):
     file = write_poses(tmp_path / "poses.json", trajectory.build("orbit", 5, 20.0, 2.0))
     view = reconstruct(clip, trajectory_name=file, trajectory_options={"scale": 0.5}, **where)
     np.testing.assert_allclose(view.w2c, trajectory.build("orbit", 5, 20.0, 1.0), atol=1e-9)
+    longer = write_poses(tmp_path / "longer.json", trajectory.build("orbit", 9, 20.0, 1.0), K=zoomed(9))
+    view = reconstruct(clip, trajectory_name=longer, trajectory_options={"resample": True}, **where)
+    np.testing.assert_allclose(view.w2c, trajectory.build("orbit", 9, 20.0, 1.0)[::2], atol=1e-9)
+    np.testing.assert_allclose(view.view_K[:, 0, 0] / view.K[0, 0], 1 + np.arange(0, 9, 2) / 8)
     for name, options, key in (
         ("orbit", {"zoom": 2.0}, "zoom"),
         ("zoom", {"zoom": -1.0}, "zoom"),

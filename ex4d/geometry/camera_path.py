@@ -11,7 +11,7 @@ import numpy as np
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory, trajectory_files
 
-FILE_OPTIONS = ("scale", "format", "camera", "flip_y")
+FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y")
 
 
 def build(
@@ -55,8 +55,9 @@ def from_file(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (w2c [T, 4, 4], K [3, 3] or [T, 3, 3]) of the cameras that a file holds, the first made the source.
 
-    A JSON file of key poses is a spline through them, in radii, over any number of frames; another file has one pose a
-    frame, times `scale` in the depth's unit. Where the focal length changes along the file, K is scaled as it does.
+    A JSON file of key poses is a spline through them, in radii, over any number of frames. Another file has one pose a
+    frame, times `scale` in the depth's unit; with `resample` its whole path is spread over the frames. Where the focal
+    length changes along the file, K is scaled as it does.
     """
     for key, value in options.items():
         if key not in FILE_OPTIONS:
@@ -64,14 +65,17 @@ def from_file(
     keys = trajectory_files.read_key_poses(path)
     if keys is not None:
         return trajectory.custom(num_frames, radius, keys), K
-    scale = options.get("scale", 1.0)
-    poses = trajectory_files.read(path, **{key: value for key, value in options.items() if key != "scale"})
-    w2c = _first_frames(path, poses.w2c, num_frames, scale)
-    if poses.K is None or (poses.K[:num_frames] == poses.K[0]).all():
+    told = {key: value for key, value in options.items() if key not in ("scale", "resample")}
+    poses = trajectory_files.read(path, **told)
+    count = len(poses.w2c) if options.get("resample", False) else num_frames
+    w2c = _first_frames(path, poses.w2c, count, options.get("scale", 1.0))
+    if count != num_frames:
+        w2c = trajectory.interpolate(w2c, num_frames)
+    if poses.K is None or (poses.K[:count] == poses.K[0]).all():
         return w2c, K
-    views = np.tile(np.asarray(K, np.float64), (num_frames, 1, 1))
+    views, at = np.tile(np.asarray(K, np.float64), (num_frames, 1, 1)), np.linspace(0, count - 1, num_frames)
     for axis in (0, 1):
-        views[:, axis, axis] *= poses.K[:num_frames, axis, axis] / poses.K[0, axis, axis]
+        views[:, axis, axis] *= np.interp(at, np.arange(count), poses.K[:count, axis, axis]) / poses.K[0, axis, axis]
     return w2c, views
 
 

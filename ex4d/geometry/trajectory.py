@@ -8,7 +8,6 @@ from __future__ import annotations
 
 import inspect
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -232,27 +231,6 @@ def interpolate(key_poses: np.ndarray, num_frames: int) -> np.ndarray:
     eyes = CubicSpline(times, c2w[:, :3, 3])(at)
     rotation = RotationSpline(times, Rotation.from_matrix(c2w[:, :3, :3]))(at).as_matrix()
     return _w2c(rotation.transpose(0, 2, 1), eyes)
-
-
-def load(path: str | Path, num_frames: int | None = None, scale: float = 1.0, **options: Any) -> np.ndarray:
-    """Return w2c [T, 4, 4] from a file of poses, its first camera made the source, eyes times `scale`.
-
-    Args:
-        num_frames: resample to so many frames with a spline; None keeps the file's own.
-        options: see `trajectory_files.read` (format, camera, flip_y).
-    """
-    from ex4d.geometry import trajectory_files
-
-    w2c = relative_to_first(trajectory_files.read(path, **options).w2c)
-    w2c[:, :3, 3] *= scale
-    return w2c if num_frames is None or num_frames == len(w2c) else interpolate(w2c, num_frames)
-
-
-def save(path: str | Path, w2c: np.ndarray, format: str, **options: Any) -> None:
-    """Write w2c [T, 4, 4] as a file of poses; formats and options: see `trajectory_files.write`."""
-    from ex4d.geometry import trajectory_files
-
-    trajectory_files.write(path, trajectory_files.PoseFile(w2c=w2c, **options), format)
 
 
 def _check(key: str, value: object, good: bool, allowed: str) -> None:

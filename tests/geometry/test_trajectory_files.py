@@ -8,7 +8,7 @@ import numpy as np
 import pytest
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.geometry import trajectory
+from ex4d.geometry import camera_path, trajectory
 from ex4d.geometry.trajectory_files import PoseFile, read, write
 
 K = np.array([[120.0, 0, 64], [0, 125, 48], [0, 0, 1]])
@@ -54,13 +54,15 @@ def test_a_mirrored_world_is_flipped_back(tmp_path):
     np.testing.assert_allclose(read(tmp_path / "a.txt", flip_y=True).w2c, flip @ w2c @ flip, atol=1e-9)
 
 
-def test_load_makes_the_first_camera_the_source_and_resamples(tmp_path):
-    trajectory.save(tmp_path / "a.json", own_path().w2c, "json", K=K, size=(96, 128))
-    path = trajectory.load(tmp_path / "a.json", num_frames=34, scale=2.0)
+def test_a_file_becomes_a_path_from_its_first_camera_over_any_number_of_frames(tmp_path):
+    write(tmp_path / "a.json", own_path(), "json")
+    options = {"resample": True, "scale": 2.0}
+    path, view_K = camera_path.build(str(tmp_path / "a.json"), 34, 0.0, 1.0, K, options)
     whole = trajectory.relative_to_first(own_path().w2c)
     np.testing.assert_allclose(path[0], np.eye(4), atol=1e-9)
     np.testing.assert_allclose(path[::3, :3, :3], whole[:, :3, :3], atol=1e-9)
     np.testing.assert_allclose(path[::3, :3, 3], 2 * whole[:, :3, 3], atol=1e-9)
+    np.testing.assert_array_equal(view_K, K)
 
 
 @pytest.mark.parametrize("text", ["1 2 3", "a b c d e f g h", "1 0 0 0 0 0 0 nan", ""])
