@@ -40,6 +40,9 @@ def test_cpu_equals_reference(seed, profile):
 @pytest.mark.heavy
 def test_cpu_equals_reference_on_fifty_scenes():
     results = np.array([compare(seed, "default") for seed in range(50)])
+    names = ("face ids", "visible", "visible, against the unsnapped reference")
+    for name, values in zip(names, results.T[:3], strict=True):
+        print(f"{name}: equal on {values.mean():.4%} of the pixels, least {values.min():.4%}")
     assert results[:, 0].min() >= 0.999
     assert results[:, 1].min() >= 0.999
     assert results[:, 2].mean() >= 0.998
