@@ -9,8 +9,7 @@ from __future__ import annotations
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
-from functools import cache, partial
-from importlib import metadata
+from functools import partial
 from typing import Any, Literal
 
 from ex4d import storage
@@ -21,7 +20,7 @@ from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.models.fingerprints import ENCODERS, encoder_fingerprints
-from ex4d.train.job import dataset_fingerprint
+from ex4d.train.job import dataset_fingerprint, versions
 from pipelines import runner
 from pipelines.ledger import Attempts, Ledger, exclusive
 from pipelines.progress import Progress
@@ -32,7 +31,7 @@ from pipelines.stages import encode as stages
 from pipelines.stages.encode import Encoding
 
 CODE = 1  # raised when stages change what they write, so that older staging is not taken
-PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")
+PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")  # may change a latent
 TEXTS = "texts"
 SAMPLE_STAGES = (stages.READ, stages.LOAD_MODELS, stages.ENCODE_VIDEO, stages.ENCODE_IMAGE, stages.WRITE_LATENTS)
 TEXT_STAGES = (stages.LOAD_TEXT_MODEL, stages.ENCODE_TEXT, stages.WRITE_TEXT)
@@ -83,18 +82,6 @@ class EncodeConfig:
 
 
 SECTIONS = {"encode": EncodeConfig, "model": ModelConfig, "ray": RayConfig}
-
-
-@cache
-def versions() -> dict[str, str]:
-    """Return {package: version} of what may change a latent; "" where it is not installed."""
-    found = {}
-    for name in PACKAGES:
-        try:
-            found[name] = metadata.version(name)
-        except metadata.PackageNotFoundError:
-            found[name] = ""
-    return found
 
 
 def run(
@@ -150,6 +137,7 @@ class _Job:
     committed: bool = False
 
     def __post_init__(self) -> None:
+        self.versions = versions(PACKAGES)
         self.ledger = Ledger(self.config.output)
         staged = storage.list_files(storage.join(self.config.output, "staging", TEXTS))
         self.done = self.ledger.names() | {f"{TEXTS}/{name}" for name in staged}
@@ -179,7 +167,7 @@ class _Job:
 
     def _sample_row(self, fields: Mapping[str, Any]) -> Row:
         made = fingerprint(
-            *("latents", CODE, versions(), self.config.dtype, fields["sha256"]),
+            *("latents", CODE, self.versions, self.config.dtype, fields["sha256"]),
             *({name: self.models.get(name) for name in ("vae", "image_encoder")}, self._numbers()),
             self.model.mask_range,
         )
@@ -199,7 +187,7 @@ class _Job:
     def _texts(self, places: Mapping[str, Mapping[str, Any]]) -> None:
         """Fill `texts`: {sha256 of the text: where its embeddings lie}."""
         made = fingerprint(
-            "text", CODE, versions(), self.config.dtype, self.models.get("text_encoder"), self._numbers()
+            "text", CODE, self.versions, self.config.dtype, self.models.get("text_encoder"), self._numbers()
         )
         said = {texts.text_key(text): text for text in ("", *self.config.prompts)}
         rows = [
@@ -276,7 +264,7 @@ class _Job:
             "latents": encoded,
             "config": self.dataset["config"],
             "source": {"tree_sha256": dataset_fingerprint(self.config.data), "versions": self.dataset["versions"]},
-            "versions": versions(),
+            "versions": self.versions,
             "counts": {name: self.dataset["counts"][name] for name in kept},
         }
 
@@ -285,15 +273,8 @@ class _Job:
         counts = dict(self.dataset["counts"])
         counts["samples"] -= len(self.rejects)
         counts["clips_bad"] += len(self.rejects)
-        return Result(
-            self.config.output,
-            counts,
-            self.rejects,
-            self.problems,
-            self.committed,
-            self.progress.tallies,
-            self.worked,
-        )
+        done = (self.committed, self.progress.tallies, self.worked)
+        return Result(self.config.output, counts, self.rejects, self.problems, *done)
 
 
 def throughput(result: Result) -> str:

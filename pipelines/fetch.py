@@ -17,6 +17,7 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ex4d import retry, storage
 from ex4d.config import fingerprint
+from ex4d.data.cache import least_used_first
 from ex4d.errors import BadSample, ConfigError
 from pipelines.inputs import without_query
 
@@ -155,15 +156,9 @@ class FileCache:
         return True
 
     def _make_room(self, wanted_bytes: int) -> None:
-        files = []
-        for path in self.folder.glob("*/*"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            files.append((stat.st_mtime_ns, stat.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+        files = least_used_first(self.folder.glob("*/*"))
+        total = sum(size for size, _ in files)
+        for size, path in files:
             if total + wanted_bytes <= self.max_bytes:
                 return
             if _drop(path):

@@ -5,9 +5,22 @@ from __future__ import annotations
 import hashlib
 import os
 import threading
+from collections.abc import Iterable
 from pathlib import Path
 
 from ex4d import storage
+
+
+def least_used_first(paths: Iterable[Path]) -> list[tuple[int, Path]]:
+    """Return (bytes, path) of the files that are still there, by when they were touched last."""
+    files = []
+    for path in paths:
+        try:
+            stat = path.stat()
+        except FileNotFoundError:  # another process was faster
+            continue
+        files.append((stat.st_mtime_ns, stat.st_size, path))
+    return [(size, path) for _, size, path in sorted(files)]
 
 
 class RangeCache:
@@ -53,15 +66,9 @@ class RangeCache:
         return self.folder / f"{name}.range"
 
     def _evict(self) -> None:
-        files = []
-        for path in self.folder.glob("*.range"):
-            try:
-                stat = path.stat()
-            except FileNotFoundError:  # another process was faster
-                continue
-            files.append((stat.st_mtime_ns, stat.st_size, path))
-        total = sum(size for _, size, _ in files)
-        for _, size, path in sorted(files):
+        files = least_used_first(self.folder.glob("*.range"))
+        total = sum(size for size, _ in files)
+        for size, path in files:
             if total <= self.max_bytes:
                 break
             path.unlink(missing_ok=True)

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from importlib import metadata as packages
 from pathlib import Path
@@ -175,10 +175,10 @@ def _with_texts(texts: TextStore) -> loader.Decode:
     return decode
 
 
-def versions() -> dict[str, str]:
-    """Return {package: version} of what training rests on; packages that are not installed are left out."""
+def versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
+    """Return {package: version} of what training, or who asks, rests on; without those that are not installed."""
     found = {}
-    for name in PACKAGES:
+    for name in names:
         try:
             found[name] = packages.version(name)
         except packages.PackageNotFoundError:
