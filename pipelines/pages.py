@@ -106,13 +106,13 @@ def _preview(config: PreprocessConfig, row: Mapping[str, Any]) -> Any:
     masked = np.stack([masked_picture(frames[-1], visible[-1]) for visible in one.visible])
     facts = one.provenance
     kinds = [masks.KINDS[int(kind)] for kind in one.kind]
-    holes = ", ".join(f"{kind} {share:.0%}" for kind, share in zip(kinds, one.hole_share.mean(axis=1), strict=True))
+    labels = [f"{kind}, {share:.0%} hole" for kind, share in zip(kinds, one.hole_share[:, -1], strict=True)]
     return Preview(
         f"{one.key} · {facts['source_path']} · {facts['start_s']:.2f} to {facts['end_s']:.2f} s",
-        (one.caption, f"holes: {holes}"),
+        (one.caption,),
         shrink(frames[[0, len(frames) // 2, -1]], THUMBNAIL_PX),
         shrink(masked, THUMBNAIL_PX),
-        kinds,
+        labels,
     )
 
 

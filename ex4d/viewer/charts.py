@@ -64,10 +64,11 @@ def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark
 
 
 def split_bar(parts: Sequence[tuple[str, int]], label: str) -> str:
-    """Return an SVG bar, split in the shares of (name, count), with its legend below."""
-    total = max(1, sum(count for _, count in parts))
+    """Return an SVG bar, split in the shares of (name, count), and below it the sum that they make: `label`."""
+    whole = sum(count for _, count in parts)
+    total = max(1, whole)
     colours = ("var(--mark)", "var(--warm)", "var(--bad)")
-    at, bars, names = 0.0, "", ""
+    at, bars, names = 0.0, "", f"<span><b>{whole:,}</b> {html.escape(label)} =</span>"
     for index, (name, count) in enumerate(parts):
         width = 1000 * count / total
         bars += f'<rect x="{at:.1f}" width="{max(0.0, width - 2):.1f}" height="18" rx="3" fill="{colours[index % 3]}"/>'

@@ -31,10 +31,11 @@ height:10px;border-radius:2px;margin-right:6px}.legend small{color:var(--soft)}
 .card{background:var(--card);border:1px solid var(--line);border-radius:8px;padding:12px 14px;min-width:0}
 .card p{font-size:13px;margin:2px 0 6px}.card svg{width:100%}.card table{width:100%;font-size:13px}
 .strip{display:grid;grid-auto-flow:column;grid-auto-columns:1fr;gap:4px;margin:4px 0}
+.strip figcaption{font-size:12px;padding-top:2px}
 .strip img{width:100%;display:block;border-radius:4px}.sheet{grid-template-columns:repeat(auto-fill,minmax(560px,1fr))}
 .name{font:12px/1.4 ui-monospace,monospace;color:var(--soft);overflow-wrap:anywhere}.caption{font-size:13px}
 h3.score{margin-top:26px}h3 small{color:var(--soft);font-weight:400}
-td.text{text-align:left;white-space:normal;overflow-wrap:anywhere;max-width:520px}th.text{text-align:left}
+td.text{text-align:left;white-space:pre-line;overflow-wrap:anywhere;max-width:720px}td{vertical-align:top}th.text{text-align:left}
 """
 
 
@@ -45,7 +46,7 @@ class Preview:
     Args:
         title, lines: text beside the pictures.
         frames, masked: uint8 [N,H,W,3] pictures in a row each: the clip, and the clip under its masks.
-        labels: of the masked ones.
+        labels: a line under each of the masked ones.
     """
 
     title: str
@@ -56,8 +57,11 @@ class Preview:
 
 
 def masked_picture(frame: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Return uint8 [H,W,3]: the frame where bool [H,W] `visible` is True, else dim and orange."""
-    hole = (0.22 * frame + np.array([150, 82, 12])).clip(0, 255).astype(np.uint8)
+    """Return uint8 [H,W,3]: the frame where bool [H,W] `visible` is True, else grey stripes."""
+    height, width = visible.shape
+    wide = max(2, max(height, width) // 48)
+    stripes = (np.arange(height)[:, None] + np.arange(width)) // wide % 2
+    hole = np.where(stripes[..., None], np.uint8(62), np.uint8(40))
     return np.where(visible[..., None], frame, hole)
 
 
@@ -93,19 +97,19 @@ def dataset_page(
         )
     )
     body.append("<h2>Where everything went</h2>")
-    body.append("<p>Every video and every clip is in exactly one part.</p>")
+    body.append("<p>Every video and every clip is in exactly one part of its bar.</p>")
     body.append(
         charts.split_bar(
-            [("split into clips", counts["videos_split"]), ("videos rejected", counts["videos_rejected"])], "videos"
+            [("split into clips", counts["videos_split"]), ("rejected", counts["videos_rejected"])], "videos in"
         )
     )
     clip_parts = [("samples", counts["samples"]), ("filtered", counts["clips_filtered"]), ("bad", counts["clips_bad"])]
-    body.append(charts.split_bar(clip_parts, "clips"))
+    body.append(charts.split_bar(clip_parts, "clips planned"))
     body.append(_reject_table(rejects))
     if previews:
         body.append(
             "<h2>Contact sheet</h2><p>Samples chosen by the hash of their keys: first, middle and last frame, then the "
-            "last frame under each mask; orange is hole.</p>"
+            "last frame under each mask; stripes are hole.</p>"
         )
         body.append(f'<div class="cards sheet">{"".join(_preview(one) for one in previews)}</div>')
     if scores and any(len(values) for values in scores.values()):
@@ -204,7 +208,7 @@ def _reject_table(rejects: Sequence[Mapping[str, str]]) -> str:
         names = groups.setdefault((row["unit"], row["fate"], row["stage"], row["reason"]), [])
         names.append(row["message"] if row["unit"] == "clip" else f"{row['key']}: {row['message']}")
     ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    rows = [(*key, f"{len(names):,}", " · ".join(_short(name) for name in names[:3])) for key, names in ordered]
+    rows = [(*key, f"{len(names):,}", "\n".join(_short(name) for name in names[:3])) for key, names in ordered]
     heading = "<h2>Refused</h2><p>A filter is a decision by a threshold; bad is what could not be used.</p>"
     return heading + _table(("unit", "fate", "stage", "reason", "count", "for example"), rows, text=(0, 1, 2, 3, 5))
 
@@ -215,10 +219,13 @@ def _short(text: str) -> str:
 
 def _preview(one: Preview) -> str:
     pictures = "".join(_image(frame, "frame") for frame in one.frames)
-    masked = "".join(_image(frame, label) for frame, label in zip(one.masked, one.labels, strict=True))
+    masked = "".join(
+        f"<figure>{_image(frame, label)}<figcaption>{html.escape(label)}</figcaption></figure>"
+        for frame, label in zip(one.masked, one.labels, strict=True)
+    )
     lines = "".join(f'<div class="caption">{html.escape(_short(line))}</div>' for line in one.lines if line)
     return (
-        f'<div class="card"><div class="strip">{pictures}</div><div class="strip">{masked}</div>'
+        f'<div class="card"><div class="strip">{pictures}</div><div class="strip masks">{masked}</div>'
         f'<div class="name">{html.escape(_short(one.title))}</div>{lines}</div>'
     )
 
