@@ -7,6 +7,7 @@ import logging
 import os
 import subprocess
 import uuid
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -36,24 +37,23 @@ class RunLog:
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._wandb = _start_wandb(self.output, wandb_options, facts)
         # A validation comes later than its step, so it has an axis of its own.
-        self._mirror("define_metric", "validation/*", step_metric="validation/step")
-        self._mirror("log_artifact", *_artifacts(self._wandb, self.output, facts))
+        self._mirror(lambda run: run.define_metric("validation/*", step_metric="validation/step"))
+        self._mirror(lambda run: run.log_artifact(_artifact(run.id, self.output, facts)))
 
     def write(self, metrics: dict[str, Any]) -> None:
         """Append one step."""
         self._file.write(json.dumps(metrics) + "\n")
         self._file.flush()
         self.step = metrics["step"]
-        self._mirror("log", _flat(metrics), step=self.step)
+        self._mirror(lambda run: run.log(_flat(metrics), step=self.step))
 
     def write_validation(self, result: dict[str, Any]) -> None:
         """Append what a validation apart has found: see validation.Validator.results."""
         with open(self.validation_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         shown = {f"validation/{key}": value for key, value in result.items() if key != "videos" and value is not None}
-        if self._wandb is not None:
-            shown |= _videos(self.output, result.get("videos", []))
-        self._mirror("log", shown, step=self.step)
+        videos = result.get("videos", [])
+        self._mirror(lambda run: run.log(shown | _videos(self.output, videos), step=self.step))
 
     def flush(self) -> None:
         """Bring what is written to disk, so that a checkpoint never is ahead of the log."""
@@ -63,10 +63,10 @@ class RunLog:
         """Flush to disk and end the W&B run."""
         self.flush()
         self._file.close()
-        self._mirror("finish", exit_code=exit_code)
+        self._mirror(lambda run: run.finish(exit_code=exit_code))
 
-    def _mirror(self, method: str, *args: Any, **kwargs: Any) -> None:
-        """Call a method of the W&B run; where W&B fails, go on without it.
+    def _mirror(self, act: Callable[[Any], Any]) -> None:
+        """Do something with the W&B run; where W&B fails, go on without it.
 
         Its service is a process of its own, which a batch system's SIGTERM to all of a job's processes ends, too.
         """
@@ -75,7 +75,7 @@ class RunLog:
         import wandb
 
         try:
-            getattr(self._wandb, method)(*args, **kwargs)
+            act(self._wandb)
         except (OSError, EOFError, RuntimeError, ValueError, wandb.Error) as error:
             logger.warning("W&B is lost (%s: %s); metrics.jsonl has everything", type(error).__name__, error)
             self._wandb = None
@@ -120,18 +120,16 @@ def commit() -> str | None:
     return f"{head}+" if head and changed else head
 
 
-def _artifacts(run: Any, output: Path, facts: dict[str, Any]) -> list[Any]:
+def _artifact(run_id: str, output: Path, facts: dict[str, Any]) -> Any:
     """Return the artifact that says what a run was: its facts, and its configuration where there is one."""
-    if run is None:
-        return []
     import wandb
 
-    artifact = wandb.Artifact(f"run-{run.id}", type="run")
+    artifact = wandb.Artifact(f"run-{run_id}", type="run")
     with artifact.new_file("run.json", mode="w") as file:
         json.dump(facts, file, indent=1)
     if (output / "config.yaml").exists():
         artifact.add_file(str(output / "config.yaml"))
-    return [artifact]
+    return artifact
 
 
 def _videos(output: Path, paths: list[str]) -> dict[str, Any]:

@@ -6,6 +6,7 @@ import json
 import os
 import subprocess
 import sys
+from types import SimpleNamespace
 
 import pytest
 
@@ -53,6 +54,28 @@ def test_a_wandb_that_does_not_start_ends_nothing(tmp_path, monkeypatch):
     log.write({"step": 1, "loss": 1.0})
     log.close()
     assert json.loads((tmp_path / "metrics.jsonl").read_text())["step"] == 1
+
+
+@pytest.mark.parametrize("broken", ["define_metric", "log_artifact", "log", "Artifact", "Video"])
+def test_a_wandb_that_fails_at_anything_ends_nothing(broken, tmp_path, monkeypatch, caplog):
+    wandb = pytest.importorskip("wandb")
+
+    def fail(*_, **__):
+        raise OSError("no space left on device")
+
+    calls = dict.fromkeys(("define_metric", "log_artifact", "log", "finish"), lambda *_, **__: None)
+    if broken in calls:
+        calls[broken] = fail
+    else:
+        monkeypatch.setattr(wandb, broken, fail)
+    monkeypatch.setattr(runlog, "_start_wandb", lambda *_: SimpleNamespace(id="run", **calls))
+    log = runlog.RunLog(tmp_path, 0, OFF, {})
+    log.write({"step": 1, "loss": 1.0})
+    log.write_validation({"step": 1, "validation_loss": 0.5, "videos": ["clip-0.mp4"], "seconds": 1.0})
+    log.close()
+    assert "W&B is lost" in caplog.text
+    assert runlog.read(tmp_path / "metrics.jsonl") == [{"step": 1, "loss": 1.0}]
+    assert runlog.read(tmp_path / "validation.jsonl")[0]["validation_loss"] == 0.5
 
 
 # Runs in a process of its own, since W&B complains of the loss once more when its process ends.
