@@ -14,9 +14,8 @@ from typing import Any
 import numpy as np
 
 NUM_FRAMES = 8
-MAX_BITS = (
-    10  # crops of 2 % a side cost up to 12, mostly 4; unrelated videos are 18 or more apart: docs/decisions/data.md
-)
+# A crop of 2 % of each side costs up to 12, mostly 4; unrelated videos are 18 or more apart: docs/decisions/data.md.
+MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
 FLAT_LEVELS = 4.0  # standard deviation of luma; below it signs are noise, and all such frames look the same
 WINDOW = 64  # of videos that share a key of the index, each is compared with so many at most

@@ -184,11 +184,12 @@ def test_a_changed_file_is_named(config, corpus, store, tmp_path):
 
 def test_no_listing_is_stale_and_a_broken_upload_leaves_what_was_there(store, small_parts, tmp_path):
     url = "s3://bucket/folder/file"
-    assert storage.list_files("s3://bucket/folder") == []
+    storage.write_bytes("s3://bucket/folder/first", b"")
+    assert storage.list_files("s3://bucket/folder") == ["first"]
     assert not storage.exists(url)
     _boto().put_object(Bucket="bucket", Key="folder/file", Body=b"old")  # by somebody else
-    assert storage.list_files("s3://bucket/folder") == ["file"]
     assert storage.exists(url)
+    assert storage.list_files("s3://bucket/folder") == ["file", "first"]
     new = np.random.default_rng(0).bytes(100_000)
     (tmp_path / "new").write_bytes(new)
     store.refuse = {"part"}
