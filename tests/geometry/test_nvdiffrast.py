@@ -76,7 +76,7 @@ def test_across_the_near_plane_and_through_a_lens(emulated):
 def test_a_trajectory_in_batches_equals_its_frames(emulated, monkeypatch, profile):
     frames, depths = (np.stack(parts) for parts in zip(*(random_scene(seed, SIZE) for seed in range(3)), strict=True))
     K = intrinsics(SIZE)
-    w2c = np.stack([random_camera(seed, SIZE).w2c for seed in range(2)])
+    w2c = np.stack([random_camera(seed, SIZE).w2c for seed in range(3)])
     view_K = np.stack([K, K, K * np.array([[1.5, 1, 1], [1, 1.5, 1], [1, 1, 1]])])
     monkeypatch.setattr(nvdiffrast, "BATCH_VERTICES", 2 * SIZE[0] * SIZE[1])
     cond_video, visible = warp_video(frames, depths, K, w2c, profile, "nvdiffrast", view_K=view_K)
@@ -118,7 +118,7 @@ def test_on_a_real_gpu():
             assert visible >= 0.997
             assert colour >= 0.998
     frames, depths = (np.stack(parts) for parts in zip(*(random_scene(seed, SIZE) for seed in range(3)), strict=True))
-    w2c = np.stack([random_camera(seed, SIZE).w2c for seed in range(2)])
+    w2c = np.stack([random_camera(seed, SIZE).w2c for seed in range(3)])
     batched, _ = warp_video(frames, depths, intrinsics(SIZE), w2c, backend="nvdiffrast")
     for t in range(3):
         mesh = build(frames[t], depths[t], intrinsics(SIZE))
