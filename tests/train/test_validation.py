@@ -20,11 +20,12 @@ from toy import train_toy
 from ex4d import generate, video
 from ex4d.data.loader import ShardLoader
 from ex4d.errors import ConfigError
-from ex4d.models.backbone import load_base
+from ex4d.models.backbone import ModelConfig, load_base
 from ex4d.models.encoders import to_pixels
 from ex4d.train import checkpoint, runlog, validation
-from ex4d.train.config import TrainConfig
-from pipelines import cli
+from ex4d.train.config import Place, TrainConfig
+from ex4d.train.job import build_job
+from pipelines import cli, encode
 
 RUN = {"num_steps": 6, "save_every": 3, "validate_every": 3, "validate_samples": 5, "lr": 1e-2}
 
@@ -174,6 +175,31 @@ def test_the_figure_is_the_same_apart(folder, in_ranks):
     ranks = {m["step"]: m["validation_loss"] for m in runlog.read(folder / "ranks" / "metrics.jsonl")[1::2]}
     assert apart == {2: ranks[2]}
     assert checkpoint.read_state(checkpoint.latest(output)).validation_loss == ranks[2]
+
+
+@pytest.mark.heavy
+def test_a_latent_dataset_is_judged_as_its_pixels_are(folder):
+    """In this process: the same adapter on both; the latents' base has no VAE, so one is loaded to look at them."""
+    settings = encode.EncodeConfig(
+        str(folder / "dataset"), str(folder / "latents"), dtype="float32", captions=False, prompts=("",)
+    )
+    model = ModelConfig(base=str(folder / "base"), lora_rank=3, adapter_hidden=8)
+    assert encode.run(settings, model, runner_name="inline").exit_code == 0
+    results, videos = [], []
+    for data in ("dataset", "latents"):
+        config = TrainConfig(
+            data=str(folder / data), validate_every=1, validate_samples=3, validate_videos=1, validate_apart=True
+        )
+        job = build_job(config, model, Place(0, 1, 0), torch.device("cpu"))
+        step = validation.step_folder(folder / f"of {data}", 1)
+        job.write_adapter(step, {n: p.detach().clone() for n, p in job.model.trainable_parameters().items()}, 1)
+        (step / "job.json").write_text(json.dumps({name: job.facts[name] for name in ("train", "model")}))
+        validation.judge(step)
+        results.append(json.loads((step / "result.json").read_text()))
+        videos.append(video.read(step / "clip-0.mp4")[0].astype(float))
+    assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], abs=1e-6)
+    assert results[0]["videos"] == results[1]["videos"] == ["clip-0.mp4"]
+    assert np.abs(videos[0] - videos[1]).mean() < 0.5
 
 
 def test_the_child_is_the_first_to_be_killed_and_dies_with_its_rank(tmp_path):
