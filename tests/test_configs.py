@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
+import dataclasses
 import json
 from pathlib import Path
 
 import pytest
 
 from ex4d import config
-from pipelines import demo, encode, sweep, train
+from pipelines import demo, encode, settings, sweep, train
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
@@ -25,6 +26,9 @@ def test_a_config_loads(path):
     assert set(present) <= set(CLASSES)
     loaded = config.load(path, {name: CLASSES[name] for name in present})
     assert all(isinstance(loaded[name], CLASSES[name]) for name in present)
+    if "preprocess" in loaded:
+        # A depth network's weights are looked for there, which are not here.
+        settings.check(dataclasses.replace(loaded["preprocess"], depth="sidecar"))
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
