@@ -21,11 +21,15 @@ def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `mask_scores`: `holes`, the mean hole share over masks and frames. Raises Filtered."""
+    """Return `mask_scores`: `holes`, the mean hole share over masks and frames, and the same of the clip's generation,
+    where it is known. Raises Filtered.
+    """
     scores = {"holes": float(row["hole_share"].mean(dtype="float64"))}
+    if row["generation_holes"] is not None:
+        scores["generation_holes"] = row["generation_holes"]
     decide(scores, config.filters)
     return {"mask_scores": scores}
 
 
 DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth"), writes=("depth_scores",))
-MASKS = Stage("mask_quality", check_masks, reads=("hole_share",), writes=("mask_scores",))
+MASKS = Stage("mask_quality", check_masks, reads=("hole_share", "generation_holes"), writes=("mask_scores",))
