@@ -129,14 +129,18 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
     """Return the local folder of a base, fetching the asked components of a hub id where they are not cached.
 
     Raises:
-        ConfigError: not there, and not to be had; says what to download and where to put it.
+        ConfigError: not there, and not to be had; says what to download and where to put it. A base of two experts.
     """
+    if base in families.REFUSED:
+        raise ConfigError("model.base", base, families.REFUSED[base])
     if _is_local(base):
         folder = TINY_FOLDER if base == TINY else Path(base)
         if not (folder / "transformer" / "config.json").is_file():
             raise ConfigError(
                 "model.base", base, f"{folder} is no diffusers folder: transformer/config.json is missing"
             )
+        if (folder / "transformer_2").is_dir():
+            raise ConfigError("model.base", base, families.TWO_EXPERTS)
         return folder
     patterns = [f"{sub}/{file}" for name in components for sub in FOLDERS[name] for file in FILES]
     at = f"@{revision}" if revision else ""

@@ -1,7 +1,5 @@
-"""The Wan models that the adapter is known to fit: one row each, with everything that is needed before any download.
-
-Not in the table: Wan2.2-I2V-A14B. It is two transformers, one for timesteps ≥ 900 and one below, and each would need an
-adapter of its own, a training run of its own and a switch in the sampler: more than a row.
+"""The Wan models that the adapter is known to fit: one row each, with everything that is needed before any download;
+and those that are refused, with the reason.
 """
 
 from __future__ import annotations
@@ -76,6 +74,16 @@ FAMILIES = {
         encoders=_ENCODERS | {"vae": 704_688_668},
         note="used as text-to-video: one timestep for all tokens, frame 0 through the geometry adapter alone",
     ),
+}
+
+TWO_EXPERTS = (
+    "is two transformers, one for timesteps of at least 900 and one below: each would need an adapter and a training "
+    "run of its own, and the sampler a switch; not supported"
+)
+# hub id -> why
+REFUSED = {
+    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": TWO_EXPERTS,
+    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": TWO_EXPERTS,
 }
 
 # What tells the families apart; the rest of a configuration follows from these.

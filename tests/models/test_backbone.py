@@ -15,7 +15,7 @@ from wan_checkpoint import save_checkpoint
 
 from ex4d import config
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import adapter, backbone
+from ex4d.models import adapter, backbone, families
 
 
 @pytest.fixture(scope="module")
@@ -246,3 +246,38 @@ def test_section_model_of_the_tiny_experiment_is_valid(tmp_path: Path) -> None:
     (tmp_path / "bad.yaml").write_text("model: {mask_range: half}")
     with pytest.raises(ConfigError, match=r"model.mask_range='half'.*unit.*released"):
         config.load(tmp_path / "bad.yaml", {"model": backbone.ModelConfig})
+
+
+def test_two_experts_are_refused_by_name_and_by_folder(wan_folder: Path, tmp_path: Path) -> None:
+    for hub_id in ("Wan-AI/Wan2.2-I2V-A14B-Diffusers", "Wan-AI/Wan2.2-T2V-A14B-Diffusers"):
+        for refused in (backbone.transformer_config, backbone.load_base):
+            with pytest.raises(ConfigError, match="two transformers"):
+                refused(hub_id)
+    shutil.copytree(wan_folder, tmp_path / "experts")
+    assert backbone.transformer_config(str(tmp_path / "experts"))["in_channels"] == 36
+    shutil.copytree(wan_folder / "transformer", tmp_path / "experts" / "transformer_2")
+    with pytest.raises(ConfigError, match="two transformers"):
+        backbone.transformer_config(str(tmp_path / "experts"))
+
+
+@pytest.mark.parametrize("name", list(families.FAMILIES))
+def test_every_family_takes_and_gives_the_shapes_of_its_latents(name: str) -> None:
+    """A row of the table is enough: its published configuration, on the meta device, from input to velocity."""
+    family = families.FAMILIES[name]
+    shape = dict(family.transformer) | {"num_layers": 1}
+    model = adapter.build_model(backbone.meta_transformer(shape), backbone.ModelConfig(adapter_hidden=8))
+    z, first = shape["out_channels"], shape["in_channels"] - shape["out_channels"]
+    f, h, w = (49 - 1) // family.stride[0] + 1, 512 // family.stride[1], 512 // family.stride[2]
+
+    def empty(*size: int) -> Tensor:
+        return torch.empty(size, device="meta")
+
+    velocity = model(
+        *(empty(1, z, f, h, w), empty(1), empty(1, 512, 4096), empty(1, 257, 1280) if shape["image_dim"] else None),
+        *(empty(1, first, f, h, w) if first else None, empty(1, 2 * z, f, h, w)),
+    )
+    assert velocity.shape == (1, z, f, h, w)
+    assert (first == 4 + z) == (shape["image_dim"] is not None)
+    assert len(model.trainable_parameters()) == 20 + 8
+    assert families.family_of(family.transformer) == name
+    assert all(families.family_of_hub_id(hub_id) == name for hub_id in family.hub_ids)
