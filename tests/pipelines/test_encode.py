@@ -16,6 +16,7 @@ import pytest
 import torch
 from safetensors.torch import load as load_safetensors
 
+from ex4d import storage
 from ex4d.data import latents, manifest
 from ex4d.data.loader import ShardLoader
 from ex4d.data.tar import read_sample
@@ -57,7 +58,7 @@ def inline(folder: Path, output: Path, model: ModelConfig | None = None, **chang
     return encode.run(config, model or model_of(folder), runner_name="inline")
 
 
-def tree(output: Path) -> str:
+def tree(output: Path | str) -> str:
     report = verify(str(output), full=True)
     assert report.problems == ()
     return report.tree_sha256
@@ -147,6 +148,18 @@ def test_running_again_does_what_is_missing_alone(folder, tmp_path):
     assert tree(output) == before
 
 
+def test_an_object_store_in_and_out_gives_the_same_bytes(folder):
+    source = folder / "dataset"
+    for path in source.rglob("*"):
+        if path.is_file():
+            storage.write_bytes(f"memory://encode/clips/{path.relative_to(source)}", path.read_bytes())
+    config = EncodeConfig("memory://encode/clips", "memory://encode/latents", dtype="float32", prompts=("a room",))
+    assert encode.run(config, model_of(folder), runner_name="inline").exit_code == 0
+    assert tree(config.output) == tree(folder / "latents")
+    first = next(ShardLoader(config.output, "val", 1, 0))
+    assert first["valid"].all()
+
+
 KILLED = """
 import json, sys
 from pipelines import encode
@@ -174,6 +187,38 @@ def test_kill_9_loses_nothing_and_leaves_no_half_dataset(folder, tmp_path, root)
     done = len(list(output.glob("staging/clips/[!.]*.tar")))
     assert 2 <= done < 9
     assert inline(folder, output).worked["samples"] == 9 - done
+    assert tree(output) == tree(folder / "latents")
+
+
+RAY = """
+import sys
+from pipelines import cli
+sys.exit(cli.main(["encode", *sys.argv[1:]]))
+"""
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+def test_kill_9_of_a_run_on_ray_loses_nothing(folder, tmp_path, root):
+    """As a user runs it; killed and started again, it ends as if nothing had been."""
+    output, config = tmp_path / "killed", tmp_path / "encode.yaml"
+    places = {"data": str(folder / "dataset"), "output": str(output)}
+    model = {"base": str(folder / "base"), "lora_rank": 3, "adapter_hidden": 8}
+    chosen = {"encode": {**places, "dtype": "float32", "prompts": ["a room"]}, "model": model}
+    config.write_text(json.dumps(chosen))
+    process = subprocess.Popen([sys.executable, "-c", RAY, str(config)], cwd=root)
+    deadline = time.monotonic() + 400
+    while len(list(output.glob("staging/clips/[!.]*.tar"))) < 3:
+        assert time.monotonic() < deadline
+        assert process.poll() is None
+        time.sleep(0.002)
+    process.kill()
+    process.wait()
+    assert not (output / "dataset.json").exists()
+    done = subprocess.run([sys.executable, "-c", RAY, str(config)], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    assert "clips/s for each worker" in done.stdout
     assert tree(output) == tree(folder / "latents")
 
 
