@@ -129,7 +129,9 @@ def _answer(error: BaseException) -> tuple[int | None, str]:
 
 def _named(error: BaseException) -> str:
     status, _ = _answer(error)
-    return type(error).__name__ if status is None else f"status {status}"
+    if status is not None:
+        return f"status {status}"
+    return type(next((cause for cause in _causes(error) if _is_broken(cause)), error)).__name__
 
 
 def _given_up(error: BaseException, url: str) -> OSError:

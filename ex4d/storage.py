@@ -200,7 +200,9 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
     if length == 0:
         return b""
     end = None if length is None else offset + length
-    data = retry.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end), str(url))
+    # A hub's reader would read ahead, and throw that away.
+    options = {"cache_type": "none"} if str(url).startswith("hf://") else {}
+    data = retry.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end, **options), str(url))
     if length is not None and len(data) > length:  # a web server that knows no ranges sent everything
         return data[offset : offset + length]
     return data

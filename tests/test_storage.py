@@ -5,13 +5,18 @@ from __future__ import annotations
 import errno
 import hashlib
 import io
+import json
 import logging
+import os
 import random
+import subprocess
+import sys
 
 import aiohttp
 import pytest
 from botocore.exceptions import ClientError, EndpointConnectionError, IncompleteReadError, NoCredentialsError
 from fsspec.implementations.memory import MemoryFileSystem
+from hub_server import hub
 from web_server import web_server
 
 from ex4d import retry, storage
@@ -211,3 +216,43 @@ def test_a_web_server_without_ranges(tmp_path, waits):
             storage.sha256(url)
     with pytest.raises(retry.Unavailable):
         storage.sha256(url)
+
+
+ASK_A_HUB = """
+import json, sys
+from ex4d import storage
+from pipelines.inputs import expand
+url = "hf://datasets/u/d/videos"
+told = [storage.list_files(url), storage.glob(f"{url}/*.mp4"), storage.exists(f"{url}/no"), storage.is_file(url)]
+told += [storage.sha256(f"{url}/a.mp4"), storage.size(f"{url}/a.mp4"), [source.name for source in expand(url)]]
+print(json.dumps(told))
+"""
+
+
+def test_a_hub(tmp_path):
+    """In a process of its own: a hub's client reads its address and whether it may be asked when it is imported."""
+    (tmp_path / "videos" / "deep").mkdir(parents=True)
+    (tmp_path / "videos" / "a.mp4").write_bytes(CONTENT)
+    (tmp_path / "videos" / "deep" / "b.mp4").write_bytes(b"b")
+    failures = [503, 503]
+    with hub(tmp_path, failures) as address:
+        env = os.environ | {"HF_ENDPOINT": address, "HF_HUB_OFFLINE": "0", "HF_HUB_DISABLE_XET": "1"}
+        done = subprocess.run([sys.executable, "-c", ASK_A_HUB], env=env, capture_output=True, text=True, timeout=120)
+    assert done.returncode == 0, done.stderr
+    url = "hf://datasets/u/d/videos"
+    assert json.loads(done.stdout.splitlines()[-1]) == [
+        ["a.mp4", "deep/b.mp4"],
+        [f"{url}/a.mp4"],
+        False,
+        False,
+        hashlib.sha256(CONTENT).hexdigest(),
+        len(CONTENT),
+        ["a.mp4", "deep/b.mp4"],
+    ]
+    assert failures == []
+
+
+def test_a_store_whose_client_is_not_installed_is_named(monkeypatch):
+    monkeypatch.setitem(sys.modules, "gcsfs", None)
+    with pytest.raises(ConfigError, match="gcsfs"):
+        storage.exists("gs://bucket/a.mp4")
