@@ -19,6 +19,7 @@ import psutil
 from ex4d import config
 from ex4d.data.verify import verify
 from ex4d.synthetic import SyntheticConfig, write_corpus
+from pipelines import preprocess
 
 VICTIMS = ("worker", "raylet", "driver")
 MAIN = """
@@ -119,6 +120,12 @@ class Bench:
         run = self.start(name, runner_name)
         code = run.wait()
         assert code == 0, (self.folder / f"{name}.log").read_text()[-2000:]
+        return self.checked(name)
+
+    def finish_here(self, name: str) -> str:
+        """Return the tree hash after a run without Ray in this process."""
+        sections = config.load(self.write_config(name), preprocess.SECTIONS)
+        assert preprocess.run(sections["preprocess"], runner_name="inline").exit_code == 0
         return self.checked(name)
 
     def checked(self, name: str) -> str:
