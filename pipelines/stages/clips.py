@@ -61,12 +61,8 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
     time_base = Fraction(*record["info"]["time_base"])
     edges = [0, *record["cuts"], len(pts)]
     shots = list(zip(itertools.pairwise(edges), record["shots"], strict=True))
-    parts = [
-        (part, look, span)
-        for span in spans or (Span(),)
-        for shot, look in shots
-        if (part := _within(span, shot, pts, time_base))
-    ]
+    seconds = (pts - pts[0]) * float(time_base)
+    parts = [(part, look, span) for span in spans or (Span(),) for part, look in _within(span, shots, seconds)]
     if not parts:
         raise BadSample("span_outside", "the video ends before any span of the list begins")
     whole = [0, 0, *record["info"]["size"]]
@@ -80,14 +76,20 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
     return _spread(sorted(found.values(), key=lambda clip: clip.frame_index), config.clips_per_video)
 
 
-def _within(span: Span, shot: tuple[int, int], pts: np.ndarray, time_base: Fraction) -> tuple[int, int] | None:
-    """Return the part of a shot, as indices [start, stop), that a span of time covers; None for nothing."""
-    seconds = (pts - pts[0]) * float(time_base)
-    half_frame = 0.5 * float(np.median(np.diff(seconds))) if len(pts) > 1 else 0.0  # lists round to milliseconds
+def _within(
+    span: Span, shots: Sequence[tuple[tuple[int, int], Any]], seconds: np.ndarray
+) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Yield the part of each shot, as frames [start, stop), that a span of time covers, with what is known of it.
+
+    Args:
+        seconds: of each frame, from the first one.
+    """
+    half_frame = 0.5 * float(seconds[-1]) / max(1, len(seconds) - 1)  # lists round their times
     first = int(np.searchsorted(seconds, span.start_s - half_frame))
-    last = len(pts) if span.end_s is None else int(np.searchsorted(seconds, span.end_s - half_frame))
-    start, stop = max(shot[0], first), min(shot[1], last)
-    return (start, stop) if start < stop else None
+    last = len(seconds) if span.end_s is None else int(np.searchsorted(seconds, span.end_s - half_frame))
+    for (start, stop), look in shots:
+        if max(start, first) < min(stop, last):
+            yield (max(start, first), min(stop, last)), look
 
 
 def _of_shot(
