@@ -83,9 +83,13 @@ def folder(tmp_path_factory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def whole(folder) -> Path:
+def config(folder) -> Path:
+    return make_config(folder, **RUN, output=str(folder / "whole"))
+
+
+@pytest.fixture(scope="module")
+def whole(folder, config) -> Path:
     """Thirty steps on two local ranks without a break or a Ray; the path of its configuration."""
-    config = make_config(folder, **RUN, output=str(folder / "whole"))
     code, text = finish(start(config))
     assert code == 0, text
     return config
@@ -95,6 +99,7 @@ def whole(folder) -> Path:
 def shared_cluster() -> Iterator:
     from ray.cluster_utils import Cluster
 
+    os.environ.update(RAY_worker_niceness="0")  # else 15, and they starve on a busy machine
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, "object_store_memory": STORE_BYTES})
     yield made
     made.shutdown()
@@ -214,11 +219,11 @@ def test_sigterm_to_a_rank_of_an_elastic_run_does_not_end_it(folder, whole, clus
     assert losses(output) == pytest.approx(losses(folder / "whole"), abs=1e-6)
 
 
-def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, whole, cluster):
+def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, config, cluster):
     longer = ("train.num_steps=400", "train.save_every=20")
-    assert finish(start(whole, *longer, f"train.output={folder / 'long'}"))[0] == 0
+    assert finish(start(config, *longer, f"train.output={folder / 'long'}"))[0] == 0
     output = folder / "elastic"
-    process = start(whole, *on(cluster, output, *longer, "train.min_processes=1"), program=("-c", IMPATIENT))
+    process = start(config, *on(cluster, output, *longer, "train.min_processes=1"), program=("-c", IMPATIENT))
     wait_for(lambda: len(steps(output)) >= 50, "step 50")
     cluster.remove_node(ranks(cluster)[1][0], allow_graceful=False)
     wait_for(lambda: steps(output)[-1]["processes"] == 1, "a step on one node")
