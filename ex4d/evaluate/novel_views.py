@@ -13,7 +13,7 @@ from typing import Literal
 import numpy as np
 
 from ex4d import synthetic
-from ex4d.evaluate.metrics import inpaint, psnr
+from ex4d.evaluate.metrics import inpaint, psnr, ssim
 from ex4d.generate import GenerateConfig, generate, to_frames, to_pixels
 from ex4d.geometry import masks
 from ex4d.geometry.camera import Camera
@@ -55,12 +55,15 @@ class View:
 
 @dataclass(frozen=True)
 class Score:
-    """PSNR in dB of one method, one value a clip: whole frame and inside the holes, then with seen pixels pasted."""
+    """One method, one value a clip: PSNR in dB of the whole frame, inside the holes, and with seen pixels pasted; SSIM
+    of the whole frame.
+    """
 
     method: str
     whole: list[float] = field(default_factory=list)
     holes: list[float] = field(default_factory=list)
     whole_pasted: list[float] = field(default_factory=list)
+    ssim: list[float] = field(default_factory=list)
 
 
 METHODS = (
@@ -125,6 +128,9 @@ def compare(
             scores[name].whole.append(psnr(frames[1:], view.truth[1:]))
             scores[name].whole_pasted.append(psnr(pasted[1:], view.truth[1:]))
             scores[name].holes.append(psnr(frames[1:], view.truth[1:], ~seen[1:]))
+            scores[name].ssim.append(
+                float(np.mean([ssim(*pair) for pair in zip(frames[1:], view.truth[1:], strict=True)]))
+            )
         videos.append(made)
         if on_view is not None:
             on_view(index + 1, len(views))
@@ -137,9 +143,10 @@ def spread(values: Sequence[float]) -> str:
 
 
 def table(scores: Sequence[Score]) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of text: mean ± standard deviation over the clips, in dB."""
-    columns = ["method", "whole frame", "in the holes", "whole frame, seen pixels pasted"]
-    return columns, [[s.method, spread(s.whole), spread(s.holes), spread(s.whole_pasted)] for s in scores]
+    """Return (columns, rows) of text: mean ± standard deviation over the clips, in dB; SSIM last."""
+    columns = ["method", "whole frame", "in the holes", "whole frame, seen pixels pasted", "SSIM, whole frame"]
+    values = [(s.whole, s.holes, s.whole_pasted, s.ssim) for s in scores]
+    return columns, [[s.method, *map(spread, row)] for s, row in zip(scores, values, strict=True)]
 
 
 def margins(scores: Sequence[Score]) -> dict[str, tuple[float, float]]:
