@@ -180,6 +180,15 @@ def test_strata_are_met_and_first_frames_are_complete():
     assert len(set(kinds)) == 3
 
 
+def test_strata_are_met_where_the_search_sees_a_small_twin():
+    """On 150 px the search looks at 75, where erosion takes another share: what the clip gives corrects it."""
+    made, cameras = clip_scene(SyntheticConfig(num_frames=4, size=(150, 150), seed=1, max_frequency=8.0), 0)
+    frames, z_depth = render_clip(made, cameras, 8.0)
+    config = MaskConfig(num_masks=4, tracking=0, generation=(), hole_share=(0.3, 0.8), erosion_px=(12, 16))
+    drawn = masks.draw(frames, z_depth, cameras[0].K, config, 0)
+    assert np.abs(drawn.hole_share.max(axis=1) - drawn.target).max() <= 0.05
+
+
 def test_holes_of_training_match_those_of_generation_on_the_same_clips():
     training, generated, even, error = [], [], [], []
     for seed in range(4):
