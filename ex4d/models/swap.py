@@ -83,6 +83,7 @@ class BlockSwap:
         self.device, self.indices = device, indices
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._under_way: dict[int, tuple[Tensor, Any]] = {}
+        self._started: Any = None  # the event before which all work of earlier blocks was asked for
         self._host = {index: HostBlock(blocks[index], pin=self._stream is not None) for index in indices}
         for index in indices:
             blocks[index].forward = self._fetching(index, blocks[index].forward)
@@ -95,6 +96,7 @@ class BlockSwap:
     def _fetching(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def fetch_and_forward(*args: Any, **kwargs: Any) -> Any:
             buffer = self._take(index)
+            self._wait_for_the_last_but_one()
             self._send_for(self._following(index), instead=(index, buffer))
             with self._host[index].lent(buffer):
                 return forward(*args, **kwargs)
@@ -107,6 +109,17 @@ class BlockSwap:
         backwards = torch._C._current_graph_task_id() != -1
         place = self.indices.index(index) + (-1 if backwards else 1)
         return self.indices[min(max(place, 0), len(self.indices) - 1)]
+
+    def _wait_for_the_last_but_one(self) -> None:
+        """Hold the program until the block before the previous one is through on the device.
+
+        Else the program would run ahead by as many blocks as it can ask for, and each would hold a copy. The previous
+        block is still at work meanwhile, so the device does not wait.
+        """
+        if self._stream is not None:
+            before, self._started = self._started, torch.cuda.current_stream(self.device).record_event()
+            if before is not None:
+                before.synchronize()
 
     def _copy(self, index: int) -> tuple[Tensor, Any]:
         """Return (a copy of a block's buffer on the device, the event after which it is there)."""

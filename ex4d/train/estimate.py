@@ -18,7 +18,7 @@ QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 2 / 64}
 # norms and gates, tensors in the base's dtype, and tensors as wide as the feed-forward layer. Counted by
 # saved-tensor hooks (tests/train/test_estimate.py counts again).
 _KEPT_FLOAT32, _KEPT_DTYPE, _KEPT_FFN = 6, 11, 2
-_SWAPPED_HERE = 2  # copies of swapped blocks on the device: one at work, one on its way
+_SWAPPED_HERE = 3  # copies of swapped blocks on the device: one at work, one on its way, one not yet given back
 
 
 def count_parameters(shape: Mapping[str, Any], config: backbone.ModelConfig) -> dict[str, int]:

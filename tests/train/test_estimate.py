@@ -47,11 +47,11 @@ def test_memory_of_the_published_size(parameters: dict[str, int]) -> None:
     assert sharded["ema"] == parts["trainable weights"]
     four_bit = bytes_of(parameters, style="nf4", cpu_offload=True)
     assert sum(four_bit.values()) < 24e9
-    # Swapped blocks leave two copies behind.
+    # Swapped blocks leave three copies behind.
     all_swapped = bytes_of(parameters, block_swap=40)
     blocks = parameters["blocks"] * 2.0
-    assert parts["frozen base"] - all_swapped["frozen base"] == pytest.approx(blocks * 38 / 40)
-    assert bytes_of(parameters, block_swap=2) == parts
+    assert parts["frozen base"] - all_swapped["frozen base"] == pytest.approx(blocks * 37 / 40)
+    assert bytes_of(parameters, block_swap=3) == parts
 
 
 def test_base_and_swap_are_counted_as_they_are_stored() -> None:
@@ -72,7 +72,7 @@ def test_base_and_swap_are_counted_as_they_are_stored() -> None:
         counted = estimate.count_parameters(shape, config)
         parts = estimate.memory(shape, counted, (2, 8, 8), config, train, ALONE)
         host = estimate.summary(shape, config, train, (2, 8, 8), ALONE, precomputed=True)["host_bytes"]
-        copies = 2 * (swap_of.host_bytes / 4) if swap_of else 0
+        copies = 3 * (swap_of.host_bytes / 4) if swap_of else 0
         # Scales of int8, and biases and norms, which stay in float32, are left out of the estimate: much at this size.
         assert parts["frozen base"] == pytest.approx(held + copies, rel=0.05)
         assert host == pytest.approx(swap_of.host_bytes if swap_of else 0.0, rel=0.08)
