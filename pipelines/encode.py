@@ -17,7 +17,7 @@ from ex4d.config import fingerprint
 from ex4d.data import latents, manifest, shards, tensors, texts
 from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError
-from ex4d.models.backbone import ModelConfig
+from ex4d.models.backbone import ModelConfig, transformer_config
 from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.models.fingerprints import ENCODERS, encoder_fingerprints
 from ex4d.train.job import dataset_fingerprint, versions
@@ -101,6 +101,8 @@ def run(
     dataset = manifest.read_dataset(config.data)
     if "latents" in dataset:
         raise ConfigError("encode.data", config.data, "a dataset of clips; this one holds latents already")
+    if model.family is not None:
+        transformer_config(model.base, model.revision, model.family)  # refuses another
     models = encoder_fingerprints(model.base, model.revision, ENCODERS)
     started = time.time()
     progress = Progress(config.output, config.metrics_port)
