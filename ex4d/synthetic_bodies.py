@@ -13,6 +13,8 @@ NUM_WAVES = 8
 HIT_EPSILON = 1e-9
 FACES_PER_BODY = 6
 SKY_SCALE = 60.0
+USUAL_FOV_DEG = 54.0  # of the cameras for which the textures' band is stated
+ROOM_DISTANCE = 3.0  # usual distance of walls, in scales
 PALETTE = {
     "red": (0.78, 0.22, 0.18),
     "green": (0.22, 0.62, 0.28),
@@ -203,6 +205,7 @@ def _random_body(rng: np.random.Generator, centre: np.ndarray, size: float, sway
 
 
 def random_room(rng: np.random.Generator, scale: float, sky: bool) -> Body:
+    """Return the room around everything, which stands still; under a sky walls and ceiling are far away."""
     floor, ceiling = rng.uniform(0.75, 1.0) * scale, rng.uniform(1.5, 2.0) * scale
     # Narrow, so that both side walls are in the first picture and what a turn uncovers is of a colour seen before.
     side, depth = rng.uniform(1.45, 1.75) * scale, rng.uniform(2.9, 3.4) * scale
@@ -218,19 +221,19 @@ def paint(
     rng: np.random.Generator, bodies: list[Body], scale: float, max_frequency: float, sky: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return base colours [S,3] and highest frequencies [S] (cycles per unit length) of all faces."""
-    focal_heights = 0.5 / np.tan(np.radians(54.0) / 2)
+    focal_heights = 0.5 / np.tan(np.radians(USUAL_FOV_DEG) / 2)
     bases, cycles = [], []
     for body in bodies:
         if body.kind == "room":
             colours = rng.uniform(0.30, 0.75, size=(FACES_PER_BODY, 3))
-            distance = 3.0 * scale
+            distance = ROOM_DISTANCE * scale
         else:
             colours = np.array(PALETTE[body.name.split()[0]]) * rng.uniform(0.75, 1.15, size=(FACES_PER_BODY, 1))
             distance = max(float(np.linalg.norm(body.centre)), 0.5 * scale)
         band = np.full(FACES_PER_BODY, max_frequency * focal_heights / distance)
         if sky and body.kind == "room":
             colours[[0, 1, 2, 4, 5]] = (0.55, 0.68, 0.82)
-            band[[0, 1, 2, 4, 5]] /= SKY_SCALE / 3.0
+            band[[0, 1, 2, 4, 5]] /= SKY_SCALE / ROOM_DISTANCE
         bases.append(colours)
         cycles.append(band)
     return np.concatenate(bases), np.concatenate(cycles)
