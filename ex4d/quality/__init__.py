@@ -33,12 +33,12 @@ SCORES: dict[str, Score] = {
     "motion": Score("mean absolute change of luma from frame to frame", 0.0, 1.0, "min", 0.002),
     "camera_motion": Score("speed of the picture under one affine motion, longer sides a second", 0.0, None, "min"),
     "object_motion": Score("share of the texture that moves otherwise than the whole picture", 0.0, 1.0, "max"),
-    "sharpness": Score("share of the gradient that a small blur takes away", 0.0, 1.0, "min", 0.2),
+    "sharpness": Score("share of the gradient that a small blur takes away", 0.0, 1.0, "min", 0.4),
     "exposure": Score("mean luma", 0.0, 1.0, "min", 0.05),
     "still": Score("share of frames that repeat the one before", 0.0, 1.0, "max", 0.6),
     "text": Score("share of the picture under lines of overlaid text", 0.0, 1.0, "max", 0.005),
     "bars": Score("share of the picture that black bars took and the crop box leaves out", 0.0, 1.0, "max"),
-    "logo": Score("share of a corner under edges that stay while the picture moves", 0.0, 1.0, "max", 0.03),
+    "logo": Score("share of a corner under edges that stay while the picture moves", 0.0, 1.0, "max", 0.1),
     "depth_flicker": Score(
         "jitter of log depth along the flow, frame to frame", 0.0, None, "max", stage="depth_quality"
     ),

@@ -27,7 +27,7 @@ class FilterConfig:
         min_sharpness: 0.4 drops what is blurred.
         min_exposure, max_exposure: mean luma.
         max_still: share of repeated frames; 0.6 drops slide-shows.
-        max_text, max_logo: share of the picture under text, of a corner under a logo; 0.005 and 0.03 find most.
+        max_text, max_logo: share of the picture under text, of a corner under a logo; 0.005 and 0.1 find most.
         max_bars: share that black bars took, where cropping them (`crop_bars`) leaves too little.
         max_depth_flicker, max_depth_drift: jitter and drift of log depth.
         max_sky: share of the depth that is far away.
