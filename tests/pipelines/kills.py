@@ -117,9 +117,11 @@ class Bench:
 
     def finish(self, name: str, runner_name: str = "ray") -> str:
         """Return the tree hash after a run that nobody disturbs."""
-        run = self.start(name, runner_name)
-        code = run.wait()
-        assert code == 0, (self.folder / f"{name}.log").read_text()[-2000:]
+        log = self.folder / f"{name}.log"
+        code = self.start(name, runner_name).wait()
+        if code == 1 and "timed out during startup" in log.read_text()[-500:]:  # Ray, on a machine that is too busy
+            code = self.start(name, runner_name).wait()
+        assert code == 0, log.read_text()[-2000:]
         return self.checked(name)
 
     def finish_here(self, name: str) -> str:
