@@ -9,6 +9,7 @@ import json
 import os
 import tempfile
 import threading
+import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
@@ -25,6 +26,8 @@ if TYPE_CHECKING:
     from pipelines.settings import PreprocessConfig
 
 SOURCES = "staging/sources"  # one note for each remote file that was hashed, named by its URL and its store's tag
+OLD_S = 86400  # nothing is written to for a day without an end
+MAX_TRIES = 10  # to hold a file before other processes take its room
 MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
 
 
@@ -99,6 +102,10 @@ class FileCache:
         if folder.stat().st_uid != os.getuid():
             raise ConfigError("preprocess.cache_dir", str(folder), "belongs to another user")
         self._held: dict[str, IO[bytes]] = {}
+        for path in folder.glob(".tmp-*"):  # of processes that were killed; others still write theirs
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > OLD_S:
+                    path.unlink()
 
     def get(self, url: str, sha256: str, name: str) -> Path:
         """Return where a file of that content lies now, and hold it there until the next one of this name is asked for.
@@ -107,14 +114,18 @@ class FileCache:
             BadSample: unreadable, truncated_download; source_changed: the URL has another content by now.
         """
         path = self._path(sha256, name)
-        while not self._hold(path, name):
+        for _ in range(MAX_TRIES):
+            if self._hold(path, name):
+                return path
             try:
                 found, _ = self.add(url, name)
             except OSError as error:
                 raise unreadable(error) from None
             if found != sha256:
                 raise BadSample("source_changed", "the content is no longer what it was when it was hashed")
-        return path
+        raise BadSample(
+            "unreadable", "other processes dropped it before it could be used; give preprocess.cache_mb more"
+        )
 
     def add(self, url: str, name: str) -> tuple[str, int]:
         """Return (sha256, bytes) of a file after copying it here. Raises OSError."""
