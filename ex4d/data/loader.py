@@ -55,8 +55,9 @@ class LoaderConfig:
     max_bad_samples: int = 100
 
     def __post_init__(self) -> None:
-        if self.num_threads < 0 or self.prefetch_batches < 0:
-            raise ConfigError("num_threads, prefetch_batches", (self.num_threads, self.prefetch_batches), "0 or more")
+        for name in ("num_threads", "prefetch_batches", "cache_size_bytes", "max_bad_samples"):
+            if getattr(self, name) < 0:
+                raise ConfigError(f"train.loader.{name}", getattr(self, name), "at least 0")
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:

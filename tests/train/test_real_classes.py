@@ -91,5 +91,7 @@ def test_place_and_memory_are_free_and_a_swap_without_recomputation_is_refused(d
     config = TrainConfig(activation_checkpointing=True, block_swap=2, loader=LoaderConfig(num_threads=4))
     assert identity(config, MODEL, "") == identity(TrainConfig(), MODEL, "")
     assert {field.name for field in dataclasses.fields(TrainConfig)} >= FREE
+    with pytest.raises(ConfigError, match=r"train.loader.num_threads=-1"):
+        LoaderConfig(num_threads=-1)
     with pytest.raises(ConfigError, match=r"train.block_swap=2: .*activation_checkpointing"):
         TrainConfig(block_swap=2)
