@@ -157,7 +157,7 @@ def test_what_cotracker_lacks_is_said(checkout: Path, tmp_path_factory: pytest.T
         with pytest.raises(ConfigError, match="git clone"):
             tracks.track(shifted(2), grid(), method="cotracker3", folder=folder)
     file = checkout / "checkpoints" / cotracker.CHECKPOINT
-    file.write_bytes(pickle.dumps(print))  # a pickle that would run code is not loaded
+    file.write_bytes(pickle.dumps(print, protocol=2))  # a pickle that would run code is not loaded
     with pytest.raises(ConfigError, match="weights of CoTracker3"):
         tracks.track(shifted(2), grid(), method="cotracker3", folder=str(checkout))
     torch.save({"other": torch.zeros(1)}, file)
