@@ -1,6 +1,6 @@
 """How well scores tell what they name: `python benchmarks/filters.py --media DIR` writes results/filters.{json,md}.
 
-Every clip (17 frames from three places of each real video, and of synthetic scenes) is a negative as it is, and a
+Every clip (17 frames from `--places` of each real video, and of synthetic scenes) is a negative as it is, and a
 positive after something was done to it: a line of text in one of four styles, black bars, a logo in a corner over a
 picture that pans, a blur, a slide-show, a depth that jitters or drifts. Positives of text, bars and logos were encoded
 as H.264 (crf 26) before they were scored. Surveillance and night videos, which repeat frames by themselves, are left
@@ -53,7 +53,7 @@ WORDS = [
 Frames = np.ndarray
 
 
-def clips(media: Path) -> dict[str, tuple[Frames, float]]:
+def clips(media: Path, places: int) -> dict[str, tuple[Frames, float]]:
     """Return {name: (frames uint8 [T,H,W,3], longer side 512 at most; frames a second)}."""
     found = {}
     for path in sorted({path for pattern in VIDEOS for path in media.glob(pattern)}):
@@ -62,7 +62,7 @@ def clips(media: Path) -> dict[str, tuple[Frames, float]]:
             pts, time_base = video.frame_pts(path)
             scale = min(1.0, 512 / max(info.size))
             size = (round(info.size[0] * scale / 2) * 2, round(info.size[1] * scale / 2) * 2)
-            for start in {0, len(pts) // 2, len(pts) - NUM_FRAMES} if len(pts) >= 4 * NUM_FRAMES else {0}:
+            for start in sorted({number * (len(pts) - NUM_FRAMES) // max(1, places - 1) for number in range(places)}):
                 chosen = pts[start : start + NUM_FRAMES]
                 fps = (len(chosen) - 1) / float((chosen[-1] - chosen[0]) * time_base)
                 found[f"{path.parent.name}/{path.name}@{start}"] = (video.decode(path, chosen, size, "squeeze"), fps)
@@ -193,10 +193,10 @@ def figures(name: str, negatives: list[float], positives: list[float], threshold
     }
 
 
-def measure(media: Path) -> dict[str, dict[str, float]]:
+def measure(media: Path, places: int) -> dict[str, dict[str, float]]:
     """Return {score: figures}."""
     rng = np.random.default_rng(0)
-    real, made = clips(media), scenes()
+    real, made = clips(media, places), scenes()
     negatives: dict[str, list[float]] = {name: [] for name in ("text", "logo", "sharpness", "still")}
     positives: dict[str, list[float]] = {name: [] for name in negatives}
     bars = {"clips": 0, "found": 0, "false": 0, "most_lost_px": 0}
@@ -260,9 +260,10 @@ def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--media", type=Path, required=True)
+    parser.add_argument("--places", type=int, default=3, help="clips of each video (default: %(default)s)")
     started, args = time.time(), parser.parse_args()
     cv2.setNumThreads(1)
-    table = measure(args.media)
+    table = measure(args.media, args.places)
     columns = ("threshold", "negatives", "positives", "recall", "precision", "false_share")
     lines = [
         "# Scores against made positives",
