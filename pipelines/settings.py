@@ -23,7 +23,7 @@ PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedete
 VIDEO_CODE, CLIP_CODE = 2, 2  # raised when stages change what they write, so that older staging is not taken
 
 
-WORKER_MB = 768  # resident memory of a worker and its decoding child before they hold a clip: 450 + 250, measured
+WORKER_MB = 1024  # resident memory of a worker and its decoding child at 1080p, without the clip: 635 to 876, measured
 CLIP_BYTES_PER_PX = 32  # what a pixel of a clip's frames adds at the peak; 24 measured at 49 × 512 × 512, 4 masks
 
 

@@ -73,7 +73,8 @@ def check(small: dict, large: dict) -> None:
     assert small["driver_mb"] > 50  # it was measured at all
     assert small["worker_mb"] > 50
     assert large["driver_mb"] <= small["driver_mb"] + 100
-    assert large["worker_mb"] <= small["worker_mb"] + 150
+    # The hour's frames at 144 lines alone are 400 MB. Runs of equal work differ by 200, by which worker does what.
+    assert large["worker_mb"] <= small["worker_mb"] + 300
 
 
 @pytest.mark.heavy
