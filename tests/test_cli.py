@@ -59,7 +59,7 @@ def test_doctor_finds_what_is_installed(capsys):
 
 
 def test_a_scheme_whose_package_is_missing_is_an_invalid_choice(monkeypatch, capsys):
-    def missing(url):
+    def missing(url, **_):
         raise ImportError("Install s3fs to access S3")
 
     monkeypatch.setattr("fsspec.core.url_to_fs", missing)
