@@ -5,6 +5,7 @@ CoTracker3 can stand in for it (`ex4d.geometry.cotracker`).
 
 from __future__ import annotations
 
+import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -18,6 +19,7 @@ Flows = dict[tuple[int, int], np.ndarray]
 # On synthetic clips of 96 px these keep 96–99 % of the visible tracks within 2 px of the truth, 83 % without them.
 MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
 MAX_SLOPE = 0.3  # px of flow per px
+FINEST_PX = 256  # flow is found down to pictures of about this size
 
 
 @contextmanager
@@ -50,7 +52,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     if min(frames.shape[1:3]) < 16:
         raise BadSample("flow_size", f"{frames.shape[1:3]} is too small for optical flow, which needs 16 px")
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis = _dis()
+    dis = _dis(frames.shape[1:3])
     flows: Flows = {}
     with one_thread():
         for gap in gaps:
@@ -66,11 +68,13 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     return flows
 
 
-def _dis() -> Any:
+def _dis(size: tuple[int, ...]) -> Any:
     import cv2
 
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    dis.setFinestScale(0)  # halves the error of the preset at 96 px
+    # Down to the full size halves the preset's error at 96 px. At 512 px, half the size takes 0.27 of the time, and
+    # 99.2 instead of 99.6 % of the kept tracks lie within 2 px of the truth; a quarter loses a fifth of the tracks.
+    dis.setFinestScale(max(0, round(math.log2(min(size) / FINEST_PX))))
     return dis
 
 
@@ -114,7 +118,7 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     limit = max(MAX_ERROR_PX, min(height, width) / 512)
     steps = pair_flows(frames)
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis = _dis()
+    dis = _dis((height, width))
     there = np.zeros((num_frames, height, width, 2), np.float32)
     back = np.zeros((height, width, 2), np.float32)
     visible = np.ones((num_frames, height, width), bool)
