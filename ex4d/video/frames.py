@@ -123,6 +123,8 @@ class Converter:
     ):
         self.size, self.fit_mode, self.max_height, self.box = size, fit, max_height, box
         self.coded_size: tuple[int, int] | None = None
+        self.rotation: int | None = None
+        self.upright = (0, False)
         self.fit: Fit | None = None
 
     def __call__(self, frame: Any, stream: Any) -> np.ndarray:
@@ -131,7 +133,7 @@ class Converter:
         if self.coded_size not in (None, coded_size):
             raise BadSample("resolution_changed", f"from {self.coded_size} to {coded_size} at pts {frame.pts}")
         self.coded_size = coded_size
-        turn, mirrored = orientation(frame)
+        turn, mirrored = self._orientation(frame)
         image = rgb_of(
             frame, self._decimated(square_pixel_size(frame, stream), turn), draft=self.max_height is not None
         )
@@ -143,6 +145,13 @@ class Converter:
         if self.fit is None:
             self.fit = Fit(image.shape[:2], self.size, self.fit_mode, self.box)
         return self.fit.apply_image(image)
+
+    def _orientation(self, frame: Any) -> tuple[int, bool]:
+        # PyAV's side data and its frame hold each other until the garbage collector comes by: asked of every frame,
+        # a hundred frames and more wait for it (400 MB at 1080p). So it is asked again only where the angle changes.
+        if self.rotation != frame.rotation:
+            self.rotation, self.upright = frame.rotation, orientation(frame)
+        return self.upright
 
     def _decimated(self, shown_size: tuple[int, int], turn: int) -> tuple[int, int]:
         height = shown_size[turn % 2]

@@ -2,6 +2,9 @@
 
 from __future__ import annotations
 
+import gc
+
+import av
 import numpy as np
 import pytest
 
@@ -44,6 +47,22 @@ def test_lossless_files_give_back_every_bit():
         back, _ = video.read(data)
         assert back.dtype == frames.dtype
         np.testing.assert_array_equal(back, frames)
+
+
+def test_frames_are_let_go_without_the_garbage_collector():
+    """PyAV's side data hold their frame in a circle: at 1080p, frames that wait for the collector took 700 MB."""
+
+    def num_alive() -> int:
+        return sum(type(thing) is av.VideoFrame for thing in gc.get_objects())
+
+    data = video.encode(saturated(60), 10)
+    gc.collect()
+    gc.disable()
+    try:
+        before = num_alive()
+        assert max(num_alive() - before for _ in video.iter_decimated(data)) <= 10  # a packet may give several
+    finally:
+        gc.enable()
 
 
 def test_write_is_whole_or_not_there(tmp_path):
