@@ -28,10 +28,11 @@ import numpy as np
 import torch
 from torch import nn
 
+from ex4d.config import installed_versions
 from ex4d.models import adapter, backbone
 from ex4d.train import engine
 from ex4d.train.config import Place, TrainConfig
-from ex4d.train.job import Job, versions
+from ex4d.train.job import PACKAGES, Job
 from ex4d.train.objective import Encoder, NamedNoise, velocity_losses
 from ex4d.train.trainer import Trainer
 
@@ -113,7 +114,7 @@ def main(num_pairs: int = 12, micro: int = 8) -> None:
     result = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "machine": f"{platform.machine()}, {os.cpu_count()} cores, {torch.get_num_threads()} thread",
-        "versions": versions(),
+        "versions": installed_versions(PACKAGES),
         "pairs": num_pairs,
         "micro_batch_size": micro,
         "ratio_median": statistics.median(ratios),

@@ -10,7 +10,8 @@ from __future__ import annotations
 import dataclasses
 import hashlib
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
@@ -158,6 +159,17 @@ def fingerprint(*parts: Any) -> str:
     plain = [to_dict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part for part in parts]
     text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
     return hashlib.sha256(text.encode()).hexdigest()[:16]
+
+
+def installed_versions(packages: Iterable[str]) -> dict[str, str]:
+    """Return {package: version} of those that are installed."""
+    found = {}
+    for name in packages:
+        try:
+            found[name] = metadata.version(name)
+        except metadata.PackageNotFoundError:
+            continue
+    return found
 
 
 def dump(config: Mapping[str, Any], path: str | Path) -> None:

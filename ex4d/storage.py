@@ -20,9 +20,9 @@ from urllib.parse import unquote
 
 import fsspec
 
-from ex4d import retry
+from ex4d import remote
 from ex4d.errors import ConfigError
-from ex4d.retry import Truncated
+from ex4d.remote import Truncated
 
 __all__ = [
     *("SCHEMES", "Truncated", "atomic_path", "check_url", "exists", "glob", "is_file", "is_local", "join"),
@@ -66,7 +66,7 @@ def check_url(url: str) -> None:
         ConfigError: another scheme than SCHEMES, a chain of them (`zip::s3://…`), or `..` among its folders.
     """
     scheme, _, rest = url.partition("://")
-    shown = retry.redacted(url)
+    shown = remote.redacted(url)
     if scheme not in SCHEMES:
         raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
     if "::" in rest or "://" in rest.partition("?")[0]:
@@ -97,7 +97,7 @@ def _filesystem(url: str | Path) -> tuple[Any, str]:
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise ConfigError(
-            "url", retry.redacted(url), f"{scheme}:// needs a package that is not installed here ({error})"
+            "url", remote.redacted(url), f"{scheme}:// needs a package that is not installed here ({error})"
         ) from error
 
 
@@ -160,9 +160,9 @@ def size(url: str | Path) -> int:
         return local_path(url).stat().st_size
     info = _info(url)
     if info is None:
-        raise FileNotFoundError(2, "No such file", retry.redacted(str(url)))
+        raise FileNotFoundError(2, "No such file", remote.redacted(str(url)))
     if info["size"] is None:
-        raise OSError(95, "The server does not tell the size", retry.redacted(str(url)))
+        raise OSError(95, "The server does not tell the size", remote.redacted(str(url)))
     return int(info["size"])
 
 
@@ -183,7 +183,7 @@ def _info(url: str | Path) -> dict[str, Any] | None:
     """
     filesystem, path = _filesystem(url)
     try:
-        return retry.call(lambda: filesystem.info(path), str(url))
+        return remote.call(lambda: filesystem.info(path), str(url))
     except FileNotFoundError:
         return None
 
@@ -202,7 +202,7 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
     end = None if length is None else offset + length
     # A hub's reader would read ahead, and throw that away.
     options = {"cache_type": "none"} if str(url).startswith("hf://") else {}
-    data = retry.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end, **options), str(url))
+    data = remote.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end, **options), str(url))
     if length is not None and len(data) > length:  # a web server that knows no ranges sent everything
         return data[offset : offset + length]
     return data
@@ -215,7 +215,7 @@ def write_bytes(url: str | Path, data: bytes) -> None:
             temporary.write_bytes(data)
         return
     filesystem, path = _filesystem(url)
-    retry.call(lambda: filesystem.pipe_file(path, data), str(url))
+    remote.call(lambda: filesystem.pipe_file(path, data), str(url))
 
 
 @contextmanager
@@ -244,7 +244,7 @@ def move_file(source: Path, url: str | Path) -> None:
         os.replace(source, target)
         return
     filesystem, path = _filesystem(url)
-    retry.call(lambda: filesystem.put_file(str(source), path), str(url))
+    remote.call(lambda: filesystem.put_file(str(source), path), str(url))
     source.unlink()
 
 
@@ -280,7 +280,7 @@ def glob(url: str) -> list[str]:
 def _call(function: Any, path: str, url: str | Path, **options: Any) -> Any:
     if is_local(url):
         return function(path, **options)
-    return retry.call(lambda: function(path, **options), str(url))
+    return remote.call(lambda: function(path, **options), str(url))
 
 
 def remove(url: str | Path) -> None:
@@ -290,7 +290,7 @@ def remove(url: str | Path) -> None:
         return
     filesystem, path = _filesystem(url)
     try:
-        retry.call(lambda: filesystem.rm_file(path), str(url))
+        remote.call(lambda: filesystem.rm_file(path), str(url))
     except FileNotFoundError:
         return
 
@@ -314,7 +314,7 @@ def sha256(url: str | Path, copy_to: Path | None = None) -> str:
                 copy.write(block)
         return digest.hexdigest()
 
-    return once() if is_local(url) else retry.call(once, str(url))
+    return once() if is_local(url) else remote.call(once, str(url))
 
 
 def _blocks(url: str | Path) -> Iterator[bytes]:
@@ -335,4 +335,4 @@ def _stream(url: str) -> Iterator[bytes]:
             count += len(block)
             yield block
     if info.get("size") not in (None, count):
-        raise Truncated(5, f"{count} bytes came of the {info['size']} that were announced", retry.redacted(url))
+        raise Truncated(5, f"{count} bytes came of the {info['size']} that were announced", remote.redacted(url))

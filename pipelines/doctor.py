@@ -2,13 +2,14 @@
 
 from __future__ import annotations
 
-import importlib.metadata
 import importlib.util
 import json
 import os
 import platform
 import shutil
 import sys
+
+from ex4d.config import installed_versions
 
 # Distribution, needed for, and whether the base install must have it.
 PACKAGES = (
@@ -30,15 +31,8 @@ PACKAGES = (
 
 def facts() -> dict:
     """Return the machine and package facts as one JSON-able dict; `missing` lists required packages not found."""
-    packages: dict[str, str | None] = {}
-    missing = []
-    for name, _, required in PACKAGES:
-        try:
-            packages[name] = importlib.metadata.version(name)
-        except importlib.metadata.PackageNotFoundError:
-            packages[name] = None
-            if required:
-                missing.append(name)
+    installed = installed_versions(name for name, _, _ in PACKAGES)
+    missing = [name for name, _, required in PACKAGES if required and name not in installed]
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "python": platform.python_version(),
@@ -47,7 +41,7 @@ def facts() -> dict:
         "memory_gb": round(memory_bytes / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(".").free / 2**30, 1),
         "gpus": _gpus(),
-        "packages": packages,
+        "packages": {name: installed.get(name) for name, _, _ in PACKAGES},
         "missing": missing,
         "video_works": _video_works(),
         "wandb_key": bool(os.environ.get("WANDB_API_KEY")),

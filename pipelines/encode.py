@@ -13,14 +13,14 @@ from functools import partial
 from typing import Any, Literal
 
 from ex4d import storage
-from ex4d.config import fingerprint
+from ex4d.config import fingerprint, installed_versions
 from ex4d.data import latents, manifest, shards, tensors, texts
 from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig, transformer_config
 from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.models.fingerprints import ENCODERS, encoder_fingerprints
-from ex4d.train.job import dataset_fingerprint, versions
+from ex4d.train.job import dataset_fingerprint
 from pipelines import runner
 from pipelines.ledger import Attempts, Ledger, exclusive
 from pipelines.progress import Progress
@@ -139,7 +139,7 @@ class _Job:
     committed: bool = False
 
     def __post_init__(self) -> None:
-        self.versions = versions(PACKAGES)
+        self.versions = installed_versions(PACKAGES)
         self.ledger = Ledger(self.config.output)
         staged = storage.list_files(storage.join(self.config.output, "staging", TEXTS))
         self.done = self.ledger.names() | {f"{TEXTS}/{name}" for name in staged}

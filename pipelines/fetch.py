@@ -16,7 +16,7 @@ from contextlib import suppress
 from pathlib import Path
 from typing import IO, TYPE_CHECKING, Any
 
-from ex4d import retry, storage
+from ex4d import remote, storage
 from ex4d.config import fingerprint
 from ex4d.data.cache import least_used_first
 from ex4d.errors import BadSample, ConfigError
@@ -83,7 +83,7 @@ def unreadable(error: OSError) -> BadSample:
     """Return the refusal that an error of a file or store means; the same text whenever and wherever it happened."""
     if isinstance(error, storage.Truncated):
         return BadSample("truncated_download", "other bytes came than were announced")
-    if isinstance(error, retry.Unavailable):
+    if isinstance(error, remote.Unavailable):
         return BadSample("unreadable", "the store does not answer")
     return BadSample("unreadable", f"{error.strerror}")
 

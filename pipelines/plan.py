@@ -16,6 +16,7 @@ import tempfile
 import time
 from collections.abc import Sequence
 from dataclasses import asdict, dataclass, replace
+from datetime import datetime
 from pathlib import Path
 from typing import Any
 
@@ -284,19 +285,12 @@ def _actual_cpu_s(output: str, since: float) -> float | None:
     spent = 0.0
     for text in storage.read_bytes(url).decode().splitlines() if storage.exists(url) else ():
         line = json.loads(text)
-        ended = time.strptime(line["started"], "%Y-%m-%dT%H:%M:%SZ")
-        if _timestamp(ended) + line["wall_s"] < since:
+        if datetime.fromisoformat(line["started"]).timestamp() + line["wall_s"] < since:
             continue
         spent += sum(stage["worker_s"] * stage["num_cpus"] for stage in line["stages"].values())
         if line["committed"]:
             return spent / line["counts"]["videos_in"] if spent else None
     return None
-
-
-def _timestamp(utc: time.struct_time) -> float:
-    import calendar
-
-    return float(calendar.timegm(utc))
 
 
 def _absolute(url: str) -> str:

@@ -10,6 +10,7 @@ import time
 from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
+from datetime import UTC, datetime
 from typing import Any
 
 from ex4d import storage
@@ -90,7 +91,7 @@ class Result:
 def log_run(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     """Append a line to run.jsonl: when, where, how long, what each stage cost, and the traceback of each bug."""
     line = {
-        "started": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(started)),
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
         "wall_s": round(time.time() - started, 3),
         "machine": {"node": platform.node(), "cpus": os.cpu_count(), "platform": platform.platform()},
         "settings": dict(settings),

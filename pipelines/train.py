@@ -23,7 +23,7 @@ import socket
 import subprocess
 import sys
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,7 +40,6 @@ if TYPE_CHECKING:
 logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # between one rank's end and the killing of the others, which may be telling the same error
-SHOWN = ("loss", "validation_loss")
 PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher whose child this is
 
 
@@ -130,49 +129,14 @@ def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
     if _is_finished(train, model):
         return 0
     from ex4d.train import report, trainer
+    from ex4d.train.progress import Progress
 
     try:
-        with progress(train) as show:
+        with Progress(train) as show:
             return trainer.train(train, model, place, show)
     except report.NonFinite as error:
         print(f"ex4d train: {error}", file=sys.stderr)
         return 1
-
-
-class progress:
-    """What a person sees of a run: a bar on a terminal, a line every `log_every` steps elsewhere."""
-
-    def __init__(self, train: TrainConfig):
-        self._train = train
-        self._bar: Any = None
-        self._first: int | None = None
-
-    def __enter__(self) -> Callable[[dict[str, Any]], None]:
-        if sys.stdout.isatty():
-            from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
-
-            columns = (TextColumn("train"), BarColumn(), MofNCompleteColumn(), TextColumn("{task.description}"))
-            self._bar = Progress(*columns, TimeRemainingColumn())
-        return self.show
-
-    def __exit__(self, *_: object) -> None:
-        if self._bar is not None:
-            self._bar.stop()
-
-    def show(self, metrics: dict[str, Any]) -> None:
-        """Show one step."""
-        step, total = metrics["step"], self._train.num_steps
-        words = "  ".join(f"{name.removesuffix('_loss')} {metrics[name]:.4f}" for name in SHOWN if metrics.get(name))
-        words += f"  {metrics['step_s']['total']:.2f} s/step"
-        if self._bar is not None:
-            if self._first is None:
-                self._first = self._bar.add_task("", total=total, completed=step)
-                self._bar.start()
-            self._bar.update(self._bar.task_ids[0], completed=step, description=words)
-        elif step == 1 or step % self._train.log_every == 0 or step == total:
-            memory = metrics["peak_memory_bytes"] / 2**30
-            sys.stdout.write(f"step {step}/{total}  {words}  {memory:.1f} GiB\n")  # Ray Train doubles what is printed
-            sys.stdout.flush()
 
 
 # ---------------------------------------------------------------- many local processes

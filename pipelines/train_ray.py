@@ -195,7 +195,7 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
     import ray.train
 
     from ex4d.train import report, trainer
-    from pipelines.train import progress
+    from ex4d.train.progress import Progress
 
     train, context = chosen["train"], ray.train.get_context()
     rank, workers = context.get_world_rank(), context.get_world_size()
@@ -210,7 +210,7 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
     if rank == 0:
         threading.Thread(target=_wait_for_stop, args=(chosen["flag"],), daemon=True).start()
     try:
-        with progress(train) as show:
+        with Progress(train) as show:
             place = Place(rank, workers, context.get_local_rank())
             code = trainer.train(train, chosen["model"], place, show, _stop.is_set, RemoteValidation)
     except report.NonFinite as error:

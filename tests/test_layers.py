@@ -12,13 +12,13 @@ import pytest
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
-FLOOR = {"errors", "config", "retry", "storage", "hub", "video"}
+FLOOR = {"errors", "config", "remote", "storage", "hub", "video"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors"},
-    "retry": set(),
-    "storage": {"errors", "retry"},
+    "remote": set(),
+    "storage": {"errors", "remote"},
     "hub": {"errors"},
     "video": {"errors", "config", "storage"},
     "geometry": FLOOR,

@@ -19,7 +19,7 @@ from fsspec.implementations.memory import MemoryFileSystem
 from hub_server import hub
 from web_server import web_server
 
-from ex4d import retry, storage
+from ex4d import remote, storage
 from ex4d.errors import ConfigError
 
 CONTENT = bytes(range(256)) * 40
@@ -29,7 +29,7 @@ CONTENT = bytes(range(256)) * 40
 def waits(monkeypatch):
     """The seconds that were waited; nobody waits really."""
     found = []
-    monkeypatch.setattr(retry.time, "sleep", found.append)
+    monkeypatch.setattr(remote.time, "sleep", found.append)
     return found
 
 
@@ -84,9 +84,9 @@ def test_every_operation_is_tried_five_times_and_not_more(memory, monkeypatch, w
     assert (len(calls), waits) == (5, [0.25, 0.5, 1.0, 2.0])
     storage.write_bytes(url, CONTENT)
     monkeypatch.undo()
-    monkeypatch.setattr(retry.time, "sleep", waits.append)
+    monkeypatch.setattr(remote.time, "sleep", waits.append)
     calls = failing(monkeypatch, method, passing)
-    with pytest.raises(retry.Unavailable, match="5 attempts"):
+    with pytest.raises(remote.Unavailable, match="5 attempts"):
         OPERATIONS[method](url)
     assert len(calls) == 5
 
@@ -108,7 +108,7 @@ def test_what_will_not_pass_is_tried_once(memory, monkeypatch, waits, error, bec
     calls = failing(monkeypatch, "cat_file", [error] * 9)
     with pytest.raises(becomes) as raised:
         storage.read_bytes(f"{memory}/file")
-    assert (len(calls), waits, isinstance(raised.value, retry.Unavailable)) == (1, [], False)
+    assert (len(calls), waits, isinstance(raised.value, remote.Unavailable)) == (1, [], False)
 
 
 def test_a_lost_connection_that_calls_itself_not_found_is_tried_again():
@@ -116,10 +116,10 @@ def test_a_lost_connection_that_calls_itself_not_found_is_tried_again():
     for cause, passing in ((aiohttp.ClientConnectionError(), True), (None, False), (answer(404), False)):
         error = FileNotFoundError("https://host/file")
         error.__cause__ = cause
-        assert retry.is_passing(error) is passing
-    assert retry.is_passing(answer(404, "NoSuchUpload"))  # the end of an upload that had been heard the first time
-    assert retry.is_passing(EndpointConnectionError(endpoint_url="x"))
-    assert retry.is_passing(IncompleteReadError(actual_bytes=1, expected_bytes=2))
+        assert remote.is_passing(error) is passing
+    assert remote.is_passing(answer(404, "NoSuchUpload"))  # the end of an upload that had been heard the first time
+    assert remote.is_passing(EndpointConnectionError(endpoint_url="x"))
+    assert remote.is_passing(IncompleteReadError(actual_bytes=1, expected_bytes=2))
 
 
 def test_no_secret_is_logged_or_raised(memory, monkeypatch, caplog):
@@ -131,7 +131,7 @@ def test_no_secret_is_logged_or_raised(memory, monkeypatch, caplog):
     told = "".join(traceback_of(raised.value)) + caplog.text
     assert "attempt 1 of 5" in told
     assert "SECRET" not in told
-    assert retry.redacted("https://me:SECRET@host/a/b.mp4?token=SECRET") == "https://host/a/b.mp4"
+    assert remote.redacted("https://me:SECRET@host/a/b.mp4?token=SECRET") == "https://host/a/b.mp4"
 
 
 def traceback_of(error):
@@ -206,7 +206,7 @@ def test_a_web_server_without_ranges(tmp_path, waits):
         assert storage.sha256(url, tmp_path / "copy") == hashlib.sha256(CONTENT).hexdigest()
         assert (tmp_path / "copy").read_bytes() == CONTENT
         assert len(waits) == 4
-        for faults, error in ((["short"] * 9, storage.Truncated), (["cut"] * 9, retry.Unavailable)):
+        for faults, error in ((["short"] * 9, storage.Truncated), (["cut"] * 9, remote.Unavailable)):
             site.faults["/a.bin"] = faults
             with pytest.raises(error):
                 storage.sha256(url)
@@ -214,7 +214,7 @@ def test_a_web_server_without_ranges(tmp_path, waits):
         site.faults["/a.bin"] = [403]
         with pytest.raises(PermissionError):
             storage.sha256(url)
-    with pytest.raises(retry.Unavailable):
+    with pytest.raises(remote.Unavailable):
         storage.sha256(url)
 
 

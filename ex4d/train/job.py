@@ -2,9 +2,8 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass
-from importlib import metadata as packages
 from pathlib import Path
 from typing import Any
 
@@ -130,7 +129,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         )
 
     who = identity(config, chosen, fingerprint)
-    facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen), "versions": versions()}
+    facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen)}
+    facts["versions"] = configs.installed_versions(PACKAGES)
     facts |= {"dataset": fingerprint, "world_size": place.world_size}
     if texts:
         encoder: Encoder = LatentEncoder(base, texts, config.prompt)
@@ -173,14 +173,3 @@ def _with_texts(texts: TextStore) -> loader.Decode:
         return values
 
     return decode
-
-
-def versions(names: Sequence[str] = PACKAGES) -> dict[str, str]:
-    """Return {package: version} of what training, or who asks, rests on; without those that are not installed."""
-    found = {}
-    for name in names:
-        try:
-            found[name] = packages.version(name)
-        except packages.PackageNotFoundError:
-            continue
-    return found

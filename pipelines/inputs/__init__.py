@@ -17,7 +17,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from urllib.parse import unquote
 
-from ex4d import retry, storage
+from ex4d import remote, storage
 from ex4d.errors import ConfigError
 from pipelines.inputs import lists
 from pipelines.inputs.lists import Entry, Span, may_be_video, without_query
@@ -125,7 +125,7 @@ def _expand_one(given: str, root: str | None) -> list[Entry]:
 
 
 def _expand_remote(url: str, root: str | None) -> list[Entry]:
-    shown, plain = retry.redacted(url), without_query(url)
+    shown, plain = remote.redacted(url), without_query(url)
     storage.check_url(url)
     if lists.is_page(url):
         raise ConfigError(KEY, shown, "is a page that shows a video, not a file; download it first")

@@ -26,7 +26,7 @@ from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ex4d import retry, storage
+from ex4d import remote, storage
 from ex4d.errors import BadSample, ConfigError
 from pipelines.inputs import rows
 from pipelines.inputs.rows import Span
@@ -95,7 +95,7 @@ def read(path: str, root: str | None = None) -> Iterator[Entry]:
     if storage.is_local(folder):
         folder = os.path.abspath(os.path.expanduser(folder))
     resolver = _Resolver(path, folder)
-    shown = retry.redacted(path)
+    shown = remote.redacted(path)
     try:
         if without_query(path).endswith(".txt"):
             yield from _read_text(resolver)
@@ -152,7 +152,8 @@ def _parquet_table(file: Any, path: str) -> Iterator[Any]:
         for batch in table.iter_batches(batch_size=4096, columns=list(rows.known(names).values())):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        raise ConfigError("preprocess.input", retry.redacted(path), f"is no Parquet ({type(error).__name__})") from None
+        what = f"is no Parquet ({type(error).__name__})"
+        raise ConfigError("preprocess.input", remote.redacted(path), what) from None
 
 
 class _Resolver:
@@ -165,7 +166,7 @@ class _Resolver:
     def of_line(self, number: int, name: str) -> Iterator[Entry]:
         """Yield the entry of a line of text."""
         if without_query(name).endswith(SUFFIXES):
-            raise ConfigError("preprocess.input", retry.redacted(name), f"a list inside the list {self.listing}")
+            raise ConfigError("preprocess.input", remote.redacted(name), f"a list inside the list {self.listing}")
         try:
             path = self._place(name)
         except BadSample as error:

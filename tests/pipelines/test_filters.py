@@ -9,45 +9,19 @@ from pathlib import Path
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from small_corpus import inline
 
 from ex4d import video
 from ex4d.data import sample
 from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
 from ex4d.errors import ConfigError
-from ex4d.geometry.masks import MaskConfig
 from ex4d.quality import SCORES
-from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, write_corpus
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 from pipelines import preprocess
-from pipelines.preprocess import PreprocessConfig, RayConfig
+from pipelines.preprocess import RayConfig
 from pipelines.stages.caption import CaptionerConfig
 from pipelines.stages.score import FilterConfig
-
-CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, CORPUS)
-    return folder
-
-
-@pytest.fixture
-def config(corpus, tmp_path):
-    return PreprocessConfig(
-        output=str(tmp_path / "out"),
-        input=str(corpus),
-        num_frames=5,
-        size=(32, 32),
-        clips_per_shot=3,
-        masks=MaskConfig(num_masks=1, visibility=0.0, tracking=0.0, novel_view=1.0),
-        val_fraction=0.3,
-    )
-
-
-def inline(config, **more):
-    return preprocess.run(config, runner_name="inline", **more)
 
 
 def samples(config):

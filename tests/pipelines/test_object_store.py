@@ -14,19 +14,16 @@ from functools import partial
 import flaky_store
 import numpy as np
 import pytest
+from small_corpus import CORPUS, choices, inline
 from web_server import web_server
 
 from ex4d import config as configuration
-from ex4d import retry, storage
+from ex4d import remote, storage
 from ex4d.data.loader import LoaderConfig, ShardLoader
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample
-from ex4d.geometry.masks import MaskConfig
-from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import fetch, preprocess
-from pipelines.preprocess import PreprocessConfig
-
-CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
+from ex4d.synthetic import write_corpus
+from pipelines import fetch
 
 
 @pytest.fixture(scope="module")
@@ -45,16 +42,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
-    return PreprocessConfig(
-        output=str(folder / "out"),
-        input=str(corpus),
-        num_frames=5,
-        size=(32, 32),
-        clips_per_shot=3,
-        masks=MaskConfig(num_masks=1, visibility=0.0, tracking=0.0, novel_view=1.0),
-        val_fraction=0.3,
-        cache_dir=str(folder / "cache"),
-    )
+    return choices(corpus, folder / "out", cache_dir=str(folder / "cache"))
 
 
 @pytest.fixture(scope="module")
@@ -72,7 +60,7 @@ def empty_cache(config):
 @pytest.fixture
 def store(monkeypatch):
     """A store without faults yet, and a bucket in it."""
-    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     with flaky_store.object_store(share=0.0) as (address, flaky):
         flaky_store.use(monkeypatch, address)
@@ -98,10 +86,6 @@ def upload(folder, url):
         storage.write_bytes(storage.join(url, name), (folder / name).read_bytes())
 
 
-def inline(config):
-    return preprocess.run(config, runner_name="inline")
-
-
 def tree(config):
     report = verify(config.output, full=True)
     assert report.problems == ()
@@ -113,12 +97,12 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
     assert (local.exit_code, local.counts["samples"], local.counts["videos_rejected"]) == (0, 12, 4)
     upload(corpus, "s3://bucket/in")
     store.share = 0.05
-    remote = replace(config, input="s3://bucket/in", output="s3://bucket/out")
-    result = inline(remote)
+    stored = replace(config, input="s3://bucket/in", output="s3://bucket/out")
+    result = inline(stored)
     assert (result.exit_code, result.counts) == (0, local.counts)
     assert list(result.rejects) == list(local.rejects)
-    assert tree(remote) == tree(config)
-    assert_equal_batches(config, remote)
+    assert tree(stored) == tree(config)
+    assert_equal_batches(config, stored)
     kinds = {"list", "head", "get", "put", "begin", "part", "complete"}
     assert kinds <= set(store.failed)  # every kind of request has failed
     assert store.failed.total() >= 0.05 * store.asked.total()
@@ -126,17 +110,17 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
     storage.write_bytes("s3://bucket/in/empty.mp4", b"replaced")
     shutil.rmtree(config.cache_dir)
     store.read.clear()
-    again = inline(remote)
+    again = inline(stored)
     assert again.worked == {"hash": 7, "split": 1, "clip": 0}
     videos = [path for path in store.read if path.endswith(".mp4")]
     assert set(videos) == {"/bucket/in/empty.mp4"}  # what the store says is unchanged was not read again
     assert "secret-that-nobody-may-see" not in caplog.text + storage.read_bytes("s3://bucket/out/run.jsonl").decode()
 
 
-def assert_equal_batches(config, remote):
+def assert_equal_batches(config, stored):
     """The loader reads the same from both, in the same order."""
     make = partial(ShardLoader, split="train", micro_batch_size=2, seed=0, config=LoaderConfig(num_threads=1))
-    for one, other in zip(*(iter(make(where.output)) for where in (config, remote)), strict=False):
+    for one, other in zip(*(iter(make(where.output)) for where in (config, stored)), strict=False):
         assert (one["keys"], one["captions"]) == (other["keys"], other["captions"])
         assert one["valid"].all()
         np.testing.assert_array_equal(one["frames"], other["frames"])
@@ -197,7 +181,7 @@ def test_no_listing_is_stale_and_a_broken_upload_leaves_what_was_there(store, sm
     new = np.random.default_rng(0).bytes(100_000)
     (tmp_path / "new").write_bytes(new)
     store.refuse = {"part"}
-    with pytest.raises(retry.Unavailable):
+    with pytest.raises(remote.Unavailable):
         storage.move_file(tmp_path / "new", url)
     assert storage.read_bytes(url) == b"old"
     assert not _boto().list_multipart_uploads(Bucket="bucket").get("Uploads")  # nothing that is paid for stays
@@ -209,13 +193,13 @@ def test_no_listing_is_stale_and_a_broken_upload_leaves_what_was_there(store, sm
 
 
 def test_out_of_a_web_server_by_folder_and_by_list(config, local, corpus, tmp_path, monkeypatch):
-    monkeypatch.setattr(retry, "FIRST_DELAY_S", 0.01)
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
     with web_server(corpus) as site:
         site.faults = {f"/{path.name}": [503] for path in corpus.glob("*.mp4")}
-        remote = replace(config, input=f"{site.url}/", output=str(tmp_path / "web"))
-        result = inline(remote)
+        stored = replace(config, input=f"{site.url}/", output=str(tmp_path / "web"))
+        result = inline(stored)
         assert (result.exit_code, result.counts) == (0, local.counts)
-        assert tree(remote) == tree(config)
+        assert tree(stored) == tree(config)
         assert [request for request in site.asked if "copy.mp4" in request and "GET" in request] == [
             "GET /zz/a%20copy.mp4"
         ]
@@ -262,14 +246,14 @@ def test_on_ray_with_two_workers_out_of_and_into_a_flaky_store(config, local, co
     """Through the command line, the workers' own clients included; the client's own retries are off."""
     upload(corpus, "s3://bucket/in")
     store.share = 0.05
-    remote = replace(config, input="s3://bucket/in", output="s3://bucket/out")
-    configuration.dump({"preprocess": remote}, tmp_path / "config.yaml")
+    stored = replace(config, input="s3://bucket/in", output="s3://bucket/out")
+    configuration.dump({"preprocess": stored}, tmp_path / "config.yaml")
     script = "import sys; from pipelines.cli import main; sys.exit(main(sys.argv[1:]))"
     command = [sys.executable, "-c", script, "preprocess", str(tmp_path / "config.yaml")]
     done = subprocess.run(command, capture_output=True, text=True, timeout=280, env=os.environ)
     assert done.returncode == 0, done.stdout + done.stderr
     store.share = 0.0
-    assert tree(remote) == tree(config)
+    assert tree(stored) == tree(config)
     assert local.counts["samples"] == 12
     print("\nasked", dict(store.asked), "failed", dict(store.failed))
     verified = subprocess.run([*command[:3], "verify", "s3://bucket/out"], capture_output=True, text=True, timeout=100)

@@ -12,44 +12,18 @@ from dataclasses import replace
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from small_corpus import CORPUS, inline
 
 from ex4d import video
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
-from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import preprocess
 from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
 from pipelines.stage import chains
 from pipelines.stages import decode
 from pipelines.stages.score import FilterConfig
-
-CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
-
-
-@pytest.fixture(scope="module")
-def corpus(tmp_path_factory):
-    folder = tmp_path_factory.mktemp("corpus")
-    write_corpus(folder, CORPUS)
-    return folder
-
-
-@pytest.fixture
-def config(corpus, tmp_path):
-    return PreprocessConfig(
-        output=str(tmp_path / "out"),
-        input=str(corpus),
-        num_frames=5,
-        size=(32, 32),
-        clips_per_shot=3,
-        masks=MaskConfig(num_masks=1, visibility=0.0, tracking=0.0, novel_view=1.0),
-        val_fraction=0.3,
-    )
-
-
-def inline(config, **more):
-    return preprocess.run(config, runner_name="inline", **more)
 
 
 def tree(config):
@@ -155,8 +129,8 @@ def test_frames_travel_once_at_most_and_memory_is_reserved(config, num_gpus, num
     assert all("frames" not in chain.keep for chain in made[1:])
     for stage in stages.clip:
         assert stage.num_gpus == (num_gpus if made[-1].stages[0].name == "depth" and stage in made[-1].stages else 0)
-        assert 1200 < stage.memory_mb < 1600
-    assert {stage.memory_mb for stage in stages.split} == {1024}
+        assert 700 < stage.memory_mb < 1200
+    assert {stage.memory_mb for stage in stages.split} == {512}
 
 
 def test_every_input_is_accounted_for(config, corpus, tmp_path):

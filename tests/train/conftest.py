@@ -4,8 +4,10 @@ from __future__ import annotations
 
 import os
 import socket
+from pathlib import Path
 
 import pytest
+from make_run import make_base, make_dataset
 
 from ex4d.train.config import Place
 
@@ -28,3 +30,12 @@ def alone():
         os.environ.pop(name, None) if value is None else os.environ.update({name: value})
     yield place
     engine.stop()
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """A folder of the module's own with a dataset and an untrained base."""
+    path = tmp_path_factory.mktemp("train")
+    make_dataset(path)
+    make_base(path)
+    return path

@@ -26,11 +26,12 @@ import numpy as np
 import pytest
 
 from ex4d import config as configs
+from ex4d.config import installed_versions
 from ex4d.data import loader
 from ex4d.models import adapter, backbone
 from ex4d.train import runlog
 from ex4d.train.config import Place, TrainConfig
-from ex4d.train.job import Job, versions
+from ex4d.train.job import PACKAGES, Job
 from ex4d.train.objective import Encoder
 
 sys.path.insert(0, str(Path(__file__).parent))
@@ -124,7 +125,7 @@ def record() -> None:
         losses = train(Path(name) / "run", make_dataset(Path(name)), Place(0, 1, 0))
     engine.stop()
     facts = {"date": datetime.datetime.now(datetime.UTC).date().isoformat(), "machine": platform.machine()}
-    RECORD.write_text(json.dumps(facts | {"versions": versions(), "losses": losses}, indent=1) + "\n")
+    RECORD.write_text(json.dumps(facts | {"versions": installed_versions(PACKAGES), "losses": losses}, indent=1) + "\n")
 
 
 if __name__ == "__main__":

@@ -3,32 +3,25 @@
 from __future__ import annotations
 
 import json
-import os
 import signal
 import socket
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
 import psutil
 import pytest
 import torch
-from make_run import make_base, make_config, make_dataset, make_sample
+from make_run import make_config, make_sample
+from run_command import ROOT, finish, losses, start, steps, wait_for
 
 from ex4d.models import weights
 from ex4d.models.backbone import load_base
-from ex4d.train import checkpoint, objective, runlog
+from ex4d.train import checkpoint, objective
 from ex4d.train.config import EXIT_PREEMPTED
 from ex4d.train.estimate import count_parameters
 from pipelines import cli
 
-ROOT = Path(__file__).resolve().parents[2]
 TWO_RANKS = {"num_steps": 20, "save_every": 10, "micro_batch_size": 2, "num_processes": 2}
-PLAIN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")} | {
-    "OMP_NUM_THREADS": "1"
-}
 
 
 def free_port() -> int:
@@ -37,40 +30,8 @@ def free_port() -> int:
         return probe.getsockname()[1]
 
 
-def start(
-    config: Path, *overrides: str, launcher: tuple[str, ...] = (), environment: dict[str, str] | None = None
-) -> subprocess.Popen:
-    command = [sys.executable, *(launcher or ("-m", "pipelines.cli", "train")), str(config), *overrides]
-    environment = PLAIN | (environment or {})
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, **options)
-
-
-def finish(process: subprocess.Popen) -> tuple[int, str]:
-    try:
-        text, _ = process.communicate(timeout=600)
-    finally:
-        process.kill()
-    return process.returncode, text
-
-
 def wait_for_step(output: Path, step: int) -> None:
-    deadline = time.monotonic() + 300
-    while len(runlog.read(output / "metrics.jsonl")) < step:
-        assert time.monotonic() < deadline, f"step {step} did not come"
-        time.sleep(0.02)
-
-
-def losses(output: Path) -> list[float]:
-    return [metrics["loss"] for metrics in runlog.read(output / "metrics.jsonl")]
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("launch")
-    make_dataset(path)
-    make_base(path)
-    return path
+    wait_for(lambda: len(steps(output)) >= step, f"step {step}")
 
 
 @pytest.fixture(scope="module")
@@ -93,8 +54,7 @@ def test_twenty_steps_killed_after_ten_and_resumed_are_the_same_bit_for_bit(fold
     code, text = finish(start(whole, f"train.output={output}"))
     assert code == 0, text
     assert losses(output) == losses(folder / "whole")
-    steps = [metrics["step"] for metrics in runlog.read(output / "metrics.jsonl")]
-    assert steps == list(range(1, 21))
+    assert [metrics["step"] for metrics in steps(output)] == list(range(1, 21))
 
 
 def test_one_rank_at_stage_three_with_recomputation_learns_the_same(folder, whole):

@@ -5,23 +5,19 @@ from __future__ import annotations
 import os
 import random
 import signal
-import subprocess
-import sys
-import time
 from collections.abc import Iterator
 from contextlib import suppress
 from pathlib import Path
 
 import psutil
 import pytest
-from make_run import make_base, make_config, make_dataset
+from make_run import make_config
+from run_command import finish, losses, start, steps, wait_for
 from safetensors.torch import load_file
 
 from ex4d.train import checkpoint, runlog
 from ex4d.train.config import EXIT_PREEMPTED
 
-ROOT = Path(__file__).resolve().parents[2]
-PLAIN = {k: v for k, v in os.environ.items() if k not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
 RUN = {"num_steps": 30, "save_every": 5, "micro_batch_size": 2, "num_processes": 2, "zero_stage": 2}
 STORE_BYTES = 80 * 2**20
 
@@ -37,49 +33,15 @@ sys.exit(train.main(sys.argv[1:]))
 """
 
 
-def start(config: Path, *overrides: str, program: tuple[str, ...] = ("-m", "pipelines.cli", "train")):
-    command = [sys.executable, *program, str(config), *overrides]
-    environment = PLAIN | {"OMP_NUM_THREADS": "1"}
-    return subprocess.Popen(
-        command, cwd=ROOT, env=environment, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
-    )
-
-
-def finish(process: subprocess.Popen, timeout_s: float = 600) -> tuple[int, str]:
-    try:
-        text, _ = process.communicate(timeout=timeout_s)
-    finally:
-        process.kill()
-    return process.returncode, text
-
-
-def steps(output: Path) -> list[dict]:
-    return runlog.read(output / "metrics.jsonl")
-
-
-def losses(output: Path) -> list[float]:
-    return [metrics["loss"] for metrics in steps(output)]
-
-
-def wait_for(what, why: str, timeout_s: float = 400) -> None:
-    deadline = time.monotonic() + timeout_s
-    while not what():
-        assert time.monotonic() < deadline, f"did not come: {why}"
-        time.sleep(0.02)
+def last_size(output: Path) -> int:
+    """Return how many processes took the last step; 0 where the log goes back to a checkpoint before the first."""
+    return steps(output)[-1]["processes"] if steps(output) else 0
 
 
 def same_adapter(ours: Path, theirs: Path) -> bool:
     """Return whether two runs ended on the same bytes of each tensor."""
     a, b = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (ours, theirs))
     return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
-
-
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    path = tmp_path_factory.mktemp("ray_train")
-    make_dataset(path)
-    make_base(path)
-    return path
 
 
 @pytest.fixture(scope="module")
@@ -223,12 +185,12 @@ def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, 
     longer = ("train.num_steps=300", "train.save_every=10")
     assert finish(start(config, *longer, f"train.output={folder / 'long'}"))[0] == 0
     output = folder / "elastic"
-    process = start(config, *on(cluster, output, *longer, "train.min_processes=1"), program=("-c", IMPATIENT))
+    process = start(config, *on(cluster, output, *longer, "train.min_processes=1"), launcher=("-c", IMPATIENT))
     wait_for(lambda: len(steps(output)) >= 8, "step 8")
     cluster.remove_node(ranks(cluster)[1][0], allow_graceful=False)
-    wait_for(lambda: steps(output)[-1]["processes"] == 1, "a step on one node")
+    wait_for(lambda: last_size(output) == 1, "a step on one node")
     add_node(cluster)
-    wait_for(lambda: steps(output)[-1]["processes"] == 2, "a step on two nodes again")
+    wait_for(lambda: last_size(output) == 2, "a step on two nodes again")
     code, text = finish(process)
     assert code == 0, text
     sizes = [metrics["processes"] for metrics in steps(output)]
