@@ -59,6 +59,7 @@ class PreprocessConfig:
         crop_bars: black bars around a shot are cut off before `fit`.
         score_only: measure scores and show what each threshold would keep, before depth and masks; no shards.
         depth: estimator; depth_path: its file, folder or weights; depth_num_gpus: share of a GPU for each, 0 for CPU.
+        depth_batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
         profile: "default", or "released" for the mapping of depth that the published weights saw.
         captioner: describes clips that have no caption; None leaves them without.
@@ -100,6 +101,7 @@ class PreprocessConfig:
     depth: str = "sidecar"
     depth_path: str | None = None
     depth_num_gpus: float = 0.0
+    depth_batch_size: int | None = None
     fov_deg: float = 54.0
     profile: str = "default"
     captioner: CaptionerConfig | None = None
@@ -142,6 +144,7 @@ def check(config: PreprocessConfig) -> None:
     need(config.min_shot_s >= 0, "min_shot_s", "at least 0")
     need(config.depth in ESTIMATORS, "depth", ", ".join(ESTIMATORS))
     need(config.depth_num_gpus >= 0, "depth_num_gpus", "0 for CPU, else a share of a GPU or a whole number")
+    need(config.depth_batch_size is None or config.depth_batch_size >= 1, "depth_batch_size", "null, or at least 1")
     need(1 <= config.fov_deg <= 170, "fov_deg", "1 to 170")
     need(config.profile in PROFILES, "profile", ", ".join(PROFILES))
     need(set(config.members) <= set(MEMBERS), "members", f"a list of {', '.join(MEMBERS)}")
@@ -203,6 +206,7 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     everything = to_dict(config)
     chosen = {name: everything[name] for name in names}
     chosen["depth_weights"] = "" if config.score_only else _depth_weights(config.depth, config.depth_path)
+    chosen["depth_batch_size"] = config.depth_batch_size  # other sums, so perhaps other last digits
     chosen["captioner"] = None
     if config.captioner is not None and not config.score_only:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}

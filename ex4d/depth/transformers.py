@@ -64,7 +64,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
     device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = hub.resolve(request.depth_path or network.hub_id, FILES, "depth_path")
     model, settings, digest = _load(name, str(folder), device)
-    size = GPU_BATCH if device == "cuda" else 1
+    size = request.batch_size or (GPU_BATCH if device == "cuda" else 1)
     parts, fields = [], []
     for start in range(0, len(frames), size):
         values, fov = _run(model, settings, frames[start : start + size], device)

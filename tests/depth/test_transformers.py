@@ -7,8 +7,8 @@ import json
 import numpy as np
 import pytest
 
-from ex4d.depth import DepthRequest, estimate
-from ex4d.depth.transformers import working_size
+from ex4d.depth import DepthRequest, estimate, transformers
+from ex4d.depth.transformers import NETWORKS, working_size
 from ex4d.errors import BadSample, ConfigError, ContractError
 
 DINOV2 = {
@@ -155,6 +155,17 @@ def test_each_network_runs_from_its_own_checkpoint(checkpoints, name: str, kind:
     assert first.provenance["estimator"] == name
     assert len(first.provenance["weights_sha256"]) == 64
     assert first.provenance["licence"]
+
+
+@pytest.mark.parametrize("name", NETWORKS)
+def test_frames_in_batches_have_the_depth_of_frames_alone(checkpoints, name, monkeypatch):
+    seen = []
+    run = transformers._run
+    monkeypatch.setattr(transformers, "_run", lambda *args: seen.append(len(args[2])) or run(*args))
+    alone = estimate(name, pictures(5), DepthRequest(depth_path=checkpoints[name]))
+    batches = estimate(name, pictures(5), DepthRequest(depth_path=checkpoints[name], batch_size=2))
+    assert seen == [1] * 5 + [2, 2, 1]
+    np.testing.assert_allclose(batches.values, alone.values, rtol=1e-4, atol=1e-6)
 
 
 def test_depth_pro_gives_intrinsics(checkpoints):
