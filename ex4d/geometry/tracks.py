@@ -20,6 +20,7 @@ Flows = dict[tuple[int, int], np.ndarray]
 MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
 MAX_SLOPE = 0.3  # px of flow per px
 FINEST_PX = 256  # flow is found down to pictures of about this size
+STEPS_PX = 128  # and where it is only the start of another search, to this one
 
 
 @contextmanager
@@ -35,7 +36,7 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
+def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int = FINEST_PX) -> Flows:
     """Return {(i, j): flow float32 [H, W, 2] px (x, y) from frame i to frame j} for every j = i ± gap.
 
     A wider pair starts from the chain of two narrower ones, since displacements over 10 px are lost when it is found
@@ -43,6 +44,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
 
     Args:
         frames: uint8 [T, H, W, 3].
+        finest_px: side of the pictures that the search ends in.
 
     Raises:
         BadSample: flow_size, where a side is under 16 px, less than two of the method's patches.
@@ -52,7 +54,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     if min(frames.shape[1:3]) < 16:
         raise BadSample("flow_size", f"{frames.shape[1:3]} is too small for optical flow, which needs 16 px")
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis = _dis(frames.shape[1:3])
+    dis = _dis(frames.shape[1:3], finest_px)
     flows: Flows = {}
     with one_thread():
         for gap in gaps:
@@ -68,13 +70,13 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     return flows
 
 
-def _dis(size: tuple[int, ...]) -> Any:
+def _dis(size: tuple[int, ...], finest_px: int) -> Any:
     import cv2
 
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
     # Down to the full size halves the preset's error at 96 px. At 512 px, half the size takes 0.27 of the time, and
     # 99.2 instead of 99.6 % of the kept tracks lie within 2 px of the truth; a quarter loses a fifth of the tracks.
-    dis.setFinestScale(max(0, round(math.log2(min(size) / FINEST_PX))))
+    dis.setFinestScale(max(0, round(math.log2(min(size) / finest_px))))
     return dis
 
 
@@ -116,9 +118,9 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
     num_frames, height, width = frames.shape[:3]
     limit = max(MAX_ERROR_PX, min(height, width) / 512)
-    steps = pair_flows(frames)
+    steps = pair_flows(frames, finest_px=STEPS_PX)
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis = _dis((height, width))
+    dis = _dis((height, width), FINEST_PX)
     there = np.zeros((num_frames, height, width, 2), np.float32)
     back = np.zeros((height, width, 2), np.float32)
     visible = np.ones((num_frames, height, width), bool)
