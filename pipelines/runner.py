@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from functools import partial
@@ -30,7 +30,8 @@ class RayConfig:
     Args:
         address: of a running cluster ("auto", "host:port", "ray://…"); None starts one here and stops it at the end.
         object_store_mb: size of the object store that is started here; None lets Ray choose.
-        gpu_actors: actors of each stage that needs a GPU; None: as many as the cluster's GPUs can hold.
+        gpu_actors: most actors of each stage that needs a GPU; None: as many as the cluster's GPUs can hold. In any
+            case one CPU is left to the other stages.
     """
 
     address: str | None = None
@@ -115,7 +116,7 @@ def _mapped(dataset: Any, chain: Chain, context: Any, attempts: Attempts | None,
         options["memory"] = int(min(memory_mb << 20, largest))
     if not num_gpus:
         return dataset.map(partial(_work, chain, context, attempts), **options)
-    size = ray_config.gpu_actors or max(1, int(ray.cluster_resources().get("GPU", 0) / num_gpus))
+    size, options["num_cpus"] = _pool(ray.cluster_resources(), ray_config.gpu_actors, num_cpus, num_gpus)
     return dataset.map(
         _Worker,
         fn_constructor_args=(chain, context, attempts),
@@ -123,6 +124,18 @@ def _mapped(dataset: Any, chain: Chain, context: Any, attempts: Attempts | None,
         num_gpus=num_gpus,
         **options,
     )
+
+
+def _pool(cluster: Mapping[str, float], wanted: int | None, num_cpus: float, num_gpus: float) -> tuple[int, float]:
+    """Return (how many actors work on the GPUs, CPUs of each).
+
+    Actors hold their CPUs to the end, and a clip reaches them through tasks that need one: were all CPUs theirs,
+    neither could begin.
+    """
+    cpus = cluster.get("CPU", 0.0)
+    size = wanted or max(1, int(cluster.get("GPU", 0.0) / num_gpus))
+    left = max(0.0, cpus - 1)
+    return (max(1, min(size, int(left / num_cpus))), num_cpus) if left >= num_cpus else (1, 0.0)
 
 
 class _Worker:

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 
 from ex4d import config
+from ex4d.data.verify import verify
 from ex4d.synthetic import Scene, SyntheticConfig, write_corpus
 
 logger = logging.getLogger(__name__)
@@ -54,13 +55,17 @@ def remux(minute: Path, path: Path, times: int) -> Path:
     return path
 
 
-def watched(folder: Path, **choices) -> dict:
+def watched(folder: Path, num_gpus: int = 0, **choices) -> dict:
     """Return what a run says of its memory."""
     settings = {"output": str(folder / "out"), "masks": {"num_masks": 1}, "num_workers": 2, **choices}
+    folder.mkdir(exist_ok=True)
     config.dump({"preprocess": settings}, folder / "config.yaml")
     script = Path(__file__).with_name("watched_run.py")
     done = subprocess.run(
-        [sys.executable, str(script), str(folder / "config.yaml")], capture_output=True, text=True, timeout=3000
+        [sys.executable, str(script), str(folder / "config.yaml"), str(num_gpus)],
+        capture_output=True,
+        text=True,
+        timeout=3000,
     )
     assert done.returncode == 0, done.stderr[-2000:]
     facts = json.loads(done.stdout.splitlines()[-1])
@@ -107,3 +112,21 @@ def test_ten_times_the_corpus_takes_no_more_memory(tmp_path):
         found[num_videos] = watched(folder, input=str(folder / "in"), **clips)
         assert found[num_videos]["counts"]["samples"] == 2 * num_videos
     check(found[20], found[200])
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+@pytest.mark.timeout(1200)
+def test_clips_that_travel_to_the_actors_of_a_gpu_are_never_many_at_once(tmp_path):
+    """Only then do frames enter the object store: 308 MB in all. Ray believes in a GPU, and has two CPUs."""
+    corpus = SyntheticConfig(num_videos=32, num_frames=49, size=(256, 256), supersample=1)
+    write_corpus(tmp_path / "in", corpus)
+    masks = {"num_masks": 1, "tracking": 0.0, "visibility": 1.0, "novel_view": 0.0}
+    clips = {"input": str(tmp_path / "in"), "num_frames": 49, "size": [256, 256], "masks": masks}
+    trees = {}
+    for name, num_gpus in (("tasks", 0), ("actors", 1)):
+        found = watched(tmp_path / name, num_gpus, **clips, depth_num_gpus=0.5 * num_gpus)
+        assert (found["counts"]["samples"], found["actors"] > 0) == (32, num_gpus > 0)
+        assert found["store_mb"] <= 500
+        trees[name] = verify(str(tmp_path / name / "out")).tree_sha256
+    assert trees["tasks"] == trees["actors"]

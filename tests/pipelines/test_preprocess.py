@@ -18,7 +18,7 @@ from ex4d import video
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
-from pipelines import preprocess
+from pipelines import preprocess, runner
 from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
 from pipelines.stage import chains
@@ -131,6 +131,14 @@ def test_frames_travel_once_at_most_and_memory_is_reserved(config, num_gpus, num
         assert stage.num_gpus == (num_gpus if made[-1].stages[0].name == "depth" and stage in made[-1].stages else 0)
         assert 700 < stage.memory_mb < 1200
     assert {stage.memory_mb for stage in stages.split} == {512}
+
+
+@pytest.mark.parametrize(
+    ("cpus", "gpus", "wanted", "pool"),
+    [(2, 1, None, (1, 1)), (16, 1, None, (4, 1)), (16, 8, None, (15, 1)), (16, 8, 3, (3, 1)), (1, 1, None, (1, 0))],
+)
+def test_actors_of_a_gpu_leave_a_cpu_to_what_feeds_them(cpus, gpus, wanted, pool):
+    assert runner._pool({"CPU": cpus, "GPU": gpus}, wanted, num_cpus=1.0, num_gpus=0.25) == pool
 
 
 def test_every_input_is_accounted_for(config, corpus, tmp_path):

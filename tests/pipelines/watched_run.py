@@ -1,7 +1,8 @@
-"""`python watched_run.py CONFIG.yaml`: a preprocess run on Ray that says what memory it took, as a line of JSON.
+"""`python watched_run.py CONFIG.yaml [NUM_GPUS]`: a preprocess run on Ray that says what memory it took, in JSON.
 
 Peaks, MB: `driver_mb` and `worker_mb` (the largest Ray worker, its decoding child included) are resident memory without
-shared pages; `store_mb` is what the object store ever held at once.
+shared pages; `store_mb` is what the object store ever held at once. With NUM_GPUS Ray believes in so many GPUs, so that
+stages which ask for one run in its actors; `actors` are how many processes those were.
 """
 
 from __future__ import annotations
@@ -26,6 +27,7 @@ class Watch(threading.Thread):
     def __init__(self) -> None:
         super().__init__(daemon=True)
         self.peaks: Counter[str] = Counter()
+        self.actors: set[int] = set()
         self.done = threading.Event()
 
     def run(self) -> None:
@@ -38,6 +40,8 @@ class Watch(threading.Thread):
                     if command and command[0].endswith("raylet/raylet"):
                         self._store(process)
                     elif command and command[0].startswith("ray::Map"):
+                        if "Worker" in command[0]:
+                            self.actors.add(process.pid)
                         children = process.children(recursive=True)
                         self._peak("worker_mb", _own_mb(process) + sum(_own_mb(child) for child in children))
 
@@ -58,8 +62,13 @@ def _own_mb(process: psutil.Process) -> float:
     return (memory.rss - memory.shared) / 2**20
 
 
-def main(path: str) -> int:
+def main(path: str, num_gpus: int = 0) -> int:
     sections = config.load(path, preprocess.SECTIONS)
+    if num_gpus:
+        import ray
+
+        store = {"object_store_memory": sections["ray"].object_store_mb << 20}  # as a Ray that the run itself starts
+        ray.init(address="local", num_cpus=2, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, **store)
     watch = Watch()
     watch.start()
     started = time.monotonic()
@@ -67,11 +76,15 @@ def main(path: str) -> int:
     watch.done.set()
     watch.join()
     facts = {name: round(value, 1) for name, value in watch.peaks.items()}
-    facts |= {"wall_s": round(time.monotonic() - started, 1), "counts": dict(result.counts)}
+    facts |= {
+        "actors": len(watch.actors),
+        "wall_s": round(time.monotonic() - started, 1),
+        "counts": dict(result.counts),
+    }
     facts["stage_s"] = {name: round(tally.worker_s, 1) for name, tally in result.stages.items()}
     print(json.dumps(facts))
     return result.exit_code
 
 
 if __name__ == "__main__":
-    sys.exit(main(sys.argv[1]))
+    sys.exit(main(sys.argv[1], *map(int, sys.argv[2:])))
