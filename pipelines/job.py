@@ -80,21 +80,23 @@ class Job:
                 message = f"same content as {first[row['sha256']]['name']}"
                 self._reject("video", refused(row, "filtered", "hash", "duplicate", message))
             else:
-                first[row["sha256"]] = row
+                first[row["sha256"]] = row | {"seconds": {}}  # they are counted
         return list(first.values())
 
     def _records(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with the `record` of each video, from the ledger or worked out now."""
-        made, refusal = settings.video_fingerprints(self.config)
+        finished, refusal = settings.video_fingerprints(self.config)
         for row in rows:
-            row["artifact"] = f"videos/{row['sha256']}.{made}.json"
+            row["artifact"] = f"videos/{row['sha256']}.{finished}.json"
             row["refusal_artifact"] = f"videos/{row['sha256']}.{refusal}.json"
         missing = self._missing(rows)
         fresh = {row["key"]: row for row in self._run("split", self.stages.split, missing, ("record",))}
         for row in rows:
-            row["record"] = (
-                fresh[row["key"]]["record"] if row["key"] in fresh else self.ledger.read(self._finished(row))
-            )
+            made = fresh.get(row["key"])
+            if made is None:
+                row["record"] = self.ledger.read(self._finished(row))
+            else:  # without a record where writing it failed
+                row["record"] = made["record"] or {"refusal": made["refusal"]}
             self._note(row["key"], row["record"]["refusal"])
         return list(rows)
 

@@ -15,6 +15,7 @@ from __future__ import annotations
 
 import fcntl
 import json
+import logging
 import os
 import re
 import uuid
@@ -26,6 +27,8 @@ from typing import Any
 from ex4d import storage
 from ex4d.config import fingerprint, to_dict
 from ex4d.errors import ConfigError, ContractError
+
+logger = logging.getLogger(__name__)
 
 VIDEOS, CLIPS, SCORES, ATTEMPTS = "staging/videos", "staging/clips", "staging/scores", "staging/attempts"
 CONFIG = "staging/config.json"
@@ -171,17 +174,27 @@ class Attempts:
     run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
 
     def begin(self, work: str, key: str) -> bool:
-        """Return True where `work` on the row `key` may be tried; the try counts as a death until `end`."""
+        """Return True where `work` on the row `key` may be tried; the try counts as a death until `end`.
+
+        Where the mark cannot be read or written, it may: a store that is away for a moment must not end a run.
+        """
         url = self._url(work, key)
-        begun = storage.read_bytes(url).decode().split() if storage.exists(url) else []
-        may = begun.count(self.run) < self.limit and len(begun) < self.limit * self.RUNS_LIMIT
-        if may:
-            self._write(url, [*begun, self.run])
+        try:
+            begun = storage.read_bytes(url).decode().split() if storage.exists(url) else []
+            may = begun.count(self.run) < self.limit and len(begun) < self.limit * self.RUNS_LIMIT
+            if may:
+                self._write(url, [*begun, self.run])
+        except OSError as error:
+            logger.warning("an attempt is not marked: %s", error)
+            return True
         return may
 
     def end(self, work: str, key: str) -> None:
         """Note that the work ended and its process lives."""
-        storage.remove(self._url(work, key))
+        try:
+            storage.remove(self._url(work, key))
+        except OSError as error:  # the mark counts as a death, of which it takes several
+            logger.warning("an attempt stays marked: %s", error)
 
     def _url(self, work: str, key: str) -> str:
         return storage.join(self.output, ATTEMPTS, fingerprint(work, key))

@@ -155,7 +155,10 @@ class Progress:
         }
         # Object stores cannot append: the file is one run's, written whole.
         self._lines.append(json.dumps(line))
-        storage.write_bytes(storage.join(self.output, FILE), ("\n".join(self._lines) + "\n").encode())
+        try:
+            storage.write_bytes(storage.join(self.output, FILE), ("\n".join(self._lines) + "\n").encode())
+        except OSError as error:  # the next line takes this one along
+            logger.warning("%s is not written: %s", FILE, error)
 
 
 class Collector:

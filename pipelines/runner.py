@@ -28,7 +28,8 @@ class RayConfig:
     """Where Ray is.
 
     Args:
-        address: of a running cluster ("auto", "host:port", "ray://…"); None starts one here and stops it at the end.
+        address: of a running cluster ("auto", "host:port"); None starts one here and stops it at the end. Not "ray://…":
+            Ray Data needs a driver on a machine of the cluster.
         object_store_mb: size of the object store that is started here; None lets Ray choose.
         gpu_actors: most actors of each stage that needs a GPU; None: as many as the cluster's GPUs can hold. In any
             case one CPU is left to the other stages.
@@ -97,7 +98,7 @@ def on_ray(
     while wave := [pack_row(row) for row in islice(waiting, WAVE_ROWS)]:
         dataset = ray.data.from_items(wave, override_num_blocks=-(-len(wave) // rows_per_task))
         for chain in work:
-            dataset = _mapped(dataset, chain, context, attempts, ray_config)
+            dataset = _mapped(dataset, _Work(chain, context, attempts, os.getcwd()), ray_config)
         for packed in dataset.iter_rows():
             row = unpack_row(packed)
             if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
@@ -105,66 +106,99 @@ def on_ray(
             yield row
 
 
-def _mapped(dataset: Any, chain: Chain, context: Any, attempts: Attempts | None, ray_config: RayConfig) -> Any:
+def _mapped(dataset: Any, work: _Work, ray_config: RayConfig) -> Any:
     import ray
 
-    num_cpus, num_gpus, memory_mb = chain.stages[0].needs
+    num_cpus, num_gpus, memory_mb = work.chain.stages[0].needs
     options: dict[str, Any] = {"num_cpus": num_cpus}
+    memory = [int(node["Resources"].get("memory", 0)) for node in ray.nodes() if node["Alive"]]
     if memory_mb is not None:
         # A machine that has less takes one call at a time, instead of waiting for ever for a larger one.
-        largest = max(node["Resources"].get("memory", 0) for node in ray.nodes() if node["Alive"])
-        options["memory"] = int(min(memory_mb << 20, largest))
+        options["memory"] = min(memory_mb << 20, max(memory))
     if not num_gpus:
-        return dataset.map(partial(_work, chain, context, attempts), **options)
-    size, options["num_cpus"] = _pool(ray.cluster_resources(), ray_config.gpu_actors, num_cpus, num_gpus)
+        return dataset.map(partial(_run, work), **options)
+    size, options = _pool(ray.cluster_resources(), memory, ray_config.gpu_actors, options, num_gpus)
     return dataset.map(
         _Worker,
-        fn_constructor_args=(chain, context, attempts),
+        fn_constructor_args=(work,),
         compute=ray.data.ActorPoolStrategy(size=size),
         num_gpus=num_gpus,
         **options,
     )
 
 
-def _pool(cluster: Mapping[str, float], wanted: int | None, num_cpus: float, num_gpus: float) -> tuple[int, float]:
-    """Return (how many actors work on the GPUs, CPUs of each).
+def _pool(
+    cluster: Mapping[str, float], memory: Sequence[int], wanted: int | None, options: dict[str, Any], num_gpus: float
+) -> tuple[int, dict[str, Any]]:
+    """Return (how many actors work on the GPUs, what each of them takes).
 
-    Actors hold their CPUs to the end, and a clip reaches them through tasks that need one: were all CPUs theirs,
-    neither could begin.
+    Actors hold what they take to the end, and a clip reaches them through tasks that need as much: were all CPUs or all
+    memory theirs, neither could begin. Where there is only enough for one, the actor takes none of it.
+
+    Args:
+        cluster: of Ray. memory: bytes of each node. options: `num_cpus` and perhaps `memory` (bytes) of a task.
     """
-    cpus = cluster.get("CPU", 0.0)
-    size = wanted or max(1, int(cluster.get("GPU", 0.0) / num_gpus))
-    left = max(0.0, cpus - 1)
-    return (max(1, min(size, int(left / num_cpus))), num_cpus) if left >= num_cpus else (1, 0.0)
+    size, taken = wanted or max(1, int(cluster.get("GPU", 0.0) / num_gpus)), dict(options)
+    rooms = {"num_cpus": int(cluster.get("CPU", 0.0) / options["num_cpus"])}
+    if "memory" in options:
+        rooms["memory"] = sum(there // options["memory"] for there in memory)
+    for name, room in rooms.items():
+        size = max(1, min(size, room - 1))
+        if room < 2:
+            taken[name] = 0 if name == "num_cpus" else None  # Ray takes 1 for no word of CPUs
+    return size, taken
+
+
+@dataclass(frozen=True)
+class _Work:
+    """What a worker does with each row: a chain of stages, their context, and where the driver runs."""
+
+    chain: Chain
+    context: Any
+    attempts: Attempts | None
+    folder: str
+
+    def __call__(self, packed: dict[str, Any]) -> dict[str, Any]:
+        """Return the packed row after the chain."""
+        row = unpack_row(packed)
+        if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
+            return packed
+        name = self.chain.stages[0].name
+        if self.attempts is not None and not self.attempts.begin(name, row["key"]) and row["refusal"] is None:
+            row = refused(row, "bad", name, "worker_crash", "the processes that worked on it died")
+        try:
+            return pack_row(self.chain(row, self.context))
+        except (ConfigError, ContractError) as error:
+            # Ray would wrap it and retry; as a row it reaches the driver as what it is.
+            kind = type(error).__name__
+            arguments = [str(part) for part in error.args] if isinstance(error, ContractError) else _config_parts(error)
+            refusal = {"fate": "stop", "stage": "", "reason": kind, "message": str(error), "arguments": arguments}
+            return pack_row({"key": row["key"], "refusal": refusal, "seconds": {}})
+        finally:
+            if self.attempts is not None:
+                self.attempts.end(name, row["key"])
+
+    def prepare(self) -> None:
+        """Make this process one where the work means the same as in the driver's: relative paths, threads."""
+        if os.path.isdir(self.folder):
+            os.chdir(self.folder)
+        quiet_threads()
 
 
 class _Worker:
     """A process that keeps its model between rows."""
 
-    def __init__(self, chain: Chain, context: Any, attempts: Attempts | None):
-        self.chain, self.context, self.attempts = chain, context, attempts
+    def __init__(self, work: _Work):
+        work.prepare()
+        self.work = work
 
     def __call__(self, packed: dict[str, Any]) -> dict[str, Any]:
-        return _work(self.chain, self.context, self.attempts, packed)
+        return self.work(packed)
 
 
-def _work(chain: Chain, context: Any, attempts: Attempts | None, packed: dict[str, Any]) -> dict[str, Any]:
-    quiet_threads()
-    row = unpack_row(packed)
-    name = chain.stages[0].name
-    if attempts is not None and not attempts.begin(name, row["key"]) and row["refusal"] is None:
-        row = refused(row, "bad", name, "worker_crash", "the processes that worked on it died")
-    try:
-        return pack_row(chain(row, context))
-    except (ConfigError, ContractError) as error:
-        # Ray would wrap it and retry; as a row it reaches the driver as what it is.
-        kind = type(error).__name__
-        arguments = [str(part) for part in error.args] if isinstance(error, ContractError) else _config_parts(error)
-        refusal = {"fate": "stop", "stage": "", "reason": kind, "message": str(error), "arguments": arguments}
-        return pack_row({"key": row["key"], "refusal": refusal, "seconds": {}})
-    finally:
-        if attempts is not None:
-            attempts.end(name, row["key"])
+def _run(work: _Work, packed: dict[str, Any]) -> dict[str, Any]:
+    work.prepare()
+    return work(packed)
 
 
 def _config_parts(error: ConfigError) -> list[str]:
@@ -188,6 +222,9 @@ def _settings(context: Any) -> None:
     """Nothing relies on Ray's retries or on skipped blocks: rows carry their own fate, the ledger the results."""
     logging.getLogger("ray.data").setLevel(logging.ERROR)
     context.enable_progress_bars = False
+    # A task gives its rows when it has done all of them, and reading one long video may take more than the half hour
+    # after which Ray would end the run. What may hang is in a child with limits of its own.
+    context.execution_no_progress_timeout_s = -1
     context.max_errored_blocks = 0
     context.execution_options.preserve_order = False
     context.print_on_execution_start = False

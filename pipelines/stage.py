@@ -28,6 +28,8 @@ Row = dict[str, Any]
 # Columns of every row, beside those that stages declare: its name in logs and tables, how it was refused
 # ({"fate", "stage", "reason", "message"} or None), and the seconds that each stage took.
 ROW_COLUMNS = ("key", "refusal", "seconds")
+# A store, a network or a disk may be well again at the next run: refusals for these reasons are not written down.
+PASSING = ("unreadable", "truncated_download")
 
 
 @dataclass(frozen=True)
@@ -72,6 +74,11 @@ def refuse(row: Row, stage: str, error: BadSample | Filtered) -> Row:
 def is_bug(row: Row) -> bool:
     """Return True where a row was refused by an error that nobody raised on purpose."""
     return row["refusal"] is not None and row["refusal"]["reason"].startswith("bug:")
+
+
+def is_lasting(row: Row) -> bool:
+    """Return True where the same choices will refuse a row again, so that it need not be tried."""
+    return row["refusal"] is not None and row["refusal"]["reason"] not in PASSING and not is_bug(row)
 
 
 def refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: str) -> Row:

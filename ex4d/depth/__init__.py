@@ -49,6 +49,7 @@ class DepthRequest:
     frame_index: int64 [T], where the clip's frames stand in the source's presentation order; None is 0 … T − 1.
     fit: how the source's pictures became the clip's frames; None where they were not changed.
     seed: of whatever is drawn.
+    device: of a network, "cuda" or "cpu"; None is a GPU where there is one.
     batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
     """
 
@@ -57,6 +58,7 @@ class DepthRequest:
     frame_index: np.ndarray | None = None
     fit: Fit | None = None
     seed: int = 0
+    device: str | None = None
     batch_size: int | None = None
 
 

@@ -48,7 +48,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
     """
     import torch
 
-    networks = load(request.depth_path, "cuda" if torch.cuda.is_available() else "cpu")
+    networks = load(request.depth_path, request.device or ("cuda" if torch.cuda.is_available() else "cpu"))
     noise = torch.Generator().manual_seed(request.seed)  # on the CPU: the same on every device
     with torch.inference_mode():
         pictures = working_pictures(frames)

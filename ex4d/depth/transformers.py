@@ -61,7 +61,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
     import torch
 
     network = NETWORKS[name]
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = hub.resolve(request.depth_path or network.hub_id, FILES, "depth_path")
     model, settings, digest = _load(name, str(folder), device)
     size = request.batch_size or (GPU_BATCH if device == "cuda" else 1)

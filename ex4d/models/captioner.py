@@ -21,7 +21,9 @@ KEY = "preprocess.captioner.model"
 ADVICE = "for example Salesforce/blip-image-captioning-base (BSD-3-Clause, 0.99 GB in safetensors)"
 
 
-def caption(frames: np.ndarray, weights: str, prompt: str = "", max_new_tokens: int = 40) -> tuple[str, dict[str, str]]:
+def caption(
+    frames: np.ndarray, weights: str, prompt: str = "", max_new_tokens: int = 40, device: str = "cpu"
+) -> tuple[str, dict[str, str]]:
     """Return (a caption, what made it: `model`, `revision`, `weights_sha256`) of a clip.
 
     Args:
@@ -29,6 +31,7 @@ def caption(frames: np.ndarray, weights: str, prompt: str = "", max_new_tokens: 
         weights: a local folder or `hub-id[@revision]`.
         prompt: what the caption begins with; "" for nothing.
         max_new_tokens: its greatest length.
+        device: "cuda" or "cpu".
 
     Raises:
         ConfigError: the weights are not here and cannot be fetched, or are of another family.
@@ -36,7 +39,6 @@ def caption(frames: np.ndarray, weights: str, prompt: str = "", max_new_tokens: 
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
     folder = folder_of(weights)
     model, processor, tokenizer, digest = _load(str(folder), device)
     pixels = processor(images=frames[len(frames) // 2], return_tensors="pt")["pixel_values"].to(device, model.dtype)

@@ -62,7 +62,7 @@ def opened(source: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
 
     Raises:
         BadSample: all of `sniff.container_of`, and `no_video_stream`, `size_limit`, `no_size`, `encrypted`,
-            `timescale_zero`, `truncated`, `open_error`.
+            `timescale_zero`, `truncated`, `open_error`, `unreadable` (the system gives no file: it may later).
     """
     import av
 
@@ -111,7 +111,7 @@ def _binary(source: str | Path | bytes) -> IO[bytes]:
     try:
         return Path(source).open("rb")
     except OSError as error:
-        raise BadSample("open_error", error.strerror or type(error).__name__) from error
+        raise BadSample("unreadable", error.strerror or type(error).__name__) from error
 
 
 def video_streams(container: Any) -> list[Any]:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import ast
+import json
 import math
 from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
@@ -62,9 +63,9 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
     pairs = _parsed(row["timestamp"])
     if not isinstance(pairs, list | tuple) or not pairs:
         raise BadSample("bad_row", "timestamp is no list")
-    if not isinstance(pairs[0], list | tuple):
-        pairs = [pairs]
-    captions = _parsed(caption) if isinstance(caption, list | tuple) or len(pairs) > 1 else caption
+    nested = isinstance(pairs[0], list | tuple)
+    pairs = pairs if nested else [pairs]
+    captions = _parsed(caption) if nested else caption  # a caption of one span may begin with a bracket
     if not isinstance(captions, list | tuple):
         captions = [captions] * len(pairs)
     if len(captions) != len(pairs):
@@ -78,9 +79,13 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
 
 
 def _parsed(value: Any) -> Any:
-    """Return a list that is written as text, or the value itself; only literals are read."""
+    """Return a list that is written as text, as JSON or as Python's literal, or the value itself."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "(")):
         return value
+    try:
+        return json.loads(value)
+    except (ValueError, RecursionError):
+        pass  # then it is Python's, or none
     try:
         return ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
@@ -112,4 +117,5 @@ def _caption(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str:
-    return str(value).encode("utf-8", "surrogateescape").decode("utf-8", "replace").strip()
+    """Return a text without lone surrogates, which no file can hold; pairs become the character that they stand for."""
+    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()

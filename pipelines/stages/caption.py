@@ -37,7 +37,8 @@ def caption(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         return {"caption": row["caption"], "caption_facts": {"source": row["caption_source"], **NO_MODEL}}
     from ex4d.models import captioner as network
 
-    text, facts = network.caption(row["frames"], captioner.model, captioner.prompt, captioner.max_new_tokens)
+    device = "cuda" if captioner.num_gpus else "cpu"
+    text, facts = network.caption(row["frames"], captioner.model, captioner.prompt, captioner.max_new_tokens, device)
     return {"caption": text, "caption_facts": {"source": "model", **facts}}
 
 

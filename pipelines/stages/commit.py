@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.ledger import Ledger
-from pipelines.stage import Row, Stage, is_bug
+from pipelines.stage import Row, Stage, is_lasting
 
 if TYPE_CHECKING:
     from pipelines.settings import PreprocessConfig
@@ -17,8 +17,10 @@ if TYPE_CHECKING:
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `record`: what is known of the video now (its columns, or a refusal), after writing it down."""
     record = {name: row[name] for name in ("info", "pts_runs", "cuts", "shots", "hashes", "refusal")}
-    if not is_bug(row):
-        Ledger(config.output).write_video(row["artifact" if row["refusal"] is None else "refusal_artifact"], record)
+    if row["refusal"] is None:
+        Ledger(config.output).write_video(row["artifact"], record)
+    elif is_lasting(row):
+        Ledger(config.output).write_video(row["refusal_artifact"], record)
     return {"record": record}
 
 
@@ -82,8 +84,8 @@ def _unicode(value: Any) -> Any:
 
 
 def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return nothing; a clip that was refused has a record in staging afterwards. Bugs leave none: they are retried."""
-    if row["refusal"] is not None and not is_bug(row):
+    """Return nothing; a clip that was refused for good has a record in staging afterwards."""
+    if is_lasting(row):
         scores = {} if row["scores"] is None else {"scores": row["scores"]}
         Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"] | scores)
     return {}

@@ -32,6 +32,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         frame_index=np.asarray(row["frame_index"], np.int64),
         fit=Fit((row["size"][0], row["size"][1]), config.size, config.fit, (y, x, height, width)),
         seed=row["seed"],
+        device="cuda" if config.depth_num_gpus else "cpu",  # Ray hides no GPU from work that asks for none
         batch_size=config.depth_batch_size,
     )
     result = estimate(config.depth, frames, request)

@@ -199,7 +199,7 @@ def test_the_real_table_decodes_as_the_library_does(tmp_path):
     np.testing.assert_array_equal(frames, video.decode(path, pts, (16, 16), "squeeze"))
     with pytest.raises(BadSample) as caught:
         isolation.run("probe", (str(tmp_path / "missing.mp4"),))
-    assert caught.value.reason == "open_error"
+    assert caught.value.reason == "unreadable"
 
 
 def test_a_child_starts_fast_and_imports_only_what_it_needs():

@@ -186,3 +186,16 @@ def test_why_a_video_gives_no_clip():
     assert caught.value.score == pytest.approx(24)
     with pytest.raises(Filtered, match="shot_length"):
         clips.plan("ab" * 32, record(40), replace(CONFIG, min_shot_s=3.0))
+
+
+def test_marks_of_attempts_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch, caplog):
+    attempts = Attempts(str(tmp_path), 3)
+
+    def full(*_):
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr(Attempts, "_write", staticmethod(full))
+    monkeypatch.setattr("ex4d.storage.remove", full)
+    assert attempts.begin("decode", "key")
+    attempts.end("decode", "key")
+    assert caplog.text.count("No space left") == 2

@@ -112,6 +112,14 @@ def test_panda_and_koala(folder):
         )
     }
     assert refused(sources) == {"panda70m.csv:2": "not_a_file_url", "panda70m.csv:3": "bad_row"}
+    one = panda | {"timestamp": str(times[:1]), "caption": str(captions[:1])}
+    assert told(expand(write(folder / "one.csv", [one]))) == {"dQw4w9WgXcQ.mkv": (Span(*spans[0], captions[0]),)}
+    escaped = panda | {"timestamp": json.dumps(times), "caption": json.dumps(["smile \U0001f600", None])}
+    texts = tuple(Span(*span, text) for span, text in zip(spans, ("smile \U0001f600", None), strict=True))
+    assert told(expand(write(folder / "escaped.csv", [escaped]))) == {"dQw4w9WgXcQ.mkv": texts}
+    lone = panda | {"caption": '["\\ud83d", "\\ud83d\\ude00"]'}
+    captions_of = [span.caption for span in told(expand(write(folder / "lone.csv", [lone])))["dQw4w9WgXcQ.mkv"]]
+    assert captions_of == ["\ufffd", "\U0001f600"]
     koala = {"videoID": "k", "url": "https://youtu.be/dQw4w9WgXcQ", "timestamp": "['0:00:01', '0:00:02']"}
     sources = expand(write(folder / "koala.csv", [koala | {"caption": "[live] a bird"}]))
     assert told(sources) == {"dQw4w9WgXcQ.mkv": (Span(1.0, 2.0, "[live] a bird"),)}

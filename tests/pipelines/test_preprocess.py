@@ -21,7 +21,7 @@ from ex4d.geometry.masks import MaskConfig
 from pipelines import preprocess, runner
 from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
-from pipelines.stage import chains
+from pipelines.stage import chains, pack_row
 from pipelines.stages import decode
 from pipelines.stages.score import FilterConfig
 
@@ -134,11 +134,49 @@ def test_frames_travel_once_at_most_and_memory_is_reserved(config, num_gpus, num
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "wanted", "pool"),
-    [(2, 1, None, (1, 1)), (16, 1, None, (4, 1)), (16, 8, None, (15, 1)), (16, 8, 3, (3, 1)), (1, 1, None, (1, 0))],
+    ("cpus", "gpus", "wanted", "memory", "pool"),
+    [
+        (2, 1, None, [50], (1, 1, 10)),
+        (16, 1, None, [50], (4, 1, 10)),
+        (16, 8, None, [500], (15, 1, 10)),
+        (16, 8, 3, [500], (3, 1, 10)),
+        (1, 1, None, [50], (1, 0, 10)),
+        (16, 4, None, [35, 9, 19], (3, 1, 10)),
+        (16, 4, None, [19], (1, 1, None)),
+    ],
 )
-def test_actors_of_a_gpu_leave_a_cpu_to_what_feeds_them(cpus, gpus, wanted, pool):
-    assert runner._pool({"CPU": cpus, "GPU": gpus}, wanted, num_cpus=1.0, num_gpus=0.25) == pool
+def test_actors_of_a_gpu_leave_room_to_what_feeds_them(cpus, gpus, wanted, memory, pool):
+    options = {"num_cpus": 1.0, "memory": 10}
+    size, taken = runner._pool({"CPU": cpus, "GPU": gpus}, memory, wanted, options, num_gpus=0.25)
+    assert (size, taken["num_cpus"], taken["memory"]) == pool
+
+
+def test_what_may_pass_is_refused_now_and_tried_again_by_the_next_run(config, monkeypatch):
+    down = {"on": True}
+    real = decode.STAGE.function
+
+    def flaky(row, chosen):
+        if down["on"]:
+            raise BadSample("unreadable", "the store does not answer")
+        return real(row, chosen)
+
+    stages = preprocess.stages_of(config)
+    clip = tuple(replace(stage, function=flaky) if stage.name == "decode" else stage for stage in stages.clip)
+    stages = replace(stages, clip=clip)
+    assert inline(config, stages=stages).counts["clips_bad"] == 12
+    down["on"] = False
+    assert inline(config, stages=stages).counts["samples"] == 12
+
+
+def test_an_invalid_choice_that_a_worker_finds_passes_through_the_stages_after_it(config):
+    row = {
+        "key": "a",
+        "refusal": {"fate": "stop", "reason": "ConfigError", "arguments": ["k", "v", "w"]},
+        "seconds": {},
+    }
+    last = list(chains(preprocess.stages_of(config).clip, (), propagate=False))[-1]
+    packed = pack_row(row)
+    assert runner._Work(last, config, None, ".")(packed) == packed
 
 
 def test_every_input_is_accounted_for(config, corpus, tmp_path):
