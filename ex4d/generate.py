@@ -125,12 +125,13 @@ def generate(
         )
 
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
-    guided = config.guidance_scale != 1.0
+    # Under equal prompts both passes say the same, whatever the scale.
+    guided = config.guidance_scale != 1.0 and config.prompt != config.negative_prompt
     latents = flow.sample(
         velocity_under(config.prompt),
         noise.to(base.device),
         flow.sigmas(config.num_inference_steps, config.shift or flow.DEFAULT_SHIFT),
-        guidance_scale=config.guidance_scale,
+        guidance_scale=config.guidance_scale if guided else 1.0,
         negative_velocity_fn=velocity_under(config.negative_prompt) if guided else None,
         on_step=on_step,
     )
@@ -198,7 +199,8 @@ def novel_view(
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
     loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
-    source = reconstruct(video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, **view)
+    shown = {"num_frames": num_frames, "size": size, "profile": profile, "seed": seed, "device": device}
+    source = reconstruct(video_path, **shown, **view)
     frames = generate(
         loaded, model, source.cond_video, source.visible, config, seed, metadata.mask_range, on_step=on_step
     )

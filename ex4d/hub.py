@@ -32,7 +32,7 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
 
     hub_id, _, revision = weights.partition("@")
     try:
-        path = huggingface_hub.snapshot_download(hub_id, revision=revision or None, allow_patterns=list(patterns))
+        path = _snapshot(hub_id, revision or None, tuple(patterns), huggingface_hub.constants.HF_HUB_CACHE)
     except HFValidationError as error:
         raise ConfigError(key, weights, "is neither an existing folder nor hub-id[@revision]") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
@@ -43,6 +43,14 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
         )
         raise ConfigError(key, weights, f"not here and not to be fetched ({type(error).__name__}): {advice}") from error
     return Path(path)
+
+
+@lru_cache(maxsize=64)
+def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...], cache: str) -> str:
+    """Return the folder of a snapshot; a process asks the hub once, so that a branch does not move under its clips."""
+    import huggingface_hub
+
+    return huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), cache_dir=cache)
 
 
 def revision_of(folder: Path) -> str | None:

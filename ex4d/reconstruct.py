@@ -70,6 +70,7 @@ def reconstruct(
     profile: str = "default",
     backend: str = "auto",
     seed: int = 0,
+    device: str | None = None,
 ) -> Reconstruction:
     """Return the first `num_frames` frames of a video as seen along a camera path.
 
@@ -83,6 +84,7 @@ def reconstruct(
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
         profile, backend: see geometry.mesh and geometry.render. "released" also takes the released code's mapping of
             relative depth, its radius, and 500 px of focal length where the estimator gives none.
+        device: of a depth network; None is a GPU where there is one.
 
     Raises:
         ConfigError: unknown trajectory, estimator, profile or backend; a number out of its range.
@@ -95,7 +97,7 @@ def reconstruct(
     frames, request, fps = _read(video_path, num_frames, size, fit)
     num_frames = len(frames)
     moved = None if source_poses is None else camera_path.source_poses(source_poses, num_frames, source_scale)
-    request = replace(request, depth_path=depth_path, seed=seed)
+    request = replace(request, depth_path=depth_path, seed=seed, device=device)
     result = depth_estimators.estimate(depth, frames, request)
     z_depth = depth_estimators.z_depth_of(result, profile)
     K = result.K

@@ -25,7 +25,6 @@ PACKAGES = (
     ("numba", "rendering on the CPU", True),
     ("decord", "a second decoder (optional)", False),
     ("nvdiffrast", "rendering on a GPU (optional; see README)", False),
-    ("bitsandbytes", "quantised base on small GPUs (optional)", False),
 )
 
 

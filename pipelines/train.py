@@ -65,15 +65,14 @@ def run(
         ConfigError: the output folder holds a run with other settings.
     """
     place = place_from_environment()
+    if train.dry_run:
+        return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
     if place is not None:
         return _be_rank(train, model, place)
-    if train.dry_run:
-        return _dry_run(train, model, config_path)
     if _is_finished(train, model):
         print(f"already finished: {train.num_steps} steps. {_where(train)}")
         return 0
-    Path(train.output).mkdir(parents=True, exist_ok=True)
-    configs.dump({"train": train, "model": model}, Path(train.output) / "config.yaml")
+    _write_config(train, model)
     if train.launcher == "ray":
         from pipelines.train_ray import on_ray
 
@@ -85,6 +84,11 @@ def run(
     elif code == EXIT_PREEMPTED:
         print(f"stopped, with a checkpoint in {checkpoint.latest(train.output)}; the same command goes on from there")
     return code
+
+
+def _write_config(train: TrainConfig, model: ModelConfig) -> None:
+    Path(train.output).mkdir(parents=True, exist_ok=True)
+    configs.dump({"train": train, "model": model}, Path(train.output) / "config.yaml")
 
 
 def _where(train: TrainConfig) -> str:
@@ -104,17 +108,17 @@ def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
 
 
 def _num_processes(train: TrainConfig) -> int:
-    if train.num_processes is not None:
-        # Each holds the model: a mistyped number would fill the memory before anything could be said.
-        most = max(8, os.cpu_count() or 1)
-        if train.num_processes > most and not train.dry_run:
-            raise ConfigError("train.num_processes", train.num_processes, f"at most {most} on this machine")
-        return train.num_processes
-    if train.device == "cpu":
-        return 2
     import torch
 
-    return torch.cuda.device_count() or 2
+    gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
+    if train.num_processes is None:
+        return gpus or 2
+    # Each holds the model: a mistyped number would fill the memory before anything could be said. No two share a GPU.
+    most = gpus or max(8, os.cpu_count() or 1)
+    if train.num_processes > most and not train.dry_run:
+        allowed = f"at most {most} on this machine" + (", one for each GPU, or train.device=cpu" if gpus else "")
+        raise ConfigError("train.num_processes", train.num_processes, allowed)
+    return train.num_processes
 
 
 # ---------------------------------------------------------------- one rank
@@ -128,6 +132,8 @@ def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
             return 1
     if _is_finished(train, model):
         return 0
+    if place.rank == 0:
+        _write_config(train, model)
     from ex4d.train import report, trainer
     from ex4d.train.progress import Progress
 

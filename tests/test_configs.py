@@ -39,7 +39,7 @@ def test_a_training_says_what_it_needs_before_it_starts(path, capsys):
     assert said["memory_bytes"]["total"] < 1e9 * PROMISED.get(path.name, 141)
     assert said["hours"] > 0
     chosen = config.load(path, {"train": CLASSES["train"], "model": CLASSES["model"]})
-    assert ("text_encoder" in said["memory_bytes"]) == (
+    assert ("vae" in said["memory_bytes"]) == (
         chosen["model"].base != "tiny" and "encode" not in config.read_yaml(path)
     )
     assert (said["host_bytes"] > 0) == (chosen["train"].block_swap > 0)

@@ -61,6 +61,20 @@ def test_a_view_is_written_with_all_that_repeats_it(clip, adapters, tmp_path):
     assert (tmp_path / "c.mp4").read_bytes() != (tmp_path / "a.mp4").read_bytes()
 
 
+def test_guidance_between_equal_prompts_costs_nothing_and_changes_nothing(clip, adapters, tmp_path, monkeypatch):
+    from ex4d.models.adapter import Ex4dModel
+
+    calls = []
+    forward = Ex4dModel.forward
+    monkeypatch.setattr(Ex4dModel, "forward", lambda *args, **more: calls.append(1) or forward(*args, **more))
+    for name, flags in (("one.mp4", ()), ("five.mp4", ("--guidance-scale", "5"))):
+        run(clip, adapters["unit"], tmp_path / name, *flags)
+    assert len(calls) == 4
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "five.mp4").read_bytes()
+    run(clip, adapters["unit"], tmp_path / "told.mp4", "--guidance-scale", "5", "--prompt", "a room")
+    assert len(calls) == 8
+
+
 def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_path):
     assert run(clip, adapters["released"], tmp_path / "r.mp4")["profile"] == "released"
     assert run(clip, adapters["released"], tmp_path / "t.mp4", "--profile", "torn")["profile"] == "torn"

@@ -17,10 +17,12 @@ taken where it is there; an npy holds z-depth. Pickles are refused.
 
 from __future__ import annotations
 
+import math
+import os
 import zipfile
 import zlib
 from pathlib import PurePosixPath
-from typing import Any
+from typing import IO
 
 import numpy as np
 
@@ -34,6 +36,8 @@ SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
 # What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
+HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+SKIP_BYTES = 2**20
 ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
 
 
@@ -45,11 +49,9 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
             too few frames, another aspect), depth_nan (a selected value is not finite).
     """
     path = find(request)
-    values, kind, K, key = read(path)
     index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
-    if index.min(initial=0) < 0 or index.max(initial=0) >= len(values):
-        raise BadSample("depth_shape", f"{_name(path)} has {len(values)} frames, the clip needs frame {index.max()}")
-    values = values[index].astype(np.float32)
+    values, kind, K, key = read(path, index)
+    values = values.astype(np.float32)
     if not np.isfinite(values).all():
         raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
@@ -72,19 +74,22 @@ def find(request: DepthRequest) -> str:
     raise BadSample("depth_missing", f"no depth file; looked for {', '.join(map(_name, candidates))}")
 
 
-def read(path: str) -> tuple[np.ndarray, str, np.ndarray | None, str]:
-    """Return (values [N, H, W] of a float or integer type, kind, K [3, 3] or None, key) of a depth file."""
+def read(path: str, index: np.ndarray) -> tuple[np.ndarray, str, np.ndarray | None, str]:
+    """Return (values [T, H, W] of a float or integer type, kind, K [3, 3] or None, key) of frames of a depth file.
+
+    Args:
+        index: int [T], which of the file's frames; the others are never held.
+    """
     try:
         with storage.open_read(path) as file:
-            _check_size(file)
-            loaded = np.load(file, allow_pickle=False)
-            arrays: dict[str, Any] = {"z_depth": loaded} if isinstance(loaded, np.ndarray) else loaded
-            key = next((name for name in KINDS if name in arrays), None)
-            if key is None:
-                raise BadSample("depth_missing", f"{_name(path)} has none of the keys {', '.join(KINDS)}")
-            values = np.asarray(arrays[key])
-            kind = str(arrays["kind"]) if "kind" in arrays else KINDS[key]
-            K = np.asarray(arrays["K"], np.float64) if "K" in arrays else None
+            if not zipfile.is_zipfile(file):
+                key, kind, K, values = "z_depth", "z_depth", None, _frames(file, file.seek(0, os.SEEK_END), index)
+            else:
+                file.seek(0)
+                with zipfile.ZipFile(file) as archive:
+                    key, kind, K = _said(archive, _name(path))
+                    with archive.open(f"{key}.npy") as member:
+                        values = _frames(member, archive.getinfo(f"{key}.npy").file_size, index)
     except ValueError as error:
         reason = "depth_pickle" if "allow_pickle" in str(error) else "depth_shape"
         raise BadSample(reason, f"{_name(path)}: {error}") from error
@@ -104,15 +109,50 @@ def read(path: str) -> tuple[np.ndarray, str, np.ndarray | None, str]:
     return values, kind, K, key
 
 
-def _check_size(file: Any) -> None:
-    """Refuse archives that say they unpack to more than MAX_BYTES, before anything is unpacked."""
-    if zipfile.is_zipfile(file):
-        file.seek(0)
-        with zipfile.ZipFile(file) as archive:
-            unpacked = sum(member.file_size for member in archive.infolist())
-        if unpacked > MAX_BYTES:
-            raise BadSample("depth_shape", f"unpacks to {unpacked} bytes, more than {MAX_BYTES}")
+def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | None]:
+    """Return (key, kind, K) of an npz. Raises BadSample depth_missing; depth_shape where it unpacks to too much."""
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_BYTES:
+        raise BadSample("depth_shape", f"unpacks to {unpacked} bytes, more than {MAX_BYTES}")
+    there = {member.removesuffix(".npy") for member in archive.namelist()}
+    key = next((key for key in KINDS if key in there), None)
+    if key is None:
+        raise BadSample("depth_missing", f"{name} has none of the keys {', '.join(KINDS)}")
+    small = {}
+    for known in there & {"kind", "K"}:
+        with archive.open(f"{known}.npy") as member:
+            small[known] = np.lib.format.read_array(member, allow_pickle=False)
+    kind = str(small["kind"]) if "kind" in small else KINDS[key]
+    return key, kind, np.asarray(small["K"], np.float64) if "K" in small else None
+
+
+def _frames(file: IO[bytes], num_bytes: int, index: np.ndarray) -> np.ndarray:
+    """Return `array[index]` of an npy file of so many bytes, without holding the rest of the array.
+
+    Raises:
+        ValueError: it is no npy of plain numbers, has fewer frames, or is cut short.
+    """
     file.seek(0)
+    version = np.lib.format.read_magic(file)
+    if version not in HEADERS:
+        raise ValueError(f"npy of version {version}")
+    shape, by_columns, dtype = HEADERS[version](file)
+    if dtype.hasobject:
+        raise ValueError("holds objects, which need allow_pickle")
+    start, frame_bytes = file.tell(), math.prod(shape[1:]) * dtype.itemsize
+    if by_columns or not shape or start + shape[0] * frame_bytes > num_bytes:
+        raise ValueError(f"{dtype} {list(shape)}, in columns or cut short, where [N, H, W] in rows is needed")
+    if index.min(initial=0) < 0 or index.max(initial=0) >= shape[0]:
+        raise ValueError(f"has {shape[0]} frames, the clip needs frame {index.max()}")
+    found = {}
+    for number in sorted({int(number) for number in index}):
+        target = start + number * frame_bytes
+        while (
+            file.tell() < target
+        ):  # a compressed member unpacks what it skips: in small steps, as it takes what it can
+            file.seek(min(target, file.tell() + SKIP_BYTES))
+        found[number] = np.frombuffer(file.read(frame_bytes), dtype).reshape(shape[1:])
+    return np.stack([found[int(number)] for number in index])
 
 
 def _fitted(

@@ -122,6 +122,7 @@ class TrainConfig:
         for name in ("validate_videos", "validate_apart"):
             need(bool(self.validate_every) or not getattr(self, name), name, "off, where train.validate_every is null")
         need(0 < self.validate_timeout_s < math.inf, "validate_timeout_s", "finite, greater than 0")
+        need(not self.cpu_offload or self.zero_stage > 0, "cpu_offload", "false, save with train.zero_stage 1 to 3")
         need(self.block_swap >= 0, "block_swap", "at least 0")
         if self.block_swap:
             need(self.activation_checkpointing, "block_swap", "0, save with train.activation_checkpointing=true")
@@ -224,7 +225,8 @@ def place_from_environment(environment: dict[str, str] | None = None) -> Place |
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
         return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
-    # A batch script itself has SLURM_PROCID=0 too; only a step that srun starts has a step id.
-    if "SLURM_PROCID" in env and "SLURM_STEP_ID" in env and "SLURM_STEP_NUM_TASKS" in env:
+    # A batch script itself has SLURM_PROCID=0 too; only a step that srun starts has a step id, and a shell in such a
+    # step (`srun --pty bash`) no address of a master.
+    if all(name in env for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR")):
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return None

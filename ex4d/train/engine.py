@@ -14,6 +14,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
@@ -24,6 +25,9 @@ from ex4d.train import waits
 from ex4d.train.config import BatchPlan, Place, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
+BUCKET = (
+    50_000_000  # numbers that are reduced at once; DeepSpeed's own 5e8 take 2 GB, more than any adapter's gradients
+)
 
 
 def start(place: Place, device: str) -> torch.device:
@@ -34,7 +38,9 @@ def start(place: Place, device: str) -> torch.device:
     # DeepSpeed calls collectives by names that newer torch renames; once a step and rank, that buries what matters.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(place.local_rank))
+    # A launcher may show each rank its own GPU alone, which is then number 0 for every one of them.
+    number = 0 if on_gpu and torch.cuda.device_count() == 1 else place.local_rank
+    os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(number))
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
         if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take all cores are ten times slower
@@ -42,17 +48,35 @@ def start(place: Place, device: str) -> torch.device:
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed = _deepspeed()
     if on_gpu:
-        torch.cuda.set_device(place.local_rank)
+        torch.cuda.set_device(number)
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=datetime.timedelta(minutes=30), verbose=False)
     waits.time_collectives(deepspeed.comm.comm.cdb, on_gpu)
-    return torch.device("cuda", place.local_rank) if on_gpu else torch.device("cpu")
+    return torch.device("cuda", number) if on_gpu else torch.device("cpu")
 
 
 def stop() -> None:
     """Leave the process group."""
     if torch.distributed.is_initialized():
         torch.distributed.destroy_process_group()
+
+
+def agreed(path: Path | None, output: str) -> Path | None:
+    """Return the checkpoint of rank 0 for every rank: file systems may show them different ones for some seconds.
+
+    Raises:
+        ContractError: this rank cannot see it.
+    """
+    if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
+        return path
+    said = [None if path is None else str(path.relative_to(output))]
+    torch.distributed.broadcast_object_list(said, src=0)
+    if said[0] is None:
+        return None
+    theirs = Path(output) / said[0]
+    if not theirs.is_dir():
+        raise ContractError(f"{theirs}: rank 0 goes on from it, here it is not; train.output must be one file system")
+    return theirs
 
 
 def _deepspeed() -> Any:
@@ -67,7 +91,7 @@ def _deepspeed() -> Any:
 
 def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
     """Return the DeepSpeed configuration that follows from the run's choices."""
-    zero: dict[str, Any] = {"stage": config.zero_stage}
+    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET}
     if config.cpu_offload and config.zero_stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
     return {

@@ -18,6 +18,7 @@ QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 2 / 64}
 # norms and gates, tensors in the base's dtype, and tensors as wide as the feed-forward layer. Counted by
 # saved-tensor hooks (tests/train/test_estimate.py counts again).
 _KEPT_FLOAT32, _KEPT_DTYPE, _KEPT_FFN = 6, 11, 2
+_KEPT_ADAPTER = 5  # float32 tensors of `adapter_hidden` channels that the geometry adapter keeps for its backward
 _SWAPPED_HERE = 3  # copies of swapped blocks on the device: one at work, one on its way, one not yet given back
 
 
@@ -71,8 +72,8 @@ def memory(
         "gradients": 4.0 * trainable / over[2],
         # two moments, and from stage 1 on ZeRO's flat copy of the weights
         "optimizer": (moments + (4.0 if train.zero_stage and moments else 0.0)) * trainable / over[1],
-        "ema": 4.0 * trainable if train.ema_decay is not None else 0.0,
         "latents and text": plan.micro_size * _input_bytes(shape, latents),
+        "geometry adapter": 4.0 * _KEPT_ADAPTER * model.adapter_hidden * math.prod(latents) * plan.micro_size,
         **_activations(shape, tokens * plan.micro_size, dtype, train.activation_checkpointing),
     }
     vae = DTYPE_BYTES[model.vae_dtype]
@@ -106,7 +107,7 @@ def summary(
     """Return what a run would need, as plain values and before anything is loaded.
 
     `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`),
-    `host_bytes` (frozen weights of swapped blocks, and the optimizer's where it is offloaded), `fits` (whether the
+    `host_bytes` (of swapped blocks, of the averaged weights, of an offloaded optimizer), `fits` (whether the
     estimate is within the GPU's memory), `seconds_per_step`, `hours`, `gpu_hours`, and `usd` where a price is given.
     Times assume flops.ASSUMED_HFU and data that is ready.
 
@@ -116,7 +117,9 @@ def summary(
     parameters = count_parameters(shape, model)
     sample = flops.cost(shape, latents, model.lora_rank, model.adapter_hidden, model.source_video)
     family = families.FAMILIES.get(families.family_of(shape) or "")
-    encoders = family.encoders if family and not precomputed else None
+    encoders = dict(family.encoders) if family and not precomputed else {}
+    if train.prompt is not None:  # embedded once, before training
+        encoders.pop("text_encoder", None)
     parts = memory(shape, parameters, latents, model, train, plan, encoders)
     total, recomputes = sum(parts.values()), train.activation_checkpointing
     samples = math.ceil(plan.global_size / plan.world_size)
@@ -144,8 +147,12 @@ def summary(
 def _host_bytes(
     shape: Mapping[str, Any], parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig
 ) -> float:
-    """Return the bytes of pinned host memory that one process takes."""
+    """Return the bytes of host memory that one process takes: swapped blocks, the average, an offloaded optimizer.
+
+    Of the memory that is pinned PyTorch takes up to twice as much, since it rounds each block up to a power of two.
+    """
     weight = QUANTIZED_BYTES[model.quantize] if model.quantize else DTYPE_BYTES.get(model.dtype, 2.0)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
     swapped = parameters["blocks"] * weight * train.block_swap / shape["num_layers"]
-    return swapped + (12.0 * trainable if train.cpu_offload and train.zero_stage else 0.0)
+    average = 4.0 * trainable if train.ema_decay is not None else 0.0
+    return swapped + average + (12.0 * trainable if train.cpu_offload else 0.0)

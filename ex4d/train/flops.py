@@ -16,7 +16,10 @@ from ex4d.models.encoders import TEXT_LENGTH
 CLIP_TOKENS = 257
 # Dense bfloat16 FLOP/s and bytes of memory, from NVIDIA's data sheets.
 GPUS = {
+    "H200 NVL": (835e12, 141e9),
     "H200": (989e12, 141e9),
+    "H100 PCIe": (756e12, 80e9),
+    "H100 NVL": (835e12, 94e9),
     "H100": (989e12, 80e9),
     "A100": (312e12, 80e9),
     "L40S": (362e12, 48e9),

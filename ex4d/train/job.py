@@ -136,6 +136,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         encoder: Encoder = LatentEncoder(base, texts, config.prompt)
     else:
         encoder = Encoder(base, chosen.mask_range, config.prompt)
+        encoder.release_text_encoder()
     return Job(encoder, model, open_loader, who, write_adapter, facts, cost)
 
 

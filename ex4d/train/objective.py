@@ -116,6 +116,12 @@ class Encoder:
         """Return the embeddings [1, 512, d] of a prompt."""
         return self.base.encode_text([prompt])
 
+    def release_text_encoder(self) -> None:
+        """Where the prompts are known, embed them and let the text encoder go: for 14B 11 GB on each GPU."""
+        if self.prompt is not None:
+            self._prompt_embeds(["", self.prompt])
+            self.base.text_encoder = None
+
     def _prompt_embeds(self, prompts: list[str]) -> Tensor:
         fixed = {"", self.prompt}
         rows = []

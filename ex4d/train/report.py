@@ -124,6 +124,8 @@ class Stopwatch:
 
     def __init__(self, device: torch.device, waited: Callable[[], float] = lambda: 0.0):
         self._device, self._waited = device, waited
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)  # collectives that are still under way have no length yet
         waited()  # what came before is not ours
         self._start = self._last = time.perf_counter()
         self._parts: dict[str, float] = {}

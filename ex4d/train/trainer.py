@@ -54,7 +54,7 @@ class Trainer:
     ):
         self.config, self.job, self.place, self.device, self.show = config, job, place, device, show
         self.start_validation = start_validation
-        path = checkpoint.latest(config.output)
+        path = engine.agreed(checkpoint.latest(config.output), config.output)
         state = checkpoint.read_state(path) if path else None
         if state:
             check_identity(state.identity, job.identity, config.output)

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import io
+import tracemalloc
 import zipfile
 
 import numpy as np
 import pytest
 
-from ex4d.depth import ESTIMATORS, DepthRequest, DepthResult, check, estimate
+from ex4d.depth import ESTIMATORS, DepthRequest, DepthResult, check, estimate, sidecar
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video import Fit
 
@@ -114,6 +115,21 @@ def test_a_bad_file_is_a_bad_sample_with_its_reason(tmp_path, case: str):
     with pytest.raises(BadSample) as caught:
         estimate("sidecar", FRAMES, ask(tmp_path))
     assert caught.value.reason == reason
+
+
+@pytest.mark.parametrize("save", [np.savez, np.savez_compressed, np.save])
+def test_frames_are_read_as_numpy_reads_them_and_no_others_are_held(tmp_path, save):
+    """numpy's own reading is the slow twin: it holds the file's 40 MB."""
+    whole = np.random.default_rng(0).uniform(1, 9, (600, 128, 128)).astype(np.float32)
+    path = tmp_path / ("a.npy" if save is np.save else "a.npz")
+    save(path, whole) if save is np.save else save(path, z_depth=whole)
+    index = np.array([7, 3, 599, 7, 0])
+    tracemalloc.start()
+    found, *_ = sidecar.read(str(path), index)
+    _, peak = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    np.testing.assert_array_equal(found, whole[index])
+    assert peak < 0.2 * whole.nbytes
 
 
 def test_a_missing_or_damaged_file(tmp_path):

@@ -14,12 +14,13 @@ import torch
 from make_run import make_config, make_sample
 from run_command import ROOT, finish, losses, start, steps, wait_for
 
+from ex4d.errors import ConfigError
 from ex4d.models import weights
 from ex4d.models.backbone import load_base
 from ex4d.train import checkpoint, objective
-from ex4d.train.config import EXIT_PREEMPTED
+from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from ex4d.train.estimate import count_parameters
-from pipelines import cli
+from pipelines import cli, train
 
 TWO_RANKS = {"num_steps": 20, "save_every": 10, "micro_batch_size": 2, "num_processes": 2}
 
@@ -224,3 +225,14 @@ def test_every_configuration_dry_runs(config, capsys):
     needs = json.loads(capsys.readouterr().out)
     assert needs["parameters"]["lora"] > 0
     assert needs["usd"] == pytest.approx(3 * needs["gpu_hours"])
+
+
+@pytest.mark.parametrize(
+    ("device", "gpus", "asked", "most"), [("auto", 1, 2, 1), ("cuda", 4, 5, 4), ("cpu", 4, 999, 8)]
+)
+def test_no_two_ranks_share_a_gpu(monkeypatch, device, gpus, asked, most):
+    monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
+    with pytest.raises(ConfigError, match=f"at most {most}"):
+        train._num_processes(TrainConfig(device=device, num_processes=asked))
+    assert train._num_processes(TrainConfig(device=device, num_processes=most)) == most
+    assert train._num_processes(TrainConfig(device=device)) == (2 if device == "cpu" else gpus)

@@ -16,7 +16,7 @@ from safetensors.torch import load_file
 from toy import ToyModel, train_toy
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.train import checkpoint, report, runlog, waits
+from ex4d.train import checkpoint, engine, report, runlog, waits
 from ex4d.train.config import EXIT_PREEMPTED, BatchPlan, Place, TrainConfig, place_from_environment, plan_batch
 from ex4d.train.engine import Engine, deepspeed_config
 from ex4d.train.trainer import learning_rate
@@ -206,6 +206,8 @@ def test_place_is_read_from_each_launcher():
     torchrun = {"RANK": "3", "WORLD_SIZE": "8", "LOCAL_RANK": "1"}
     assert place_from_environment(torchrun) == Place(3, 8, 1)
     srun = {"SLURM_PROCID": "5", "SLURM_STEP_ID": "0", "SLURM_STEP_NUM_TASKS": "16", "SLURM_LOCALID": "5"}
+    assert place_from_environment(srun) is None, "a shell in a step"
+    srun |= {"MASTER_ADDR": "node-1"}
     assert place_from_environment(srun) == Place(5, 16, 5)
     assert place_from_environment({"SLURM_PROCID": "0", "SLURM_JOB_ID": "9"}) is None, "the batch script itself"
 
@@ -313,3 +315,20 @@ def test_two_then_one_then_two_ranks(alone, whole, tmp_path):
     train_toy(str(tmp_path), alone, micro_batch_size=2, num_steps=12, zero_stage=3)
     assert finish(start_ranks(2, tmp_path, "micro_batch_size=2", "zero_stage=1")) == [0, 0]
     assert losses(tmp_path) == pytest.approx(losses(whole), abs=1e-6)
+
+
+def test_every_rank_goes_on_from_the_checkpoint_of_rank_0(tmp_path, monkeypatch):
+    """As where a file system shows two machines two states of a folder for a while."""
+    mine, theirs = tmp_path / "checkpoints" / "step-10", tmp_path / "checkpoints" / "step-20"
+    mine.mkdir(parents=True)
+    monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)
+    monkeypatch.setattr(torch.distributed, "get_world_size", lambda: 2)
+    word = {}
+    monkeypatch.setattr(torch.distributed, "broadcast_object_list", lambda said, src: said.__setitem__(0, word["is"]))
+    for word["is"], found in (("checkpoints/step-10", mine), (None, None)):
+        assert engine.agreed(mine, str(tmp_path)) == found
+    word["is"] = "checkpoints/step-20"
+    with pytest.raises(ContractError, match="one file system"):
+        engine.agreed(mine, str(tmp_path))
+    theirs.mkdir()
+    assert engine.agreed(mine, str(tmp_path)) == theirs
