@@ -199,8 +199,9 @@ def novel_view(
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
     loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
-    shown = {"num_frames": num_frames, "size": size, "profile": profile, "seed": seed, "device": device}
-    source = reconstruct(video_path, **shown, **view)
+    source = reconstruct(
+        video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, device=device, **view
+    )
     frames = generate(
         loaded, model, source.cond_video, source.visible, config, seed, metadata.mask_range, on_step=on_step
     )
