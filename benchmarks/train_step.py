@@ -77,7 +77,7 @@ def bare_step(base: backbone.Base, model: nn.Module, optimizer: torch.optim.Opti
     return float(loss.detach())
 
 
-def main(num_pairs: int = 12, micro: int = 8) -> None:
+def main(num_pairs: int = 12, micro: int = 40) -> None:
     place = Place(0, 1, 0)
     device = engine.start(place, "cpu")
     clips = Clips(micro)
