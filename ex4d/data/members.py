@@ -88,6 +88,7 @@ def decode_masks(data: bytes, width: int) -> tuple[np.ndarray, np.ndarray, np.nd
     try:
         with np.load(io.BytesIO(data), allow_pickle=False) as file:
             arrays = {name: file[name] for name in file.files}
+    # NotImplementedError is zipfile's word for a compression that it does not know.
     except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
         raise ContractError(f"masks.npz: cannot be read ({error})") from error
     wanted = {"visible_packed": ("uint8", 4), "kind": ("uint8", 1), "hole_share": ("float32", 2)}
