@@ -127,7 +127,7 @@ def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | N
 
 
 def _frames(file: IO[bytes], num_bytes: int, index: np.ndarray) -> np.ndarray:
-    """Return `array[index]` of an npy file of so many bytes, without holding the rest of the array.
+    """Return `array[index]` of an npy file of so many bytes; one in rows is never held whole, one in columns is.
 
     Raises:
         ValueError: it is no npy of plain numbers, has fewer frames, or is cut short.
@@ -140,16 +140,18 @@ def _frames(file: IO[bytes], num_bytes: int, index: np.ndarray) -> np.ndarray:
     if dtype.hasobject:
         raise ValueError("holds objects, which need allow_pickle")
     start, frame_bytes = file.tell(), math.prod(shape[1:]) * dtype.itemsize
-    if by_columns or not shape or start + shape[0] * frame_bytes > num_bytes:
-        raise ValueError(f"{dtype} {list(shape)}, in columns or cut short, where [N, H, W] in rows is needed")
+    if not shape or start + shape[0] * frame_bytes > num_bytes:
+        raise ValueError(f"{dtype} {list(shape)}, or cut short, where [N, H, W] is needed")
     if index.min(initial=0) < 0 or index.max(initial=0) >= shape[0]:
         raise ValueError(f"has {shape[0]} frames, the clip needs frame {index.max()}")
+    if by_columns:
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)[index]
     found = {}
     for number in sorted({int(number) for number in index}):
         target = start + number * frame_bytes
-        while (
-            file.tell() < target
-        ):  # a compressed member unpacks what it skips: in small steps, as it takes what it can
+        # A compressed member unpacks what it skips, up to 16 MiB at once where it is let.
+        while file.tell() < target:
             file.seek(min(target, file.tell() + SKIP_BYTES))
         found[number] = np.frombuffer(file.read(frame_bytes), dtype).reshape(shape[1:])
     return np.stack([found[int(number)] for number in index])

@@ -132,6 +132,12 @@ def test_frames_are_read_as_numpy_reads_them_and_no_others_are_held(tmp_path, sa
     assert peak < 0.2 * whole.nbytes
 
 
+def test_an_array_in_columns_is_read_too(tmp_path):
+    whole = np.asfortranarray(np.random.default_rng(0).uniform(1, 9, (5, 8, 6)))
+    np.savez(tmp_path / "a.npz", z_depth=whole)
+    np.testing.assert_array_equal(sidecar.read(str(tmp_path / "a.npz"), np.array([4, 0]))[0], whole[[4, 0]])
+
+
 def test_a_missing_or_damaged_file(tmp_path):
     with pytest.raises(BadSample, match="depth_missing"):
         estimate("sidecar", FRAMES, ask(tmp_path))
