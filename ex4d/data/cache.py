@@ -7,6 +7,7 @@ import os
 import threading
 from collections.abc import Iterable
 from pathlib import Path
+from weakref import WeakValueDictionary
 
 from ex4d import storage
 
@@ -26,6 +27,9 @@ def least_used_first(paths: Iterable[Path]) -> list[tuple[int, Path]]:
 class RangeCache:
     """Reads of byte ranges, kept in a folder until it is full; then the least recently used go.
 
+    Threads that want the same range at the same time wait for the one that reads it: where one epoch ends and the next
+    begins, a sample may be asked for twice within a few places. Processes do not wait for each other.
+
     Args:
         folder: made when it is not there. Only files that this class wrote may lie in it.
         max_bytes: kept at most, save for a hundredth that each process may add between two looks at the folder.
@@ -37,24 +41,28 @@ class RangeCache:
         self.folder.mkdir(parents=True, exist_ok=True)
         self._added = 0
         self._lock = threading.Lock()
+        self._under_way: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
         self._evict()
 
     def read(self, url: str, offset: int, length: int) -> bytes:
         """Return the bytes from the folder, else by one ranged read from `url`."""
         path = self._path(url, offset, length)
-        try:
-            data = path.read_bytes()
-            os.utime(path)  # most recently used
-            return data
-        except FileNotFoundError:
-            pass
-        data = storage.read_bytes(url, offset, length)
-        if len(data) <= self.max_bytes:
-            storage.write_bytes(path, data)
-            with self._lock:
-                self._added += len(data)
-                if self._added * 100 >= self.max_bytes:
-                    self._evict()
+        with self._lock:
+            under_way = self._under_way.setdefault(path, threading.Lock())
+        with under_way:
+            try:
+                data = path.read_bytes()
+                os.utime(path)  # most recently used
+                return data
+            except FileNotFoundError:
+                pass
+            data = storage.read_bytes(url, offset, length)
+            if len(data) <= self.max_bytes:
+                storage.write_bytes(path, data)
+                with self._lock:
+                    self._added += len(data)
+                    if self._added * 100 >= self.max_bytes:
+                        self._evict()
         return data
 
     def forget(self, url: str, offset: int, length: int) -> None:

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import itertools
 import shutil
+from concurrent.futures import ThreadPoolExecutor
+from threading import Event, Lock, Semaphore
+from types import SimpleNamespace
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -13,6 +16,7 @@ from hypothesis import strategies as st
 from make_data import REJECTS, SPEC, facts, make_sample
 
 from ex4d import storage
+from ex4d.data import cache as cache_module
 from ex4d.data import loader as loader_module
 from ex4d.data import manifest
 from ex4d.data.cache import RangeCache
@@ -256,6 +260,40 @@ def test_the_cache_stays_within_its_bound(tmp_path):
         assert cache.read(str(tmp_path / "source"), offset, 100)[0] == offset % 250
         assert sum(path.stat().st_size for path in (tmp_path / "cache").iterdir()) <= 1000 + 100
     assert cache.read(str(tmp_path / "source"), 0, 2000) == (bytes(range(250)) * 8)  # too large to keep, still read
+
+
+def test_a_range_that_is_under_way_is_not_asked_for_again(tmp_path, monkeypatch):
+    asked, go_on, waiting = [], Event(), Semaphore(0)
+
+    def slow(*place):
+        asked.append(place)
+        assert go_on.wait(60)
+        return b"range"
+
+    class Watched:
+        """A lock that tells when it is about to be waited for."""
+
+        def __init__(self):
+            self.lock = Lock()
+
+        def __enter__(self):
+            waiting.release()
+            self.lock.acquire()
+
+        def __exit__(self, *_):
+            self.lock.release()
+
+    monkeypatch.setattr(storage, "read_bytes", slow)
+    cache = RangeCache(tmp_path / "cache", max_bytes=1000, identity="d")
+    monkeypatch.setattr(cache_module, "threading", SimpleNamespace(Lock=Watched))
+    with ThreadPoolExecutor(3) as pool:
+        readers = [pool.submit(cache.read, "s3://somewhere", 0, 5) for _ in range(3)]
+        all_there = all([waiting.acquire(timeout=30) for _ in range(3)])
+        go_on.set()
+        assert [reader.result(60) for reader in readers] == 3 * [b"range"]
+    assert all_there
+    assert len(asked) == 1
+    assert not cache._under_way, "nothing is kept of a read that ended"
 
 
 @pytest.mark.parametrize("threads", [0, 2])
