@@ -149,14 +149,13 @@ def _device(name: str | None) -> str:
 
 
 def load(
-    adapter_path: str | Path, base: str | None = None, device: str | None = None, zero: bool = False
+    adapter_path: str | Path, base: str | None = None, device: str | None = None
 ) -> tuple[backbone.Base, Ex4dModel]:
     """Return (base, model with its adapter) in evaluation mode.
 
     Args:
         base: overrides the base that the adapter names: tiny, a folder, or a hub id.
         device: default cuda where there is one.
-        zero: leave the adapter at its initial value, where the model equals the base alone (for comparisons).
     """
     device = _device(device)
     metadata = weights.read_metadata(adapter_path)
@@ -165,8 +164,7 @@ def load(
         lora_rank=metadata.lora_rank, lora_alpha=metadata.lora_alpha, adapter_hidden=metadata.adapter_hidden
     )
     model = build_model(loaded.transformer, shape)
-    if not zero:
-        weights.load_adapter(adapter_path, model, allow_other_base=base is not None)
+    weights.load_adapter(adapter_path, model, allow_other_base=base is not None)
     return loaded, model.eval()
 
 

@@ -71,6 +71,17 @@ def _train(args: argparse.Namespace) -> int:
     return train.main([args.config, *args.overrides])
 
 
+def _evaluate(args: argparse.Namespace) -> int:
+    os.environ.setdefault("TQDM_DISABLE", "1")
+    from ex4d import config
+    from pipelines import evaluate
+
+    sections = config.load(args.config, evaluate.SECTIONS, args.overrides)
+    report = evaluate.run(sections["evaluate"], sections["generate"], sections["synthetic"], sections["ray"])
+    print(report.table())
+    return report.exit_code
+
+
 def _sweep(args: argparse.Namespace) -> int:
     from pipelines import sweep
 
@@ -289,6 +300,7 @@ COMMANDS = {
     "encode": Command("clips to latents, so that training loads no encoder", _job_arguments, _encode),
     "train": Command("shards to an adapter", _job_arguments, _train),
     "sweep": Command("many short trainings, the best configuration", _job_arguments, _sweep),
+    "evaluate": Command("how good an adapter is, by figures and side by side", _job_arguments, _evaluate),
     "reconstruct": Command("what a camera path would see of a video", _reconstruct_arguments, _reconstruct),
     "generate": Command("a video seen from the side", _generate_arguments, _generate),
     "export": Command("an adapter for other programs, and back", _export_arguments, _export),

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import TYPE_CHECKING, Any
 
 import torch
@@ -74,6 +76,7 @@ class Ex4dModel(nn.Module):
         self.transformer: Any = transformer  # diffusers' WanTransformer3DModel
         self.geometry_adapter = geometry_adapter
         self._residual: Tensor | None = None
+        self._alone = False
         transformer.patch_embedding.register_forward_hook(self._add_residual)
 
     def _add_residual(self, module: nn.Module, inputs: tuple[Any, ...], output: Tensor) -> Tensor:
@@ -105,7 +108,7 @@ class Ex4dModel(nn.Module):
         """
         num_latent_frames = noisy_latents.shape[2]
         hidden = noisy_latents if first_frame is None else torch.cat([noisy_latents, first_frame.to(noisy_latents)], 1)
-        residual = None if cond_latents is None else self.geometry_adapter(cond_latents)
+        residual = None if cond_latents is None or self._alone else self.geometry_adapter(cond_latents)
         if source_latents is not None:
             hidden = torch.cat([hidden, _given_frames(source_latents, first_frame).to(hidden)], dim=2)
             if residual is not None:
@@ -123,6 +126,16 @@ class Ex4dModel(nn.Module):
         finally:
             self._residual = None
         return velocity[:, :, :num_latent_frames].float()
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Compute as the base does, without LoRA and geometry, inside the block: what an adapter is compared with."""
+        self._alone = True
+        try:
+            with lora.disabled(self.transformer):
+                yield
+        finally:
+            self._alone = False
 
     def set_gradient_checkpointing(self, enabled: bool) -> None:
         """Recompute each block in the backward pass (True), or keep its activations; the numbers do not change."""

@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import math
+from collections.abc import Iterator
+from contextlib import contextmanager
 
 import torch
 from torch import Tensor, nn
@@ -69,6 +71,21 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in transformer.named_parameters()
         if ".lora_" in name and name.endswith(marker)
     }
+
+
+@contextmanager
+def disabled(transformer: nn.Module) -> Iterator[None]:
+    """Compute without the LoRA inside the block."""
+    from peft.tuners.lora import LoraLayer
+
+    layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
+    for layer in layers:
+        layer.enable_adapters(False)
+    try:
+        yield
+    finally:
+        for layer in layers:
+            layer.enable_adapters(True)
 
 
 def settings(transformer: nn.Module) -> tuple[int, float]:

@@ -91,7 +91,7 @@ def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], me
 
 def read_metadata(path: str | Path) -> AdapterMetadata:
     """Return what an adapter says of itself without reading its tensors; `path` as in `read_adapter`."""
-    file = _file_of(path)
+    file = adapter_file(path)
     return read_adapter(file)[1] if _is_released(file) else _header_of(file)
 
 
@@ -105,7 +105,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
         ConfigError: there is no such file.
         ContractError: the file is damaged, or of another kind or version.
     """
-    file = _file_of(path)
+    file = adapter_file(path)
     if _is_released(file):
         tensors = _load_pickle(file)
         return _from_released(tensors, file), _released_metadata(tensors)
@@ -231,7 +231,8 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
     return state, float(rank) if alpha is None else alpha
 
 
-def _file_of(path: str | Path) -> Path:
+def adapter_file(path: str | Path) -> Path:
+    """Return the file of an adapter, `path` as in `read_adapter`. Raises ConfigError where there is none."""
     file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError("adapter", str(path), f"is neither a folder with {FILE_NAME} nor a file")

@@ -1,4 +1,4 @@
-"""The demo's page: one self-contained HTML file with videos side by side, figures and the loss curve."""
+"""A page of results: one HTML file with videos side by side, figures and the loss curve."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from pathlib import Path
 
 import numpy as np
 
-from ex4d import storage, video
+from ex4d import storage
 from ex4d.geometry.depth import as_grey
 
 STYLE = """
@@ -32,10 +32,10 @@ tr.best td{color:var(--mark);font-weight:600}svg{max-width:100%;height:auto}
 
 @dataclass(frozen=True)
 class Clip:
-    """One labelled video of a row: frames uint8 [T, H, W, 3]."""
+    """One labelled video of a row: where it is, a path beside the page or what `embedded` gives."""
 
     label: str
-    frames: np.ndarray
+    src: str
 
 
 @dataclass(frozen=True)
@@ -66,7 +66,6 @@ class Page:
     rows: Sequence[Row] = ()
     tables: Sequence[Table] = ()
     losses: Sequence[float] = ()
-    fps: float = 8.0
     facts: dict[str, str] = field(default_factory=dict)
 
 
@@ -79,11 +78,16 @@ def depth_colours(z_depth: np.ndarray) -> np.ndarray:
     )
 
 
-def write(page: Page, path: str | Path) -> Path:
-    """Write the page as one HTML file with its videos inside; return its path."""
+def embedded(mp4: bytes) -> str:
+    """Return a video as the `src` of a Clip, so that it lies in the page itself."""
+    return f"data:video/mp4;base64,{base64.b64encode(mp4).decode()}"
+
+
+def write(page: Page, path: str | Path) -> str:
+    """Write the page as one HTML file, to a path or URL; return where it is."""
     body = [f"<h1>{html.escape(page.title)}</h1>", *(f"<p>{html.escape(line)}</p>" for line in page.summary)]
     for row in page.rows:
-        figures = "".join(_figure(clip, page.fps) for clip in row.clips)
+        figures = "".join(_figure(clip) for clip in row.clips)
         body.append(f'<h2>{html.escape(row.title)}</h2><div class="row">{figures}</div>')
     body += [_table(table) for table in page.tables]
     if len(page.losses) > 1:
@@ -101,14 +105,13 @@ def write(page: Page, path: str | Path) -> Path:
         f"<title>{html.escape(page.title)}</title><style>{STYLE}</style>{''.join(body)}<script>{script}</script></html>\n"
     )
     storage.write_bytes(path, text.encode())
-    return Path(path)
+    return str(path)
 
 
-def _figure(clip: Clip, fps: float) -> str:
-    data = base64.b64encode(video.encode(clip.frames, fps)).decode()
+def _figure(clip: Clip) -> str:
     label = html.escape(clip.label)
     return (
-        f'<figure><video src="data:video/mp4;base64,{data}" aria-label="{label}" autoplay loop muted playsinline>'
+        f'<figure><video src="{html.escape(clip.src)}" aria-label="{label}" autoplay loop muted playsinline>'
         f"</video><figcaption>{label}</figcaption></figure>"
     )
 

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import re
+from pathlib import Path
 
 import numpy as np
 
@@ -14,16 +15,16 @@ from ex4d.viewer import page
 def test_a_page_holds_its_videos_tables_and_curve(tmp_path):
     frames = np.zeros((5, 32, 48, 3), np.uint8)
     frames[:, :, 24:] = 200
+    src = page.embedded(video.encode(frames, 8.0))
     content = page.Page(
         title="<b>unsafe</b>",
         summary=("a & b",),
-        rows=(page.Row("row", (page.Clip("left", frames), page.Clip("right", frames))),),
+        rows=(page.Row("row", (page.Clip("left", src), page.Clip("right", src), page.Clip("by", 'a "b".mp4'))),),
         tables=(page.Table("scores", "of two", ("method", "dB"), (("ours", "20.00"), ("theirs", "10.00")), best=0),),
         losses=[3.0, 2.0, 1.0],
-        fps=8.0,
         facts={"steps": "3"},
     )
-    text = page.write(content, tmp_path / "index.html").read_text()
+    text = Path(page.write(content, tmp_path / "index.html")).read_text()
     assert "<b>unsafe</b>" not in text
     assert "&lt;b&gt;unsafe" in text
     clips = re.findall(r"data:video/mp4;base64,([^\"]+)", text)
@@ -32,6 +33,7 @@ def test_a_page_holds_its_videos_tables_and_curve(tmp_path):
     assert shown.shape == frames.shape
     assert fps == 8.0
     assert np.abs(shown[:, :, -8:].astype(int) - 200).mean() < 4
+    assert 'src="a &quot;b&quot;.mp4"' in text
     assert text.count("<polyline") == 2
     assert "20.00" in text
 

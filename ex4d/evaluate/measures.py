@@ -1,0 +1,65 @@
+"""The figures of one generated video: against the true novel view where it is known, and against what was asked for.
+
+Frame 0, which is given, is left out of every figure. None stands where there is nothing to measure: a clip without
+holes, a view whose truth nobody knows.
+"""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+import numpy as np
+
+from ex4d.evaluate.camera_error import camera_error
+from ex4d.evaluate.metrics import psnr, ssim
+from ex4d.evaluate.views import View
+
+Figures = dict[str, float | None]
+
+
+@dataclass(frozen=True)
+class Measure:
+    """One figure: its column's name, the digits that mean something, and whether more is better."""
+
+    label: str
+    digits: int
+    more_is_better: bool
+
+
+MEASURES = {
+    "psnr": Measure("PSNR, dB", 2, True),
+    "psnr_holes": Measure("PSNR in the holes", 2, True),
+    "psnr_pasted": Measure("PSNR, seen pixels pasted", 2, True),
+    "ssim": Measure("SSIM", 3, True),
+    "psnr_seen": Measure("PSNR, seen pixels to warp", 2, True),
+    "rotation_deg": Measure("camera error, °", 2, False),
+    "translation": Measure("camera error, % of radius", 2, False),
+    "flow_px": Measure("points off, px", 2, False),
+    "cameras_found": Measure("cameras found, %", 0, True),
+}
+PERCENT = ("translation", "cameras_found")
+
+
+def measure(view: View, frames: np.ndarray, seen: np.ndarray) -> Figures:
+    """Return {key of MEASURES: figure} of a generated video.
+
+    Args:
+        frames: uint8 [T, H, W, 3], what a method made of the view.
+        seen: bool [T, H, W], the eroded mask: what the method was given of the condition. The rest are its holes.
+    """
+    made, given = frames[1:], view.cond_video[1:]
+    figures: Figures = {"psnr_seen": _known(psnr(made, given, seen[1:])), **camera_error(view, frames).summary()}
+    if view.truth is None:
+        return {name: figures.get(name) for name in MEASURES}
+    truth = view.truth[1:]
+    pasted = np.where(seen[1:, ..., None], given, made)
+    figures["psnr"] = _known(psnr(made, truth))
+    figures["psnr_holes"] = _known(psnr(made, truth, ~seen[1:]))
+    figures["psnr_pasted"] = _known(psnr(pasted, truth))
+    figures["ssim"] = float(np.mean([ssim(*pair) for pair in zip(made, truth, strict=True)]))
+    return {name: figures.get(name) for name in MEASURES}
+
+
+def _known(value: float) -> float | None:
+    return None if math.isnan(value) else value
