@@ -15,7 +15,7 @@ import torch
 from ex4d import flow, video
 from ex4d.errors import ConfigError
 from ex4d.geometry import masks
-from ex4d.models import backbone, encoders, weights
+from ex4d.models import backbone, encoders, swap, weights
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, check_choices, reconstruct
 from ex4d.reconstruct_files import white
@@ -31,6 +31,9 @@ class GenerateConfig:
         shift: of the sigma schedule; None: what the adapter was trained with (released: 5).
         erosion_px: the visible region is shrunk by a square of this side at 512 px, as in training (2 … 8 there).
         prompt, negative_prompt: fixed texts; the released tool uses one generic prompt.
+        quantize: the base's blocks as int8, fp8 or nf4, for small GPUs; see ModelConfig. The result changes a little.
+        block_swap: so many blocks stay in the host's memory and come to the device while they work.
+        offload: of base, encoders and VAE only the one that works is on the device; slower, the same result.
     """
 
     num_inference_steps: int = 25
@@ -39,6 +42,9 @@ class GenerateConfig:
     erosion_px: int = 5
     prompt: str = ""
     negative_prompt: str = ""
+    quantize: Literal["int8", "fp8", "nf4"] | None = None
+    block_swap: int = 0
+    offload: bool = False
 
     def __post_init__(self) -> None:
         if self.num_inference_steps < 1:
@@ -47,6 +53,8 @@ class GenerateConfig:
             raise ConfigError("generate.guidance_scale", self.guidance_scale, "a finite number")
         if self.erosion_px < 0:
             raise ConfigError("generate.erosion_px", self.erosion_px, "at least 0")
+        if self.block_swap < 0:
+            raise ConfigError("generate.block_swap", self.block_swap, "at least 0")
         if self.shift is not None and not 0 < self.shift < math.inf:
             raise ConfigError("generate.shift", self.shift, "finite, greater than 0, or null for the adapter's own")
 
@@ -115,8 +123,8 @@ def generate(
     pixels = to_pixels(cond_video, device)
     start = to_pixels(first_frame[None], device)[:, :, 0] if first_frame is not None else pixels[:, :, 0]
     image_condition = base.first_frame_condition(start, num_frames=len(cond_video))
-    image_embeds = base.encode_image(start)
     cond_latents = base.encode_condition(pixels, torch.from_numpy(visible).to(device)[None], mask_range)
+    image_embeds = base.encode_image(start)
 
     def velocity_under(prompt: str) -> flow.VelocityFn:
         prompt_embeds = base.encode_text([prompt])
@@ -127,12 +135,15 @@ def generate(
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
     # Under equal prompts both passes say the same, whatever the scale.
     guided = config.guidance_scale != 1.0 and config.prompt != config.negative_prompt
+    asked = velocity_under(config.prompt)
+    avoided = velocity_under(config.negative_prompt) if guided else None
+    base.bring("transformer")
     latents = flow.sample(
-        velocity_under(config.prompt),
+        asked,
         noise.to(base.device),
         flow.sigmas(config.num_inference_steps, config.shift or flow.DEFAULT_SHIFT),
         guidance_scale=config.guidance_scale if guided else 1.0,
-        negative_velocity_fn=velocity_under(config.negative_prompt) if guided else None,
+        negative_velocity_fn=avoided,
         on_step=on_step,
     )
     return to_frames(base.decode_latents(latents))
@@ -149,22 +160,35 @@ def _device(name: str | None) -> str:
 
 
 def load(
-    adapter_path: str | Path, base: str | None = None, device: str | None = None
+    adapter_path: str | Path,
+    base: str | None = None,
+    device: str | None = None,
+    config: GenerateConfig = GenerateConfig(),
 ) -> tuple[backbone.Base, Ex4dModel]:
     """Return (base, model with its adapter) in evaluation mode.
 
     Args:
         base: overrides the base that the adapter names: tiny, a folder, or a hub id.
         device: default cuda where there is one.
+        config: its quantize, block_swap and offload say how much lies on the device.
     """
     device = _device(device)
     metadata = weights.read_metadata(adapter_path)
-    loaded = backbone.load_base(base or metadata.base, metadata.base_revision if base is None else None, device=device)
+    loaded = backbone.load_base(
+        base or metadata.base,
+        metadata.base_revision if base is None else None,
+        device=device,
+        quantize=config.quantize,
+        transformer_device="cpu" if config.block_swap and not config.quantize else None,
+        offload=config.offload,
+    )
     shape = backbone.ModelConfig(
         lora_rank=metadata.lora_rank, lora_alpha=metadata.lora_alpha, adapter_hidden=metadata.adapter_hidden
     )
     model = build_model(loaded.transformer, shape)
     weights.load_adapter(adapter_path, model, allow_other_base=base is not None)
+    swap.swap_blocks(model.transformer, config.block_swap, loaded.device)
+    (model.geometry_adapter if config.offload else model).to(loaded.device)
     return loaded, model.eval()
 
 
@@ -192,7 +216,7 @@ def novel_view(
     metadata = weights.read_metadata(adapter_path)
     profile = profile or ("released" if metadata.mask_range == "released" else "default")
     check_choices(profile=profile, **view)  # before gigabytes are loaded
-    loaded, model = load(adapter_path, base, device)
+    loaded, model = load(adapter_path, base, device, config)
     config = config.for_adapter(metadata)
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames

@@ -193,6 +193,9 @@ def _generate_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--erosion-px", type=int, default=5, help="the mask shrinks by so much at 512 px (default: 5)")
     parser.add_argument("--prompt", default="")
     parser.add_argument("--device", help="cuda or cpu (default: cuda where there is one)")
+    parser.add_argument("--quantize", choices=("int8", "fp8", "nf4"), help="the base's blocks, for a small GPU")
+    parser.add_argument("--block-swap", type=int, default=0, metavar="N", help="so many blocks wait in host memory")
+    parser.add_argument("--offload", action="store_true", help="on the GPU only what works: base, encoder or VAE")
     _view_arguments(parser)
 
 
@@ -211,6 +214,9 @@ def _generate(args: argparse.Namespace) -> int:
         shift=args.shift,
         erosion_px=args.erosion_px,
         prompt=args.prompt,
+        quantize=args.quantize,
+        block_swap=args.block_swap,
+        offload=args.offload,
     )
     view = generate.novel_view(
         video_path=args.video,

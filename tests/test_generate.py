@@ -7,8 +7,11 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import torch
 
 from ex4d import synthetic, video
+from ex4d.evaluate.metrics import psnr
+from ex4d.models.encoders import Base
 from pipelines import cli
 
 WORLD = synthetic.SyntheticConfig(num_videos=1, num_frames=5, size=(64, 64), seed=8, camera_motion="static")
@@ -75,6 +78,37 @@ def test_guidance_between_equal_prompts_costs_nothing_and_changes_nothing(clip, 
     assert len(calls) == 8
 
 
+def test_a_small_gpu_s_ways_give_the_same_video_or_nearly(clip, adapters, tmp_path):
+    """A CPU swaps blocks and moves components too: into copies, and nowhere."""
+    made = {}
+    ways = {"plain": (), "swap": ("--block-swap", "2"), "offload": ("--offload",), "int8": ("--quantize", "int8")}
+    ways |= {"all": ("--quantize", "nf4", "--block-swap", "1", "--offload"), "nf4": ("--quantize", "nf4")}
+    for name, flags in ways.items():
+        run(clip, adapters["unit"], tmp_path / f"{name}.mp4", *flags)
+        made[name] = (tmp_path / f"{name}.mp4").read_bytes()
+    assert made["plain"] == made["swap"] == made["offload"]
+    assert made["all"] == made["nf4"] != made["plain"]
+    frames = {name: video.read(data)[0] for name, data in made.items()}
+    assert psnr(frames["plain"], frames["int8"]) > 30
+    assert psnr(frames["plain"], frames["int8"]) > psnr(frames["plain"], frames["nf4"]) > 20
+
+
+def test_with_offload_one_component_alone_is_on_the_device():
+    class Component:
+        place = "cpu"
+
+        def to(self, device) -> None:
+            self.place = str(device)
+
+    parts = {name: Component() for name in ("transformer", "vae", "text_encoder", "image_encoder")}
+    base = Base("fake", None, torch.device("meta"), {}, **parts, offload=True)
+    for name in ("vae", "text_encoder", "vae", "transformer"):
+        assert base.bring(name) is parts[name]
+        assert [n for n, part in parts.items() if part.place == "meta"] == [name]
+    still = Base("fake", None, torch.device("meta"), {}, **{name: Component() for name in parts})
+    assert still.bring("vae").place == "cpu", "without offload nothing is moved"
+
+
 def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_path):
     assert run(clip, adapters["released"], tmp_path / "r.mp4")["profile"] == "released"
     assert run(clip, adapters["released"], tmp_path / "t.mp4", "--profile", "torn")["profile"] == "torn"
@@ -93,6 +127,8 @@ def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_p
         (("--size", "60x64"), 2, "size"),
         (("--source-poses", "none.json"), 2, "none.json"),
         (("--num-frames", "9"), 1, "too_short"),
+        (("--block-swap", "-1"), 2, "block_swap"),
+        (("--block-swap", "99"), 2, "block_swap"),
     ],
 )
 def test_what_cannot_be_done_is_named(clip, adapters, tmp_path, capsys, flags, status, named):

@@ -74,6 +74,7 @@ def load_base(
     vae_dtype: str | torch.dtype = "float32",
     quantize: str | None = None,
     transformer_device: str | torch.device | None = None,
+    offload: bool = False,
 ) -> Base:
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
@@ -82,6 +83,7 @@ def load_base(
             encoder has None there.
         quantize: of the transformer; see ModelConfig.
         transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
+        offload: everything stays in the host's memory until it works; see Base.
 
     Raises:
         ConfigError: the base is not there and cannot be fetched; says what to download and where to put it.
@@ -95,11 +97,16 @@ def load_base(
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
     main, vae = _dtype(dtype, device), _dtype(vae_dtype, device)
-    places = {"transformer": torch.device(transformer_device)} if transformer_device is not None else {}
-    loaded = {
-        name: _load(name, folder, vae if name == "vae" else main, places.get(name, device), quantize)
-        for name in components
-    }
+    host = torch.device("cpu")
+    places = dict.fromkeys(components, host if offload else device)
+    if transformer_device is not None:
+        places["transformer"] = torch.device(transformer_device)
+    loaded = {}
+    for name in components:
+        style = quantize if name == "transformer" else None
+        if style is not None:
+            places[name] = device  # it is quantised there, a layer at a time
+        loaded[name] = _load(name, folder, vae if name == "vae" else main, places[name], style)
     return Base(
         name=base,
         revision=hub.revision_of(folder) if not _is_local(base) else revision,
@@ -107,6 +114,7 @@ def load_base(
         shape=read_config(folder, "transformer"),
         tokenizer=_tokenizer(folder) if "text_encoder" in components else None,
         image_settings=_image_settings(folder) if loaded.get("image_encoder") is not None else None,
+        offload=offload,
         **{name: loaded.get(name) for name in COMPONENTS},
     )
 
@@ -168,14 +176,14 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
     kwargs["torch_dtype" if component in ("transformer", "vae") else "dtype"] = dtype
     # Straight to the device, shard by shard, so that eight ranks of a machine do not each hold 33 GB of its memory.
     # What is to be quantised stays behind and goes over layer by layer.
-    kwargs["device_map"] = {"": "cpu" if style is not None and component == "transformer" else device}
+    kwargs["device_map"] = {"": "cpu" if style is not None else device}
     try:
         model = cls.from_pretrained(folder / component, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
     if hasattr(model, "enable_slicing"):
         model.enable_slicing()  # a clip at a time: less memory, and latents that do not depend on their batch
-    if component == "transformer" and style is not None:
+    if style is not None:
         quantize_blocks(model, style, device)
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
     return model.to(device).eval().requires_grad_(False)

@@ -28,6 +28,7 @@ class Base:
         name, revision: what was asked for; of a hub id, the commit.
         shape: the transformer's configuration, there even where the transformer is not.
         image_settings: mean and std of the image encoder's input.
+        offload: keep components in the host's memory, and on the device only the one at work: see `bring`.
     """
 
     name: str
@@ -40,12 +41,23 @@ class Base:
     tokenizer: Any = None
     image_encoder: Any = None
     image_settings: dict[str, Any] | None = None
+    offload: bool = False
 
     def _need(self, component: str) -> Any:
         value = getattr(self, component)
         if value is None:
             raise ContractError(f"the base {self.name} was loaded without its {component}")
         return value
+
+    def bring(self, component: str) -> Any:
+        """Return a component that is about to work; with `offload` it is on the device, and the others are not."""
+        wanted = self._need(component)
+        if self.offload:
+            for other in (self.transformer, self.vae, self.text_encoder, self.image_encoder):
+                if other is not None and other is not wanted:
+                    other.to("cpu")
+            wanted.to(self.device)
+        return wanted
 
     @property
     def latent_channels(self) -> int:
@@ -95,7 +107,7 @@ class Base:
         Args:
             pixels: float [B, 3, T, H, W] in [−1, 1]; T = 4k + 1, H and W multiples of 16.
         """
-        vae = self._need("vae")
+        vae = self.bring("vae")
         self.latent_shape((*pixels.shape[2:], 3))
         raw = vae.encode(pixels.to(self.device, vae.dtype)).latent_dist.mode().float()
         mean, std = self._scale()
@@ -104,7 +116,7 @@ class Base:
     @torch.no_grad()
     def decode_latents(self, latents: Tensor) -> Tensor:
         """Return pixels, float32 [B, 3, T, H, W] clamped to [−1, 1], of normalised latents [B, z, f, h, w]."""
-        vae = self._need("vae")
+        vae = self.bring("vae")
         mean, std = self._scale()
         raw = latents.to(self.device).float() * std + mean
         return vae.decode(raw.to(vae.dtype), return_dict=False)[0].float().clamp(-1, 1)
@@ -142,7 +154,7 @@ class Base:
     @torch.no_grad()
     def encode_text(self, prompts: list[str]) -> Tensor:
         """Return prompt embeddings, float32 [B, 512, text_dim], zero after the end of each text."""
-        encoder = self._need("text_encoder")
+        encoder = self.bring("text_encoder")
         cleaned = [" ".join(html.unescape(html.unescape(prompt)).split()) for prompt in prompts]
         tokens = self._need("tokenizer")(
             cleaned, padding="max_length", max_length=TEXT_LENGTH, truncation=True, return_tensors="pt"
@@ -167,8 +179,9 @@ class Base:
         squashed = functional.interpolate(pixels.float(), size=(side, side), mode="bicubic", align_corners=False)
         mean = torch.tensor(settings["mean"], device=pixels.device).view(1, 3, 1, 1)
         std = torch.tensor(settings["std"], device=pixels.device).view(1, 3, 1, 1)
-        images = (((squashed * 0.5 + 0.5) - mean) / std).to(self.device, self.image_encoder.dtype)
-        return self.image_encoder(pixel_values=images, output_hidden_states=True).hidden_states[-2].float()
+        encoder = self.bring("image_encoder")
+        images = (((squashed * 0.5 + 0.5) - mean) / std).to(self.device, encoder.dtype)
+        return encoder(pixel_values=images, output_hidden_states=True).hidden_states[-2].float()
 
 
 def to_pixels(frames: Tensor) -> Tensor:

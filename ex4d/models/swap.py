@@ -160,7 +160,7 @@ def swap_blocks(transformer: nn.Module, count: int, device: torch.device) -> Blo
     """
     blocks: Any = transformer.get_submodule("blocks")
     if not 0 <= count <= len(blocks):
-        raise ConfigError("train.block_swap", count, f"0 to {len(blocks)}, the number of blocks")
+        raise ConfigError("block_swap", count, f"0 to {len(blocks)}, the number of blocks")
     if count == 0:
         return None
     indices = [(2 * place + 1) * len(blocks) // (2 * count) for place in range(count)]

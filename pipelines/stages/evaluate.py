@@ -62,7 +62,7 @@ class Evaluation:
 
 
 @lru_cache(maxsize=1)
-def loaded(adapter: str, base: str | None, device: str) -> tuple[Base, Ex4dModel]:
+def loaded(adapter: str, base: str | None, device: str, sampler: GenerateConfig) -> tuple[Base, Ex4dModel]:
     """Return the base and its adapter, kept by this process."""
     import torch
 
@@ -70,12 +70,12 @@ def loaded(adapter: str, base: str | None, device: str) -> tuple[Base, Ex4dModel
 
     if device == "cpu":
         torch.set_num_threads(1)  # sums depend on the number of threads; rows run side by side
-    return load(adapter, base, device)
+    return load(adapter, base, device, sampler)
 
 
 def load_model(row: Row, context: Evaluation) -> dict[str, Any]:
     """Return nothing; the model is loaded: once a process, so that its time is not the first view's."""
-    loaded(context.adapter, context.base, context.device)
+    loaded(context.adapter, context.base, context.device, context.sampler)
     return {}
 
 
@@ -111,7 +111,7 @@ def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
     from ex4d.geometry import masks
 
     view = row["view"]
-    base, model = loaded(context.adapter, context.base, context.device)
+    base, model = loaded(context.adapter, context.base, context.device, context.sampler)
 
     def sampled(condition: View) -> np.ndarray:
         given = (condition.cond_video, condition.visible, context.sampler, context.seed, context.mask_range)
