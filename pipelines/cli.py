@@ -234,6 +234,41 @@ def _generate(args: argparse.Namespace) -> int:
     return 0
 
 
+def _look_arguments(parser: argparse.ArgumentParser) -> None:
+    parser.add_argument("thing", metavar="THING", help="a dataset that `ex4d preprocess` wrote, or a video")
+    parser.add_argument("--output", required=True, metavar="PAGE.html")
+    parser.add_argument("--key", action="append", default=[], help="of a dataset: this sample; may be given again")
+    parser.add_argument("--samples", type=int, default=8, help="of a dataset, so many (default: %(default)s)")
+    parser.add_argument("--size", type=_size, help="of a video: HxW (default: its own)")
+    parser.add_argument("--num-frames", type=int, default=49, help="of a video (default: %(default)s)")
+    _view_arguments(parser)
+
+
+def _look(args: argparse.Namespace) -> int:
+    from ex4d import storage
+
+    if Path(args.output).suffix.lower() != ".html":
+        raise ConfigError("output", args.output, "the name of an .html file")
+    _check_output(Path(args.output).parent)
+    if storage.exists(storage.join(args.thing, "dataset.json")):
+        from ex4d.viewer import page, sample_page
+
+        if args.samples < 1:
+            raise ConfigError("samples", args.samples, "at least 1")
+        print(page.write(sample_page.samples_page(args.thing, args.key, args.samples), args.output))
+        return 0
+    from ex4d.reconstruct import reconstruct
+    from ex4d.viewer import scene_page
+
+    if Path(args.thing).is_dir():
+        raise ConfigError("THING", args.thing, "a finished dataset (it has no dataset.json) or a video")
+    view = reconstruct(
+        args.thing, num_frames=args.num_frames, size=args.size, profile=args.profile or "default", **_view(args)
+    )
+    print(scene_page.write(view, args.output, Path(args.thing).name))
+    return 0
+
+
 def _export_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("adapter", metavar="ADAPTER", help="folder written by `ex4d train`, its file, or an ex4d.ckpt")
     parser.add_argument("--style", required=True, choices=("ex4d", "released", "kohya", "comfyui", "diffusers"))
@@ -309,6 +344,7 @@ COMMANDS = {
     "evaluate": Command("how good an adapter is, by figures and side by side", _job_arguments, _evaluate),
     "reconstruct": Command("what a camera path would see of a video", _reconstruct_arguments, _reconstruct),
     "generate": Command("a video seen from the side", _generate_arguments, _generate),
+    "view": Command("a page of a dataset's samples, or of a video's mesh and cameras", _look_arguments, _look),
     "export": Command("an adapter for other programs, and back", _export_arguments, _export),
     "verify": Command("check a dataset to the last byte", _verify_arguments, _verify),
     "retry": Command("try again what preprocess refused for a reason", _retry_arguments, _retry),
@@ -337,8 +373,8 @@ def main(argv: Sequence[str] | None = None) -> int:
         print(f"ex4d {args.command}: {error}", file=sys.stderr)
         return 2
     except BadSample as error:
-        video = f"{args.video}: " if "video" in args else ""  # reasons are alike on every machine: they name no paths
-        print(f"ex4d {args.command}: {video}{error}", file=sys.stderr)
+        named = [getattr(args, name) for name in ("video", "thing") if name in args]  # reasons themselves name no paths
+        print(f"ex4d {args.command}: {': '.join([*named, str(error)])}", file=sys.stderr)
         return 1
     except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
         logging.getLogger(__name__).debug("where it was raised", exc_info=True)

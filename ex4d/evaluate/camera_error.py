@@ -22,7 +22,7 @@ MIN_POINTS = 30  # of known place must agree on a pose
 MIN_SHARE = 0.4  # of the visible ones, too: fewer do where flow took one texture for another
 MAX_POINTS = 2000
 # Generated pictures are soft. Of the demo's (96 px, orbit 30°, six scenes) these find 65 % of the cameras with the
-# adapter, 100 % with the codec alone, 6 % with the base alone, none under another clip's condition or in noise (51 %
+# adapter, 100 % with the codec alone, 6 % with the base alone, none under another clip's condition or in noise (38 %
 # there without the likeness). Cameras that are off by 2, 5, 10° are measured as 1.7–1.9, 4.6–4.9, 9.7–9.9°.
 TOLERANCE_PX = 1.5  # up to 384 px; beyond that in proportion to the size
 MIN_LIKENESS, WINDOW_PX = 0.5, 21

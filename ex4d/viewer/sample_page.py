@@ -1,0 +1,61 @@
+"""Samples of a dataset to look at: the clip, and what each of its masks leaves of it."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from ex4d import storage, video
+from ex4d.data import manifest, sample
+from ex4d.data.tar import read_sample
+from ex4d.errors import ConfigError
+from ex4d.viewer import page
+
+
+def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8) -> page.Page:
+    """Return a page of samples of a dataset of clips, their videos in it.
+
+    Args:
+        dataset: folder or URL of a finished dataset.
+        keys: which samples; none: `count` of them, evenly spread over the manifest.
+
+    Raises:
+        ConfigError: a dataset of latents, a key that it does not have.
+        ContractError: no finished dataset, or a damaged sample.
+    """
+    facts = manifest.read_dataset(dataset)
+    if "latents" in facts:
+        raise ConfigError("THING", dataset, "a dataset of clips; this one holds latents, which nobody can look at")
+    table = manifest.read_table(dataset, manifest.MANIFEST, sha256=facts["sha256"][manifest.MANIFEST])
+    manifest.check_shard_names(table)
+    rows = {row["key"]: row for row in table.select(["key", "split", "shard", "offset", "length"]).to_pylist()}
+    unknown = [key for key in keys if key not in rows]
+    if unknown:
+        raise ConfigError("key", unknown[0], f"a key of {dataset}'s manifest.parquet")
+    spread = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
+    chosen = list(keys) or [list(rows)[place] for place in spread]
+    counts = facts["counts"]
+    return page.Page(
+        title=f"Samples of {dataset.rstrip('/').rpartition('/')[2]}",
+        summary=(
+            f"{len(chosen)} of {counts['samples']} samples. Left the clip, which training shall give back; beside it "
+            "what each mask leaves of it, with the share of holes.",
+        ),
+        rows=[_row(dataset, rows[key], facts["sample"]["mask_kinds"]) for key in chosen],
+        facts={name: str(value) for name, value in {**facts["sample"], **counts}.items()},
+    )
+
+
+def _row(dataset: str, fields: dict, kinds: Sequence[str]) -> page.Row:
+    data = storage.read_bytes(storage.join(dataset, fields["shard"]), fields["offset"], fields["length"])
+    members = read_sample(data, fields["key"])
+    clip = sample.decode(members)
+    is_visibility = np.array([kinds[kind] == sample.VISIBILITY for kind in clip.kind])
+    clips = [page.Clip("the clip", page.embedded(members["mp4"]))]
+    for index, visible in enumerate(clip.visible):
+        colours = sample.shown(clip.frames, clip.cond, is_visibility, index) * visible[..., None]
+        label = f"{kinds[clip.kind[index]]}, {clip.hole_share[index].mean():.0%} holes"
+        clips.append(page.Clip(label, page.embedded(video.encode(colours, clip.fps))))
+    told = f"{fields['key']} · {fields['split']}" + (f" · {clip.caption.strip()}" if clip.caption.strip() else "")
+    return page.Row(told, clips)

@@ -1,0 +1,111 @@
+"""A page with the depth watertight mesh of a clip and its cameras in three dimensions: one file, no server, no network.
+
+The mesh is drawn from the depth picture itself, by WebGL 2, with the occlusion flag of every face. What the new camera
+sees there is the condition, up to the browser's own rasteriser.
+"""
+
+from __future__ import annotations
+
+import base64
+import html
+import json
+from pathlib import Path
+
+import cv2
+import numpy as np
+
+from ex4d import storage
+from ex4d.geometry import mesh
+from ex4d.reconstruct import Reconstruction
+
+TEMPLATE = Path(__file__).parent / "assets" / "scene.html"
+FOR_EVER = 1e9  # JSON has no infinity
+MAX_SIDE_PX = 320  # 49 frames of 320 × 320 make a page of about 10 MB
+
+
+def write(view: Reconstruction, path: str | Path, title: str, max_side_px: int = MAX_SIDE_PX) -> str:
+    """Write the page of a reconstruction, to a path or URL; return where it is.
+
+    Args:
+        max_side_px: pictures and meshes are made smaller until no side is longer.
+    """
+    chosen = view.choices
+    about = (
+        f"{chosen['trajectory']}, {chosen['angle_deg']:g}° · depth: {view.provenance.get('estimator', '')} · "
+        f"profile: {view.profile}. White: the source camera, orange: the new one."
+    )
+    page = TEMPLATE.read_text(encoding="utf-8")
+    for name, text in (("__TITLE__", html.escape(title)), ("__ABOUT__", html.escape(about))):
+        page = page.replace(name, text)
+    # "<" inside a script may end it, whatever it stands in.
+    page = page.replace("__SCENE__", json.dumps(scene(view, max_side_px)).replace("<", "\\u003c"))
+    storage.write_bytes(path, page.encode())
+    return str(path)
+
+
+def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
+    """Return what the page draws, JSON-able.
+
+    `frames` holds for every frame two pictures as data URLs: a PNG whose red and green are disparity, in 65535th parts
+    of `disparity_max`, and whose blue has a bit for each of a block's two faces, set where it is occluded; and colours.
+    """
+    height, width = view.frames.shape[1:3]
+    scale = min(1.0, max_side_px / max(height, width))
+    size = (max(2, round(height * scale)), max(2, round(width * scale)))
+    shrink = np.diag([size[1] / width, size[0] / height, 1.0])
+    K = shrink @ view.K
+    view_K = shrink @ np.broadcast_to(view.view_K, (len(view.frames), 3, 3))
+    meshes = [mesh.build(*_smaller(frame, z, size), K, view.profile) for frame, z in _frames(view)]
+    disparity_max = max(float((1 / one.z_depth).max()) for one in meshes)
+    reach = meshes[0].profile.curtain_reach
+    still = np.broadcast_to(np.eye(4), view.w2c.shape)
+    return {
+        "shape": [len(meshes), *size],
+        "fps": view.fps,
+        "radius": view.choices["radius"],
+        "farthest": max(one.boundary_depth for one in meshes),
+        "disparity_max": disparity_max,
+        "curtain_reach": FOR_EVER if reach is None else reach,
+        "K": _pinhole(K),
+        "view_K": [_pinhole(one) for one in view_K],
+        "w2c": view.w2c.tolist(),
+        "source_w2c": (still if view.source_w2c is None else view.source_w2c).tolist(),
+        "visible": view.visible.mean(axis=(1, 2)).tolist(),
+        "frames": [[_png(geometry(one, disparity_max)), _jpeg(one.colours)] for one in meshes],
+    }
+
+
+def geometry(one: mesh.DWMesh, disparity_max: float) -> np.ndarray:
+    """Return uint8 [H, W, 3]: disparity in two bytes, high then low, and the flags of the block that begins there."""
+    parts = np.rint(65535 / (one.z_depth.astype(np.float64) * disparity_max)).clip(1, 65535).astype(np.uint16)
+    flags = np.zeros(one.size, np.uint8)
+    flags[:-1, :-1] = one.face_occluded[0] | (one.face_occluded[1].astype(np.uint8) << 1)
+    return np.stack([(parts >> 8).astype(np.uint8), (parts & 255).astype(np.uint8), flags], axis=-1)
+
+
+def _frames(view: Reconstruction) -> list[tuple[np.ndarray, np.ndarray]]:
+    return list(zip(view.frames, view.z_depth, strict=True))
+
+
+def _smaller(frame: np.ndarray, z_depth: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
+    """Return frame and depth at `size`; the depth takes its nearest pixel: a mean of two surfaces is none."""
+    if frame.shape[:2] == size:
+        return frame, z_depth
+    to = (size[1], size[0])
+    return cv2.resize(frame, to, interpolation=cv2.INTER_AREA), cv2.resize(z_depth, to, interpolation=cv2.INTER_NEAREST)
+
+
+def _pinhole(K: np.ndarray) -> list[float]:
+    return [float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2])]
+
+
+def _png(picture: np.ndarray) -> str:
+    return _url("png", cv2.imencode(".png", picture[..., ::-1])[1])
+
+
+def _jpeg(picture: np.ndarray) -> str:
+    return _url("jpeg", cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
+
+
+def _url(kind: str, data: np.ndarray) -> str:
+    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
