@@ -49,7 +49,7 @@ GATES = {
     "nvdiffrast": ("ex4d/geometry/render/nvdiffrast.py",),
     "numba": ("ex4d/geometry/",),
     "ray": ("pipelines/",),
-    "argparse": ("pipelines/cli.py",),
+    "argparse": ("pipelines/cli.py", "pipelines/commands.py"),
 }
 
 
