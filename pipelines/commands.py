@@ -12,7 +12,7 @@ from ex4d.errors import ConfigError
 
 
 def _path_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `reconstruct` and `generate` share: how depth is found, and where the camera goes."""
+    """Add what `reconstruct`, `generate` and `view` share: how depth is found, and where the camera goes."""
     parser.add_argument("--depth", default="sidecar", help="estimator: sidecar, parallax, … (default: %(default)s)")
     parser.add_argument("--depth-path", help="depth file where it is not beside the video; for a network its weights")
     parser.add_argument("--trajectory", default="orbit", help="a path's name or a file of poses (default: %(default)s)")
