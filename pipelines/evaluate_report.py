@@ -96,7 +96,8 @@ class Report:
 
 def _explained(views: Range) -> str:
     count = len(next(iter(views.figures.values())))
-    return f"mean ± standard deviation over {count} clips; frame 0, which is given, is left out"
+    clips = "1 clip" if count == 1 else f"{count} clips"
+    return f"mean ± standard deviation over {clips}; frame 0, which is given, is left out"
 
 
 def _clips(view: View, videos: str | None) -> list[page.Clip]:
