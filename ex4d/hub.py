@@ -27,12 +27,12 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
     """
     if Path(weights).is_dir():
         return Path(weights)
-    import huggingface_hub
+    from huggingface_hub import constants  # by its own import: the package does not bring it along
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     hub_id, _, revision = weights.partition("@")
     try:
-        path = _snapshot(hub_id, revision or None, tuple(patterns), huggingface_hub.constants.HF_HUB_CACHE)
+        path = _snapshot(hub_id, revision or None, tuple(patterns), constants.HF_HUB_CACHE)
     except HFValidationError as error:
         raise ConfigError(key, weights, "is neither an existing folder nor hub-id[@revision]") from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:

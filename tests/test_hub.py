@@ -1,0 +1,37 @@
+"""Weights that are not here: a message that says what to get, in a process that has imported nothing else."""
+
+from __future__ import annotations
+
+import os
+import subprocess
+import sys
+
+import pytest
+
+from ex4d import hub
+from ex4d.errors import ConfigError
+
+ALONE = """
+from ex4d import hub
+from ex4d.errors import ConfigError
+try:
+    hub.resolve("nobody/has-this@abc", ["*.json"], "preprocess.depth_path")
+except ConfigError as error:
+    print(error)
+"""
+
+
+def test_missing_weights_are_named_by_a_process_of_its_own(root, tmp_path):
+    environment = {**os.environ, "HF_HUB_OFFLINE": "1", "HF_HOME": str(tmp_path)}
+    done = subprocess.run(
+        [sys.executable, "-c", ALONE], cwd=root, env=environment, capture_output=True, text=True, timeout=120
+    )
+    assert done.returncode == 0, done.stderr
+    assert "preprocess.depth_path='nobody/has-this@abc'" in done.stdout
+    assert "hf download nobody/has-this --revision abc" in done.stdout
+
+
+def test_a_folder_is_taken_as_it_is_and_what_is_neither_is_a_choice_to_correct(tmp_path):
+    assert hub.resolve(str(tmp_path), ["*.json"], "key") == tmp_path
+    with pytest.raises(ConfigError, match=r"key='/no/such/folder/at/all'"):
+        hub.resolve("/no/such/folder/at/all", ["*.json"], "key")
