@@ -12,12 +12,13 @@ from ex4d.data import shards
 from ex4d.errors import BadSample, Ex4dError, Filtered
 from ex4d.quality import SCORES
 from pipelines import duplicates, inputs, runner, settings
+from pipelines.filters import FilterConfig, decide
 from pipelines.ledger import Ledger
 from pipelines.progress import Progress
 from pipelines.report import Result
 from pipelines.settings import PreprocessConfig
 from pipelines.stage import Row, Stage, is_bug, new_row, refuse, refused
-from pipelines.stages import clips, score
+from pipelines.stages import clips
 
 if TYPE_CHECKING:
     from pipelines.preprocess import Stages
@@ -216,14 +217,14 @@ class Job:
         name = self._finished(row)
         if name == row["refusal_artifact"]:
             return self.ledger.read(name)
-        if self.config.filters == score.FilterConfig():
+        if self.config.filters == FilterConfig():
             return None
         return self._judged(row, self.ledger.read_scores(name, row["key"]) if name else row["known_scores"])
 
     def _judged(self, row: Row, scores: dict[str, float]) -> dict[str, Any] | None:
         """Return how today's thresholds refuse a clip with these scores."""
         try:
-            score.decide(scores, self.config.filters)
+            decide(scores, self.config.filters)
         except Filtered as error:
             return refuse(row, SCORES[error.reason].stage, error)["refusal"]
         return None

@@ -11,10 +11,10 @@ from typing import Any
 from ex4d import storage
 from ex4d.errors import Filtered
 from ex4d.quality import SCORES
+from pipelines.filters import FilterConfig, decide
 from pipelines.report import Result
 from pipelines.settings import PreprocessConfig
 from pipelines.stage import Row
-from pipelines.stages.score import FilterConfig, decide
 
 FOLDER = "report"
 PREVIEWS = 12

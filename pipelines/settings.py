@@ -10,8 +10,7 @@ from typing import Any
 from ex4d.config import fingerprint, installed_versions, to_dict
 from ex4d.errors import ConfigError
 from ex4d.geometry.masks import MaskConfig
-from pipelines.stages.caption import CaptionerConfig
-from pipelines.stages.score import FilterConfig
+from pipelines.filters import FilterConfig
 
 PROFILES = ("default", "released")
 STAGING = ("all", "current")
@@ -38,6 +37,23 @@ class DecodeLimits:
     timeout_s: float = 120.0
     cpu_s: float = 120.0
     memory_mb: int = 6144
+
+
+@dataclass(frozen=True)
+class CaptionerConfig:
+    """A network that describes clips without a caption.
+
+    Args:
+        model: a BLIP checkpoint: hub-id[@revision] or a local folder.
+        prompt: what every caption begins with.
+        max_new_tokens: its greatest length.
+        num_gpus: share of a GPU, 0 for CPU; it runs in the actor of the depth stage, which gets the larger of both.
+    """
+
+    model: str
+    prompt: str = ""
+    max_new_tokens: int = 40
+    num_gpus: float = 0.0
 
 
 @dataclass(frozen=True)

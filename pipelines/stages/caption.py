@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-from dataclasses import dataclass
 from typing import TYPE_CHECKING, Any
 
 from pipelines.stage import Row, Stage
@@ -11,23 +10,6 @@ if TYPE_CHECKING:
     from pipelines.settings import PreprocessConfig
 
 NO_MODEL = {"model": "", "revision": "", "weights_sha256": ""}
-
-
-@dataclass(frozen=True)
-class CaptionerConfig:
-    """A network that describes clips without a caption.
-
-    Args:
-        model: a BLIP checkpoint: hub-id[@revision] or a local folder.
-        prompt: what every caption begins with.
-        max_new_tokens: its greatest length.
-        num_gpus: share of a GPU, 0 for CPU; it runs in the actor of the depth stage, which gets the larger of both.
-    """
-
-    model: str
-    prompt: str = ""
-    max_new_tokens: int = 40
-    num_gpus: float = 0.0
 
 
 def caption(row: Row, config: PreprocessConfig) -> dict[str, Any]:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 from typing import TYPE_CHECKING, Any
 
+from pipelines.filters import decide
 from pipelines.stage import Row, Stage
-from pipelines.stages.score import decide
 
 if TYPE_CHECKING:
     from pipelines.settings import PreprocessConfig

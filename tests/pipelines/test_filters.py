@@ -19,9 +19,9 @@ from ex4d.errors import ConfigError
 from ex4d.quality import SCORES
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 from pipelines import preprocess
+from pipelines.filters import FilterConfig
 from pipelines.preprocess import RayConfig
-from pipelines.stages.caption import CaptionerConfig
-from pipelines.stages.score import FilterConfig
+from pipelines.settings import CaptionerConfig
 
 
 def samples(config):

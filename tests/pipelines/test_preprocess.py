@@ -19,11 +19,11 @@ from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
 from pipelines import preprocess, runner
+from pipelines.filters import FilterConfig
 from pipelines.ledger import exclusive
 from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
 from pipelines.stage import chains, pack_row
 from pipelines.stages import decode
-from pipelines.stages.score import FilterConfig
 
 
 def tree(config):
