@@ -31,6 +31,7 @@ FILE = "plan.json"
 # Of a worker's time, on Ray, the share that is spent in stages: benchmarks/results/preprocess.md.
 EFFICIENCY = 0.9
 RAY_START_S = 10.0
+MOST_ASKED = 300  # remote videos whose size is asked for
 
 
 @dataclass(frozen=True)
@@ -171,16 +172,25 @@ def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfi
 
 
 def spread(videos: Sequence[Source], count: int) -> list[Source]:
-    """Return `count` videos: the middle ones of equal groups by file size, so that the long ones are in it."""
-    ordered = sorted(videos, key=lambda source: (_size(source), source.name))
+    """Return `count` videos: the middle ones of equal groups by file size, so that the long ones are in it.
+
+    A store may have to be asked for every size: of many remote videos MOST_ASKED, evenly spread by name, stand for all.
+    """
+    asked: Sequence[Source] = sorted(videos, key=lambda source: source.name)
+    if not all(storage.is_local(source.path) for source in asked):
+        asked = _middles(asked, MOST_ASKED)
+    return _middles(sorted(asked, key=lambda source: (_size(source), source.name)), count)
+
+
+def _middles(ordered: Sequence[Source], count: int) -> list[Source]:
     count = min(count, len(ordered))
     return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
 
 
 def _size(source: Source) -> int:
     try:
-        return os.path.getsize(source.path)
-    except OSError:  # missing, or not on this machine
+        return storage.size(source.path)
+    except OSError:  # missing, or a server that does not tell
         return 0
 
 

@@ -8,6 +8,7 @@ import time
 
 import pytest
 
+from ex4d import storage
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import plan, preprocess
@@ -59,6 +60,22 @@ def test_the_sample_is_spread_over_file_sizes(tmp_path):
         sources.append(Source(str(path), path.name, True))
     assert [source.name for source in plan.spread(sources, 3)] == ["1.mp4", "4.mp4", "7.mp4"]
     assert len(plan.spread(sources, 20)) == 9
+
+
+def test_sizes_in_a_store_count_too_and_few_are_asked_for(monkeypatch):
+    sources = []
+    for index in range(9):
+        url = f"memory://plan/{(7 * index) % 9}.mp4"
+        storage.write_bytes(url, b"x" * (1 + (7 * index) % 9))
+        sources.append(Source(url, url.rpartition("/")[2]))
+    assert [source.name for source in plan.spread(sources, 3)] == ["1.mp4", "4.mp4", "7.mp4"]
+    asked = []
+    size = storage.size
+    monkeypatch.setattr(storage, "size", lambda url: asked.append(url) or size(url))
+    monkeypatch.setattr(plan, "MOST_ASKED", 4)
+    sources.append(Source("memory://plan/gone.mp4", "gone.mp4"))
+    assert len(plan.spread(sources, 3)) == 3
+    assert len(asked) == 4
 
 
 def test_a_plan_of_a_corpus_and_its_judgement_by_the_run(tmp_path):
