@@ -21,6 +21,30 @@ RELEASED_FOCAL_PX = 500.0  # the released code's, at any size
 
 
 @dataclass(frozen=True)
+class Clip:
+    """A video's frames with their depth, before any path.
+
+    Attributes:
+        frames: uint8 [T, H, W, 3]. fps: frames per second.
+        z_depth: float32 [T, H, W], along the source camera's z. K: float64 [3, 3] px, pixel centres at +0.5.
+        profile: how its meshes are made and drawn. provenance: the depth estimator's record.
+    """
+
+    frames: np.ndarray
+    fps: float
+    z_depth: np.ndarray
+    K: np.ndarray
+    profile: str = "default"
+    provenance: dict[str, Any] = field(default_factory=dict)
+
+    @property
+    def radius(self) -> float:
+        """Distance of the point that paths turn about, in units of the depth."""
+        rule = "released" if self.profile == "released" else "percentile"
+        return trajectory.radius_of(self.z_depth[0], rule)
+
+
+@dataclass(frozen=True)
 class Reconstruction:
     """A clip, its geometry, and its view along a trajectory. `reconstruct_files.write` makes files of it.
 
@@ -93,19 +117,11 @@ def reconstruct(
     """
     check_choices(trajectory_name, source_poses, depth, num_frames, size, fov_deg, profile, backend)
     backend = choose_backend(backend)
-    released = profile == "released"
-    frames, request, fps = _read(video_path, num_frames, size, fit)
-    num_frames = len(frames)
-    moved = None if source_poses is None else camera_path.source_poses(source_poses, num_frames, source_scale)
-    request = replace(request, depth_path=depth_path, seed=seed, device=device)
-    result = depth_estimators.estimate(depth, frames, request)
-    z_depth = depth_estimators.z_depth_of(result, profile)
-    K = result.K
-    if K is None:
-        K = _released_intrinsics(frames.shape) if released else camera.intrinsics(frames.shape[1:3], fov_deg)
-    radius = trajectory.radius_of(z_depth[0], "released" if released else "percentile")
-    w2c, view_K = camera_path.build(trajectory_name, num_frames, angle_deg, radius, K, trajectory_options)
-    cond_video, visible = warp_video(frames, z_depth, K, w2c, profile, backend, moved, view_K)
+    clip = read(video_path, depth, depth_path, num_frames, size, fit, fov_deg, profile, seed, device)
+    count, radius = len(clip.frames), clip.radius
+    moved = None if source_poses is None else camera_path.source_poses(source_poses, count, source_scale)
+    w2c, view_K = camera_path.build(trajectory_name, count, angle_deg, radius, clip.K, trajectory_options)
+    cond_video, visible = warp_video(clip.frames, clip.z_depth, clip.K, w2c, profile, backend, moved, view_K)
     choices = {
         "trajectory": trajectory_name,
         "angle_deg": angle_deg,
@@ -117,9 +133,32 @@ def reconstruct(
         "backend": backend,
         "seed": seed,
     }
-    return Reconstruction(
-        frames, fps, z_depth, K, w2c, view_K, cond_video, visible, moved, profile, choices, result.provenance
-    )
+    seen = (clip.frames, clip.fps, clip.z_depth, clip.K, w2c, view_K, cond_video, visible, moved, profile)
+    return Reconstruction(*seen, choices, clip.provenance)
+
+
+def read(
+    video_path: str | Path,
+    depth: str = "sidecar",
+    depth_path: str | None = None,
+    num_frames: int | None = 49,
+    size: tuple[int, int] | None = (512, 512),
+    fit: str = "crop",
+    fov_deg: float = 54.0,
+    profile: str = "default",
+    seed: int = 0,
+    device: str | None = None,
+) -> Clip:
+    """Return the first frames of a video with their depth; arguments and errors as in `reconstruct`."""
+    frames, request, fps = _read(video_path, num_frames, size, fit)
+    request = replace(request, depth_path=depth_path, seed=seed, device=device)
+    result = depth_estimators.estimate(depth, frames, request)
+    K = result.K
+    if K is None:
+        released = profile == "released"
+        K = _released_intrinsics(frames.shape) if released else camera.intrinsics(frames.shape[1:3], fov_deg)
+    z_depth = depth_estimators.z_depth_of(result, profile)
+    return Clip(frames, fps, z_depth, K, profile, result.provenance)
 
 
 def _read(

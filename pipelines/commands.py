@@ -10,6 +10,8 @@ from typing import Any
 
 from ex4d.errors import ConfigError
 
+MAX_VIEW_FRAMES = 49  # of a page in three dimensions: some 10 MB
+
 
 def _path_arguments(parser: argparse.ArgumentParser) -> None:
     """Add what `reconstruct`, `generate` and `view` share: how depth is found, and where the camera goes."""
@@ -165,7 +167,7 @@ def view_arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--key", action="append", default=[], help="of a dataset: this sample; may be given again")
     parser.add_argument("--samples", type=int, default=8, help="of a dataset, so many (default: %(default)s)")
     parser.add_argument("--size", type=_size, help="of a video: HxW (default: its own)")
-    parser.add_argument("--num-frames", type=int, default=49, help="of a video (default: %(default)s)")
+    parser.add_argument("--num-frames", type=int, help=f"of a video (default: all, {MAX_VIEW_FRAMES} at most)")
     _path_arguments(parser)
 
 
@@ -183,15 +185,18 @@ def run_view(args: argparse.Namespace) -> int:
             raise ConfigError("samples", args.samples, "at least 1")
         print(page.write(sample_page.samples_page(args.thing, args.key, args.samples), args.output))
         return 0
+    from ex4d import video
     from ex4d.reconstruct import reconstruct
     from ex4d.viewer import scene_page
 
     if Path(args.thing).is_dir():
         raise ConfigError("THING", args.thing, "a finished dataset (it has no dataset.json) or a video")
-    view = reconstruct(
-        args.thing, num_frames=args.num_frames, size=args.size, profile=args.profile or "default", **_path(args)
-    )
-    print(scene_page.write(view, args.output, Path(args.thing).name))
+    count = args.num_frames
+    if count is None:
+        count = min(MAX_VIEW_FRAMES, len(video.frame_pts(args.thing)[0]))
+    view = reconstruct(args.thing, num_frames=count, size=args.size, profile=args.profile or "default", **_path(args))
+    title = os.fsencode(Path(args.thing).name).decode("utf-8", "backslashreplace")
+    print(scene_page.write(view, args.output, title))
     return 0
 
 

@@ -71,7 +71,7 @@ def main(config_path: str, output: str) -> int:
     chosen = settings["evaluate"]
     unseen = dataclasses.replace(settings["synthetic"], seed=chosen.corpus_seed, num_videos=1)
     source = synthetic.write_corpus(out / "held_out", unseen)[0]
-    trajectory, angle_deg = next(iter(chosen.ranges.values()))
+    trajectory, angle_deg = next(iter(chosen.ranges.values()))[:2]
     view = novel_view(
         video_path=source,
         adapter_path=adapter,

@@ -19,7 +19,7 @@ from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig, transformer_config
 from ex4d.models.encoders import TEXT_LENGTH
-from ex4d.models.fingerprints import ENCODERS, encoder_fingerprints
+from ex4d.models.fingerprints import ENCODERS, of_components
 from ex4d.train.job import dataset_fingerprint
 from pipelines import runner
 from pipelines.ledger import Attempts, Ledger, exclusive
@@ -103,7 +103,7 @@ def run(
         raise ConfigError("encode.data", config.data, "a dataset of clips; this one holds latents already")
     if model.family is not None:
         transformer_config(model.base, model.revision, model.family)  # refuses another
-    models = encoder_fingerprints(model.base, model.revision, ENCODERS)
+    models = of_components(model.base, model.revision, ENCODERS)
     started = time.time()
     progress = Progress(config.output, config.metrics_port)
     attempts = Attempts(config.output, 3)

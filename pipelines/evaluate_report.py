@@ -86,7 +86,7 @@ class Report:
             summary=summary,
             rows=[page.Row(view.key, _clips(view, videos)) for view in self.shown],
             tables=[
-                page.Table(name, _explained(self.ranges[name]), columns, rows, best=0)
+                page.Table(name, _explained(self.ranges[name]), columns, rows)
                 for name, (columns, rows) in self.tables.items()
             ],
             facts={name: str(value) for name, value in facts.items()},
@@ -95,7 +95,7 @@ class Report:
 
 
 def _explained(views: Range) -> str:
-    count = len(next(iter(views.figures.values())))
+    count = views.count
     clips = "1 clip" if count == 1 else f"{count} clips"
     return f"mean ± standard deviation over {clips}; frame 0, which is given, is left out"
 

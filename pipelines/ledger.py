@@ -37,6 +37,11 @@ SECRET = "(not kept)"
 _SECRET = re.compile(r'(?<=://)[^/\s",@]*@|(?<=http://|ttps://)[^\s",?]*\?[^\s",]*')
 
 
+def without_secrets(text: str) -> str:
+    """Return JSON text without what URLs in it say of passwords or signatures."""
+    return _SECRET.sub(SECRET, text)
+
+
 class Ledger:
     """The staging folder of the dataset folder `output`, local or in an object store."""
 
@@ -106,7 +111,7 @@ class Ledger:
         What a URL says of passwords or signatures is not kept.
         """
         plain = {name: to_dict(section) for name, section in sections.items() if section is not None}
-        text = _SECRET.sub(SECRET, json.dumps({"folder": os.getcwd(), "sections": plain}, sort_keys=True))
+        text = without_secrets(json.dumps({"folder": os.getcwd(), "sections": plain}, sort_keys=True))
         storage.write_bytes(storage.join(self.output, CONFIG), text.encode())
 
     def read_config(self) -> tuple[str, dict[str, Any]]:
@@ -227,5 +232,5 @@ def exclusive(output: str) -> Iterator[None]:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:
-            raise ConfigError("preprocess.output", output, "another run is writing there") from error
+            raise ConfigError("output", output, "another run is writing there") from error
         yield

@@ -53,7 +53,7 @@ def runner(name: str, ray_config: RayConfig, num_workers: int, attempts: Attempt
     if name not in RUNNERS:
         raise ConfigError("runner", name, f"allowed: {', '.join(RUNNERS)}")
     if num_workers < 1:
-        raise ConfigError("preprocess.num_workers", num_workers, "at least 1")
+        raise ConfigError("num_workers", num_workers, "at least 1")
     if name == "inline":
         yield inline
         return
@@ -91,6 +91,7 @@ def on_ray(
         return
     check(stages, rows[0])
     _settings(ray.data.DataContext.get_current())
+    _need_gpus(stages, ray_config)
     work = list(chains(stages, keep, propagate=False))
     # Frames go from chain to chain through the object store, a clip at a time.
     rows_per_task = max(1, min(MAX_ROWS_PER_TASK, len(rows) // (4 * num_workers))) if len(work) == 1 else 1
@@ -104,6 +105,16 @@ def on_ray(
             if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
                 raise _stop(row["refusal"])
             yield row
+
+
+def _need_gpus(stages: Sequence[Stage], ray_config: RayConfig) -> None:
+    """Raise ConfigError where a Ray that was started here has not what a stage reserves: it would wait for ever."""
+    import ray
+
+    there = ray.cluster_resources().get("GPU", 0.0)
+    wanted = max(stage.num_gpus for stage in stages)
+    if ray_config.address is None and wanted > there:
+        raise ConfigError("num_gpus", wanted, f"at most {there:g}, the GPUs of this machine; 0 works on the CPU")
 
 
 def _mapped(dataset: Any, work: _Work, ray_config: RayConfig) -> Any:

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 import torch
 
-from ex4d import synthetic, video
+from ex4d import generate, synthetic, video
 from ex4d.evaluate.metrics import psnr
 from ex4d.models.encoders import Base
 from pipelines import cli
@@ -107,6 +107,25 @@ def test_with_offload_one_component_alone_is_on_the_device():
         assert [n for n, part in parts.items() if part.place == "meta"] == [name]
     still = Base("fake", None, torch.device("meta"), {}, **{name: Component() for name in parts})
     assert still.bring("vae").place == "cpu", "without offload nothing is moved"
+
+
+def test_components_that_really_move_can_be_compared_with_the_base_alone(adapters, monkeypatch):
+    """On a GPU every move makes new tensors, also within inference: here each move copies."""
+    move = torch.nn.Module.to
+
+    def copied(module, *args, **more):
+        for parameter in module.parameters():
+            parameter.data = parameter.data.clone()
+        return move(module, *args, **more)
+
+    config = generate.GenerateConfig(num_inference_steps=1, guidance_scale=1.0, offload=True)
+    base, model = generate.load(adapters["unit"], config=config)
+    monkeypatch.setattr(torch.nn.Module, "to", copied)
+    frames, visible = np.zeros((5, 64, 64, 3), np.uint8), np.ones((5, 64, 64), bool)
+    first = generate.generate(base, model, frames, visible, config, 0)
+    with model.base_alone():
+        alone = generate.generate(base, model, frames, visible, config, 0)
+    np.testing.assert_array_equal(first, alone)  # the adapter is untrained
 
 
 def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_path):

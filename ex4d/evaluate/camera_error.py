@@ -18,6 +18,7 @@ from ex4d.geometry.masks import erode
 from ex4d.geometry.mesh import build
 from ex4d.geometry.render import render
 
+NEAR_DEG = 2.0
 MIN_POINTS = 30  # of known place must agree on a pose
 MIN_SHARE = 0.4  # of the visible ones, too: fewer do where flow took one texture for another
 MAX_POINTS = 2000
@@ -31,12 +32,12 @@ MARGIN_PX = 9  # at 512: flow this near to a hole follows the hole
 
 @dataclass(frozen=True)
 class CameraError:
-    """How far the camera of each frame from the second on is from the one asked for.
+    """How far the camera of each frame from the second on is from the one asked for; NaN where none was found.
 
     Attributes:
-        rotation_deg: float64 [T-1], the angle between the two; NaN where no pose was found.
-        translation: float64 [T-1], the distance of their centres as a share of the radius; NaN likewise.
-        flow_px: float64 [T-1], median distance of a visible point from where it should be shown; NaN where none is.
+        rotation_deg: float64 [T-1], the angle between the two.
+        translation: float64 [T-1], the distance of their centres as a share of the radius.
+        flow_px: float64 [T-1], median distance of a visible point from where it should be shown.
     """
 
     rotation_deg: np.ndarray
@@ -44,13 +45,19 @@ class CameraError:
     flow_px: np.ndarray
 
     def summary(self) -> dict[str, float | None]:
-        """Return medians over the frames, and the share of frames in which a pose was found; None over no frame."""
-        found = np.isfinite(self.rotation_deg)
+        """Return `cameras_found` and `cameras_near`, shares of all frames, and medians over those that were found.
+
+        A camera far off is seldom found, so the medians alone flatter: the shares say how many they are of. Near is
+        found and within NEAR_DEG.
+        """
+        if not len(self.rotation_deg):
+            return dict.fromkeys(("cameras_near", "cameras_found", "rotation_deg", "translation", "flow_px"))
         return {
+            "cameras_near": float((self.rotation_deg <= NEAR_DEG).mean()),
+            "cameras_found": float(np.isfinite(self.rotation_deg).mean()),
             "rotation_deg": _median(self.rotation_deg),
             "translation": _median(self.translation),
             "flow_px": _median(self.flow_px),
-            "cameras_found": float(found.mean()) if len(found) else None,
         }
 
 
@@ -63,11 +70,11 @@ def camera_error(view: View, frames: np.ndarray) -> CameraError:
 def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, float, float]:
     import cv2
 
-    lost = float("nan")
+    lost, clip = 3 * (float("nan"),), view.clip
     height, width = frame.shape[:2]
     K = view.view_K[index]
     seen = render(
-        build(view.frames[index], view.z_depth[index], view.K, view.profile),
+        build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile),
         Camera(K, view.w2c[index], (height, width)),
     )
     # What the generator made of the holes stands in them: there is nothing to compare there.
@@ -82,9 +89,8 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
     rows, columns = rows[chosen], columns[chosen]
     rows, columns = rows[agree[rows, columns]], columns[agree[rows, columns]]
     if len(rows) < MIN_POINTS:
-        return lost, lost, lost
+        return lost
     moved = flows[0, 1][rows, columns].astype(np.float64)
-    flow_px = float(np.median(np.linalg.norm(moved, axis=-1)))
     points = unproject(seen.z_depth, K)[rows, columns]  # in the axes of the camera that was asked for
     places = np.stack([columns, rows], axis=-1) + 0.5 + moved
     cv2.setRNGSeed(0)
@@ -92,11 +98,12 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
         points, places, K, None, reprojectionError=tolerance_px, iterationsCount=300
     )
     if not found or inliers is None or len(inliers) < needed:
-        return lost, lost, flow_px
+        return lost
     agreed = inliers[:, 0]
     turn, shift = cv2.solvePnPRefineLM(points[agreed], places[agreed], K, None, turn, shift)
     centre = cv2.Rodrigues(turn)[0].T @ shift
-    return float(np.degrees(np.linalg.norm(turn))), float(np.linalg.norm(centre)) / view.radius, flow_px
+    flow_px = float(np.median(np.linalg.norm(moved, axis=-1)))
+    return float(np.degrees(np.linalg.norm(turn))), float(np.linalg.norm(centre)) / clip.radius, flow_px
 
 
 def _likeness(a: np.ndarray, b: np.ndarray, counted: np.ndarray) -> np.ndarray:

@@ -5,27 +5,45 @@ from __future__ import annotations
 import numpy as np
 
 
-def frechet_distance(a: np.ndarray, b: np.ndarray) -> float:
-    """Return the squared Fréchet distance of the Gaussians fitted to two sets of features.
+class Gaussian:
+    """Mean and covariance of feature rows that come in parts, exactly, in the memory of 2 D rows at most.
+
+    Attributes:
+        count: rows so far.
+        mean: float64 [D].
+        factor: float64 [at most 2 D, D]; factorᵀ factor is the scatter, (count - 1) × the covariance. So fewer rows
+            than features stay as exact as they are, where a D × D matrix would be singular.
+    """
+
+    def __init__(self) -> None:
+        self.count, self.mean, self.factor = 0, np.zeros(0), np.zeros((0, 0))
+
+    def add(self, rows: np.ndarray) -> None:
+        """Take rows [N, D] of finite numbers, N at least 1."""
+        rows = np.asarray(rows, np.float64)
+        mean = rows.mean(axis=0)
+        if not self.count:
+            self.count, self.mean, self.factor = len(rows), mean, rows - mean
+            return
+        total = self.count + len(rows)
+        between = np.sqrt(self.count * len(rows) / total) * (self.mean - mean)  # Chan et al. 1983
+        factor = np.vstack([self.factor, rows - mean, between])
+        self.mean = (self.count * self.mean + len(rows) * mean) / total
+        self.count = total
+        # R of factor = Q R has the same scatter, and D rows.
+        self.factor = np.asarray(np.linalg.qr(factor, mode="r")) if len(factor) > 2 * len(mean) else factor
+
+
+def frechet_distance(a: Gaussian, b: Gaussian) -> float:
+    """Return the squared Fréchet distance of two Gaussians, each of two rows or more.
 
     |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) (Dowson and Landau 1982; Heusel et al. 2017, eq. 6). It falls
     with the number of samples, so only sets of equal size compare: the number belongs beside the figure.
-
-    Args:
-        a, b: float [N, D] and [M, D], a row a sample, at least two rows each.
     """
-    a, b = np.asarray(a, np.float64), np.asarray(b, np.float64)
-    if a.ndim != 2 or b.ndim != 2 or a.shape[1] != b.shape[1] or min(len(a), len(b)) < 2:
-        raise ValueError(f"[N, D] and [M, D] with N, M >= 2, not {a.shape} and {b.shape}")
-    mean = a.mean(axis=0) - b.mean(axis=0)
-    # tr (C_a C_b)^½ is the sum of the singular values of A Bᵀ where C = Aᵀ A: exact also where there are fewer samples
-    # than features, where a square root of the product is not. R of A = Q R does as well as A, and has D rows at most.
-    rows_a, rows_b = _factor(a), _factor(b)
+    if a.mean.shape != b.mean.shape or min(a.count, b.count) < 2:
+        raise ValueError(f"two rows of equal width, not {a.count} of {a.mean.shape} and {b.count} of {b.mean.shape}")
+    mean = a.mean - b.mean
+    # tr (C_a C_b)^½ is the sum of the singular values of A Bᵀ where C = Aᵀ A.
+    rows_a, rows_b = (one.factor / np.sqrt(one.count - 1) for one in (a, b))
     cross = np.linalg.svd(rows_a @ rows_b.T, compute_uv=False).sum()
     return float(max(0.0, mean @ mean + (rows_a**2).sum() + (rows_b**2).sum() - 2 * cross))
-
-
-def _factor(rows: np.ndarray) -> np.ndarray:
-    """Return R [min(N, D), D] with RᵀR the covariance of rows [N, D]."""
-    centred = (rows - rows.mean(axis=0)) / np.sqrt(len(rows) - 1)
-    return np.asarray(np.linalg.qr(centred, mode="r"))

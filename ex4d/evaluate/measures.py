@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ex4d.evaluate.camera_error import camera_error
+from ex4d.evaluate.camera_error import NEAR_DEG, camera_error
 from ex4d.evaluate.metrics import psnr, ssim
 from ex4d.evaluate.views import View
 
@@ -20,25 +20,26 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure: its column's name, the digits that mean something, and whether more is better."""
+    """One figure: its column's name, and the digits that mean something."""
 
     label: str
     digits: int
-    more_is_better: bool
 
 
 MEASURES = {
-    "psnr": Measure("PSNR, dB", 2, True),
-    "psnr_holes": Measure("PSNR in the holes", 2, True),
-    "psnr_pasted": Measure("PSNR, seen pixels pasted", 2, True),
-    "ssim": Measure("SSIM", 3, True),
-    "psnr_seen": Measure("PSNR, seen pixels to warp", 2, True),
-    "rotation_deg": Measure("camera error, °", 2, False),
-    "translation": Measure("camera error, % of radius", 2, False),
-    "flow_px": Measure("points off, px", 2, False),
-    "cameras_found": Measure("cameras found, %", 0, True),
+    "psnr": Measure("PSNR, dB", 2),
+    "psnr_holes": Measure("PSNR in the holes", 2),
+    "psnr_pasted": Measure("PSNR, seen pixels pasted", 2),
+    "ssim": Measure("SSIM", 3),
+    "psnr_seen": Measure("PSNR, seen pixels to warp", 2),
+    "cameras_near": Measure(f"cameras within {NEAR_DEG:g}°, %", 0),
+    "cameras_found": Measure("cameras found, %", 0),
+    "rotation_deg": Measure("of those found: error, °", 2),
+    "translation": Measure("error, % of the radius", 2),
+    "flow_px": Measure("points off, px", 2),
 }
-PERCENT = ("translation", "cameras_found")
+NOTHING: Figures = dict.fromkeys(MEASURES)
+PERCENT = ("translation", "cameras_near", "cameras_found")
 
 
 def measure(view: View, frames: np.ndarray, seen: np.ndarray) -> Figures:

@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 
 import numpy as np
 
-from ex4d.evaluate.frechet import frechet_distance
+from ex4d.evaluate.frechet import Gaussian, frechet_distance
 from ex4d.evaluate.measures import MEASURES, PERCENT, Figures
 
 FRECHET = {"image": "Fréchet distance, pictures", "video": "Fréchet distance, videos"}
@@ -15,44 +15,55 @@ FRECHET = {"image": "Fréchet distance, pictures", "video": "Fréchet distance, 
 
 @dataclass
 class Range:
-    """The views of one range: {method: figures of each view}, and {"METHOD.image": features [N, D] of each view}."""
+    """The views of one range: {method: figures of each view}, and {"METHOD.image": features of all views}."""
 
     figures: dict[str, list[Figures]] = field(default_factory=dict)
-    features: dict[str, list[np.ndarray]] = field(default_factory=dict)
+    features: dict[str, Gaussian] = field(default_factory=dict)
 
     def add(self, figures: Mapping[str, Figures], features: Mapping[str, np.ndarray]) -> None:
         """Take one more view."""
         for method, values in figures.items():
             self.figures.setdefault(method, []).append(dict(values))
         for name, rows in features.items():
-            self.features.setdefault(name, []).append(rows)
+            self.features.setdefault(name, Gaussian()).add(rows)
+
+    @property
+    def count(self) -> int:
+        """How many views."""
+        return max(map(len, self.figures.values()), default=0)
 
     def distances(self) -> dict[str, dict[str, float]]:
         """Return {method: {"image" or "video": Fréchet distance to the real ones}}, of kinds with two samples."""
         found: dict[str, dict[str, float]] = {}
-        for method in self.figures:
-            for kind in FRECHET:
-                real, made = (np.concatenate(self.features.get(f"{of}.{kind}", [EMPTY])) for of in ("real", method))
-                if len(real) > 1 and len(made) > 1:
-                    found.setdefault(method, {})[kind] = frechet_distance(made, real)
+        for name, made in self.features.items():
+            method, _, kind = name.rpartition(".")
+            real = self.features[f"real.{kind}"]
+            if method != "real" and min(real.count, made.count) > 1:
+                found.setdefault(method, {})[kind] = frechet_distance(made, real)
         return found
 
 
-EMPTY = np.zeros((0, 1), np.float32)
-
-
 def spread(values: Sequence[float | None], digits: int = 2, percent: bool = False) -> str:
-    """Return "mean ± standard deviation" of the values that are there (a clip may have no hole); "" of none."""
+    """Return "mean ± standard deviation" of the values that are there, and how many where some are not; "" of none."""
     known = np.array([value for value in values if value is not None], np.float64) * (100 if percent else 1)
-    return f"{known.mean():.{digits}f} ± {known.std():.{digits}f}" if len(known) else ""
+    if not len(known):
+        return ""
+    fewer = f" (of {len(known)})" if len(known) < len(values) else ""
+    return f"{known.mean():.{digits}f} ± {known.std():.{digits}f}{fewer}"
 
 
-def table(views: Range, labels: Mapping[str, str]) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of text: a row a method, in the order of `labels`, without columns that nobody has."""
-    distances = views.distances()
+def table(
+    views: Range, labels: Mapping[str, str], distances: Mapping[str, Mapping[str, float]]
+) -> tuple[list[str], list[list[str]]]:
+    """Return (columns, rows) of text: a row a method, in the order of `labels`, without columns that nobody has.
+
+    Args:
+        distances: of `views.distances`.
+    """
     kept = [name for name in MEASURES if any(row[name] is not None for rows in views.figures.values() for row in rows)]
     kinds = [kind for kind in FRECHET if any(kind in row for row in distances.values())]
-    columns = ["method", *(MEASURES[name].label for name in kept), *(FRECHET[kind] for kind in kinds)]
+    counted = [f"{FRECHET[kind]} (n = {views.features[f'real.{kind}'].count})" for kind in kinds]
+    columns = ["method", *(MEASURES[name].label for name in kept), *counted]
     rows = []
     for method, label in labels.items():
         if method not in views.figures:
@@ -61,7 +72,7 @@ def table(views: Range, labels: Mapping[str, str]) -> tuple[list[str], list[list
         for name in kept:
             values = [row[name] for row in views.figures[method]]
             cells.append(spread(values, MEASURES[name].digits, name in PERCENT))
-        cells += [f"{distances[method][kind]:.2f}" for kind in kinds]
+        cells += [f"{distances[method][kind]:.2f}" if kind in distances.get(method, {}) else "" for kind in kinds]
         rows.append([label, *cells])
     return columns, rows
 

@@ -2,17 +2,31 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ex4d import synthetic
-from ex4d.geometry.camera import Camera, relative_to
+from ex4d.geometry import camera_path
+from ex4d.geometry.camera import Camera
 from ex4d.geometry.render import warp_video
-from ex4d.geometry.trajectory import build, radius_of
-from ex4d.reconstruct import reconstruct
+from ex4d.reconstruct import Clip
+
+
+@dataclass(frozen=True)
+class Path:
+    """Where a new camera goes: as `camera_path.build` takes it.
+
+    Attributes:
+        name: of a trajectory, or a file of poses or key poses. angle_deg: the extent of one that turns.
+        options: what else it takes: a zoom's `zoom`, a file's `scale`, …
+    """
+
+    name: str
+    angle_deg: float
+    options: Mapping[str, Any]
 
 
 @dataclass(frozen=True)
@@ -20,66 +34,45 @@ class View:
     """A clip, a path, and what the mesh of the clip shows along it.
 
     Attributes:
-        frames: uint8 [T, H, W, 3] of the source; z_depth: float32 [T, H, W]; K: float64 [3, 3].
+        clip: the source.
         w2c: float64 [T, 4, 4] of the new cameras, world = the source camera of the same frame; view_K: [T, 3, 3].
-        radius: of the path, in units of the depth.
         cond_video: uint8 [T, H, W, 3], zero where not visible; visible: bool [T, H, W].
         truth: uint8 [T, H, W, 3], what the new camera sees; None where nobody knows.
-        fps: frames per second. profile: of the meshes.
     """
 
-    frames: np.ndarray
-    z_depth: np.ndarray
-    K: np.ndarray
+    clip: Clip
     w2c: np.ndarray
     view_K: np.ndarray
-    radius: float
     cond_video: np.ndarray
     visible: np.ndarray
-    truth: np.ndarray | None
-    fps: float
-    profile: str = "default"
+    truth: np.ndarray | None = None
 
 
-def of_scene(
-    index: int, world: synthetic.SyntheticConfig, trajectory: str, angle_deg: float, profile: str = "default"
-) -> View:
-    """Return scene `index` of a procedural corpus with its exact novel view.
-
-    The new camera keeps its pose relative to the source camera of the same frame, as the mesh of each frame does.
-    """
+def scene_clip(index: int, world: synthetic.SyntheticConfig, profile: str = "default") -> Clip:
+    """Return scene `index` of a procedural corpus as its source camera sees it, with its exact depth."""
     scene, cameras = synthetic.clip_scene(world, index)
     frames, z_depth = synthetic.render_clip(scene, cameras, world.fps, world.supersample)
-    K, radius = cameras[0].K, radius_of(z_depth[0])
-    path = build(trajectory, len(frames), angle_deg, radius)
-    moved = [Camera(K, step @ camera.w2c, world.size) for step, camera in zip(path, cameras, strict=True)]
-    truth, _ = synthetic.render_clip(scene, moved, world.fps, world.supersample)
-    cond_video, visible = warp_video(frames, z_depth, K, path, profile)
-    view_K = np.broadcast_to(K, (len(frames), 3, 3))
-    return View(frames, z_depth, K, path, view_K, radius, cond_video, visible, truth, world.fps, profile)
+    return Clip(frames, world.fps, z_depth, cameras[0].K, profile, {"estimator": "exact"})
 
 
-def of_video(path: str | Path, **choices: Any) -> View:
-    """Return a video of one's own, whose true novel view nobody knows.
+def along(clip: Clip, path: Path) -> View:
+    """Return a clip seen along a path; the truth is not known.
 
-    Args:
-        choices: as `reconstruct` takes them: trajectory_name, angle_deg, depth, num_frames, size, …
+    The new camera keeps its pose relative to the source camera of the same frame, as the mesh of each frame does.
 
     Raises:
-        ConfigError, BadSample, ContractError: as `reconstruct`.
+        ConfigError, ContractError: as `camera_path.build`.
     """
-    made = reconstruct(path, **choices)
-    w2c = made.w2c if made.source_w2c is None else relative_to(made.w2c, made.source_w2c)
-    return View(
-        frames=made.frames,
-        z_depth=made.z_depth,
-        K=made.K,
-        w2c=w2c,
-        view_K=np.broadcast_to(made.view_K, (len(made.frames), 3, 3)),
-        radius=made.choices["radius"],
-        cond_video=made.cond_video,
-        visible=made.visible,
-        truth=None,
-        fps=made.fps,
-        profile=made.profile,
-    )
+    count = len(clip.frames)
+    w2c, K = camera_path.build(path.name, count, path.angle_deg, clip.radius, clip.K, path.options)
+    view_K = np.broadcast_to(K, (count, 3, 3))
+    return View(clip, w2c, view_K, *warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K))
+
+
+def with_truth(view: View, index: int, world: synthetic.SyntheticConfig) -> View:
+    """Return the view of scene `index` with what its new camera truly sees."""
+    scene, cameras = synthetic.clip_scene(world, index)
+    places = zip(view.view_K, view.w2c, cameras, strict=True)
+    moved = [Camera(K, step @ source.w2c, world.size) for K, step, source in places]
+    truth, _ = synthetic.render_clip(scene, moved, world.fps, world.supersample)
+    return View(view.clip, view.w2c, view.view_K, view.cond_video, view.visible, truth)

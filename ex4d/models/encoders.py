@@ -53,10 +53,11 @@ class Base:
         """Return a component that is about to work; with `offload` it is on the device, and the others are not."""
         wanted = self._need(component)
         if self.offload:
-            for other in (self.transformer, self.vae, self.text_encoder, self.image_encoder):
-                if other is not None and other is not wanted:
-                    other.to("cpu")
-            wanted.to(self.device)
+            with torch.inference_mode(False):  # what is moved there can never be told to require a gradient again
+                for other in (self.transformer, self.vae, self.text_encoder, self.image_encoder):
+                    if other is not None and other is not wanted:
+                        other.to("cpu")
+                wanted.to(self.device)
         return wanted
 
     @property

@@ -1,7 +1,7 @@
 """Features of pictures and of videos by networks of the transformers library, for distances between sets of them.
 
 The paper's FID and FVD take Inception and I3D, whose weights come as code or pickles; DINOv2 (Stein et al. 2023) and
-VideoMAE (Ge et al. 2024) take their place and agree better with people. Figures of the two kinds do not compare.
+VideoMAE (after Ge et al. 2024, who take other weights of it) take their place. Figures of the two kinds do not compare.
 """
 
 from __future__ import annotations
@@ -47,10 +47,11 @@ def image_features(frames: np.ndarray, weights: str, device: str = "cpu") -> np.
     import torch
 
     model, settings = load(weights, False, device)
+    side = _side(model, settings)
     parts = []
     with torch.inference_mode():
         for start in range(0, len(frames), BATCH):
-            pixels = _pixels(frames[start : start + BATCH], int(model.config.image_size), settings, device)
+            pixels = _pixels(frames[start : start + BATCH], side, settings, device)
             parts.append(model(pixels.to(model.dtype)).last_hidden_state[:, 0].float().cpu().numpy())
     return np.concatenate(parts)
 
@@ -65,24 +66,28 @@ def video_features(frames: np.ndarray, weights: str, device: str = "cpu") -> np.
 
     model, settings = load(weights, True, device)
     chosen = np.linspace(0, len(frames) - 1, int(model.config.num_frames)).round().astype(int)
-    pixels = _pixels(frames[chosen], int(model.config.image_size), settings, device)
+    pixels = _pixels(frames[chosen], _side(model, settings), settings, device)
     with torch.inference_mode():
         return model(pixels[None].to(model.dtype)).last_hidden_state.mean(dim=1).float().cpu().numpy()
 
 
-@lru_cache(maxsize=2)
 def load(weights: str, of_videos: bool, device: str) -> tuple[Any, dict[str, Any]]:
-    """Return (model in eval mode, preprocessor settings), kept from clip to clip.
+    """Return (model in eval mode, preprocessor settings), kept from clip to clip while the files stay the same.
 
     Raises:
         ConfigError: the weights are not here and cannot be fetched, or are of another family.
         ContractError: the folder does not hold what its config says.
     """
+    folder = folder_of(weights, of_videos)
+    return _load(folder, hub.fingerprint([folder]), device)
+
+
+@lru_cache(maxsize=2)
+def _load(folder: Path, fingerprint: str, device: str) -> tuple[Any, dict[str, Any]]:
     import torch
     import transformers
     from safetensors import SafetensorError
 
-    folder = folder_of(weights, of_videos)
     kind = _json(folder / "config.json")["model_type"]
     network = NETWORKS[kind]
     try:
@@ -112,6 +117,12 @@ def folder_of(weights: str, of_videos: bool) -> Path:
     if kind not in allowed:
         raise ConfigError(key, weights, f"holds a {kind}; allowed: {', '.join(allowed)}, e.g. {advice}")
     return folder
+
+
+def _side(model: Any, settings: dict[str, Any]) -> int:
+    """Return the px that pictures are scaled to: the preprocessor's; a DINOv2 itself may name those of its training."""
+    crop = settings.get("crop_size") or {}
+    return int(crop.get("height", model.config.image_size) if isinstance(crop, dict) else crop)
 
 
 def _json(path: Path) -> dict[str, Any]:

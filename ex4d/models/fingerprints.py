@@ -13,21 +13,25 @@ ENCODERS = ("vae", "text_encoder", "image_encoder")
 _SHA256 = re.compile(r"[0-9a-f]{64}")
 
 
-def encoder_fingerprints(
-    base: str, revision: str | None = None, needed: Sequence[str] = ("transformer", "vae")
+def of_components(
+    base: str,
+    revision: str | None = None,
+    needed: Sequence[str] = ("transformer", "vae"),
+    components: Sequence[str] = ENCODERS,
 ) -> dict[str, str]:
-    """Return {component of ENCODERS: 16 hex digits of its weights and settings}, without those that have no files.
+    """Return {component: 16 hex digits of its weights and settings}, without those that have no files.
 
     Args:
         base, revision: as in `backbone.load_base`.
         needed: components that are fetched where a hub id is not cached.
+        components: which are wanted.
 
     Raises:
         ConfigError: the base is not there, and not to be had.
     """
     folder = resolve(base, revision, needed)
     found = {}
-    for component in ENCODERS:
+    for component in components:
         files = sorted(file for sub in FOLDERS[component] for kind in FILES for file in (folder / sub).glob(kind))
         if any(file.suffix == ".safetensors" for file in files):
             found[component] = config.fingerprint([(str(file.relative_to(folder)), _sha256(file)) for file in files])

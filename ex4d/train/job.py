@@ -150,7 +150,7 @@ def _check_latents(
         allowed = f"{facts['mask_range']!r}, with which the latents of {config.data} were encoded"
         raise ConfigError("model.mask_range", chosen.mask_range, allowed)
     # Gigabytes may have to be read for it, so one rank does.
-    ours = fingerprints.encoder_fingerprints(chosen.base, chosen.revision) if place.rank == 0 else {}
+    ours = fingerprints.of_components(chosen.base, chosen.revision) if place.rank == 0 else {}
     for component, theirs in facts["models"].items():
         if ours.get(component, theirs) != theirs:
             raise ContractError(

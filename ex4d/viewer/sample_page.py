@@ -5,6 +5,8 @@ from __future__ import annotations
 from collections.abc import Sequence
 
 import numpy as np
+import pyarrow as pa
+import pyarrow.compute
 
 from ex4d import storage, video
 from ex4d.data import manifest, sample
@@ -29,12 +31,11 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8) -> page
         raise ConfigError("THING", dataset, "a dataset of clips; this one holds latents, which nobody can look at")
     table = manifest.read_table(dataset, manifest.MANIFEST, sha256=facts["sha256"][manifest.MANIFEST])
     manifest.check_shard_names(table)
-    rows = {row["key"]: row for row in table.select(["key", "split", "shard", "offset", "length"]).to_pylist()}
-    unknown = [key for key in keys if key not in rows]
-    if unknown:
-        raise ConfigError("key", unknown[0], f"a key of {dataset}'s manifest.parquet")
-    spread = np.linspace(0, len(rows) - 1, min(count, len(rows))).astype(int)
-    chosen = list(keys) or [list(rows)[place] for place in spread]
+    places = [pa.compute.index(table["key"], key).as_py() for key in keys]
+    if -1 in places:
+        raise ConfigError("key", keys[places.index(-1)], f"a key of {dataset}'s manifest.parquet")
+    spread = np.linspace(0, len(table) - 1, min(count, len(table))).astype(int)
+    chosen = table.take(places or spread.tolist()).to_pylist()
     counts = facts["counts"]
     return page.Page(
         title=f"Samples of {dataset.rstrip('/').rpartition('/')[2]}",
@@ -42,7 +43,7 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8) -> page
             f"{len(chosen)} of {counts['samples']} samples. Left the clip, which training shall give back; beside it "
             "what each mask leaves of it, with the share of holes.",
         ),
-        rows=[_row(dataset, rows[key], facts["sample"]["mask_kinds"]) for key in chosen],
+        rows=[_row(dataset, fields, facts["sample"]["mask_kinds"]) for fields in chosen],
         facts={name: str(value) for name, value in {**facts["sample"], **counts}.items()},
     )
 

@@ -9,12 +9,13 @@ from __future__ import annotations
 import base64
 import html
 import json
+import re
 from pathlib import Path
 
 import cv2
 import numpy as np
 
-from ex4d import storage
+from ex4d import storage, video
 from ex4d.geometry import mesh
 from ex4d.reconstruct import Reconstruction
 
@@ -34,11 +35,12 @@ def write(view: Reconstruction, path: str | Path, title: str, max_side_px: int =
         f"{chosen['trajectory']}, {chosen['angle_deg']:g}° · depth: {view.provenance.get('estimator', '')} · "
         f"profile: {view.profile}. White: the source camera, orange: the new one."
     )
-    page = TEMPLATE.read_text(encoding="utf-8")
-    for name, text in (("__TITLE__", html.escape(title)), ("__ABOUT__", html.escape(about))):
-        page = page.replace(name, text)
-    # "<" inside a script may end it, whatever it stands in.
-    page = page.replace("__SCENE__", json.dumps(scene(view, max_side_px)).replace("<", "\\u003c"))
+    contents = {
+        "__TITLE__": html.escape(title),
+        "__ABOUT__": html.escape(about),
+        "__SCENE__": json.dumps(scene(view, max_side_px)).replace("<", "\\u003c"),  # which would end the script
+    }
+    page = re.sub("|".join(contents), lambda found: contents[found[0]], TEMPLATE.read_text(encoding="utf-8"))
     storage.write_bytes(path, page.encode())
     return str(path)
 
@@ -52,10 +54,11 @@ def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
     height, width = view.frames.shape[1:3]
     scale = min(1.0, max_side_px / max(height, width))
     size = (max(2, round(height * scale)), max(2, round(width * scale)))
-    shrink = np.diag([size[1] / width, size[0] / height, 1.0])
-    K = shrink @ view.K
-    view_K = shrink @ np.broadcast_to(view.view_K, (len(view.frames), 3, 3))
-    meshes = [mesh.build(*_smaller(frame, z, size), K, view.profile) for frame, z in _frames(view)]
+    fit = video.Fit((height, width), size, "squeeze")
+    K = fit.apply_K(view.K)
+    view_K = [fit.apply_K(one) for one in np.broadcast_to(view.view_K, (len(view.frames), 3, 3))]
+    pairs = zip(view.frames, view.z_depth, strict=True)
+    meshes = [mesh.build(fit.apply_image(frame), fit.apply_depth(z), K, view.profile) for frame, z in pairs]
     disparity_max = max(float((1 / one.z_depth).max()) for one in meshes)
     reach = meshes[0].profile.curtain_reach
     still = np.broadcast_to(np.eye(4), view.w2c.shape)
@@ -81,18 +84,6 @@ def geometry(one: mesh.DWMesh, disparity_max: float) -> np.ndarray:
     flags = np.zeros(one.size, np.uint8)
     flags[:-1, :-1] = one.face_occluded[0] | (one.face_occluded[1].astype(np.uint8) << 1)
     return np.stack([(parts >> 8).astype(np.uint8), (parts & 255).astype(np.uint8), flags], axis=-1)
-
-
-def _frames(view: Reconstruction) -> list[tuple[np.ndarray, np.ndarray]]:
-    return list(zip(view.frames, view.z_depth, strict=True))
-
-
-def _smaller(frame: np.ndarray, z_depth: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray, np.ndarray]:
-    """Return frame and depth at `size`; the depth takes its nearest pixel: a mean of two surfaces is none."""
-    if frame.shape[:2] == size:
-        return frame, z_depth
-    to = (size[1], size[0])
-    return cv2.resize(frame, to, interpolation=cv2.INTER_AREA), cv2.resize(z_depth, to, interpolation=cv2.INTER_NEAREST)
 
 
 def _pinhole(K: np.ndarray) -> list[float]:

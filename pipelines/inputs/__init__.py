@@ -76,7 +76,7 @@ def expand(given: str | Sequence[str], exclude: str | Path | None = None, root: 
         outside = _folder(str(exclude))
         kept = [entry for entry in found if not entry.path.startswith(outside)]
     if not kept:
-        inside = "every file there lies in preprocess.output, which is no input" if found else "no file there"
+        inside = "every file there lies in the output, which is no input" if found else "no file there"
         raise ConfigError(KEY, given, inside)
     spans: dict[str, list[Span]] = {}
     for entry in kept:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import json
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from dataclasses import dataclass, replace
 from functools import lru_cache
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ex4d.errors import BadSample
 from pipelines.ledger import Ledger
 from pipelines.stage import Row, Stage
 
@@ -18,6 +19,7 @@ if TYPE_CHECKING:
     from ex4d.generate import GenerateConfig
     from ex4d.models.adapter import Ex4dModel
     from ex4d.models.encoders import Base
+    from ex4d.reconstruct import Clip
     from ex4d.synthetic import SyntheticConfig
 
 ADAPTER, BASE, OTHER, WARP, INPAINT, CODEC = "adapter", "base", "other", "warp", "inpaint", "codec"
@@ -37,7 +39,7 @@ class Evaluation:
 
     Args:
         output: folder that the results lie in.
-        adapter, base: as `generate.load` takes them.
+        adapter, base: as `generate.load` takes them; model: what stands for the content of both.
         sampler: how videos are sampled; seed: of the noise.
         methods: keys of METHODS.
         world: of the procedural scenes; None where videos are looked at.
@@ -50,6 +52,7 @@ class Evaluation:
     output: str
     adapter: str
     base: str | None
+    model: str
     sampler: GenerateConfig
     seed: int
     methods: tuple[str, ...]
@@ -62,8 +65,12 @@ class Evaluation:
 
 
 @lru_cache(maxsize=1)
-def loaded(adapter: str, base: str | None, device: str, sampler: GenerateConfig) -> tuple[Base, Ex4dModel]:
-    """Return the base and its adapter, kept by this process."""
+def loaded(adapter: str, base: str | None, model: str, device: str, sampler: GenerateConfig) -> tuple[Base, Ex4dModel]:
+    """Return the base and its adapter, kept by this process until others are asked for.
+
+    Args:
+        model: what stands for the content of both, so that a file that was replaced is read again.
+    """
     import torch
 
     from ex4d.generate import load
@@ -73,77 +80,97 @@ def loaded(adapter: str, base: str | None, device: str, sampler: GenerateConfig)
     return load(adapter, base, device, sampler)
 
 
+def _loaded(context: Evaluation) -> tuple[Base, Ex4dModel]:
+    return loaded(context.adapter, context.base, context.model, context.device, context.sampler)
+
+
 def load_model(row: Row, context: Evaluation) -> dict[str, Any]:
     """Return nothing; the model is loaded: once a process, so that its time is not the first view's."""
-    loaded(context.adapter, context.base, context.device, context.sampler)
+    _loaded(context)
     return {}
 
 
-def view_of(case: Mapping[str, Any], path: Mapping[str, Any], context: Evaluation) -> View:
-    """Return a case seen along a path.
-
-    Args:
-        case: `index` of a scene, or `path` of a video. path: `trajectory` and `angle_deg`.
-    """
+@lru_cache(maxsize=2)
+def _scene(index: int, world: SyntheticConfig, profile: str) -> Clip:
     from ex4d.evaluate import views
 
+    return views.scene_clip(index, world, profile)
+
+
+@lru_cache(maxsize=2)
+def _video(path: str, content: tuple[str, ...], device: str, choices: tuple[tuple[str, Any], ...]) -> Clip:
+    from ex4d.reconstruct import read
+
+    return read(path, device=device, **dict(choices))
+
+
+def view_of(row: Row, which: str, context: Evaluation) -> View:
+    """Return the row's `case`, or the `other` one, seen along its path; its depth is kept for the next path."""
+    from ex4d.evaluate import views
+
+    case, path = row[which], row["path"]
     if context.world is not None:
-        along = (path["trajectory"], path["angle_deg"], context.reconstruct["profile"])
-        return views.of_scene(case["index"], context.world, *along)
-    return views.of_video(
-        case["path"],
-        trajectory_name=path["trajectory"],
-        angle_deg=path["angle_deg"],
-        device=context.device,
-        **context.reconstruct,
-    )
+        clip = _scene(case["index"], context.world, context.reconstruct["profile"])
+    else:
+        choices = tuple(sorted(context.reconstruct.items()))
+        clip = _video(case["path"], tuple(case["content"]), context.device, choices)
+    return views.along(clip, views.Path(path["name"], path["angle_deg"], path["options"]))
 
 
 def make_view(row: Row, context: Evaluation) -> dict[str, Any]:
     """Return `view`: the clip, its warp along the path, and the truth where it is known."""
-    return {"view": view_of(row["case"], row["path"], context)}
+    from ex4d.evaluate import views
+
+    view = view_of(row, "case", context)
+    return {"view": view if context.world is None else views.with_truth(view, row["case"]["index"], context.world)}
 
 
 def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the mask that all of them were given."""
+    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the eroded mask that all of them were given.
+
+    A method is left out where it cannot be: another clip's condition, of a clip that is bad.
+    """
     from ex4d.evaluate.metrics import inpaint
     from ex4d.generate import generate, to_frames, to_pixels
     from ex4d.geometry import masks
 
     view = row["view"]
-    base, model = loaded(context.adapter, context.base, context.device, context.sampler)
+    base, model = _loaded(context)
+    seen = masks.erode(view.visible, context.sampler.erosion_px)
+    given = view.cond_video * seen[..., None]
 
     def sampled(condition: View) -> np.ndarray:
-        given = (condition.cond_video, condition.visible, context.sampler, context.seed, context.mask_range)
-        return generate(base, model, *given, first_frame=view.cond_video[0])
+        asked = (condition.cond_video, condition.visible, context.sampler, context.seed, context.mask_range)
+        return generate(base, model, *asked, first_frame=view.cond_video[0])
 
     def alone() -> np.ndarray:
         with model.base_alone():
             return sampled(view)
 
-    def codec() -> np.ndarray:
-        return to_frames(base.decode_latents(base.encode_video(to_pixels(view.truth, base.device))))
+    def other() -> np.ndarray | None:
+        try:
+            return sampled(view_of(row, "other", context))
+        except BadSample:
+            return None
 
-    makers = {
+    makers: dict[str, Callable[[], np.ndarray | None]] = {
         ADAPTER: lambda: sampled(view),
         BASE: alone,
-        OTHER: lambda: sampled(view_of(row["other"], row["path"], context)),
-        WARP: lambda: view.cond_video,
-        INPAINT: lambda: inpaint(view.cond_video, view.visible),
-        CODEC: codec,
+        OTHER: other,
+        WARP: lambda: given,
+        INPAINT: lambda: inpaint(given, seen),
+        CODEC: lambda: to_frames(base.decode_latents(base.encode_video(to_pixels(view.truth, base.device)))),
     }
-    return {
-        "made": {method: makers[method]() for method in context.methods},
-        "seen": masks.erode(view.visible, context.sampler.erosion_px),
-    }
+    made = {method: makers[method]() for method in context.methods}
+    return {"made": {method: frames for method, frames in made.items() if frames is not None}, "seen": seen}
 
 
 def measure(row: Row, context: Evaluation) -> dict[str, Any]:
     """Return `figures`: {method: {key of evaluate.measures.MEASURES: figure or None}}."""
     from ex4d.evaluate import measures
 
-    figures = {method: measures.measure(row["view"], made, row["seen"]) for method, made in row["made"].items()}
-    return {"figures": figures}
+    made = {method: measures.measure(row["view"], frames, row["seen"]) for method, frames in row["made"].items()}
+    return {"figures": {method: made.get(method, measures.NOTHING) for method in context.methods}}
 
 
 def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
@@ -155,11 +182,11 @@ def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
 
     view = row["view"]
     found = {}
-    for name, frames in {"real": view.frames if view.truth is None else view.truth, **row["made"]}.items():
+    for name, frames in {"real": view.clip.frames if view.truth is None else view.truth, **row["made"]}.items():
         if context.image_features is not None:
             found[f"{name}.image"] = features.image_features(frames[1:], context.image_features, context.device)
         if context.video_features is not None:
-            found[f"{name}.video"] = features.video_features(frames, context.video_features, context.device)
+            found[f"{name}.video"] = features.video_features(frames[1:], context.video_features, context.device)
     return {"features": found}
 
 
@@ -171,11 +198,12 @@ def write_view(row: Row, context: Evaluation) -> dict[str, Any]:
     from ex4d.viewer.page import depth_colours
 
     view = row["view"]
-    shown = {"source": view.frames, "depth": depth_colours(view.z_depth), "condition": view.cond_video, **row["made"]}
+    clip = view.clip
+    shown = {"source": clip.frames, "depth": depth_colours(clip.z_depth), "condition": view.cond_video, **row["made"]}
     if view.truth is not None:
         shown["truth"] = view.truth
-    members = {f"{name}.mp4": video.encode(frames, view.fps) for name, frames in shown.items()}
-    facts = {"fps": view.fps, "visible_share": float(view.visible[1:].mean()), "figures": row["figures"]}
+    members = {f"{name}.mp4": video.encode(frames, clip.fps) for name, frames in shown.items()}
+    facts = {"fps": clip.fps, "visible_share": float(view.visible[1:].mean()), "figures": row["figures"]}
     members["json"] = json.dumps(facts, sort_keys=True).encode()
     if row["features"]:
         members["features.safetensors"] = encode_tensors(row["features"])

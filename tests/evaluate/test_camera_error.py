@@ -18,15 +18,16 @@ WORLD = synthetic.SyntheticConfig(num_frames=4, size=(96, 96), seed=900_000)
 def view_at(request):
     """A view, and what a camera shows that is turned by so many degrees and shifted by a share of the radius."""
     index, trajectory, angle_deg = request.param
-    view = views.of_scene(index, WORLD, trajectory, angle_deg)
+    clip = views.scene_clip(index, WORLD)
+    view = views.with_truth(views.along(clip, views.Path(trajectory, angle_deg, {})), index, WORLD)
     scene, cameras = synthetic.clip_scene(WORLD, index)
 
     def frames(turn_deg: float, shift: float) -> np.ndarray:
         off = np.eye(4)
         off[:3, :3] = Rotation.from_euler("y", turn_deg, degrees=True).as_matrix()
-        off[0, 3] = shift * view.radius
+        off[0, 3] = shift * clip.radius
         pairs = zip(view.w2c, cameras, strict=True)
-        moved = [Camera(view.K, off @ step @ camera.w2c, WORLD.size) for step, camera in pairs]
+        moved = [Camera(clip.K, off @ step @ camera.w2c, WORLD.size) for step, camera in pairs]
         return synthetic.render_clip(scene, moved, WORLD.fps)[0]
 
     return view, frames
@@ -35,7 +36,7 @@ def view_at(request):
 def test_the_true_view_has_no_error(view_at):
     view, _ = view_at
     found = camera_error(view, view.truth).summary()
-    assert found["cameras_found"] == 1
+    assert found["cameras_found"] == found["cameras_near"] == 1
     assert found["rotation_deg"] < 0.3
     assert found["translation"] < 0.01
     assert found["flow_px"] < 0.3
@@ -54,13 +55,24 @@ def test_a_camera_that_is_off_is_measured(view_at):
 
 def test_another_picture_has_no_camera(view_at):
     view, _ = view_at
-    noise = np.random.default_rng(0).integers(0, 256, view.frames.shape, dtype=np.uint8)
+    noise = np.random.default_rng(0).integers(0, 256, view.clip.frames.shape, dtype=np.uint8)
     assert camera_error(view, noise).summary()["cameras_found"] == 0
-    black = camera_error(view, np.zeros_like(view.frames)).summary()
+    black = camera_error(view, np.zeros_like(view.clip.frames)).summary()
     assert black["cameras_found"] == 0
     assert black["rotation_deg"] is None
 
 
-def test_one_frame_alone_has_no_error_to_measure():
-    nothing = CameraError(*np.zeros((3, 0))).summary()
-    assert nothing == {"rotation_deg": None, "translation": None, "flow_px": None, "cameras_found": None}
+def test_a_camera_far_off_is_not_near_whether_it_is_found_or_not(view_at):
+    view, frames = view_at
+    found = camera_error(view, frames(8.0, 0.0)).summary()
+    assert found["cameras_near"] == 0
+    still = camera_error(view, view.clip.frames).summary()  # the path ignored
+    assert still["cameras_near"] < 0.5
+
+
+def test_shares_are_of_all_frames():
+    nan = float("nan")
+    found = CameraError(np.array([1.0, 3.0, nan, nan]), np.array([0.1, 0.3, nan, nan]), np.full(4, nan)).summary()
+    assert (found["cameras_near"], found["cameras_found"], found["rotation_deg"]) == (0.25, 0.5, 2.0)
+    assert found["flow_px"] is None
+    assert set(CameraError(*np.zeros((3, 0))).summary().values()) == {None}

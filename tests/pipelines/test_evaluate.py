@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import os
 import shutil
 import sys
 from dataclasses import replace
@@ -24,33 +25,39 @@ from vision_networks import make_dinov2, make_videomae
 
 WORLD = synthetic.SyntheticConfig(num_frames=5, size=(32, 32), seed=17)
 SAMPLER = GenerateConfig(num_inference_steps=2, guidance_scale=1.0)
-RANGES = {"small": ("orbit", 30.0), "zoomed": ("zoom", 0.0)}
+RANGES = {"small": ("orbit", 30.0), "zoomed": ("zoom", 0.0, {"zoom": 1.5})}
 
 
-@pytest.fixture(scope="module")
-def folder(tmp_path_factory) -> Path:
-    """Two videos, a base, an adapter that is not zero, feature networks, and an evaluation of it all on two scenes."""
+def write_adapter(folder: Path, base_folder: Path, scale: float = 0.2) -> None:
+    """Write an adapter that is not zero."""
     import torch
 
-    from ex4d.models import backbone, linear_codec, tiny, weights
+    from ex4d.models import backbone, weights
     from ex4d.models.adapter import build_model
     from ex4d.models.encoders import base_fingerprint
 
-    path = tmp_path_factory.mktemp("evaluate")
-    videos = synthetic.write_corpus(path / "videos", replace(WORLD, num_videos=2))
-    frames = np.stack([video.read(place)[0] for place in videos])
-    codec = linear_codec.fit(frames, z_dim=8, num_shared=4)
-    base_folder = tiny.build_tiny(path / "base", codec, tiny.new_transformer(8, num_layers=1))
     base = backbone.load_base(str(base_folder), components=("transformer",))
     model = build_model(base.transformer, backbone.ModelConfig(lora_rank=2, lora_alpha=2.0, adapter_hidden=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
-            parameter.add_(0.2 * torch.randn(parameter.shape, generator=generator))
+            parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     told = weights.AdapterMetadata(
         str(base_folder), None, base_fingerprint(base.transformer), 2, 2.0, 8, num_frames=5, size=(32, 32)
     )
-    weights.save_adapter(path / "adapter", model, told)
+    weights.save_adapter(folder, model, told)
+
+
+@pytest.fixture(scope="module")
+def folder(tmp_path_factory) -> Path:
+    """Two videos, a base, an adapter that is not zero, feature networks, and an evaluation of it all on two scenes."""
+    from ex4d.models import linear_codec, tiny
+
+    path = tmp_path_factory.mktemp("evaluate")
+    videos = synthetic.write_corpus(path / "videos", replace(WORLD, num_videos=2))
+    frames = np.stack([video.read(place)[0] for place in videos])
+    codec = linear_codec.fit(frames, z_dim=8, num_shared=4)
+    write_adapter(path / "adapter", tiny.build_tiny(path / "base", codec, tiny.new_transformer(8, num_layers=1)))
     for name, make in (("dinov2", make_dinov2), ("videomae", make_videomae)):
         (path / name).mkdir()
         make(path / name)
@@ -59,8 +66,9 @@ def folder(tmp_path_factory) -> Path:
     return path
 
 
-def scenes(folder: Path, output: Path, runner_name: str = "inline", **changes):
+def scenes(folder: Path, output: Path, runner_name: str = "inline", sampler: GenerateConfig = SAMPLER, **changes):
     chosen = {
+        "adapter": str(folder / "adapter"),
         "num_scenes": 2,
         "ranges": RANGES,
         "methods": ("adapter", "base", "other", "warp", "codec"),
@@ -68,8 +76,7 @@ def scenes(folder: Path, output: Path, runner_name: str = "inline", **changes):
         "video_features": str(folder / "videomae"),
         **changes,
     }
-    config = EvaluateConfig(adapter=str(folder / "adapter"), output=str(output), **chosen)
-    return evaluate.run(config, SAMPLER, WORLD, runner_name=runner_name)
+    return evaluate.run(EvaluateConfig(output=str(output), **chosen), sampler, WORLD, runner_name=runner_name)
 
 
 def record(output: Path) -> dict:
@@ -109,8 +116,8 @@ def test_the_base_alone_is_the_base(folder):
 
     base = backbone.load_base(str(folder / "base"), device="cpu")
     model = build_model(base.transformer, backbone.ModelConfig(lora_rank=2, lora_alpha=2.0, adapter_hidden=8))
-    world = replace(WORLD, seed=900_000)
-    view = views.of_scene(0, world, "orbit", 30.0)
+    clip = views.scene_clip(0, replace(WORLD, seed=900_000))
+    view = views.along(clip, views.Path("orbit", 30.0, {}))
     frames = generate(base, model.eval(), view.cond_video, view.visible, SAMPLER, 0)
     assert video.encode(frames, 8.0) == (folder / "scenes" / "videos" / "scene-00000-small.base.mp4").read_bytes()
 
@@ -137,9 +144,92 @@ def test_only_what_is_missing_is_done_again(folder, tmp_path):
     assert scenes(folder, output).result.worked == {"views": 1}
     after = record(output)
     assert (after["clips"], after["ranges"]) == (before["clips"], before["ranges"])
-    # A new range adds its own views, another seed makes all of them again.
+    # A new range adds its own views, another seed makes all of them again; neither leaves anything behind.
     assert scenes(folder, output, ranges={**RANGES, "large": ("orbit", 60.0)}).result.worked == {"views": 2}
     assert scenes(folder, output, seed=1).result.worked == {"views": 4}
+    keys = {f"scene-0000{index}-{name}" for index in (0, 1) for name in RANGES}
+    assert {path.name.partition(".")[0] for path in (output / "videos").iterdir()} == keys
+    staged = [path.name.partition(".")[0] for path in (output / "staging" / "clips").iterdir()]
+    assert sorted(staged) == sorted([*keys, "scene-00000-large", "scene-00001-large"])
+    # Where weights wait while they do not work changes nothing.
+    again = scenes(folder, output, seed=1, sampler=replace(SAMPLER, offload=True))
+    assert again.result.worked == {"views": 0}
+
+
+def test_what_changed_is_not_taken_from_before(folder, tmp_path):
+    """The adapter's file, the base's weights, a file of poses: known by content, and read again by the same process."""
+    place = tmp_path / "place"
+    place.mkdir()
+    shutil.copytree(folder / "adapter", place / "adapter")
+    shutil.copytree(folder / "base", place / "base")
+    poses = np.tile(np.eye(4), (5, 1, 1))
+    chosen = {
+        **{"adapter": str(place / "adapter"), "base": str(place / "base"), "methods": ("adapter", "warp")},
+        "ranges": {"path": (str(place / "path.txt"), 0.0)},
+        **{"image_features": None, "video_features": None},
+    }
+    from ex4d.geometry import trajectory_files
+
+    def looked_at() -> tuple[int, dict]:
+        report = scenes(folder, tmp_path / "out", **chosen)
+        assert report.exit_code == 0
+        return report.result.worked["views"], record(tmp_path / "out")["clips"][0]
+
+    trajectory_files.write(place / "path.txt", trajectory_files.PoseFile(poses), "tum")
+    before = looked_at()
+    assert (before[0], looked_at()[0]) == (2, 0)
+    poses[:, 0, 3] = np.linspace(0, 0.4, 5)
+    trajectory_files.write(place / "path.txt", trajectory_files.PoseFile(poses), "tum")
+    moved = looked_at()
+    assert moved[0] == 2
+    assert moved[1]["visible_share"] < before[1]["visible_share"]
+    write_adapter(place / "adapter", place / "base", scale=0.5)
+    other = looked_at()
+    assert other[0] == 2
+    assert other[1]["figures"]["adapter"] != moved[1]["figures"]["adapter"]
+    assert other[1]["figures"]["warp"] == moved[1]["figures"]["warp"]
+    weights = place / "base" / "vae" / "diffusion_pytorch_model.safetensors"
+    data = bytearray(weights.read_bytes())
+    data[-1000] ^= 1
+    weights.write_bytes(data)
+    assert looked_at()[0] == 2
+
+
+def test_a_refusal_is_kept_and_a_bad_neighbour_costs_only_its_own(folder, tmp_path):
+    videos = tmp_path / "videos"
+    shutil.copytree(folder / "videos", videos)
+    short = synthetic.write_corpus(tmp_path / "short", replace(WORLD, num_frames=3, num_videos=1))[0]
+    (videos / "a.mp4").write_bytes(short.read_bytes())
+    (videos / "a.depth.npz").write_bytes(short.with_suffix(".depth.npz").read_bytes())
+    os.mkfifo(videos / "pipe.mp4")
+    chosen = {"videos": str(videos), "ranges": {"small": ("orbit", 30.0)}, "max_bad_fraction": 0.5}
+    chosen["methods"] = ("adapter", "other")
+    report = scenes(folder, tmp_path / "out", **chosen)
+    assert (report.exit_code, report.result.worked) == (0, {"views": 3})
+    assert sorted((row["name"], row["reason"]) for row in report.result.rejects) == [
+        ("a.mp4", "too_short"),
+        ("pipe.mp4", "not_a_file"),
+    ]
+    figures = [clip["figures"] for clip in record(tmp_path / "out")["clips"]]
+    assert len(figures) == 2
+    assert [each["adapter"]["psnr_seen"] is None for each in figures] == [False, False]
+    assert sorted(each["other"]["psnr_seen"] is None for each in figures) == [False, True]
+    assert "(of 1)" in report.table()
+    assert scenes(folder, tmp_path / "out", **chosen).result.worked == {"views": 0}
+
+
+def test_nothing_is_committed_while_results_change(folder, tmp_path, monkeypatch):
+    from ex4d.viewer import page
+
+    shutil.copytree(folder / "scenes", tmp_path / "out")
+
+    def killed(*_):
+        raise KeyboardInterrupt
+
+    monkeypatch.setattr(page, "write", killed)
+    with pytest.raises(KeyboardInterrupt):
+        scenes(folder, tmp_path / "out", ranges={"small": ("orbit", 30.0)})
+    assert not (tmp_path / "out" / "evaluation.json").exists()
 
 
 def test_videos_of_ones_own_and_what_cannot_be_one(folder, tmp_path):
@@ -155,7 +245,8 @@ def test_videos_of_ones_own_and_what_cannot_be_one(folder, tmp_path):
     report = scenes(folder, tmp_path / "out", **chosen)
     assert report.exit_code == 0
     assert report.result.counts == {"views_planned": 4, "views": 2, "views_bad": 2}
-    assert sorted(row["reason"] for row in report.result.rejects) == ["depth_missing", "unknown_container"]
+    reasons = sorted(row["reason"] for row in report.result.rejects)
+    assert reasons == ["depth_missing", "duplicate", "unknown_container"]
     found = record(tmp_path / "out")
     assert {clip["video"] for clip in found["clips"]} <= {first.name, second.name, "again.mp4"}
     assert set(found["clips"][0]["figures"]) == {"adapter", "base", "warp", "inpaint"}
@@ -175,8 +266,13 @@ def test_videos_of_ones_own_and_what_cannot_be_one(folder, tmp_path):
         ({"methods": ("magic",)}, r"evaluate\.methods"),
         ({"ranges": {}}, r"evaluate\.ranges"),
         ({"ranges": {"A b": ("orbit", 30.0)}}, r"evaluate\.ranges"),
-        ({"ranges": {"wide": ("orbit", 120.0)}}, "angle_deg"),
-        ({"ranges": {"odd": ("sideways", 30.0)}}, "trajectory"),
+        ({"ranges": {"wide": ("orbit", 120.0)}}, r"evaluate\.ranges\.wide.*angle_deg"),
+        ({"ranges": {"odd": ("sideways", 30.0)}}, r"evaluate\.ranges\.odd.*trajectory"),
+        ({"ranges": {"odd": ("zoom", 0.0, {"size": 3.0})}}, r"evaluate\.ranges\.odd"),
+        ({"num_frames": 1}, r"evaluate\.num_frames"),
+        ({"num_frames": 8}, r"evaluate\.num_frames"),
+        ({"size": (40, 32)}, r"evaluate\.size"),
+        ({"sampler": replace(SAMPLER, block_swap=9)}, r"generate\.block_swap"),
         ({"corpus_seed": 17}, r"evaluate\.corpus_seed"),
         ({"num_scenes": 1}, r"evaluate\.methods.*two clips"),
         ({"videos": "/nowhere/at/all", "methods": ("adapter",)}, r"evaluate\.videos"),
@@ -220,3 +316,21 @@ def test_the_command_says_what_it_found(folder, tmp_path, capsys):
     assert "points off, px" in said
     assert "1 planned, 1 done, 0 bad" in said
     assert storage.exists(tmp_path / "out" / "evaluation.json")
+
+
+@pytest.mark.ray
+def test_a_gpu_that_is_not_there_is_not_waited_for(folder, tmp_path):
+    with pytest.raises(ConfigError, match="num_gpus"):
+        scenes(folder, tmp_path / "out", "ray", num_gpus=1.0)
+
+
+def test_lists_with_spans_and_secrets(folder, tmp_path):
+    video_path = sorted((folder / "videos").glob("*.mp4"))[0]
+    (tmp_path / "list.csv").write_text(f"path,start_s,end_s\n{video_path},0.1,0.4\n")
+    with pytest.raises(ConfigError, match="cut the spans"):
+        scenes(folder, tmp_path / "out", videos=str(tmp_path / "list.csv"), methods=None)
+    report = scenes(folder, "memory://user:hunter2@there/out", methods=("warp",), ranges={"a": ("orbit", 5.0)})
+    assert report.exit_code == 0
+    text = storage.read_bytes("memory://user:hunter2@there/out/evaluation.json").decode()
+    page = storage.read_bytes("memory://user:hunter2@there/out/report/index.html").decode()
+    assert "hunter2" not in text + page

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import base64
+import os
 import re
 import sys
 from pathlib import Path
@@ -46,11 +47,15 @@ def test_samples_are_shown_under_their_masks(dataset, tmp_path, capsys):
 def test_a_video_is_shown_in_three_dimensions(tmp_path):
     world = synthetic.SyntheticConfig(num_videos=1, num_frames=3, size=(32, 48), seed=4)
     clip = synthetic.write_corpus(tmp_path, world)[0]
-    argv = ["view", str(clip), "--num-frames", "3", "--angle-deg", "20", "--output", str(tmp_path / "a.html")]
+    argv = ["view", str(clip), "--angle-deg", "20", "--output", str(tmp_path / "a.html")]
     assert cli.main(argv) == 0
     text = (tmp_path / "a.html").read_text()
     assert clip.name in text
     assert '"shape": [3, 32, 48]' in text
+    odd = tmp_path / os.fsdecode(b"a\xff.mp4")
+    odd.write_bytes(clip.read_bytes())
+    depth = str(clip.with_suffix(".depth.npz"))
+    assert cli.main(["view", str(odd), "--depth-path", depth, "--output", str(tmp_path / "b.html")]) == 0
 
 
 @pytest.mark.parametrize(
