@@ -15,7 +15,7 @@ from pipelines.stages.evaluate import METHODS
 SHOWN = ("source", "depth", "condition", *METHODS, "truth")
 LABELS = {**METHODS, "truth": "true novel view", "condition": "condition"}
 NOT_SHOWN = ("warp",)  # it is the condition
-WIDTH = 130
+WIDTH = 200  # at most
 
 
 @dataclass(frozen=True)
