@@ -148,9 +148,14 @@ def read(
     profile: str = "default",
     seed: int = 0,
     device: str | None = None,
+    gate: Any = video,
 ) -> Clip:
-    """Return the first frames of a video with their depth; arguments and errors as in `reconstruct`."""
-    frames, request, fps = _read(video_path, num_frames, size, fit)
+    """Return the first frames of a video with their depth; arguments and errors as in `reconstruct`.
+
+    Args:
+        gate: has `probe`, `frame_pts` and `decode` as `ex4d.video` has; a pipeline's runs them in a child process.
+    """
+    frames, request, fps = _read(video_path, num_frames, size, fit, gate)
     request = replace(request, depth_path=depth_path, seed=seed, device=device)
     result = depth_estimators.estimate(depth, frames, request)
     K = result.K
@@ -162,18 +167,18 @@ def read(
 
 
 def _read(
-    video_path: str | Path, num_frames: int | None, size: tuple[int, int] | None, fit: str
+    video_path: str | Path, num_frames: int | None, size: tuple[int, int] | None, fit: str, gate: Any
 ) -> tuple[np.ndarray, depth_estimators.DepthRequest, float]:
     """Return (frames uint8 [T, H, W, 3], how they lie in the video, frames per second)."""
-    info = video.probe(video_path)
-    pts, time_base = video.frame_pts(video_path)
+    info = gate.probe(str(video_path))
+    pts, time_base = gate.frame_pts(str(video_path))
     if num_frames is None:
         num_frames = len(pts)
     if len(pts) < num_frames:
         raise BadSample("too_short", f"{Path(video_path).name} has {len(pts)} frames, {num_frames} are asked for")
     height, width = info.size
     target = size or (height - height % 2, width - width % 2)
-    frames = video.decode(video_path, pts[:num_frames], size=target, fit=fit)
+    frames = gate.decode(str(video_path), pts[:num_frames], target, fit)
     request = depth_estimators.DepthRequest(
         video_path=str(video_path), frame_index=np.arange(num_frames), fit=video.Fit(info.size, target, fit)
     )

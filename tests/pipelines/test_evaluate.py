@@ -218,6 +218,27 @@ def test_a_refusal_is_kept_and_a_bad_neighbour_costs_only_its_own(folder, tmp_pa
     assert scenes(folder, tmp_path / "out", **chosen).result.worked == {"views": 0}
 
 
+def test_a_video_that_hangs_its_decoder_costs_its_own_view(folder, tmp_path, monkeypatch):
+    from ex4d.errors import BadSample
+    from pipelines import isolation
+
+    hanging = sorted((folder / "videos").glob("*.mp4"))[1]
+    calls, run = [], isolation.run
+
+    def watched(function, args):
+        calls.append(function)
+        if (function, args[0]) == ("decode", str(hanging)):
+            raise BadSample("decode_timeout", "120 s")
+        return run(function, args)
+
+    monkeypatch.setattr(isolation, "run", watched)
+    chosen = {"videos": str(folder / "videos"), "ranges": RANGES, "methods": ("warp",), "max_bad_fraction": 0.5}
+    report = scenes(folder, tmp_path / "out", **chosen)
+    assert report.result.counts == {"views_planned": 4, "views": 2, "views_bad": 2}
+    assert {row["reason"] for row in report.result.rejects} == {"decode_timeout"}
+    assert calls.count("decode") == 3, "a clip is decoded once for all its paths, a failure each time"
+
+
 def test_nothing_is_committed_while_results_change(folder, tmp_path, monkeypatch):
     from ex4d.viewer import page
 
