@@ -63,9 +63,14 @@ def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*
     lines = []
     for number, folder in enumerate(folders):
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-            stat = path.stat()
-            lines.append(f"{_sha256(str(path.resolve()), stat.st_size, stat.st_mtime_ns)}  {number}/{path.name}\n")
+            lines.append(f"{file_sha256(path)}  {number}/{path.name}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
+
+
+def file_sha256(path: str | Path) -> str:
+    """Return the sha256 of a local file; a process reads it once, as long as its size and time stay the same."""
+    stat = Path(path).stat()
+    return _sha256(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
 
 
 @lru_cache(maxsize=256)

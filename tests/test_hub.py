@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import os
 import subprocess
 import sys
@@ -35,3 +36,15 @@ def test_a_folder_is_taken_as_it_is_and_what_is_neither_is_a_choice_to_correct(t
     assert hub.resolve(str(tmp_path), ["*.json"], "key") == tmp_path
     with pytest.raises(ConfigError, match=r"key='/no/such/folder/at/all'"):
         hub.resolve("/no/such/folder/at/all", ["*.json"], "key")
+
+
+def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
+    path = tmp_path / "depth.npz"
+    path.write_bytes(b"one")
+    read = []
+    real = hashlib.file_digest
+    monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(name) or real(file, name))
+    assert hub.file_sha256(path) == hub.file_sha256(str(path)) == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 1
+    path.write_bytes(b"two!")
+    assert hub.file_sha256(path) == hashlib.sha256(b"two!").hexdigest()

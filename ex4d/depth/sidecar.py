@@ -26,7 +26,7 @@ from typing import IO
 
 import numpy as np
 
-from ex4d import storage
+from ex4d import hub, storage
 from ex4d.depth import DepthRequest, DepthResult
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_intrinsics
@@ -55,7 +55,9 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
     if not np.isfinite(values).all():
         raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
-    provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": storage.sha256(path)}
+    # Every clip of a long video asks for the same file, which may have gigabytes.
+    digest = hub.file_sha256(storage.local_path(path)) if storage.is_local(path) else storage.sha256(path)
+    provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": digest}
     return DepthResult(values, kind, K, metric=False, provenance=provenance)
 
 
