@@ -95,10 +95,14 @@ def test_a_browser_draws_the_condition(view, tmp_path, profile):
         text = text.replace('control("faces").value = "2"', 'control("faces").value = "0"')
     page.write_text(text)
     flags = ["--headless", "--no-sandbox", "--use-gl=angle", "--use-angle=swiftshader", "--enable-unsafe-swiftshader"]
-    argv = [browser, *flags, f"--user-data-dir={tmp_path / 'profile'}", "--virtual-time-budget=20000", "--dump-dom"]
-    done = subprocess.run([*argv, page.as_uri()], capture_output=True, text=True, timeout=180)
-    match = re.search(r"<title>read:(.*?)</title>", done.stdout)
-    if match is None and "webgl" in (done.stdout + done.stderr).lower():
+    for budget_ms in (20_000, 60_000, 180_000):  # of the browser's own time; a busy machine may need more
+        own = ["--user-data-dir=" + str(tmp_path / f"browser{budget_ms}"), f"--virtual-time-budget={budget_ms}"]
+        argv = [browser, *flags, *own, "--dump-dom", page.as_uri()]
+        done = subprocess.run(argv, capture_output=True, text=True, timeout=100)
+        match = re.search(r"<title>read:(.*?)</title>", done.stdout)
+        if match:
+            break
+    if match is None and 'style="display: grid' in done.stdout:
         pytest.skip("this Chromium has no WebGL 2")
     assert match, done.stderr[-2000:]
     for index, data in enumerate(json.loads(match[1])):
