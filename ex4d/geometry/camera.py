@@ -9,6 +9,9 @@ import numpy as np
 
 from ex4d.errors import ConfigError
 
+# Of the longer side. Lenses have 0.2 to 60; far beyond, a picture takes for ever to draw, or numbers overflow.
+FOCAL, CENTRE = (0.01, 1000.0), 100.0
+
 
 @dataclass(frozen=True)
 class Camera:
@@ -20,7 +23,8 @@ class Camera:
         size: (H, W) in pixels.
 
     Raises:
-        ConfigError: wrong shapes, non-finite values, focal lengths that are not positive, or w2c that is not rigid.
+        ConfigError: wrong shapes, non-finite values, focal lengths that are not positive or no camera's for pictures of
+            this size (FOCAL, CENTRE), or w2c that is not rigid.
     """
 
     K: np.ndarray
@@ -33,6 +37,11 @@ class Camera:
         object.__setattr__(self, "size", (int(self.size[0]), int(self.size[1])))
         if min(self.size) < 1:
             raise ConfigError("camera.size", self.size, "(H, W), both at least 1")
+        focal, longer = self.K[[0, 1], [0, 1]], max(self.size)
+        if not (FOCAL[0] * longer <= focal.min() and focal.max() <= FOCAL[1] * longer):
+            raise ConfigError("camera.K", self.K.tolist(), f"focal lengths of {FOCAL[0]} to {FOCAL[1]:g} longer sides")
+        if np.abs(self.K[:2, 2]).max() > CENTRE * longer:
+            raise ConfigError("camera.K", self.K.tolist(), f"a principal point within {CENTRE:g} longer sides")
 
     @property
     def eye(self) -> np.ndarray:
@@ -81,6 +90,15 @@ def is_rigid(poses: np.ndarray, tolerance: float = 1e-4) -> bool:
     square = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max(initial=0)
     last = np.abs(poses[..., 3, :] - (0, 0, 0, 1)).max(initial=0)
     return bool(square < tolerance and last < 1e-3 * tolerance and (np.linalg.det(rotation) > 0).all())
+
+
+def nearest_rigid(poses: np.ndarray) -> np.ndarray:
+    """Return the rigid motions float64 [..., 4, 4] that are nearest to poses which were rounded when written."""
+    rigid = np.array(poses, np.float64)
+    left, _, right = np.linalg.svd(rigid[..., :3, :3])
+    rigid[..., :3, :3] = left @ right
+    rigid[..., 3, :] = (0, 0, 0, 1)
+    return rigid
 
 
 def intrinsics(size: tuple[int, int], fov_deg: float = 54.0) -> np.ndarray:

@@ -78,14 +78,26 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
     if format not in READERS:
         raise ConfigError("format", format, f"allowed: {', '.join(READERS)}")
     try:
-        poses = READERS[format](path, camera)
+        poses = _checked(READERS[format](path, camera))
     except UNREADABLE as error:
         raise ContractError(f"{path} is no {format} file of poses: {error}") from error
-    # 1e-3: text formats round their numbers.
-    if not (len(poses.w2c) and np.isfinite(poses.w2c).all() and is_rigid(poses.w2c, 1e-3)):
-        raise ContractError(f"{path}: the poses read as {format} are no rigid motions")
     if flip_y:
         poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.times, poses.size, poses.source)
+    return poses
+
+
+def parse(data: bytes) -> PoseFile:
+    """Return the poses in the bytes of a camera.json. Raises ContractError where they hold none."""
+    try:
+        return _checked(_of_json(data))
+    except UNREADABLE as error:
+        raise ContractError(f"is no camera.json: {error}") from error
+
+
+def _checked(poses: PoseFile) -> PoseFile:
+    # 1e-3: text formats round their numbers.
+    if not (len(poses.w2c) and np.isfinite(poses.w2c).all() and is_rigid(poses.w2c, 1e-3)):
+        raise ValueError("the poses are no rigid motions")
     return poses
 
 
@@ -229,13 +241,21 @@ def _write_recammaster(poses: PoseFile) -> bytes:
 
 
 def _read_json(path: str | Path, camera: str) -> PoseFile:
-    tree = json.loads(storage.read_bytes(path))
+    return _of_json(storage.read_bytes(path))
+
+
+def _of_json(data: bytes) -> PoseFile:
+    tree = json.loads(data)
     if tree["axes"] != "opencv":
         raise ValueError(f"axes {tree['axes']!r}; our files say opencv")
     w2c = np.array(tree["w2c"], np.float64).reshape(-1, 4, 4)
     K = None if tree.get("K") is None else np.broadcast_to(np.array(tree["K"], np.float64), (len(w2c), 3, 3))
-    size = tuple(tree["size"]) if tree.get("size") else None
-    return PoseFile(w2c, K, None, size)
+    size = tree.get("size")
+    if size is not None and not (
+        isinstance(size, list) and [type(side) for side in size] == [int, int] and min(size) > 0
+    ):
+        raise ValueError(f"size {size!r} is not [H, W]")
+    return PoseFile(w2c, K, None, None if size is None else (size[0], size[1]))
 
 
 def _write_json(poses: PoseFile) -> bytes:
