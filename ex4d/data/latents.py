@@ -14,6 +14,7 @@
 | `kind` uint8 [S] | index into the dataset's mask_kinds |
 | `first_index` uint8 [S] | which of the U distinct first frames a mask shows |
 | `first_frame` [U,z,f,h,w] | latents of (first frame shown, then grey); only where the base takes them |
+| `source` [z,f,h,w] | latents of the scene from the other camera; only in a dataset of clips from two |
 | `image` [U,n,d] | the image encoder's features of the first frame shown; only where the base takes them |
 
 Tensors without a type are float32 or bfloat16, one choice a dataset.
@@ -47,6 +48,7 @@ class LatentSpec:
         image: [n, d] of the image encoder's features; () where the base has none.
         first_frame: whether first-frame latents are there.
         num_masks: S.
+        source: whether latents of the scene from the other camera are there.
     """
 
     dtype: str
@@ -54,6 +56,7 @@ class LatentSpec:
     image: tuple[int, ...]
     first_frame: bool
     num_masks: int
+    source: bool = False
 
     @classmethod
     def of(cls, dataset: Mapping[str, Any]) -> LatentSpec:
@@ -66,6 +69,7 @@ class LatentSpec:
                 tuple(facts["image"]),
                 facts["first_frame"],
                 dataset["sample"]["num_masks"],
+                facts.get("source", False),
             )
             if spec.dtype not in STORED or len(spec.shape) != 4 or len(spec.image) not in (0, 2):
                 raise ValueError(f"{spec}")
@@ -86,6 +90,8 @@ class LatentSpec:
         }
         if self.first_frame:
             wanted["first_frame"] = (stored, (num_first, *self.shape))
+        if self.source:
+            wanted["source"] = (stored, self.shape)
         if self.image:
             wanted["image"] = (stored, (num_first, *self.image))
         return wanted
@@ -105,11 +111,14 @@ def encode(tensors: Mapping[str, np.ndarray], pixel_members: Mapping[str, bytes]
     return {**kept, "json": encode_json(facts), MEMBER: encode_tensors(store_as(dtype, tensors, EXACT))}
 
 
-def decode_latents(members: Mapping[str, bytes], draw: Callable[[int], int]) -> dict[str, Any]:
+def decode_latents(
+    members: Mapping[str, bytes], draw: Callable[[int], int], with_source: bool = False
+) -> dict[str, Any]:
     """Return one sample of a latent dataset, with one of its masks; all numbers float32 unless said.
 
     `latents` [z,f,h,w]; `cond_latents` [2z,f,h,w]; `hole` [1,f,h,w]; `first_frame` [z,f,h,w] and `image` [n,d] where
-    the dataset has them; `kind` uint8 []; `mask_index` int64 []; `captions` str.
+    the dataset has them; `kind` uint8 []; `mask_index` int64 []; `captions` str; `source` [z,f,h,w] where it is asked
+    for.
 
     Raises:
         ContractError: a member is missing, damaged, or does not fit the others.
@@ -127,19 +136,22 @@ def decode_latents(members: Mapping[str, bytes], draw: Callable[[int], int]) -> 
             "mask_index": np.int64(index),
             "captions": members["txt"].decode("utf-8", "replace"),
         }
+        if with_source:
+            values["source"] = to_float32(tensors["source"])
         return values | {name: to_float32(tensors[name][first]) for name in ("first_frame", "image") if name in tensors}
     except (KeyError, IndexError, ZeroDivisionError) as error:
         raise ContractError(f"{MEMBER}: tensors {sorted(tensors)} do not fit each other ({error!r})") from error
 
 
 def spec_of(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return `dtype`, `shape`, `image` and `first_frame` of a LatentSpec, from the members of one sample."""
+    """Return `dtype`, `shape`, `image`, `first_frame` and, where true, `source` of a LatentSpec, from one sample."""
     tensors = decode_tensors(members[MEMBER], MEMBER)
     return {
         "dtype": "bfloat16" if tensors["target"].dtype == np.uint16 else "float32",
         "shape": [*tensors["target"].shape],
         "image": [*tensors["image"].shape[1:]] if "image" in tensors else [],
         "first_frame": "first_frame" in tensors,
+        **({"source": True} if "source" in tensors else {}),
     }
 
 

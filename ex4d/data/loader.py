@@ -22,9 +22,9 @@ import pyarrow as pa
 from ex4d import storage
 from ex4d.data import manifest
 from ex4d.data.cache import RangeCache
-from ex4d.data.latents import decode_latents
+from ex4d.data.latents import LatentSpec, decode_latents
 from ex4d.data.members import decode_masks, unpack_bits
-from ex4d.data.sample import OPTIONAL, VISIBILITY, decode_frames, require_members, shown
+from ex4d.data.sample import MEMBERS, OPTIONAL, VISIBILITY, decode_frames, require_members, shown
 from ex4d.data.tar import read_sample
 from ex4d.errors import BadSample, ConfigError, ContractError
 
@@ -79,22 +79,25 @@ def decode_pixels(
     members: Mapping[str, bytes],
     draw: Draw,
     mask_kinds: Sequence[str] = (VISIBILITY,),
+    with_source: bool = False,
     into: np.ndarray | None = None,
 ) -> dict[str, Any]:
     """Return one sample of a pixel dataset, with one of its masks.
 
     `frames` uint8 [T,H,W,3] RGB; `visible` bool [T,H,W], True = seen; `kind` uint8 []; `mask_index` int64 [];
-    `captions` str; where the sample has a cond.mp4 `shown` uint8 [T,H,W,3]: what the mask uncovers instead of `frames`.
+    `captions` str; where the sample has a cond.mp4 `shown` uint8 [T,H,W,3]: what the mask uncovers instead of `frames`;
+    `source` uint8 [T,H,W,3] where it is asked for.
 
     Args:
         draw: number of masks -> the one to take.
         mask_kinds: names of the values of `kind`.
+        with_source: return the scene from the other camera as well.
         into: [T,H,W,3] for the frames: their place in a batch, so that they need not be copied there.
 
     Raises:
         ContractError: a member is missing, damaged, or does not fit the others.
     """
-    require_members(members, optional=OPTIONAL)
+    require_members(members, (*MEMBERS, "source.mp4") if with_source else MEMBERS, optional=OPTIONAL)
     frames = decode_frames(members["mp4"], into=into)
     packed, kind, _ = decode_masks(members["masks.npz"], frames.shape[2])
     if packed.shape[1:3] != frames.shape[:2] or not len(kind):
@@ -107,6 +110,10 @@ def decode_pixels(
         if cond.shape != (max(1, int(is_visibility.sum())) * len(frames), *frames.shape[1:]):
             raise ContractError(f"cond.mp4: {[*cond.shape]} for frames {[*frames.shape]}, kind {kind.tolist()}")
         colours["shown"] = shown(frames, cond, is_visibility, index)
+    if with_source:
+        colours["source"] = decode_frames(members["source.mp4"], "source.mp4")
+        if colours["source"].shape != frames.shape:
+            raise ContractError(f"source.mp4: {[*colours['source'].shape]} for frames {[*frames.shape]}")
     return colours | {
         "frames": frames,
         "visible": unpack_bits(packed[index], frames.shape[2]),
@@ -116,11 +123,23 @@ def decode_pixels(
     }
 
 
-def decoder_of(dataset: Mapping[str, Any]) -> Decode:
-    """Return what decodes the samples of a dataset, by the contents of its dataset.json: latents or pixels."""
+def decoder_of(dataset: Mapping[str, Any], with_source: bool = False) -> Decode:
+    """Return what decodes the samples of a dataset, by the contents of its dataset.json: latents or pixels.
+
+    Args:
+        with_source: also the scene from the other camera, where the dataset holds clips of two (`has_source`).
+    """
     if "latents" in dataset:
-        return decode_latents
-    return partial(decode_pixels, mask_kinds=tuple(dataset["sample"].get("mask_kinds", ())))
+        return partial(decode_latents, with_source=with_source)
+    kinds = tuple(dataset["sample"].get("mask_kinds", ()))
+    return partial(decode_pixels, mask_kinds=kinds, with_source=with_source)
+
+
+def has_source(dataset: Mapping[str, Any]) -> bool:
+    """Return whether a dataset holds clips of two cameras, by the contents of its dataset.json."""
+    if "latents" in dataset:
+        return LatentSpec.of(dataset).source
+    return "source.mp4" in dataset.get("members", ())
 
 
 class ShardLoader(Iterator[Batch]):
@@ -140,6 +159,7 @@ class ShardLoader(Iterator[Batch]):
         samples_consumed: where to start: a batch's `samples_consumed`; a multiple of world_size.
         decode: ({member: bytes}, draw) -> values of one sample; raises ContractError or BadSample for a bad one. None:
             `decoder_of` the dataset.
+        with_source: the scene from the other camera as well, where `decode` is None; see `decoder_of`.
 
     Raises:
         ConfigError: an argument out of range, or a split without samples.
@@ -157,6 +177,7 @@ class ShardLoader(Iterator[Batch]):
         samples_consumed: int = 0,
         config: LoaderConfig | None = None,
         decode: Decode | None = None,
+        with_source: bool = False,
     ):
         if micro_batch_size < 1 or not 0 <= rank < world_size or seed < 0:
             raise ConfigError(
@@ -167,7 +188,7 @@ class ShardLoader(Iterator[Batch]):
         if samples_consumed < 0 or samples_consumed % world_size:
             raise ConfigError("samples_consumed", samples_consumed, f"a multiple of world_size {world_size}")
         facts = manifest.read_dataset(dataset)
-        self.dataset, self.seed, self.decode = dataset, seed, decode or decoder_of(facts)
+        self.dataset, self.seed, self.decode = dataset, seed, decode or decoder_of(facts, with_source)
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         self.config = config or LoaderConfig()
         # Where frames can be decoded to their place in the batch, its shape: nine megabytes a clip that are not copied.

@@ -15,8 +15,11 @@ By dataset, and then in every sample:
 
 | member      | what |
 |---|---|
-| `cond.mp4`  | T frames for each visibility mask in turn, as a warp with wrong depth shows them; T black for none |
+| `cond.mp4`  | T frames for each visibility mask in turn, as a warp shows them; T black for none |
 | `depth.mkv` | T frames, 16-bit FFV1: disparity = value / 65535 × `disparity_max` of `json`; z_depth = 1 / disparity |
+| `source.mp4` | T frames: the scene at the same times from the camera of the visibility mask's `w2c` |
+
+The colours of a `cond.mp4` are those of the clip seen through wrong depth, or, beside a `source.mp4`, the source's.
 
 In the JSON members a number is always int or always float, every key is always present and nothing is null but the
 `w2c` of a tracking mask: readers that infer a column type from the first samples depend on it.
@@ -46,7 +49,7 @@ from ex4d.data.members import (
 from ex4d.errors import BadSample, ContractError
 
 MEMBERS = ("camera.json", "json", "masks.npz", "mp4", "txt")
-OPTIONAL = ("cond.mp4", "depth.mkv")
+OPTIONAL = ("cond.mp4", "depth.mkv", "source.mp4")
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # no dots: readers split key and extension at the first one
 TRACKING = "tracking"  # the one kind of mask that has no camera path
 VISIBILITY = "visibility"  # the kind of mask whose condition a cond.mp4 holds
@@ -108,6 +111,7 @@ class Sample:
         cond: uint8 [V·T,H,W,3] RGB, T frames for each visibility mask in turn, or T black ones where V is 0; None
             where the dataset has none. Only what the mask keeps of it is ever shown.
         z_depth: float32 [T,H,W], positive, finite, in the units of `w2c`; None where the dataset has none.
+        source: uint8 [T,H,W,3] RGB, the scene from another camera; None where the dataset has none.
     """
 
     key: str
@@ -122,6 +126,7 @@ class Sample:
     provenance: dict[str, Any]
     cond: np.ndarray | None = None
     z_depth: np.ndarray | None = None
+    source: np.ndarray | None = None
 
 
 def shown(frames: np.ndarray, cond: np.ndarray | None, is_visibility: np.ndarray, index: int) -> np.ndarray:
@@ -154,6 +159,8 @@ def encode(sample: Sample) -> dict[str, bytes]:
     optional = {}
     if sample.cond is not None:
         optional["cond.mp4"] = video.encode(sample.cond, sample.fps, crf=CRF)
+    if sample.source is not None:
+        optional["source.mp4"] = video.encode(sample.source, sample.fps, crf=CRF)
     if sample.z_depth is not None:
         own["disparity_max"], optional["depth.mkv"] = _encode_depth(sample.z_depth, sample.fps)
     facts = plain({**sample.provenance, **own}, f"{sample.key}.json")
@@ -223,7 +230,8 @@ def decode(members: Mapping[str, bytes]) -> Sample:
     cond = decode_frames(members["cond.mp4"], "cond.mp4") if "cond.mp4" in members else None
     depth = members.get("depth.mkv")
     z_depth = None if depth is None else decode_depth(depth, facts.pop("disparity_max", None))
-    sample = Sample(key, frames, fps, visible, kind, share, intrinsics, paths, caption, facts, cond, z_depth)
+    source = decode_frames(members["source.mp4"], "source.mp4") if "source.mp4" in members else None
+    sample = Sample(key, frames, fps, visible, kind, share, intrinsics, paths, caption, facts, cond, z_depth, source)
     _check(sample)
     return sample
 
@@ -304,6 +312,9 @@ def _check(sample: Sample) -> None:
     if cond is not None:
         fits = cond.dtype == np.uint8 and cond.shape[1:] == frames.shape[1:] and len(cond) % len(frames) == 0
         need(fits and len(cond) > 0, "cond.mp4", f"{cond.dtype} {cond.shape} for frames {frames.shape}")
+    if sample.source is not None:
+        fits = sample.source.dtype == np.uint8 and sample.source.shape == frames.shape
+        need(fits, "source.mp4", f"{sample.source.dtype} {sample.source.shape} for frames {frames.shape}")
     if z_depth is not None:
         need(z_depth.shape == frames.shape[:3], "depth.mkv", f"{z_depth.shape} for frames {frames.shape}")
         need(bool(np.isfinite(z_depth).all() and (z_depth > 0).all()), "depth.mkv", "must be finite and positive")

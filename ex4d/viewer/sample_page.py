@@ -1,4 +1,4 @@
-"""Samples of a dataset to look at: the clip, and what each of its masks leaves of it."""
+"""Samples of a dataset to look at: the clip, the other camera's where there is one, and what each mask shows."""
 
 from __future__ import annotations
 
@@ -54,6 +54,8 @@ def _row(dataset: str, fields: dict, kinds: Sequence[str]) -> page.Row:
     clip = sample.decode(members)
     is_visibility = np.array([kinds[kind] == sample.VISIBILITY for kind in clip.kind])
     clips = [page.Clip("the clip", page.embedded(members["mp4"]))]
+    if "source.mp4" in members:
+        clips.append(page.Clip("the other camera", page.embedded(members["source.mp4"])))
     for index, visible in enumerate(clip.visible):
         colours = sample.shown(clip.frames, clip.cond, is_visibility, index) * visible[..., None]
         label = f"{kinds[clip.kind[index]]}, {clip.hole_share[index].mean():.0%} holes"
