@@ -19,6 +19,7 @@ import numpy as np
 from ex4d import storage, video
 from ex4d.config import fingerprint
 from ex4d.errors import ConfigError
+from ex4d.geometry import trajectory, trajectory_files
 from ex4d.geometry.camera import Camera, intrinsics, look_at
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
@@ -45,6 +46,9 @@ class SyntheticConfig:
         supersample: rays per pixel along each axis.
         sky: an open sky in place of walls and ceiling; depth there is large, and finite.
         fov_deg: field of view over the longer side.
+        second_camera_deg: each video is filmed by a second camera, which starts where the first one does and swings
+            around what that looks at, by between half of this angle and all of it, to either side; the video of the
+            first one is then `NAME.source.mp4`. None: one camera.
     """
 
     num_videos: int = 24
@@ -58,6 +62,7 @@ class SyntheticConfig:
     supersample: int = 2
     sky: bool = False
     fov_deg: float = 54.0
+    second_camera_deg: float | None = None
 
 
 @dataclass(frozen=True)
@@ -221,6 +226,21 @@ def clip_scene(config: SyntheticConfig, index: int) -> tuple[Scene, list[Camera]
     return scene, cameras
 
 
+def second_cameras(config: SyntheticConfig, index: int, cameras: list[Camera], radius: float) -> list[Camera]:
+    """Return the second camera of video `index` at each frame: an orbit by `second_camera_deg`, around the first one's.
+
+    Args:
+        radius: distance of the point that is orbited (`trajectory.radius_of` the first depth).
+    """
+    most = config.second_camera_deg
+    if most is None or not 0 < most <= 90:
+        raise ConfigError("synthetic.second_camera_deg", most, "above 0 and up to 90 degrees")
+    rng = np.random.default_rng([15485863, config.seed, index])
+    angle_deg = most * rng.uniform(0.5, 1.0) * rng.choice([-1.0, 1.0])
+    path = trajectory.build("orbit", len(cameras), angle_deg, radius)
+    return [Camera(camera.K, swing @ camera.w2c, camera.size) for camera, swing in zip(cameras, path, strict=True)]
+
+
 def render_clip(scene: Scene, cameras: list[Camera], fps: float, supersample: int = 1) -> tuple[np.ndarray, np.ndarray]:
     """Return (frames uint8 [T,H,W,3], z_depth float32 [T,H,W]); frame t is seen by cameras[t] at time t / fps."""
     views = [scene.render(camera, number / fps, supersample) for number, camera in enumerate(cameras)]
@@ -231,12 +251,13 @@ def write_corpus(folder: str | Path, config: SyntheticConfig) -> list[Path]:
     """Return the paths of a corpus of mp4 files, written where they are missing.
 
     Beside `NAME.mp4`: `NAME.depth.npz` (z_depth float32 [T,H,W]; K float64 [3,3]; w2c float64 [T,4,4], the source
-    cameras) and the caption `NAME.txt`. The name carries the fingerprint of what made the video, each file appears
+    cameras) and the caption `NAME.txt`; with a second camera also what `pipelines.pairs` names. The name carries the
+    fingerprint of what made the video, each file appears
     whole or not at all, the mp4 last: writing again completes a corpus, and equal configs give equal bytes.
     """
     paths = []
     for index in range(config.num_videos):
-        recipe = {key: value for key, value in vars(config).items() if key != "num_videos"}
+        recipe = {key: value for key, value in vars(config).items() if key != "num_videos" and value is not None}
         path = Path(folder) / f"synthetic-{fingerprint(recipe)[:8]}-{index:05d}.mp4"
         if not path.exists():
             _write_video(path, config, index)
@@ -247,11 +268,27 @@ def write_corpus(folder: str | Path, config: SyntheticConfig) -> list[Path]:
 def _write_video(path: Path, config: SyntheticConfig, index: int) -> None:
     scene, cameras = clip_scene(config, index)
     frames, z_depth = render_clip(scene, cameras, config.fps, config.supersample)
-    sidecar = io.BytesIO()
-    np.savez_compressed(sidecar, z_depth=z_depth, K=cameras[0].K, w2c=np.stack([camera.w2c for camera in cameras]))
-    storage.write_bytes(path.with_suffix(".depth.npz"), sidecar.getvalue())
+    if config.second_camera_deg is not None:
+        second = second_cameras(config, index, cameras, trajectory.radius_of(z_depth[0]))
+        for which, poses in ((".source.camera.json", cameras), (".camera.json", second)):
+            file = trajectory_files.PoseFile(_w2c(poses), np.stack([camera.K for camera in poses]), size=config.size)
+            trajectory_files.write(path.with_suffix(which), file, "json")
+        _write_filmed(path.with_suffix(".source.mp4"), frames, z_depth, cameras, config.fps)
+        cameras = second
+        frames, z_depth = render_clip(scene, cameras, config.fps, config.supersample)
     storage.write_bytes(path.with_suffix(".txt"), f"{scene.caption}\n".encode())
-    storage.write_bytes(path, video.encode(frames, config.fps))
+    _write_filmed(path, frames, z_depth, cameras, config.fps)
+
+
+def _write_filmed(path: Path, frames: np.ndarray, z_depth: np.ndarray, cameras: list[Camera], fps: float) -> None:
+    sidecar = io.BytesIO()
+    np.savez_compressed(sidecar, z_depth=z_depth, K=cameras[0].K, w2c=_w2c(cameras))
+    storage.write_bytes(path.with_suffix(".depth.npz"), sidecar.getvalue())
+    storage.write_bytes(path, video.encode(frames, fps))
+
+
+def _w2c(cameras: list[Camera]) -> np.ndarray:
+    return np.stack([camera.w2c for camera in cameras])
 
 
 def _pixel_rays(camera: Camera, supersample: int) -> tuple[np.ndarray, np.ndarray]:
