@@ -9,10 +9,7 @@ from __future__ import annotations
 
 import logging
 import math
-import signal
-import threading
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -20,7 +17,7 @@ import torch
 from torch import Tensor
 
 from ex4d.models.backbone import ModelConfig
-from ex4d.train import checkpoint, engine, flops, report, validation
+from ex4d.train import checkpoint, engine, flops, report, stop, validation
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
 from ex4d.train.engine import Engine
 from ex4d.train.job import Job, build_job
@@ -60,6 +57,7 @@ class Trainer:
             check_identity(state.identity, job.identity, config.output)
         self.plan = plan_batch(config, place.world_size, state.global_batch_size if state else None)
         self.first_step, self.samples = (state.step, state.samples) if state else (0, 0)
+        self.saved_step = self.first_step
         self.average: dict[str, Tensor] | None = None
         moments = None
         if path:
@@ -99,30 +97,41 @@ class Trainer:
 
     def loop(self, stop_asked: Callable[[], bool], log: RunLog | None, validator: Validator | None) -> int:
         """Train to `num_steps` and write the adapter; see `run`. Rank 0 has a log, and a validator where one is due."""
-        config = self.config
+        config, metrics = self.config, dict[str, Any]()
         for step in range(self.first_step + 1, config.num_steps + 1):
-            metrics, stop = self.step(step, stop_asked)
+            before = metrics
+            metrics, stopping = self.step(step, stop_asked)
+            if not metrics:
+                if self.saved_step < step - 1:
+                    self.save(step - 1, before.get("validation_loss"), log)
+                logger.warning("stopped by a signal within step %d; the same command does it again", step)
+                return EXIT_PREEMPTED
             last = step == config.num_steps
             if config.validate_every and (last or step % config.validate_every == 0):
                 metrics |= self.validate(step, validator)
             if log:
                 log.write(metrics)
                 self.show(metrics)
-            if last or stop or step % config.save_every == 0:
+            if last or stopping or step % config.save_every == 0:
                 self.save(step, metrics.get("validation_loss"), log)
             if log and validator:
                 self.note(log, validator.results())  # after `save`: they may be of this very step
-            if stop and not last:
+            if stopping and not last:
                 logger.warning("stopped by a signal after step %d; the same command goes on from there", step)
                 return EXIT_PREEMPTED
         self.export()
         return 0
 
     def step(self, step: int, stop_asked: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
-        """Do one optimizer step; return its metrics, and whether any rank was asked to stop."""
+        """Do one optimizer step; return its metrics, and whether any rank was asked to stop.
+
+        Asked between two micro batches, which may take minutes, it drops what was accumulated: no metrics then.
+        """
         watch = report.Stopwatch(self.device, waited)
         rows, keys = [], []
         for accum in range(self.plan.accum_steps):
+            if accum and stop.any_rank(stop_asked(), self.device):
+                return {}, True
             batch = next(self.batches)
             watch.lap("data")
             noises = [self.noise(step, key) for key in batch["keys"]]
@@ -224,6 +233,7 @@ class Trainer:
                 if self.average is not None:
                     checkpoint.write_tensors(folder / "ema.safetensors", self.average)
             checkpoint.prune(self.config.output, self.config.keep_last)
+        self.saved_step = step
         torch.distributed.barrier()
 
     def export(self) -> None:
@@ -258,7 +268,7 @@ def train(
     """
     device = engine.start(place, config.device)
     job = build_job(config, model_config, place, device)
-    with stop_signal(stop_asked) as stopping:
+    with stop.stop_signal(stop_asked) as stopping:
         code = Trainer(config, job, place, device, show, start_validation).run(stopping)
     engine.stop()
     return code
@@ -272,21 +282,3 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr
     done = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
     return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
-
-
-@contextmanager
-def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM has come; it no longer ends the process while this is open.
-
-    Args:
-        instead: says it already, and is yielded: Ray Train runs the loop in a thread, where signals cannot be taken.
-    """
-    if instead is not None:
-        yield instead
-        return
-    asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
-    try:
-        yield asked.is_set
-    finally:
-        signal.signal(signal.SIGTERM, before)

@@ -133,11 +133,33 @@ def test_gradient_that_is_not_finite_is_seen_where_the_loss_is(alone):
     assert engine.gradients_finite(), "asked once, forgotten"
 
 
-def test_sigterm_saves_and_the_run_goes_on(alone, whole, tmp_path):
-    assert train_toy(str(tmp_path), alone, {"term_at": 6}, **BATCH) == EXIT_PREEMPTED
+@pytest.mark.parametrize("stage", [0, 1, 2, 3])
+def test_sigterm_within_a_step_saves_the_one_before_and_the_run_goes_on(stage, alone, whole, tmp_path):
+    """Micro batch 1 of 2 of step 8: what it accumulated is dropped, nothing is lost."""
+    assert train_toy(str(tmp_path), alone, {"term_in": 15}, **BATCH, zero_stage=stage) == EXIT_PREEMPTED
     assert checkpoint.read_state(checkpoint.latest(tmp_path)).step == 7
+    assert len(losses(tmp_path)) == 7
+    assert train_toy(str(tmp_path), alone, **BATCH, zero_stage=stage) == 0
+    assert losses(tmp_path) == losses(whole)
+
+
+def test_sigterm_before_the_end_of_a_step_saves_that_step(alone, whole, tmp_path):
+    """Its last micro batch is under way: the step is finished first."""
+    assert train_toy(str(tmp_path), alone, {"term_in": 16}, **BATCH) == EXIT_PREEMPTED
+    assert checkpoint.read_state(checkpoint.latest(tmp_path)).step == 8
     assert train_toy(str(tmp_path), alone, **BATCH) == 0
     assert losses(tmp_path) == losses(whole)
+
+
+def test_sigterm_right_after_a_checkpoint_or_before_the_first_step_writes_none(alone, tmp_path):
+    assert train_toy(str(tmp_path), alone, {"term_in": 1}, **BATCH) == EXIT_PREEMPTED
+    assert checkpoint.latest(tmp_path) is None
+    assert train_toy(str(tmp_path), alone, {"term_in": 21}, **BATCH) == EXIT_PREEMPTED  # in step 11
+    written = checkpoint.latest(tmp_path)
+    assert checkpoint.read_state(written).step == 10
+    stamp = written.stat().st_mtime_ns
+    assert train_toy(str(tmp_path), alone, {"term_in": 1}, **BATCH) == EXIT_PREEMPTED
+    assert checkpoint.latest(tmp_path).stat().st_mtime_ns == stamp
 
 
 def test_average_goes_on_and_becomes_the_adapter(alone, tmp_path):
@@ -296,6 +318,16 @@ def test_two_ranks_learn_what_one_does_and_go_on_after_a_kill(stage, whole, tmp_
     ranks[1].wait()
     assert finish(start_ranks(2, tmp_path / "killed", *settings)) == [0, 0]
     assert losses(tmp_path / "killed") == losses(tmp_path / "whole")
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("stage", [2, 3])
+def test_one_rank_of_two_is_asked_to_stop_within_a_step(stage, whole, tmp_path):
+    settings = ("micro_batch_size=1", "grad_accum_steps=2", f"zero_stage={stage}")
+    assert finish(start_ranks(2, tmp_path, *settings, "term_in=15")) == [EXIT_PREEMPTED] * 2
+    assert checkpoint.read_state(checkpoint.latest(tmp_path)).step == 7
+    assert finish(start_ranks(2, tmp_path, *settings)) == [0, 0]
+    assert losses(tmp_path) == pytest.approx(losses(whole), abs=1e-6)
 
 
 @pytest.mark.heavy

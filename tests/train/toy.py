@@ -27,7 +27,8 @@ from ex4d.train import engine, validation
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.job import Job
 from ex4d.train.objective import Encoder
-from ex4d.train.trainer import Trainer, stop_signal
+from ex4d.train.stop import stop_signal
+from ex4d.train.trainer import Trainer
 
 NUM_CLIPS = 11
 
@@ -73,7 +74,7 @@ class ToyModel(nn.Module):
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         return {name: value for name, value in self.named_parameters() if value.requires_grad}
 
-    def forward(self, latents, timestep, prompt, image, first_frame, cond_latents):  # type: ignore[no-untyped-def]
+    def forward(self, latents, timestep, prompt, image, first_frame, cond_latents, source=None):  # type: ignore[no-untyped-def]
         hidden = self.frozen(torch.cat([latents, first_frame], dim=1)) + self.condition(cond_latents)
         hidden = torch.tanh(hidden + (timestep / 1000 + prompt[:, 0] + image.mean(1))[:, None, None, None, None])
         hidden = hidden + self.up(self.down(hidden.movedim(1, -1))).movedim(-1, 1)
@@ -100,12 +101,15 @@ def clips(seed: int, place: Place, micro: int, samples: int, nan_at: int | None,
 
 
 class ToyEncoder(Encoder):
-    """Damages the clips whose key says so, and takes its time."""
+    """Damages the clips whose key says so, takes its time, and has its process asked to stop at a micro batch."""
 
-    late_s = 0.0
+    late_s, term_in, calls = 0.0, None, 0
 
     def encode(self, batch, noises, shift, sampling):  # type: ignore[no-untyped-def]
         time.sleep(self.late_s)
+        self.calls += 1
+        if self.calls == self.term_in:
+            os.kill(os.getpid(), signal.SIGTERM)
         inputs = super().encode(batch, noises, shift, sampling)
         for index, key in enumerate(batch["keys"]):
             if key.endswith("-nan"):
@@ -137,6 +141,8 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
     encoder = ToyEncoder(ToyBase(), "unit", config.prompt)
     if place.rank == 1:
         encoder.late_s = fate.get("late_s") or 0.0
+    if place.rank == place.world_size - 1:
+        encoder.term_in = fate.get("term_in")
     who = identity(config, ToyModelConfig(), "toy")
     job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
     device, start_validation = torch.device("cpu"), fate.get("validator", validation.Child)
@@ -146,7 +152,7 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
 
 def main(output: str, settings: list[str]) -> int:
     values = {key: yaml.safe_load(text) for key, text in (setting.split("=", 1) for setting in settings)}
-    fate = {key: values.pop(key, None) for key in ("nan_at", "kill_at", "term_at", "late_s")}
+    fate = {key: values.pop(key, None) for key in ("nan_at", "kill_at", "term_at", "term_in", "late_s")}
     place = Place(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), 0)
     engine.start(place, "cpu")
     code = train_toy(output, place, fate, **values)
