@@ -18,6 +18,7 @@ NUM_FRAMES = 8
 MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
 FLAT_LEVELS = 4.0  # standard deviation of luma; below it signs are noise, and all such frames look the same
+UNSEEN = [""] * NUM_FRAMES  # hashes of a video that is near to none
 WINDOW = 64  # of videos that share a key of the index, each is compared with so many at most
 
 
@@ -49,21 +50,46 @@ def sampled(hashes: Sequence[int | None], pts: Sequence[int]) -> list[str]:
     return ["" if value is None else f"{value:016x}" for value in found]
 
 
-def groups(videos: Mapping[str, Sequence[str]]) -> dict[str, str]:
+def groups(videos: Mapping[str, Sequence[str]], together: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """Return {sha256: the smallest sha256 of its group}, whatever the order of the videos.
 
     A group is what near duplicates connect, so its ends may differ more than its neighbours.
 
     Args:
         videos: {sha256: `sampled` hashes}.
+        together: two of them each, in one group whatever they show.
     """
     names = sorted(videos)
+    place = {name: index for index, name in enumerate(names)}
     parents = list(range(len(names)))
     values, seen = _arrays([videos[name] for name in names])
-    for first, second in _pairs(values, seen):
+    known = [(place[first], place[second]) for first, second in together]
+    for first, second in [*known, *_pairs(values, seen)]:
         a, b = _root(parents, first), _root(parents, second)
         parents[max(a, b)] = min(a, b)
     return {name: names[_root(parents, index)] for index, name in enumerate(names)}
+
+
+def of_videos(rows: Sequence[Mapping[str, Any]], how: str) -> tuple[dict[str, str], dict[str, str]]:
+    """Return ({sha256: its group, which goes to one split}, {sha256: the sha256 that is taken in its place}).
+
+    Args:
+        rows: of videos, with their records; those that were refused, or are not named in the answers, stand alone.
+        how: preprocess.near_duplicates.
+    """
+    kept = [row for row in rows if row["record"]["refusal"] is None]
+    good = {row["sha256"]: row["record"] for row in kept}
+    looks = {} if how == "off" else {sha256: record["hashes"] for sha256, record in good.items()}
+    near = groups(looks)
+    taken = best(near, good) if how == "filter" else {}
+    paired = [row for row in kept if row["pair"]]
+    if not paired:
+        return near, taken
+    # What one model is given, another must not be asked for: a clip and its source are of one group.
+    others = {row["other_sha256"]: row["record"]["other"]["hashes"] for row in paired}
+    everything = {sha256: looks.get(sha256, UNSEEN) for sha256 in good}
+    everything |= others if looks else dict.fromkeys(others, UNSEEN)
+    return groups(everything, [(row["sha256"], row["other_sha256"]) for row in paired]), taken
 
 
 def best(groups: Mapping[str, str], records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:

@@ -11,14 +11,14 @@ from ex4d.config import fingerprint
 from ex4d.data import shards
 from ex4d.errors import BadSample, Ex4dError, Filtered
 from ex4d.quality import SCORES
-from pipelines import duplicates, inputs, runner, settings
+from pipelines import duplicates, inputs, pairs, runner, settings
 from pipelines.filters import FilterConfig, decide
 from pipelines.ledger import Ledger
 from pipelines.progress import Progress
 from pipelines.report import Result
 from pipelines.settings import PreprocessConfig
 from pipelines.stage import Row, Stage, is_bug, new_row, refuse, refused
-from pipelines.stages import clips
+from pipelines.stages import clips, pair
 
 if TYPE_CHECKING:
     from pipelines.preprocess import Stages
@@ -72,24 +72,26 @@ class Job:
             if not source.is_video:
                 row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
                 self._reject("video", row)
-        keep = ("name", "path", "spans", "sha256", "size_bytes", "depth_file", "caption")
+        keep = ("name", "path", "spans", "sha256", "size_bytes", "depth_file", "caption", "pair")
         first: dict[str, Row] = {}
         for row in sorted(self._run("hash", self.stages.hash, rows, keep), key=lambda row: row["name"]):
             if row["refusal"] is not None:
                 self._reject("video", row)
-            elif row["sha256"] in first:
-                message = f"same content as {first[row['sha256']]['name']}"
+                continue
+            content = pairs.content(row["sha256"], row["pair"])
+            if content in first:
+                message = f"same content as {first[content]['name']}"
                 self._reject("video", refused(row, "filtered", "hash", "duplicate", message))
             else:
-                first[row["sha256"]] = row | {"seconds": {}}  # they are counted
+                first[content] = row | {"content": content, "seconds": {}, **pairs.other_of(row)}  # seconds are counted
         return list(first.values())
 
     def _records(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with the `record` of each video, from the ledger or worked out now."""
         finished, refusal = settings.video_fingerprints(self.config)
         for row in rows:
-            row["artifact"] = f"videos/{row['sha256']}.{finished}.json"
-            row["refusal_artifact"] = f"videos/{row['sha256']}.{refusal}.json"
+            row["artifact"] = f"videos/{row['content']}.{finished}.json"
+            row["refusal_artifact"] = f"videos/{row['content']}.{refusal}.json"
         missing = self._missing(rows)
         fresh = {row["key"]: row for row in self._run("split", self.stages.split, missing, ("record",))}
         for row in rows:
@@ -116,7 +118,7 @@ class Job:
                 continue
             try:
                 spans = [inputs.Span(**span) for span in row["spans"]]
-                found = clips.plan(row["sha256"], record, self.config, spans)
+                found = clips.plan(row["content"], record, self.config, spans)
             except (BadSample, Filtered) as error:
                 self._reject("video", refuse(row, "clips", error))
                 continue
@@ -127,10 +129,7 @@ class Job:
 
     def _group(self, rows: Sequence[Row]) -> None:
         """Set each row's `source_group`, and `stand_in`: the name of the video that is taken in its place, or ""."""
-        good = {row["sha256"]: row["record"] for row in rows if row["record"]["refusal"] is None}
-        looks = {} if self.config.near_duplicates == "off" else {sha: record["hashes"] for sha, record in good.items()}
-        groups = duplicates.groups(looks)
-        best = duplicates.best(groups, good) if self.config.near_duplicates == "filter" else {}
+        groups, best = duplicates.of_videos(rows, self.config.near_duplicates)
         names = {row["sha256"]: row["name"] for row in rows}
         for row in rows:
             row["source_group"] = groups.get(row["sha256"], row["sha256"])
@@ -142,9 +141,14 @@ class Job:
         facts["caption_source"] = "list" if clip.caption else "sidecar" if video["caption"] else "none"
         if clip.caption is None:
             facts["caption"] = video["caption"]
+        other: dict[str, Any] = {}
+        if video["pair"] is not None:
+            facts["pair"] = video["pair"]
+            other = pairs.other_of(video) | pair.columns(video["record"]["other"], clip)
         made, refusal = settings.clip_fingerprints(self.config, facts)
         return new_row(
             **facts,
+            **other,
             path=video["path"],
             size=video["record"]["info"]["size"],
             seed=int(fingerprint(self.config.seed, clip.key)[:8], 16),

@@ -13,7 +13,7 @@ from dataclasses import dataclass, replace
 from ex4d import storage
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import inputs, pages, runner, settings
+from pipelines import inputs, pages, pairs, runner, settings
 from pipelines.job import Job, TooManyBugs
 from pipelines.ledger import Attempts, exclusive
 from pipelines.progress import Progress
@@ -21,7 +21,7 @@ from pipelines.report import Result, log_run
 from pipelines.runner import RayConfig
 from pipelines.settings import PreprocessConfig
 from pipelines.stage import Stage
-from pipelines.stages import caption, commit, condition, decode, depth, identify, masks, probe, qc, score, shots
+from pipelines.stages import caption, commit, condition, decode, depth, identify, masks, pair, probe, qc, score, shots
 
 __all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
 
@@ -50,6 +50,30 @@ class Stages:
         commit.STAGE_SAMPLE,
         commit.RECORD_REFUSAL,
     )
+    # with the member `source`, in place of `split` and `clip`: depth is the other camera's, the mask is its warp's
+    split_pair: tuple[Stage, ...] = (
+        probe.STAGE,
+        shots.STAGE,
+        pair.NEED,
+        probe.STAGE.over(pair.OTHER, "other_probe"),
+        shots.STAGE.over(pair.OTHER, "other_shots"),
+        pair.CHECK,
+        commit.RECORD_PAIR,
+    )
+    clip_pair: tuple[Stage, ...] = (
+        decode.STAGE,
+        score.MEASURE,
+        score.STAGE,
+        pair.CAMERAS,
+        decode.STAGE.over(pair.OTHER, "other_decode"),
+        depth.STAGE.over(pair.OTHER),
+        caption.STAGE,
+        qc.DEPTH.over(pair.OTHER),
+        pair.WARP,
+        qc.MASKS,
+        commit.STAGE_PAIR,
+        commit.RECORD_REFUSAL,
+    )
     # on the driver: shards.pack
     # with `score_only`, in place of `clip`
     score: tuple[Stage, ...] = (decode.STAGE, score.MEASURE, commit.RECORD_SCORES, commit.RECORD_REFUSAL)
@@ -62,13 +86,14 @@ def stages_of(config: PreprocessConfig) -> Stages:
     share a GPU (`depth_num_gpus` 0.25: four), so that it works for one while others draw masks.
     """
     plain = Stages()
-    on_gpu = plain.clip.index(depth.STAGE)
+    split, clip = (plain.split_pair, plain.clip_pair) if "source" in config.members else (plain.split, plain.clip)
+    on_gpu = next(position for position, stage in enumerate(clip) if "depth_facts" in stage.writes)
     share = max(config.depth_num_gpus, config.captioner.num_gpus if config.captioner else 0.0)
-    gpus = [share if position >= on_gpu else 0.0 for position in range(len(plain.clip))]
+    gpus = [share if position >= on_gpu else 0.0 for position in range(len(clip))]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
-        split=tuple(replace(stage, memory_mb=settings.WORKER_MB) for stage in plain.split),
-        clip=tuple(replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(plain.clip, gpus, strict=True)),
+        split=tuple(replace(stage, memory_mb=settings.WORKER_MB) for stage in split),
+        clip=tuple(replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(clip, gpus, strict=True)),
         score=tuple(replace(stage, memory_mb=clip_mb) for stage in plain.score),
     )
 
@@ -125,10 +150,13 @@ def run(
 def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:
     """Return every input file; where `config.input` is None, of a synthetic corpus that is written first."""
     if config.input is not None:
-        return inputs.expand(config.input, config.output, config.list_root)
+        found = inputs.expand(config.input, config.output, config.list_root)
+        return pairs.without_sources(found) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "a file, folder, glob or list; or a section `synthetic` beside it")
     if not storage.is_local(config.output):
         raise ConfigError("preprocess.input", None, "videos must be named where the output is an object store")
+    if "source" in config.members and synthetic_config.second_camera_deg is None:
+        raise ConfigError("synthetic.second_camera_deg", None, "degrees, for a dataset with the member source")
     paths = write_corpus(storage.local_path(config.output) / "source", synthetic_config)
     return inputs.expand([str(path) for path in paths])

@@ -15,7 +15,8 @@ from pipelines.filters import FilterConfig
 PROFILES = ("default", "released")
 STAGING = ("all", "current")
 NEAR_DUPLICATES = ("group", "filter", "off")
-MEMBERS = ("cond", "depth")
+MEMBERS = ("cond", "depth", "source")
+METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose unit cameras can share
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
 VIDEO_CODE, CLIP_CODE = 2, 3  # raised when stages change what they write, so that older staging is not taken
@@ -81,7 +82,8 @@ class PreprocessConfig:
         captioner: describes clips that have no caption; None leaves them without.
         masks: how masks are simulated.
         members: what samples hold beside the usual: cond, what a warp with wrong depth shows through visibility masks,
-            and depth.
+            and depth; or source alone: each video was filmed by a second camera, too, whose video lies beside it
+            (`pipelines.pairs`), and the one mask and its colours are the true warp from there.
         filters: thresholds on scores.
         limits: of decoding.
         near_duplicates: "group" puts videos that show nearly the same into one split, "filter" takes one of them (the
@@ -164,6 +166,10 @@ def check(config: PreprocessConfig) -> None:
     need(1 <= config.fov_deg <= 170, "fov_deg", "1 to 170")
     need(config.profile in PROFILES, "profile", ", ".join(PROFILES))
     need(set(config.members) <= set(MEMBERS), "members", f"a list of {', '.join(MEMBERS)}")
+    if "source" in config.members:
+        need(set(config.members) == {"source"}, "members", "source alone: its warp is the condition")
+        need(config.masks.num_masks == 1, "masks.num_masks", "1 with the member source: the warp is the mask")
+        need(config.depth in METRIC, "depth", f"{', '.join(METRIC)} with the member source: in the cameras' unit")
     need(config.cache_mb >= 1, "cache_mb", "at least 1")
     need(config.near_duplicates in NEAR_DUPLICATES, "near_duplicates", ", ".join(NEAR_DUPLICATES))
     need(0 <= config.val_fraction <= 1, "val_fraction", "0 to 1")

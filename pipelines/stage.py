@@ -13,7 +13,8 @@ import logging
 import time
 import traceback
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
+from functools import partial
 from itertools import groupby
 from typing import Any
 
@@ -58,6 +59,25 @@ class Stage:
     def needs(self) -> tuple[float, float, int | None]:
         """The resources of one call; equal needs share a task."""
         return self.num_cpus, self.num_gpus, self.memory_mb
+
+    def over(self, columns: Mapping[str, str], name: str | None = None) -> Stage:
+        """Return the same stage for other columns of the row.
+
+        Args:
+            columns: {what the stage calls it: what the row calls it}; others keep their names.
+            name: of the new stage; None keeps it.
+        """
+        reads, writes = (tuple(columns.get(own, own) for own in names) for names in (self.reads, self.writes))
+        function = partial(_renamed, self.function, columns)
+        return replace(self, name=name or self.name, function=function, reads=reads, writes=writes)
+
+
+def _renamed(
+    function: Callable[[Row, Any], Mapping[str, Any]], columns: Mapping[str, str], row: Row, context: Any
+) -> Mapping[str, Any]:
+    own = {theirs: mine for mine, theirs in columns.items()}
+    written = function({own.get(name, name): value for name, value in row.items()}, context)
+    return {columns.get(name, name): value for name, value in written.items()}
 
 
 def new_row(key: str, **columns: Any) -> Row:

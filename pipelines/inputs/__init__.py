@@ -1,8 +1,8 @@
 """From `preprocess.input` to the list of files, each of which must be accounted for at the end.
 
 A folder gives every file under it: a video by its suffix or by having none that we know; what is certainly no video
-by its name is named as such, and the sidecars of a video (depth, caption) belong to it. A list gives what its rows
-name; see `lists`. Folders, files and lists lie on this machine or in any store of `storage.SCHEMES`.
+by its name is named as such, and the sidecars of a video (depth, caption, cameras) belong to it. A list gives what its
+rows name; see `lists`. Folders, files and lists lie on this machine or in any store of `storage.SCHEMES`.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from pipelines.inputs.lists import Entry, Span, may_be_video, without_query
 
 __all__ = ["Entry", "Source", "Span", "expand", "without_query"]
 
-SIDECAR_SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
+SIDECAR_SUFFIXES = (".camera.json", ".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
 KEY = "preprocess.input"
 
 

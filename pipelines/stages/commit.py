@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from fractions import Fraction
 from typing import TYPE_CHECKING, Any
 
@@ -16,7 +17,8 @@ if TYPE_CHECKING:
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `record`: what is known of the video now (its columns, or a refusal), after writing it down."""
-    record = {name: row[name] for name in ("info", "pts_runs", "cuts", "shots", "hashes", "refusal")}
+    names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
+    record = {name: row[name] for name in names if name in row}
     if row["refusal"] is None:
         Ledger(config.output).write_video(row["artifact"], record)
     elif is_lasting(row):
@@ -47,6 +49,7 @@ def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             provenance=provenance(row),
             cond=row["cond"],
             z_depth=row["z_depth"] if "depth" in config.members else None,
+            source=row.get("other_frames"),
         )
     )
     Ledger(config.output).write_sample(row["artifact"], sample_tar(row["key"], members))
@@ -73,6 +76,7 @@ def provenance(row: Row) -> dict[str, Any]:
         "depth": {name: _unicode(value) for name, value in row["depth_facts"].items()},
         "versions": row["versions"],
         "config_fingerprint": row["fingerprint"],
+        **({"pair": row["pair_facts"]} if "pair_facts" in row else {}),
     }
 
 
@@ -130,6 +134,8 @@ STAGE_SAMPLE = Stage(
     ),
     writes=(),
 )
+RECORD_PAIR = replace(RECORD_VIDEO, reads=(*RECORD_VIDEO.reads, "other"))
+STAGE_PAIR = replace(STAGE_SAMPLE, reads=(*STAGE_SAMPLE.reads, "other_frames", "pair_facts"))
 RECORD_REFUSAL = Stage(
     "record_refusal",
     record_refusal,

@@ -15,7 +15,8 @@ if TYPE_CHECKING:
 
 
 def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, and `depth_facts` for the sample's provenance.
+    """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance,
+    and `absolute`: whether the depth has a unit, that of its file or the metre.
 
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
@@ -40,12 +41,13 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     K = camera.intrinsics(config.size, config.fov_deg) if result.K is None else np.asarray(result.K, np.float64)
     known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
-    return {"z_depth": z_depth, "K": K, "depth_facts": facts}
+    absolute = result.metric or result.kind == "z_depth"
+    return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute}
 
 
 STAGE = Stage(
     "depth",
     depth,
     reads=("frames", "path", "depth_file", "frame_index", "size", "box", "seed"),
-    writes=("z_depth", "K", "depth_facts"),
+    writes=("z_depth", "K", "depth_facts", "absolute"),
 )

@@ -7,7 +7,7 @@ from typing import TYPE_CHECKING, Any
 
 from ex4d import storage
 from ex4d.errors import BadSample
-from pipelines import fetch
+from pipelines import fetch, pairs
 from pipelines.inputs import without_query
 from pipelines.stage import Row, Stage
 
@@ -20,17 +20,24 @@ MAX_CAPTION_BYTES = 64 * 1024
 def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), and the caption beside it.
 
+    With the member `source`, `pair` is the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first, {}
+    where one is missing, and the depth file is that video's; else None.
+
     Raises:
         BadSample: not_a_file, unreadable, empty_file, truncated_download.
     """
-    path = row["path"]
+    path, pair = row["path"], None
     try:
+        filmed = path
+        if "source" in config.members:
+            pair, filmed = _pair(path, config), pairs.files_of(path).source
         sha256, size_bytes = _local(path) if storage.is_local(path) else _remote(path, config)
         return {
             "sha256": sha256,
             "size_bytes": size_bytes,
-            "depth_file": _depth_file(path, config) if config.depth == "sidecar" else "",
+            "depth_file": _depth_file(filmed, config) if config.depth == "sidecar" else "",
             "caption": _caption(path),
+            "pair": pair,
         }
     except OSError as error:
         raise fetch.unreadable(error) from error
@@ -55,6 +62,18 @@ def _remote(url: str, config: PreprocessConfig) -> tuple[str, int]:
     return sha256, size_bytes
 
 
+def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
+    files = pairs.files_of(path)
+    if not all(storage.is_file(file) for file in files):
+        return {}  # the stage that looks for them refuses the video
+    source, *cameras = files
+    try:
+        sha256, size_bytes = _local(source) if storage.is_local(source) else _remote(source, config)
+    except BadSample as error:
+        raise BadSample(error.reason, f"{source.rpartition('/')[2]} {error.message}") from error
+    return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
+
+
 def _depth_file(path: str, config: PreprocessConfig) -> str:
     from ex4d.depth import DepthRequest, sidecar
 
@@ -72,4 +91,4 @@ def _caption(path: str) -> str:
     return storage.read_bytes(file, 0, MAX_CAPTION_BYTES).decode("utf-8", "replace").strip()
 
 
-STAGE = Stage("identify", identify, reads=("path",), writes=("sha256", "size_bytes", "depth_file", "caption"))
+STAGE = Stage("identify", identify, reads=("path",), writes=("sha256", "size_bytes", "depth_file", "caption", "pair"))

@@ -17,6 +17,7 @@ FUNCTIONS = {
     "probe": "ex4d.video:probe",
     "decode": "ex4d.video:decode",
     "find_shots": "pipelines.stages.shots:find_shots",
+    "poses_of": "pipelines.stages.pair:poses_of",
 }
 
 

@@ -1,0 +1,464 @@
+"""Videos from two cameras, from their files to samples: the right frames, the right camera, every reason to refuse."""
+
+from __future__ import annotations
+
+import json
+import shutil
+from collections.abc import Callable
+from dataclasses import replace
+from fractions import Fraction
+from pathlib import Path
+
+import av
+import flaky_store
+import numpy as np
+import pytest
+from small_corpus import choices, inline
+
+from ex4d import remote, storage, synthetic, video
+from ex4d.data import manifest
+from ex4d.data.sample import Sample, decode
+from ex4d.data.tar import read_sample
+from ex4d.data.verify import verify
+from ex4d.errors import ConfigError
+from ex4d.evaluate.metrics import psnr
+from ex4d.geometry import trajectory_files
+from ex4d.geometry.camera import Camera, intrinsics, relative_to
+from ex4d.geometry.masks import KINDS, MaskConfig
+from ex4d.quality import SCORES
+from ex4d.viewer import sample_page
+from pipelines import pairs, preprocess
+from pipelines.inputs import Source
+from pipelines.stages import clips, isolated, pair
+
+WORLD = synthetic.SyntheticConfig(num_videos=2, num_frames=11, size=(64, 96), second_camera_deg=40.0, seed=3)
+FEW = {"members": ("source",), "num_frames": 5, "size": (64, 64), "clips_per_shot": 2, "max_bad_fraction": 1.0}
+FEW |= {"masks": MaskConfig(num_masks=1, erosion_px=(1, 1))}
+
+
+@pytest.fixture(scope="module")
+def corpus(tmp_path_factory) -> Path:
+    folder = tmp_path_factory.mktemp("pairs")
+    synthetic.write_corpus(folder, WORLD)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def done(corpus, tmp_path_factory):
+    """(the configuration, what came of it) of a run over two videos, four clips."""
+    config = choices(corpus, tmp_path_factory.mktemp("out") / "dataset", **FEW)
+    result = inline(config)
+    assert (result.exit_code, result.rejects, result.counts["samples"]) == (0, [], 4)
+    return config, result
+
+
+def samples(folder: str) -> list[Sample]:
+    rows = manifest.read_table(folder, manifest.MANIFEST).to_pylist()
+    blobs = [(Path(folder) / row["shard"]).read_bytes()[row["offset"] :][: row["length"]] for row in rows]
+    return [decode(read_sample(blob, row["key"])) for blob, row in zip(blobs, rows, strict=True)]
+
+
+def test_the_second_camera_is_no_video_of_its_own_and_verify_knows_its_member(done):
+    config, result = done
+    assert result.counts["videos_in"] == 2
+    assert verify(config.output, full=True).problems == ()
+    assert {"cond.mp4", "source.mp4"} <= set(manifest.read_dataset(config.output)["members"])
+    shown = sample_page.samples_page(config.output, count=1).rows[0]
+    assert [clip.label for clip in shown.clips][:2] == ["the clip", "the other camera"]
+    alone = replace(config, output=config.output + "-one", members=())
+    assert inline(alone).counts["videos_in"] == 4  # without the member they are four videos
+
+
+def test_frames_cameras_and_mask_are_those_of_the_scene(done, corpus):
+    """The slow twin: the scene itself says what the other camera filmed and which pixels of the clip it sees."""
+    config, _ = done
+    for sample in samples(config.output):
+        path = corpus / sample.provenance["source_path"]
+        scene, cameras = synthetic.clip_scene(WORLD, int(path.stem[-5:]))
+        pts, time_base = video.frame_pts(path)
+        first = int(np.searchsorted(pts, sample.provenance["start_pts"]))
+        index = slice(first, first + 5)
+        second = trajectory_files.read(pairs.files_of(str(path)).camera).w2c
+        np.testing.assert_allclose(
+            sample.w2c[0], relative_to(np.stack([c.w2c for c in cameras]), second)[index], atol=1e-9
+        )
+        K = cameras[0].K - [[0, 0, 16], [0, 0, 0], [0, 0, 0]]  # the middle 64 of 96 columns
+        np.testing.assert_allclose(sample.K, K, atol=1e-9)
+        assert sample.kind.tolist() == [KINDS.index("visibility")]
+        for t in range(5):
+            time_s = float((pts[first + t] - pts[0]) * time_base)
+            ours, theirs = (Camera(K, w2c[first + t], (64, 64)) for w2c in (second, [c.w2c for c in cameras]))
+            filmed = [scene.render(camera, time_s, WORLD.supersample)[0] for camera in (ours, theirs)]
+            assert psnr(sample.frames[t], filmed[0]) > 26  # H.264 was between, twice
+            assert psnr(sample.source[t], filmed[1]) > 26
+            truly, _ = synthetic.visible_from(scene, ours, time_s, theirs)
+            seen = sample.visible[0, t]
+            if first + t == 0 or t == 0:
+                assert seen.all()  # frame 0 of a clip is complete
+                continue
+            assert (seen & truly).sum() > 0.99 * seen.sum()
+            assert (seen & truly).sum() > 0.8 * truly.sum()  # the rest lies along depth edges: thin at 64 px
+            assert psnr(sample.cond[t], sample.frames[t], seen) > 27
+            assert psnr(sample.cond[t], sample.frames[t], seen) > psnr(sample.source[t], sample.frames[t], seen) + 5
+
+
+def test_ray_writes_the_same_and_a_second_run_has_nothing_to_do(done, corpus, tmp_path):
+    config, _ = done
+    again = inline(config)
+    assert again.worked["clip"] == 0
+    other = replace(config, output=str(tmp_path / "ray"))
+    assert preprocess.run(other, runner_name="ray").exit_code == 0
+    assert verify(other.output).tree_sha256 == verify(config.output).tree_sha256
+
+
+def cut(path: Path, **changes) -> None:
+    """Write a video again with other frames, rate or size."""
+    frames, fps = video.read(path)
+    frames = frames[changes.get("first", 0) : changes.get("count")][
+        :, :: changes.get("step", 1), :: changes.get("step", 1)
+    ]
+    path.write_bytes(video.encode(np.ascontiguousarray(frames), changes.get("fps", fps)))
+
+
+def rewrite(path: Path, change: Callable[[dict], object]) -> None:
+    tree = json.loads(path.read_text())
+    change(tree)
+    path.write_text(json.dumps(tree))
+
+
+def zoomed(tree: dict) -> None:
+    tree["K"] = [[[40 + t, 0, 48], [0, 40 + t, 32], [0, 0, 1]] for t in range(11)]
+
+
+def as_disparity(path: Path) -> None:
+    with np.load(path, allow_pickle=False) as file:
+        np.savez(path, disparity=1 / file["z_depth"])
+
+
+def as_relative(path: Path) -> None:
+    with np.load(path, allow_pickle=False) as file:
+        np.savez(path, depths=1 / file["z_depth"], kind="disparity")
+
+
+def as_recammaster(path: Path) -> None:
+    trajectory_files.write(path, trajectory_files.read(path), "recammaster")
+
+
+def write(path: str, **values: object) -> None:
+    rewrite(Path(path), lambda tree: tree.update(values))
+
+
+def move(tree: dict, distance: float) -> None:
+    for pose in tree["w2c"]:
+        pose[0][3] = distance
+
+
+def change_resolution(path: Path) -> None:
+    frames, fps = video.read(path)
+    parts = []
+    for number, piece in enumerate((frames[:5], np.ascontiguousarray(frames[5:, ::2, ::2]))):
+        part = path.with_suffix(f".{number}.ts")
+        with av.open(str(part), "w", format="mpegts") as file:
+            stream = file.add_stream("libx264", rate=int(fps))
+            stream.height, stream.width, stream.pix_fmt = *piece.shape[1:3], "yuv420p"
+            for t, frame in enumerate(piece):
+                picture = av.VideoFrame.from_ndarray(frame)
+                picture.pts = 5 * number + t
+                picture.time_base = Fraction(1, int(fps))
+                file.mux(stream.encode(picture))
+            file.mux(stream.encode())
+        parts.append(part.read_bytes())
+        part.unlink()
+    path.write_bytes(b"".join(parts))
+
+
+HARM = {
+    "no video": ("pair_missing", lambda f: Path(f.source).unlink()),
+    "an empty video": ("empty_file", lambda f: Path(f.source).write_bytes(b"")),
+    "no frames before the clip": ("pair_frames", lambda f: cut(Path(f.source), first=2)),
+    "another resolution in the middle": ("resolution_changed", lambda f: change_resolution(Path(f.source))),
+    "no camera": ("pair_missing", lambda f: Path(f.camera).unlink()),
+    "no depth": ("depth_missing", lambda f: Path(f.source).with_suffix(".depth.npz").unlink()),
+    "short": ("pair_frames", lambda f: cut(Path(f.source), count=4)),
+    "another rate": ("pair_frames", lambda f: cut(Path(f.source), fps=5.0)),
+    "small": ("pair_size", lambda f: cut(Path(f.source), step=2)),
+    "no mp4": ("unknown_container", lambda f: Path(f.source).write_bytes(b"text " * 99)),
+    "few poses": (
+        "pair_cameras",
+        lambda f: rewrite(Path(f.source_camera), lambda tree: tree.update(w2c=tree["w2c"][:4])),
+    ),
+    "no JSON": ("pair_cameras", lambda f: Path(f.camera).write_text("{")),
+    "no motion": (
+        "pair_cameras",
+        lambda f: rewrite(Path(f.camera), lambda tree: tree.update(w2c=[[[2.0] * 4] * 4] * 11)),
+    ),
+    "zoom": ("pair_cameras", lambda f: rewrite(Path(f.camera), zoomed)),
+    "K of zeros": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: tree.update(K=[[0.0] * 3] * 3))),
+    "an endless K": ("pair_cameras", lambda f: write(f.camera, K=[[1e300, 0, 48], [0, 1e300, 32], [0, 0, 1]])),
+    "a K of nothing": (
+        "pair_cameras",
+        lambda f: write(f.source_camera, K=[[1e-300, 0, 48], [0, 1e-300, 32], [0, 0, 1]]),
+    ),
+    "a far centre": ("pair_cameras", lambda f: write(f.camera, K=[[90.0, 0, 1e300], [0, 90.0, 32], [0, 0, 1]])),
+    "no numbers in K": ("pair_cameras", lambda f: write(f.camera, K=[["a", 0, 0], [0, 1, 0], [0, 0, 1]])),
+    "NaN in K": ("pair_cameras", lambda f: write(f.camera, K=[[float("nan"), 0, 0], [0, 1, 0], [0, 0, 1]])),
+    "far away": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: move(tree, 1.7e308))),
+    "another unit": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: move(tree, 1e5))),
+    "size of nothing": ("pair_cameras", lambda f: write(f.camera, size=[0, 0])),
+    "size of text": ("pair_cameras", lambda f: write(f.camera, size=["a", "b"])),
+    "size of truth": ("pair_cameras", lambda f: write(f.camera, size=[True, True])),
+    "size of three": ("pair_cameras", lambda f: write(f.camera, size=[64, 96, 3])),
+    "long words": ("pair_cameras", lambda f: write(f.camera, axes="A" * 1_000_000)),
+    "too long": ("pair_cameras", lambda f: write(f.camera, axes="A" * 9_000_000)),
+    "deep": ("pair_cameras", lambda f: Path(f.camera).write_text("[" * 200_000)),
+    "of all cameras": ("pair_cameras", lambda f: as_recammaster(Path(f.camera))),
+    "relative under another name": ("pair_cameras", lambda f: as_relative(Path(f.source).with_suffix(".depth.npz"))),
+    "disparity": ("pair_cameras", lambda f: as_disparity(Path(f.source).with_suffix(".depth.npz"))),
+}
+
+
+@pytest.mark.parametrize("harm", HARM)
+def test_a_bad_pair_costs_itself_alone(harm, corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in")
+    reason, do = HARM[harm]
+    do(pairs.files_of(str(sorted((tmp_path / "in").glob("*-00000.mp4"))[0])))
+    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW))
+    assert result.counts["samples"] == 2
+    assert {row["reason"] for row in result.rejects} - {"not_a_video"} == {reason}
+    assert max(len(row["message"]) for row in result.rejects) < 400
+    assert not any(str(tmp_path) in row["message"] for row in result.rejects)
+
+
+def test_out_of_a_flaky_store_come_the_same_bytes(corpus, done, tmp_path, monkeypatch):
+    import boto3
+
+    monkeypatch.setattr(remote, "FIRST_DELAY_S", 0.01)
+    with flaky_store.object_store(share=0.0) as (address, flaky):
+        flaky_store.use(monkeypatch, address)
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        for path in corpus.iterdir():
+            storage.write_bytes(f"s3://bucket/in/{path.name}", path.read_bytes())
+        flaky.share = 0.05
+        config = replace(
+            done[0], input="s3://bucket/in", output=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache")
+        )
+        result = inline(config)
+        assert flaky.failed.total() > 0
+    assert result.rejects == []
+    assert verify(config.output).tree_sha256 == verify(done[0].output).tree_sha256
+
+
+def test_a_camera_without_K_has_that_of_the_depth(corpus, done, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in")
+    for path in (tmp_path / "in").glob("*.camera.json"):
+        rewrite(path, lambda tree: tree.update(K=None, size=None))
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW)
+    assert inline(config).rejects == []
+    for ours, theirs in zip(samples(config.output), samples(done[0].output), strict=True):
+        np.testing.assert_allclose(ours.K, theirs.K)
+        np.testing.assert_array_equal(ours.visible, theirs.visible)
+
+
+def test_a_replaced_camera_makes_its_clips_new(corpus, done, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in")
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW)
+    assert inline(config).worked["clip"] == 4
+    rewrite(next((tmp_path / "in").glob("*-00001.camera.json")), lambda tree: tree.update(note="measured again"))
+    assert inline(config).worked["clip"] == 2
+
+
+@pytest.mark.parametrize(
+    ("changes", "named"),
+    [
+        ({"members": ("source", "cond")}, "members"),
+        ({"masks": MaskConfig(num_masks=2)}, "masks.num_masks"),
+        ({"depth": "parallax"}, "depth"),
+        ({"input": None}, "second_camera_deg"),
+    ],
+)
+def test_choices_that_cannot_go_with_pairs_are_refused(done, tmp_path, changes, named):
+    config = replace(done[0], output=str(tmp_path / "out"), **changes)
+    assert not (tmp_path / "out").exists()
+    one_camera = replace(WORLD, num_videos=1, second_camera_deg=None)
+    with pytest.raises(ConfigError, match=named):
+        inline(config, synthetic_config=one_camera)
+    assert not list(tmp_path.glob("**/*.mp4"))
+
+
+@pytest.mark.parametrize("angle", [0.0, -5.0, 91.0])
+def test_an_angle_of_the_second_camera_is_checked(tmp_path, angle):
+    with pytest.raises(ConfigError, match=r"synthetic\.second_camera_deg"):
+        synthetic.write_corpus(tmp_path, replace(WORLD, second_camera_deg=angle))
+    assert list(tmp_path.iterdir()) == []
+
+
+def film(folder: Path, name: str, own_fov: float, other_fov: float, bars: int, stored: int = 1) -> list[Camera]:
+    """Write a pair filmed through two lenses, bars of so many px above and below the other picture; return the cameras.
+
+    Args:
+        stored: the clip's camera.json speaks of pictures so many times smaller.
+    """
+    scene, cameras = synthetic.clip_scene(WORLD, 0)
+    radius = 2.0
+    others = [Camera(intrinsics(WORLD.size, other_fov), camera.w2c, WORLD.size) for camera in cameras]
+    swung = synthetic.second_cameras(WORLD, 0, cameras, radius)
+    own = [Camera(intrinsics(WORLD.size, own_fov), camera.w2c, WORLD.size) for camera in swung]
+    for which, lens in ((f"{name}.mp4", own), (f"{name}.source.mp4", others)):
+        frames, z_depth = synthetic.render_clip(scene, lens, WORLD.fps, WORLD.supersample)
+        if lens is others and bars:
+            frames[:, :bars] = frames[:, -bars:] = 0
+        K = lens[0].K / [[stored], [stored], [1]] if lens is own else lens[0].K
+        size = tuple(side // stored for side in WORLD.size) if lens is own else WORLD.size
+        file = trajectory_files.PoseFile(np.stack([camera.w2c for camera in lens]), np.stack([K] * 11), size=size)
+        trajectory_files.write((folder / which).with_suffix(".camera.json"), file, "json")
+        np.savez(folder / which.replace(".mp4", ".depth.npz"), z_depth=z_depth)
+        (folder / which).write_bytes(video.encode(frames, WORLD.fps))
+    return own
+
+
+@pytest.mark.parametrize(("bars", "stored"), [(0, 1), (12, 2)])
+def test_each_camera_has_its_lens_its_bars_and_its_file_s_pixels(tmp_path, bars, stored):
+    (tmp_path / "in").mkdir()
+    own = film(tmp_path / "in", "a", 70.0, 50.0, bars, stored)
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW | {"num_frames": 9, "clips_per_shot": 1})
+    assert inline(config).rejects == []
+    (sample,) = samples(config.output)
+    other_K, source_K = intrinsics(WORLD.size, 50.0), np.array(sample.provenance["pair"]["source_K"])
+    # The middle square inside the bars, which are found to a pixel, fills the clip.
+    scale = next(
+        64 / side for side in range(64 - 2 * bars, 0, -2) if abs(source_K[0, 0] * side / 64 - other_K[0, 0]) < 1e-6
+    )
+    assert 64 - 2 * bars - 64 / scale <= 2
+    other_K = np.array([[other_K[0, 0] * scale, 0, 32], [0, other_K[1, 1] * scale, 32], [0, 0, 1]])
+    np.testing.assert_allclose(sample.K, own[0].K - [[0, 0, 16], [0, 0, 0], [0, 0, 0]], atol=1e-9)
+    np.testing.assert_allclose(source_K, other_K, atol=1e-9)
+    scene, cameras = synthetic.clip_scene(WORLD, 0)
+    assert sample.provenance["start_s"] == pytest.approx(1 / WORLD.fps)
+    for t in range(1, 9):
+        ours, theirs = (Camera(K, lens[t + 1].w2c, (64, 64)) for K, lens in ((sample.K, own), (other_K, cameras)))
+        truly, _ = synthetic.visible_from(scene, ours, (t + 1) / WORLD.fps, theirs)
+        seen = sample.visible[0, t]
+        both = seen & truly  # not seen, and marked: what a body outside the other picture hides
+        assert both.sum() > 0.9 * seen.sum()
+        assert both.sum() > 0.75 * truly.sum()
+        assert psnr(sample.cond[t], sample.frames[t], both) > 25
+        hidden = np.abs(sample.cond[t].astype(int) - sample.frames[t])[~seen]
+        assert hidden.mean() < 6  # clean where nothing is shown, so that the codec has no edges there
+
+
+def test_cameras_without_K_need_equal_pictures(tmp_path):
+    (tmp_path / "in").mkdir()
+    film(tmp_path / "in", "a", 60.0, 60.0, 12)
+    write(str(tmp_path / "in" / "a.camera.json"), K=None)
+    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW))
+    assert {row["reason"] for row in result.rejects} == {"pair_cameras"}
+    assert "black bars" in result.rejects[0]["message"]
+
+
+def test_rounded_poses_are_made_rigid_again(corpus, done, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in")
+    for path in (tmp_path / "in").glob("*.camera.json"):
+        rewrite(path, lambda tree: tree.update(w2c=np.round(tree["w2c"], 4).tolist()))
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW)
+    assert inline(config).rejects == []
+    for ours, theirs in zip(samples(config.output), samples(done[0].output), strict=True):
+        np.testing.assert_allclose(ours.w2c[0], theirs.w2c[0], atol=1e-3)
+
+
+def test_what_one_model_is_given_no_other_is_asked_for(corpus, tmp_path):
+    """Whatever shares a video, as clip or as source, is in one split."""
+    folder = tmp_path / "in"
+    folder.mkdir()
+    for number in range(6):  # six clips of one source
+        for path in corpus.glob("*-00000.*"):
+            shutil.copy(path, folder / path.name.replace("-00000", f"-{number}"))
+        frames, fps = video.read(folder / f"{path.name.split('-00000')[0]}-{number}.mp4")
+        (folder / f"{path.name.split('-00000')[0]}-{number}.mp4").write_bytes(video.encode(frames // (number + 1), fps))
+    for end, other in ((".mp4", ".source.mp4"), (".camera.json", ".source.camera.json")):  # and a pair turned around
+        for one, two in ((end, other), (other, end)):
+            shutil.copy(next(corpus.glob(f"*-00001{one}")), folder / f"turned{two}")
+            shutil.copy(next(corpus.glob(f"*-00001{one}")), folder / f"plain{one}")
+    for name in ("turned", "plain"):
+        ends = (".depth.npz", ".source.depth.npz")
+        for end, other in zip(ends, ends if name == "plain" else ends[::-1], strict=True):
+            shutil.copy(next(corpus.glob(f"*-00001{end}")), folder / f"{name}{other}")
+    for near in ("group", "off"):
+        config = choices(folder, tmp_path / near, **FEW | {"near_duplicates": near, "val_fraction": 0.5})
+        result = inline(config)
+        assert (result.rejects, result.counts["samples"]) == ([], 16)
+        found: dict[bool, set[str]] = {}
+        for sample in samples(config.output):
+            found.setdefault("-0000" in sample.key, set()).add(sample.provenance["source_group"])
+        groups = {
+            sample.provenance["source_path"]: sample.provenance["source_group"] for sample in samples(config.output)
+        }
+        assert len({groups[name] for name in groups if "synthetic" in name}) == 1
+        assert groups["turned.mp4"] == groups["plain.mp4"]
+        assert len(set(groups.values())) == 2
+        assert verify(config.output).problems == ()
+
+
+def test_one_clip_may_have_two_sources(corpus, tmp_path):
+    """A video is known by its content and that of its pair; one without its pair takes nothing from another."""
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    stem = next(corpus.glob("*-00000.mp4")).stem
+    for path in corpus.glob(f"{stem}.*"):
+        shutil.copy(path, folder / f"again{path.name.removeprefix(stem)}")
+    shutil.copy(corpus / f"{stem}.mp4", folder / "alone.mp4")
+    frames, fps = video.read(corpus / f"{stem}.source.mp4")
+    (folder / "again.source.mp4").write_bytes(video.encode(255 - frames, fps))
+    config = choices(folder, tmp_path / "out", **FEW)
+    result = inline(config)
+    assert result.counts["samples"] == 6
+    assert [(row["key"], row["reason"]) for row in result.rejects] == [("alone.mp4", "pair_missing")]
+    same = [sample for sample in samples(config.output) if sample.provenance["source_path"] != f"{stem[:-1]}1.mp4"]
+    assert len({sample.key for sample in same}) == 4
+    assert len({sample.provenance["source_sha256"] for sample in same}) == 1
+
+
+def test_a_camera_that_changes_after_it_was_hashed_is_not_taken(corpus, tmp_path):
+    shutil.copytree(corpus, tmp_path / "in")
+    victim = next((tmp_path / "in").glob("*-00000.source.camera.json"))
+
+    def late(row, config):
+        if "-00000" in row["path"]:
+            rewrite(victim, lambda tree: tree.update(note="measured again"))
+        return pair.cameras(row, config)
+
+    changed = tuple(replace(s, function=late) if s is pair.CAMERAS else s for s in preprocess.Stages().clip_pair)
+    stages = replace(preprocess.Stages(), split=preprocess.Stages().split_pair, clip=changed)
+    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW), stages=stages)
+    assert [row["reason"] for row in result.rejects] == ["source_changed"] * 2
+
+
+def test_the_other_video_is_read_once_whatever_its_clips(corpus, tmp_path, monkeypatch):
+    asked = []
+    call = isolated.call
+    monkeypatch.setattr(
+        isolated,
+        "call",
+        lambda config, name, *args, **more: asked.append((name, str(args[0]))) or call(config, name, *args, **more),
+    )
+    inline(choices(corpus, tmp_path / "out", **FEW))
+    whole = [what for what in asked if what[0] in ("probe", "find_shots")]
+    assert len(whole) == len(set(whole)) == 8
+
+
+@pytest.mark.parametrize(("first", "box"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (9, "c")])
+def test_a_clip_has_the_bars_of_its_own_shot(first, box):
+    other = {"pts_runs": [100, [40, 11]], "cuts": [5, 9], "boxes": ["a", "b", "c"]}
+    clip = clips.Clip("key", [first, first + 2], [], (1, 8), 8.0, [], {})
+    assert pair.columns(other, clip) == {"other_pts": [100 + 40 * first, 180 + 40 * first], "other_box": box}
+
+
+def test_scores_name_the_stage_that_the_pipeline_has():
+    assert {score.stage for score in SCORES.values()} <= {stage.name for stage in preprocess.Stages().clip_pair} | {
+        "shots"
+    }
+
+
+def test_the_camera_of_a_camera_stays(tmp_path):
+    names = ["a.mp4", "a.source.mp4", "a.source.source.mp4", "b.source.mp4", "c.mp4", "c.source.mkv"]
+    kept = pairs.without_sources([Source(name, name) for name in names])
+    assert [source.name for source in kept] == ["a.mp4", "a.source.source.mp4", "b.source.mp4", "c.mp4", "c.source.mkv"]
