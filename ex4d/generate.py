@@ -104,6 +104,7 @@ def generate(
     seed: int,
     mask_range: Literal["unit", "released"] = "unit",
     first_frame: np.ndarray | None = None,
+    source: np.ndarray | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> np.ndarray:
     """Return the generated video, uint8 [T, H, W, 3].
@@ -114,6 +115,7 @@ def generate(
         seed: of the starting noise; the same seed, steps and weights give the same video.
         mask_range: what the adapter was trained with; see ModelConfig.
         first_frame: uint8 [H, W, 3], what the base model starts from; frame 0 of the condition by default.
+        source: uint8 [T, H, W, 3], the video itself, for an adapter that was trained with it (`source_video`).
         on_step: called with the number of steps done.
     """
     device = base.device
@@ -125,11 +127,12 @@ def generate(
     image_condition = base.first_frame_condition(start, num_frames=len(cond_video))
     cond_latents = base.encode_condition(pixels, torch.from_numpy(visible).to(device)[None], mask_range)
     image_embeds = base.encode_image(start)
+    source_latents = None if source is None else base.encode_video(to_pixels(source, device)).float()
 
     def velocity_under(prompt: str) -> flow.VelocityFn:
         prompt_embeds = base.encode_text([prompt])
         return lambda latents, timestep: model(
-            latents, timestep, prompt_embeds, image_embeds, image_condition, cond_latents
+            latents, timestep, prompt_embeds, image_embeds, image_condition, cond_latents, source_latents
         )
 
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
@@ -224,8 +227,17 @@ def novel_view(
     source = reconstruct(
         video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, device=device, **view
     )
+    given = source.frames if metadata.source_video else None
     frames = generate(
-        loaded, model, source.cond_video, source.visible, config, seed, metadata.mask_range, on_step=on_step
+        loaded,
+        model,
+        source.cond_video,
+        source.visible,
+        config,
+        seed,
+        metadata.mask_range,
+        source=given,
+        on_step=on_step,
     )
     record = {
         "video": Path(video_path).name,

@@ -160,6 +160,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         image_features=config.image_features,
         video_features=config.video_features,
         mask_range=metadata.mask_range,
+        source_video=metadata.source_video,
         device="cuda" if config.num_gpus else "cpu",
     )
     rejects: list[dict[str, Any]] = []

@@ -25,7 +25,8 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
         lora: take the LoRA from this kohya, ComfyUI or diffusers file and the rest from `adapter`.
 
     Raises:
-        ConfigError: another style, a file that is not there, or an output that is one of the inputs.
+        ConfigError: another style, or one that cannot say what the adapter needs; a file that is not there, or an
+            output that is one of the inputs.
         ContractError: a damaged file, or a LoRA of another model than the adapter's.
     """
     if style not in STYLES:
@@ -36,6 +37,8 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
         if source.is_file() and target.exists() and source.samefile(target):
             raise ConfigError("output", str(output), "another file than the inputs")
     state, metadata = weights.read_adapter(adapter)
+    if metadata.source_video and style != "ex4d":
+        raise ConfigError("style", style, "ex4d: no other form can say that the adapter is given the source video")
     if lora is not None:
         state, alpha = _with_lora(state, lora)
         metadata = replace(metadata, lora_rank=_rank(state), lora_alpha=alpha)

@@ -72,7 +72,7 @@ def memory(
         "gradients": 4.0 * trainable / over[2],
         # two moments, and from stage 1 on ZeRO's flat copy of the weights
         "optimizer": (moments + (4.0 if train.zero_stage and moments else 0.0)) * trainable / over[1],
-        "latents and text": plan.micro_size * _input_bytes(shape, latents),
+        "latents and text": plan.micro_size * _input_bytes(shape, latents, model.source_video),
         "geometry adapter": 4.0 * _KEPT_ADAPTER * model.adapter_hidden * math.prod(latents) * plan.micro_size,
         **_activations(shape, tokens * plan.micro_size, dtype, train.activation_checkpointing),
     }
@@ -89,9 +89,11 @@ def _activations(shape: Mapping[str, Any], tokens: int, dtype: float, checkpoint
     }
 
 
-def _input_bytes(shape: Mapping[str, Any], latents: tuple[int, int, int]) -> float:
-    """Return the bytes of one sample's float32 inputs: noisy latents and condition, target, prompt, image features."""
-    channels = shape["in_channels"] + 3 * shape["out_channels"]
+def _input_bytes(shape: Mapping[str, Any], latents: tuple[int, int, int], source_video: bool) -> float:
+    """Return the bytes of one sample's float32 inputs: noisy latents and condition, target, source, prompt, image
+    features.
+    """
+    channels = shape["in_channels"] + (4 if source_video else 3) * shape["out_channels"]
     image = flops.CLIP_TOKENS * (shape["image_dim"] or 0)
     return 4.0 * (channels * math.prod(latents) + TEXT_LENGTH * shape["text_dim"] + image)
 

@@ -69,14 +69,15 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
 
     Raises:
         ConfigError: a base that is not there, or that cannot take these clips; a mask range or a prompt that a latent
-            dataset was not encoded with.
+            dataset was not encoded with; a source video that the dataset does not hold.
         ContractError: no finished dataset, or latents of another model.
     """
-    if model_config.source_video:
-        allowed = "false: a clip from a monocular dataset is its own source, so a second condition would only be copied"
-        raise ConfigError("model.source_video", True, allowed)
     chosen = model_config
     dataset = manifest.read_dataset(config.data)
+    if chosen.source_video and not loader.has_source(dataset):
+        # A clip that is its own source would only be copied.
+        allowed = f"false: {config.data} has no clips from two cameras; see preprocess.members: [source]"
+        raise ConfigError("model.source_video", True, allowed)
     sample = dataset["sample"]
     fingerprint = dataset_fingerprint(config.data)
     if chosen.family is not None:
@@ -97,7 +98,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         *_, depth, height, width = dataset["latents"]["shape"]
     else:
         *_, depth, height, width = base.latent_shape((sample["num_frames"], *sample["size"], 3))
-    cost = flops.cost(base.shape, (depth, height, width), chosen.lora_rank, chosen.adapter_hidden)
+    sizes = (chosen.lora_rank, chosen.adapter_hidden, chosen.source_video)
+    cost = flops.cost(base.shape, (depth, height, width), *sizes)
     model = adapter.build_model(base.transformer, chosen, seed=config.seed)
     if swap.swap_blocks(model.transformer, config.block_swap, device):
         model.to(device)
@@ -113,6 +115,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
             lora_alpha=float(chosen.lora_alpha),
             adapter_hidden=chosen.adapter_hidden,
             mask_range=chosen.mask_range,
+            source_video=chosen.source_video,
             shift=config.shift,
             num_frames=sample["num_frames"],
             size=tuple(sample["size"]),
@@ -123,10 +126,12 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
 
     def open_loader(split: str, samples: int, micro_batch_size: int) -> loader.ShardLoader:
         ranks = (place.rank, place.world_size)
-        decode = _with_texts(texts) if texts and config.prompt is None else None
-        return loader.ShardLoader(
-            config.data, split, micro_batch_size, config.seed, *ranks, samples, config.loader, decode
-        )
+        decode = None
+        if texts and config.prompt is None:
+            decode = _with_texts(texts, loader.decoder_of(dataset, chosen.source_video))
+        where = (config.data, split, micro_batch_size, config.seed)
+        source = chosen.source_video
+        return loader.ShardLoader(*where, *ranks, samples, config.loader, decode, with_source=source)
 
     who = identity(config, chosen, fingerprint)
     facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen)}
@@ -165,11 +170,11 @@ def _check_latents(
     return texts
 
 
-def _with_texts(texts: TextStore) -> loader.Decode:
+def _with_texts(texts: TextStore, decode_latents: loader.Decode) -> loader.Decode:
     """Return decode_latents that reads the caption's embeddings ahead, too, in the loader's thread."""
 
     def decode(members: Mapping[str, bytes], draw: loader.Draw) -> dict[str, Any]:
-        values = latents.decode_latents(members, draw)
+        values = decode_latents(members, draw)
         texts.embeds(values["captions"])
         return values
 

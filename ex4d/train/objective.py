@@ -24,6 +24,7 @@ class Encoded:
         image, first_frame: the first frame's features [B, n, d] and condition [B, m + z, f, h, w]; None for a base that
             takes none.
         hole: share of each latent cell that is masked, [B, 1, f, h, w], in [0, 1].
+        source: of the scene from the other camera, [B, z, f, h, w]; None where the batch has none.
     """
 
     latents: Tensor
@@ -31,6 +32,7 @@ class Encoded:
     image: Tensor | None
     first_frame: Tensor | None
     hole: Tensor
+    source: Tensor | None = None
 
 
 @dataclass(frozen=True)
@@ -89,13 +91,15 @@ class Encoder:
             encoded.image,
             encoded.first_frame,
             encoded.cond_latents,
+            encoded.source,
         )
         valid = torch.as_tensor(batch["valid"]).to(device).float()
         return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, encoded.hole, valid)
 
     def clips(self, batch: dict[str, Any]) -> Encoded:
         """Return what the base makes of `frames` u8 [B,T,H,W,3], of which the mask `visible` bool [B,T,H,W] shows the
-        colours `shown` (u8, as `frames`), or its own where the batch has none.
+        colours `shown` (u8, as `frames`), or its own where the batch has none. `source` (u8, as `frames`), where the
+        batch has it, is the scene from the other camera.
         """
         device = self.base.device
         frames = torch.as_tensor(batch["frames"]).to(device)
@@ -110,7 +114,13 @@ class Encoder:
             self.base.encode_image(first),
             self.base.first_frame_condition(first, frames.shape[1]),
             hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4])),
+            self._source(batch),
         )
+
+    def _source(self, batch: dict[str, Any]) -> Tensor | None:
+        if "source" not in batch:
+            return None
+        return self.base.encode_video(to_pixels(torch.as_tensor(batch["source"]).to(self.base.device))).float()
 
     def text(self, prompt: str) -> Tensor:
         """Return the embeddings [1, 512, d] of a prompt."""
@@ -151,14 +161,15 @@ class LatentEncoder(Encoder):
     def clips(self, batch: dict[str, Any]) -> Encoded:
         """Return the batch of data.latents.decode_latents on the base's device, with the first frame's mask."""
         device = self.base.device
-        names = ("latents", "cond_latents", "hole", "first_frame", "image")
+        names = ("latents", "cond_latents", "hole", "first_frame", "image", "source")
         found = {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
         first = found.get("first_frame")
         if first is not None:
             mask = torch.zeros_like(first[:, :1]).expand(-1, self.base.first_frame_channels, -1, -1, -1).clone()
             mask[:, :, 0] = 1
             first = torch.cat([mask, first], dim=1)
-        return Encoded(found["latents"], found["cond_latents"], found.get("image"), first, found["hole"])
+        given = (found.get("image"), first, found["hole"], found.get("source"))
+        return Encoded(found["latents"], found["cond_latents"], *given)
 
     def text(self, prompt: str) -> Tensor:
         """Return the stored embeddings [1, 512, d] of a prompt."""

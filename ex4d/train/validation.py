@@ -261,7 +261,7 @@ def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any],
         noise = NamedNoise(config.seed, "validation video", batch["keys"][0])
         inputs = job.encoder.encode(batch, [noise], config.shift, "uniform")
         given: tuple[Any, ...] = inputs.model_inputs
-        noisy, cond, latents = given[0], given[-1], sample(job.model, given, config)
+        noisy, cond, latents = given[0], given[5], sample(job.model, given, config)  # as Ex4dModel.forward takes them
         real = noisy - inputs.sigma.view(-1, 1, 1, 1, 1) * inputs.target  # x0 = x - sigma v
         panels = [cond[:, : real.shape[1]], latents, real]
         frames = [generate.to_frames(base.decode_latents(panel)) for panel in panels]

@@ -87,6 +87,7 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
         "frames": clip.frames,
         "packed": pack_bits(clip.visible),
         "cond": clip.cond,
+        "source_frames": clip.source,
         "is_visibility": is_visibility,
         "kind": clip.kind,
         "first_shown": np.stack([np.frombuffer(first, np.uint8).reshape(size) for first in firsts]),
@@ -108,7 +109,7 @@ def load_text_model(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return `target`, `condition`, `hole` and `first_frame` as data.latents has them, float32.
+    """Return `target`, `condition`, `hole`, `first_frame` and `source` as data.latents has them, float32.
 
     Raises:
         ConfigError: the base cannot take clips of this size or length.
@@ -136,10 +137,12 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
         firsts = to_pixels(torch.from_numpy(row["first_shown"])[:, None].to(base.device))[:, :, 0]
         whole: list[Any] = [base.first_frame_condition(first[None], len(frames)) for first in firsts]
         written["first_frame"] = torch.cat(whole)[:, base.first_frame_channels :]  # the mask can be made again
+    if row["source_frames"] is not None:
+        written["source"] = base.encode_video(_pixels(row["source_frames"], base))[0]
     arrays = {name: value.float().cpu().numpy() for name, value in written.items()}
     if not all(np.isfinite(array).all() for array in arrays.values()):
         raise BadSample("not_finite", "the base made numbers that are not finite")
-    return {"first_frame": None, **arrays}
+    return {"first_frame": None, "source": None, **arrays}
 
 
 def encode_image(row: Row, context: Encoding) -> dict[str, Any]:
@@ -161,7 +164,7 @@ def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
     from ex4d.data import latents
     from ex4d.data.tar import sample_tar
 
-    names = ("target", "condition", "hole", "kind", "first_index", "first_frame", "image")
+    names = ("target", "condition", "hole", "kind", "first_index", "first_frame", "source", "image")
     tensors = {name: row[name] for name in names if row[name] is not None}
     kept = {name: text.encode("utf-8") for name, text in row["kept"].items()}
     members = latents.encode(tensors, kept, row["fingerprint"], context.dtype)
@@ -210,22 +213,22 @@ READ = Stage(
     "read_sample",
     read_sample,
     reads=("key", "shard", "offset", "length", "sha256"),
-    writes=("frames", "packed", "cond", "is_visibility", "kind", "first_shown", "first_index", "kept"),
+    writes=("frames", "packed", "cond", "source_frames", "is_visibility", "kind", "first_shown", "first_index", "kept"),
 )
 LOAD_MODELS = Stage("load_models", load_models, reads=(), writes=())
 LOAD_TEXT_MODEL = Stage("load_text_model", load_text_model, reads=(), writes=())
 ENCODE_VIDEO = Stage(
     "encode_video",
     encode_video,
-    reads=("frames", "packed", "cond", "is_visibility", "first_shown"),
-    writes=("target", "condition", "hole", "first_frame"),
+    reads=("frames", "packed", "cond", "source_frames", "is_visibility", "first_shown"),
+    writes=("target", "condition", "hole", "first_frame", "source"),
 )
 ENCODE_IMAGE = Stage("encode_image", encode_image, reads=("first_shown",), writes=("image",))
 WRITE_LATENTS = Stage(
     "write_latents",
     write_latents,
     reads=(
-        *("target", "condition", "hole", "kind", "first_index", "first_frame", "image"),
+        *("target", "condition", "hole", "kind", "first_index", "first_frame", "source", "image"),
         *("key", "kept", "fingerprint", "artifact"),
     ),
     writes=(),

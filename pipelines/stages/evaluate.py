@@ -46,7 +46,7 @@ class Evaluation:
         world: of the procedural scenes; None where videos are looked at.
         reconstruct: what else `reconstruct` takes for videos: depth, size, num_frames, profile, …
         image_features, video_features: weights of networks; None for none.
-        mask_range: what the adapter was trained with.
+        mask_range, source_video: what the adapter was trained with.
         device: cuda or cpu.
     """
 
@@ -63,6 +63,7 @@ class Evaluation:
     video_features: str | None
     mask_range: Any
     device: str
+    source_video: bool = False
 
 
 @lru_cache(maxsize=1)
@@ -158,23 +159,24 @@ def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
     base, model = _loaded(context)
     seen = masks.erode(view.visible, context.sampler.erosion_px)
     given = view.cond_video * seen[..., None]
+    source = view.clip.frames if context.source_video else None
 
-    def sampled(condition: View) -> np.ndarray:
+    def sampled(condition: View, source: np.ndarray | None) -> np.ndarray:
         asked = (condition.cond_video, condition.visible, context.sampler, context.seed, context.mask_range)
-        return generate(base, model, *asked, first_frame=view.cond_video[0])
+        return generate(base, model, *asked, first_frame=view.cond_video[0], source=source)
 
     def alone() -> np.ndarray:
         with model.base_alone():
-            return sampled(view)
+            return sampled(view, None)
 
     def other() -> np.ndarray | None:
         try:
-            return sampled(view_of(row, "other", context))
+            return sampled(view_of(row, "other", context), source)
         except BadSample:
             return None
 
     makers: dict[str, Callable[[], np.ndarray | None]] = {
-        ADAPTER: lambda: sampled(view),
+        ADAPTER: lambda: sampled(view, source),
         BASE: alone,
         OTHER: other,
         WARP: lambda: given,

@@ -103,7 +103,8 @@ def test_encoder_puts_each_thing_where_it_belongs(folder, whole):
     }
     encoder = objective.Encoder(base, "unit", prompt=None)
     made = encoder.encode(batch, [objective.NamedNoise(0, 3, sample.key)], 5.0, "diffsynth")
-    noisy, timestep, prompt, image, first, cond = made.model_inputs
+    noisy, timestep, prompt, image, first, cond, source = made.model_inputs
+    assert source is None
     pixels = torch.from_numpy(sample.frames).permute(3, 0, 1, 2)[None].float() / 127.5 - 1
     seen = torch.from_numpy(sample.visible[:1])
     black = torch.where(seen[:, None], pixels, torch.tensor(-1.0))
