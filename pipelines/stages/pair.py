@@ -90,8 +90,8 @@ def cameras(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     for which, box in ((0, row["box"]), (1, row["other_box"])):
         w2c, K, stored, name = _poses(row, config, which, index)
         found.append({"w2c": w2c.tolist(), "K": _clip_K(K, stored or row["size"], box, name, row["size"], config)})
-    if None in (found[0]["K"], found[1]["K"]) and row["box"] != row["other_box"]:
-        raise BadSample("pair_cameras", "the pictures have other black bars: each camera must say its K")
+    if found[0]["K"] is None and row["box"] != row["other_box"]:  # the depth's K is that of the other pictures
+        raise BadSample("pair_cameras", "the videos have different black bars: the clip's camera must say its K")
     return {"camera": found[0], "other_camera": found[1]}
 
 

@@ -346,13 +346,16 @@ def test_each_camera_has_its_lens_its_bars_and_its_file_s_pixels(tmp_path, bars,
         assert hidden.mean() < 6  # clean where nothing is shown, so that the codec has no edges there
 
 
-def test_cameras_without_K_need_equal_pictures(tmp_path):
+def test_a_clip_without_K_needs_pictures_like_the_other_camera_s(tmp_path):
     (tmp_path / "in").mkdir()
     film(tmp_path / "in", "a", 60.0, 60.0, 12)
     write(str(tmp_path / "in" / "a.camera.json"), K=None)
     result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW))
     assert {row["reason"] for row in result.rejects} == {"pair_cameras"}
     assert "black bars" in result.rejects[0]["message"]
+    film(tmp_path / "in", "a", 60.0, 60.0, 12)
+    write(str(tmp_path / "in" / "a.source.camera.json"), K=None)
+    assert inline(choices(tmp_path / "in", tmp_path / "out", **FEW)).rejects == []
 
 
 def test_rounded_poses_are_made_rigid_again(corpus, done, tmp_path):
