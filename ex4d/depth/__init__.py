@@ -15,6 +15,7 @@ import numpy as np
 from ex4d import hub
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import depth as conversion
+from ex4d.geometry.camera import Camera
 
 if TYPE_CHECKING:
     from ex4d.video import Fit
@@ -119,8 +120,15 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResul
 
 
 def check(result: DepthResult, shape: tuple[int, ...]) -> None:
-    """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal."""
+    """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal, and K is
+    a camera's for pictures of this size, where there is one.
+    """
     values = result.values
+    if result.K is not None:
+        try:
+            Camera(result.K, np.eye(4), (shape[1], shape[2]))
+        except ConfigError as error:  # here K is data, not a choice
+            raise BadSample("depth_shape", f"K is no matrix of intrinsics in px: {error.allowed}") from None
     if values.shape != tuple(shape) or values.dtype != np.float32:
         raise BadSample("depth_shape", f"{values.dtype} {list(values.shape)} where float32 {list(shape)} is needed")
     bad = ~np.isfinite(values)

@@ -228,3 +228,12 @@ def test_intrinsics_in_a_file_are_data_and_no_choice(tmp_path, K):
     np.savez(tmp_path / "clip.npz", z_depth=depth(), K=K)
     with pytest.raises(BadSample, match="intrinsics"):
         estimate("sidecar", FRAMES, ask(tmp_path))
+
+
+@pytest.mark.parametrize("focal", [0.3, 1e300, 1e-300])
+def test_a_K_that_is_no_camera_s_in_px_costs_the_clip_alone(tmp_path, focal):
+    """0.3: in shares of the width, as some programs write it."""
+    np.savez(tmp_path / "clip.depth.npz", z_depth=depth(), K=np.array([[focal, 0, 0.5], [0, focal, 0.5], [0, 0, 1]]))
+    with pytest.raises(BadSample, match=r"depth_shape.*in px") as caught:
+        estimate("sidecar", np.zeros((4, 96, 128, 3), np.uint8), ask(tmp_path, fit=Fit(SIZE, (96, 128), "squeeze")))
+    assert caught.value.reason == "depth_shape"
