@@ -104,6 +104,8 @@ class Trainer:
             if not metrics:
                 if self.saved_step < step - 1:
                     self.save(step - 1, before.get("validation_loss"), log)
+                if log and validator:
+                    self.note(log, validator.results())
                 logger.warning("stopped by a signal within step %d; the same command does it again", step)
                 return EXIT_PREEMPTED
             last = step == config.num_steps
@@ -130,8 +132,11 @@ class Trainer:
         watch = report.Stopwatch(self.device, waited)
         rows, keys = [], []
         for accum in range(self.plan.accum_steps):
-            if accum and stop.any_rank(stop_asked(), self.device):
-                return {}, True
+            if accum:
+                stopping = stop.any_rank(stop_asked(), self.device)
+                watch.lap("communication")
+                if stopping:
+                    return {}, True
             batch = next(self.batches)
             watch.lap("data")
             noises = [self.noise(step, key) for key in batch["keys"]]

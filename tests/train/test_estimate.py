@@ -136,6 +136,8 @@ def test_encoders_are_counted_while_clips_are_encoded() -> None:
     # Noisy latents, condition, first frame and target, the prompt, and CLIP's features; float32.
     cells = 13 * 64 * 64
     assert latents["latents and text"] == 4 * (cells * (36 + 32 + 16) + 512 * 4096 + 257 * 1280)
+    both = estimate.summary(SHAPE_14B, replace(MODEL, source_video=True), train, LATENTS, ALONE, precomputed=True)
+    assert both["memory_bytes"]["latents and text"] - latents["latents and text"] == 4 * cells * 16
 
 
 def test_encoders_have_the_sizes_of_their_published_configurations() -> None:

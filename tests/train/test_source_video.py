@@ -13,7 +13,9 @@ from make_run import make_base, make_dataset
 from ex4d import generate, synthetic, video
 from ex4d.data import manifest
 from ex4d.data.loader import ShardLoader, decoder_of
-from ex4d.errors import ConfigError
+from ex4d.data.sample import decode
+from ex4d.data.tar import read_sample
+from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry.masks import MaskConfig
 from ex4d.models import export, weights
 from ex4d.models.backbone import ModelConfig
@@ -179,3 +181,15 @@ def test_a_sample_that_lost_its_source_is_a_bad_one(folder):
     with pytest.raises(Exception, match=r"not one sample of \d can be read"):
         next(loader)
     assert "source.mp4" in next(iter(loader.bad.values()))
+
+
+def test_a_source_of_another_shape_is_a_bad_one(folder):
+    dataset = manifest.read_dataset(str(folder / "dataset"))
+    row = manifest.read_table(str(folder / "dataset"), manifest.MANIFEST).to_pylist()[0]
+    blob = (folder / "dataset" / row["shard"]).read_bytes()[row["offset"] :][: row["length"]]
+    members = read_sample(blob, row["key"])
+    members["source.mp4"] = video.encode(np.zeros((5, 16, 32, 3), np.uint8), 8.0)
+    with pytest.raises(ContractError, match=r"source\.mp4"):
+        decoder_of(dataset, with_source=True)(members, lambda count: 0)
+    with pytest.raises(ContractError, match=r"source\.mp4"):
+        decode(members)

@@ -143,6 +143,14 @@ def test_sigterm_within_a_step_saves_the_one_before_and_the_run_goes_on(stage, a
     assert losses(tmp_path) == losses(whole)
 
 
+def test_a_stop_within_a_step_keeps_what_validation_found(alone, tmp_path):
+    settings = BATCH | {"validate_every": 7, "validate_samples": 4}
+    assert train_toy(str(tmp_path), alone, {"term_in": 17}, **settings) == EXIT_PREEMPTED  # two of them validated
+    state = checkpoint.read_state(checkpoint.latest(tmp_path))
+    assert (state.step, state.validation_loss) == (7, runlog.read(tmp_path / "metrics.jsonl")[6]["validation_loss"])
+    assert state.validation_loss > 0
+
+
 def test_sigterm_before_the_end_of_a_step_saves_that_step(alone, whole, tmp_path):
     """Its last micro batch is under way: the step is finished first."""
     assert train_toy(str(tmp_path), alone, {"term_in": 16}, **BATCH) == EXIT_PREEMPTED
@@ -331,13 +339,13 @@ def test_one_rank_of_two_is_asked_to_stop_within_a_step(stage, whole, tmp_path):
 
 
 @pytest.mark.heavy
-@pytest.mark.parametrize("stage", [2, 3])
-def test_waiting_for_a_slow_rank_is_communication(stage, tmp_path):
-    settings = ("num_steps=6", "micro_batch_size=2", "late_s=0.4", f"zero_stage={stage}")
+@pytest.mark.parametrize(("stage", "accum"), [(2, 1), (3, 1), (0, 2), (1, 2), (2, 2)])
+def test_waiting_for_a_slow_rank_is_communication(stage, accum, tmp_path):
+    settings = ("num_steps=6", "micro_batch_size=2", "late_s=0.4", f"zero_stage={stage}", f"grad_accum_steps={accum}")
     assert finish(start_ranks(2, tmp_path, *settings)) == [0, 0]
     for metrics in runlog.read(tmp_path / "metrics.jsonl")[1:]:
         parts = metrics["step_s"]
-        assert parts["communication"] > 0.3, "rank 0 waits for rank 1"
+        assert parts["communication"] > 0.3 * accum, "rank 0 waits for rank 1"
         assert parts["total"] - parts["communication"] < 0.3
 
 

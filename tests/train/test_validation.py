@@ -23,7 +23,7 @@ from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig, load_base
 from ex4d.models.encoders import to_pixels
 from ex4d.train import checkpoint, runlog, validation
-from ex4d.train.config import Place, TrainConfig
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig
 from ex4d.train.job import build_job
 from pipelines import cli, encode
 
@@ -101,6 +101,17 @@ def test_results_come_by_step_and_the_best_checkpoint_learns_of_them(alone, tmp_
     assert said == {3: 0.25, 6: 0.5, 9: 0.75}
     left = {path.name: checkpoint.read_state(path).validation_loss for path in checkpoint.complete(tmp_path)}
     assert left == {"step-000003": 0.25, "step-000009": 0.75}, "the last one, and the best one"
+
+
+def test_what_was_found_is_kept_where_the_run_is_stopped_within_the_next_step(alone, tmp_path):
+    answer = 'import json; open(folder + "/result.json", "w").write(json.dumps({"validation_loss": 0.5, "videos": []}))'
+    fate = {"validator": lambda folder, _: Script(folder, answer), "pause_s": 0.3, "term_in": 15}
+    settings = RUN | {"num_steps": 9, "validate_apart": True, "micro_batch_size": 1, "grad_accum_steps": 2}
+    assert train_toy(str(tmp_path), alone, fate, **settings) == EXIT_PREEMPTED  # the first micro batch of step 8
+    assert [(r["step"], r["validation_loss"]) for r in runlog.read(tmp_path / "validation.jsonl")] == [
+        (3, 0.5),
+        (6, 0.5),
+    ]
 
 
 def test_a_slow_validator_is_not_waited_for_at_the_next(alone, tmp_path):
