@@ -27,6 +27,7 @@ class FilterConfig:
         max_depth_flicker, max_depth_drift: jitter and drift of log depth.
         max_sky: share of the depth that is far away.
         min_holes, max_holes: mean hole share of the masks.
+        max_warp_error: of two cameras, the warp's difference from the clip; 0.05 drops wrong cameras and units.
     """
 
     min_motion: float | None = None
@@ -46,6 +47,7 @@ class FilterConfig:
     max_sky: float | None = None
     min_holes: float | None = None
     max_holes: float | None = None
+    max_warp_error: float | None = None
 
 
 def decide(scores: Mapping[str, float], filters: FilterConfig) -> None:

@@ -130,7 +130,7 @@ class Job:
     def _group(self, rows: Sequence[Row]) -> None:
         """Set each row's `source_group`, and `stand_in`: the name of the video that is taken in its place, or ""."""
         groups, best = duplicates.of_videos(rows, self.config.near_duplicates)
-        names = {row["sha256"]: row["name"] for row in rows}
+        names = {row["sha256"]: row["name"] for row in reversed(rows)}  # of equal clips the first
         for row in rows:
             row["source_group"] = groups.get(row["sha256"], row["sha256"])
             taken = best.get(row["sha256"], row["sha256"])
@@ -144,7 +144,7 @@ class Job:
         other: dict[str, Any] = {}
         if video["pair"] is not None:
             facts["pair"] = video["pair"]
-            other = pairs.other_of(video) | pair.columns(video["record"]["other"], clip)
+            other = pairs.other_of(video) | pair.columns(video["record"], clip, self.config.crop_bars)
         made, refusal = settings.clip_fingerprints(self.config, facts)
         return new_row(
             **facts,

@@ -70,7 +70,7 @@ class Stages:
         caption.STAGE,
         qc.DEPTH.over(pair.OTHER),
         pair.WARP,
-        qc.MASKS,
+        qc.PAIR,
         commit.STAGE_PAIR,
         commit.RECORD_REFUSAL,
     )

@@ -96,7 +96,7 @@ class PreprocessConfig:
         max_bugs: rows that may end in an unexpected error before the run stops.
         max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
         keep_staging: "all", so that earlier choices come back without work, or "current": after a commit, what other
-            choices made of the same videos is deleted from staging.
+            choices made of the same videos is deleted from staging; of two cameras, not what other pairs made.
         metrics_port: Prometheus may scrape 127.0.0.1 there while the run lasts; None: nothing is served.
     """
 

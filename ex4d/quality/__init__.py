@@ -50,4 +50,9 @@ SCORES: dict[str, Score] = {
         *(0.0, 1.0, "max"),
         stage="mask_quality",
     ),
+    "warp_error": Score(
+        "mean difference of the clip and what is warped to it from its other camera, where that shows something",
+        *(0.0, 1.0, "max", 0.05),
+        stage="mask_quality",
+    ),
 }

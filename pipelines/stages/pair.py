@@ -67,15 +67,22 @@ def check(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     return {"other": {**kept, "boxes": [shot["box"] for shot in shots]}}
 
 
-def columns(other: Mapping[str, Any], clip: Clip) -> dict[str, Any]:
-    """Return `other_pts` and `other_box`: the ticks of a clip's frames in the other video, and its picture there.
+def columns(record: Mapping[str, Any], clip: Clip, crop_bars: bool) -> dict[str, Any]:
+    """Return `other_pts` and `other_box`: the ticks of a clip's frames in the other video, and its picture there; and
+    `other_cut`: whether the other video is cut within the clip.
 
     Args:
-        other: of `check`.
+        record: of the video; its `other` is that of `check`.
+        crop_bars: of PreprocessConfig.
     """
+    other, first, last = record["other"], clip.frame_index[0], clip.frame_index[-1]
     pts = unpack_pts(other["pts_runs"])
-    shot = int(np.searchsorted(other["cuts"], clip.frame_index[0], side="right"))
-    return {"other_pts": [pts[index] for index in clip.frame_index], "other_box": other["boxes"][shot]}
+    shot, of_last = (int(np.searchsorted(other["cuts"], index, side="right")) for index in (first, last))
+    return {
+        "other_pts": [pts[index] for index in clip.frame_index],
+        "other_box": other["boxes"][shot] if crop_bars else [0, 0, *record["info"]["size"]],
+        "other_cut": shot != of_last,
+    }
 
 
 def cameras(row: Row, config: PreprocessConfig) -> dict[str, Any]:
@@ -83,8 +90,10 @@ def cameras(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     of the clip's pictures, None where the file has none.
 
     Raises:
-        BadSample: pair_cameras, source_changed.
+        BadSample: pair_frames (the other video is cut within the clip), pair_cameras, source_changed.
     """
+    if row["other_cut"]:
+        raise BadSample("pair_frames", "the other camera's video is cut within the clip")
     index = np.asarray(row["frame_index"])
     found = []
     for which, box in ((0, row["box"]), (1, row["other_box"])):
@@ -166,10 +175,12 @@ def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
     `cond` uint8 [T,H,W,3], the clip's own colours where nothing is shown; `visible` bool [1,T,H,W], `kind` uint8 [1]
     and `hole_share` float32 [1,T]: one visibility mask; `w2c` [1][T][4][4] of the other camera relative to the clip's
-    own; `K` of the clip; `pair_facts` for its provenance. Frame 0 is the clip's, complete, as in every sample.
+    own; `K` of the clip; `warp_error`, by how much the colours shown differ from the clip's, mean, in [0, 1];
+    `pair_facts` for its provenance. Frame 0 is the clip's, complete, as in every sample.
 
     Raises:
-        BadSample: pair_cameras: cameras and depth have no unit in common; and what `warp_video` raises.
+        BadSample: pair_cameras: cameras and depth have no unit in common, or the warp shows nothing; and what
+            `warp_video` raises.
     """
     from ex4d.data.members import hole_share
     from ex4d.geometry import masks
@@ -182,18 +193,22 @@ def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         row["K"] if row[name]["K"] is None else np.array(row[name]["K"]) for name in ("camera", "other_camera")
     )
     w2c, other_w2c = (np.array(row[name]["w2c"]) for name in ("camera", "other_camera"))
+    z_depth = row["z_depth"]
+    if row["depth_facts"]["estimator"] == "depth-pro":  # its metres follow the focal length that it took
+        z_depth = z_depth * np.float32(other_K[0, 0] / row["K"][0, 0])
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is not within reach
         theirs = relative_to(other_w2c, w2c)
         apart = float(np.abs(theirs[:, :3, 3]).max())
-    if not apart <= FAR * float(row["z_depth"].max()):
-        raise BadSample(
-            "pair_cameras", f"the cameras are {apart:.3g} apart, the depth ends at {row['z_depth'].max():.3g}"
-        )
+    if not apart <= FAR * float(z_depth.max()):
+        raise BadSample("pair_cameras", f"the cameras are {apart:.3g} apart, the depth ends at {z_depth.max():.3g}")
     world = np.broadcast_to(np.eye(4), w2c.shape)  # the clip's camera at each frame
     seen_from = (config.profile, "cpu", theirs, K)
-    colours, visible = warp_video(row["other_frames"], row["z_depth"], other_K, world, *seen_from)
+    colours, visible = warp_video(row["other_frames"], z_depth, other_K, world, *seen_from)
     least, most = config.masks.erosion_px
     visible = masks.erode(visible, int(np.random.default_rng(row["seed"]).integers(least, most + 1)))
+    if not visible[1:].any():
+        raise BadSample("pair_cameras", "the clip's camera sees nothing of what the other one filmed")
+    differs = np.abs(colours[1:].astype(np.int16) - row["frames"][1:])[visible[1:]]
     visible[0] = True
     cond = np.where(visible[..., None], colours, row["frames"])
     cond[0] = row["frames"][0]
@@ -206,6 +221,7 @@ def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         "w2c": [theirs.tolist()],
         "K": K,
         "generation_holes": None,
+        "warp_error": float(differs.mean(dtype=np.float64)) / 255,
         "pair_facts": {"source_sha256": source, "cameras_sha256": of_cameras, "source_K": other_K.tolist()},
     }
 
@@ -226,15 +242,15 @@ CHECK = Stage(
 CAMERAS = Stage(
     "pair_cameras",
     cameras,
-    reads=("path", "pair", "frame_index", "size", "box", "other_box"),
+    reads=("path", "pair", "frame_index", "size", "box", "other_box", "other_cut"),
     writes=("camera", "other_camera"),
 )
 WARP = Stage(
     "warp_pair",
     warp,
     reads=(
-        *("frames", "other_frames", "z_depth", "K", "absolute"),
+        *("frames", "other_frames", "z_depth", "K", "absolute", "depth_facts"),
         *("camera", "other_camera", "pair", "seed"),
     ),
-    writes=("cond", "visible", "kind", "hole_share", "w2c", "K", "generation_holes", "pair_facts"),
+    writes=("cond", "visible", "kind", "hole_share", "w2c", "K", "generation_holes", "warp_error", "pair_facts"),
 )

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 from pipelines.filters import decide
@@ -21,15 +22,15 @@ def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `mask_scores`: `holes`, the mean hole share over masks and frames, and the same of the clip's generation,
-    where it is known. Raises Filtered.
+    """Return `mask_scores`: `holes`, the mean hole share over masks and frames; the same of the clip's generation, and
+    `warp_error` of two cameras, where they are known. Raises Filtered.
     """
     scores = {"holes": float(row["hole_share"].mean(dtype="float64"))}
-    if row["generation_holes"] is not None:
-        scores["generation_holes"] = row["generation_holes"]
+    scores |= {name: row[name] for name in ("generation_holes", "warp_error") if row.get(name) is not None}
     decide(scores, config.filters)
     return {"mask_scores": scores}
 
 
 DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth"), writes=("depth_scores",))
 MASKS = Stage("mask_quality", check_masks, reads=("hole_share", "generation_holes"), writes=("mask_scores",))
+PAIR = replace(MASKS, reads=(*MASKS.reads, "warp_error"))

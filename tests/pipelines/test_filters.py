@@ -35,7 +35,7 @@ def samples(config):
 def test_every_sample_holds_every_score(config):
     inline(config)
     for one in samples(config):
-        assert set(one.provenance["scores"]) == set(SCORES)
+        assert set(one.provenance["scores"]) == set(SCORES) - {"warp_error"}  # which needs two cameras
         assert one.provenance["crop_box"] == [0, 0, 32, 32]
 
 

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import json
 import shutil
 from collections.abc import Callable
@@ -22,12 +23,13 @@ from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
 from ex4d.errors import ConfigError
 from ex4d.evaluate.metrics import psnr
-from ex4d.geometry import trajectory_files
+from ex4d.geometry import masks, trajectory, trajectory_files
 from ex4d.geometry.camera import Camera, intrinsics, relative_to
 from ex4d.geometry.masks import KINDS, MaskConfig
 from ex4d.quality import SCORES
 from ex4d.viewer import sample_page
 from pipelines import pairs, preprocess
+from pipelines.filters import FilterConfig
 from pipelines.inputs import Source
 from pipelines.stages import clips, isolated, pair
 
@@ -84,6 +86,11 @@ def test_frames_cameras_and_mask_are_those_of_the_scene(done, corpus):
         )
         K = cameras[0].K - [[0, 0, 16], [0, 0, 0], [0, 0, 0]]  # the middle 64 of 96 columns
         np.testing.assert_allclose(sample.K, K, atol=1e-9)
+        files = [hashlib.sha256(Path(file).read_bytes()).hexdigest() for file in pairs.files_of(str(path))]
+        assert sample.provenance["pair"]["source_sha256"] == files[0]
+        assert sample.provenance["pair"]["cameras_sha256"] == files[1:]
+        assert 0 < sample.provenance["scores"]["warp_error"] < 0.03
+        assert set(sample.provenance["scores"]) == set(SCORES) - {"generation_holes"}
         assert sample.kind.tolist() == [KINDS.index("visibility")]
         for t in range(5):
             time_s = float((pts[first + t] - pts[0]) * time_base)
@@ -93,8 +100,9 @@ def test_frames_cameras_and_mask_are_those_of_the_scene(done, corpus):
             assert psnr(sample.source[t], filmed[1]) > 26
             truly, _ = synthetic.visible_from(scene, ours, time_s, theirs)
             seen = sample.visible[0, t]
-            if first + t == 0 or t == 0:
-                assert seen.all()  # frame 0 of a clip is complete
+            if t == 0:
+                assert seen.all()  # frame 0 of a clip is complete, and its own
+                assert psnr(sample.cond[0], sample.frames[0]) > 35
                 continue
             assert (seen & truly).sum() > 0.99 * seen.sum()
             assert (seen & truly).sum() > 0.8 * truly.sum()  # the rest lies along depth edges: thin at 64 px
@@ -151,6 +159,14 @@ def write(path: str, **values: object) -> None:
 def move(tree: dict, distance: float) -> None:
     for pose in tree["w2c"]:
         pose[0][3] = distance
+
+
+def shares(files: pairs.PairFiles) -> None:
+    for path in files[1:]:
+        write(path, K=None, size=None)
+    depth = Path(files.source).with_suffix(".depth.npz")
+    with np.load(depth, allow_pickle=False) as file:
+        np.savez(depth, z_depth=file["z_depth"], K=[[0.6, 0, 0.5], [0, 0.6, 0.5], [0, 0, 1]])
 
 
 def change_resolution(path: Path) -> None:
@@ -213,6 +229,8 @@ HARM = {
     "deep": ("pair_cameras", lambda f: Path(f.camera).write_text("[" * 200_000)),
     "of all cameras": ("pair_cameras", lambda f: as_recammaster(Path(f.camera))),
     "relative under another name": ("pair_cameras", lambda f: as_relative(Path(f.source).with_suffix(".depth.npz"))),
+    "K of the depth in shares": ("depth_shape", lambda f: shares(f)),
+    "nothing in view": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: move(tree, 60.0))),
     "disparity": ("pair_cameras", lambda f: as_disparity(Path(f.source).with_suffix(".depth.npz"))),
 }
 
@@ -389,9 +407,6 @@ def test_what_one_model_is_given_no_other_is_asked_for(corpus, tmp_path):
         config = choices(folder, tmp_path / near, **FEW | {"near_duplicates": near, "val_fraction": 0.5})
         result = inline(config)
         assert (result.rejects, result.counts["samples"]) == ([], 16)
-        found: dict[bool, set[str]] = {}
-        for sample in samples(config.output):
-            found.setdefault("-0000" in sample.key, set()).add(sample.provenance["source_group"])
         groups = {
             sample.provenance["source_path"]: sample.provenance["source_group"] for sample in samples(config.output)
         }
@@ -448,11 +463,14 @@ def test_the_other_video_is_read_once_whatever_its_clips(corpus, tmp_path, monke
     assert len(whole) == len(set(whole)) == 8
 
 
-@pytest.mark.parametrize(("first", "box"), [(0, "a"), (4, "a"), (5, "b"), (7, "b"), (9, "c")])
+@pytest.mark.parametrize(("first", "box"), [(0, "a"), (4, "a"), (5, "b"), (8, "b"), (9, "c")])
 def test_a_clip_has_the_bars_of_its_own_shot(first, box):
     other = {"pts_runs": [100, [40, 11]], "cuts": [5, 9], "boxes": ["a", "b", "c"]}
-    clip = clips.Clip("key", [first, first + 2], [], (1, 8), 8.0, [], {})
-    assert pair.columns(other, clip) == {"other_pts": [100 + 40 * first, 180 + 40 * first], "other_box": box}
+    clip = clips.Clip("key", [first, first + 1], [], (1, 8), 8.0, [], {})
+    found = pair.columns({"info": {"size": [8, 6]}, "other": other}, clip, crop_bars=True)
+    pts = [100 + 40 * first, 140 + 40 * first]
+    assert found == {"other_pts": pts, "other_box": box, "other_cut": first in (4, 8)}
+    assert pair.columns({"info": {"size": [8, 6]}, "other": other}, clip, crop_bars=False)["other_box"] == [0, 0, 8, 6]
 
 
 def test_scores_name_the_stage_that_the_pipeline_has():
@@ -465,3 +483,102 @@ def test_the_camera_of_a_camera_stays(tmp_path):
     names = ["a.mp4", "a.source.mp4", "a.source.source.mp4", "b.source.mp4", "c.mp4", "c.source.mkv"]
     kept = pairs.without_sources([Source(name, name) for name in names])
     assert [source.name for source in kept] == ["a.mp4", "a.source.source.mp4", "b.source.mp4", "c.mp4", "c.source.mkv"]
+
+
+def test_the_mask_is_eroded_as_simulated_ones_are(corpus, done, tmp_path):
+    eroded = choices(corpus, tmp_path / "out", **FEW | {"masks": MaskConfig(num_masks=1, erosion_px=(40, 40))})
+    assert inline(eroded).rejects == []
+    for ours, plain in zip(samples(eroded.output), samples(done[0].output), strict=True):
+        np.testing.assert_array_equal(ours.visible[0], masks.erode(plain.visible[0], 40))
+        assert ours.visible.sum() < plain.visible.sum()
+
+
+@pytest.mark.parametrize("near", ["group", "off"])
+def test_a_source_that_was_encoded_again_is_the_same_source(corpus, tmp_path, near):
+    shutil.copytree(corpus, tmp_path / "in")
+    first = next(corpus.glob("*-00000.mp4"))
+    for path in corpus.glob(f"{first.stem}.*"):
+        shutil.copy(path, tmp_path / "in" / f"again{path.name.removeprefix(first.stem)}")
+    frames, fps = video.read(first)
+    (tmp_path / "in" / "again.mp4").write_bytes(video.encode(np.flip(frames, 1).copy(), fps))
+    frames, fps = video.read(pairs.files_of(str(first)).source)
+    (tmp_path / "in" / "again.source.mp4").write_bytes(video.encode(frames, fps, crf=28))
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW | {"near_duplicates": near})
+    assert inline(config).counts["samples"] == 6
+    groups = {sample.provenance["source_path"]: sample.provenance["source_group"] for sample in samples(config.output)}
+    assert (groups["again.mp4"] == groups[first.name]) == (near == "group")
+
+
+@pytest.mark.parametrize("wrong", ["nothing", "c2w", "another scene", "millimetres"])
+def test_a_threshold_drops_what_does_not_fit(corpus, tmp_path, wrong):
+    shutil.copytree(corpus, tmp_path / "in")
+    for path in (tmp_path / "in").glob("*-00000.*camera.json"):
+        if wrong == "c2w":
+            rewrite(path, lambda tree: tree.update(w2c=np.linalg.inv(tree["w2c"]).tolist()))
+    if wrong == "another scene":
+        shutil.copy(next(corpus.glob("*-00001.source.mp4")), next((tmp_path / "in").glob("*-00000.source.mp4")))
+    if wrong == "millimetres":
+        depth = next((tmp_path / "in").glob("*-00000.source.depth.npz"))
+        with np.load(depth, allow_pickle=False) as file:
+            np.savez(depth, z_depth=file["z_depth"] * 1000)
+    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW | {"filters": FilterConfig(max_warp_error=0.05)}))
+    refused = [(row["stage"], row["reason"], row["fate"]) for row in result.rejects]
+    assert refused == ([] if wrong == "nothing" else [("mask_quality", "warp_error", "filtered")] * 2)
+
+
+@pytest.mark.parametrize("crop_bars", [True, False])
+def test_bars_are_kept_in_both_pictures_or_in_none(tmp_path, crop_bars):
+    (tmp_path / "in").mkdir()
+    film(tmp_path / "in", "a", 60.0, 60.0, 12)
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW | {"crop_bars": crop_bars})
+    assert inline(config).rejects == []
+    for sample in samples(config.output):
+        assert (sample.source[:, :10].mean() < 3) == (not crop_bars)
+
+
+def test_metres_of_depth_pro_follow_the_lens():
+    """It measures along the focal length that it takes; a camera that says another scales what it says."""
+    rng = np.random.default_rng(0)
+    K = intrinsics((32, 32), 54.0)
+    poses = trajectory.build("orbit", 3, 20.0, 3.0).tolist()
+    still = np.tile(np.eye(4), (3, 1, 1)).tolist()
+    frames = rng.integers(0, 256, (3, 32, 32, 3), dtype=np.uint8)
+    row = {
+        "frames": frames,
+        "other_frames": frames,
+        "z_depth": rng.uniform(2, 4, (3, 32, 32)).astype(np.float32),
+        "K": K,
+        "absolute": True,
+        "camera": {"w2c": poses, "K": (2 * K * [[1], [1], [0.5]]).tolist()},
+        "other_camera": {"w2c": still, "K": (2 * K * [[1], [1], [0.5]]).tolist()},
+        "pair": {"sha256": ["a", "b", "c"], "size_bytes": 1},
+        "seed": 0,
+    }
+    config = preprocess.PreprocessConfig(output="", size=(32, 32))
+    network = pair.warp({**row, "depth_facts": {"estimator": "depth-pro"}}, config)
+    file = pair.warp({**row, "depth_facts": {"estimator": "sidecar"}, "z_depth": row["z_depth"] * 2}, config)
+    np.testing.assert_array_equal(network["cond"], file["cond"])
+    other = pair.warp({**row, "depth_facts": {"estimator": "sidecar"}}, config)
+    assert (network["visible"] != other["visible"]).any()
+
+
+def test_a_cut_of_the_other_video_within_a_clip_is_found(tmp_path):
+    """Two scenes behind each other, of 22 and 18 frames: of eight clips the one across the cut is refused."""
+    world = replace(WORLD, num_frames=22, size=(64, 64))
+    parts = []
+    for index in range(2):
+        scene, cameras = synthetic.clip_scene(world, index)
+        parts.append(synthetic.render_clip(scene, cameras, world.fps)[0])
+    scene, cameras = synthetic.clip_scene(replace(world, num_frames=40), 0)
+    frames, z_depth = synthetic.render_clip(scene, cameras, world.fps)
+    (tmp_path / "in").mkdir()
+    video.write(tmp_path / "in" / "a.mp4", frames, world.fps)
+    video.write(tmp_path / "in" / "a.source.mp4", np.concatenate([parts[0], 255 - parts[1][:18]]), world.fps)
+    np.savez(tmp_path / "in" / "a.source.depth.npz", z_depth=z_depth)
+    w2c = np.stack([camera.w2c for camera in cameras])
+    for name in ("a.camera.json", "a.source.camera.json"):
+        trajectory_files.write(tmp_path / "in" / name, trajectory_files.PoseFile(w2c), "json")
+    config = choices(tmp_path / "in", tmp_path / "out", **FEW | {"clips_per_shot": 8})
+    result = inline(config)
+    assert [row["message"] for row in result.rejects] == ["a.mp4: the other camera's video is cut within the clip"]
+    assert result.counts["samples"] == 7
