@@ -1,27 +1,21 @@
-"""Videos from two cameras, from their files to samples: the right frames, the right camera, every reason to refuse."""
+"""Videos from two cameras, from their files to samples: the right frames, the right camera, the same bytes."""
 
 from __future__ import annotations
 
 import hashlib
-import json
 import shutil
-from collections.abc import Callable
 from dataclasses import replace
-from fractions import Fraction
 from pathlib import Path
 
-import av
 import flaky_store
 import numpy as np
 import pytest
+from pair_corpus import FEW, WORLD, film, rewrite, samples
 from small_corpus import choices, inline
 
 from ex4d import remote, storage, synthetic, video
 from ex4d.data import manifest
-from ex4d.data.sample import Sample, decode
-from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
-from ex4d.errors import ConfigError
 from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import masks, trajectory, trajectory_files
 from ex4d.geometry.camera import Camera, intrinsics, relative_to
@@ -29,13 +23,8 @@ from ex4d.geometry.masks import KINDS, MaskConfig
 from ex4d.quality import SCORES
 from ex4d.viewer import sample_page
 from pipelines import pairs, preprocess
-from pipelines.filters import FilterConfig
 from pipelines.inputs import Source
 from pipelines.stages import clips, isolated, pair
-
-WORLD = synthetic.SyntheticConfig(num_videos=2, num_frames=11, size=(64, 96), second_camera_deg=40.0, seed=3)
-FEW = {"members": ("source",), "num_frames": 5, "size": (64, 64), "clips_per_shot": 2, "max_bad_fraction": 1.0}
-FEW |= {"masks": MaskConfig(num_masks=1, erosion_px=(1, 1))}
 
 
 @pytest.fixture(scope="module")
@@ -52,12 +41,6 @@ def done(corpus, tmp_path_factory):
     result = inline(config)
     assert (result.exit_code, result.rejects, result.counts["samples"]) == (0, [], 4)
     return config, result
-
-
-def samples(folder: str) -> list[Sample]:
-    rows = manifest.read_table(folder, manifest.MANIFEST).to_pylist()
-    blobs = [(Path(folder) / row["shard"]).read_bytes()[row["offset"] :][: row["length"]] for row in rows]
-    return [decode(read_sample(blob, row["key"])) for blob, row in zip(blobs, rows, strict=True)]
 
 
 def test_the_second_camera_is_no_video_of_its_own_and_verify_knows_its_member(done):
@@ -119,134 +102,6 @@ def test_ray_writes_the_same_and_a_second_run_has_nothing_to_do(done, corpus, tm
     assert verify(other.output).tree_sha256 == verify(config.output).tree_sha256
 
 
-def cut(path: Path, **changes) -> None:
-    """Write a video again with other frames, rate or size."""
-    frames, fps = video.read(path)
-    frames = frames[changes.get("first", 0) : changes.get("count")][
-        :, :: changes.get("step", 1), :: changes.get("step", 1)
-    ]
-    path.write_bytes(video.encode(np.ascontiguousarray(frames), changes.get("fps", fps)))
-
-
-def rewrite(path: Path, change: Callable[[dict], object]) -> None:
-    tree = json.loads(path.read_text())
-    change(tree)
-    path.write_text(json.dumps(tree))
-
-
-def zoomed(tree: dict) -> None:
-    tree["K"] = [[[40 + t, 0, 48], [0, 40 + t, 32], [0, 0, 1]] for t in range(11)]
-
-
-def as_disparity(path: Path) -> None:
-    with np.load(path, allow_pickle=False) as file:
-        np.savez(path, disparity=1 / file["z_depth"])
-
-
-def as_relative(path: Path) -> None:
-    with np.load(path, allow_pickle=False) as file:
-        np.savez(path, depths=1 / file["z_depth"], kind="disparity")
-
-
-def as_recammaster(path: Path) -> None:
-    trajectory_files.write(path, trajectory_files.read(path), "recammaster")
-
-
-def write(path: str, **values: object) -> None:
-    rewrite(Path(path), lambda tree: tree.update(values))
-
-
-def move(tree: dict, distance: float) -> None:
-    for pose in tree["w2c"]:
-        pose[0][3] = distance
-
-
-def shares(files: pairs.PairFiles) -> None:
-    for path in files[1:]:
-        write(path, K=None, size=None)
-    depth = Path(files.source).with_suffix(".depth.npz")
-    with np.load(depth, allow_pickle=False) as file:
-        np.savez(depth, z_depth=file["z_depth"], K=[[0.6, 0, 0.5], [0, 0.6, 0.5], [0, 0, 1]])
-
-
-def change_resolution(path: Path) -> None:
-    frames, fps = video.read(path)
-    parts = []
-    for number, piece in enumerate((frames[:5], np.ascontiguousarray(frames[5:, ::2, ::2]))):
-        part = path.with_suffix(f".{number}.ts")
-        with av.open(str(part), "w", format="mpegts") as file:
-            stream = file.add_stream("libx264", rate=int(fps))
-            stream.height, stream.width, stream.pix_fmt = *piece.shape[1:3], "yuv420p"
-            for t, frame in enumerate(piece):
-                picture = av.VideoFrame.from_ndarray(frame)
-                picture.pts = 5 * number + t
-                picture.time_base = Fraction(1, int(fps))
-                file.mux(stream.encode(picture))
-            file.mux(stream.encode())
-        parts.append(part.read_bytes())
-        part.unlink()
-    path.write_bytes(b"".join(parts))
-
-
-HARM = {
-    "no video": ("pair_missing", lambda f: Path(f.source).unlink()),
-    "an empty video": ("empty_file", lambda f: Path(f.source).write_bytes(b"")),
-    "no frames before the clip": ("pair_frames", lambda f: cut(Path(f.source), first=2)),
-    "another resolution in the middle": ("resolution_changed", lambda f: change_resolution(Path(f.source))),
-    "no camera": ("pair_missing", lambda f: Path(f.camera).unlink()),
-    "no depth": ("depth_missing", lambda f: Path(f.source).with_suffix(".depth.npz").unlink()),
-    "short": ("pair_frames", lambda f: cut(Path(f.source), count=4)),
-    "another rate": ("pair_frames", lambda f: cut(Path(f.source), fps=5.0)),
-    "small": ("pair_size", lambda f: cut(Path(f.source), step=2)),
-    "no mp4": ("unknown_container", lambda f: Path(f.source).write_bytes(b"text " * 99)),
-    "few poses": (
-        "pair_cameras",
-        lambda f: rewrite(Path(f.source_camera), lambda tree: tree.update(w2c=tree["w2c"][:4])),
-    ),
-    "no JSON": ("pair_cameras", lambda f: Path(f.camera).write_text("{")),
-    "no motion": (
-        "pair_cameras",
-        lambda f: rewrite(Path(f.camera), lambda tree: tree.update(w2c=[[[2.0] * 4] * 4] * 11)),
-    ),
-    "zoom": ("pair_cameras", lambda f: rewrite(Path(f.camera), zoomed)),
-    "K of zeros": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: tree.update(K=[[0.0] * 3] * 3))),
-    "an endless K": ("pair_cameras", lambda f: write(f.camera, K=[[1e300, 0, 48], [0, 1e300, 32], [0, 0, 1]])),
-    "a K of nothing": (
-        "pair_cameras",
-        lambda f: write(f.source_camera, K=[[1e-300, 0, 48], [0, 1e-300, 32], [0, 0, 1]]),
-    ),
-    "a far centre": ("pair_cameras", lambda f: write(f.camera, K=[[90.0, 0, 1e300], [0, 90.0, 32], [0, 0, 1]])),
-    "no numbers in K": ("pair_cameras", lambda f: write(f.camera, K=[["a", 0, 0], [0, 1, 0], [0, 0, 1]])),
-    "NaN in K": ("pair_cameras", lambda f: write(f.camera, K=[[float("nan"), 0, 0], [0, 1, 0], [0, 0, 1]])),
-    "far away": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: move(tree, 1.7e308))),
-    "another unit": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: move(tree, 1e5))),
-    "size of nothing": ("pair_cameras", lambda f: write(f.camera, size=[0, 0])),
-    "size of text": ("pair_cameras", lambda f: write(f.camera, size=["a", "b"])),
-    "size of truth": ("pair_cameras", lambda f: write(f.camera, size=[True, True])),
-    "size of three": ("pair_cameras", lambda f: write(f.camera, size=[64, 96, 3])),
-    "long words": ("pair_cameras", lambda f: write(f.camera, axes="A" * 1_000_000)),
-    "too long": ("pair_cameras", lambda f: write(f.camera, axes="A" * 9_000_000)),
-    "deep": ("pair_cameras", lambda f: Path(f.camera).write_text("[" * 200_000)),
-    "of all cameras": ("pair_cameras", lambda f: as_recammaster(Path(f.camera))),
-    "relative under another name": ("pair_cameras", lambda f: as_relative(Path(f.source).with_suffix(".depth.npz"))),
-    "K of the depth in shares": ("depth_shape", lambda f: shares(f)),
-    "nothing in view": ("pair_cameras", lambda f: rewrite(Path(f.camera), lambda tree: move(tree, 60.0))),
-    "disparity": ("pair_cameras", lambda f: as_disparity(Path(f.source).with_suffix(".depth.npz"))),
-}
-
-
-@pytest.mark.parametrize("harm", HARM)
-def test_a_bad_pair_costs_itself_alone(harm, corpus, tmp_path):
-    shutil.copytree(corpus, tmp_path / "in")
-    reason, do = HARM[harm]
-    do(pairs.files_of(str(sorted((tmp_path / "in").glob("*-00000.mp4"))[0])))
-    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW))
-    assert result.counts["samples"] == 2
-    assert {row["reason"] for row in result.rejects} - {"not_a_video"} == {reason}
-    assert max(len(row["message"]) for row in result.rejects) < 400
-    assert not any(str(tmp_path) in row["message"] for row in result.rejects)
-
-
 def test_out_of_a_flaky_store_come_the_same_bytes(corpus, done, tmp_path, monkeypatch):
     import boto3
 
@@ -285,55 +140,6 @@ def test_a_replaced_camera_makes_its_clips_new(corpus, done, tmp_path):
     assert inline(config).worked["clip"] == 2
 
 
-@pytest.mark.parametrize(
-    ("changes", "named"),
-    [
-        ({"members": ("source", "cond")}, "members"),
-        ({"masks": MaskConfig(num_masks=2)}, "masks.num_masks"),
-        ({"depth": "parallax"}, "depth"),
-        ({"input": None}, "second_camera_deg"),
-    ],
-)
-def test_choices_that_cannot_go_with_pairs_are_refused(done, tmp_path, changes, named):
-    config = replace(done[0], output=str(tmp_path / "out"), **changes)
-    assert not (tmp_path / "out").exists()
-    one_camera = replace(WORLD, num_videos=1, second_camera_deg=None)
-    with pytest.raises(ConfigError, match=named):
-        inline(config, synthetic_config=one_camera)
-    assert not list(tmp_path.glob("**/*.mp4"))
-
-
-@pytest.mark.parametrize("angle", [0.0, -5.0, 91.0])
-def test_an_angle_of_the_second_camera_is_checked(tmp_path, angle):
-    with pytest.raises(ConfigError, match=r"synthetic\.second_camera_deg"):
-        synthetic.write_corpus(tmp_path, replace(WORLD, second_camera_deg=angle))
-    assert list(tmp_path.iterdir()) == []
-
-
-def film(folder: Path, name: str, own_fov: float, other_fov: float, bars: int, stored: int = 1) -> list[Camera]:
-    """Write a pair filmed through two lenses, bars of so many px above and below the other picture; return the cameras.
-
-    Args:
-        stored: the clip's camera.json speaks of pictures so many times smaller.
-    """
-    scene, cameras = synthetic.clip_scene(WORLD, 0)
-    radius = 2.0
-    others = [Camera(intrinsics(WORLD.size, other_fov), camera.w2c, WORLD.size) for camera in cameras]
-    swung = synthetic.second_cameras(WORLD, 0, cameras, radius)
-    own = [Camera(intrinsics(WORLD.size, own_fov), camera.w2c, WORLD.size) for camera in swung]
-    for which, lens in ((f"{name}.mp4", own), (f"{name}.source.mp4", others)):
-        frames, z_depth = synthetic.render_clip(scene, lens, WORLD.fps, WORLD.supersample)
-        if lens is others and bars:
-            frames[:, :bars] = frames[:, -bars:] = 0
-        K = lens[0].K / [[stored], [stored], [1]] if lens is own else lens[0].K
-        size = tuple(side // stored for side in WORLD.size) if lens is own else WORLD.size
-        file = trajectory_files.PoseFile(np.stack([camera.w2c for camera in lens]), np.stack([K] * 11), size=size)
-        trajectory_files.write((folder / which).with_suffix(".camera.json"), file, "json")
-        np.savez(folder / which.replace(".mp4", ".depth.npz"), z_depth=z_depth)
-        (folder / which).write_bytes(video.encode(frames, WORLD.fps))
-    return own
-
-
 @pytest.mark.parametrize(("bars", "stored"), [(0, 1), (12, 2)])
 def test_each_camera_has_its_lens_its_bars_and_its_file_s_pixels(tmp_path, bars, stored):
     (tmp_path / "in").mkdir()
@@ -362,18 +168,6 @@ def test_each_camera_has_its_lens_its_bars_and_its_file_s_pixels(tmp_path, bars,
         assert psnr(sample.cond[t], sample.frames[t], both) > 25
         hidden = np.abs(sample.cond[t].astype(int) - sample.frames[t])[~seen]
         assert hidden.mean() < 6  # clean where nothing is shown, so that the codec has no edges there
-
-
-def test_a_clip_without_K_needs_pictures_like_the_other_camera_s(tmp_path):
-    (tmp_path / "in").mkdir()
-    film(tmp_path / "in", "a", 60.0, 60.0, 12)
-    write(str(tmp_path / "in" / "a.camera.json"), K=None)
-    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW))
-    assert {row["reason"] for row in result.rejects} == {"pair_cameras"}
-    assert "black bars" in result.rejects[0]["message"]
-    film(tmp_path / "in", "a", 60.0, 60.0, 12)
-    write(str(tmp_path / "in" / "a.source.camera.json"), K=None)
-    assert inline(choices(tmp_path / "in", tmp_path / "out", **FEW)).rejects == []
 
 
 def test_rounded_poses_are_made_rigid_again(corpus, done, tmp_path):
@@ -435,21 +229,6 @@ def test_one_clip_may_have_two_sources(corpus, tmp_path):
     assert len({sample.provenance["source_sha256"] for sample in same}) == 1
 
 
-def test_a_camera_that_changes_after_it_was_hashed_is_not_taken(corpus, tmp_path):
-    shutil.copytree(corpus, tmp_path / "in")
-    victim = next((tmp_path / "in").glob("*-00000.source.camera.json"))
-
-    def late(row, config):
-        if "-00000" in row["path"]:
-            rewrite(victim, lambda tree: tree.update(note="measured again"))
-        return pair.cameras(row, config)
-
-    changed = tuple(replace(s, function=late) if s is pair.CAMERAS else s for s in preprocess.Stages().clip_pair)
-    stages = replace(preprocess.Stages(), split=preprocess.Stages().split_pair, clip=changed)
-    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW), stages=stages)
-    assert [row["reason"] for row in result.rejects] == ["source_changed"] * 2
-
-
 def test_the_other_video_is_read_once_whatever_its_clips(corpus, tmp_path, monkeypatch):
     asked = []
     call = isolated.call
@@ -509,23 +288,6 @@ def test_a_source_that_was_encoded_again_is_the_same_source(corpus, tmp_path, ne
     assert (groups["again.mp4"] == groups[first.name]) == (near == "group")
 
 
-@pytest.mark.parametrize("wrong", ["nothing", "c2w", "another scene", "millimetres"])
-def test_a_threshold_drops_what_does_not_fit(corpus, tmp_path, wrong):
-    shutil.copytree(corpus, tmp_path / "in")
-    for path in (tmp_path / "in").glob("*-00000.*camera.json"):
-        if wrong == "c2w":
-            rewrite(path, lambda tree: tree.update(w2c=np.linalg.inv(tree["w2c"]).tolist()))
-    if wrong == "another scene":
-        shutil.copy(next(corpus.glob("*-00001.source.mp4")), next((tmp_path / "in").glob("*-00000.source.mp4")))
-    if wrong == "millimetres":
-        depth = next((tmp_path / "in").glob("*-00000.source.depth.npz"))
-        with np.load(depth, allow_pickle=False) as file:
-            np.savez(depth, z_depth=file["z_depth"] * 1000)
-    result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW | {"filters": FilterConfig(max_warp_error=0.05)}))
-    refused = [(row["stage"], row["reason"], row["fate"]) for row in result.rejects]
-    assert refused == ([] if wrong == "nothing" else [("mask_quality", "warp_error", "filtered")] * 2)
-
-
 @pytest.mark.parametrize("crop_bars", [True, False])
 def test_bars_are_kept_in_both_pictures_or_in_none(tmp_path, crop_bars):
     (tmp_path / "in").mkdir()
@@ -560,25 +322,3 @@ def test_metres_of_depth_pro_follow_the_lens():
     np.testing.assert_array_equal(network["cond"], file["cond"])
     other = pair.warp({**row, "depth_facts": {"estimator": "sidecar"}}, config)
     assert (network["visible"] != other["visible"]).any()
-
-
-def test_a_cut_of_the_other_video_within_a_clip_is_found(tmp_path):
-    """Two scenes behind each other, of 22 and 18 frames: of eight clips the one across the cut is refused."""
-    world = replace(WORLD, num_frames=22, size=(64, 64))
-    parts = []
-    for index in range(2):
-        scene, cameras = synthetic.clip_scene(world, index)
-        parts.append(synthetic.render_clip(scene, cameras, world.fps)[0])
-    scene, cameras = synthetic.clip_scene(replace(world, num_frames=40), 0)
-    frames, z_depth = synthetic.render_clip(scene, cameras, world.fps)
-    (tmp_path / "in").mkdir()
-    video.write(tmp_path / "in" / "a.mp4", frames, world.fps)
-    video.write(tmp_path / "in" / "a.source.mp4", np.concatenate([parts[0], 255 - parts[1][:18]]), world.fps)
-    np.savez(tmp_path / "in" / "a.source.depth.npz", z_depth=z_depth)
-    w2c = np.stack([camera.w2c for camera in cameras])
-    for name in ("a.camera.json", "a.source.camera.json"):
-        trajectory_files.write(tmp_path / "in" / name, trajectory_files.PoseFile(w2c), "json")
-    config = choices(tmp_path / "in", tmp_path / "out", **FEW | {"clips_per_shot": 8})
-    result = inline(config)
-    assert [row["message"] for row in result.rejects] == ["a.mp4: the other camera's video is cut within the clip"]
-    assert result.counts["samples"] == 7
