@@ -24,7 +24,8 @@ from ex4d.data.texts import TextStore
 from ex4d.models.backbone import ModelConfig, load_base
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from ex4d.train.objective import Encoder, LatentEncoder, NamedNoise
-from pipelines import encode, preprocess
+from pipelines.encode import job as encode
+from pipelines.preprocess import run as preprocess
 
 QUIET = LoaderConfig(num_threads=0, prefetch_batches=0)
 

@@ -26,9 +26,10 @@ from typing import Any, ClassVar
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import preprocess, progress, runner
-from pipelines.settings import PreprocessConfig
-from pipelines.stage import Row, Stage
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.runtime import progress, runner
+from pipelines.runtime.stage import Row, Stage
 
 RESULTS = Path(__file__).parent / "results"
 PASS = "clip"

@@ -29,8 +29,11 @@ from ex4d import config as configs
 from ex4d.evaluate import summary
 from ex4d.evaluate.summary import Range
 from ex4d.geometry.masks import MaskConfig
-from pipelines import demo, evaluate, preprocess, train
-from pipelines.stages.evaluate import ADAPTER, BASE
+from pipelines.commands import demo
+from pipelines.evaluate import job as evaluate
+from pipelines.evaluate.stages import ADAPTER, BASE
+from pipelines.preprocess import run as preprocess
+from pipelines.train import launch as train
 
 HERE = Path(__file__).resolve().parent
 RECIPE = str(HERE.parent / "configs" / "tiny.yaml")
@@ -46,7 +49,7 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
 def figures_of(way: str, folder: Path, steps: int, scenes: int) -> tuple[dict[str, Range], float]:
     """Return (the figures of each range, seconds that training took) of an adapter trained in one of WAYS."""
     members, source_video = WAYS[way]
-    settings = configs.load(RECIPE, demo.SECTIONS)
+    settings = configs.load(RECIPE, demo.sections())
     data, run = folder / f"data-{len(members)}", folder / f"run-{way}"
     # A clip is a whole video: the two cameras begin where they are one.
     world = replace(settings["synthetic"], num_frames=9, second_camera_deg=SECOND_CAMERA_DEG if members else None)
@@ -54,7 +57,7 @@ def figures_of(way: str, folder: Path, steps: int, scenes: int) -> tuple[dict[st
     assert preprocess.run(chosen, settings["ray"], world).exit_code == 0
     started = time.perf_counter()
     asked = [f"train.data={data}", f"train.output={run}", f"train.num_steps={steps}"]
-    assert train.main([RECIPE, *asked, f"model.source_video={str(source_video).lower()}"]) == 0
+    assert train.command(RECIPE, [*asked, f"model.source_video={str(source_video).lower()}"]) == 0
     seconds = time.perf_counter() - started
     judged = evaluate.EvaluateConfig(
         adapter=str(run / "adapter"),

@@ -251,9 +251,9 @@ def write_corpus(folder: str | Path, config: SyntheticConfig) -> list[Path]:
     """Return the paths of a corpus of mp4 files, written where they are missing.
 
     Beside `NAME.mp4`: `NAME.depth.npz` (z_depth float32 [T,H,W]; K float64 [3,3]; w2c float64 [T,4,4], the source
-    cameras) and the caption `NAME.txt`; with a second camera also what `pipelines.pairs` names. The name carries the
-    fingerprint of what made the video, each file appears
-    whole or not at all, the mp4 last: writing again completes a corpus, and equal configs give equal bytes.
+    cameras) and the caption `NAME.txt`; with a second camera also its video and cameras (docs/dataset_format.md). The
+    name carries the fingerprint of what made the video, each file appears whole or not at all, the mp4 last: writing
+    again completes a corpus, and equal configs give equal bytes.
     """
     paths = []
     for index in range(config.num_videos):

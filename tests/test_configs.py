@@ -9,11 +9,15 @@ from pathlib import Path
 import pytest
 
 from ex4d import config
-from pipelines import demo, encode, settings, sweep, train
+from pipelines.commands import demo
+from pipelines.encode import job as encode
+from pipelines.preprocess import settings
+from pipelines.train import launch as train
+from pipelines.train import sweep
 
 ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
-CLASSES = {**demo.SECTIONS, **encode.SECTIONS, "sweep": sweep.SweepConfig}
+CLASSES = {**demo.sections(), **encode.SECTIONS, "sweep": sweep.SweepConfig}
 TRAININGS = [path for path in CONFIGS if "train" in config.read_yaml(path)]
 # GB of memory that the file promises, with which its dry run must agree.
 PROMISED = {"train_14b_48gb.yaml": 48, "train_14b_24gb.yaml": 24}
@@ -33,7 +37,7 @@ def test_a_config_loads(path):
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
 def test_a_training_says_what_it_needs_before_it_starts(path, capsys):
-    assert train.main([str(path), "train.dry_run=true"]) == 0
+    assert train.command(str(path), ["train.dry_run=true"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fits"], f"{path.name} does not fit the GPU that it names: {said['memory_bytes']}"
     assert said["memory_bytes"]["total"] < 1e9 * PROMISED.get(path.name, 141)

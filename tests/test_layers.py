@@ -8,6 +8,8 @@ import sys
 from pathlib import Path
 
 import pytest
+from scipy.sparse import coo_matrix
+from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).resolve().parent.parent
 
@@ -49,7 +51,7 @@ GATES = {
     "nvdiffrast": ("ex4d/geometry/render/nvdiffrast.py",),
     "numba": ("ex4d/geometry/",),
     "ray": ("pipelines/",),
-    "argparse": ("pipelines/cli.py", "pipelines/commands.py"),
+    "argparse": ("pipelines/cli.py", "pipelines/commands/"),
 }
 
 
@@ -108,6 +110,100 @@ def test_one_gate_for_each_heavy_library(library):
         and not str(path.relative_to(ROOT)).startswith(GATES[library])
     ]
     assert not wrong
+
+
+def _reached(path: Path, modules: set[str]) -> set[str]:
+    """Return the modules of this repository that a file imports, at its top or inside a function."""
+    tree = ast.parse(path.read_text(encoding="utf-8"))
+    only_types = [n for n in ast.walk(tree) if isinstance(n, ast.If) and ast.unparse(n.test).endswith("TYPE_CHECKING")]
+    ignored = {id(below) for block in only_types for below in ast.walk(block)}
+    found = set()
+    for node in ast.walk(tree):
+        if id(node) in ignored:
+            continue
+        if isinstance(node, ast.Import):
+            found |= {alias.name for alias in node.names}
+        elif isinstance(node, ast.ImportFrom) and node.module:
+            for alias in node.names:
+                full = f"{node.module}.{alias.name}"
+                found.add(full if full in modules else node.module)
+    return found & modules
+
+
+def _graph(root: Path) -> dict[str, set[str]]:
+    """Return {module: the modules it imports}, over both packages below `root`."""
+    paths = [*root.glob("ex4d/**/*.py"), *root.glob("pipelines/**/*.py")]
+    names = {".".join(p.relative_to(root).with_suffix("").parts).removesuffix(".__init__"): p for p in paths}
+    return {name: _reached(path, set(names)) - {name} for name, path in names.items()}
+
+
+def circles(graph: dict[str, set[str]]) -> list[list[str]]:
+    """Return each group of modules that import each other in a circle, lazy imports included."""
+    names = sorted(graph)
+    index = {name: number for number, name in enumerate(names)}
+    edges = [(index[a], index[b]) for a, others in graph.items() for b in others]
+    matrix = coo_matrix(([True] * len(edges), tuple(zip(*edges, strict=True))), shape=(len(names), len(names)))
+    _, label = connected_components(matrix, directed=True, connection="strong")
+    groups: dict[int, list[str]] = {}
+    for name, group in zip(names, label, strict=True):
+        groups.setdefault(int(group), []).append(name)
+    return [group for group in groups.values() if len(group) > 1]
+
+
+JOBS = {"preprocess", "encode", "evaluate", "train"}
+BELOW_JOBS = {"runtime", "inputs"}
+
+
+def crossings(graph: dict[str, set[str]]) -> list[str]:
+    """Return each import between the rooms of `pipelines` that its rule forbids."""
+    wrong = []
+    for name, others in graph.items():
+        is_entry = name.endswith(".__main__")  # another door to the command line
+        room = name.split(".")[1] if name.startswith("pipelines.") and not is_entry else ""
+        for other in (o for o in others if o.startswith("pipelines.") and room):
+            there = other.split(".")[1]
+            upward = room in BELOW_JOBS and there not in BELOW_JOBS
+            sideways = room in JOBS and there not in {room, *BELOW_JOBS}
+            to_the_top = room == "commands" and there == "cli"
+            if upward or sideways or to_the_top:
+                wrong.append(f"{name} imports {other}")
+    return wrong
+
+
+def test_no_module_imports_itself_in_a_circle():
+    assert not circles(_graph(ROOT))
+
+
+def test_jobs_do_not_know_each_other_and_nothing_imports_upward():
+    assert not crossings(_graph(ROOT))
+
+
+@pytest.mark.parametrize(
+    ("path", "line", "finds"),
+    [
+        ("pipelines/runtime/ledger.py", "from pipelines.preprocess import settings", crossings),
+        ("pipelines/encode/job.py", "from pipelines.train import launch", crossings),
+        ("ex4d/errors.py", "def late():\n    from ex4d.config import load", circles),
+    ],
+)
+def test_a_planted_import_is_found(tmp_path, path, line, finds):
+    for source in _sources():
+        copy = tmp_path / source.relative_to(ROOT)
+        copy.parent.mkdir(parents=True, exist_ok=True)
+        copy.write_text(source.read_text(encoding="utf-8"), encoding="utf-8")
+    assert not finds(_graph(tmp_path))
+    with open(tmp_path / path, "a", encoding="utf-8") as file:
+        file.write(f"\n{line}\n")
+    assert finds(_graph(tmp_path))
+
+
+@pytest.mark.parametrize(
+    "path", ["pipelines/cli.py", *sorted(str(p.relative_to(ROOT)) for p in ROOT.glob("pipelines/commands/*.py"))]
+)
+def test_commands_import_jobs_inside_functions_only(path):
+    body = ast.parse((ROOT / path).read_text(encoding="utf-8")).body
+    at_the_top = [node.module for node in body if isinstance(node, ast.ImportFrom)]
+    assert not [name for name in at_the_top if name.split(".")[:2] in [["pipelines", job] for job in JOBS]]
 
 
 def test_the_command_line_imports_nothing_heavy():

@@ -72,6 +72,18 @@ def tree_hash(digests: Mapping[str, str]) -> str:
     return hashlib.sha256(lines.encode()).hexdigest()
 
 
+def dataset_fingerprint(dataset: str) -> str:
+    """Return the tree hash of a finished dataset, as `ex4d verify` prints it, from the hashes that it names itself.
+
+    Raises:
+        ContractError: there is no finished dataset.
+    """
+    digests = dict(manifest.read_dataset(dataset)["sha256"])
+    digests[manifest.DATASET] = storage.sha256(storage.join(dataset, manifest.DATASET))
+    digests |= {shard["url"]: shard["sha256"] for shard in manifest.read_index(dataset)}
+    return tree_hash(digests)
+
+
 def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check | None = None) -> Report:
     """Return a Report on a dataset folder; damage is reported, not raised.
 

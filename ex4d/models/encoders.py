@@ -200,3 +200,18 @@ def base_fingerprint(transformer: Any) -> str | None:
         return None
     numbers = weight.detach().to("cpu", torch.bfloat16).contiguous().view(torch.int16).numpy()
     return hashlib.sha256(numbers.astype("<i2").tobytes()).hexdigest()[:16]
+
+
+def latent_hole_share(visible: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
+    """Return the masked share of each latent cell, float32 [B, 1, f, h, w], in [0, 1].
+
+    Args:
+        visible: bool [B, T, H, W]; frame 0 makes latent frame 0 alone, every later latent frame the same number.
+        latent_size: (f, h, w).
+    """
+    hole = (~visible).float()[:, None]
+    num_frames, latent_frames = hole.shape[2], latent_size[0]
+    if latent_frames > 1:
+        stride = (num_frames - 1) // (latent_frames - 1)
+        hole = torch.cat([hole[:, :, :1].expand(-1, -1, stride - 1, -1, -1), hole], dim=2)
+    return functional.adaptive_avg_pool3d(hole, latent_size)

@@ -11,10 +11,9 @@ import torch
 from torch import Tensor, nn
 
 from ex4d import config as configs
-from ex4d import storage
 from ex4d.data import latents, loader, manifest
 from ex4d.data.texts import TextStore
-from ex4d.data.verify import tree_hash
+from ex4d.data.verify import dataset_fingerprint
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import adapter, backbone, encoders, fingerprints, swap, weights
 from ex4d.train import flops
@@ -45,18 +44,6 @@ class Job:
     write_adapter: Callable[[Path, Mapping[str, Tensor], int], Any]
     facts: dict[str, Any]
     cost: flops.Cost | None = None
-
-
-def dataset_fingerprint(dataset: str) -> str:
-    """Return the tree hash of a finished dataset, as `ex4d verify` prints it, from the hashes that it names itself.
-
-    Raises:
-        ContractError: there is no finished dataset.
-    """
-    digests = dict(manifest.read_dataset(dataset)["sha256"])
-    digests[manifest.DATASET] = storage.sha256(storage.join(dataset, manifest.DATASET))
-    digests |= {shard["url"]: shard["sha256"] for shard in manifest.read_index(dataset)}
-    return tree_hash(digests)
 
 
 def run_identity(config: TrainConfig, model_config: backbone.ModelConfig) -> dict[str, Any]:

@@ -6,12 +6,11 @@ from dataclasses import dataclass
 from typing import Any
 
 import torch
-import torch.nn.functional as F
 from torch import Tensor
 
 from ex4d import flow
 from ex4d.data.texts import TextStore
-from ex4d.models.encoders import to_pixels
+from ex4d.models.encoders import latent_hole_share, to_pixels
 
 
 @dataclass(frozen=True)
@@ -113,7 +112,7 @@ class Encoder:
             self.base.encode_condition(condition, visible, self.mask_range),
             self.base.encode_image(first),
             self.base.first_frame_condition(first, frames.shape[1]),
-            hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4])),
+            latent_hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4])),
             self._source(batch),
         )
 
@@ -190,21 +189,6 @@ class NamedNoise:
     def normal(self, shape: tuple[int, ...]) -> Tensor:
         """Return standard normal noise, float32, drawn on the CPU so that every device sees the same."""
         return torch.randn(shape, generator=self.generator)
-
-
-def hole_share(visible: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
-    """Return the masked share of each latent cell, float32 [B, 1, f, h, w], in [0, 1].
-
-    Args:
-        visible: bool [B, T, H, W]; frame 0 makes latent frame 0 alone, every later latent frame the same number.
-        latent_size: (f, h, w).
-    """
-    hole = (~visible).float()[:, None]
-    num_frames, latent_frames = hole.shape[2], latent_size[0]
-    if latent_frames > 1:
-        stride = (num_frames - 1) // (latent_frames - 1)
-        hole = torch.cat([hole[:, :, :1].expand(-1, -1, stride - 1, -1, -1), hole], dim=2)
-    return F.adaptive_avg_pool3d(hole, latent_size)
 
 
 @dataclass(frozen=True)

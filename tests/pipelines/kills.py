@@ -19,13 +19,13 @@ import psutil
 from ex4d import config
 from ex4d.data.verify import verify
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import preprocess
+from pipelines.preprocess import run as preprocess
 
 VICTIMS = ("worker", "raylet", "driver")
 MAIN = """
 import sys
 from ex4d import config
-from pipelines import preprocess
+from pipelines.preprocess import run as preprocess
 sections = config.load(sys.argv[1], preprocess.SECTIONS)
 result = preprocess.run(sections["preprocess"], sections["ray"], runner_name=sys.argv[2])
 print(result.table())

@@ -6,9 +6,9 @@ from pathlib import Path
 
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig
-from pipelines import preprocess
-from pipelines.preprocess import PreprocessConfig
-from pipelines.report import Result
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
+from pipelines.runtime.result import Result
 
 CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample=1)
 

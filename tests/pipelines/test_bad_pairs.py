@@ -17,9 +17,10 @@ from ex4d import synthetic, video
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.masks import MaskConfig
-from pipelines import pairs, preprocess
-from pipelines.filters import FilterConfig
-from pipelines.stages import pair
+from pipelines.preprocess import pairs
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.filters import FilterConfig
+from pipelines.preprocess.stages import pair
 
 
 @pytest.fixture(scope="module")

@@ -16,9 +16,10 @@ from ex4d import video
 from ex4d.data.verify import verify
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import duplicates, preprocess
-from pipelines.preprocess import PreprocessConfig
-from pipelines.stages.shots import find_shots
+from pipelines.preprocess import duplicates
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
+from pipelines.preprocess.stages.shots import find_shots
 
 WORLD = SyntheticConfig(num_videos=8, num_frames=17, size=(64, 64), supersample=1, seed=5)
 

@@ -26,10 +26,10 @@ from ex4d.errors import ConfigError
 from ex4d.models import backbone
 from ex4d.models.backbone import ModelConfig
 from ex4d.models.encoders import to_pixels
-from pipelines import encode
-from pipelines.encode import EncodeConfig
-from pipelines.runner import RayConfig
-from pipelines.stages import encode as stages
+from pipelines.encode import job as encode
+from pipelines.encode import stages
+from pipelines.encode.job import EncodeConfig
+from pipelines.runtime.runner import RayConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
 from make_run import make_base, make_dataset
@@ -162,7 +162,7 @@ def test_an_object_store_in_and_out_gives_the_same_bytes(folder):
 
 KILLED = """
 import json, sys
-from pipelines import encode
+from pipelines.encode import job as encode
 from ex4d.models.backbone import ModelConfig
 data, output, base = sys.argv[1:]
 config = encode.EncodeConfig(data, output, dtype="float32", prompts=("a room",))

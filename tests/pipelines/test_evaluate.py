@@ -17,8 +17,9 @@ from ex4d import storage, synthetic, video
 from ex4d.errors import ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.generate import GenerateConfig
-from pipelines import cli, evaluate
-from pipelines.evaluate import EvaluateConfig
+from pipelines import cli
+from pipelines.evaluate import job as evaluate
+from pipelines.evaluate.job import EvaluateConfig
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1]))
 from vision_networks import make_dinov2, make_videomae
@@ -220,7 +221,7 @@ def test_a_refusal_is_kept_and_a_bad_neighbour_costs_only_its_own(folder, tmp_pa
 
 def test_a_video_that_hangs_its_decoder_costs_its_own_view(folder, tmp_path, monkeypatch):
     from ex4d.errors import BadSample
-    from pipelines import isolation
+    from pipelines.runtime import isolation
 
     hanging = sorted((folder / "videos").glob("*.mp4"))[1]
     calls, run = [], isolation.run

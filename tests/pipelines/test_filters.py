@@ -18,10 +18,10 @@ from ex4d.data.verify import verify
 from ex4d.errors import ConfigError
 from ex4d.quality import SCORES
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
-from pipelines import preprocess
-from pipelines.filters import FilterConfig
-from pipelines.preprocess import RayConfig
-from pipelines.settings import CaptionerConfig
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.filters import FilterConfig
+from pipelines.preprocess.run import RayConfig
+from pipelines.preprocess.settings import CaptionerConfig
 
 
 def samples(config):

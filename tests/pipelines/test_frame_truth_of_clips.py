@@ -14,8 +14,8 @@ from ex4d.data import sample
 from ex4d.data.tar import read_sample
 from ex4d.geometry.camera import intrinsics
 from ex4d.geometry.masks import MaskConfig
-from pipelines import preprocess
-from pipelines.preprocess import PreprocessConfig
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
 
 RECIPES = (
     *("h264", "h264_open_gop", "h264_vfr", "hevc_open_gop", "hevc_keyint_60", "hevc_closed_gop"),

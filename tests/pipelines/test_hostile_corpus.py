@@ -17,9 +17,9 @@ from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
 from ex4d.geometry.camera import intrinsics
 from ex4d.geometry.masks import MaskConfig
-from pipelines import preprocess
-from pipelines.preprocess import PreprocessConfig
-from pipelines.settings import DecodeLimits
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
+from pipelines.preprocess.settings import DecodeLimits
 
 LIMIT_S = 20.0
 RECIPES = ("h264", "vp9_vfr", "av1", "hevc_open_gop", "h264_ts")

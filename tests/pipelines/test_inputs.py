@@ -10,7 +10,7 @@ from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig
 from pipelines.cli import main
 from pipelines.inputs import expand
-from pipelines.preprocess import PreprocessConfig, find_sources
+from pipelines.preprocess.run import PreprocessConfig, find_sources
 
 
 @pytest.fixture

@@ -15,8 +15,8 @@ import pytest
 
 from ex4d import video
 from ex4d.errors import BadSample, ConfigError
-from pipelines import isolation
-from pipelines.isolation import Isolated, Limits
+from pipelines.runtime import isolation
+from pipelines.runtime.isolation import Isolated, Limits
 
 HERE = Path(__file__).resolve().parent
 LIMITS = Limits(wall_s=20, cpu_s=20, memory_bytes=2**30)
@@ -158,7 +158,7 @@ def test_the_child_dies_with_its_parent(function, tmp_path):
     pid_file = tmp_path / "pid"
     code = (
         f"import sys; sys.path.insert(0, {str(HERE)!r})\n"
-        "from pipelines.isolation import Isolated, Limits\n"
+        "from pipelines.runtime.isolation import Isolated, Limits\n"
         "child = Isolated(Limits(), 'poison')\n"
         f"open({str(pid_file)!r}, 'w').write(str(child.call('pid')) + '.')\n"
         f"child.call({function!r})\n"
@@ -203,7 +203,7 @@ def test_the_real_table_decodes_as_the_library_does(tmp_path):
 
 
 def test_a_child_starts_fast_and_imports_only_what_it_needs():
-    code = "import sys, pipelines.isolation, pipelines.isolation_child; print(' '.join(sys.modules))"
+    code = "import sys, pipelines.runtime.isolation, pipelines.runtime.isolation_child; print(' '.join(sys.modules))"
     modules = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout.split()
     assert not {"numpy", "torch", "ray", "av", "cv2", "pydantic"} & set(modules)
 

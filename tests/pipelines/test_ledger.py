@@ -10,11 +10,11 @@ import pytest
 
 from ex4d.config import validate
 from ex4d.errors import ConfigError, ContractError, Filtered
-from pipelines.filters import FilterConfig
-from pipelines.ledger import Attempts, Ledger
-from pipelines.settings import DecodeLimits, PreprocessConfig, clip_fingerprints, video_fingerprints
-from pipelines.stages import clips
-from pipelines.stages.shots import pack_pts, unpack_pts
+from pipelines.preprocess import clips
+from pipelines.preprocess.filters import FilterConfig
+from pipelines.preprocess.settings import DecodeLimits, PreprocessConfig, clip_fingerprints, video_fingerprints
+from pipelines.preprocess.stages.shots import pack_pts, unpack_pts
+from pipelines.runtime.ledger import Attempts, Ledger
 
 CONFIG = PreprocessConfig(output="unused", num_frames=5, clips_per_shot=10)
 

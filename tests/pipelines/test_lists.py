@@ -13,10 +13,9 @@ from fsspec.implementations.memory import MemoryFileSystem
 
 from ex4d import storage
 from ex4d.errors import BadSample, ConfigError, Filtered
-from pipelines import settings
 from pipelines.inputs import Span, expand
 from pipelines.inputs.rows import seconds
-from pipelines.stages import clips
+from pipelines.preprocess import clips, settings
 
 
 @pytest.fixture

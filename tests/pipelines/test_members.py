@@ -19,8 +19,9 @@ from ex4d.models import backbone
 from ex4d.models.backbone import ModelConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from ex4d.train.objective import Encoder
-from pipelines import encode, preprocess
-from pipelines.preprocess import PreprocessConfig
+from pipelines.encode import job as encode
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
 
 CORPUS = SyntheticConfig(num_videos=3, num_frames=9, size=(32, 32), supersample=1)
 

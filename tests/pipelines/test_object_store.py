@@ -23,7 +23,7 @@ from ex4d.data.loader import LoaderConfig, ShardLoader
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample
 from ex4d.synthetic import write_corpus
-from pipelines import fetch
+from pipelines.preprocess import fetch
 
 
 @pytest.fixture(scope="module")

@@ -22,9 +22,10 @@ from ex4d.geometry.camera import Camera, intrinsics, relative_to
 from ex4d.geometry.masks import KINDS, MaskConfig
 from ex4d.quality import SCORES
 from ex4d.viewer import sample_page
-from pipelines import pairs, preprocess
 from pipelines.inputs import Source
-from pipelines.stages import clips, isolated, pair
+from pipelines.preprocess import clips, pairs
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.stages import isolated, pair
 
 
 @pytest.fixture(scope="module")

@@ -11,10 +11,11 @@ import pytest
 from ex4d import storage
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import plan, preprocess
 from pipelines.inputs import Source
-from pipelines.plan import Measured, PlanConfig
-from pipelines.settings import PreprocessConfig
+from pipelines.preprocess import cost as plan
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.cost import Measured, PlanConfig
+from pipelines.preprocess.settings import PreprocessConfig
 
 
 @pytest.fixture(autouse=True)
@@ -83,7 +84,7 @@ def test_a_plan_of_a_corpus_and_its_judgement_by_the_run(tmp_path):
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
     config = PreprocessConfig(output=str(tmp_path / "out"), input=str(tmp_path / "videos"), num_frames=9, size=(64, 64))
     sections = {"preprocess": config, "plan": PlanConfig(num_cpus=2), "synthetic": SyntheticConfig()}
-    made, earlier = plan.main(sections)
+    made, earlier = plan.write(sections)
     assert earlier == []
     assert "no earlier plan" in plan.judgement(earlier)
     assert (made.num_videos, made.sample_videos, made.samples) == (4, 4, len(paths))

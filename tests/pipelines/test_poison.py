@@ -13,10 +13,10 @@ import pytest
 from ex4d.data.verify import verify
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import preprocess
-from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
-from pipelines.retry import retry
-from pipelines.stages import decode
+from pipelines.commands.retry import retry
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
+from pipelines.preprocess.stages import decode
 
 # What a child process is told to do, in place of decoding.
 TABLE = """
@@ -50,7 +50,7 @@ def stages(folder, kinds):
     """Return the usual stages, but the first clip of each video in {file name: kind} is poison."""
 
     def poisoned(row, context):
-        from pipelines import isolation
+        from pipelines.runtime import isolation
 
         kind = kinds.get(os.path.basename(row["path"])) if row["frame_index"][0] < 5 else None
         if kind == "bug":

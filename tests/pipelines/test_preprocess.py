@@ -18,12 +18,13 @@ from ex4d import video
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
-from pipelines import preprocess, runner
-from pipelines.filters import FilterConfig
-from pipelines.ledger import exclusive
-from pipelines.preprocess import PreprocessConfig, RayConfig, Stages
-from pipelines.stage import chains, pack_row
-from pipelines.stages import decode
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.filters import FilterConfig
+from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
+from pipelines.preprocess.stages import decode
+from pipelines.runtime import runner
+from pipelines.runtime.ledger import exclusive
+from pipelines.runtime.stage import chains, pack_row
 
 
 def tree(config):

@@ -11,9 +11,9 @@ import urllib.request
 import pytest
 
 from ex4d.errors import BadSample, ConfigError
-from pipelines import progress, runner
-from pipelines.progress import Progress
-from pipelines.stage import Stage, new_row
+from pipelines.runtime import progress, runner
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.stage import Stage, new_row
 
 
 def halve(row, _):

@@ -10,12 +10,13 @@ import pytest
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines import cli, preprocess
-from pipelines.ledger import Ledger
-from pipelines.preprocess import PreprocessConfig, Stages
-from pipelines.retry import retry, summary
-from pipelines.settings import DecodeLimits
-from pipelines.stages import decode, probe
+from pipelines import cli
+from pipelines.commands.retry import retry, summary
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig, Stages
+from pipelines.preprocess.settings import DecodeLimits
+from pipelines.preprocess.stages import decode, probe
+from pipelines.runtime.ledger import Ledger
 
 
 @pytest.fixture

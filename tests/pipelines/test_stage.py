@@ -9,8 +9,8 @@ import numpy as np
 import pytest
 
 from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
-from pipelines import runner
-from pipelines.stage import Chain, Guard, Stage, chains, check, is_bug, new_row, pack_row, unpack_row
+from pipelines.runtime import runner
+from pipelines.runtime.stage import Chain, Guard, Stage, chains, check, is_bug, new_row, pack_row, unpack_row
 
 
 @pytest.fixture

@@ -9,7 +9,7 @@ import sys
 import pytest
 
 from ex4d.errors import ConfigError, ContractError
-from pipelines import sweep
+from pipelines.train import sweep
 
 
 def test_values_are_put_into_a_copy():
@@ -93,7 +93,7 @@ def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, mon
     (tmp_path / "some.yaml").write_text("train:\nsweep: {num_trials: 1}\n")
     monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("a trial was started"))
     with pytest.raises(error):
-        sweep.main("some.yaml", [override])
+        sweep.command("some.yaml", [override])
 
 
 def test_an_empty_section_takes_values():

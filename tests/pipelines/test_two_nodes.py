@@ -18,8 +18,8 @@ import json, sys, threading, time
 from pathlib import Path
 from ray.cluster_utils import Cluster
 from ex4d import config
-from pipelines import preprocess
-from pipelines.runner import RayConfig
+from pipelines.preprocess import run as preprocess
+from pipelines.runtime.runner import RayConfig
 
 path, wanted = sys.argv[1], int(sys.argv[2])
 section = config.load(path, preprocess.SECTIONS)["preprocess"]

@@ -18,7 +18,7 @@ from collections import Counter
 import psutil
 
 from ex4d import config
-from pipelines import preprocess
+from pipelines.preprocess import run as preprocess
 
 
 class Watch(threading.Thread):

@@ -15,12 +15,13 @@ from make_run import make_config, make_sample
 from run_command import ROOT, finish, losses, start, steps, wait_for
 
 from ex4d.errors import ConfigError
-from ex4d.models import weights
+from ex4d.models import encoders, weights
 from ex4d.models.backbone import load_base
 from ex4d.train import checkpoint, objective
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from ex4d.train.estimate import count_parameters
-from pipelines import cli, train
+from pipelines import cli
+from pipelines.train import launch as train
 
 TWO_RANKS = {"num_steps": 20, "save_every": 10, "micro_batch_size": 2, "num_processes": 2}
 
@@ -121,7 +122,7 @@ def test_hole_share_counts_pixels():
     visible = torch.ones(1, 5, 16, 16, dtype=torch.bool)
     visible[0, 0, :8, :8] = False
     visible[0, 3, 8:, :8] = False
-    share = objective.hole_share(visible, (2, 2, 2))
+    share = encoders.latent_hole_share(visible, (2, 2, 2))
     assert share[0, 0].tolist() == [[[1, 0], [0, 0]], [[0, 0], [0.25, 0]]]
 
 

@@ -27,9 +27,10 @@ pytestmark = [pytest.mark.heavy, pytest.mark.ray, pytest.mark.timeout(1800)]
 # The command with an impatient eye on the cluster: a node that comes back is used after two seconds, not sixty.
 IMPATIENT = """
 import functools, sys
-from pipelines import train, train_ray
+from pipelines.train import launch as train
+from pipelines.train import ray as train_ray
 train_ray.on_ray = functools.partial(train_ray.on_ray, resize_every_s=2.0)
-sys.exit(train.main(sys.argv[1:]))
+sys.exit(train.command(sys.argv[1], sys.argv[2:]))
 """
 
 

@@ -24,8 +24,11 @@ from ex4d.train import flops, runlog
 from ex4d.train.config import Place, TrainConfig
 from ex4d.train.job import build_job
 from ex4d.train.trainer import Trainer
-from pipelines import cli, encode, evaluate, preprocess
-from pipelines.preprocess import PreprocessConfig
+from pipelines import cli
+from pipelines.encode import job as encode
+from pipelines.evaluate import job as evaluate
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
 
 WORLD = synthetic.SyntheticConfig(num_videos=6, num_frames=5, size=(32, 32), second_camera_deg=60.0, supersample=1)
 STEPS = {"num_steps": 4, "save_every": 2, "micro_batch_size": 2, "lr": 1e-3, "wandb_mode": "disabled", "device": "cpu"}

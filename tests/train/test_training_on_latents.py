@@ -20,7 +20,7 @@ from ex4d.train import runlog
 from ex4d.train.config import Place, TrainConfig
 from ex4d.train.job import build_job
 from ex4d.train.trainer import Trainer
-from pipelines import encode
+from pipelines.encode import job as encode
 
 STEPS = {"num_steps": 6, "save_every": 3, "micro_batch_size": 2, "lr": 1e-3, "wandb_mode": "disabled", "device": "cpu"}
 

@@ -25,7 +25,8 @@ from ex4d.models.encoders import to_pixels
 from ex4d.train import checkpoint, runlog, validation
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig
 from ex4d.train.job import build_job
-from pipelines import cli, encode
+from pipelines import cli
+from pipelines.encode import job as encode
 
 RUN = {"num_steps": 6, "save_every": 3, "validate_every": 3, "validate_samples": 5, "lr": 1e-2}
 

@@ -11,7 +11,7 @@ import pytest
 
 from ex4d import video
 from ex4d.errors import BadSample
-from pipelines.isolation import Isolated, Limits
+from pipelines.runtime.isolation import Isolated, Limits
 
 
 def reason_of(call, *args, **kwargs) -> str:

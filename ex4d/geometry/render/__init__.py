@@ -16,54 +16,16 @@ and its sign at the pixel centre decides. One may then look into the volume, and
 from __future__ import annotations
 
 import importlib.util
-from dataclasses import dataclass
 
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import Camera, check_intrinsics, relative_to
 from ex4d.geometry.mesh import DWMesh, Profile, build, profile_of
+from ex4d.geometry.render import cpu, nvdiffrast, reference
+from ex4d.geometry.render.rendered import Rendered
 
-SUBPIXELS = 256  # vertices are snapped to 1/256 px
-NEAR_RATIO = 1e-3  # near plane / least depth of the mesh (the released code: 1e-3 with the least depth at 2.56)
-
-
-@dataclass(frozen=True)
-class Rendered:
-    """What a camera sees of a mesh.
-
-    Args:
-        colour: uint8 [H, W, 3]; zero where visible_mask is False.
-        z_depth: float32 [H, W] along the camera's z of the nearest face, occluded or not; +inf where there is none.
-        visible_mask: bool [H, W]; True where the nearest face is there, not occluded, and seen from its front.
-        face_id: int32 [H, W] of the nearest face; −1 where there is none.
-    """
-
-    colour: np.ndarray
-    z_depth: np.ndarray
-    visible_mask: np.ndarray
-    face_id: np.ndarray
-
-
-def _reference(mesh: DWMesh, camera: Camera) -> Rendered:
-    from ex4d.geometry.render import reference
-
-    return reference.render(mesh, camera)
-
-
-def _cpu(mesh: DWMesh, camera: Camera) -> Rendered:
-    from ex4d.geometry.render import cpu
-
-    return cpu.render(mesh, camera)
-
-
-def _nvdiffrast(mesh: DWMesh, camera: Camera) -> Rendered:
-    from ex4d.geometry.render.nvdiffrast import render as draw
-
-    return draw(mesh, camera)
-
-
-BACKENDS = {"reference": _reference, "cpu": _cpu, "nvdiffrast": _nvdiffrast}
+BACKENDS = {"reference": reference.render, "cpu": cpu.render, "nvdiffrast": nvdiffrast.render}
 
 
 def choose_backend(name: str = "auto") -> str:
@@ -138,9 +100,7 @@ def warp_video(
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
     if chosen == "nvdiffrast":
-        from ex4d.geometry.render.nvdiffrast import warp
-
-        cond_video, visible = warp(frames, z_depth, K, w2c, profile, view_K)
+        cond_video, visible = nvdiffrast.warp(frames, z_depth, K, w2c, profile, view_K)
     else:
         cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
         for t, frame in enumerate(frames):

@@ -6,9 +6,9 @@ import numpy as np
 
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh, cap_faces, contains
-from ex4d.geometry.render import NEAR_RATIO, Rendered
 from ex4d.geometry.render.cpu_kernels import shade
 from ex4d.geometry.render.cpu_raster import rasterise
+from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
 
 def render(mesh: DWMesh, camera: Camera) -> Rendered:

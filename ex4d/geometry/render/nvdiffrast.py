@@ -15,7 +15,7 @@ import numpy as np
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh, Profile, build
-from ex4d.geometry.render import NEAR_RATIO, Rendered
+from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
 MAX_FACES = 2**24  # ids come back as float32
 MAX_LAYERS = 8  # curtains that are looked through, one behind the other, before what is left stays hidden

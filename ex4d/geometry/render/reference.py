@@ -6,7 +6,7 @@ import numpy as np
 
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh
-from ex4d.geometry.render import NEAR_RATIO, SUBPIXELS, Rendered
+from ex4d.geometry.render.rendered import NEAR_RATIO, SUBPIXELS, Rendered
 
 
 def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:

@@ -1,0 +1,27 @@
+"""What every renderer gives, and the constants of the contract that they share."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+SUBPIXELS = 256  # vertices are snapped to 1/256 px
+NEAR_RATIO = 1e-3  # near plane / least depth of the mesh (the released code: 1e-3 with the least depth at 2.56)
+
+
+@dataclass(frozen=True)
+class Rendered:
+    """What a camera sees of a mesh.
+
+    Args:
+        colour: uint8 [H, W, 3]; zero where visible_mask is False.
+        z_depth: float32 [H, W] along the camera's z of the nearest face, occluded or not; +inf where there is none.
+        visible_mask: bool [H, W]; True where the nearest face is there, not occluded, and seen from its front.
+        face_id: int32 [H, W] of the nearest face; −1 where there is none.
+    """
+
+    colour: np.ndarray
+    z_depth: np.ndarray
+    visible_mask: np.ndarray
+    face_id: np.ndarray

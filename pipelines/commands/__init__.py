@@ -1,0 +1,1 @@
+"""Commands on one thing: a file each, with its flags and the call that does the work."""

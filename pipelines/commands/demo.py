@@ -1,0 +1,137 @@
+"""The whole way in one file: synthetic videos -> shards -> adapter -> a new view -> how good it is -> a page."""
+
+from __future__ import annotations
+
+import argparse
+import dataclasses
+import json
+import time
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ex4d import config, synthetic
+
+if TYPE_CHECKING:
+    from ex4d.viewer.page import Page
+    from pipelines.evaluate.report import Report
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ex4d demo`."""
+    parser.add_argument("--config", default="configs/tiny.yaml", metavar="CONFIG.yaml")
+    parser.add_argument("--output", default="out/demo", help="folder of everything it makes (default: %(default)s)")
+
+
+def sections() -> dict[str, type]:
+    """Return the sections of a configuration that the demo reads: those of its jobs."""
+    from pipelines.evaluate import job as evaluate
+    from pipelines.preprocess import run as preprocess
+    from pipelines.train import launch as train
+
+    return {**preprocess.SECTIONS, **train.SECTIONS, **evaluate.SECTIONS}
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do `ex4d demo`; return the exit status."""
+    return main(args.config, args.output)
+
+
+def main(config_path: str, output: str) -> int:
+    """Run every step into the folder `output`; print the figures and where things are; return the exit status."""
+    from rich.console import Console
+
+    from ex4d.data.verify import verify
+    from ex4d.generate import novel_view
+    from ex4d.viewer import page
+    from pipelines.evaluate import job as evaluate
+    from pipelines.preprocess import run as preprocess
+    from pipelines.train import launch as train
+
+    console, started = Console(), time.monotonic()
+    out = Path(output)
+    dataset, run_folder = out / "dataset", out / "train"
+    settings = config.load(
+        config_path,
+        sections(),
+        [
+            *(f"preprocess.output={dataset}", f"train.data={dataset}", f"train.output={run_folder}"),
+            *(f"evaluate.adapter={run_folder / 'adapter'}", f"evaluate.output={out / 'evaluation'}"),
+        ],
+    )
+    seconds: dict[str, float] = {}
+
+    def step(name: str) -> None:
+        seconds[name] = time.monotonic() - started - sum(seconds.values())
+
+    console.rule("1. videos to shards")
+    made = preprocess.run(settings["preprocess"], settings["ray"], settings["synthetic"])
+    console.print(made.table())
+    if made.exit_code:
+        return made.exit_code
+    checked = verify(str(dataset), full=True)
+    console.print(str(checked))
+    if not checked.ok:
+        return 1
+    step("preprocess")
+
+    console.rule("2. shards to an adapter")
+    status = train.command(config_path, [f"train.data={dataset}", f"train.output={run_folder}"])
+    if status:
+        return status
+    adapter = run_folder / "adapter"
+    step("train")
+
+    console.rule("3. a new view of a video that was never seen")
+    chosen = settings["evaluate"]
+    unseen = dataclasses.replace(settings["synthetic"], seed=chosen.corpus_seed, num_videos=1)
+    source = synthetic.write_corpus(out / "held_out", unseen)[0]
+    trajectory, angle_deg = next(iter(chosen.ranges.values()))[:2]
+    view = novel_view(
+        video_path=source,
+        adapter_path=adapter,
+        trajectory_name=trajectory,
+        angle_deg=angle_deg,
+        config=settings["generate"],
+        seed=chosen.seed,
+    )
+    video_path = view.write(out / "novel_view.mp4")[0]
+    step("generate")
+
+    console.rule("4. against the truth, on held-out scenes")
+    report = evaluate.run(settings["evaluate"], settings["generate"], settings["synthetic"], settings["ray"])
+    print(report.table())
+    if report.exit_code:
+        return report.exit_code
+    _print_leads(report)
+    step("evaluate")
+
+    page_path = page.write(_page(settings, report, run_folder, seconds), out / "index.html")
+    console.rule(f"done in {time.monotonic() - started:.0f} s")
+    for name, path in (("dataset", dataset), ("adapter", adapter), ("video", video_path), ("page", page_path)):
+        print(f"{name}: {path}")
+    return 0
+
+
+def _print_leads(report: Report) -> None:
+    from ex4d.evaluate import summary
+    from pipelines.evaluate.stages import ADAPTER, BASE, METHODS, OTHER
+
+    for name, views in report.ranges.items():
+        for other in (BASE, OTHER):
+            whole, holes = (summary.lead(views, ADAPTER, other, figure) for figure in ("psnr", "psnr_holes"))
+            if whole is not None and holes is not None:
+                told = f"{whole:+.2f} dB whole frame, {holes:+.2f} dB in the holes"
+                print(f"{name}: {METHODS[ADAPTER]} over {METHODS[other]}: {told}")
+
+
+def _page(settings: dict[str, Any], report: Report, run_folder: Path, seconds: dict[str, float]) -> Page:
+    """Return the evaluation's page with the training beside it, in one file with its videos."""
+    losses = [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
+    told = (
+        "Training pairs were made from single-view videos alone. The scenes below were not among them, and the "
+        "true novel view of each is known exactly.",
+        f"{settings['generate'].num_inference_steps} steps of the sampler.",
+    )
+    times = {f"{name}, seconds": f"{value:.0f}" for name, value in seconds.items()}
+    facts = {**times, "training steps": str(len(losses))}
+    return report.page("EX-4D: the whole way, on a CPU", told, losses=losses, facts=facts)

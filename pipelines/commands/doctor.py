@@ -1,0 +1,98 @@
+"""What this machine has, what is missing, and what each missing thing would be needed for."""
+
+from __future__ import annotations
+
+import argparse
+import importlib.util
+import json
+import os
+import platform
+import shutil
+import sys
+
+from ex4d.config import installed_versions
+
+# Distribution, needed for, and whether the base install must have it.
+PACKAGES = (
+    ("torch", "everything", True),
+    ("diffusers", "the base model", True),
+    ("transformers", "text and image encoders, depth networks", True),
+    ("peft", "LoRA", True),
+    ("deepspeed", "train", True),
+    ("ray", "preprocess, sweep, clusters", True),
+    ("webdataset", "reading shards elsewhere", True),
+    ("wandb", "run tracking", True),
+    ("av", "decoding", True),
+    ("numba", "rendering on the CPU", True),
+    ("decord", "a second decoder (optional)", False),
+    ("nvdiffrast", "rendering on a GPU (optional; see README)", False),
+)
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ex4d doctor`."""
+    parser.add_argument("--json", action="store_true", help="the same facts as one JSON object")
+
+
+def facts() -> dict:
+    """Return the machine and package facts as one JSON-able dict; `missing` lists required packages not found."""
+    installed = installed_versions(name for name, _, _ in PACKAGES)
+    missing = [name for name, _, required in PACKAGES if required and name not in installed]
+    memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+    return {
+        "python": platform.python_version(),
+        "platform": platform.platform(),
+        "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
+        "memory_gb": round(memory_bytes / 2**30, 1),
+        "disk_free_gb": round(shutil.disk_usage(".").free / 2**30, 1),
+        "gpus": _gpus(),
+        "packages": {name: installed.get(name) for name, _, _ in PACKAGES},
+        "missing": missing,
+        "video_works": _video_works(),
+        "wandb_key": bool(os.environ.get("WANDB_API_KEY")),
+    }
+
+
+def _gpus() -> list[str]:
+    if importlib.util.find_spec("torch") is None:
+        return []
+    import torch
+
+    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
+
+
+def _video_works() -> bool:
+    """Return True where a video can be written and read back: what every shard needs of the installed FFmpeg."""
+    if importlib.util.find_spec("av") is None:
+        return False
+    import numpy as np
+
+    from ex4d import video
+
+    frames = np.full((3, 32, 32, 3), 128, np.uint8)
+    shown, _ = video.read(video.encode(frames, 8.0))
+    return shown.shape == frames.shape and int(np.abs(shown.astype(int) - 128).max()) <= 4
+
+
+def run(args: argparse.Namespace) -> int:
+    """Print the facts; return 1 where something required is missing or does not work, else 0."""
+    found = facts()
+    if args.json:
+        print(json.dumps(found, indent=2))
+        return 0 if found["video_works"] and not found["missing"] else 1
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title="ex4d doctor", show_header=True)
+    for column in ("what", "found", "needed for"):
+        table.add_column(column)
+    for key in ("python", "platform", "num_cpus", "memory_gb", "disk_free_gb"):
+        table.add_row(key, str(found[key]), "")
+    table.add_row("gpus", ", ".join(found["gpus"]) or "none: the CPU backends are used", "14B training, nvdiffrast")
+    for name, purpose, required in PACKAGES:
+        version = found["packages"][name] or ("[red]missing[/red]" if required else "not installed")
+        table.add_row(name, version, purpose)
+    table.add_row("H.264 round trip", "works" if found["video_works"] else "[red]fails[/red]", "shards")
+    table.add_row("W&B", "key found" if found["wandb_key"] else "no key: runs are kept offline", "run tracking")
+    Console(file=sys.stdout).print(table)
+    return 0 if found["video_works"] and not found["missing"] else 1

@@ -1,0 +1,25 @@
+"""`ex4d export`: an adapter in other programs' formats, and back."""
+
+from __future__ import annotations
+
+import argparse
+from pathlib import Path
+
+from pipelines.commands import flags
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ex4d export`."""
+    parser.add_argument("adapter", metavar="ADAPTER", help="folder written by `ex4d train`, its file, or an ex4d.ckpt")
+    parser.add_argument("--style", required=True, choices=("ex4d", "released", "kohya", "comfyui", "diffusers"))
+    parser.add_argument("--output", required=True, metavar="F", help="the file to write; for ex4d the folder")
+    parser.add_argument("--from", dest="lora", metavar="LORA", help="take the LoRA from this file of another program")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do `ex4d export`; return the exit status."""
+    from ex4d.models.export import export
+
+    flags.check_output(Path(args.output).parent)
+    print(export(args.adapter, args.style, args.output, args.lora))
+    return 0

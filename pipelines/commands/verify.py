@@ -1,0 +1,21 @@
+"""`ex4d verify`: check a dataset to the last byte."""
+
+from __future__ import annotations
+
+import argparse
+import sys
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ex4d verify`."""
+    parser.add_argument("dataset", help="folder written by `ex4d preprocess`")
+    parser.add_argument("--quick", action="store_true", help="hashes and counts only, no decoding")
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do `ex4d verify`; return the exit status."""
+    from ex4d.data.verify import verify
+
+    report = verify(args.dataset, full=not args.quick)
+    print(report, file=sys.stdout if report.ok else sys.stderr)
+    return 0 if report.ok else 1

@@ -1,0 +1,54 @@
+"""`ex4d view`: a page of a dataset's samples, or of a video's mesh and cameras."""
+
+from __future__ import annotations
+
+import argparse
+import os
+from pathlib import Path
+
+from ex4d.errors import ConfigError
+from pipelines.commands import flags
+
+MAX_VIEW_FRAMES = 49  # of a page in three dimensions: some 10 MB
+
+
+def arguments(parser: argparse.ArgumentParser) -> None:
+    """Add the flags of `ex4d view`."""
+    parser.add_argument("thing", metavar="THING", help="a dataset that `ex4d preprocess` wrote, or a video")
+    parser.add_argument("--output", required=True, metavar="PAGE.html")
+    parser.add_argument("--key", action="append", default=[], help="of a dataset: this sample; may be given again")
+    parser.add_argument("--samples", type=int, default=8, help="of a dataset, so many (default: %(default)s)")
+    parser.add_argument("--size", type=flags.size, help="of a video: HxW (default: its own)")
+    parser.add_argument("--num-frames", type=int, help=f"of a video (default: all, {MAX_VIEW_FRAMES} at most)")
+    flags.path_arguments(parser)
+
+
+def run(args: argparse.Namespace) -> int:
+    """Do `ex4d view`; return the exit status."""
+    from ex4d import storage
+
+    if Path(args.output).suffix.lower() != ".html":
+        raise ConfigError("output", args.output, "the name of an .html file")
+    flags.check_output(Path(args.output).parent)
+    if storage.exists(storage.join(args.thing, "dataset.json")):
+        from ex4d.viewer import page, sample_page
+
+        if args.samples < 1:
+            raise ConfigError("samples", args.samples, "at least 1")
+        print(page.write(sample_page.samples_page(args.thing, args.key, args.samples), args.output))
+        return 0
+    from ex4d import video
+    from ex4d.reconstruct import reconstruct
+    from ex4d.viewer import scene_page
+
+    if Path(args.thing).is_dir():
+        raise ConfigError("THING", args.thing, "a finished dataset (it has no dataset.json) or a video")
+    count = args.num_frames
+    if count is None:
+        count = min(MAX_VIEW_FRAMES, len(video.frame_pts(args.thing)[0]))
+    view = reconstruct(
+        args.thing, num_frames=count, size=args.size, profile=args.profile or "default", **flags.path(args)
+    )
+    title = os.fsencode(Path(args.thing).name).decode("utf-8", "backslashreplace")
+    print(scene_page.write(view, args.output, title))
+    return 0

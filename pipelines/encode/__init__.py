@@ -1,0 +1,1 @@
+"""`ex4d encode`: clips to latents."""

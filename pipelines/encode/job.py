@@ -1,0 +1,300 @@
+"""`ex4d encode`: a dataset of clips to a dataset of latents, with the same keys and the same guarantees.
+
+Two passes, each over what the ledger lacks: the samples, then each distinct caption of those that were encoded. What is
+staged is named by its key and by the fingerprint of all that it depends on, the encoders' weights included.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from functools import partial
+from typing import Any, Literal
+
+from ex4d import config as config_file
+from ex4d import storage
+from ex4d.config import fingerprint, installed_versions
+from ex4d.data import latents, manifest, shards, tensors, texts
+from ex4d.data.tar import read_sample
+from ex4d.data.verify import dataset_fingerprint
+from ex4d.errors import ConfigError
+from ex4d.models.backbone import ModelConfig, transformer_config
+from ex4d.models.encoders import TEXT_LENGTH
+from ex4d.models.fingerprints import ENCODERS, of_components
+from pipelines.encode import stages
+from pipelines.encode.stages import Encoding
+from pipelines.runtime import runner
+from pipelines.runtime.ledger import Attempts, Ledger, exclusive
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.result import Result, log_run
+from pipelines.runtime.runner import RayConfig
+from pipelines.runtime.stage import Row, Stage, is_bug, new_row
+
+CODE = 1  # raised when stages change what they write, so that older staging is not taken
+PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")  # may change a latent
+TEXTS = "texts"
+SAMPLE_STAGES = (stages.READ, stages.LOAD_MODELS, stages.ENCODE_VIDEO, stages.ENCODE_IMAGE, stages.WRITE_LATENTS)
+TEXT_STAGES = (stages.LOAD_TEXT_MODEL, stages.ENCODE_TEXT, stages.WRITE_TEXT)
+
+
+@dataclass(frozen=True)
+class EncodeConfig:
+    """From a dataset of clips to a dataset of latents, for the base of the section `model`.
+
+    Args:
+        data: dataset folder or URL that `ex4d preprocess` wrote.
+        output: folder or URL of the latent dataset.
+        num_workers: CPU workers of a Ray that is started here.
+        num_gpus: share of a GPU for each actor that runs a model; 0: on the CPU.
+        dtype: of the stored tensors: bfloat16, half the size, or float32, equal to what the trainer itself encodes.
+        captions: encode each distinct caption; false where training uses fixed prompts alone.
+        prompts: further texts, for `train.prompt`; the empty text is always there.
+        shard_size_mb: a shard is closed before it grows over this.
+        max_bad_fraction: share of damaged samples above which the run fails and nothing is committed.
+        max_bugs: rows that may end in an unexpected error before the run stops.
+        metrics_port: Prometheus scrapes http://127.0.0.1:PORT/metrics while the run lasts; None: not at all.
+    """
+
+    data: str = "out/dataset"
+    output: str = "out/latents"
+    num_workers: int = 2
+    num_gpus: float = 0.0
+    dtype: Literal["bfloat16", "float32"] = "bfloat16"
+    captions: bool = True
+    prompts: tuple[str, ...] = ()
+    shard_size_mb: int = 1024
+    max_bad_fraction: float = 0.1
+    max_bugs: int = 10
+    metrics_port: int | None = None
+
+    def __post_init__(self) -> None:
+        def need(holds: bool, name: str, allowed: str) -> None:
+            if not holds:
+                raise ConfigError(f"encode.{name}", getattr(self, name), allowed)
+
+        need(bool(self.output) and self.output.rstrip("/") != self.data.rstrip("/"), "output", "another folder")
+        need(self.num_workers >= 1, "num_workers", "at least 1")
+        need(self.num_gpus >= 0, "num_gpus", "0 for the CPU, else a share of a GPU or a whole number")
+        need(self.shard_size_mb >= 1, "shard_size_mb", "at least 1")
+        need(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
+        need(self.max_bugs >= 0, "max_bugs", "at least 0")
+        need(self.metrics_port is None or 0 < self.metrics_port < 65536, "metrics_port", "null, or 1 to 65535")
+
+
+SECTIONS = {"encode": EncodeConfig, "model": ModelConfig, "ray": RayConfig}
+
+
+def command(config_path: str, overrides: Sequence[str]) -> int:
+    """Do `ex4d encode`; return the exit status."""
+    chosen = config_file.load(config_path, SECTIONS, overrides)
+    result = run(chosen["encode"], chosen["model"], chosen["ray"])
+    print(result.table(), throughput(result), sep="\n")
+    return result.exit_code
+
+
+def run(
+    config: EncodeConfig, model: ModelConfig, ray_config: RayConfig | None = None, runner_name: str = "ray"
+) -> Result:
+    """Return what happened, after bringing the latent dataset `config.output` up to date with `config.data`.
+
+    Run again, it goes on with what is missing. Its `exit_code` is 1, and nothing is committed, where too much was bad.
+
+    Args:
+        runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
+
+    Raises:
+        ConfigError: a choice is invalid, or the base cannot take these clips; before any work.
+        ContractError: no finished dataset of clips.
+    """
+    dataset = manifest.read_dataset(config.data)
+    if "latents" in dataset:
+        raise ConfigError("encode.data", config.data, "a dataset of clips; this one holds latents already")
+    if model.family is not None:
+        transformer_config(model.base, model.revision, model.family)  # refuses another
+    models = of_components(model.base, model.revision, ENCODERS)
+    started = time.time()
+    progress = Progress(config.output, config.metrics_port)
+    attempts = Attempts(config.output, 3)
+    with (
+        exclusive(config.output),
+        progress.serving(),
+        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
+    ):
+        job = _Job(config, model, dataset, models, execute, progress)
+        job.work()
+        job.judge()
+        result = job.finish()
+        log_run(result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+    return result
+
+
+@dataclass
+class _Job:
+    """One run. Filled in order: samples, texts, then the dataset."""
+
+    config: EncodeConfig
+    model: ModelConfig
+    dataset: Mapping[str, Any]
+    models: Mapping[str, str]
+    execute: runner.Runner
+    progress: Progress
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    staged: list[shards.Staged] = field(default_factory=list)
+    texts: dict[str, str] = field(default_factory=dict)
+    problems: list[str] = field(default_factory=list)
+    bugs: list[dict[str, Any]] = field(default_factory=list)
+    worked: dict[str, int] = field(default_factory=dict)
+    committed: bool = False
+
+    def __post_init__(self) -> None:
+        self.versions = installed_versions(PACKAGES)
+        self.ledger = Ledger(self.config.output)
+        staged = storage.list_files(storage.join(self.config.output, "staging", TEXTS))
+        self.done = self.ledger.names() | {f"{TEXTS}/{name}" for name in staged}
+        device = "cuda" if self.config.num_gpus else "cpu"
+        kinds = tuple(self.dataset["sample"]["mask_kinds"])
+        places = (self.config.data, self.config.output)
+        self.context = Encoding(*places, self.model, self.config.dtype, device, kinds)
+
+    def work(self) -> None:
+        """Bring staging up to date: afterwards every sample is encoded or refused, and every caption of the former."""
+        table = manifest.read_table(
+            self.config.data, manifest.MANIFEST, sha256=self.dataset["sha256"][manifest.MANIFEST]
+        )
+        manifest.check_shard_names(table)
+        captions: dict[str, dict[str, Any]] = {}
+        rows = [self._sample_row(fields) for fields in table.to_pylist()]
+        refusals = self._pass("samples", SAMPLE_STAGES, rows)
+        for row in rows:
+            refusal = refusals.get(row["key"])
+            if refusal is not None:
+                self._reject(row, refusal)
+                continue
+            self.staged.append(shards.Staged(row["key"], row["split"], self.ledger.url(row["artifact"])))
+            captions.setdefault(row["caption"]["sha256"], {"shard": row["shard"], **row["caption"]})
+        if not self.problems:
+            self._texts(captions if self.config.captions else {})
+
+    def _sample_row(self, fields: Mapping[str, Any]) -> Row:
+        made = fingerprint(
+            *("latents", CODE, self.versions, self.config.dtype, fields["sha256"]),
+            *({name: self.models.get(name) for name in ("vae", "image_encoder")}, self._numbers()),
+            self.model.mask_range,
+        )
+        names = ("key", "split", "shard", "offset", "length", "sha256", "start_s", "end_s")
+        caption = next(member for member in fields["members"] if member["name"] == "txt")
+        return new_row(
+            **{name: fields[name] for name in names},
+            caption={name: caption[name] for name in ("offset", "length", "sha256")},
+            fingerprint=made,
+            artifact=f"clips/{fields['key']}.{made}.tar",
+        )
+
+    def _numbers(self) -> dict[str, Any]:
+        """Return in which numbers the models compute; "auto" is another type on another device."""
+        return {"dtype": self.model.dtype, "vae_dtype": self.model.vae_dtype, "device": self.context.device}
+
+    def _texts(self, places: Mapping[str, Mapping[str, Any]]) -> None:
+        """Fill `texts`: {sha256 of the text: where its embeddings lie}."""
+        made = fingerprint(
+            "text", CODE, self.versions, self.config.dtype, self.models.get("text_encoder"), self._numbers()
+        )
+        said = {texts.text_key(text): text for text in ("", *self.config.prompts)}
+        rows = [
+            new_row(key, text=said.get(key), place=places.get(key), artifact=f"{TEXTS}/{key}.{made}.safetensors")
+            for key in sorted({*said, *places})
+        ]
+        refused = self._pass("texts", TEXT_STAGES, rows)
+        self.problems += [f"the text {key}: {refusal['message']}" for key, refusal in refused.items()]
+        self.texts = {row["key"]: self.ledger.url(row["artifact"]) for row in rows if row["key"] not in refused}
+
+    def _pass(self, name: str, todo: tuple[Stage, ...], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
+        """Return {key: refusal} of the rows that were refused, after working on all that the ledger lacks."""
+        missing = [row for row in rows if row["artifact"] not in self.done]
+        video_s = {row["key"]: row.get("end_s", 0.0) - row.get("start_s", 0.0) for row in missing}
+        self.worked[name] = len(missing)
+        refused = {}
+        chosen = stages.with_gpu(todo, self.config.num_gpus)
+        with self.progress.watch(name, chosen, len(missing)) as count:
+            for row in self.execute(chosen, missing, self.context, ()):
+                count(row, video_s[row["key"]])
+                if row["refusal"] is not None:
+                    refused[row["key"]] = row["refusal"]
+                if is_bug(row):
+                    self.bugs.append({"key": row["key"], **row["refusal"]})
+                    if len(self.bugs) > self.config.max_bugs:
+                        self.problems.append(f"stopped: {len(self.bugs)} bugs, more than encode.max_bugs")
+                        break
+        return refused
+
+    def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
+        named = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
+        self.rejects.append({**named, "key": row["key"], "unit": "clip"})
+
+    def judge(self) -> None:
+        """Commit the dataset, unless too much was bad."""
+        total = self.dataset["counts"]["samples"]
+        if len(self.rejects) > self.config.max_bad_fraction * total:
+            self.problems.append(
+                f"{len(self.rejects)} of {total} samples are bad, more than "
+                f"encode.max_bad_fraction={self.config.max_bad_fraction:g}"
+            )
+        if not self.staged:
+            self.problems.append("no sample is left")
+        if self.problems:
+            return
+        earlier = manifest.read_table(self.config.data, manifest.REJECTS).to_pylist()
+        size = self.config.shard_size_mb << 20
+        write_texts = partial(texts.write, staged=self.texts, file_size_bytes=size)
+        shards.pack(self.staged, self.config.output, self._facts(), [*earlier, *self.rejects], size, write_texts)
+        self.committed = True
+        self.ledger.sweep()
+        if self.bugs:
+            self.problems.append(f"{len(self.bugs)} rows ended in bugs; their tracebacks are in run.jsonl")
+
+    def _facts(self) -> dict[str, Any]:
+        first = self.staged[0]
+        spec = latents.spec_of(read_sample(storage.read_bytes(first.url), first.key))
+        empty = tensors.decode_tensors(storage.read_bytes(self.texts[texts.text_key("")]))
+        local = storage.is_local(self.model.base) and storage.local_path(self.model.base).is_dir()
+        encoded = {
+            **spec,
+            "computed": self._numbers(),
+            "mask_range": self.model.mask_range,
+            "base": storage.local_path(self.model.base).name if local else self.model.base,
+            "revision": self.model.revision or "",
+            "models": dict(self.models),
+            "captions": self.config.captions,
+            "text_dim": int(empty["embeds"].shape[1]),
+            "text_length": TEXT_LENGTH,
+        }
+        kept = ("videos_in", "videos_split", "clips_planned")
+        return {
+            "sample": self.dataset["sample"],
+            "latents": encoded,
+            "config": self.dataset["config"],
+            "source": {"tree_sha256": dataset_fingerprint(self.config.data), "versions": self.dataset["versions"]},
+            "versions": self.versions,
+            "counts": {name: self.dataset["counts"][name] for name in kept},
+        }
+
+    def finish(self) -> Result:
+        """Return the Result, its counts those of the dataset that was read and of what became of its samples."""
+        counts = dict(self.dataset["counts"])
+        counts["samples"] -= len(self.rejects)
+        counts["clips_bad"] += len(self.rejects)
+        done = (self.committed, self.progress.tallies, self.worked)
+        return Result(self.config.output, counts, self.rejects, self.problems, *done)
+
+
+def throughput(result: Result) -> str:
+    """Return a line on this run: clips a second of work, and the share that each stage had of it; loading apart."""
+    spent = {name: tally.worker_s for name, tally in result.stages.items() if tally.done}
+    loading = sum(spent.pop(name, 0.0) for name in (stages.LOAD_MODELS.name, stages.LOAD_TEXT_MODEL.name))
+    whole = sum(spent.values())
+    if not whole:
+        return "nothing was left to encode"
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items())
+    rate = f"{result.worked['samples'] / whole:.2f} clips/s for each worker"
+    return f"{rate}, loading models {loading:.1f} s; of {whole:.1f} s of work: {shares}"

@@ -1,0 +1,242 @@
+"""What the frozen base makes of a finished sample and of a text; the base stays loaded between rows."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ex4d import storage
+from ex4d.errors import BadSample, ContractError
+from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from ex4d.models.backbone import ModelConfig
+    from ex4d.models.encoders import Base
+
+VIDEO_MODELS, TEXT_MODELS = ("vae", "image_encoder"), ("text_encoder",)
+
+
+@dataclass(frozen=True)
+class Encoding:
+    """What every row is encoded with.
+
+    Args:
+        data, output: the dataset that is read and the one that is made.
+        model: which base, and in which numbers it computes.
+        dtype: of the stored tensors.
+        device: cuda or cpu.
+        mask_kinds: of the dataset that is read.
+    """
+
+    data: str
+    output: str
+    model: ModelConfig
+    dtype: str
+    device: str
+    mask_kinds: tuple[str, ...]
+
+
+@lru_cache(maxsize=1)
+def loaded(model: ModelConfig, device: str, components: tuple[str, ...]) -> Base:
+    """Return the base with these components, kept by this process until others are asked for."""
+    import torch
+
+    from ex4d.models.backbone import load_base
+
+    if device == "cpu":
+        torch.set_num_threads(1)  # sums depend on the number of threads, and bytes are promised
+    torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
+    return load_base(model.base, model.revision, model.dtype, device, components, model.vae_dtype)
+
+
+def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return the sample's pictures and masks, and its members that go on as they are (as text).
+
+    `first_shown` uint8 [U,H,W,3] are the distinct first frames that its masks show, `first_index` uint8 [S] which.
+
+    Raises:
+        BadSample: damaged_sample: its bytes are not those of the manifest, or not a sample.
+    """
+    import hashlib
+
+    from ex4d.data import sample
+    from ex4d.data.members import pack_bits
+    from ex4d.data.tar import read_sample as members_of
+
+    blob = storage.read_bytes(storage.join(context.data, row["shard"]), row["offset"], row["length"])
+    try:
+        if hashlib.sha256(blob).hexdigest() != row["sha256"]:
+            raise ContractError("sha256 is not the one in the manifest")
+        members = members_of(blob, row["key"])
+        clip = sample.decode(members)
+    except ContractError as error:
+        raise BadSample("damaged_sample", f"{row['shard']}: {error}; `ex4d verify` names the member") from None
+    is_visibility = np.array([context.mask_kinds[kind] == sample.VISIBILITY for kind in clip.kind])
+    firsts: dict[bytes, int] = {}
+    first_index = []
+    for index, visible in enumerate(clip.visible):
+        colours = sample.shown(clip.frames, clip.cond, is_visibility, index)
+        seen = (colours[0] * visible[0, ..., None]).tobytes()
+        first_index.append(firsts.setdefault(seen, len(firsts)))
+    size = clip.frames.shape[1:]
+    return {
+        "frames": clip.frames,
+        "packed": pack_bits(clip.visible),
+        "cond": clip.cond,
+        "source_frames": clip.source,
+        "is_visibility": is_visibility,
+        "kind": clip.kind,
+        "first_shown": np.stack([np.frombuffer(first, np.uint8).reshape(size) for first in firsts]),
+        "first_index": np.array(first_index, np.uint8),
+        "kept": {name: members[name].decode("utf-8") for name in ("camera.json", "json", "txt")},
+    }
+
+
+def load_models(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return nothing; the models of clips are loaded: once a process, so that its time is not the first clip's."""
+    loaded(context.model, context.device, VIDEO_MODELS)
+    return {}
+
+
+def load_text_model(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return nothing; the model of texts is loaded."""
+    loaded(context.model, context.device, TEXT_MODELS)
+    return {}
+
+
+def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return `target`, `condition`, `hole`, `first_frame` and `source` as data.latents has them, float32.
+
+    Raises:
+        ConfigError: the base cannot take clips of this size or length.
+        BadSample: not_finite.
+    """
+    import torch
+
+    from ex4d.data.members import unpack_bits
+    from ex4d.data.sample import shown
+    from ex4d.models.encoders import latent_hole_share, to_pixels
+
+    base = loaded(context.model, context.device, VIDEO_MODELS)
+    frames, width = row["frames"], row["frames"].shape[2]
+    target = base.encode_video(_pixels(frames, base))
+    condition, hole = [], []
+    for index, packed in enumerate(row["packed"]):
+        visible = unpack_bits(packed, width)
+        colours = shown(frames, row["cond"], row["is_visibility"], index) * visible[..., None]
+        seen = torch.from_numpy(visible)[None].to(base.device)
+        condition.append(base.encode_condition(_pixels(colours, base), seen, context.model.mask_range))
+        hole.append(latent_hole_share(seen, (target.shape[2], target.shape[3], target.shape[4])))
+    written = {"target": target[0], "condition": torch.cat(condition), "hole": torch.cat(hole)}
+    if base.has_first_frame:
+        firsts = to_pixels(torch.from_numpy(row["first_shown"])[:, None].to(base.device))[:, :, 0]
+        whole: list[Any] = [base.first_frame_condition(first[None], len(frames)) for first in firsts]
+        written["first_frame"] = torch.cat(whole)[:, base.first_frame_channels :]  # the mask can be made again
+    if row["source_frames"] is not None:
+        written["source"] = base.encode_video(_pixels(row["source_frames"], base))[0]
+    arrays = {name: value.float().cpu().numpy() for name, value in written.items()}
+    if not all(np.isfinite(array).all() for array in arrays.values()):
+        raise BadSample("not_finite", "the base made numbers that are not finite")
+    return {"first_frame": None, "source": None, **arrays}
+
+
+def encode_image(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return `image` float32 [U,n,d], the features of each first frame; None for a base without an image encoder."""
+    import torch
+
+    from ex4d.models.encoders import to_pixels
+
+    base = loaded(context.model, context.device, VIDEO_MODELS)
+    if base.image_encoder is None:
+        return {"image": None}
+    firsts = to_pixels(torch.from_numpy(row["first_shown"])[:, None].to(base.device))[:, :, 0]
+    features: list[Any] = [base.encode_image(first[None]) for first in firsts]
+    return {"image": torch.cat(features).cpu().numpy()}
+
+
+def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return nothing; the finished latent sample lies in staging afterwards, written atomically."""
+    from ex4d.data import latents
+    from ex4d.data.tar import sample_tar
+
+    names = ("target", "condition", "hole", "kind", "first_index", "first_frame", "source", "image")
+    tensors = {name: row[name] for name in names if row[name] is not None}
+    kept = {name: text.encode("utf-8") for name, text in row["kept"].items()}
+    members = latents.encode(tensors, kept, row["fingerprint"], context.dtype)
+    Ledger(context.output).write_sample(row["artifact"], sample_tar(row["key"], members))
+    return {}
+
+
+def encode_text(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return `text`, read from the dataset where the row does not say it, and `embeds` float32 [n, d].
+
+    Raises:
+        ContractError: the text in the dataset is not the one that its manifest names.
+    """
+    from ex4d.data.texts import text_key, trimmed
+
+    text = row["text"]
+    if text is None:
+        place = row["place"]
+        data = storage.read_bytes(storage.join(context.data, place["shard"]), place["offset"], place["length"])
+        text = data.decode("utf-8", "replace")
+    if text_key(text) != row["key"]:
+        raise ContractError(f"{context.data}: the caption {row['key']} is damaged; `ex4d verify` names the sample")
+    base = loaded(context.model, context.device, TEXT_MODELS)
+    return {"text": text, "embeds": trimmed(base.encode_text([text])[0].cpu().numpy())}
+
+
+def write_text(row: Row, context: Encoding) -> dict[str, Any]:
+    """Return nothing; the embeddings lie in staging afterwards, written atomically."""
+    from ex4d.data.tensors import encode_tensors, store_as
+
+    written = np.frombuffer(row["text"].encode("utf-8"), np.uint8)
+    tensors = store_as(context.dtype, {"embeds": row["embeds"], "text": written})
+    Ledger(context.output).write_sample(row["artifact"], encode_tensors(tensors))
+    return {}
+
+
+def _pixels(frames: np.ndarray, base: Base) -> Any:
+    import torch
+
+    from ex4d.models.encoders import to_pixels
+
+    return to_pixels(torch.from_numpy(frames)[None].to(base.device))
+
+
+READ = Stage(
+    "read_sample",
+    read_sample,
+    reads=("key", "shard", "offset", "length", "sha256"),
+    writes=("frames", "packed", "cond", "source_frames", "is_visibility", "kind", "first_shown", "first_index", "kept"),
+)
+LOAD_MODELS = Stage("load_models", load_models, reads=(), writes=())
+LOAD_TEXT_MODEL = Stage("load_text_model", load_text_model, reads=(), writes=())
+ENCODE_VIDEO = Stage(
+    "encode_video",
+    encode_video,
+    reads=("frames", "packed", "cond", "source_frames", "is_visibility", "first_shown"),
+    writes=("target", "condition", "hole", "first_frame", "source"),
+)
+ENCODE_IMAGE = Stage("encode_image", encode_image, reads=("first_shown",), writes=("image",))
+WRITE_LATENTS = Stage(
+    "write_latents",
+    write_latents,
+    reads=(
+        *("target", "condition", "hole", "kind", "first_index", "first_frame", "source", "image"),
+        *("key", "kept", "fingerprint", "artifact"),
+    ),
+    writes=(),
+)
+ENCODE_TEXT = Stage("encode_text", encode_text, reads=("key", "text", "place"), writes=("text", "embeds"))
+WRITE_TEXT = Stage("write_text", write_text, reads=("text", "embeds", "artifact"), writes=())
+
+
+def with_gpu(stages: tuple[Stage, ...], num_gpus: float) -> tuple[Stage, ...]:
+    """Return the stages with a share of a GPU from the one that loads a model on: pictures travel once, latents not."""
+    first = next(index for index, stage in enumerate(stages) if stage in (LOAD_MODELS, LOAD_TEXT_MODEL))
+    return (*stages[:first], *(replace(stage, num_gpus=num_gpus) for stage in stages[first:]))

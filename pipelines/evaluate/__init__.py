@@ -1,0 +1,1 @@
+"""`ex4d evaluate`: how good an adapter is."""

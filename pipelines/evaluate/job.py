@@ -1,0 +1,212 @@
+"""`ex4d evaluate`: how good an adapter is, over ranges of camera paths, on scenes whose truth is known or on videos.
+
+One row is one clip along one path. Its figures, features and videos are staged whole, named by all that they depend
+on, so a run that was killed goes on with what is missing. evaluation.json is written last: it is the commit.
+"""
+
+from __future__ import annotations
+
+import json
+import time
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ex4d import config as config_file
+from ex4d import storage
+from ex4d.config import to_dict
+from ex4d.data.tar import read_sample
+from ex4d.data.tensors import decode_tensors
+from ex4d.evaluate import summary
+from ex4d.evaluate.summary import Range
+from ex4d.generate import GenerateConfig
+from ex4d.synthetic import SyntheticConfig
+from ex4d.viewer import page
+from pipelines.evaluate import plan as evaluate_plan
+from pipelines.evaluate import stages
+from pipelines.evaluate.plan import EvaluateConfig as EvaluateConfig
+from pipelines.evaluate.report import Report, View
+from pipelines.evaluate.stages import METHODS
+from pipelines.runtime import runner
+from pipelines.runtime.ledger import Attempts, Ledger, exclusive, without_secrets
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.result import Result, log_run
+from pipelines.runtime.runner import RayConfig
+from pipelines.runtime.stage import Row, is_bug, is_lasting
+
+SHOWN = 4  # clips a range on the page; the videos of all lie beside it
+RECORD = "evaluation.json"
+SECTIONS = {
+    "evaluate": EvaluateConfig,
+    "generate": GenerateConfig,
+    "synthetic": SyntheticConfig,
+    "ray": RayConfig,
+}
+
+
+def command(config_path: str, overrides: Sequence[str]) -> int:
+    """Do `ex4d evaluate`; return the exit status."""
+    chosen = config_file.load(config_path, SECTIONS, overrides)
+    report = run(chosen["evaluate"], chosen["generate"], chosen["synthetic"], chosen["ray"])
+    print(report.table())
+    return report.exit_code
+
+
+def run(
+    config: EvaluateConfig,
+    sampler: GenerateConfig,
+    world: SyntheticConfig | None = None,
+    ray_config: RayConfig | None = None,
+    runner_name: str = "ray",
+) -> Report:
+    """Return how good an adapter is, after making what is missing of it in `config.output`.
+
+    Args:
+        world: what scenes are made like; size and length are the adapter's. Not used for videos.
+        runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
+
+    Raises:
+        ConfigError: a choice is invalid; before any work.
+        ContractError: the adapter's file, or a result of an earlier run, is damaged.
+    """
+    planned = evaluate_plan.plan(config, sampler, world or SyntheticConfig())
+    started, attempts = time.time(), Attempts(config.output, 3)
+    with exclusive(config.output):
+        job = _Job(config, planned)
+        chosen = runner_name if job.missing() else "inline"  # no Ray need start for nothing
+        with runner.runner(chosen, ray_config or RayConfig(), config.num_workers, attempts) as execute:
+            job.work(execute)
+        report = job.finish()
+        log_run(report.result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+    return report
+
+
+class _Job:
+    """One run; `rejects`, `problems` and `bugs` are filled by the work."""
+
+    def __init__(self, config: EvaluateConfig, planned: evaluate_plan.Planned):
+        self.config, self.planned = config, planned
+        self.ledger = Ledger(config.output)
+        self.progress = Progress(config.output)
+        self.rejects = list(planned.rejects)
+        self.problems: list[str] = []
+        self.bugs: list[dict[str, Any]] = []
+        self.worked = 0
+
+    def missing(self) -> list[Row]:
+        """Return the rows that neither were done nor will be refused again."""
+        done = self.ledger.names()
+        return [row for row in self.planned.rows if not done & {row["artifact"], row["refusal_artifact"]}]
+
+    def work(self, execute: runner.Runner) -> None:
+        """Bring staging up to date."""
+        missing = self.missing()
+        self.worked = len(missing)
+        rows = {row["key"]: row for row in missing}
+        chosen = stages.stages(self.config.num_gpus)
+        with self.progress.watch("views", chosen, len(missing)) as count:
+            for done in execute(chosen, missing, self.planned.context, ()):
+                count(done, 0.0)
+                if is_lasting(done):
+                    self.ledger.write_refusal(rows[done["key"]]["refusal_artifact"], done["refusal"])
+                elif done["refusal"] is not None:
+                    self._reject(rows[done["key"]], done["refusal"])
+                if is_bug(done):
+                    self.bugs.append({"key": done["key"], **done["refusal"]})
+                    if len(self.bugs) > self.config.max_bugs:
+                        self.problems.append(f"stopped: {len(self.bugs)} bugs, more than evaluate.max_bugs")
+                        break
+
+    def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
+        told = {name: refusal[name] for name in ("stage", "reason", "message")}
+        self.rejects.append({"key": row["key"], "name": row["case"]["video"], **told, "views": 1})
+
+    def finish(self) -> Report:
+        """Return the Report, after writing videos, page and evaluation.json, unless too much was bad."""
+        done = self.ledger.names()
+        there = [row for row in self.planned.rows if row["artifact"] in done]
+        for row in self.planned.rows:
+            if row["refusal_artifact"] in done and row["artifact"] not in done:
+                self._reject(row, self.ledger.refusal(row["refusal_artifact"]))
+        bad = sum(reject["views"] for reject in self.rejects)
+        planned = len(self.planned.rows) + sum(reject["views"] for reject in self.planned.rejects)
+        if not self.problems and bad > self.config.max_bad_fraction * planned:
+            limit = f"evaluate.max_bad_fraction={self.config.max_bad_fraction:g}"
+            self.problems.append(f"{bad} of {planned} views are bad, more than {limit}")
+        if not there:
+            self.problems.append("no view is left")
+        committed = not self.problems
+        if self.bugs:
+            self.problems.append(f"{len(self.bugs)} views ended in bugs; their tracebacks are in run.jsonl")
+        result = Result(
+            self.config.output,
+            {"views_planned": planned, "views": len(there), "views_bad": bad},
+            self.rejects,
+            self.problems,
+            committed=committed,
+            stages=self.progress.tallies,
+            worked={"views": self.worked},
+            report=self._url("report", "index.html") if committed else "",
+        )
+        return self._write(result, there) if committed else Report(result, {}, {}, [], self.planned.facts)
+
+    def _url(self, *parts: str) -> str:
+        return storage.join(self.config.output, *parts)
+
+    def _write(self, result: Result, rows: list[Row]) -> Report:
+        """Return the Report after writing all that people look at, and deleting what it supersedes."""
+        storage.remove(self._url(RECORD))  # until it is there again, nothing is committed
+        ranges = {name: Range() for name in self.config.ranges}
+        clips: list[dict[str, Any]] = []
+        shown: list[View] = []
+        names = set()
+        for row in rows:
+            members = read_sample(storage.read_bytes(self.ledger.url(row["artifact"])), row["key"])
+            facts = json.loads(members["json"])
+            features = members.get("features.safetensors")
+            ranges[row["range"]].add(facts["figures"], decode_tensors(features) if features else {})
+            videos = {name.removesuffix(".mp4"): data for name, data in members.items() if name.endswith(".mp4")}
+            names |= {self._keep(f"{row['key']}.{name}.mp4", data) for name, data in videos.items()}
+            clips.append({"key": row["key"], "range": row["range"], "video": row["case"]["video"], **facts})
+            if sum(view.range == row["range"] for view in shown) < SHOWN:
+                shown.append(View(row["key"], row["range"], videos))
+        ranges = {name: found for name, found in ranges.items() if found.figures}
+        distances = {name: found.distances() for name, found in ranges.items()}
+        labels = {name: METHODS[name] for name in self.config.compared}
+        tables = {name: summary.table(found, labels, distances[name]) for name, found in ranges.items()}
+        report = Report(result, tables, ranges, shown, self.planned.facts)
+        subject = "videos of one's own" if self.config.videos else "held-out scenes, whose true novel views are known"
+        told = (f"{report.facts['adapter']} on {subject}. All videos lie in the folder videos beside this page's.",)
+        page.write(report.page("How good the adapter is", told, videos="../videos"), result.report)
+        self._tidy(names)
+        record = {
+            "facts": report.facts,
+            "config": to_dict(self.config),
+            "ranges": {
+                name: {"columns": columns, "rows": lines, "distances": distances[name]}
+                for name, (columns, lines) in tables.items()
+            },
+            "clips": clips,
+            "rejects": self.rejects,
+        }
+        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
+        storage.write_bytes(self._url(RECORD), without_secrets(text).encode())
+        return report
+
+    def _keep(self, name: str, data: bytes) -> str:
+        """Return the name of a video after writing it where it is not there already."""
+        url = self._url("videos", name)
+        if not storage.exists(url) or storage.read_bytes(url) != data:
+            storage.write_bytes(url, data)
+        return name
+
+    def _tidy(self, videos: set[str]) -> None:
+        """Delete videos that are not of this evaluation, and what was staged of its views by other choices."""
+        for name in storage.list_files(self._url("videos")):
+            if name not in videos:
+                storage.remove(self._url("videos", name))
+        used = {row[place] for row in self.planned.rows for place in ("artifact", "refusal_artifact")}
+        keys = {row["key"] for row in self.planned.rows}
+        for name in self.ledger.names() - used:
+            if name.partition("/")[2].partition(".")[0] in keys:
+                self.ledger.remove(name)
+        self.ledger.sweep()

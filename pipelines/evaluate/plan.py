@@ -1,0 +1,281 @@
+"""What an evaluation will look at: its choices, checked, and a row for every clip along every path."""
+
+from __future__ import annotations
+
+import re
+from collections.abc import Iterator, Mapping
+from dataclasses import dataclass, field, replace
+from pathlib import Path
+from typing import Any
+
+from ex4d import hub, remote, storage
+from ex4d.config import fingerprint, installed_versions, to_dict
+from ex4d.depth import DepthRequest, sidecar, weight_folders
+from ex4d.errors import BadSample, ConfigError
+from ex4d.generate import GenerateConfig
+from ex4d.geometry import camera_path
+from ex4d.geometry.camera import intrinsics
+from ex4d.geometry.render import choose_backend
+from ex4d.models import backbone, fingerprints, weights
+from ex4d.reconstruct import check_choices
+from ex4d.synthetic import SyntheticConfig
+from pipelines import inputs
+from pipelines.evaluate.stages import CODEC, METHODS, OTHER, Evaluation
+from pipelines.runtime.stage import Row, new_row
+
+CODE = 1  # raised when stages change what they write, so that older staging is not taken
+PACKAGES = (  # may change a picture or a figure
+    *("ex4d-platform", "torch", "diffusers", "transformers", "peft"),
+    *("numpy", "scipy", "numba", "av", "opencv-python-headless"),
+)
+RANGE = re.compile(r"[a-z0-9_-]{1,32}")
+RANGES = {"small": ("orbit", 30.0), "large": ("orbit", 60.0), "extreme": ("orbit", 90.0), "full": ("full", 90.0)}
+Options = dict[str, float | bool | str]
+
+
+@dataclass(frozen=True)
+class EvaluateConfig:
+    """How an adapter is looked at; the section `evaluate` of a config file.
+
+    Args:
+        adapter: folder written by `ex4d train`, its file, or a released ex4d.ckpt.
+        base: base model in place of the adapter's own.
+        output: folder or URL of the results.
+        videos: files of this machine, a folder, glob or list of them; None: procedural scenes, whose true novel views
+            are known.
+        num_scenes: how many scenes. corpus_seed: of their corpus; no training corpus may use it.
+        ranges: {name: [trajectory or file of poses, degrees]}, and perhaps its options; by default the paper's four.
+        methods: what is compared, keys of stages.evaluate.METHODS; None: all but `other`, and `codec` where the truth
+            is known.
+        depth, depth_path, fov_deg, profile: of videos, as in `ex4d generate`.
+        num_frames, size: None: what the adapter was trained at.
+        image_features, video_features: a DINOv2 and a VideoMAE for Fréchet distances, folders or hub-id[@revision];
+            None measures none.
+        seed: of the sampler's noise.
+        num_workers: CPU workers of a Ray that is started here; num_gpus: share of a GPU for each worker; 0: on the CPU.
+        max_bad_fraction: share of views that may fail; above it the run fails.
+        max_bugs: rows that may end in an unexpected error before the run stops.
+    """
+
+    adapter: str = "out/run/adapter"
+    base: str | None = None
+    output: str = "out/evaluation"
+    videos: str | None = None
+    num_scenes: int = 16
+    corpus_seed: int = 900_000
+    ranges: dict[str, tuple[str, float] | tuple[str, float, Options]] = field(default_factory=lambda: dict(RANGES))
+    methods: tuple[str, ...] | None = None
+    depth: str = "sidecar"
+    depth_path: str | None = None
+    fov_deg: float = 54.0
+    profile: str | None = None
+    num_frames: int | None = None
+    size: tuple[int, int] | None = None
+    image_features: str | None = None
+    video_features: str | None = None
+    seed: int = 0
+    num_workers: int = 2
+    num_gpus: float = 0.0
+    max_bad_fraction: float = 0.1
+    max_bugs: int = 10
+
+    def __post_init__(self) -> None:
+        def need(holds: bool, name: str, allowed: str) -> None:
+            if not holds:
+                raise ConfigError(f"evaluate.{name}", getattr(self, name), allowed)
+
+        unknown = set(self.methods or ()) - set(METHODS)
+        need(not unknown and self.methods != (), "methods", f"some of {', '.join(METHODS)}")
+        need(self.videos is None or CODEC not in (self.methods or ()), "methods", f"{CODEC} needs the truth of scenes")
+        need(self.num_scenes >= 1, "num_scenes", "at least 1")
+        named = bool(self.ranges) and all(RANGE.fullmatch(name) for name in self.ranges)
+        need(named, "ranges", f"names of {RANGE.pattern}, each with [trajectory, degrees]")
+        need(self.num_workers >= 1, "num_workers", "at least 1")
+        need(self.num_gpus >= 0, "num_gpus", "0 for the CPU, else a share of a GPU or a whole number")
+        need(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
+        need(self.max_bugs >= 0, "max_bugs", "at least 0")
+
+    @property
+    def compared(self) -> tuple[str, ...]:
+        """The methods, in the order of METHODS."""
+        usual = [name for name in METHODS if name != OTHER and (name != CODEC or self.videos is None)]
+        return tuple(name for name in METHODS if name in (self.methods or usual))
+
+
+@dataclass(frozen=True)
+class Planned:
+    """What will be done.
+
+    Args:
+        rows: one for every clip along every path, with `artifact` and `refusal_artifact`, of which one will be written.
+        rejects: videos that cannot be looked at, each for `views` rows that are not there.
+        context: what all rows are evaluated with.
+        facts: what is evaluated, and how, for people.
+    """
+
+    rows: list[Row]
+    rejects: list[dict[str, Any]]
+    context: Evaluation
+    facts: dict[str, Any]
+
+
+def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig) -> Planned:
+    """Return the rows of an evaluation.
+
+    Raises:
+        ConfigError: a choice is invalid: known here, before any work.
+        ContractError: the adapter's file is damaged, or a file of poses.
+    """
+    metadata = weights.read_metadata(config.adapter)
+    size, num_frames = config.size or metadata.size, config.num_frames
+    num_frames = metadata.num_frames if num_frames is None else num_frames
+    choices = {
+        **{name: getattr(config, name) for name in ("depth", "depth_path", "fov_deg")},
+        **{"size": tuple(size), "num_frames": num_frames, "seed": config.seed},
+        "profile": config.profile or ("released" if metadata.mask_range == "released" else "default"),
+    }
+    check_choices(**choices)
+    _check_size(num_frames, size)
+    scenes = config.videos is None
+    if scenes and config.corpus_seed == world.seed:
+        raise ConfigError("evaluate.corpus_seed", config.corpus_seed, "must differ from synthetic.seed")
+    world = replace(world, seed=config.corpus_seed, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
+    base = (config.base, None) if config.base else (metadata.base, metadata.base_revision)
+    layers = backbone.transformer_config(*base)["num_layers"]
+    if sampler.block_swap > layers:
+        raise ConfigError("generate.block_swap", sampler.block_swap, f"0 to {layers}, the number of blocks")
+    digest = storage.sha256(weights.adapter_file(config.adapter))
+    models = fingerprints.of_components(*base, backbone.COMPONENTS, backbone.COMPONENTS)
+    sampler = sampler.for_adapter(metadata)
+    context = Evaluation(
+        output=config.output,
+        adapter=config.adapter,
+        base=config.base,
+        model=fingerprint(digest, models),
+        sampler=sampler,
+        seed=config.seed,
+        methods=config.compared,
+        world=world if scenes else None,
+        reconstruct=choices,
+        image_features=config.image_features,
+        video_features=config.video_features,
+        mask_range=metadata.mask_range,
+        source_video=metadata.source_video,
+        device="cuda" if config.num_gpus else "cpu",
+    )
+    rejects: list[dict[str, Any]] = []
+    cases = _scenes(config) if scenes else list(_videos(config, rejects))
+    if OTHER in config.compared and len(cases) < 2:
+        raise ConfigError("evaluate.methods", OTHER, "needs two clips or more")
+    versions = installed_versions(PACKAGES)
+    # Where weights lie while they do not work changes no result.
+    how = to_dict(replace(sampler, offload=False, block_swap=0))
+    known_by = [CODE, versions, context.model, how, config.seed, context.device, config.compared, choices]
+    known_by += [to_dict(context.world) if context.world else None, choose_backend("auto"), _networks(config)]
+    facts = {
+        "adapter": hub.name_of(config.adapter),
+        "adapter sha256": digest,
+        "adapter step": metadata.step,
+        "base": hub.name_of(base[0]),
+        "trained on": metadata.dataset_fingerprint,
+        "frames": f"{num_frames} × {size[0]} × {size[1]}",
+        "sampler": ", ".join(f"{name}={value}" for name, value in to_dict(sampler).items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+    }
+    paths = {name: _path(name, chosen, num_frames, size) for name, chosen in config.ranges.items()}
+    return Planned(list(_rows(config, cases, paths, known_by)), rejects, context, facts)
+
+
+def _check_size(num_frames: int, size: tuple[int, int]) -> None:
+    """Refuse what no base can take: a family with larger cells says so when it is loaded."""
+    if num_frames < 5 or num_frames % 4 != 1:
+        raise ConfigError("evaluate.num_frames", num_frames, "4k + 1, at least 5")
+    if any(side % 16 for side in size):
+        raise ConfigError("evaluate.size", size, "multiples of 16")
+
+
+def _path(name: str, chosen: tuple, num_frames: int, size: tuple[int, int]) -> dict[str, Any]:
+    """Return a range's path, tried: `name`, `angle_deg`, `options`, and the `content` of a file of poses."""
+    trajectory, angle_deg = chosen[:2]
+    options = dict(chosen[2]) if len(chosen) > 2 else {}
+    K = intrinsics(size)
+    try:
+        camera_path.build(trajectory, num_frames, angle_deg, 1.0, K, options)
+    except ConfigError as error:
+        raise ConfigError(f"evaluate.ranges.{name}", list(chosen), f"{error.key}: {error.allowed}") from None
+    content = storage.sha256(trajectory) if Path(trajectory).is_file() else ""
+    return {"name": trajectory, "angle_deg": angle_deg, "options": options, "content": content}
+
+
+def _rows(
+    config: EvaluateConfig, cases: list[dict[str, Any]], paths: Mapping[str, dict[str, Any]], known_by: list[Any]
+) -> Iterator[Row]:
+    for index, case in enumerate(cases):
+        other = cases[(index + 1) % len(cases)]
+        for name, path in paths.items():
+            seen = [case["content"], *([other["content"]] if OTHER in config.compared else [])]
+            made = fingerprint(known_by, path, seen)
+            key = f"{case['name']}-{name}"
+            stem = f"clips/{key}.{made}"
+            places = {"artifact": f"{stem}.tar", "refusal_artifact": f"{stem}.json"}
+            yield new_row(key, case=case, other=other, path=path, range=name, **places)
+
+
+def _scenes(config: EvaluateConfig) -> list[dict[str, Any]]:
+    return [
+        {"name": f"scene-{index:05d}", "index": index, "content": str(index), "video": f"scene {index}"}
+        for index in range(config.num_scenes)
+    ]
+
+
+def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
+    """Yield a case for every video that can be read, and put the others into `rejects`."""
+    try:
+        sources = inputs.expand(str(config.videos), exclude=config.output)
+    except ConfigError as error:
+        raise ConfigError("evaluate.videos", error.value, error.allowed) from None
+    sources = [source for source in sources if source.reason != "not_a_video"]
+    if not sources:
+        raise ConfigError("evaluate.videos", config.videos, "no video there")
+    known = set()
+    for source in sources:
+        try:
+            case = _video(config, source)
+            if case["name"] in known:
+                raise BadSample("duplicate", "the same bytes, with the same depth, as another")
+        except BadSample as error:
+            told = {"key": source.name, "name": source.name, "stage": "plan"}
+            views = len(config.ranges) if error.reason != "duplicate" else 0
+            rejects.append({**told, "reason": error.reason, "message": error.message, "views": views})
+            continue
+        known.add(case["name"])
+        yield case
+
+
+def _video(config: EvaluateConfig, source: inputs.Source) -> dict[str, Any]:
+    if source.reason:
+        raise BadSample(source.reason, source.message)
+    if not storage.is_local(source.path):
+        raise ConfigError("evaluate.videos", remote.redacted(source.path), "files of this machine")
+    if source.spans and any(span.start_s or span.end_s is not None for span in source.spans):
+        raise ConfigError("evaluate.videos", source.name, "whole files: cut the spans of a list out first")
+    if not Path(source.path).is_file():
+        raise BadSample("not_a_file", "")
+    try:
+        content = [storage.sha256(source.path)]
+        if config.depth == "sidecar":
+            request = DepthRequest(video_path=source.path, depth_path=config.depth_path)
+            content.append(storage.sha256(sidecar.find(request)))
+    except OSError as error:
+        raise BadSample("unreadable", error.strerror or type(error).__name__) from None
+    return {"name": fingerprint(content), "path": source.path, "video": source.name, "content": content}
+
+
+def _networks(config: EvaluateConfig) -> list[str]:
+    """Return what stands for the weights of depth and feature networks by their content."""
+    from ex4d.models import features
+
+    chosen = [(config.image_features, False), (config.video_features, True)]
+    found = [hub.fingerprint([features.folder_of(given, kind)]) if given else "" for given, kind in chosen]
+    folders = weight_folders(config.depth, config.depth_path) if config.videos is not None else []
+    return [*found, hub.fingerprint(folders) if folders else ""]

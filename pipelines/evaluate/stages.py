@@ -1,0 +1,253 @@
+"""One view of one clip: what each method makes of it, and how good that is. The model stays loaded between rows."""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Callable, Mapping
+from dataclasses import dataclass, replace
+from functools import lru_cache
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ex4d.errors import BadSample
+from pipelines.runtime import isolation
+from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from ex4d.evaluate.views import View
+    from ex4d.generate import GenerateConfig
+    from ex4d.models.adapter import Ex4dModel
+    from ex4d.models.encoders import Base
+    from ex4d.reconstruct import Clip
+    from ex4d.synthetic import SyntheticConfig
+
+ADAPTER, BASE, OTHER, WARP, INPAINT, CODEC = "adapter", "base", "other", "warp", "inpaint", "codec"
+METHODS = {
+    ADAPTER: "trained adapter",
+    BASE: "zero adapter: the base alone",
+    OTHER: "trained, another clip's condition",
+    WARP: "warp only",
+    INPAINT: "OpenCV inpainting",
+    CODEC: "the codec's own reconstruction",
+}
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """What every row is evaluated with.
+
+    Args:
+        output: folder that the results lie in.
+        adapter, base: as `generate.load` takes them; model: what stands for the content of both.
+        sampler: how videos are sampled; seed: of the noise.
+        methods: keys of METHODS.
+        world: of the procedural scenes; None where videos are looked at.
+        reconstruct: what else `reconstruct` takes for videos: depth, size, num_frames, profile, …
+        image_features, video_features: weights of networks; None for none.
+        mask_range, source_video: what the adapter was trained with.
+        device: cuda or cpu.
+    """
+
+    output: str
+    adapter: str
+    base: str | None
+    model: str
+    sampler: GenerateConfig
+    seed: int
+    methods: tuple[str, ...]
+    world: SyntheticConfig | None
+    reconstruct: Mapping[str, Any]
+    image_features: str | None
+    video_features: str | None
+    mask_range: Any
+    device: str
+    source_video: bool = False
+
+
+@lru_cache(maxsize=1)
+def loaded(adapter: str, base: str | None, model: str, device: str, sampler: GenerateConfig) -> tuple[Base, Ex4dModel]:
+    """Return the base and its adapter, kept by this process until others are asked for.
+
+    Args:
+        model: what stands for the content of both, so that a file that was replaced is read again.
+    """
+    import torch
+
+    from ex4d.generate import load
+
+    if device == "cpu":
+        torch.set_num_threads(1)  # sums depend on the number of threads; rows run side by side
+    return load(adapter, base, device, sampler)
+
+
+def _loaded(context: Evaluation) -> tuple[Base, Ex4dModel]:
+    return loaded(context.adapter, context.base, context.model, context.device, context.sampler)
+
+
+def load_model(row: Row, context: Evaluation) -> dict[str, Any]:
+    """Return nothing; the model is loaded: once a process, so that its time is not the first view's."""
+    _loaded(context)
+    return {}
+
+
+class Isolated:
+    """`ex4d.video` in a child process with limits: a video that hangs or crashes its decoder costs its own views."""
+
+    @staticmethod
+    def probe(path: str) -> Any:
+        """Return what `video.probe` does."""
+        return isolation.run("probe", (path,))
+
+    @staticmethod
+    def frame_pts(path: str) -> Any:
+        """Return what `video.frame_pts` does."""
+        return isolation.run("frame_pts", (path,))
+
+    @staticmethod
+    def decode(path: str, pts: np.ndarray, size: tuple[int, int], fit: str) -> Any:
+        """Return what `video.decode` does."""
+        return isolation.run("decode", (path, pts, size, fit))
+
+
+@lru_cache(maxsize=2)
+def _scene(index: int, world: SyntheticConfig, profile: str) -> Clip:
+    from ex4d.evaluate import views
+
+    return views.scene_clip(index, world, profile)
+
+
+@lru_cache(maxsize=2)
+def _video(path: str, content: tuple[str, ...], device: str, choices: tuple[tuple[str, Any], ...]) -> Clip:
+    from ex4d.reconstruct import read
+
+    return read(path, device=device, gate=Isolated, **dict(choices))
+
+
+def view_of(row: Row, which: str, context: Evaluation) -> View:
+    """Return the row's `case`, or the `other` one, seen along its path; its depth is kept for the next path."""
+    from ex4d.evaluate import views
+
+    case, path = row[which], row["path"]
+    if context.world is not None:
+        clip = _scene(case["index"], context.world, context.reconstruct["profile"])
+    else:
+        choices = tuple(sorted(context.reconstruct.items()))
+        clip = _video(case["path"], tuple(case["content"]), context.device, choices)
+    return views.along(clip, views.Path(path["name"], path["angle_deg"], path["options"]))
+
+
+def make_view(row: Row, context: Evaluation) -> dict[str, Any]:
+    """Return `view`: the clip, its warp along the path, and the truth where it is known."""
+    from ex4d.evaluate import views
+
+    view = view_of(row, "case", context)
+    return {"view": view if context.world is None else views.with_truth(view, row["case"]["index"], context.world)}
+
+
+def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
+    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the eroded mask that all of them were given.
+
+    A method is left out where it cannot be: another clip's condition, of a clip that is bad.
+    """
+    from ex4d.evaluate.metrics import inpaint
+    from ex4d.generate import generate, to_frames, to_pixels
+    from ex4d.geometry import masks
+
+    view = row["view"]
+    base, model = _loaded(context)
+    seen = masks.erode(view.visible, context.sampler.erosion_px)
+    given = view.cond_video * seen[..., None]
+    source = view.clip.frames if context.source_video else None
+
+    def sampled(condition: View, source: np.ndarray | None) -> np.ndarray:
+        asked = (condition.cond_video, condition.visible, context.sampler, context.seed, context.mask_range)
+        return generate(base, model, *asked, first_frame=view.cond_video[0], source=source)
+
+    def alone() -> np.ndarray:
+        with model.base_alone():
+            return sampled(view, None)
+
+    def other() -> np.ndarray | None:
+        try:
+            return sampled(view_of(row, "other", context), source)
+        except BadSample:
+            return None
+
+    makers: dict[str, Callable[[], np.ndarray | None]] = {
+        ADAPTER: lambda: sampled(view, source),
+        BASE: alone,
+        OTHER: other,
+        WARP: lambda: given,
+        INPAINT: lambda: inpaint(given, seen),
+        CODEC: lambda: to_frames(base.decode_latents(base.encode_video(to_pixels(view.truth, base.device)))),
+    }
+    made = {method: makers[method]() for method in context.methods}
+    return {"made": {method: frames for method, frames in made.items() if frames is not None}, "seen": seen}
+
+
+def measure(row: Row, context: Evaluation) -> dict[str, Any]:
+    """Return `figures`: {method: {key of evaluate.measures.MEASURES: figure or None}}."""
+    from ex4d.evaluate import measures
+
+    made = {method: measures.measure(row["view"], frames, row["seen"]) for method, frames in row["made"].items()}
+    return {"figures": {method: made.get(method, measures.NOTHING) for method in context.methods}}
+
+
+def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
+    """Return `features`: {"METHOD.image" or "METHOD.video": float32 [N, D]}, with those of "real" beside them.
+
+    Real is the true novel view where it is known, else the source.
+    """
+    from ex4d.models import features
+
+    view = row["view"]
+    found = {}
+    for name, frames in {"real": view.clip.frames if view.truth is None else view.truth, **row["made"]}.items():
+        if context.image_features is not None:
+            found[f"{name}.image"] = features.image_features(frames[1:], context.image_features, context.device)
+        if context.video_features is not None:
+            found[f"{name}.video"] = features.video_features(frames[1:], context.video_features, context.device)
+    return {"features": found}
+
+
+def write_view(row: Row, context: Evaluation) -> dict[str, Any]:
+    """Return nothing; figures, features and videos lie in staging afterwards, written atomically."""
+    from ex4d import video
+    from ex4d.data.tar import sample_tar
+    from ex4d.data.tensors import encode_tensors
+    from ex4d.viewer.page import depth_colours
+
+    view = row["view"]
+    clip = view.clip
+    shown = {"source": clip.frames, "depth": depth_colours(clip.z_depth), "condition": view.cond_video, **row["made"]}
+    if view.truth is not None:
+        shown["truth"] = view.truth
+    members = {f"{name}.mp4": video.encode(frames, clip.fps) for name, frames in shown.items()}
+    facts = {"fps": clip.fps, "visible_share": float(view.visible[1:].mean()), "figures": row["figures"]}
+    members["json"] = json.dumps(facts, sort_keys=True).encode()
+    if row["features"]:
+        members["features.safetensors"] = encode_tensors(row["features"])
+    Ledger(context.output).write_sample(row["artifact"], sample_tar(row["key"], members))
+    return {}
+
+
+STAGES = (
+    Stage("load_model", load_model, reads=(), writes=()),
+    Stage("make_view", make_view, reads=("case", "path"), writes=("view",)),
+    Stage("make_videos", make_videos, reads=("view", "other", "path"), writes=("made", "seen")),
+    Stage("measure", measure, reads=("view", "made", "seen"), writes=("figures",)),
+    Stage("features", measure_features, reads=("view", "made"), writes=("features",)),
+    Stage(
+        "write_view",
+        write_view,
+        reads=("key", "artifact", "view", "made", "figures", "features"),
+        writes=(),
+    ),
+)
+
+
+def stages(num_gpus: float) -> tuple[Stage, ...]:
+    """Return the stages with a share of a GPU each: one process does a row, so that no picture travels."""
+    return tuple(replace(stage, num_gpus=num_gpus) for stage in STAGES)

@@ -1,0 +1,166 @@
+"""Which clips a video gives: a pure function of its record, run on the driver, so that the plan comes before work."""
+
+from __future__ import annotations
+
+import itertools
+from collections.abc import Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ex4d.errors import BadSample, Filtered
+from pipelines.inputs import Span
+from pipelines.preprocess.stages.shots import unpack_pts
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+
+@dataclass(frozen=True)
+class Clip:
+    """A fixed number of frames of one shot.
+
+    Args:
+        key: from content hash and span; names the frames that were taken, whatever else the settings are.
+        frame_index: positions in the source's order of presentation.
+        pts: of those frames, ticks of time_base.
+        time_base: seconds of a tick, (numerator, denominator).
+        fps: frames a second of the clip, mean.
+        box: [y, x, height, width] px of the source that its frames are made of: the shot inside black bars.
+        shot_scores: {name: score} of its shot.
+        caption: what a list says of its span; None: nothing.
+        licence: "" where it is not known.
+    """
+
+    key: str
+    frame_index: list[int]
+    pts: list[int]
+    time_base: tuple[int, int]
+    fps: float
+    box: list[int]
+    shot_scores: dict[str, float]
+    caption: str | None = None
+    licence: str = ""
+
+
+def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans: Sequence[Span] = ()) -> list[Clip]:
+    """Return the clips of a video, in time order, at least one.
+
+    Args:
+        record: `info`, `pts_runs`, `cuts` and `shots` of the probe and shots stages.
+        spans: clips lie within one of these, and within a shot; () is the whole video. Of spans that give the same clip
+            the first has it.
+
+    Raises:
+        BadSample: span_outside (the video ends before any span begins).
+        Filtered: shot_length (score: the longest shot, s), frame_rate (score: the best rate a shot could give, 1/s).
+    """
+    pts = np.array(unpack_pts(record["pts_runs"]), np.int64)
+    time_base = Fraction(*record["info"]["time_base"])
+    edges = [0, *record["cuts"], len(pts)]
+    shots = list(zip(itertools.pairwise(edges), record["shots"], strict=True))
+    seconds = (pts - pts[0]) * float(time_base)
+    parts = [(part, look, span) for span in spans or (Span(),) for part, look in _within(span, shots, seconds)]
+    if not parts:
+        raise BadSample("span_outside", "the video ends before any span of the list begins")
+    whole = [0, 0, *record["info"]["size"]]
+    found: dict[str, Clip] = {}
+    for part, look, span in parts:
+        for index in _of_shot(part, pts, time_base, config):
+            clip = _clip(sha256, index, pts, time_base, look if config.crop_bars else look | {"box": whole}, config)
+            found.setdefault(clip.key, replace(clip, caption=span.caption, licence=span.licence))
+    if not found:
+        raise _why_none([part for part, _, _ in parts], pts, time_base, config)
+    return _spread(sorted(found.values(), key=lambda clip: clip.frame_index), config.clips_per_video)
+
+
+def _within(
+    span: Span, shots: Sequence[tuple[tuple[int, int], Any]], seconds: np.ndarray
+) -> Iterator[tuple[tuple[int, int], Any]]:
+    """Yield the part of each shot, as frames [start, stop), that a span of time covers, with what is known of it.
+
+    Args:
+        seconds: of each frame, from the first one.
+    """
+    half_frame = 0.5 * float(seconds[-1]) / max(1, len(seconds) - 1)  # lists round their times
+    first = int(np.searchsorted(seconds, span.start_s - half_frame))
+    last = len(seconds) if span.end_s is None else int(np.searchsorted(seconds, span.end_s - half_frame))
+    for (start, stop), look in shots:
+        if max(start, first) < min(stop, last):
+            yield (max(start, first), min(stop, last)), look
+
+
+def _of_shot(
+    span: tuple[int, int], pts: np.ndarray, time_base: Fraction, config: PreprocessConfig
+) -> Iterator[np.ndarray]:
+    """Yield the frame indices of each clip of a shot: disjoint, evenly spread, away from the cuts."""
+    start, stop = span
+    ticks = pts[start:stop]
+    if (stop - start) < config.num_frames or float((ticks[-1] - ticks[0]) * time_base) < config.min_shot_s:
+        return
+    grid = _grid(ticks, time_base, config)
+    length = config.num_frames
+    count = min(len(grid) // length, config.clips_per_shot)
+    if count == 0:
+        return
+    free = len(grid) - count * length
+    for number in range(count):
+        first = number * length + free * (number + 1) // (count + 1)
+        index = grid[first : first + length]
+        if (np.diff(index) > 0).all():  # a frame that is shown twice would be a still in the clip
+            yield start + index
+
+
+def _grid(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> np.ndarray:
+    """Return positions in the shot: every stride-th frame, or the frame nearest to each tick of the wanted rate."""
+    if config.fps is None:
+        return np.arange(0, len(ticks), config.stride)
+    seconds = (ticks - ticks[0]) * float(time_base)
+    wanted = np.arange(int(np.floor(seconds[-1] * config.fps + 0.5)) + 1) / config.fps
+    after = np.searchsorted(seconds, wanted).clip(1, len(seconds) - 1) if len(seconds) > 1 else np.zeros(1, np.int64)
+    before = after - 1
+    return np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
+
+
+def _spread(found: list[Clip], limit: int | None) -> list[Clip]:
+    if limit is None or len(found) <= limit:
+        return found
+    return [found[(2 * number + 1) * len(found) // (2 * limit)] for number in range(limit)]
+
+
+def _clip(
+    sha256: str,
+    index: np.ndarray,
+    pts: np.ndarray,
+    time_base: Fraction,
+    look: Mapping[str, Any],
+    config: PreprocessConfig,
+) -> Clip:
+    ticks = [int(value) for value in pts[index]]
+    steps = max(1, len(ticks) - 1)
+    span_s = float((ticks[-1] - ticks[0]) * time_base)
+    fps = config.fps if config.fps is not None else round(steps / span_s, 6) if span_s else 1.0
+    stem = f"{sha256[:16]}-{index[0]:06d}-{index[-1]:06d}"
+    return Clip(
+        key=f"{stem}-{len(index)}",
+        frame_index=[int(value) for value in index],
+        pts=ticks,
+        time_base=(time_base.numerator, time_base.denominator),
+        fps=float(fps),
+        box=list(look["box"]),
+        shot_scores={name: float(look[name]) for name in ("bars", "logo")},
+    )
+
+
+def _why_none(spans: list[tuple[int, int]], pts: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> Filtered:
+    start, stop = max(spans, key=lambda span: pts[span[1] - 1] - pts[span[0]])
+    # The last frame is shown for about as long as the mean of the others.
+    span_s = float((pts[stop - 1] - pts[start]) * time_base) * (stop - start) / max(1, stop - start - 1)
+    rate = (stop - start) / span_s if span_s else 0.0
+    needed_s = config.num_frames / config.fps if config.fps else config.num_frames * config.stride / rate if rate else 0
+    needed_s = max(needed_s, config.min_shot_s)
+    if config.fps is not None and span_s >= needed_s:
+        return Filtered("frame_rate", rate, config.fps)
+    return Filtered("shot_length", span_s, needed_s)

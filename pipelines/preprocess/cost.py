@@ -1,0 +1,322 @@
+"""`ex4d plan`: what a preprocess run will cost, measured on a few of its videos before it starts.
+
+A sample of the corpus, spread over its file sizes, goes through the real stages in this process, each video by itself;
+the means are scaled to the whole corpus and laid out on the cluster that is stated. How far earlier plans of this
+machine were from the runs that followed is said beside the new figures.
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import os
+import statistics
+import tempfile
+import time
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, replace
+from datetime import datetime
+from pathlib import Path
+from typing import Any
+
+from ex4d import config as config_file
+from ex4d import storage
+from ex4d.errors import ConfigError
+from ex4d.synthetic import SyntheticConfig
+from pipelines.inputs import Source
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.settings import PreprocessConfig
+
+FILE = "plan.json"
+# Of a worker's time, on Ray, the share that is spent in stages: benchmarks/results/preprocess.md.
+EFFICIENCY = 0.9
+RAY_START_S = 10.0
+MOST_ASKED = 300  # remote videos whose size is asked for
+
+
+@dataclass(frozen=True)
+class PlanConfig:
+    """What is measured, and for which corpus and cluster.
+
+    Args:
+        sample_videos: how many are measured.
+        num_videos: of the corpus that is planned for; None: as many as `preprocess.input` holds.
+        num_cpus, num_gpus: of the cluster; None: `preprocess.num_workers`, and no GPU.
+        usd_per_cpu_hour, usd_per_gpu_hour: prices; None: no cost is said.
+    """
+
+    sample_videos: int = 8
+    num_videos: int | None = None
+    num_cpus: int | None = None
+    num_gpus: int = 0
+    usd_per_cpu_hour: float | None = None
+    usd_per_gpu_hour: float | None = None
+
+    def __post_init__(self) -> None:
+        for name in ("sample_videos", "num_videos", "num_cpus"):
+            value = getattr(self, name)
+            if value is not None and value < 1:
+                raise ConfigError(f"plan.{name}", value, "at least 1")
+        for name in ("num_gpus", "usd_per_cpu_hour", "usd_per_gpu_hour"):
+            value = getattr(self, name)
+            if value is not None and not 0 <= value < math.inf:
+                raise ConfigError(f"plan.{name}", value, "at least 0")
+
+
+SECTIONS = {**preprocess.SECTIONS, "plan": PlanConfig}
+OPTIONAL = preprocess.OPTIONAL
+
+
+@dataclass(frozen=True)
+class Measured:
+    """One video of the sample: what its stages took, and what came out.
+
+    Args:
+        worker_s: {stage: seconds on the clock}; cpu_s and gpu_s: the same times what the stage reserves, summed.
+        samples, sample_bytes: what it gave; video_s: its length.
+    """
+
+    worker_s: dict[str, float]
+    cpu_s: float
+    gpu_s: float
+    samples: int
+    sample_bytes: int
+    video_s: float
+
+
+@dataclass(frozen=True)
+class Mean:
+    """A mean over the sample's videos, and its standard error."""
+
+    value: float
+    error: float
+
+    def __str__(self) -> str:
+        return f"{self.value:.3g} ± {self.error:.1g}"
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `preprocess.run` on the whole corpus is expected to take. Sums are for the corpus, Means for a video.
+
+    Args:
+        stage_s: {stage: worker seconds a video}.
+        cpu_s, gpu_s: seconds of reserved CPU and GPU a video.
+        wall_h: on the stated cluster; cpu_h, gpu_h, usd: in all.
+        gpu_actors: of the stages that need a GPU, so many keep pace with the CPUs.
+        disk_gb: staging and shards together. samples, shards: how many.
+    """
+
+    num_videos: int
+    sample_videos: int
+    video_h: float
+    stage_s: dict[str, Mean]
+    cpu_s: Mean
+    gpu_s: Mean
+    samples: int
+    disk_gb: float
+    shards: int
+    cpu_h: float
+    gpu_h: float
+    wall_h: float
+    num_cpus: int
+    num_gpus: int
+    gpu_actors: int
+    usd: float | None
+
+    def table(self) -> str:
+        """Return the plan as text."""
+        from rich.console import Console
+        from rich.table import Table
+
+        text = io.StringIO()
+        console = Console(file=text, width=100)
+        table = Table("stage", "seconds a video", "share", title=f"measured on {self.sample_videos} videos")
+        whole = sum(mean.value for mean in self.stage_s.values()) or 1.0
+        for name, mean in self.stage_s.items():
+            table.add_row(name, str(mean), f"{mean.value / whole:.0%}")
+        console.print(table)
+        spread = self.cpu_s.error / self.cpu_s.value if self.cpu_s.value else 0.0
+        lines = [
+            f"corpus: {self.num_videos} videos, {self.video_h:.3g} h; {self.samples} samples expected",
+            f"work: {self.cpu_h:.3g} CPU-h ± {spread:.0%}, {self.gpu_h:.3g} GPU-h",
+            f"wall: {_duration(self.wall_h)} on {self.num_cpus} CPUs and {self.num_gpus} GPUs"
+            + (f", {self.gpu_actors} GPU actors keep pace" if self.gpu_actors else ""),
+            f"disk: {self.disk_gb:.3g} GB, {self.shards} shards",
+        ]
+        if self.usd is not None:
+            lines.append(f"cost: {self.usd:.2f} USD")
+        for line in lines:
+            console.print(line, highlight=False)
+        return text.getvalue().rstrip()
+
+
+def command(config_path: str, overrides: Sequence[str]) -> int:
+    """Do `ex4d plan`; return the exit status."""
+    made, earlier = write(config_file.load(config_path, SECTIONS, overrides, OPTIONAL))
+    print(made.table(), judgement(earlier), sep="\n")
+    return 0
+
+
+def write(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
+    """Return the plan of a configuration and the errors of earlier ones; it is written to OUTPUT/plan.json."""
+    config, choice = sections["preprocess"], sections["plan"]
+    plan, earlier = make(config, choice, sections["synthetic"]), earlier_errors()
+    storage.write_bytes(storage.join(config.output, FILE), json.dumps(asdict(plan), indent=2).encode())
+    remember(config.output, plan)
+    return plan, earlier
+
+
+def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfig | None) -> Plan:
+    """Return the plan, after running a sample of the corpus through the stages in this process."""
+    sources = preprocess.find_sources(config, synthetic)
+    videos = [source for source in sources if source.is_video]
+    if not videos:
+        raise ConfigError("preprocess.input", config.input, "something that may be a video")
+    chosen = spread(videos, choice.sample_videos)
+    measure(config, chosen[0])  # compiles, starts the decoding child, warms the disk: once a worker, not once a video
+    return scale([measure(config, source) for source in chosen], len(videos), config, choice)
+
+
+def spread(videos: Sequence[Source], count: int) -> list[Source]:
+    """Return `count` videos: the middle ones of equal groups by file size, so that the long ones are in it.
+
+    A store may have to be asked for every size: of many remote videos MOST_ASKED, evenly spread by name, stand for all.
+    """
+    asked: Sequence[Source] = sorted(videos, key=lambda source: source.name)
+    if not all(storage.is_local(source.path) for source in asked):
+        asked = _middles(asked, MOST_ASKED)
+    return _middles(sorted(asked, key=lambda source: (_size(source), source.name)), count)
+
+
+def _middles(ordered: Sequence[Source], count: int) -> list[Source]:
+    count = min(count, len(ordered))
+    return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
+
+
+def _size(source: Source) -> int:
+    try:
+        return storage.size(source.path)
+    except OSError:  # missing, or a server that does not tell
+        return 0
+
+
+def measure(config: PreprocessConfig, source: Source) -> Measured:
+    """Return what one video takes, from an empty folder to its staged samples."""
+    with tempfile.TemporaryDirectory(prefix="ex4d-plan-") as folder:
+        alone = replace(config, output=folder, max_bad_fraction=1.0, metrics_port=None)
+        result = preprocess.run(alone, runner_name="inline", sources=[source])
+        samples = [path.stat().st_size for path in (Path(folder) / "staging" / "clips").glob("*.tar")]
+    tallies = result.stages
+    return Measured(
+        worker_s={name: tally.worker_s for name, tally in tallies.items()},
+        cpu_s=sum(tally.worker_s * tally.num_cpus for tally in tallies.values()),
+        gpu_s=sum(tally.worker_s * tally.num_gpus for tally in tallies.values()),
+        samples=len(samples),
+        sample_bytes=sum(samples),
+        video_s=tallies["shots"].video_s,
+    )
+
+
+def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, choice: PlanConfig) -> Plan:
+    """Return the plan for a corpus of which `sample` was measured.
+
+    Stages overlap, so the wall time is that of the scarcer of CPUs and GPUs.
+    """
+    num_videos = choice.num_videos or corpus
+    num_cpus = choice.num_cpus or config.num_workers
+
+    def mean(values: Sequence[float]) -> Mean:
+        deviation = statistics.stdev(values) if len(values) > 1 else 0.0
+        rest = max(0.0, 1 - len(values) / num_videos)  # nothing is left to guess of what was measured
+        return Mean(statistics.fmean(values), deviation * math.sqrt(rest / len(values)))
+
+    cpu_s, gpu_s = mean([one.cpu_s for one in sample]), mean([one.gpu_s for one in sample])
+    if gpu_s.value and not choice.num_gpus:
+        raise ConfigError("plan.num_gpus", choice.num_gpus, "at least 1, since a stage reserves a GPU")
+    cpu_wall_s = num_videos * cpu_s.value / num_cpus
+    gpu_wall_s = num_videos * gpu_s.value / choice.num_gpus if gpu_s.value else 0.0
+    in_bytes = num_videos * statistics.fmean(one.sample_bytes for one in sample)
+    cpu_h, gpu_h = (num_videos * part.value / 3600 for part in (cpu_s, gpu_s))
+    prices = (choice.usd_per_cpu_hour, choice.usd_per_gpu_hour)
+    return Plan(
+        num_videos=num_videos,
+        sample_videos=len(sample),
+        video_h=num_videos * statistics.fmean(one.video_s for one in sample) / 3600,
+        stage_s={name: mean([one.worker_s.get(name, 0.0) for one in sample]) for name in sample[0].worker_s},
+        cpu_s=cpu_s,
+        gpu_s=gpu_s,
+        samples=round(num_videos * statistics.fmean(one.samples for one in sample)),
+        disk_gb=2 * in_bytes / 1e9,
+        shards=math.ceil(in_bytes / (config.shard_size_mb << 20)),
+        cpu_h=cpu_h,
+        gpu_h=gpu_h,
+        wall_h=(RAY_START_S + max(cpu_wall_s, gpu_wall_s) / EFFICIENCY) / 3600,
+        num_cpus=num_cpus,
+        num_gpus=choice.num_gpus,
+        gpu_actors=math.ceil(gpu_s.value / config.depth_num_gpus / (cpu_s.value / num_cpus)) if gpu_s.value else 0,
+        usd=None if prices == (None, None) else cpu_h * (prices[0] or 0) + gpu_h * (prices[1] or 0),
+    )
+
+
+# ---------------------------------------------------------------- how good earlier plans were
+
+
+def remember(output: str, plan: Plan) -> None:
+    """Append a plan to this machine's list of plans."""
+    line = {"time": time.time(), "output": _absolute(output), "cpu_s_per_video": plan.cpu_s.value}
+    history = history_file()
+    history.parent.mkdir(parents=True, exist_ok=True)
+    with open(history, "a") as file:
+        file.write(json.dumps(line) + "\n")
+
+
+def history_file() -> Path:
+    """Return where this machine's plans are remembered: under XDG_STATE_HOME."""
+    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ex4d" / "plans.jsonl"
+
+
+def earlier_errors() -> list[float]:
+    """Return predicted over actual CPU seconds a video, less 1, of every remembered plan whose run has ended."""
+    file = history_file()
+    errors = []
+    for line in file.read_text().splitlines() if file.exists() else ():
+        earlier = json.loads(line)
+        actual = _actual_cpu_s(earlier["output"], earlier["time"])
+        if actual:
+            errors.append(earlier["cpu_s_per_video"] / actual - 1)
+    return errors
+
+
+def judgement(errors: Sequence[float]) -> str:
+    """Return a sentence on how far earlier plans were from their runs."""
+    if not errors:
+        return "no earlier plan of this machine has been run yet"
+    middle, worst = statistics.median(errors), max(errors, key=abs)
+    return f"{len(errors)} earlier plans of this machine were off by {middle:+.0%} (median), {worst:+.0%} (worst)"
+
+
+def _actual_cpu_s(output: str, since: float) -> float | None:
+    """Return CPU seconds a video of the runs in a folder after a time, up to the first that committed; else None."""
+    url = storage.join(output, "run.jsonl")
+    spent = 0.0
+    for text in storage.read_bytes(url).decode().splitlines() if storage.exists(url) else ():
+        line = json.loads(text)
+        if datetime.fromisoformat(line["started"]).timestamp() + line["wall_s"] < since:
+            continue
+        spent += sum(stage["worker_s"] * stage["num_cpus"] for stage in line["stages"].values())
+        if line["committed"]:
+            return spent / line["counts"]["videos_in"] if spent else None
+    return None
+
+
+def _absolute(url: str) -> str:
+    return str(Path(storage.local_path(url)).resolve()) if storage.is_local(url) else url
+
+
+def _duration(hours: float) -> str:
+    seconds = round(hours * 3600)
+    if seconds < 120:
+        return f"{seconds} s"
+    return f"{seconds // 60} min" if hours < 2 else f"{hours:.1f} h" if hours < 48 else f"{hours / 24:.1f} days"

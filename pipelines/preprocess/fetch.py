@@ -1,0 +1,223 @@
+"""Files of a store, on this machine: whoever decodes needs a path, so the bytes come here once and stay while there is
+room. The processes of one machine share the folder; what one of them works with is not taken from it.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import tempfile
+import threading
+import time
+import uuid
+from collections.abc import Mapping
+from contextlib import suppress
+from pathlib import Path
+from typing import IO, TYPE_CHECKING, Any
+
+from ex4d import remote, storage
+from ex4d.config import fingerprint
+from ex4d.data.cache import least_used_first
+from ex4d.errors import BadSample, ConfigError
+from pipelines.inputs import without_query
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+SOURCES = "staging/sources"  # one note for each remote file that was hashed, named by its URL and its store's tag
+OLD_S = 86400  # nothing is written to for a day without an end
+MAX_TRIES = 10  # to hold a file before other processes take its room
+MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
+
+
+def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
+    """Return the path of a row's video on this machine; it stays there until this process asks for another.
+
+    Raises:
+        BadSample: unreadable, truncated_download, source_changed.
+    """
+    if storage.is_local(row["path"]):
+        return row["path"]
+    return str(_cache(config).get(row["path"], row["sha256"], "video"))
+
+
+def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
+    """Return what an estimator shall take as `depth_path`: `config.depth_path`, or the copy of a remote sidecar.
+
+    Raises:
+        BadSample: as `video`; depth_missing where the file has gone since it was hashed.
+    """
+    if not row["depth_file"]:
+        return config.depth_path
+    from ex4d.depth import DepthRequest, sidecar
+
+    try:
+        found = sidecar.find(DepthRequest(video_path=without_query(row["path"]), depth_path=config.depth_path))
+    except OSError as error:
+        raise unreadable(error) from None
+    if storage.is_local(found):
+        return config.depth_path
+    name, _, digest = row["depth_file"].rpartition(":")
+    return str(_cache(config).get(found, digest, name))
+
+
+def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
+    """Return (sha256, bytes) of a remote file, from an earlier run where its store says that it is the same still.
+
+    Else the file is read, and lies in the cache afterwards. Raises OSError.
+    """
+    tag = storage.tag(url)
+    note = storage.join(config.output, SOURCES, f"{fingerprint(url, tag)}.json")
+    if tag and storage.exists(note):
+        known = json.loads(storage.read_bytes(note))
+        return known["sha256"], known["size_bytes"]
+    sha256, size_bytes = _cache(config).add(url, "video")
+    # Of a file that was replaced while it was read, nothing is kept.
+    if tag and storage.tag(url) == tag:
+        storage.write_bytes(note, json.dumps({"sha256": sha256, "size_bytes": size_bytes}).encode())
+    return sha256, size_bytes
+
+
+def unreadable(error: OSError) -> BadSample:
+    """Return the refusal that an error of a file or store means; the same text whenever and wherever it happened."""
+    if isinstance(error, storage.Truncated):
+        return BadSample("truncated_download", "other bytes came than were announced")
+    if isinstance(error, remote.Unavailable):
+        return BadSample("unreadable", "the store does not answer")
+    return BadSample("unreadable", f"{error.strerror}")
+
+
+class FileCache:
+    """A bounded folder of whole files, each under its sha256; the least recently used go first.
+
+    Args:
+        folder: made when it is not there. Only files that this class wrote may lie in it.
+        max_bytes: kept at most, save for what processes work with right now: one file each, and one that comes in.
+    """
+
+    def __init__(self, folder: Path, max_bytes: int):
+        self.folder, self.max_bytes = folder, max_bytes
+        self._make_folder()
+        if folder.stat().st_uid != os.getuid():
+            raise ConfigError("preprocess.cache_dir", str(folder), "belongs to another user")
+        self._held: dict[str, IO[bytes]] = {}
+        for path in folder.glob(".tmp-*"):  # of processes that were killed; others still write theirs
+            with suppress(FileNotFoundError):
+                if time.time() - path.stat().st_mtime > OLD_S:
+                    path.unlink()
+
+    def get(self, url: str, sha256: str, name: str) -> Path:
+        """Return where a file of that content lies now, and hold it there until the next one of this name is asked for.
+
+        Raises:
+            BadSample: unreadable, truncated_download; source_changed: the URL has another content by now.
+        """
+        path = self._path(sha256, name)
+        for _ in range(MAX_TRIES):
+            if self._hold(path, name):
+                return path
+            try:
+                found, _ = self.add(url, name)
+            except OSError as error:
+                raise unreadable(error) from None
+            if found != sha256:
+                raise BadSample("source_changed", "the content is no longer what it was when it was hashed")
+        raise BadSample(
+            "unreadable", "other processes dropped it before it could be used; give preprocess.cache_mb more"
+        )
+
+    def add(self, url: str, name: str) -> tuple[str, int]:
+        """Return (sha256, bytes) of a file after copying it here. Raises OSError."""
+        self._make_folder()  # somebody may have tidied up
+        temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
+        self._make_room(_size_or_none(url) or 0)
+        try:
+            sha256 = storage.sha256(url, copy_to=temporary)
+            size_bytes = temporary.stat().st_size
+            path = self._path(sha256, name)
+            _move(temporary, path)
+        finally:
+            temporary.unlink(missing_ok=True)
+        return sha256, size_bytes
+
+    def _make_folder(self) -> None:
+        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+
+    def _path(self, sha256: str, name: str) -> Path:
+        if len(os.fsencode(name)) > MAX_NAME_BYTES:
+            name = f"long{os.path.splitext(name)[1]}"
+        return self.folder / sha256 / name
+
+    def _hold(self, path: Path, kind: str) -> bool:
+        """Return True where the file is there, and now locked against `_make_room` of any process."""
+        kind = "video" if kind == "video" else "depth"
+        try:
+            file = open(path, "rb")  # noqa: SIM115 (it stays open: that is the lock)
+        except FileNotFoundError:
+            return False
+        fcntl.flock(file, fcntl.LOCK_SH)
+        if os.fstat(file.fileno()).st_nlink == 0:  # it went between the two lines above
+            file.close()
+            return False
+        os.utime(path)
+        previous, self._held[kind] = self._held.get(kind), file
+        if previous is not None:
+            previous.close()
+        return True
+
+    def _make_room(self, wanted_bytes: int) -> None:
+        files = least_used_first(self.folder.glob("*/*"))
+        total = sum(size for size, _ in files)
+        for size, path in files:
+            if total + wanted_bytes <= self.max_bytes:
+                return
+            if _drop(path):
+                total -= size
+
+
+def _drop(path: Path) -> bool:
+    """Return True where the file has gone; one that somebody holds stays."""
+    try:
+        with open(path, "rb") as file:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            path.unlink(missing_ok=True)
+    except FileNotFoundError:
+        return True
+    except BlockingIOError:
+        return False
+    with suppress(OSError):  # it holds another file, or holds one by now
+        path.parent.rmdir()
+    return True
+
+
+def _move(source: Path, target: Path) -> None:
+    while True:
+        target.parent.mkdir(parents=True, exist_ok=True)
+        try:
+            os.replace(source, target)
+            return
+        except FileNotFoundError:  # another process found the new folder empty and took it away
+            if not source.exists():
+                raise
+
+
+def _size_or_none(url: str) -> int | None:
+    try:
+        return storage.size(url)
+    except OSError:  # a server that does not tell; what cannot be read fails where it is read
+        return None
+
+
+_CACHES: dict[tuple[int, str, int], FileCache] = {}
+_LOCK = threading.Lock()
+
+
+def _cache(config: PreprocessConfig) -> FileCache:
+    """Return this process's view of the cache."""
+    folder = config.cache_dir or os.path.join(tempfile.gettempdir(), f"ex4d-cache-{os.getuid()}")
+    key = (os.getpid(), folder, config.cache_mb)
+    with _LOCK:
+        if key not in _CACHES:
+            _CACHES[key] = FileCache(Path(folder).expanduser(), config.cache_mb << 20)
+        return _CACHES[key]

@@ -1,0 +1,312 @@
+"""One run of `ex4d preprocess`: what the ledger lacks is worked on, everything is counted, the rest is packed."""
+
+from __future__ import annotations
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import asdict, dataclass, field
+from typing import TYPE_CHECKING, Any
+
+from ex4d.config import fingerprint
+from ex4d.data import shards
+from ex4d.errors import BadSample, Ex4dError, Filtered
+from ex4d.quality import SCORES
+from pipelines import inputs
+from pipelines.preprocess import clips, duplicates, pairs, settings
+from pipelines.preprocess.filters import FilterConfig, decide
+from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.preprocess.stages import pair
+from pipelines.runtime import runner
+from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.result import Result
+from pipelines.runtime.stage import Row, Stage, is_bug, new_row, refuse, refused
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.recipe import Stages
+
+
+class TooManyBugs(Ex4dError):
+    """More rows than `max_bugs` ended in an error that nobody raised on purpose."""
+
+
+@dataclass
+class Job:
+    """One run. Filled in order: videos (with their records), clips, then what became of each."""
+
+    config: PreprocessConfig
+    execute: runner.Runner
+    stages: Stages
+    progress: Progress
+    retry: frozenset[str]
+    counts: Counter[str] = field(default_factory=Counter)
+    rejects: list[dict[str, str]] = field(default_factory=list)
+    staged: list[shards.Staged] = field(default_factory=list)
+    scored: list[Row] = field(default_factory=list)
+    problems: list[str] = field(default_factory=list)
+    bugs: list[dict[str, Any]] = field(default_factory=list)
+    worked: dict[str, int] = field(default_factory=dict)
+    used: set[str] = field(default_factory=set)
+    retried: dict[str, tuple[str, str]] = field(default_factory=dict)
+    committed: bool = False
+
+    def __post_init__(self) -> None:
+        self.ledger = Ledger(self.config.output)
+        self.done = self.ledger.names()
+
+    def work(self, sources: Sequence[inputs.Source]) -> None:
+        """Bring staging up to date: afterwards every clip has a sample or a refusal."""
+        self.counts["videos_in"] = len(sources)
+        planned = self._plan(self._records(self._unique(sources)))
+        if self.config.score_only:
+            self._score(planned)
+        else:
+            self._clips(planned)
+
+    def _unique(self, sources: Sequence[inputs.Source]) -> list[Row]:
+        """Return a row for each content, under the first of its names."""
+        rows = [
+            new_row(source.name, name=source.name, path=source.path, spans=[asdict(span) for span in source.spans])
+            for source in sources
+            if source.is_video
+        ]
+        for source in sources:
+            if not source.is_video:
+                row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
+                self._reject("video", row)
+        keep = ("name", "path", "spans", "sha256", "size_bytes", "depth_file", "caption", "pair")
+        first: dict[str, Row] = {}
+        for row in sorted(self._run("hash", self.stages.hash, rows, keep), key=lambda row: row["name"]):
+            if row["refusal"] is not None:
+                self._reject("video", row)
+                continue
+            content = pairs.content(row["sha256"], row["pair"])
+            if content in first:
+                message = f"same content as {first[content]['name']}"
+                self._reject("video", refused(row, "filtered", "hash", "duplicate", message))
+            else:
+                first[content] = row | {"content": content, "seconds": {}, **pairs.other_of(row)}  # seconds are counted
+        return list(first.values())
+
+    def _records(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows with the `record` of each video, from the ledger or worked out now."""
+        finished, refusal = settings.video_fingerprints(self.config)
+        for row in rows:
+            row["artifact"] = f"videos/{row['content']}.{finished}.json"
+            row["refusal_artifact"] = f"videos/{row['content']}.{refusal}.json"
+        missing = self._missing(rows)
+        fresh = {row["key"]: row for row in self._run("split", self.stages.split, missing, ("record",))}
+        for row in rows:
+            made = fresh.get(row["key"])
+            if made is None:
+                row["record"] = self.ledger.read(self._finished(row))
+            else:  # without a record where writing it failed
+                row["record"] = made["record"] or {"refusal": made["refusal"]}
+            self._note(row["key"], row["record"]["refusal"])
+        return list(rows)
+
+    def _plan(self, rows: Sequence[Row]) -> list[Row]:
+        """Return a row for each clip; videos without any are rejected."""
+        planned: list[Row] = []
+        self._group(rows)
+        for row in rows:
+            record = row["record"]
+            if record["refusal"] is not None:
+                self._reject("video", row | {"refusal": record["refusal"]})
+                continue
+            if row["stand_in"]:
+                message = f"nearly the same as {row['stand_in']}"
+                self._reject("video", refused(row, "filtered", "shots", "near_duplicate", message))
+                continue
+            try:
+                spans = [inputs.Span(**span) for span in row["spans"]]
+                found = clips.plan(row["content"], record, self.config, spans)
+            except (BadSample, Filtered) as error:
+                self._reject("video", refuse(row, "clips", error))
+                continue
+            self.counts["videos_split"] += 1
+            planned += [self._clip_row(row, clip) for clip in found]
+        self.counts["clips_planned"] = len(planned)
+        return planned
+
+    def _group(self, rows: Sequence[Row]) -> None:
+        """Set each row's `source_group`, and `stand_in`: the name of the video that is taken in its place, or ""."""
+        groups, best = duplicates.of_videos(rows, self.config.near_duplicates)
+        names = {row["sha256"]: row["name"] for row in reversed(rows)}  # of equal clips the first
+        for row in rows:
+            row["source_group"] = groups.get(row["sha256"], row["sha256"])
+            taken = best.get(row["sha256"], row["sha256"])
+            row["stand_in"] = "" if taken == row["sha256"] else names[taken]
+
+    def _clip_row(self, video: Row, clip: clips.Clip) -> Row:
+        facts = {name: video[name] for name in ("name", "sha256", "source_group", "depth_file")} | vars(clip)
+        facts["caption_source"] = "list" if clip.caption else "sidecar" if video["caption"] else "none"
+        if clip.caption is None:
+            facts["caption"] = video["caption"]
+        other: dict[str, Any] = {}
+        if video["pair"] is not None:
+            facts["pair"] = video["pair"]
+            other = pairs.other_of(video) | pair.columns(video["record"], clip, self.config.crop_bars)
+        made, refusal = settings.clip_fingerprints(self.config, facts)
+        return new_row(
+            **facts,
+            **other,
+            path=video["path"],
+            size=video["record"]["info"]["size"],
+            seed=int(fingerprint(self.config.seed, clip.key)[:8], 16),
+            versions=settings.versions(),
+            fingerprint=made,
+            artifact=f"clips/{clip.key}.{made}.tar",
+            refusal_artifact=f"clips/{clip.key}.{refusal}.json",
+            score_artifact=f"scores/{clip.key}.{settings.score_fingerprint(self.config, facts)}.json",
+            known_scores=None,
+        )
+
+    def _score(self, rows: Sequence[Row]) -> None:
+        """Fill `scored` and `rejects`, from the ledger or by measuring now."""
+        rows = [row | {"artifact": row["score_artifact"]} for row in rows]
+        fresh = {row["key"]: row for row in self._run("score", self.stages.score, self._missing(rows), ("scores",))}
+        for row in rows:
+            if row["key"] in fresh:
+                refusal, scores = fresh[row["key"]]["refusal"], fresh[row["key"]]["scores"]
+            else:
+                known = self.ledger.read(self._finished(row))
+                refusal, scores = (known, known.get("scores")) if "reason" in known else (None, known)
+            self._note(row["key"], refusal)
+            if scores is None:
+                self._reject("clip", row | {"refusal": refusal})
+            else:
+                self.scored.append({**row, "scores": scores})
+
+    def _clips(self, rows: Sequence[Row]) -> None:
+        """Fill `staged` and `rejects`, from the ledger or by working now."""
+        missing = self._missing(rows)
+        for row in rows:
+            self.used.add(row["score_artifact"])
+        for row in missing:
+            if row["score_artifact"] in self.done:
+                row["known_scores"] = self.ledger.read(row["score_artifact"])
+        passing = [row for row in missing if self._judged(row, row["known_scores"] or {}) is None]
+        fresh = {row["key"]: row for row in self._run("clip", self.stages.clip, passing, ())}
+        for row in rows:
+            refusal = fresh[row["key"]]["refusal"] if row["key"] in fresh else self._known_refusal(row)
+            self._note(row["key"], refusal)
+            if refusal is None:
+                split = shards.split_of(row["source_group"], self.config.val_fraction)
+                self.staged.append(shards.Staged(row["key"], split, self.ledger.url(row["artifact"])))
+            else:
+                self._reject("clip", row | {"refusal": refusal})
+
+    def _missing(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows that the ledger lacks, after taking those refusals from it that are to be retried."""
+        for row in rows:
+            self.used |= {row["artifact"], row["refusal_artifact"]}
+            name = self._finished(row) if self.retry else ""
+            if name == row["refusal_artifact"]:
+                reason = self.ledger.refusal(name)["reason"]
+                if reason in self.retry:
+                    self.ledger.remove(name)
+                    self.done.remove(name)
+                    self.retried[row["key"]] = (reason, "")
+        return [row for row in rows if not self._finished(row)]
+
+    def _note(self, key: str, refusal: dict[str, Any] | None) -> None:
+        if key in self.retried:
+            self.retried[key] = (self.retried[key][0], "done" if refusal is None else refusal["reason"])
+
+    def _finished(self, row: Row) -> str:
+        """Return the name of what the ledger has of a row, "" for nothing."""
+        return next((row[name] for name in ("artifact", "refusal_artifact") if row[name] in self.done), "")
+
+    def _known_refusal(self, row: Row) -> dict[str, Any] | None:
+        """Return how a clip of the ledger was refused; a sample made under other thresholds is judged by today's."""
+        name = self._finished(row)
+        if name == row["refusal_artifact"]:
+            return self.ledger.read(name)
+        if self.config.filters == FilterConfig():
+            return None
+        return self._judged(row, self.ledger.read_scores(name, row["key"]) if name else row["known_scores"])
+
+    def _judged(self, row: Row, scores: dict[str, float]) -> dict[str, Any] | None:
+        """Return how today's thresholds refuse a clip with these scores."""
+        try:
+            decide(scores, self.config.filters)
+        except Filtered as error:
+            return refuse(row, SCORES[error.reason].stage, error)["refusal"]
+        return None
+
+    def _run(self, name: str, stages: Sequence[Stage], rows: Sequence[Row], keep: tuple[str, ...]) -> list[Row]:
+        finished: list[Row] = []
+        self.worked[name] = len(rows)
+        video_s = {row["key"]: _video_s(row) for row in rows}
+        with self.progress.watch(name, stages, len(rows)) as count:
+            for row in self.execute(stages, rows, self.config, keep):
+                finished.append(row)
+                count(row, video_s[row["key"]] or _video_s(row))
+                if is_bug(row):
+                    self.bugs.append({"key": row["key"], **row["refusal"]})
+                    if len(self.bugs) > self.config.max_bugs:
+                        raise TooManyBugs(f"stopped: {len(self.bugs)} bugs, more than max_bugs {self.config.max_bugs}")
+        return finished
+
+    def _reject(self, unit: str, row: Row) -> None:
+        refusal = {name: row["refusal"][name] for name in ("fate", "stage", "reason", "message")}
+        # Where the input lies on this machine must not change the bytes.
+        folder = row.get("path", "").removesuffix(row.get("name", ""))
+        message = refusal["message"].replace(folder, "") if folder else refusal["message"]
+        if unit == "clip":
+            message = f"{row['name']}: {message}"
+        message = message.encode("utf-8", "backslashreplace").decode()
+        self.rejects.append({**refusal, "key": row["key"], "unit": unit, "message": message})
+        self.counts["videos_rejected" if unit == "video" else f"clips_{refusal['fate']}"] += 1
+
+    def judge(self) -> None:
+        """Commit the dataset, unless too much was bad."""
+        self.counts["samples"] = len(self.staged)
+        bad_videos = sum(row["unit"] == "video" and row["fate"] == "bad" for row in self.rejects)
+        shares = {
+            "videos": (bad_videos, self.counts["videos_in"]),
+            "clips": (self.counts["clips_bad"], self.counts["clips_planned"]),
+        }
+        limit = self.config.max_bad_fraction
+        for unit, (bad, total) in shares.items():
+            if bad > limit * total:
+                self.problems.append(
+                    f"{bad} of {total} {unit} are bad, more than preprocess.max_bad_fraction={limit:g}"
+                )
+        if not self.staged and not self.scored:
+            self.problems.append("none of the clips is left: nothing was written; the table says what became of them")
+        if self.problems or self.config.score_only:
+            return
+        facts = settings.facts(self.config, self.counts)
+        shards.pack(self.staged, self.config.output, facts, self.rejects, self.config.shard_size_mb << 20)
+        self.committed = True
+        self.ledger.sweep()
+        if self.config.keep_staging == "current":
+            self.ledger.prune(self.used)
+        if self.bugs:
+            self.problems.append(f"{len(self.bugs)} rows ended in bugs; their tracebacks are in run.jsonl")
+
+    def finish(self) -> Result:
+        """Return the Result, its counts complete."""
+        names = ("videos_in", "videos_split", "videos_rejected", "clips_planned", "samples")
+        counts = {name: self.counts[name] for name in (*names, "clips_filtered", "clips_bad")}
+        return Result(
+            self.config.output,
+            counts,
+            self.rejects,
+            self.problems,
+            self.committed,
+            self.progress.tallies,
+            self.worked,
+            self.retried,
+            len(self.scored) if self.config.score_only else None,
+        )
+
+
+def _video_s(row: Row) -> float:
+    """Return how much video a row is about: a clip's length, or that of a video whose record is known; else 0."""
+    if "frame_index" in row:
+        return len(row["frame_index"]) / row["fps"]
+    info = (row.get("record") or {}).get("info")
+    return info["duration_s"] if info else 0.0

@@ -1,0 +1,151 @@
+"""What a run leaves to look at, in the dataset folder's `report/`, outside its tree hash."""
+
+from __future__ import annotations
+
+import hashlib
+import io
+import json
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+from ex4d import storage
+from ex4d.errors import Filtered
+from ex4d.quality import SCORES
+from pipelines.preprocess.filters import FilterConfig, decide
+from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.runtime.result import Result
+from pipelines.runtime.stage import Row
+
+FOLDER = "report"
+PREVIEWS = 12
+THUMBNAIL_PX = 192
+EXAMPLES = 20_000  # values of a score that a histogram is made of; more change no bar by a pixel
+
+
+def write(config: PreprocessConfig, scored: Sequence[Row], result: Result) -> str:
+    """Return where the page of a run is, after writing it."""
+    return write_scores(config, scored, result) if config.score_only else write_report(config, result)
+
+
+def write_scores(config: PreprocessConfig, scored: Sequence[Row], result: Result) -> str:
+    """Return where the page of scores is, after writing it, scores.parquet and scores.json beside it.
+
+    Args:
+        scored: rows of clips with `scores`.
+    """
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    from ex4d.viewer import report_page
+
+    names = [name for name in SCORES if scored and name in scored[0]["scores"]]
+    table = [
+        {
+            "key": row["key"],
+            "source_path": row["name"].encode("utf-8", "backslashreplace").decode(),
+            "start_frame": row["frame_index"][0],
+            "end_frame": row["frame_index"][-1],
+            "refused_by": _refused_by(row["scores"], config.filters),
+            **{name: row["scores"][name] for name in names},
+        }
+        for row in sorted(scored, key=lambda row: row["key"])
+    ]
+    buffer = io.BytesIO()
+    pq.write_table(pa.Table.from_pylist(table), buffer, compression="zstd")
+    _write(config, "scores.parquet", buffer.getvalue())
+    _write(config, "scores.json", (json.dumps(table, indent=1) + "\n").encode())
+    kept = sum(not row["refused_by"] for row in table)
+    values = {name: [row[name] for row in table] for name in names}
+    page = report_page.score_page(
+        _name(config), result.counts, values, _thresholds(config.filters), kept, result.rejects
+    )
+    return _write(config, "scores.html", page)
+
+
+def write_report(config: PreprocessConfig, result: Result) -> str:
+    """Return where the page of the dataset is, after writing it. Without a commit it shows what was refused alone."""
+    from ex4d.data import manifest
+    from ex4d.viewer import report_page
+
+    scores: dict[str, list[float]] = {}
+    previews: list[report_page.Preview] = []
+    if result.committed:
+        table = manifest.read_manifest(config.output)
+        step = max(1, len(table) // EXAMPLES)
+        for name in SCORES:
+            if f"score_{name}" in table.column_names:
+                scores[name] = table[f"score_{name}"].to_pylist()[::step]
+        columns = table.select(["key", "shard", "offset", "length"]).to_pylist()
+        chosen = sorted(columns, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[:PREVIEWS]
+        previews = [_preview(config, row) for row in chosen]
+    page = report_page.dataset_page(
+        _name(config),
+        result.counts,
+        result.rejects,
+        scores,
+        _thresholds(config.filters),
+        previews,
+        _facts(config),
+        result.problems,
+    )
+    return _write(config, "index.html", page)
+
+
+def _preview(config: PreprocessConfig, row: Mapping[str, Any]) -> Any:
+    import numpy as np
+
+    from ex4d.data import sample
+    from ex4d.data.tar import read_sample
+    from ex4d.geometry import masks
+    from ex4d.quality.pictures import shrink
+    from ex4d.viewer.report_page import Preview, masked_picture
+
+    url = storage.join(config.output, row["shard"])
+    one = sample.decode(read_sample(storage.read_bytes(url, row["offset"], row["length"]), row["key"]))
+    frames = one.frames
+    masked = np.stack([masked_picture(frames[-1], visible[-1]) for visible in one.visible])
+    facts = one.provenance
+    kinds = [masks.KINDS[int(kind)] for kind in one.kind]
+    labels = [f"{kind}, {share:.0%} hole" for kind, share in zip(kinds, one.hole_share[:, -1], strict=True)]
+    return Preview(
+        f"{one.key} · {facts['source_path']} · {facts['start_s']:.2f} to {facts['end_s']:.2f} s",
+        (one.caption,),
+        shrink(frames[[0, len(frames) // 2, -1]], THUMBNAIL_PX),
+        shrink(masked, THUMBNAIL_PX),
+        labels,
+    )
+
+
+def _refused_by(scores: Mapping[str, float], filters: FilterConfig) -> str:
+    try:
+        decide(scores, filters)
+    except Filtered as error:
+        return error.reason
+    return ""
+
+
+def _thresholds(filters: FilterConfig) -> dict[str, dict[str, float]]:
+    """Return {score: {"min" or "max": threshold}} of the filters that are on."""
+    found: dict[str, dict[str, float]] = {}
+    for key, value in vars(filters).items():
+        side, _, name = key.partition("_")
+        if value is not None:
+            found.setdefault(name, {})[side] = value
+    return found
+
+
+def _facts(config: PreprocessConfig) -> dict[str, str]:
+    from pipelines.preprocess.settings import dataset_settings, versions
+
+    shown = {name: json.dumps(value) for name, value in dataset_settings(config).items()}
+    return shown | {f"version of {name}": version for name, version in versions().items()}
+
+
+def _name(config: PreprocessConfig) -> str:
+    return config.output.rstrip("/").rpartition("/")[2]
+
+
+def _write(config: PreprocessConfig, name: str, data: bytes) -> str:
+    url = storage.join(config.output, FOLDER, name)
+    storage.write_bytes(url, data)
+    return url

@@ -1,0 +1,92 @@
+"""The stages of a preprocess run, top to bottom. A stage reads and writes columns of a row; see each stage's file."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+from pipelines.preprocess import settings
+from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.preprocess.stages import (
+    caption,
+    commit,
+    condition,
+    decode,
+    depth,
+    identify,
+    masks,
+    pair,
+    probe,
+    qc,
+    score,
+    shots,
+)
+from pipelines.runtime.stage import Stage
+
+
+@dataclass(frozen=True)
+class Stages:
+    """The whole pipeline, top to bottom: three passes over rows."""
+
+    hash: tuple[Stage, ...] = (identify.STAGE,)
+    # on the driver: two files of one content are one video
+    split: tuple[Stage, ...] = (probe.STAGE, shots.STAGE, commit.RECORD_VIDEO)
+    # on the driver: clips.plan
+    clip: tuple[Stage, ...] = (
+        decode.STAGE,
+        score.MEASURE,
+        score.STAGE,
+        depth.STAGE,
+        caption.STAGE,
+        qc.DEPTH,
+        masks.STAGE,
+        condition.STAGE,
+        qc.MASKS,
+        commit.STAGE_SAMPLE,
+        commit.RECORD_REFUSAL,
+    )
+    # with the member `source`, in place of `split` and `clip`: depth is the other camera's, the mask is its warp's
+    split_pair: tuple[Stage, ...] = (
+        probe.STAGE,
+        shots.STAGE,
+        pair.NEED,
+        probe.STAGE.over(pair.OTHER, "other_probe"),
+        shots.STAGE.over(pair.OTHER, "other_shots"),
+        pair.CHECK,
+        commit.RECORD_PAIR,
+    )
+    clip_pair: tuple[Stage, ...] = (
+        decode.STAGE,
+        score.MEASURE,
+        score.STAGE,
+        pair.CAMERAS,
+        decode.STAGE.over(pair.OTHER, "other_decode"),
+        depth.STAGE.over(pair.OTHER),
+        caption.STAGE,
+        qc.DEPTH.over(pair.OTHER),
+        pair.WARP,
+        qc.PAIR,
+        commit.STAGE_PAIR,
+        commit.RECORD_REFUSAL,
+    )
+    # on the driver: shards.pack
+    # with `score_only`, in place of `clip`
+    score: tuple[Stage, ...] = (decode.STAGE, score.MEASURE, commit.RECORD_SCORES, commit.RECORD_REFUSAL)
+
+
+def stages_of(config: PreprocessConfig) -> Stages:
+    """Return the stages with the resources that the configuration gives them.
+
+    From the first stage on a GPU on, a clip stays in one actor: its frames travel once and never back. Several actors
+    share a GPU (`depth_num_gpus` 0.25: four), so that it works for one while others draw masks.
+    """
+    plain = Stages()
+    split, clip = (plain.split_pair, plain.clip_pair) if "source" in config.members else (plain.split, plain.clip)
+    on_gpu = next(position for position, stage in enumerate(clip) if "depth_facts" in stage.writes)
+    share = max(config.depth_num_gpus, config.captioner.num_gpus if config.captioner else 0.0)
+    gpus = [share if position >= on_gpu else 0.0 for position in range(len(clip))]
+    clip_mb = settings.clip_memory_mb(config)
+    return Stages(
+        split=tuple(replace(stage, memory_mb=settings.WORKER_MB) for stage in split),
+        clip=tuple(replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(clip, gpus, strict=True)),
+        score=tuple(replace(stage, memory_mb=clip_mb) for stage in plain.score),
+    )

@@ -1,0 +1,103 @@
+"""`ex4d preprocess`: videos to training shards. Plan → work on each clip → pack; the ledger is the staging folder.
+
+Three passes, each over what the ledger lacks: hash every file; find the shots of every new content; make a sample of
+every planned clip. A pass runs on Ray or in this process; the bytes are the same.
+"""
+
+from __future__ import annotations
+
+import time
+from collections.abc import Sequence
+from dataclasses import replace
+
+from ex4d import config as config_file
+from ex4d import storage
+from ex4d.errors import ConfigError
+from ex4d.synthetic import SyntheticConfig, write_corpus
+from pipelines import inputs
+from pipelines.preprocess import pages, pairs, settings
+from pipelines.preprocess.job import Job, TooManyBugs
+from pipelines.preprocess.recipe import Stages, stages_of
+from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.runtime import runner
+from pipelines.runtime.ledger import Attempts, exclusive
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.result import Result, log_run
+from pipelines.runtime.runner import RayConfig
+
+__all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
+
+SECTIONS = {"preprocess": PreprocessConfig, "ray": RayConfig, "synthetic": SyntheticConfig}
+OPTIONAL = ("synthetic",)  # who does not ask for a corpus gets none
+
+
+def command(config_path: str, overrides: Sequence[str]) -> int:
+    """Do `ex4d preprocess`; return the exit status."""
+    chosen = config_file.load(config_path, SECTIONS, overrides, OPTIONAL)
+    result = run(chosen["preprocess"], chosen["ray"], chosen["synthetic"])
+    print(result.table())
+    return result.exit_code
+
+
+def run(
+    config: PreprocessConfig,
+    ray_config: RayConfig | None = None,
+    synthetic_config: SyntheticConfig | None = None,
+    runner_name: str = "ray",
+    stages: Stages | None = None,
+    sources: Sequence[inputs.Source] | None = None,
+    retry: Sequence[str] = (),
+) -> Result:
+    """Return what happened, after bringing the dataset folder `config.output` up to date with the input.
+
+    Run again, it goes on with what is missing. Its `exit_code` is 1, and nothing is committed, where too much was bad.
+
+    Args:
+        synthetic_config: the corpus that stands in where `config.input` is None; written to `OUTPUT/source`.
+        runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
+        stages: instead of the usual ones.
+        sources: instead of all that `config.input` names.
+        retry: reasons; refusals of this input and these choices that have one of them are forgotten and tried again.
+
+    Raises:
+        ConfigError: a choice is invalid; before any work.
+        ContractError: an artifact in the folder is not what it claims to be.
+    """
+    settings.check(config)
+    if sources is None:
+        sources = find_sources(config, synthetic_config)
+    started = time.time()
+    shown = Progress(config.output, config.metrics_port)
+    attempts = Attempts(config.output, config.max_attempts)
+    with (
+        exclusive(config.output),
+        shown.serving(),
+        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
+    ):
+        job = Job(config, execute, stages or stages_of(config), shown, frozenset(retry))
+        job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
+        try:
+            job.work(sources)
+        except TooManyBugs as error:
+            job.problems.append(str(error))
+        else:
+            job.judge()
+        result = job.finish()
+        result = replace(result, report=pages.write(config, job.scored, result))
+        log_run(result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+    return result
+
+
+def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:
+    """Return every input file; where `config.input` is None, of a synthetic corpus that is written first."""
+    if config.input is not None:
+        found = inputs.expand(config.input, config.output, config.list_root)
+        return pairs.without_sources(found) if "source" in config.members else found
+    if synthetic_config is None:
+        raise ConfigError("preprocess.input", None, "a file, folder, glob or list; or a section `synthetic` beside it")
+    if not storage.is_local(config.output):
+        raise ConfigError("preprocess.input", None, "videos must be named where the output is an object store")
+    if "source" in config.members and synthetic_config.second_camera_deg is None:
+        raise ConfigError("synthetic.second_camera_deg", None, "degrees, for a dataset with the member source")
+    paths = write_corpus(storage.local_path(config.output) / "source", synthetic_config)
+    return inputs.expand([str(path) for path in paths])

@@ -1,0 +1,146 @@
+"""The last stages: what was made, or why it was refused, is written to the ledger, whole, before the row goes on."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from fractions import Fraction
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.stage import Row, Stage, is_lasting
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+
+def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `record`: what is known of the video now (its columns, or a refusal), after writing it down."""
+    names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
+    record = {name: row[name] for name in names if name in row}
+    if row["refusal"] is None:
+        Ledger(config.output).write_video(row["artifact"], record)
+    elif is_lasting(row):
+        Ledger(config.output).write_video(row["refusal_artifact"], record)
+    return {"record": record}
+
+
+def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing; the finished sample lies in staging afterwards, written atomically.
+
+    Raises:
+        ContractError: the stages before did not make a sample.
+    """
+    from ex4d.data import sample
+    from ex4d.data.tar import sample_tar
+
+    members = sample.encode(
+        sample.Sample(
+            key=row["key"],
+            frames=row["frames"],
+            fps=row["fps"],
+            visible=row["visible"],
+            kind=row["kind"],
+            hole_share=row["hole_share"],
+            K=row["K"],
+            w2c=[None if path is None else np.asarray(path, np.float64) for path in row["w2c"]],
+            caption=row["caption"],
+            provenance=provenance(row),
+            cond=row["cond"],
+            z_depth=row["z_depth"] if "depth" in config.members else None,
+            source=row.get("other_frames"),
+        )
+    )
+    Ledger(config.output).write_sample(row["artifact"], sample_tar(row["key"], members))
+    return {}
+
+
+def provenance(row: Row) -> dict[str, Any]:
+    """Return what KEY.json says of a sample; see sample.PROVENANCE."""
+    time_base = Fraction(*row["time_base"])
+    return {
+        "source_sha256": row["sha256"],
+        "source_group": row["source_group"],
+        "source_path": row["name"],
+        "licence": row["licence"],
+        "start_pts": row["pts"][0],
+        "end_pts": row["pts"][-1],
+        "time_base": f"{time_base.numerator}/{time_base.denominator}",
+        "start_s": float(row["pts"][0] * time_base),
+        "end_s": float(row["pts"][-1] * time_base),
+        "crop_box": row["box"],
+        "caption": row["caption_facts"],
+        "scores": {**row["scores"], **row["depth_scores"], **row["mask_scores"]},
+        "seeds": {"clip": row["seed"]},
+        "depth": {name: _unicode(value) for name, value in row["depth_facts"].items()},
+        "versions": row["versions"],
+        "config_fingerprint": row["fingerprint"],
+        **({"pair": row["pair_facts"]} if "pair_facts" in row else {}),
+    }
+
+
+def _unicode(value: Any) -> Any:
+    """Return a text, e.g. a file's name with bytes that are no UTF-8, as one that JSON can hold; all else as it is."""
+    if not isinstance(value, str):
+        return value
+    return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
+
+
+def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing; a clip that was refused for good has a record in staging afterwards."""
+    if is_lasting(row):
+        scores = {} if row["scores"] is None else {"scores": row["scores"]}
+        Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"] | scores)
+    return {}
+
+
+def record_scores(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return nothing; the scores of the clip lie in the ledger afterwards."""
+    Ledger(config.output).write_scores(row["artifact"], row["scores"])
+    return {}
+
+
+RECORD_VIDEO = Stage(
+    "record_video",
+    record_video,
+    reads=("refusal", "info", "pts_runs", "cuts", "shots", "hashes", "artifact", "refusal_artifact"),
+    writes=("record",),
+    takes_rejected=True,
+)
+STAGE_SAMPLE = Stage(
+    "stage_sample",
+    stage_sample,
+    reads=(
+        *("key", "frames", "fps", "visible", "kind", "hole_share", "K", "w2c", "caption", "artifact"),
+        *("cond", "z_depth"),
+        *(
+            "sha256",
+            "source_group",
+            "name",
+            "licence",
+            "pts",
+            "time_base",
+            "box",
+            "caption_facts",
+            "scores",
+            "depth_scores",
+            "mask_scores",
+            "seed",
+            "depth_facts",
+            "versions",
+            "fingerprint",
+        ),
+    ),
+    writes=(),
+)
+RECORD_PAIR = replace(RECORD_VIDEO, reads=(*RECORD_VIDEO.reads, "other"))
+STAGE_PAIR = replace(STAGE_SAMPLE, reads=(*STAGE_SAMPLE.reads, "other_frames", "pair_facts"))
+RECORD_REFUSAL = Stage(
+    "record_refusal",
+    record_refusal,
+    reads=("refusal", "refusal_artifact", "scores"),
+    writes=(),
+    takes_rejected=True,
+)
+RECORD_SCORES = Stage("record_scores", record_scores, reads=("artifact", "scores"), writes=())

@@ -1,0 +1,44 @@
+"""What a warp with wrong depth shows through each visibility mask, for datasets that hold `cond.mp4`."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+MASKS = 2**8  # more than a sample has; each has errors of its own
+
+
+def condition(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `cond` uint8 [V·T,H,W,3], T frames for each visibility mask in turn, clean where nothing is shown, or T
+    black ones where V is 0; `visible` and `hole_share` without what the wrong warp tore. None, and both as they were,
+    where the dataset has no such member.
+    """
+    from ex4d.data.members import hole_share
+    from ex4d.geometry import imperfect, masks
+
+    visible, frames = row["visible"], row["frames"]
+    if "cond" not in config.members:
+        return {"cond": None, "visible": visible, "hole_share": row["hole_share"]}
+    visible, made = visible.copy(), []
+    for index in np.flatnonzero(row["kind"] == masks.KINDS.index("visibility")):
+        w2c = np.asarray(row["w2c"][index], np.float64)
+        seed = row["seed"] * MASKS + int(index)
+        colours, seen = imperfect.condition(frames, row["z_depth"], np.asarray(row["K"]), w2c, seed)
+        visible[index] &= seen
+        made.append(np.where(seen[..., None], colours, frames))
+    cond = np.concatenate(made) if made else np.zeros_like(frames)
+    return {"cond": cond, "visible": visible, "hole_share": hole_share(visible)}
+
+
+STAGE = Stage(
+    "condition",
+    condition,
+    reads=("frames", "z_depth", "K", "w2c", "kind", "visible", "hole_share", "seed"),
+    writes=("cond", "visible", "hole_share"),
+)

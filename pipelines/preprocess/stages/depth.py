@@ -1,0 +1,53 @@
+"""The z-depth and intrinsics of a clip, by the estimator that was chosen."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from pipelines.inputs import without_query
+from pipelines.preprocess import fetch
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+
+def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance,
+    and `absolute`: whether the depth has a unit, that of its file or the metre.
+
+    Raises:
+        BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
+    """
+    from ex4d.depth import DepthRequest, estimate, z_depth_of
+    from ex4d.geometry import camera
+    from ex4d.video import Fit
+
+    frames = row["frames"]
+    y, x, height, width = row["box"]
+    request = DepthRequest(
+        video_path=without_query(row["path"]),
+        depth_path=fetch.depth_path(row, config),
+        frame_index=np.asarray(row["frame_index"], np.int64),
+        fit=Fit((row["size"][0], row["size"][1]), config.size, config.fit, (y, x, height, width)),
+        seed=row["seed"],
+        device="cuda" if config.depth_num_gpus else "cpu",  # Ray hides no GPU from work that asks for none
+        batch_size=config.depth_batch_size,
+    )
+    result = estimate(config.depth, frames, request)
+    z_depth = z_depth_of(result, config.profile)
+    K = camera.intrinsics(config.size, config.fov_deg) if result.K is None else np.asarray(result.K, np.float64)
+    known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
+    facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
+    absolute = result.metric or result.kind == "z_depth"
+    return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute}
+
+
+STAGE = Stage(
+    "depth",
+    depth,
+    reads=("frames", "path", "depth_file", "frame_index", "size", "box", "seed"),
+    writes=("z_depth", "K", "depth_facts", "absolute"),
+)

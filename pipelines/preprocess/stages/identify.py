@@ -1,0 +1,94 @@
+"""What a source is, by its content: the hashes that everything later is keyed by, and its caption."""
+
+from __future__ import annotations
+
+import os
+from typing import TYPE_CHECKING, Any
+
+from ex4d import storage
+from ex4d.errors import BadSample
+from pipelines.inputs import without_query
+from pipelines.preprocess import fetch, pairs
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+MAX_CAPTION_BYTES = 64 * 1024
+
+
+def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), and the caption beside it.
+
+    With the member `source`, `pair` is the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first, {}
+    where one is missing, and the depth file is that video's; else None.
+
+    Raises:
+        BadSample: not_a_file, unreadable, empty_file, truncated_download.
+    """
+    path, pair = row["path"], None
+    try:
+        filmed = path
+        if "source" in config.members:
+            pair, filmed = _pair(path, config), pairs.files_of(path).source
+        sha256, size_bytes = _local(path) if storage.is_local(path) else _remote(path, config)
+        return {
+            "sha256": sha256,
+            "size_bytes": size_bytes,
+            "depth_file": _depth_file(filmed, config) if config.depth == "sidecar" else "",
+            "caption": _caption(path),
+            "pair": pair,
+        }
+    except OSError as error:
+        raise fetch.unreadable(error) from error
+
+
+def _local(path: str) -> tuple[str, int]:
+    if not os.path.isfile(path):  # a pipe or device would block whoever opens it
+        raise BadSample("not_a_file", "is missing, or no regular file")
+    size_bytes = os.path.getsize(path)
+    if size_bytes == 0:
+        raise BadSample("empty_file", "has no bytes")
+    return storage.sha256(path), size_bytes
+
+
+def _remote(url: str, config: PreprocessConfig) -> tuple[str, int]:
+    try:
+        sha256, size_bytes = fetch.digest(url, config)
+    except FileNotFoundError:
+        raise BadSample("not_a_file", "is missing, or no regular file") from None
+    if size_bytes == 0:
+        raise BadSample("empty_file", "has no bytes")
+    return sha256, size_bytes
+
+
+def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
+    files = pairs.files_of(path)
+    if not all(storage.is_file(file) for file in files):
+        return {}  # the stage that looks for them refuses the video
+    source, *cameras = files
+    try:
+        sha256, size_bytes = _local(source) if storage.is_local(source) else _remote(source, config)
+    except BadSample as error:
+        raise BadSample(error.reason, f"{source.rpartition('/')[2]} {error.message}") from error
+    return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
+
+
+def _depth_file(path: str, config: PreprocessConfig) -> str:
+    from ex4d.depth import DepthRequest, sidecar
+
+    try:
+        found = sidecar.find(DepthRequest(video_path=without_query(path), depth_path=config.depth_path))
+    except BadSample:
+        return ""  # the depth stage refuses each clip that misses it
+    return f"{found.rpartition('/')[2]}:{storage.sha256(found)}"
+
+
+def _caption(path: str) -> str:
+    file = os.path.splitext(without_query(path))[0] + ".txt"
+    if not storage.is_file(file):
+        return ""
+    return storage.read_bytes(file, 0, MAX_CAPTION_BYTES).decode("utf-8", "replace").strip()
+
+
+STAGE = Stage("identify", identify, reads=("path",), writes=("sha256", "size_bytes", "depth_file", "caption", "pair"))

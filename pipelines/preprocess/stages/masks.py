@@ -1,0 +1,34 @@
+"""The simulated masks of a clip: the DW-Mesh of each frame seen along random trajectories, and tracked points."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+
+def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `visible` bool [S,T,H,W], `kind` uint8 [S], `hole_share` float32 [S,T], `w2c`: S of [T][4][4] or None, and
+    `generation_holes`: the mean hole share of the clip's warps along `masks.generation`, None where that is empty.
+    """
+    from ex4d.geometry import masks as simulated
+
+    drawn = simulated.draw(row["frames"], row["z_depth"], row["K"], config.masks, row["seed"])
+    return {
+        "visible": drawn.visible,
+        "kind": drawn.kind,
+        "hole_share": drawn.hole_share,
+        "w2c": [None if path is None else path.tolist() for path in drawn.w2c],
+        "generation_holes": float(drawn.generation.mean(dtype="float64")) if len(drawn.generation) else None,
+    }
+
+
+STAGE = Stage(
+    "masks",
+    masks,
+    reads=("frames", "z_depth", "K", "seed"),
+    writes=("visible", "kind", "hole_share", "w2c", "generation_holes"),
+)

@@ -1,0 +1,21 @@
+"""What a video is: container, codec, size, clock; refused here where it is none."""
+
+from __future__ import annotations
+
+from dataclasses import asdict
+from typing import TYPE_CHECKING, Any
+
+from pipelines.preprocess import fetch
+from pipelines.preprocess.stages import isolated
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+
+def probe(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return the VideoInfo as a mapping. Raises BadSample with the reasons of `video.probe`."""
+    return {"info": asdict(isolated.call(config, "probe", fetch.video(row, config)))}
+
+
+STAGE = Stage("probe", probe, reads=("path", "sha256"), writes=("info",))

@@ -1,0 +1,36 @@
+"""Is the geometry of a clip fit to learn from: scores of its depth and of its masks, and the thresholds on them."""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from typing import TYPE_CHECKING, Any
+
+from pipelines.preprocess.filters import decide
+from pipelines.runtime.stage import Row, Stage
+
+if TYPE_CHECKING:
+    from pipelines.preprocess.settings import PreprocessConfig
+
+
+def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `depth_scores`: flicker, drift and sky of `quality.geometry`. Raises Filtered, before masks are drawn."""
+    from ex4d.quality import geometry
+
+    scores = geometry.measure(row["frames"], row["z_depth"])
+    decide(scores, config.filters)
+    return {"depth_scores": scores}
+
+
+def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `mask_scores`: `holes`, the mean hole share over masks and frames; the same of the clip's generation, and
+    `warp_error` of two cameras, where they are known. Raises Filtered.
+    """
+    scores = {"holes": float(row["hole_share"].mean(dtype="float64"))}
+    scores |= {name: row[name] for name in ("generation_holes", "warp_error") if row.get(name) is not None}
+    decide(scores, config.filters)
+    return {"mask_scores": scores}
+
+
+DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth"), writes=("depth_scores",))
+MASKS = Stage("mask_quality", check_masks, reads=("hole_share", "generation_holes"), writes=("mask_scores",))
+PAIR = replace(MASKS, reads=(*MASKS.reads, "warp_error"))

@@ -1,0 +1,1 @@
+"""What every job stands on: stages, runners, the ledger, progress, isolation. Knows no job."""

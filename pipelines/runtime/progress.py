@@ -1,0 +1,244 @@
+"""What a long run shows while it runs: bars on a terminal, log lines elsewhere, and the same figures for machines.
+
+Every sink reads one set of tallies, a `Tally` a stage: the bars, `OUTPUT/progress.jsonl` (a line every few seconds),
+Prometheus on 127.0.0.1 where a port is given, and `run.jsonl` at the end.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import ExitStack, contextmanager
+from dataclasses import asdict, dataclass, field
+from typing import Any
+
+from ex4d import storage
+from ex4d.errors import ConfigError
+from pipelines.runtime.stage import Row, Stage
+
+logger = logging.getLogger(__name__)
+
+FILE = "progress.jsonl"
+_LINE_EVERY_S = 10.0
+_LOG_EVERY_S = 30.0
+
+
+@dataclass
+class Tally:
+    """What one stage did in this run.
+
+    Args:
+        num_cpus, num_gpus: what each call reserves.
+        done: rows that it worked on; rejected: those of them that it refused.
+        worker_s: seconds on the clock inside the stage, summed over workers.
+        video_s: seconds of video in those rows.
+    """
+
+    num_cpus: float
+    num_gpus: float
+    done: int = 0
+    rejected: int = 0
+    worker_s: float = 0.0
+    video_s: float = 0.0
+
+    def figures(self) -> dict[str, float | int | None]:
+        """Return the tally with hours of video an hour of reserved CPU and GPU; None where there is nothing to say."""
+        figures: dict[str, float | int | None] = asdict(self)
+        for unit, share in (("cpu", self.num_cpus), ("gpu", self.num_gpus)):
+            hours = self.worker_s * share
+            figures[f"video_h_per_{unit}_h"] = round(self.video_s / hours, 4) if hours and self.video_s else None
+        return figures | {"worker_s": round(self.worker_s, 4), "video_s": round(self.video_s, 4)}
+
+
+@dataclass
+class Pass:
+    """One pass over rows: how many there are, are finished and were refused."""
+
+    name: str
+    total: int
+    done: int = 0
+    rejected: int = 0
+    started: float = field(default_factory=time.monotonic)
+
+    @property
+    def rate(self) -> float:
+        """Finished rows a second."""
+        return self.done / max(1e-6, time.monotonic() - self.started)
+
+    @property
+    def eta_s(self) -> float | None:
+        """Seconds to go at this rate; None before the first row."""
+        return (self.total - self.done) / self.rate if self.done else None
+
+
+class Progress:
+    """The tallies of one run and those who show them.
+
+    Args:
+        output: folder whose progress.jsonl gets a line every 10 s and at the end of a pass; None writes none.
+        metrics_port: Prometheus scrapes http://127.0.0.1:PORT/metrics while the run lasts; None serves nothing.
+    """
+
+    def __init__(self, output: str | None = None, metrics_port: int | None = None):
+        self.output, self.metrics_port = output, metrics_port
+        self.tallies: dict[str, Tally] = {}
+        self.passes: list[Pass] = []
+        self._lines: list[str] = []
+
+    @contextmanager
+    def serving(self) -> Iterator[None]:
+        """Serve Prometheus metrics inside the block. Raises ConfigError where the port is taken."""
+        if self.metrics_port is None:
+            yield
+            return
+        from prometheus_client import CollectorRegistry, start_http_server
+
+        registry = CollectorRegistry()
+        registry.register(Collector(self))
+        try:
+            server, thread = start_http_server(self.metrics_port, "127.0.0.1", registry)
+        except OSError as error:
+            raise ConfigError("metrics_port", self.metrics_port, f"a free port ({error.strerror})") from error
+        try:
+            yield
+        finally:
+            server.shutdown()
+            server.server_close()
+            thread.join()
+
+    @contextmanager
+    def watch(self, name: str, stages: Sequence[Stage], total: int) -> Iterator[Callable[[Row, float], None]]:
+        """Yield what counts one finished row of a pass: (row, seconds of video in it) -> nothing."""
+        current = Pass(name, total)
+        self.passes.append(current)
+        for stage in stages:
+            self.tallies.setdefault(stage.name, Tally(stage.num_cpus, stage.num_gpus))
+        with ExitStack() as closing:
+            on_screen = sys.stderr.isatty() and total > 0
+            draw = closing.enter_context(_bars(current, stages, self.tallies)) if on_screen else _log_of(current)
+            write = _every(_LINE_EVERY_S, self._write_line)
+
+            def step(row: Row, video_s: float = 0.0) -> None:
+                self._count(current, row, video_s)
+                draw()
+                write()
+
+            yield step
+        if total:
+            self._write_line()
+
+    def _count(self, current: Pass, row: Row, video_s: float) -> None:
+        current.done += 1
+        current.rejected += row["refusal"] is not None
+        for name, seconds in row["seconds"].items():
+            tally = self.tallies[name]
+            tally.done += 1
+            tally.worker_s += seconds
+            tally.video_s += video_s
+        if row["refusal"] is not None and row["refusal"]["stage"] in self.tallies:
+            self.tallies[row["refusal"]["stage"]].rejected += 1
+
+    def _write_line(self) -> None:
+        if self.output is None:
+            return
+        current = self.passes[-1]
+        line = {
+            "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
+            "pass": current.name,
+            **{"done": current.done, "total": current.total, "rejected": current.rejected},
+            "rate": round(current.rate, 4),
+            "eta_s": None if current.eta_s is None else round(current.eta_s, 1),
+            "stages": {name: tally.figures() for name, tally in self.tallies.items()},
+        }
+        # Object stores cannot append: the file is one run's, written whole.
+        self._lines.append(json.dumps(line))
+        try:
+            storage.write_bytes(storage.join(self.output, FILE), ("\n".join(self._lines) + "\n").encode())
+        except OSError as error:  # the next line takes this one along
+            logger.warning("%s is not written: %s", FILE, error)
+
+
+class Collector:
+    """The tallies as Prometheus metrics, read at each scrape."""
+
+    def __init__(self, progress: Progress):
+        self._progress = progress
+
+    def collect(self) -> Iterator[Any]:
+        """Yield the metric families."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        rows = CounterMetricFamily("ex4d_stage_rows", "Rows that a stage worked on.", labels=("stage", "outcome"))
+        worker_s = CounterMetricFamily("ex4d_stage_worker_seconds", "Clock inside a stage.", labels=("stage",))
+        video_s = CounterMetricFamily("ex4d_stage_video_seconds", "Video through a stage.", labels=("stage",))
+        for name, tally in list(self._progress.tallies.items()):
+            rows.add_metric((name, "passed"), tally.done - tally.rejected)
+            rows.add_metric((name, "rejected"), tally.rejected)
+            worker_s.add_metric((name,), tally.worker_s)
+            video_s.add_metric((name,), tally.video_s)
+        total = GaugeMetricFamily("ex4d_pass_rows", "Rows of a pass.", labels=("pass", "state"))
+        for current in list(self._progress.passes):
+            for state in ("total", "done", "rejected"):
+                total.add_metric((current.name, state), getattr(current, state))
+        yield from (rows, worker_s, video_s, total)
+
+
+def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
+    last = time.monotonic()
+
+    def sometimes() -> None:
+        nonlocal last
+        if time.monotonic() - last >= seconds:
+            last = time.monotonic()
+            call()
+
+    return sometimes
+
+
+def _log_of(current: Pass) -> Callable[[], None]:
+    def log() -> None:
+        counts = (current.name, current.done, current.total, current.rejected, current.rate)
+        logger.info("%s: %d of %d, %d rejected, %.2f/s", *counts)
+
+    return _every(_LOG_EVERY_S, log)
+
+
+@contextmanager
+def _bars(current: Pass, stages: Sequence[Stage], tallies: dict[str, Tally]) -> Iterator[Callable[[], None]]:
+    """Yield what redraws a bar for the pass and one for each of its stages."""
+    from rich.console import Console
+    from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
+    from rich.progress import Progress as Bars
+
+    columns = (
+        TextColumn("{task.description:<16}"),
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("{task.fields[rejected]} rejected"),
+        TextColumn("{task.fields[rate]}"),
+        TimeRemainingColumn(),
+    )
+    before = {stage.name: asdict(tallies[stage.name]) for stage in stages}
+    with Bars(*columns, console=Console(stderr=True)) as bars:
+        whole = bars.add_task(current.name, total=current.total, rejected=0, rate="")
+        tasks = {
+            stage.name: bars.add_task(f"  {stage.name}", total=current.total, rejected=0, rate="") for stage in stages
+        }
+
+        def draw() -> None:
+            bars.update(whole, completed=current.done, rejected=current.rejected, rate=f"{current.rate:.1f}/s")
+            for name, task in tasks.items():
+                tally = tallies[name]
+                done, worker_s = tally.done - before[name]["done"], tally.worker_s - before[name]["worker_s"]
+                bars.update(
+                    task,
+                    completed=done,
+                    total=current.total - (current.done - done),  # rows that were refused before never come here
+                    rejected=tally.rejected - before[name]["rejected"],
+                    rate=f"{worker_s / done:.3f} s each" if done else "",
+                )
+
+        yield draw

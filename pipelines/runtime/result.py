@@ -1,0 +1,107 @@
+"""What a preprocess run says at the end: counts, reasons, exit status; and its line in run.jsonl."""
+
+from __future__ import annotations
+
+import io
+import json
+import os
+import platform
+import time
+from collections import Counter
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, field
+from datetime import UTC, datetime
+from typing import Any
+
+from ex4d import storage
+from pipelines.runtime.progress import Tally
+
+
+@dataclass(frozen=True)
+class Result:
+    """The end of a run.
+
+    Args:
+        output: the dataset folder.
+        counts: videos_in, videos_split, videos_rejected, clips_planned, samples, clips_filtered, clips_bad.
+        rejects: rows of rejects.parquet.
+        problems: sentences; none means that the run succeeded.
+        committed: True where the dataset folder now holds this run's dataset.
+        stages: {stage: Tally} of the rows that were worked on now.
+        worked: {pass: rows} that were worked on now; the rest lay in the ledger.
+        scored: clips whose scores were measured, where that was all; else None.
+        report: where the page of the run is; "" for none.
+        retried: {key: (its reason before, "done" or its reason now)} of refusals that were tried again.
+    """
+
+    output: str
+    counts: Mapping[str, int]
+    rejects: Sequence[Mapping[str, str]]
+    problems: Sequence[str] = ()
+    committed: bool = True
+    stages: Mapping[str, Tally] = field(default_factory=dict)
+    worked: Mapping[str, int] = field(default_factory=dict)
+    retried: Mapping[str, tuple[str, str]] = field(default_factory=dict)
+    scored: int | None = None
+    report: str = ""
+
+    @property
+    def exit_code(self) -> int:
+        """0 done, 1 failed."""
+        return 1 if self.problems else 0
+
+    def reasons(self) -> list[tuple[str, str, str, str, int]]:
+        """Return (unit, fate, stage, reason, count), most frequent first."""
+        names = ("unit", "fate", "stage", "reason")
+        found = Counter(tuple(row[name] for name in names) for row in self.rejects)
+        return sorted(((*key, count) for key, count in found.items()), key=lambda row: (-row[-1], row))  # type: ignore
+
+    def table(self) -> str:
+        """Return the text that a user sees at the end: the table of reasons, the counts, and what went wrong."""
+        from rich.console import Console
+        from rich.table import Table
+
+        text = io.StringIO()
+        console = Console(file=text, width=100)
+        if self.rejects:
+            table = Table("unit", "fate", "stage", "reason", "count", title="not in the dataset")
+            for *names, count in self.reasons():
+                table.add_row(*names, str(count))
+            console.print(table)
+        counts = self.counts
+        console.print(
+            f"videos: {counts['videos_in']} in, {counts['videos_split']} split, {counts['videos_rejected']} rejected",
+            f"clips: {counts['clips_planned']} planned, "
+            + (f"{counts['samples']} samples" if self.scored is None else f"{self.scored} scored")
+            + f", {counts['clips_filtered']} filtered, {counts['clips_bad']} bad",
+            sep="\n",
+            highlight=False,
+        )
+        for problem in self.problems:
+            console.print(problem, highlight=False, markup=False, soft_wrap=True)
+        state = "dataset" if self.committed else "no dataset was written; finished work is kept in staging of"
+        if self.scored is not None:
+            state = "scores alone were measured, and are kept for the next run, in staging of"
+        console.print(f"{state}: {self.output}", highlight=False, markup=False, soft_wrap=True)
+        if self.report:
+            console.print(f"page: {self.report}", highlight=False, markup=False, soft_wrap=True)
+        return text.getvalue().rstrip()
+
+
+def log_run(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
+    """Append a line to run.jsonl: when, where, how long, what each stage cost, and the traceback of each bug."""
+    line = {
+        "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
+        "wall_s": round(time.time() - started, 3),
+        "machine": {"node": platform.node(), "cpus": os.cpu_count(), "platform": platform.platform()},
+        "settings": dict(settings),
+        "counts": dict(result.counts),
+        "worked": dict(result.worked),
+        "stages": {name: tally.figures() for name, tally in result.stages.items()},
+        "problems": list(result.problems),
+        "committed": result.committed,
+        "bugs": list(bugs),
+    }
+    url = storage.join(result.output, "run.jsonl")
+    before = storage.read_bytes(url) if storage.exists(url) else b""
+    storage.write_bytes(url, before + json.dumps(line).encode() + b"\n")

@@ -1,0 +1,254 @@
+"""`ex4d train`: starts the ranks of a run, or is one of them. The loop itself is ex4d/train/trainer.py.
+
+The same command works everywhere; the environment says which way it goes:
+
+    ex4d train CONFIG.yaml                                    one local process per GPU, or 2 on a CPU
+    torchrun --nproc-per-node 8 -m pipelines.train CONFIG.yaml
+    deepspeed --module pipelines.train CONFIG.yaml            (with a hostfile for several machines)
+    srun ex4d train CONFIG.yaml                               MASTER_ADDR and MASTER_PORT from the batch script
+    ex4d train CONFIG.yaml train.launcher=ray                 Ray Train on this machine, or on ray.address
+
+Exit status: 0 done, 1 failed, 2 the choice was invalid, 75 stopped by SIGTERM with a checkpoint written: the same
+command run again goes on. All ranks must see `train.output` on one file system.
+"""
+
+from __future__ import annotations
+
+import ctypes
+import json
+import logging
+import os
+import signal
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from ex4d import config as configs
+from ex4d import storage
+from ex4d.errors import ConfigError
+from ex4d.models.backbone import ModelConfig
+from ex4d.train import checkpoint
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
+from pipelines.runtime.runner import RayConfig
+
+logger = logging.getLogger(__name__)
+
+GRACE_S = 15.0  # between one rank's end and the killing of the others, which may be telling the same error
+PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher whose child this is
+
+
+SECTIONS = {"train": TrainConfig, "model": ModelConfig, "ray": RayConfig}
+
+
+def command(config_path: str, overrides: Sequence[str]) -> int:
+    """Do `ex4d train`; return the exit status."""
+    chosen = configs.load(config_path, SECTIONS, overrides)
+    return run(chosen["train"], chosen["model"], config_path, overrides, chosen["ray"])
+
+
+def run(
+    train: TrainConfig, model: ModelConfig, config_path: str, overrides: Sequence[str], ray: RayConfig | None = None
+) -> int:
+    """Bring a run to its last step and return the exit status.
+
+    Args:
+        config_path, overrides: where `train` and `model` come from; the local processes read them again.
+
+    Raises:
+        ConfigError: the output folder holds a run with other settings.
+    """
+    place = place_from_environment()
+    if train.dry_run:
+        return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
+    if place is not None:
+        return _be_rank(train, model, place)
+    if _is_finished(train, model):
+        print(f"already finished: {train.num_steps} steps. {_where(train)}")
+        return 0
+    _write_config(train, model)
+    if train.launcher == "ray":
+        from pipelines.train.ray import on_ray
+
+        code = on_ray(train, model, ray or RayConfig())
+    else:
+        code = _local_processes([config_path, *overrides], _num_processes(train), Path(train.output))
+    if code == 0:
+        print(f"done: {train.num_steps} steps. {_where(train)}")
+    elif code == EXIT_PREEMPTED:
+        print(f"stopped, with a checkpoint in {checkpoint.latest(train.output)}; the same command goes on from there")
+    return code
+
+
+def _write_config(train: TrainConfig, model: ModelConfig) -> None:
+    Path(train.output).mkdir(parents=True, exist_ok=True)
+    configs.dump({"train": train, "model": model}, Path(train.output) / "config.yaml")
+
+
+def _where(train: TrainConfig) -> str:
+    return f"adapter: {train.output}/adapter  metrics: {train.output}/metrics.jsonl"
+
+
+def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
+    """Return whether nothing is left to do. Raises ConfigError where the folder holds a run with other settings."""
+    path = checkpoint.latest(train.output)
+    if path is None:
+        return False
+    from ex4d.train.job import run_identity
+
+    state = checkpoint.read_state(path)
+    check_identity(state.identity, run_identity(train, model), train.output)
+    return state.step >= train.num_steps and (Path(train.output) / "adapter" / "adapter.safetensors").exists()
+
+
+def _num_processes(train: TrainConfig) -> int:
+    import torch
+
+    gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
+    if train.num_processes is None:
+        return gpus or 2
+    # Each holds the model: a mistyped number would fill the memory before anything could be said. No two share a GPU.
+    most = gpus or max(8, os.cpu_count() or 1)
+    if train.num_processes > most and not train.dry_run:
+        allowed = f"at most {most} on this machine" + (", one for each GPU, or train.device=cpu" if gpus else "")
+        raise ConfigError("train.num_processes", train.num_processes, allowed)
+    return train.num_processes
+
+
+# ---------------------------------------------------------------- one rank
+
+
+def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
+    if int(os.environ.get(PARENT, 0)):
+        # A launcher that is killed cannot tell its children; Linux does (prctl PR_SET_PDEATHSIG = 1).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != int(os.environ[PARENT]):
+            return 1
+    if _is_finished(train, model):
+        return 0
+    if place.rank == 0:
+        _write_config(train, model)
+    from ex4d.train import report, trainer
+    from ex4d.train.progress import Progress
+
+    try:
+        with Progress(train) as show:
+            return trainer.train(train, model, place, show)
+    except report.NonFinite as error:
+        print(f"ex4d train: {error}", file=sys.stderr)
+        return 1
+
+
+# ---------------------------------------------------------------- many local processes
+
+
+def _local_processes(arguments: list[str], count: int, output: Path) -> int:
+    """Start one process a rank, pass rank 0's output on, and return the exit status of the run.
+
+    The others write to OUTPUT/logs/rank-N.log. A rank that fails takes the others with it; SIGTERM and Ctrl-C become
+    one SIGTERM to each rank, which then write a checkpoint.
+    """
+    logs = output / "logs"
+    logs.mkdir(parents=True, exist_ok=True)
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common[PARENT] = str(os.getpid())
+    common.setdefault("TQDM_DISABLE", "1")  # the bars of model loading, one for each file and rank
+    common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
+    processes: list[subprocess.Popen] = []
+    stopping = False
+
+    def stop(*_: object) -> None:
+        nonlocal stopping
+        stopping = True
+        for process in processes:
+            process.send_signal(signal.SIGTERM)
+
+    before = {number: signal.signal(number, stop) for number in (signal.SIGTERM, signal.SIGINT)}
+    try:
+        for rank in range(count):
+            place = {"RANK": str(rank), "LOCAL_RANK": str(rank)}
+            processes.append(_start(arguments, common | place, logs / f"rank-{rank}.log" if rank else None))
+        codes = _wait(processes)
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+        for process in processes:
+            if process.poll() is None:
+                process.kill()
+            process.wait()
+    if stopping and set(codes) <= {0, EXIT_PREEMPTED, -signal.SIGTERM}:
+        return EXIT_PREEMPTED if any(codes) else 0
+    return _explain(codes, logs)
+
+
+def _start(arguments: list[str], environment: dict[str, str], log: Path | None) -> subprocess.Popen:
+    # A session of its own, so that Ctrl-C reaches the launcher alone and becomes an orderly stop.
+    command = [sys.executable, "-m", "pipelines.train", *arguments]
+    options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
+    if log is None:
+        return subprocess.Popen(command, **options)
+    with open(log, "wb") as file:
+        return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
+
+
+def _wait(processes: list[subprocess.Popen]) -> list[int]:
+    """Return the exit codes of all; when one fails, the others get GRACE_S and are killed."""
+    deadline = None
+    while any(process.poll() is None for process in processes):
+        if deadline is None and any(process.poll() not in (None, 0, EXIT_PREEMPTED) for process in processes):
+            deadline = time.monotonic() + GRACE_S
+        if deadline is not None and time.monotonic() > deadline:
+            for process in processes:
+                process.kill()
+        time.sleep(0.1)
+    return [process.wait() for process in processes]
+
+
+def _explain(codes: list[int], logs: Path) -> int:
+    """Return the status of a run whose ranks ended so; say which rank failed and how its log ends."""
+    failed = {rank: code for rank, code in enumerate(codes) if code}
+    if not failed:
+        return 0
+    # A rank killed here or broken off by its peers comes last: the first cause is a real exit code or another signal.
+    rank = min(failed, key=lambda r: (failed[r] == -signal.SIGKILL, r))
+    code = failed[rank]
+    print(f"rank {rank} ended with {code}", file=sys.stderr)
+    if rank:
+        print((logs / f"rank-{rank}.log").read_text(errors="replace")[-2000:], file=sys.stderr)
+    return code if code > 0 else 128 - code
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+# ---------------------------------------------------------------- before anything is loaded
+
+
+def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
+    """Print what the run would need; nothing is loaded but configurations."""
+    from ex4d.data import manifest
+    from ex4d.models import backbone, families
+    from ex4d.train import estimate, flops
+    from ex4d.train.config import plan_batch
+
+    shape = backbone.transformer_config(model.base, model.revision, model.family)
+    facts: dict[str, Any] = {}
+    if storage.exists(storage.join(train.data, manifest.DATASET)):
+        facts = manifest.read_dataset(train.data)
+    # Not made yet: what the same file would make, or the method's own size.
+    said = configs.read_yaml(config_path)
+    clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (said.get("preprocess") or {}))
+    precomputed = "latents" in facts if facts else (said.get("encode") or {}).get("output") == train.data
+    family = families.FAMILIES.get(families.family_of(shape) or "")
+    stride = family.stride if family else (4, 8, 8)
+    latents = flops.latent_size((clip["num_frames"], *clip["size"]), stride)
+    batch = plan_batch(train, _num_processes(train))
+    needs = estimate.summary(shape, model, train, latents, batch, precomputed)
+    print(json.dumps(needs, indent=2))
+    return 0

@@ -1,0 +1,283 @@
+"""Training under Ray Train: Ray places and restarts the ranks, our own checkpoint says where they go on."""
+
+from __future__ import annotations
+
+import asyncio
+import dataclasses
+import logging
+import os
+import signal
+import socket
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ex4d.errors import ConfigError
+from ex4d.train import checkpoint
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, usable_ranks
+
+if TYPE_CHECKING:
+    from ex4d.models.backbone import ModelConfig
+    from pipelines.runtime.runner import RayConfig
+
+logger = logging.getLogger(__name__)
+
+MAX_FAILURES = 3  # of one start; where it reached a checkpoint, there will be another
+
+# Of this process, where it is a rank: SIGTERM came, here or to the command; it came to the command.
+_stop, _told = threading.Event(), threading.Event()
+
+
+def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize_every_s: float = 60.0) -> int:
+    """Train on a Ray cluster, or on a Ray started here; return the exit status.
+
+    A rank or a node that dies takes the group down; Ray starts it again from the last checkpoint in `train.output`,
+    which all nodes must see: on as many processes as before, or with `train.min_processes` on those that there are.
+    SIGTERM to this process, or to a rank of a run that is not elastic, makes a checkpoint and EXIT_PREEMPTED; in an
+    elastic run the node of such a rank is going away, and the run goes on without it.
+
+    Args:
+        resize_every_s: how often an elastic run looks whether more processes could be had.
+    """
+    import ray
+    from ray.train import TrainingFailedError
+
+    here = not ray.is_initialized()
+    if here:
+        ray.init(address=ray_config.address, include_dashboard=False)
+    try:
+        with _asking_to_stop() as flag:
+            while True:
+                before = _step(train)
+                try:
+                    result = _trainer(train, model, flag, resize_every_s).fit()
+                    return _status(*result.return_value)
+                except TrainingFailedError as error:
+                    if _step(train) <= before:
+                        print(f"ex4d train: {_cause(error)}", file=sys.stderr)
+                        return 1
+                    logger.warning("a checkpoint was reached since the last start; starting again after: %s", error)
+    finally:
+        if here:
+            ray.shutdown()
+
+
+def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: float) -> Any:
+    import ray
+    import ray.train.torch
+
+    api: Any = ray.train  # typed as its first version, which knows nothing of elastic runs
+    on_gpu = train.device == "cuda" or (train.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
+    workers = train.num_processes or (int(ray.cluster_resources()["GPU"]) if on_gpu else 2)
+    train = dataclasses.replace(train, data=_absolute(train.data), output=_absolute(train.output))
+    return api.torch.TorchTrainer(
+        rank_loop,
+        train_loop_config={"train": train, "model": model, "flag": flag, "folder": os.getcwd()},
+        scaling_config=api.ScalingConfig(
+            num_workers=(train.min_processes, workers) if train.min_processes else workers,
+            use_gpu=on_gpu,
+            elastic_resize_monitor_interval_s=resize_every_s,
+        ),
+        torch_config=_rendezvous(),
+        run_config=api.RunConfig(
+            name="ray",
+            storage_path=train.output,
+            failure_config=api.FailureConfig(max_failures=MAX_FAILURES),
+        ),
+    )
+
+
+def _absolute(path: str) -> str:
+    return path if "://" in path else str(Path(path).resolve())
+
+
+def _step(train: TrainConfig) -> int:
+    path = checkpoint.latest(train.output)
+    return checkpoint.read_state(path).step if path else 0
+
+
+def _status(code: int, message: str) -> int:
+    if message:
+        print(f"ex4d train: {message}", file=sys.stderr)
+    return code
+
+
+def _cause(error: Exception) -> str:
+    failures = getattr(error, "worker_failures", {})
+    return "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())) or str(error)
+
+
+# ---------------------------------------------------------------- from the command to the ranks
+
+
+class StopFlag:
+    """An actor on the command's own node: the command asks it to stop, rank 0 waits for that."""
+
+    def __init__(self) -> None:
+        self._asked = asyncio.Event()
+
+    async def ask(self) -> None:
+        """Let those who wait go on."""
+        self._asked.set()
+
+    async def wait(self) -> None:
+        """Return when `ask` was called."""
+        await self._asked.wait()
+
+
+@contextmanager
+def _asking_to_stop() -> Iterator[Any]:
+    """Yield a StopFlag that a SIGTERM to this process raises; the process itself goes on until the ranks are done."""
+    import ray
+    from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+    here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
+    flag: Any = ray.remote(StopFlag).options(num_cpus=0, scheduling_strategy=here).remote()
+    if threading.current_thread() is not threading.main_thread():
+        yield flag
+        return
+    before = signal.signal(signal.SIGTERM, lambda *_: flag.ask.remote())
+    try:
+        yield flag
+    finally:
+        signal.signal(signal.SIGTERM, before)
+
+
+def _rendezvous() -> Any:
+    """Return a TorchConfig that tells the ranks where rank 0 is and lets the engine open the process group itself.
+
+    Ray's own would open it over all workers, which an elastic run cannot always use, and leaves SIGTERM to Ray.
+    """
+    from ray.train.backend import Backend
+    from ray.train.torch import TorchConfig
+
+    class Rendezvous(Backend):
+        share_cuda_visible_devices = True  # a rank takes the GPU of its local rank
+
+        def on_start(self, worker_group: Any, backend_config: Any) -> None:
+            address, port = worker_group.execute_single(0, _free_address)
+            worker_group.execute(_prepare, address, port)
+
+    class Config(TorchConfig):
+        @property
+        def backend_cls(self) -> type[Backend]:
+            return Rendezvous
+
+    return Config()
+
+
+def _free_address() -> tuple[str, int]:
+    import ray
+
+    address = ray.util.get_node_ip_address()
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.bind((address, 0))
+        return address, probe.getsockname()[1]
+
+
+def _prepare(address: str, port: int) -> None:
+    """Make this worker ready to be a rank. Runs in its main thread, the only one that may take signals."""
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    signal.signal(signal.SIGTERM, lambda *_: _stop.set())
+
+
+# ---------------------------------------------------------------- one rank
+
+
+def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
+    """Be one rank inside a Ray Train worker; return (exit status, what to say about it).
+
+    What another start would only repeat is returned; what it may mend is raised, and Ray starts the group again.
+    """
+    import ray.train
+
+    from ex4d.train import report, trainer
+    from ex4d.train.progress import Progress
+
+    train, context = chosen["train"], ray.train.get_context()
+    rank, workers = context.get_world_rank(), context.get_world_size()
+    if train.min_processes:
+        path = checkpoint.latest(train.output)
+        workers = usable_ranks(train, workers, checkpoint.read_state(path).global_batch_size if path else None)
+        if rank >= workers:
+            return 0, ""  # so many do not divide the global batch: this one stays idle
+    if Path(chosen["folder"]).is_dir():
+        os.chdir(chosen["folder"])  # relative paths mean what they mean to the command
+    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
+    if rank == 0:
+        threading.Thread(target=_wait_for_stop, args=(chosen["flag"],), daemon=True).start()
+    try:
+        with Progress(train) as show:
+            place = Place(rank, workers, context.get_local_rank())
+            code = trainer.train(train, chosen["model"], place, show, _stop.is_set, RemoteValidation)
+    except report.NonFinite as error:
+        return 1, str(error)
+    except ConfigError as error:
+        return 2, str(error)
+    if code == EXIT_PREEMPTED and train.min_processes and rank == 0 and not _told.is_set():
+        raise RankLeaves("SIGTERM to a rank; the run goes on with those that stay")
+    return code, ""
+
+
+class RankLeaves(Exception):
+    """A rank of an elastic run got SIGTERM and a checkpoint is written. Ray starts the others without it."""
+
+
+class Judge:
+    """An actor that judges one set of weights: a process with resources of its own, which ends with rank 0."""
+
+    def judge(self, folder: str) -> None:
+        """Write a validation's result into its folder."""
+        from ex4d.train import validation
+
+        os.nice(19)
+        validation.judge(Path(folder))
+
+
+class RemoteValidation:
+    """A validation under way in an actor (validation.Handle), with a GPU of its own where `device` is one."""
+
+    def __init__(self, folder: Path, device: str):
+        import ray
+
+        self._folder = folder
+        gpus = 0 if device == "cpu" else 1
+        actor: Any = ray.remote(Judge).options(num_cpus=0, num_gpus=gpus, scheduling_strategy="DEFAULT")
+        self._actor = actor.remote()
+        self._done = self._actor.judge.remote(str(folder))
+
+    def poll(self) -> int | None:
+        """Return the exit status, or None while it runs."""
+        import ray
+
+        if not ray.wait([self._done], timeout=0)[0]:
+            return None
+        try:
+            ray.get(self._done)
+        except ray.exceptions.RayError as error:
+            (self._folder / "log.txt").write_text(str(error), encoding="utf-8")
+            return 1
+        finally:
+            self.kill()
+        return 0
+
+    def kill(self) -> None:
+        """End it."""
+        import ray
+
+        ray.kill(self._actor)
+
+
+def _wait_for_stop(flag: Any) -> None:
+    import ray
+
+    try:
+        ray.get(flag.wait.remote())
+    except ray.exceptions.RayError as error:  # the command is gone, and this process soon will be
+        logger.warning("the command cannot be heard any more: %s", error)
+        return
+    _told.set()
+    _stop.set()
