@@ -84,7 +84,7 @@ def reconstruct(
     angle_deg: float = 60.0,
     trajectory_options: Mapping[str, Any] | None = None,
     source_poses: str | Path | None = None,
-    source_scale: float = 1.0,
+    source_scale: float | None = None,
     depth: str = "sidecar",
     depth_path: str | None = None,
     num_frames: int | None = 49,
@@ -102,7 +102,7 @@ def reconstruct(
         trajectory_name: a key of trajectory.TRAJECTORIES, or a file of poses or key poses.
         trajectory_options: what else that path or file takes; see geometry.camera_path.
         source_poses: a file with the pose of the source camera at each frame, where it moves; source_scale: units of
-            the depth for one unit of that file (1 for metric depth and metric poses).
+            the depth for one unit of that file (None: 1, where the lengths are plausible).
         depth, depth_path: estimator name, and its file or weights where it reads one.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics.
@@ -119,7 +119,7 @@ def reconstruct(
     backend = choose_backend(backend)
     clip = read(video_path, depth, depth_path, num_frames, size, fit, fov_deg, profile, seed, device)
     count, radius = len(clip.frames), clip.radius
-    moved = None if source_poses is None else camera_path.source_poses(source_poses, count, source_scale)
+    moved = None if source_poses is None else camera_path.source_poses(source_poses, count, source_scale, radius)
     w2c, view_K = camera_path.build(trajectory_name, count, angle_deg, radius, clip.K, trajectory_options)
     cond_video, visible = warp_video(clip.frames, clip.z_depth, clip.K, w2c, profile, backend, moved, view_K)
     choices = {

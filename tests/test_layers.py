@@ -14,7 +14,7 @@ from scipy.sparse.csgraph import connected_components
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
-FLOOR = {"errors", "config", "remote", "storage", "hub", "video"}
+FLOOR = {"errors", "config", "remote", "storage", "hub", "text", "video"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": set(),
@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "remote": set(),
     "storage": {"errors", "remote"},
     "hub": {"errors"},
+    "text": set(),
     "video": {"errors", "config", "storage"},
     "geometry": FLOOR,
     "depth": FLOOR | {"geometry"},

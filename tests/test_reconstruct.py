@@ -246,7 +246,7 @@ def test_options_of_paths_and_files(clip, tmp_path):
         ("zoom", {"zoom": "far"}, "zoom"),
         (file, {"distance": 1.0}, "distance"),
         (file, {"scale": 0.0}, "scale"),
-        (file, {"format": "colmap"}, "format"),
+        (file, {"format": "matlab"}, "format"),
     ):
         with pytest.raises(ConfigError) as caught:
             reconstruct(clip, trajectory_name=name, trajectory_options=options, **where)

@@ -12,6 +12,8 @@ from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory, trajectory_files
 
 FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y")
+# Of a path's extent in distances of what is looked at. Metres beside millimetres are a thousand times off.
+PLAUSIBLE_EXTENT = (1e-3, 100.0)
 
 
 def build(
@@ -68,7 +70,7 @@ def from_file(
     told = {key: value for key, value in options.items() if key not in ("scale", "resample")}
     poses = trajectory_files.read(path, **told)
     count = len(poses.w2c) if options.get("resample", False) else num_frames
-    w2c = _first_frames(path, poses.w2c, count, options.get("scale", 1.0))
+    w2c = _first_frames(path, poses.w2c, count, options.get("scale"), radius)
     if count != num_frames:
         w2c = trajectory.interpolate(w2c, num_frames)
     if poses.K is None or (poses.K[:count] == poses.K[0]).all():
@@ -79,21 +81,37 @@ def from_file(
     return w2c, views
 
 
-def source_poses(path: str | Path, num_frames: int, scale: float = 1.0) -> np.ndarray:
+def source_poses(
+    path: str | Path, num_frames: int, scale: float | None = None, radius: float | None = None
+) -> np.ndarray:
     """Return w2c [T, 4, 4] of the camera that took the video: one pose a frame of a file, the first the identity.
 
     Args:
-        scale: units of the depth for one unit of the file.
+        scale: units of the depth for one unit of the file; None is 1, where that is plausible.
+        radius: distance of the point looked at, in the depth's unit, to judge by; None does not judge.
+
+    Raises:
+        ConfigError: too few poses, or lengths that are of another unit than the depth's.
     """
-    return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale, "source_")
+    return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale, radius, "source_")
 
 
-def _first_frames(path: str | Path, w2c: np.ndarray, num_frames: int, scale: object, which: str = "") -> np.ndarray:
-    if not isinstance(scale, int | float) or not np.isfinite(scale) or scale <= 0:
+def _first_frames(
+    path: str | Path, w2c: np.ndarray, num_frames: int, scale: object, radius: float | None, which: str = ""
+) -> np.ndarray:
+    if scale is not None and (not isinstance(scale, int | float) or not np.isfinite(scale) or scale <= 0):
         raise ConfigError(f"{which}scale", scale, "a finite number above 0")
+    key = f"{which}poses" if which else "trajectory"
     if len(w2c) < num_frames:
-        key = f"{which}poses" if which else "trajectory"
         raise ConfigError(key, str(path), f"has {len(w2c)} poses, {num_frames} frames need one each")
     w2c = trajectory.relative_to_first(w2c[:num_frames])
-    w2c[:, :3, 3] *= scale
+    extent = float(np.linalg.norm(w2c[:, :3, 3], axis=1).max())
+    if scale is None and radius and extent and not PLAUSIBLE_EXTENT[0] <= extent / radius <= PLAUSIBLE_EXTENT[1]:
+        raise ConfigError(
+            key,
+            str(path),
+            f"its camera moves {extent:.3g}, the depth has the scene {radius:.3g} away: are both in one unit? "
+            f"Give {which}scale, the units of the depth for one of the file (1 to take it as it is)",
+        )
+    w2c[:, :3, 3] *= 1.0 if scale is None else scale
     return w2c

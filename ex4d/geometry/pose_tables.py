@@ -1,0 +1,193 @@
+"""Poses in text tables: a row a pose, so many columns, checked row by row.
+
+| format | columns | pose |
+|---|---|---|
+| `re10k` | URL line, then `time fx fy cx cy k1 k2` and 3×4: 19 | OpenCV w2c, K in fractions of W and H |
+| `tum` | `time tx ty tz qx qy qz qw`: 8, in any order where the first line names them | OpenCV c2w |
+| `kitti` | 3×4: 12 | OpenCV c2w |
+| `euroc` | csv `ns,px,py,pz,qw,qx,qy,qz`: 8, or 17 with velocity and biases | c2w of the sensor |
+| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name`, each with a line of points | OpenCV w2c, by name |
+"""
+
+from __future__ import annotations
+
+import re
+from pathlib import Path
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from ex4d import storage, text
+from ex4d.errors import ConfigError
+from ex4d.geometry.camera import invert
+from ex4d.geometry.pose_file import (
+    MAX_FOCAL_SHARE,
+    QUATERNION_TOLERANCE,
+    PoseFile,
+    in_natural_order,
+    squared,
+    world_to_camera,
+)
+
+TUM_COLUMNS = ("time", "tx", "ty", "tz", "qx", "qy", "qz", "qw")
+_NAMES = {"timestamp": "time", "t": "time", "x": "tx", "y": "ty", "z": "tz", "px": "tx", "py": "ty", "pz": "tz"}
+EPOCH_NS = 1e15  # a time above is nanoseconds since 1970, as EuRoC has, and its quaternion starts with w
+
+
+def lines_of(path: str | Path, num_bytes: int | None = None) -> list[str]:
+    """Return the lines of a text file, stripped, empty ones and comments too."""
+    data = storage.read_bytes(path, 0, num_bytes)
+    if num_bytes is not None and len(data) == num_bytes:
+        data = data[: data.rfind(b"\n") + 1]  # the last line, and perhaps its last character, is cut
+    return [line.strip() for line in text.decode(data).splitlines()]
+
+
+def rows_of(lines: list[str]) -> list[list[str]]:
+    """Return the cells of the lines that are neither empty nor comments."""
+    return [line.replace(",", " ").split() for line in lines if line and not line.startswith("#")]
+
+
+def table(rows: list[list[str]], columns: tuple[int, ...]) -> np.ndarray:
+    """Return float64 [T, C] of rows of cells; C is one of `columns`. Raises ValueError that names the row."""
+    if not rows:
+        raise ValueError("holds no rows of numbers")
+    width = len(rows[0])
+    if width not in columns:
+        raise ValueError(f"row 1 has {width} columns where {' or '.join(map(str, columns))} belong")
+    for number, row in enumerate(rows, 1):
+        if len(row) != width:
+            raise ValueError(f"row {number} has {len(row)} columns, those before it {width}")
+        for cell in row:
+            if not _is_number(cell):
+                raise ValueError(f"row {number} has {cell[:40]!r} where a finite number belongs")
+    return np.array(rows, np.float64)
+
+
+def _is_number(cell: str) -> bool:
+    try:
+        return bool(np.isfinite(float(cell))) and "_" not in cell
+    except ValueError:
+        return False
+
+
+def _rotations(quaternions: np.ndarray) -> np.ndarray:
+    """Return [T, 3, 3] of unit quaternions x y z w [T, 4]."""
+    lengths = np.linalg.norm(quaternions, axis=1)
+    off = np.abs(lengths - 1) > QUATERNION_TOLERANCE
+    if off.any():
+        row = int(np.argmax(off))
+        raise ValueError(f"row {row + 1} has a quaternion of length {lengths[row]:.4g}; a rotation's is 1")
+    return Rotation.from_quat(quaternions).as_matrix()
+
+
+def _in_time_order(times: np.ndarray) -> np.ndarray:
+    order = np.argsort(times, kind="stable")
+    twice = np.diff(times[order]) <= 0
+    if twice.any():
+        raise ValueError(f"two poses have the time {times[order][int(np.argmax(twice))]:.9g}")
+    return order
+
+
+def read_re10k(path: str | Path) -> PoseFile:
+    lines = [line for line in lines_of(path) if line]
+    has_source = bool(lines) and len(lines[0].split()) == 1
+    cells = table(rows_of(lines[has_source:]), (19,))
+    cells = cells[_in_time_order(cells[:, 0])]
+    if not ((cells[:, 1:3] > 0) & (cells[:, 1:3] <= MAX_FOCAL_SHARE)).all():
+        raise ValueError(f"fx and fy are fractions of the picture's sides, above 0 and at most {MAX_FOCAL_SHARE:g}")
+    K = np.tile(np.eye(3), (len(cells), 1, 1))
+    K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2] = cells[:, 1:5].T
+    return PoseFile(squared(cells[:, 7:].reshape(-1, 3, 4)), K, cells[:, 0], None, lines[0] if has_source else "")
+
+
+def write_re10k(poses: PoseFile) -> bytes:
+    if poses.K is None:
+        raise ConfigError("K", None, "re10k holds intrinsics: give K, and the size where K is in px")
+    K = np.broadcast_to(poses.K, (len(poses.w2c), 3, 3))
+    height, width = poses.size or (1, 1)
+    lines = [poses.source or "unknown"]
+    for time, k, w2c in zip(_times(poses), K, poses.w2c, strict=True):
+        numbers = [k[0, 0] / width, k[1, 1] / height, k[0, 2] / width, k[1, 2] / height, 0, 0, *w2c[:3].ravel()]
+        lines.append(" ".join([f"{time:.0f}", *(f"{number:.9f}" for number in numbers)]))
+    return ("\n".join(lines) + "\n").encode()
+
+
+def read_tum(path: str | Path) -> PoseFile:
+    lines = lines_of(path)
+    rows = rows_of(lines)
+    if not rows:
+        raise ValueError("holds no rows of numbers")
+    named = _column_names(lines, rows)
+    if not _is_number(rows[0][0]):
+        rows = rows[1:]
+    cells = table(rows, (8,))
+    if named:
+        cells = cells[:, [named.index(name) for name in TUM_COLUMNS]]
+    elif cells[:, 0].max() > EPOCH_NS:
+        raise ValueError("its times are nanoseconds and no line names its columns: say format=euroc where qw is first")
+    return _from_centres(cells[:, 0], cells[:, 1:4], cells[:, 4:])
+
+
+def _column_names(lines: list[str], rows: list[list[str]]) -> list[str]:
+    """Return the names of the columns where a first line, a comment or not, says all of TUM_COLUMNS; else []."""
+    header = [line for line in lines[:3] if line.startswith("#")] or [" ".join(rows[0])]
+    for line in header:
+        words = re.sub(r"\[[^\]]*\]", " ", line.lstrip("#")).lower().replace(",", " ").split()
+        names = [re.sub(r"^(p|q)_(?:rs_(?:r_)?)?", r"\1", word) for word in words]
+        names = [_NAMES.get(name, name) for name in names]
+        if sorted(names) == sorted(TUM_COLUMNS):
+            return names
+    return []
+
+
+def read_euroc(path: str | Path) -> PoseFile:
+    rows = [row for row in rows_of(lines_of(path)) if _is_number(row[0])]
+    cells = table(rows, (8, 17))
+    return _from_centres(cells[:, 0] / 1e9, cells[:, 1:4], cells[:, [5, 6, 7, 4]])
+
+
+def _from_centres(times: np.ndarray, centres: np.ndarray, quaternions: np.ndarray) -> PoseFile:
+    c2w = np.tile(np.eye(4), (len(times), 1, 1))
+    c2w[:, :3, :3], c2w[:, :3, 3] = _rotations(quaternions), centres
+    order = _in_time_order(times)
+    return PoseFile(invert(c2w[order]), None, times[order])
+
+
+def write_tum(poses: PoseFile) -> bytes:
+    c2w = np.linalg.inv(poses.w2c)
+    rows = np.concatenate([c2w[:, :3, 3], Rotation.from_matrix(c2w[:, :3, :3]).as_quat()], axis=1)
+    lines = [
+        " ".join([f"{time:.6f}", *(f"{number:.12g}" for number in row)])
+        for time, row in zip(_times(poses), rows, strict=True)
+    ]
+    return ("\n".join(lines) + "\n").encode()
+
+
+def read_kitti(path: str | Path) -> PoseFile:
+    return PoseFile(world_to_camera(read_matrices(path)))
+
+
+def read_matrices(path: str | Path) -> np.ndarray:
+    """Return [T, 4, 4] of rows of 12 or 16 numbers."""
+    cells = table(rows_of(lines_of(path)), (12, 16))
+    return squared(cells.reshape(len(cells), -1, 4))
+
+
+def read_colmap(path: str | Path) -> PoseFile:
+    lines = [line for line in lines_of(path) if not line.startswith("#")]
+    while lines and not lines[-1]:
+        lines.pop()
+    # Each image has a second line, its points, which is empty where it has none.
+    images = [line.split(maxsplit=9) for line in lines[::2]]
+    if any(len(image) != 10 for image in images):
+        number = next(index for index, image in enumerate(images, 1) if len(image) != 10)
+        raise ValueError(f"image {number} is not `id qw qx qy qz tx ty tz camera name` with a line of points after it")
+    cells = table([image[:9] for image in images], (9,))
+    order = in_natural_order([image[9] for image in images])
+    w2c = np.tile(np.eye(4), (len(cells), 1, 1))
+    w2c[:, :3, :3], w2c[:, :3, 3] = _rotations(cells[:, [2, 3, 4, 1]]), cells[:, 5:8]
+    return PoseFile(w2c[order])
+
+
+def _times(poses: PoseFile) -> np.ndarray:
+    return np.arange(len(poses.w2c), dtype=np.float64) if poses.times is None else poses.times

@@ -1,0 +1,236 @@
+"""Poses in JSON and in arrays of NumPy.
+
+| format | poses | axes, unit | intrinsics |
+|---|---|---|---|
+| `json` | our camera.json: `axes` "opencv", `K`, `w2c`, `size` | OpenCV w2c | px |
+| `recammaster` | JSON: frameN → camNN → `[r r r 0] … [tx ty tz 1]`, row vectors | Unreal c2w, left-handed, cm | none |
+| `nerfstudio` | transforms.json (of Blender's NeRF scenes too) or the viewer's camera_path.json | OpenGL c2w | px |
+| `ex4d` | npz: `extrinsics` float32 [T, 4, 4], `intrinsics` [3, 3] | **OpenGL** w2c (x right, y up, z back) | px |
+| `llff` | npy: poses_bounds [T, 17] | c2w (x down, y right, z back) | px |
+| `w2c`, `c2w` | npy [T, 4, 4] or [T, 3, 4]; npz with that key; text of 12 or 16 columns | OpenCV | none |
+"""
+
+from __future__ import annotations
+
+import io
+import json
+import math
+import re
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ex4d import storage
+from ex4d.errors import ConfigError
+from ex4d.geometry.pose_file import (
+    OPENGL,
+    PoseFile,
+    check_poses,
+    in_natural_order,
+    looks_like,
+    numbers,
+    squared,
+    tree_of,
+    world_to_camera,
+)
+from ex4d.geometry.pose_tables import read_matrices
+
+# Unreal: x forward, y right, z up. OpenCV: x right, y down, z forward. Determinant -1: the hand changes.
+UNREAL = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
+LLFF = np.array([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]])  # x down, y right, z back
+NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
+
+
+def read_json(path: str | Path) -> PoseFile:
+    return of_json(storage.read_bytes(path))
+
+
+def of_json(data: bytes) -> PoseFile:
+    """Return what the bytes of a camera.json hold. Raises ValueError, or LookupError where a key is missing."""
+    tree = tree_of(data)
+    check_axes(tree)
+    if "w2c" not in tree:
+        raise ValueError(f"has no 'w2c', but {', '.join(sorted(tree)[:8])}")
+    w2c = numbers(tree["w2c"], "w2c")
+    check_poses(w2c)
+    K = None if tree.get("K") is None else numbers(tree["K"], "K")
+    if K is not None and K.shape not in ((3, 3), (len(w2c), 3, 3)):
+        raise ValueError(f"K has the shape {list(K.shape)}, not [3, 3] or [{len(w2c)}, 3, 3]")
+    size = tree.get("size")
+    if size is not None and not (
+        isinstance(size, list) and [type(side) for side in size] == [int, int] and min(size) > 0
+    ):
+        raise ValueError(f"size {size!r} is not [H, W]")
+    K = None if K is None else np.broadcast_to(K, (len(w2c), 3, 3))
+    return PoseFile(w2c, K, None, None if size is None else (size[0], size[1]))
+
+
+def check_axes(tree: dict[str, Any]) -> None:
+    """Raise ValueError unless the file says that its axes are OpenCV's."""
+    if str(tree.get("axes")).lower() != "opencv":
+        raise ValueError(f"says the axes {tree.get('axes')!r}; a file of ours says opencv")
+
+
+def write_json(poses: PoseFile) -> bytes:
+    K = poses.K if poses.K is None or poses.K.ndim == 2 or (poses.K[0] != poses.K).any() else poses.K[0]
+    tree = {
+        "axes": "opencv",
+        "size": None if poses.size is None else list(poses.size),
+        "K": None if K is None else K.tolist(),
+        "w2c": poses.w2c.tolist(),
+    }
+    return json.dumps(tree, indent=1).encode()
+
+
+def read_recammaster(path: str | Path, camera: str) -> PoseFile:
+    tree = tree_of(storage.read_bytes(path))
+    names = [name for name in tree if re.fullmatch(r"frame\d+", name)]
+    if len(names) != len(tree) or {int(name[5:]) for name in names} != set(range(len(names))):
+        raise ValueError("its frames are not frame0, frame1, … without a gap")
+    frames = [tree[name] for name in sorted(names, key=lambda name: int(name[5:]))]
+    if not all(isinstance(cameras, dict) for cameras in frames):
+        raise ValueError("a frame holds no cameras")
+    if camera not in frames[0]:
+        raise ConfigError("camera", camera, f"{Path(str(path)).name} has {', '.join(map(str, frames[0]))}")
+    rows = []
+    for index, cameras in enumerate(frames):
+        said = str(cameras.get(camera))
+        found = re.findall(NUMBER, said)
+        if len(found) != 16 or re.sub(NUMBER, "", said).strip("[] \n\t").replace("[", "").replace("]", "").strip():
+            raise ValueError(f"frame{index} has no 16 numbers for {camera}")
+        rows.append(found)
+    c2w = np.array(rows, np.float64).reshape(-1, 4, 4).transpose(0, 2, 1).copy()
+    c2w[:, :3, 3] /= 100
+    return PoseFile(world_to_camera(UNREAL @ c2w @ np.linalg.inv(UNREAL)))
+
+
+def write_recammaster(poses: PoseFile) -> bytes:
+    c2w = np.linalg.inv(UNREAL) @ np.linalg.inv(poses.w2c) @ UNREAL
+    c2w[:, :3, 3] *= 100
+    tree = {}
+    for index, matrix in enumerate(c2w):
+        rows = [" ".join(f"{number:.9g}" for number in row) for row in matrix.T]
+        tree[f"frame{index}"] = {"cam01": " ".join(f"[{row}]" for row in rows) + " "}
+    return json.dumps(tree, indent=1).encode()
+
+
+def read_nerfstudio(path: str | Path) -> PoseFile:
+    tree = tree_of(storage.read_bytes(path))
+    if "camera_path" in tree:
+        return _camera_path(tree)
+    frames = _objects(tree.get("frames"), "frames", "transform_matrix")
+    names = [str(frame.get("file_path", "")) for frame in frames]
+    if len(set(names)) == len(names):  # a reconstruction lists pictures in the order in which it placed them
+        frames = [frames[index] for index in in_natural_order(names)]
+    c2w = squared(numbers([frame["transform_matrix"] for frame in frames], "transform_matrix"))
+    return PoseFile(world_to_camera(c2w @ OPENGL), *_lens(tree, frames))
+
+
+def _objects(value: Any, name: str, key: str) -> list[dict[str, Any]]:
+    if not isinstance(value, list) or not value or not all(isinstance(one, dict) and key in one for one in value):
+        raise ValueError(f"{name!r} is no list of objects with {key!r} each")
+    return value
+
+
+def _lens(tree: dict[str, Any], frames: list[dict[str, Any]]) -> tuple[np.ndarray | None, None, tuple[int, int] | None]:
+    """Return (K, times, size) of a transforms.json: of each frame where it says them, else of the file."""
+    lens = [{**tree, **frame} for frame in frames]
+    if not all({"fl_x", "cx", "cy"} <= set(one) for one in lens):
+        return None, None, None
+    rows = [[one["fl_x"], one.get("fl_y", one["fl_x"]), one["cx"], one["cy"]] for one in lens]
+    K = np.tile(np.eye(3), (len(rows), 1, 1))
+    K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2] = numbers(rows, "fl_x").T
+    sides = tree.get("h"), tree.get("w")
+    return K, None, (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+
+
+def _camera_path(tree: dict[str, Any]) -> PoseFile:
+    cameras = _objects(tree["camera_path"], "camera_path", "camera_to_world")
+    flat = numbers([camera["camera_to_world"] for camera in cameras], "camera_to_world")
+    if flat.ndim == 2 and flat.shape[1] == 16:
+        flat = flat.reshape(-1, 4, 4)
+    w2c = world_to_camera(flat @ OPENGL)
+    size = (int(tree.get("render_height", 0)), int(tree.get("render_width", 0)))
+    if not all("fov" in camera for camera in cameras) or min(size) < 1:
+        return PoseFile(w2c)
+    fov = numbers([camera["fov"] for camera in cameras], "fov")
+    if not ((fov > 0) & (fov < 180)).all():
+        raise ValueError("a fov is not between 0 and 180 degrees")
+    focal = 0.5 * size[0] / np.tan(fov * math.pi / 360)
+    K = np.tile(np.array([[1.0, 0, size[1] / 2], [0, 1, size[0] / 2], [0, 0, 1]]), (len(fov), 1, 1))
+    K[:, 0, 0] = K[:, 1, 1] = focal
+    return PoseFile(w2c, K, None, size)
+
+
+def read_ex4d(path: str | Path) -> PoseFile:
+    arrays = _arrays(path)
+    if "extrinsics" not in arrays or "intrinsics" not in arrays:
+        raise ValueError(
+            f"has the keys {', '.join(sorted(arrays))}; extrinsics and intrinsics, or w2c or c2w, are read"
+        )
+    extrinsics = arrays["extrinsics"].astype(np.float64)
+    check_poses(OPENGL @ extrinsics if extrinsics.ndim == 3 and extrinsics.shape[1:] == (4, 4) else extrinsics)
+    intrinsics = arrays["intrinsics"].astype(np.float64)
+    if intrinsics.shape not in ((3, 3), (len(extrinsics), 3, 3)):
+        raise ValueError(f"intrinsics has the shape {list(intrinsics.shape)}, not [3, 3]")
+    return PoseFile(OPENGL @ extrinsics, np.broadcast_to(intrinsics, (len(extrinsics), 3, 3)))
+
+
+def write_ex4d(poses: PoseFile) -> bytes:
+    if poses.K is None:
+        raise ConfigError("K", None, "ex4d holds intrinsics: give K")
+    K = poses.K if poses.K.ndim == 2 else poses.K[0]
+    buffer = io.BytesIO()
+    np.savez(buffer, extrinsics=(OPENGL @ poses.w2c).astype(np.float32), intrinsics=K)
+    return buffer.getvalue()
+
+
+def _arrays(path: str | Path) -> dict[str, np.ndarray]:
+    """Return the numeric arrays of an npz, or {"": array} of an npy. Raises ValueError on pickles and text."""
+    with storage.open_read(path) as file:
+        loaded = np.load(file, allow_pickle=False)
+        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+    if odd := [key for key, array in arrays.items() if key != "axes" and array.dtype.kind not in "iuf"]:
+        raise ValueError(f"{odd[0] or 'the array'} is {arrays[odd[0]].dtype}, no array of numbers")
+    return arrays
+
+
+def read_llff(path: str | Path) -> PoseFile:
+    array = _arrays(path).get("", np.empty(0)).astype(np.float64)
+    if array.ndim != 2 or array.shape[1] != 17:
+        raise ValueError(f"has the shape {list(array.shape)}, not [T, 17] of poses_bounds")
+    bounds = array[:, :15].reshape(-1, 3, 5)
+    w2c = world_to_camera(squared(bounds[:, :, :4]) @ LLFF)
+    (height, width, focal) = bounds[:, :, 4].T
+    K = np.tile(np.eye(3), (len(array), 1, 1))
+    K[:, 0, 0] = K[:, 1, 1] = focal
+    K[:, 0, 2], K[:, 1, 2] = width / 2, height / 2
+    return PoseFile(w2c, K, None, (int(height[0]), int(width[0])))
+
+
+def read_w2c(path: str | Path) -> PoseFile:
+    return PoseFile(_matrices(path, "w2c"))
+
+
+def read_c2w(path: str | Path) -> PoseFile:
+    return PoseFile(world_to_camera(_matrices(path, "c2w")))
+
+
+def _matrices(path: str | Path, key: str) -> np.ndarray:
+    """Return OpenCV matrices [T, 4, 4] of an npy, of a key of an npz, or of a text table."""
+    if not looks_like(path, ".npy", ".npz"):
+        return read_matrices(path)
+    arrays = _arrays(path)
+    found = next((arrays[name] for name in (key, f"cam_{key}", "") if name in arrays), None)
+    if found is None:
+        raise ValueError(f"has the keys {', '.join(sorted(arrays))}, no {key}")
+    found = found.astype(np.float64)
+    return squared(found) if found.ndim == 3 and found.shape[1:] == (3, 4) else found
+
+
+def contents(path: str | Path) -> tuple[set[str], tuple[int, ...]]:
+    """Return (names of an npz's arrays, shape of an npy). A name of "axes=opencv" says that `axes` says so."""
+    arrays = _arrays(path)
+    said = str(arrays.get("axes", "")).lower() == "opencv"
+    return set(arrays) - {""} | ({"axes=opencv"} if said else set()), arrays.get("", np.empty(0)).shape
