@@ -1,11 +1,14 @@
-"""Small charts as SVG text: a histogram with a threshold in it, the share kept at each threshold, a split bar."""
+"""Small charts as SVG: a histogram with a threshold in it, the share kept at each threshold, a split bar, a loss curve.
+
+Each is Markup: its texts are escaped here, and a template shows it as it is.
+"""
 
 from __future__ import annotations
 
-import html
 from collections.abc import Sequence
 
 import numpy as np
+from markupsafe import Markup, escape
 
 WIDTH, HEIGHT, LEFT, BOTTOM, TOP = 360, 190, 42, 20, 12
 BINS = 36
@@ -27,7 +30,7 @@ def limits(values: np.ndarray, marks: Sequence[float] = ()) -> tuple[float, floa
     return low, high
 
 
-def histogram(values: Sequence[float] | np.ndarray, label: str, mark: float | None = None) -> str:
+def histogram(values: Sequence[float] | np.ndarray, label: str, mark: float | None = None) -> Markup:
     """Return an SVG histogram of finite values; those beyond the axis are in its last bar. `mark`: a threshold."""
     data = np.asarray(values, np.float64)
     low, high = limits(data, [] if mark is None else [mark])
@@ -45,7 +48,7 @@ def histogram(values: Sequence[float] | np.ndarray, label: str, mark: float | No
     return _svg(label, f'<g fill="var(--mark)">{bars}</g>{line}{_axes(number(low), number(high), str(most))}')
 
 
-def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark: float | None = None) -> str:
+def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark: float | None = None) -> Markup:
     """Return an SVG line of the share of values that a threshold keeps: at or above it ("min"), at or below ("max")."""
     data = np.sort(np.asarray(values, np.float64))
     low, high = limits(data, [] if mark is None else [mark])
@@ -63,22 +66,46 @@ def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark
     return _svg(label, f"{grid}{curve}{line}{_axes(number(low), number(high), '100 %')}")
 
 
-def split_bar(parts: Sequence[tuple[str, int]], label: str) -> str:
+def split_bar(parts: Sequence[tuple[str, int]], label: str) -> Markup:
     """Return an SVG bar, split in the shares of (name, count), and below it the sum that they make: `label`."""
     whole = sum(count for _, count in parts)
     total = max(1, whole)
     colours = ("var(--mark)", "var(--warm)", "var(--bad)")
-    at, bars, names = 0.0, "", f"<span><b>{whole:,}</b> {html.escape(label)} =</span>"
+    at, bars, names = 0.0, "", f"<span><b>{whole:,}</b> {escape(label)} =</span>"
     for index, (name, count) in enumerate(parts):
         width = 1000 * count / total
         bars += f'<rect x="{at:.1f}" width="{max(0.0, width - 2):.1f}" height="18" rx="3" fill="{colours[index % 3]}"/>'
         at += width
         names += (
-            f'<span><i style="background:{colours[index % 3]}"></i>{html.escape(name)} <b>{count:,}</b> '
+            f'<span><i class="part-{index % 3}"></i>{escape(name)} <b>{count:,}</b> '
             f"<small>{count / total:.1%}</small></span>"
         )
     shape = 'viewBox="0 0 1000 18" preserveAspectRatio="none" class="split" role="img"'
-    return f'<svg {shape} aria-label="{html.escape(label)}">{bars}</svg><div class="legend">{names}</div>'
+    legend = f'<div class="legend">{names}</div>'
+    return Markup(f'<svg {shape} aria-label="{escape(label)}">{bars}</svg>{legend}')
+
+
+def loss_curve(losses: Sequence[float], width: int = 900, height: int = 220) -> Markup:
+    """Return an SVG line of the losses (thin) and of their running mean (thick)."""
+    y = np.asarray(losses, dtype=np.float64)
+    window = max(1, len(y) // 20)
+    smooth = np.convolve(y, np.ones(window) / window, mode="valid")
+    top, bottom = float(y.max()), float(y.min())
+    span = max(top - bottom, 1e-12)
+
+    def points(series: np.ndarray, start: float) -> str:
+        xs = 50 + (np.arange(len(series)) + start) * (width - 60) / max(len(y) - 1, 1)
+        ys = 10 + (top - series) / span * (height - 40)
+        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
+
+    return Markup(
+        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss" fill="none" font-size="12">'
+        f'<polyline points="{points(y, 0)}" stroke="var(--line)" stroke-width="1"/>'
+        f'<polyline points="{points(smooth, window / 2)}" stroke="var(--mark)" stroke-width="2"/>'
+        f'<g fill="var(--soft)"><text x="0" y="18">{top:.3f}</text><text x="0" y="{height - 28}">{bottom:.3f}</text>'
+        f'<text x="50" y="{height - 8}">step 1</text>'
+        f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">step {len(y)}</text></g></svg>'
+    )
 
 
 def _vertical(x: float) -> str:
@@ -98,5 +125,6 @@ def _axes(low: str, high: str, top: str) -> str:
     )
 
 
-def _svg(label: str, body: str) -> str:
-    return f'<svg viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{html.escape(label)}">{body}</svg>'
+def _svg(label: str, body: str) -> Markup:
+    shape = f'viewBox="0 0 {WIDTH} {HEIGHT}" role="img" aria-label="{escape(label)}"'
+    return Markup(f"<svg {shape}>{body}</svg>")

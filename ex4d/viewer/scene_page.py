@@ -7,9 +7,7 @@ sees there is the condition, up to the browser's own rasteriser.
 from __future__ import annotations
 
 import base64
-import html
 import json
-import re
 from pathlib import Path
 
 import cv2
@@ -18,8 +16,8 @@ import numpy as np
 from ex4d import storage, video
 from ex4d.geometry import mesh
 from ex4d.reconstruct import Reconstruction
+from ex4d.viewer.html import document, json_block
 
-TEMPLATE = Path(__file__).parent / "assets" / "scene.html"
 FOR_EVER = 1e9  # JSON has no infinity
 MAX_SIDE_PX = 320  # 49 frames of 320 × 320 make a page of about 10 MB
 
@@ -35,13 +33,15 @@ def write(view: Reconstruction, path: str | Path, title: str, max_side_px: int =
         f"{chosen['trajectory']}, {chosen['angle_deg']:g}° · depth: {view.provenance.get('estimator', '')} · "
         f"profile: {view.profile}. White: the source camera, orange: the new one."
     )
-    contents = {
-        "__TITLE__": html.escape(title),
-        "__ABOUT__": html.escape(about),
-        "__SCENE__": json.dumps(scene(view, max_side_px)).replace("<", "\\u003c"),  # which would end the script
-    }
-    page = re.sub("|".join(contents), lambda found: contents[found[0]], TEMPLATE.read_text(encoding="utf-8"))
-    storage.write_bytes(path, page.encode())
+    data = document(
+        "scene.html",
+        title,
+        styles=("scene.css",),
+        scripts=("scene.js",),
+        about=about,
+        scene=json_block(json.dumps(scene(view, max_side_px))),
+    )
+    storage.write_bytes(path, data)
     return str(path)
 
 

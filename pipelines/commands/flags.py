@@ -24,7 +24,9 @@ def path_arguments(parser: argparse.ArgumentParser) -> None:
         help="distance= of a dolly, turns= of a spiral, zoom= of a zoom; scale=, resample=true, camera= of a file",
     )
     parser.add_argument("--source-poses", metavar="FILE", help="poses of the source camera, where it moves")
-    parser.add_argument("--source-scale", type=float, help="depth's units for one of --source-poses (1 where plausible)")
+    parser.add_argument(
+        "--source-scale", type=float, help="depth's units for one of --source-poses (1 where plausible)"
+    )
     parser.add_argument("--fov-deg", type=float, default=54.0, help="where depth brings no intrinsics (default: 54)")
     parser.add_argument("--profile", help="of the mesh: default, closed, torn, or released for published weights")
     parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "reference", "nvdiffrast"))

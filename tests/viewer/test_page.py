@@ -33,7 +33,7 @@ def test_a_page_holds_its_videos_tables_and_curve(tmp_path):
     assert shown.shape == frames.shape
     assert fps == 8.0
     assert np.abs(shown[:, :, -8:].astype(int) - 200).mean() < 4
-    assert 'src="a &quot;b&quot;.mp4"' in text
+    assert 'src="a &#34;b&#34;.mp4"' in text
     assert text.count("<polyline") == 2
     assert "20.00" in text
 

@@ -1,33 +1,3 @@
-<!doctype html>
-<html lang="en"><meta charset="utf-8"><meta name="viewport" content="width=device-width,initial-scale=1">
-<title>__TITLE__</title>
-<style>
-:root{color-scheme:dark;--ink:#e6edf3;--soft:#94a3b3;--line:#2b3642;--back:#0e141a;--mark:#5fb0ff}
-*{box-sizing:border-box}body{margin:0;font:15px/1.4 system-ui,sans-serif;color:var(--ink);background:var(--back);
-display:flex;flex-direction:column;height:100vh}
-header{padding:10px 16px 6px}h1{font-size:17px;margin:0}header p{margin:2px 0 0;color:var(--soft);font-size:13px}
-#stage{flex:1;min-height:0;position:relative}canvas{width:100%;height:100%;display:block;touch-action:none;cursor:grab}
-form{display:flex;flex-wrap:wrap;gap:8px 18px;align-items:center;padding:10px 16px;border-top:1px solid var(--line)}
-label{display:flex;gap:7px;align-items:center;font-size:14px}#time{width:min(38vw,420px)}
-button,select{font:inherit;color:inherit;background:#18212a;border:1px solid var(--line);border-radius:6px;padding:4px 10px}
-#told{color:var(--soft);font-size:13px;font-variant-numeric:tabular-nums}
-#failed{position:absolute;inset:0;display:none;place-items:center;color:var(--soft)}
-</style>
-<header><h1>__TITLE__</h1><p>__ABOUT__</p></header>
-<div id="stage"><canvas id="view" aria-label="the mesh in three dimensions"></canvas>
-<div id="failed">This browser has no WebGL 2.</div></div>
-<form id="controls">
-<button type="button" id="play">pause</button>
-<label>frame <input id="time" type="range" min="0" value="0"></label>
-<label>seen from <select id="from"><option value="free">outside (drag, wheel)</option>
-<option value="path">the new camera</option><option value="source">the source camera</option></select></label>
-<label>occluded faces <select id="faces"><option value="1">tinted</option><option value="2">black, as the mask has them</option>
-<option value="0">left out (torn)</option></select></label>
-<label><input id="cameras" type="checkbox" checked> cameras</label>
-<span id="told"></span>
-</form>
-<script id="scene" type="application/json">__SCENE__</script>
-<script>
 "use strict";
 const scene = JSON.parse(document.getElementById("scene").textContent);
 const [T, H, W] = scene.shape, canvas = document.getElementById("view");
@@ -201,4 +171,3 @@ async function start() {
   canvas.addEventListener("wheel", event => { event.preventDefault(); free.distance *= Math.exp(event.deltaY / 800); draw(); }, {passive: false});
 }
 if (gl) start();
-</script></html>

@@ -1,0 +1,72 @@
+"""The one place that writes HTML: Jinja2 templates with autoescape, assets inlined, and a policy against the rest.
+
+A page is one file. Its Content-Security-Policy allows the styles and the script that are in it, by their hashes, and
+pictures and videos that are in it or lie beside it; whatever else a hostile name might bring in does not run or load.
+"""
+
+from __future__ import annotations
+
+import base64
+import hashlib
+from collections.abc import Sequence
+from functools import cache
+from typing import Any
+
+from jinja2 import Environment, PackageLoader, StrictUndefined
+from markupsafe import Markup
+
+
+@cache
+def _environment() -> Environment:
+    loader = PackageLoader("ex4d.viewer", "templates")
+    return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
+
+
+@cache
+def _assets() -> Environment:
+    """Return the reader of styles and scripts, which are used as they are."""
+    return Environment(loader=PackageLoader("ex4d.viewer", "assets"), autoescape=False)
+
+
+def _asset(name: str) -> str:
+    loader = _assets().loader
+    assert loader is not None
+    return loader.get_source(_assets(), name)[0]
+
+
+def document(template: str, title: str, styles: Sequence[str], scripts: Sequence[str] = (), **context: Any) -> bytes:
+    """Return a page as UTF-8; equal arguments give equal bytes.
+
+    Args:
+        template: name of a file in `templates/` that extends base.html.
+        styles, scripts: names of files in `assets/`, inlined in this order.
+        context: what the template shows. Text is escaped, unless it is Markup.
+    """
+    style, script = (Markup("".join(_asset(name) for name in names)) for names in (styles, scripts))
+    page = _environment().get_template(template)
+    text = page.render(title=title, style=style, script=script, policy=policy(style, script), **context)
+    return text.encode("utf-8", "backslashreplace")  # a file name may hold lone surrogates
+
+
+def policy(style: str, script: str) -> str:
+    """Return the Content-Security-Policy of a page with one inline style and at most one inline script."""
+    rules = {
+        "default-src": "'none'",
+        "style-src": _hash(style),
+        "script-src": _hash(script) if script else "'none'",
+        "img-src": "data:",
+        "media-src": "data: 'self' file:",  # videos beside the page; a page opened from disk is no origin
+        "connect-src": "data:",  # the mesh page reads its own pictures
+        "base-uri": "'none'",
+        "form-action": "'none'",
+    }
+    return "; ".join(f"{name} {value}" for name, value in rules.items())
+
+
+def _hash(text: str) -> str:
+    return f"'sha256-{base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()}'"
+
+
+def json_block(text: str) -> Markup:
+    """Return JSON for a `<script type="application/json">`: no character in it can end the element."""
+    return Markup(text.replace("<", "\\u003c"))
