@@ -1,24 +1,30 @@
 """One YAML file, one section for each command, frozen dataclasses. The only reader of YAML in the project.
 
-A dataclass lives beside the code that reads it. `load` fills it from the YAML section of the same name, applies
-`section.key=value` overrides from the command line, and validates once: unknown keys are forbidden, types are checked.
+A dataclass lives beside the code that reads it, its fields made by `setting`. `load` fills it from the YAML section of
+the same name, applies `section.key=value` overrides from the command line, and validates once: keys, types and ranges.
 There is no interpolation and there are no import strings; `None` (YAML `null`) means off.
 """
 
 from __future__ import annotations
 
 import dataclasses
+import difflib
 import hashlib
 import json
+import re
 from collections.abc import Iterable, Mapping, Sequence
+from functools import cache
 from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import yaml
-from pydantic import ConfigDict, TypeAdapter, ValidationError
+from pydantic import TypeAdapter, ValidationError
 
+from ex4d.config_settings import check_keys, checked, keys, must_be, nested, setting
 from ex4d.errors import ConfigError
+
+__all__ = ["checked", "dump", "fingerprint", "load", "read_yaml", "setting", "to_dict", "validate"]
 
 MAX_BYTES, MAX_VALUES = 2**20, 100_000  # of a configuration file
 
@@ -43,19 +49,27 @@ def load(
     tree = read_yaml(path)
     for name, body in tree.items():
         if name not in SECTIONS:
-            raise ConfigError(str(name), body, f"unknown section in {path}; allowed: {', '.join(SECTIONS)}")
+            raise ConfigError(str(name), body, f"unknown section in {path}{_nearest(str(name), SECTIONS)}")
         if body is not None and not isinstance(body, dict):
             raise ConfigError(str(name), body, f"a section of {path} must be a mapping of keys to values")
     for override in overrides:
         _apply_override(tree, override, allowed=tuple(sections))
+    known = [key for name, cls in sections.items() for key in keys(cls, name)]
+    for name, cls in sections.items():
+        check_keys(cls, tree.get(name) or {}, name, known)
     return {
         name: None if name in optional and name not in tree else validate(cls, tree.get(name) or {}, name)
         for name, cls in sections.items()
     }
 
 
+def _nearest(word: str, allowed: Sequence[str]) -> str:
+    close = difflib.get_close_matches(word, allowed, 1)
+    return f". Did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
+
+
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises ConfigError when it is missing, is no YAML, or is no mapping."""
+    """Return the mapping in a YAML file. Raises ConfigError when it is missing, not YAML, or not a mapping."""
     try:
         with open(path, "rb") as file:
             text = file.read(MAX_BYTES + 1).decode("utf-8")
@@ -75,20 +89,30 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types alone; a key that stands twice in one mapping is an error."""
+    """YAML's plain types alone. Only `true` and `false` are booleans, and no key may appear twice in a mapping."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
         seen: set[str] = set()
         for key, _ in node.value:
             if isinstance(key, yaml.ScalarNode) and key.value in seen:
-                raise yaml.MarkedYAMLError(problem=f"{key.value!r} stands there twice", problem_mark=key.start_mark)
+                raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
             seen.add(str(key.value))
         return node
 
 
+# YAML 1.1 reads on, off, yes and no as booleans, too: preprocess.near_duplicates=off would not be the word "off". A
+# boolean setting still takes these words: validation knows them.
+BOOL = "tag:yaml.org,2002:bool"
+_Loader.yaml_implicit_resolvers = {
+    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+    for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
+}
+_Loader.add_implicit_resolver(BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+
+
 def _parse(text: str) -> Any:
-    """Return what YAML says. Raises YAMLError, ValueError (a number or date that is none) or RecursionError."""
+    """Return what YAML says. Raises YAMLError, ValueError (an invalid number or date) or RecursionError."""
     tree = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     # A few lines of aliases of aliases stand for billions of values; an alias of itself for endlessly many.
     open_nodes, count = [tree], 0
@@ -103,24 +127,36 @@ def _parse(text: str) -> Any:
 
 
 def validate(cls: type, values: Mapping[str, Any], section: str) -> Any:
-    """Return an instance of the dataclass `cls` from plain values; unknown keys and wrong types raise ConfigError."""
-    adapter = _adapter(cls)
+    """Return an instance of the dataclass `cls` from plain values.
+
+    Raises:
+        ConfigError: an unknown key, a wrong type, or a value out of its range.
+    """
+    check_keys(cls, values, section)
     try:
-        return adapter.validate_python(dict(values))
+        return _adapter(cls).validate_python(dict(values))
     except ValidationError as error:
         first = error.errors()[0]
-        key = ".".join([section, *(str(part) for part in first["loc"])])
-        if first["type"] in ("unexpected_keyword_argument", "extra_forbidden"):
-            allowed = f"unknown key; allowed: {', '.join(field.name for field in dataclasses.fields(cls))}"
-        else:
-            allowed = first["msg"]
-        raise ConfigError(key, first.get("input"), allowed) from None
+        raise _type_error(cls, section, first["loc"], values, first["msg"]) from None
 
 
+def _type_error(cls: type, prefix: str, loc: Sequence[Any], values: Any, message: str) -> ConfigError:
+    """Return the error for the setting at `loc`, pydantic's path to it, in which members of unions are steps, too."""
+    name, *rest = loc or ("",)
+    if name not in {field.name for field in dataclasses.fields(cls)}:
+        return ConfigError(prefix, values, message)
+    inner, value = nested(cls, name), values.get(name)
+    if inner is not None and rest and isinstance(value, Mapping):
+        while rest and rest[0] not in {field.name for field in dataclasses.fields(inner)}:
+            rest = rest[1:]
+        return _type_error(inner, f"{prefix}.{name}", rest, value, message)
+    if name not in values:
+        return ConfigError(f"{prefix}.{name}", None, f"is required: {must_be(cls, name)}")
+    return ConfigError(f"{prefix}.{name}", value, must_be(cls, name, value))
+
+
+@cache
 def _adapter(cls: type) -> TypeAdapter:
-    # Dataclasses take their pydantic configuration from this attribute, TypeAdapter refuses a second one.
-    if "__pydantic_config__" not in cls.__dict__:
-        cls.__pydantic_config__ = ConfigDict(extra="forbid")  # type: ignore[attr-defined]
     return TypeAdapter(cls)
 
 
@@ -130,7 +166,7 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
     if not equals or not dot or not rest:
         raise ConfigError("override", override, "write section.key=value, e.g. train.num_steps=20")
     if section not in allowed:
-        raise ConfigError(key, text, f"this command reads the sections {', '.join(allowed)}")
+        raise ConfigError(key, text, f"this command reads no section {section!r}{_nearest(section, allowed)}")
     value = parse_value(text, key)
     node = tree[section] = dict(tree.get(section) or {})
     *parents, leaf = rest.split(".")
@@ -142,7 +178,7 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
 
 
 def parse_value(text: str, key: str = "value") -> Any:
-    """Return what a YAML scalar, list or mapping written on one line means; ConfigError where it is no YAML."""
+    """Return the value of YAML text on one line. Raises ConfigError where it is not YAML."""
     try:
         return _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -13,6 +12,7 @@ import numpy as np
 import torch
 
 from ex4d import flow, video
+from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from ex4d.geometry import masks
 from ex4d.models import backbone, encoders, swap, weights
@@ -23,40 +23,24 @@ from ex4d.reconstruct_files import white
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How a video is sampled; the section `generate` of a config file.
+    """How a video is sampled: the section `generate`."""
 
-    Attributes:
-        num_inference_steps: Euler steps (released: 25).
-        guidance_scale: classifier-free guidance on the text; 1 means one pass and no guidance (released: 5).
-        shift: of the sigma schedule; None: what the adapter was trained with (released: 5).
-        erosion_px: the visible region is shrunk by a square of this side at 512 px, as in training (2 … 8 there).
-        prompt, negative_prompt: fixed texts; the released tool uses one generic prompt.
-        quantize: the base's blocks as int8, fp8 or nf4, for small GPUs; see ModelConfig. The result changes a little.
-        block_swap: so many blocks stay in the host's memory and come to the device while they work.
-        offload: of base, encoders and VAE only the one that works is on the device; slower, the same result.
-    """
-
-    num_inference_steps: int = 25
-    guidance_scale: float = 5.0
-    shift: float | None = None
-    erosion_px: int = 5
-    prompt: str = ""
-    negative_prompt: str = ""
-    quantize: Literal["int8", "fp8", "nf4"] | None = None
-    block_swap: int = 0
-    offload: bool = False
+    num_inference_steps: int = setting(25, "Sampling steps (released: 25).", ge=1)
+    guidance_scale: float = setting(5.0, "Classifier-free guidance; 1: none, half the time (released: 5).")
+    shift: float | None = setting(None, "Shift of the noise schedule; null: what the adapter was trained with.", gt=0)
+    erosion_px: int = setting(
+        5, "Shrink the visible region by a square of this side, px at 512 (training: 2 to 8).", ge=0
+    )
+    prompt: str = setting("", "Text that describes the video.")
+    negative_prompt: str = setting("", "Text that describes what to avoid; needs guidance_scale above 1.")
+    quantize: Literal["int8", "fp8", "nf4"] | None = setting(
+        None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
+    )
+    block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
+    offload: bool = setting(False, "Keep on the GPU only the part that runs: base, encoder or VAE. Slower.")
 
     def __post_init__(self) -> None:
-        if self.num_inference_steps < 1:
-            raise ConfigError("generate.num_inference_steps", self.num_inference_steps, "at least 1")
-        if not math.isfinite(self.guidance_scale):
-            raise ConfigError("generate.guidance_scale", self.guidance_scale, "a finite number")
-        if self.erosion_px < 0:
-            raise ConfigError("generate.erosion_px", self.erosion_px, "at least 0")
-        if self.block_swap < 0:
-            raise ConfigError("generate.block_swap", self.block_swap, "at least 0")
-        if self.shift is not None and not 0 < self.shift < math.inf:
-            raise ConfigError("generate.shift", self.shift, "finite, greater than 0, or null for the adapter's own")
+        checked(self, "generate")
 
     def for_adapter(self, metadata: weights.AdapterMetadata) -> GenerateConfig:
         """Return these choices with the adapter's own where none was made."""

@@ -6,6 +6,7 @@ import itertools
 import pickle
 from dataclasses import dataclass
 from functools import partial
+from typing import ClassVar, Literal
 
 import pytest
 
@@ -89,8 +90,8 @@ BOMB = "a: &a [x, x, x, x, x, x, x, x, x]\n" + "".join(
 @pytest.mark.parametrize(
     ("text", "says"),
     [
-        ("train: {num_steps: 1, num_steps: 2}", "twice"),
-        ("train: {num_steps: 1}\ntrain: {num_steps: 2}", "twice"),
+        ("train: {num_steps: 1, num_steps: 2}", "duplicate key"),
+        ("train: {num_steps: 1}\ntrain: {num_steps: 2}", "duplicate key"),
         (BOMB, "aliases"),
         ("train: &a {num_steps: *a}", "aliases"),
         ("[" * 5000, "valid YAML"),
@@ -123,3 +124,62 @@ def test_a_long_value_is_named_by_its_beginning():
 def test_an_invalid_choice_survives_the_way_between_processes():
     again = pickle.loads(pickle.dumps(ConfigError("train.data", 5, "a folder")))  # noqa: S301 (our own bytes)
     assert (str(again), again.value) == ("train.data=5: a folder", 5)
+
+
+@dataclass(frozen=True)
+class Depth:
+    RENAMED: ClassVar[dict[str, str]] = {"frames": "was renamed to preprocess.num_frames"}
+
+    depth: str = config.setting("sidecar", "Estimator.", choices=("sidecar", "parallax"))
+    near_duplicates: Literal["group", "filter", "off"] = config.setting("group", "Of videos.")
+    num_frames: int | None = config.setting(49, "Of a clip.", ge=2, le=100)
+    size: tuple[int, int] = config.setting((512, 512), "[H, W].", ge=16, multiple_of=2)
+    ranges: dict[str, float] = config.setting({"a": 1.0}, "Named.", not_empty=True)
+    score_only: bool = config.setting(False, "Scores alone.")
+
+    def __post_init__(self) -> None:
+        need = config.checked(self, "preprocess")
+        need(self.num_frames != 50, "num_frames", "must not be 50")
+
+
+@pytest.mark.parametrize(
+    ("override", "says"),
+    [
+        ("depht=parralax", "unknown setting. Did you mean preprocess.depth=parallax?"),
+        ("depth=parralax", "must be one of sidecar, parallax. Did you mean parallax?"),
+        ("frames=9", "was renamed to preprocess.num_frames"),
+        ("num_frames=1", "must be an integer, from 2 to 100, or null"),
+        ("num_frames=many", "must be an integer, from 2 to 100, or null"),
+        ("num_frames=50", "must not be 50"),
+        ("size=[31, 32]", "must be [integer, integer], at least 16, a multiple of 2"),
+        ("size=[32]", "must be [integer, integer], at least 16, a multiple of 2"),
+        ("near_duplicates=groop", "must be one of group, filter, off. Did you mean group?"),
+        ("ranges={}", "must be a mapping, not empty"),
+        ("lr=3", "Did you mean train.lr?"),
+    ],
+)
+def test_a_setting_says_what_it_may_be(tmp_path, override, says):
+    (tmp_path / "a.yaml").write_text("")
+    with pytest.raises(ConfigError) as caught:
+        config.load(tmp_path / "a.yaml", {"preprocess": Depth, "train": Example}, [f"preprocess.{override}"])
+    assert str(caught.value).startswith(f"preprocess.{override.partition('=')[0]}=")
+    assert str(caught.value).endswith(says)
+
+
+@pytest.mark.parametrize("values", [{"num_frames": 1}, {"depth": "lidar"}, {"size": (15, 16)}, {"ranges": {}}])
+def test_a_setting_out_of_range_is_refused_without_a_file(values):
+    with pytest.raises(ConfigError, match=f"preprocess.{next(iter(values))}"):
+        Depth(**values)
+
+
+def test_words_that_yaml_1_1_reads_as_booleans_are_words(tmp_path):
+    (tmp_path / "a.yaml").write_text("preprocess: {near_duplicates: off, score_only: yes}")
+    loaded = config.load(tmp_path / "a.yaml", {"preprocess": Depth})["preprocess"]
+    assert (loaded.near_duplicates, loaded.score_only) == ("off", True)
+    config.dump({"preprocess": loaded}, tmp_path / "b.yaml")
+    assert config.load(tmp_path / "b.yaml", {"preprocess": Depth})["preprocess"] == loaded
+
+
+def test_each_instance_has_a_mapping_of_its_own():
+    Depth().ranges["b"] = 2.0
+    assert Depth().ranges == {"a": 1.0}

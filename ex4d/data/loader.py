@@ -20,6 +20,7 @@ import numpy as np
 import pyarrow as pa
 
 from ex4d import storage
+from ex4d.config import checked, setting
 from ex4d.data import manifest
 from ex4d.data.cache import RangeCache
 from ex4d.data.latents import LatentSpec, decode_latents
@@ -38,26 +39,16 @@ Item = tuple[str, dict[str, Any] | None, str]  # key, values or None, why there 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How samples are fetched; nothing here changes which samples come, or in which order.
+    """How samples are fetched. Nothing here changes which samples come, or in which order."""
 
-    Args:
-        num_threads: threads that read and decode; 0 does it in the caller's.
-        prefetch_batches: micro batches that are under way beside the one handed out.
-        cache_dir: local folder that keeps samples of an object store; None for none.
-        cache_size_bytes: the most that it keeps.
-        max_bad_samples: a rank that met more bad samples than this stops with ContractError.
-    """
-
-    num_threads: int = 2
-    prefetch_batches: int = 2
-    cache_dir: str | None = None
-    cache_size_bytes: int = 20 * 2**30
-    max_bad_samples: int = 100
+    num_threads: int = setting(2, "Threads that read and decode; 0: the training thread does it.", ge=0)
+    prefetch_batches: int = setting(2, "Micro batches prepared ahead of the one in use.", ge=0)
+    cache_dir: str | None = setting(None, "Local folder that caches samples of an object store; null: no cache.")
+    cache_size_bytes: int = setting(20 * 2**30, "Size of that cache.", ge=0)
+    max_bad_samples: int = setting(100, "Stop a rank that has met more damaged samples than this.", ge=0)
 
     def __post_init__(self) -> None:
-        for name in ("num_threads", "prefetch_batches", "cache_size_bytes", "max_bad_samples"):
-            if getattr(self, name) < 0:
-                raise ConfigError(f"train.loader.{name}", getattr(self, name), "at least 0")
+        checked(self, "train.loader")
 
 
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:

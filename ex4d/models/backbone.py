@@ -14,6 +14,7 @@ from typing import Any, Literal
 import torch
 
 from ex4d import hub
+from ex4d.config import checked, setting
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import families
 from ex4d.models.encoders import Base
@@ -37,32 +38,30 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The section `model`.
+    """The base model and what is trained on it: the section `model`."""
 
-    Args:
-        base: "tiny", a folder in diffusers layout, or a hub id.
-        revision: commit or tag of a hub id; None takes the newest, and the commit is written into the adapter file.
-        family: a name of ex4d.models.families that the base must belong to; None asks nothing.
-        lora_rank, lora_alpha: of the LoRA; its product is scaled by alpha / rank.
-        adapter_hidden: channels inside the geometry adapter.
-        mask_range: of the mask before the VAE: "unit" {−1, +1} or "released" {−3, +1}, as the published weights want.
-        dtype: of the frozen transformer and text encoder; "auto" is bfloat16 on an accelerator and float32 on a CPU.
-        quantize: store the frozen blocks as int8, fp8 (a byte a weight) or nf4 (half a byte); None: as `dtype`.
-        vae_dtype: of the VAE.
-        source_video: the source video as second condition (beyond the paper).
-    """
+    base: str = setting(TINY, "Base model: tiny, a folder in diffusers layout, or a hub id.")
+    revision: str | None = setting(
+        None, "Commit or tag of a hub id; null: the newest. The adapter file records the commit."
+    )
+    family: str | None = setting(None, "Family that the base must belong to; null: any.", choices=families.FAMILIES)
+    lora_rank: int = setting(16, "Rank of the LoRA.", ge=1)
+    lora_alpha: float = setting(16.0, "Scale of the LoRA: its product is multiplied by alpha / rank.")
+    adapter_hidden: int = setting(1024, "Channels inside the geometry adapter.", ge=1)
+    mask_range: Literal["unit", "released"] = setting(
+        "unit", "Mask values before the VAE: unit is -1 and +1; released is -3 and +1, as the published weights expect."
+    )
+    dtype: Literal["auto", "float32", "bfloat16", "float16"] = setting(
+        "auto", "Data type of transformer and text encoder; auto: bfloat16 on an accelerator, float32 on a CPU."
+    )
+    quantize: Literal["int8", "fp8", "nf4"] | None = setting(
+        None, "Store the frozen blocks as int8, fp8 (1 byte a weight) or nf4 (half a byte); null: as dtype."
+    )
+    vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Data type of the VAE.")
+    source_video: bool = setting(False, "Give the source video to the model as a second condition (beyond the paper).")
 
-    base: str = TINY
-    revision: str | None = None
-    family: str | None = None
-    lora_rank: int = 16
-    lora_alpha: float = 16.0
-    adapter_hidden: int = 1024
-    mask_range: Literal["unit", "released"] = "unit"
-    dtype: Literal["auto", "float32", "bfloat16", "float16"] = "auto"
-    quantize: Literal["int8", "fp8", "nf4"] | None = None
-    vae_dtype: Literal["float32", "bfloat16"] = "float32"
-    source_video: bool = False
+    def __post_init__(self) -> None:
+        checked(self, "model")
 
 
 def load_base(

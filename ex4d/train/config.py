@@ -3,11 +3,11 @@
 from __future__ import annotations
 
 import dataclasses
-import math
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, Literal
 
+from ex4d.config import checked, setting
 from ex4d.data.loader import LoaderConfig
 from ex4d.errors import ConfigError
 
@@ -18,123 +18,108 @@ EXIT_PREEMPTED = 75
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The choices of one training run.
+    """The choices of one training run: the section `train`."""
 
-    Args:
-        data: dataset folder or URL that `ex4d preprocess` wrote.
-        output: folder of this run: checkpoints/, adapter/, metrics.jsonl. The same command run again goes on there.
-        num_steps: optimizer steps in all.
-        save_every: a checkpoint after so many steps, and always after the last.
-        keep_last: how many checkpoints stay (the best by validation loss stays as well).
-        micro_batch_size: samples that one device holds at once.
-        grad_accum_steps: micro batches a step. The global batch, micro × accum × processes, is fixed when a run
-            starts; a run resumed on another number of processes keeps it and derives its accumulation.
-        num_processes: local processes to start; None: one per GPU, or 2 where there is none. A launcher's wins.
-        min_processes: Ray Train alone: with fewer than `num_processes`, but at least so many, the run goes on, with the
-            same global batch and losses; None: it waits for all.
-        launcher: auto: in-process under torchrun, srun or deepspeed, else local processes; ray: Ray Train.
-        zero_stage: DeepSpeed ZeRO stage; the losses do not depend on it.
-        lr: learning rate after warm-up.
-        lr_decay: none, or cosine to a tenth of `lr` at `num_steps`.
-        max_grad_norm: gradient clipping by global norm; None: off.
-        ema_decay: exponential moving average of the trainables, which the final adapter then holds; None: off.
-        shift: shift of the noise schedule (METHOD §6).
-        timestep_sampling: a name of flow.TIMESTEP_SAMPLING; it decides the loss weight of a timestep, too.
-        hole_weight: weight of latents inside the holes against visible ones.
-        condition_dropout: share of samples that see the empty prompt (for classifier-free guidance).
-        prompt: one prompt for every clip; None: each clip's own caption.
-        activation_checkpointing: recompute activations in the backward pass: less memory, about a third more time.
-        loader: how samples are fetched: threads, prefetch, cache (data.loader.LoaderConfig).
-        cpu_offload: optimizer state in the host's memory (GPU runs).
-        block_swap: so many blocks of the frozen base stay in the host's memory and come to the device while they work;
-            needs activation_checkpointing.
-        validate_every: loss on the validation split, with fixed noise, after so many steps; None: never.
-        validate_samples: how many validation samples.
-        validate_videos: so many of them are generated with the current adapter, too, and kept as videos, by a process
-            of its own (under Ray by an actor), which cannot hold up or end the training; 0: none.
-        validate_video_steps: sampling steps of these videos.
-        validate_apart: the loss on the validation split comes from that process, too: later, and at no rank's expense.
-        validate_device: where that process computes: cpu, or a GPU that no rank uses, as cuda:7 (under Ray: cuda).
-        validate_timeout_s: a validation that takes longer is given up.
-        wandb_mode: None: online where a key is set, else offline; "disabled": not at all.
-        dry_run: say what the run would need on `gpu`, and at `usd_per_gpu_hour`, and stop; nothing is loaded.
-    """
+    data: str = setting("out/dataset", "Dataset folder or URL written by `ex4d preprocess` or `ex4d encode`.")
+    output: str = setting("out/train", "Folder of this run. The same command run again resumes there.")
+    num_steps: int = setting(1000, "Number of optimizer steps.", ge=1)
+    micro_batch_size: int = setting(1, "Samples that one device processes at once.", ge=1)
+    grad_accum_steps: int = setting(
+        1, "Micro batches per step. micro_batch_size × this × processes is the global batch; a run keeps it.", ge=1
+    )
+    num_processes: int | None = setting(
+        None, "Local processes to start; null: one per GPU, or 2 without a GPU. A launcher's number wins.", ge=1
+    )
+    lr: float = setting(3e-5, "Learning rate after warm-up.", gt=0)
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to train on; auto: a GPU where there is one.")
+    seed: int = setting(0, "Seed of everything that is drawn.", ge=0, le=2**31 - 1)
+    save_every: int = setting(100, "Write a checkpoint every N steps, and after the last.", ge=1)
+    keep_last: int = setting(2, "Number of newest checkpoints to keep; the best by validation loss is kept too.", ge=1)
+    log_every: int = setting(10, "Print the loss every N steps.", ge=1)
 
-    data: str = "out/dataset"
-    output: str = "out/train"
-    num_steps: int = 1000
-    save_every: int = 100
-    keep_last: int = 2
-    micro_batch_size: int = 1
-    grad_accum_steps: int = 1
-    num_processes: int | None = None
-    min_processes: int | None = None
-    launcher: Literal["auto", "ray"] = "auto"
-    zero_stage: Literal[0, 1, 2, 3] = 2
-    device: Literal["auto", "cpu", "cuda"] = "auto"
-    seed: int = 0
-    lr: float = 3e-5
-    lr_decay: Literal["none", "cosine"] = "none"
-    warmup_steps: int = 0
-    weight_decay: float = 0.01
-    betas: tuple[float, float] = (0.9, 0.999)
-    max_grad_norm: float | None = 1.0
-    ema_decay: float | None = None
-    shift: float = 5.0
-    timestep_sampling: Literal["diffsynth", "uniform", "logit_normal"] = "diffsynth"
-    hole_weight: float = 1.0
-    condition_dropout: float = 0.0
-    prompt: str | None = ""
-    activation_checkpointing: bool = False
-    cpu_offload: bool = False
-    block_swap: int = 0
-    loader: LoaderConfig = field(default_factory=LoaderConfig)
-    log_every: int = 10
-    validate_every: int | None = None
-    validate_samples: int = 16
-    validate_videos: int = 0
-    validate_video_steps: int = 8
-    validate_apart: bool = False
-    validate_device: str = "cpu"
-    validate_timeout_s: float = 1800.0
-    wandb_mode: Literal["online", "offline", "disabled"] | None = None
-    wandb_project: str = "ex4d"
-    wandb_group: str | None = None
-    dry_run: bool = False
-    gpu: str = "H200"
-    usd_per_gpu_hour: float | None = None
+    lr_decay: Literal["none", "cosine"] = setting(
+        "none", "Learning rate after warm-up: constant, or cosine down to lr / 10 at num_steps.", group="Optimisation"
+    )
+    warmup_steps: int = setting(0, "Steps over which the learning rate rises from 0.", ge=0, le=2**31 - 1)
+    weight_decay: float = setting(0.01, "Weight decay of AdamW.", ge=0)
+    betas: tuple[float, float] = setting((0.9, 0.999), "Betas of AdamW.", ge=0, lt=1)
+    max_grad_norm: float | None = setting(1.0, "Clip gradients to this global norm; null: do not clip.", gt=0)
+    ema_decay: float | None = setting(
+        None, "Decay of a moving average of the weights, which the final adapter then holds; null: off.", gt=0, lt=1
+    )
+
+    shift: float = setting(5.0, "Shift of the noise schedule.", gt=0, group="Objective")
+    timestep_sampling: Literal["diffsynth", "uniform", "logit_normal"] = setting(
+        "diffsynth", "How timesteps are drawn and weighted; see docs/method.md."
+    )
+    hole_weight: float = setting(1.0, "Loss weight of latents inside holes, relative to visible ones.", gt=0)
+    condition_dropout: float = setting(
+        0.0, "Fraction of samples trained with an empty prompt, for classifier-free guidance.", ge=0, lt=1
+    )
+    prompt: str | None = setting("", "One prompt for every clip; null: each clip's own caption.")
+
+    activation_checkpointing: bool = setting(
+        False, "Recompute activations in the backward pass: less memory, about a third more time.", group="Memory"
+    )
+    cpu_offload: bool = setting(False, "Keep optimizer state in CPU memory (GPU runs).")
+    block_swap: int = setting(
+        0, "Keep N blocks of the frozen base in CPU memory and copy each to the GPU when it runs.", ge=0
+    )
+
+    launcher: Literal["auto", "ray"] = setting(
+        "auto",
+        "auto: torchrun, srun or deepspeed where one started us, else local processes; ray: Ray Train.",
+        group="Processes",
+    )
+    min_processes: int | None = setting(
+        None, "With Ray Train, keep training with as few processes as this; null: wait for all.", ge=1
+    )
+    zero_stage: Literal[0, 1, 2, 3] = setting(2, "DeepSpeed ZeRO stage; losses do not depend on it.")
+    loader: LoaderConfig = setting(LoaderConfig(), "How samples are fetched.")
+
+    validate_every: int | None = setting(
+        None, "Compute the validation loss, with fixed noise, every N steps; null: never.", ge=1, group="Validation"
+    )
+    validate_samples: int = setting(16, "Number of validation samples.", ge=1)
+    validate_videos: int = setting(0, "Also generate this many of them as videos, in a separate process.", ge=0)
+    validate_video_steps: int = setting(8, "Sampling steps of these videos.", ge=1)
+    validate_apart: bool = setting(
+        False, "Compute the validation loss in the separate process too: later, but the ranks do not wait."
+    )
+    validate_device: str = setting(
+        "cpu", "Device of the separate process: cpu, or a GPU that no rank uses, e.g. cuda:7 (under Ray: cuda)."
+    )
+    validate_timeout_s: float = setting(1800.0, "Abandon a validation that takes longer.", gt=0)
+
+    wandb_mode: Literal["online", "offline", "disabled"] | None = setting(
+        None, "Weights & Biases mode; null: online where an API key is set, else offline.", group="Logging"
+    )
+    wandb_project: str = setting("ex4d", "Weights & Biases project.")
+    wandb_group: str | None = setting(None, "Weights & Biases group.")
+
+    dry_run: bool = setting(
+        False, "Print the memory, time and cost that the run needs, then exit; no weights are loaded.", group="Dry run"
+    )
+    gpu: str = setting("H200", "GPU to estimate for.")
+    usd_per_gpu_hour: float | None = setting(None, "Price to estimate with; null: no cost is printed.", ge=0)
 
     def __post_init__(self) -> None:
-        def need(holds: bool, name: str, allowed: str) -> None:
-            if not holds:
-                raise ConfigError(f"train.{name}", getattr(self, name), allowed)
-
-        for name in ("num_steps", "save_every", "keep_last", "micro_batch_size", "grad_accum_steps", "log_every"):
-            need(getattr(self, name) >= 1, name, "at least 1")
-        for name in ("num_processes", "min_processes", "validate_every", "validate_samples", "validate_video_steps"):
-            value = getattr(self, name)
-            need(value is None or value >= 1, name, "at least 1")
+        need = checked(self, "train")
         if self.min_processes is not None:
-            need(self.launcher == "ray", "min_processes", "null, save with train.launcher=ray")
-            most = self.num_processes or 0
-            need(self.min_processes <= most, "min_processes", "at most train.num_processes, which must be given")
-        need(0 <= self.validate_videos <= self.validate_samples, "validate_videos", "0 to train.validate_samples")
+            need(self.launcher == "ray", "min_processes", "must be null unless train.launcher=ray")
+            allowed = "must be at most train.num_processes, which must be set"
+            need(self.min_processes <= (self.num_processes or 0), "min_processes", allowed)
+        need(self.validate_videos <= self.validate_samples, "validate_videos", "must be at most train.validate_samples")
         for name in ("validate_videos", "validate_apart"):
-            need(bool(self.validate_every) or not getattr(self, name), name, "off, where train.validate_every is null")
-        need(0 < self.validate_timeout_s < math.inf, "validate_timeout_s", "finite, greater than 0")
-        need(not self.cpu_offload or self.zero_stage > 0, "cpu_offload", "false, save with train.zero_stage 1 to 3")
-        need(self.block_swap >= 0, "block_swap", "at least 0")
-        if self.block_swap:
-            need(self.activation_checkpointing, "block_swap", "0, save with train.activation_checkpointing=true")
-        need(0 <= self.condition_dropout < 1, "condition_dropout", "in [0, 1)")
-        need(self.ema_decay is None or 0 < self.ema_decay < 1, "ema_decay", "in (0, 1), or null for off")
-        for name in ("lr", "shift", "hole_weight", "max_grad_norm"):
-            value = getattr(self, name)
-            need(value is None or 0 < value < math.inf, name, "finite, greater than 0")
-        need(0 <= self.weight_decay < math.inf, "weight_decay", "finite, at least 0")
-        need(all(0 <= beta < 1 for beta in self.betas), "betas", "two numbers in [0, 1)")
-        for name in ("seed", "warmup_steps"):
-            need(0 <= getattr(self, name) < 2**31, name, "0 to 2147483647")
+            off = "must be off (0 or false) unless train.validate_every is set"
+            need(bool(self.validate_every) or not getattr(self, name), name, off)
+        need(
+            not self.cpu_offload or self.zero_stage > 0,
+            "cpu_offload",
+            "must be false unless train.zero_stage is 1 to 3",
+        )
+        swappable = self.activation_checkpointing or not self.block_swap
+        need(swappable, "block_swap", "must be 0 unless train.activation_checkpointing=true")
 
 
 # What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.

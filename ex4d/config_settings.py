@@ -1,0 +1,240 @@
+"""A setting: a field of a frozen dataclass with its description and allowed range beside it.
+
+Validation, `--help`, `ex4d config`, the reference pages and the flags of commands all read these fields.
+"""
+
+from __future__ import annotations
+
+import copy
+import dataclasses
+import difflib
+import math
+import types
+import typing
+from collections.abc import Callable, Iterable, Iterator, Mapping
+from dataclasses import dataclass
+from functools import cache
+from typing import Any, Literal
+
+from ex4d.errors import ConfigError
+
+KEY = "setting"  # of a field's metadata
+
+
+@dataclass(frozen=True)
+class Setting:
+    """What is known of a field beside its name, type and default. A bound of a list holds for each of its items.
+
+    Args:
+        help: one plain line.
+        ge, gt, le, lt: bounds of a number: at least, greater than, at most, less than.
+        multiple_of: the number is a multiple of this.
+        not_empty: text, a list or a mapping must hold something.
+        choices: the allowed words, where a table names them. Words that stand nowhere else are a Literal type instead.
+        group: title of the group of settings that starts here, for help pages.
+    """
+
+    help: str
+    ge: float | None = None
+    gt: float | None = None
+    le: float | None = None
+    lt: float | None = None
+    multiple_of: int | None = None
+    not_empty: bool = False
+    choices: Iterable[str] = ()
+    group: str | None = None
+
+    def accepts(self, value: Any) -> bool:
+        """Return whether a value of the right type is in range. None always is: the type decides about it."""
+        if value is None or isinstance(value, bool):
+            return True
+        if isinstance(value, int | float):
+            return math.isfinite(value) and all(
+                (
+                    self.ge is None or value >= self.ge,
+                    self.gt is None or value > self.gt,
+                    self.le is None or value <= self.le,
+                    self.lt is None or value < self.lt,
+                    self.multiple_of is None or value % self.multiple_of == 0,
+                )
+            )
+        if self.not_empty and isinstance(value, str | list | tuple | dict) and not value:
+            return False
+        if isinstance(value, list | tuple):
+            return all(self.accepts(item) for item in value)
+        return not self.choices or not isinstance(value, str) or value in self.choices
+
+    @property
+    def range(self) -> str:
+        """The allowed range in words; "" where there is none."""
+        bounds = {"at least": self.ge, "greater than": self.gt, "at most": self.le, "less than": self.lt}
+        words = " and ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items() if bound is not None)
+        if self.ge is not None and self.le is not None:
+            words = f"from {_plain(self.ge)} to {_plain(self.le)}"
+        multiple = f"a multiple of {self.multiple_of}" if self.multiple_of else ""
+        return ", ".join(part for part in (words, multiple, "not empty" if self.not_empty else "") if part)
+
+
+def setting(default: Any, help: str, **rules: Any) -> Any:
+    """Return a dataclass field with a default, a description and the rules of `Setting`.
+
+    Args:
+        default: taken where nothing is given; each instance gets its own copy of a list or mapping.
+        help: one plain line.
+        rules: other arguments of `Setting`.
+    """
+    metadata = {KEY: Setting(help, **rules)}
+    if default is dataclasses.MISSING:
+        return dataclasses.field(metadata=metadata)
+    if isinstance(default, list | dict):
+        return dataclasses.field(default_factory=lambda: copy.deepcopy(default), metadata=metadata)
+    return dataclasses.field(default=default, metadata=metadata)
+
+
+Need = Callable[[bool, str, str], None]
+
+
+def checked(config: Any, section: str) -> Need:
+    """Check each setting of a dataclass against its own range, and return a function for the rules between settings.
+
+    Args:
+        config: the dataclass; called from its `__post_init__`.
+        section: where its settings stand in a file, as "train" or "train.loader".
+
+    Returns:
+        need(holds, name, allowed), which raises a ConfigError that names the setting `name` unless `holds`.
+
+    Raises:
+        ConfigError: a setting is out of its range.
+    """
+
+    def need(holds: bool, name: str, allowed: str) -> None:
+        if not holds:
+            raise ConfigError(f"{section}.{name}", getattr(config, name), allowed)
+
+    for field in dataclasses.fields(config):
+        rule = field.metadata.get(KEY)
+        value = getattr(config, field.name)
+        if rule is not None and not rule.accepts(value):
+            need(False, field.name, must_be(type(config), field.name, value))
+    return need
+
+
+def must_be(cls: type, name: str, value: Any = None) -> str:
+    """Return what the setting `name` must be, with the nearest choice where `value` is a misspelt one."""
+    allowed = f"must be {allowed_text(cls, name)}"
+    close = difflib.get_close_matches(value, choices_of(cls, name), 1) if isinstance(value, str) else []
+    return f"{allowed}. Did you mean {close[0]}?" if close else allowed
+
+
+def allowed_text(cls: type, name: str) -> str:
+    """Return what a setting may be, in words: "an integer, at least 1, or null"."""
+    hint, rule = hints(cls)[name], rule_of(cls, name)
+    choices = tuple(rule.choices) if rule is not None else ()
+    words = [_type_text(part, choices) for part in _members(hint) if part is not type(None)]
+    parts = [" or ".join(dict.fromkeys(words))]
+    if rule is not None and rule.range:
+        parts.append(rule.range)
+    if type(None) in _members(hint):
+        parts.append("or null")
+    return ", ".join(parts)
+
+
+def rule_of(cls: type, name: str) -> Setting | None:
+    """Return a field's Setting; None where it has none."""
+    return next(field.metadata.get(KEY) for field in dataclasses.fields(cls) if field.name == name)
+
+
+@cache
+def hints(cls: type) -> dict[str, Any]:
+    """Return {field: type} of a dataclass."""
+    return typing.get_type_hints(cls)
+
+
+def nested(cls: type, name: str) -> type | None:
+    """Return the dataclass that a field holds, be it optional; None where it holds plain values."""
+    members = _members(hints(cls)[name])
+    return next((part for part in members if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
+
+
+def choices_of(cls: type, name: str) -> tuple[str, ...]:
+    """Return the words that a setting, or an item of it, may be; () where it is free."""
+    rule = rule_of(cls, name)
+    if rule is not None and rule.choices:
+        return tuple(rule.choices)
+    parts = [deep for part in _members(hints(cls)[name]) for deep in (part, *typing.get_args(part))]
+    return tuple(str(word) for part in parts if typing.get_origin(part) is Literal for word in typing.get_args(part))
+
+
+def keys(cls: type, prefix: str) -> Iterator[str]:
+    """Yield the dotted name of every setting below `prefix`, those of nested dataclasses too."""
+    for field in dataclasses.fields(cls):
+        yield f"{prefix}.{field.name}"
+        inner = nested(cls, field.name)
+        if inner is not None:
+            yield from keys(inner, f"{prefix}.{field.name}")
+
+
+def check_keys(cls: type, values: Mapping[Any, Any], prefix: str, known: Iterable[str] = ()) -> None:
+    """Raise ConfigError for the first unknown key in `values`; the message names the nearest known one.
+
+    Args:
+        prefix: dotted name of the mapping, for messages.
+        known: dotted names of all settings that the command reads; where empty, those below `prefix`.
+    """
+    known = tuple(known) or tuple(keys(cls, prefix))
+    names = {field.name for field in dataclasses.fields(cls)}
+    for name, value in values.items():
+        if name not in names:
+            raise ConfigError(f"{prefix}.{name}", value, _unknown(cls, str(name), value, prefix, known))
+        inner = nested(cls, name)
+        if inner is not None and isinstance(value, Mapping):
+            check_keys(inner, value, f"{prefix}.{name}", known)
+
+
+def _unknown(cls: type, name: str, value: Any, prefix: str, known: Iterable[str]) -> str:
+    """Return what to write in place of an unknown key."""
+    renamed = getattr(cls, "RENAMED", {}).get(name)
+    if renamed is not None:
+        return renamed
+    siblings = [field.name for field in dataclasses.fields(cls)]
+    close = difflib.get_close_matches(name, siblings, 1)
+    if close:
+        words = difflib.get_close_matches(value, choices_of(cls, close[0]), 1) if isinstance(value, str) else []
+        return f"unknown setting. Did you mean {prefix}.{close[0]}{f'={words[0]}' if words else ''}?"
+    leaves = {key.rpartition(".")[2]: key for key in known}
+    elsewhere = difflib.get_close_matches(name, leaves, 1)
+    if elsewhere:
+        return f"unknown setting. Did you mean {leaves[elsewhere[0]]}?"
+    return f"unknown setting; allowed in {prefix}: {', '.join(siblings)}"
+
+
+def _members(hint: Any) -> tuple[Any, ...]:
+    """Return the members of a union, or the type itself."""
+    is_union = typing.get_origin(hint) in (typing.Union, types.UnionType)
+    return typing.get_args(hint) if is_union else (hint,)
+
+
+def _type_text(hint: Any, choices: tuple[str, ...] = ()) -> str:
+    plain = {int: "an integer", float: "a number", str: "text", bool: "true or false", Any: "any value"}
+    if choices and hint is str:
+        return f"one of {', '.join(choices)}"
+    if hint in plain:
+        return plain[hint]
+    origin, inner = typing.get_origin(hint), typing.get_args(hint)
+    if origin is Literal:
+        return f"one of {', '.join(str(word) for word in inner)}" if len(inner) > 1 else str(inner[0])
+    if origin is tuple and Ellipsis not in inner:
+        return f"[{', '.join(_type_text(item).removeprefix('an ').removeprefix('a ') for item in inner)}]"
+    if origin in (tuple, list):
+        return f"a list of {_items_text(inner[0], choices)}"
+    return "a mapping"
+
+
+def _items_text(hint: Any, choices: tuple[str, ...]) -> str:
+    words = {int: "integers", float: "numbers", str: "texts"}
+    return words[hint] if hint in words and not choices else _type_text(hint, choices).removeprefix("one of ")
+
+
+def _plain(number: float) -> str:
+    return str(int(number)) if float(number).is_integer() else str(number)
