@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import errno
 import logging
+import random
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -17,7 +18,7 @@ from typing import TypeVar
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-FIRST_DELAY_S = 0.25  # doubled each time: 3.75 s in all
+FIRST_DELAY_S = 0.25  # doubled each time, ± half of it: 3.75 s in all on average
 
 Result = TypeVar("Result")
 
@@ -69,7 +70,7 @@ def call(operation: Callable[[], Result], url: str) -> Result:
             log.info("attempt %d of %d at %s: %s", attempt, ATTEMPTS, redacted(url), _named(error))
             if attempt == ATTEMPTS:
                 raise _given_up(error, url) from None
-        time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1))
+        time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # else all workers retry in step
     raise AssertionError("the last attempt returns or raises")
 
 

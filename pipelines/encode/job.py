@@ -26,10 +26,11 @@ from pipelines.encode import stages
 from pipelines.encode.stages import Encoding
 from pipelines.runtime import runner
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive
+from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, log_run
 from pipelines.runtime.runner import RayConfig
-from pipelines.runtime.stage import Row, Stage, is_bug, new_row
+from pipelines.runtime.stage import Row, Stage, new_row
 
 CODE = 1  # raised when stages change what they write, so that older staging is not taken
 PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")  # may change a latent
@@ -53,6 +54,7 @@ class EncodeConfig:
         shard_size_mb: a shard is closed before it grows over this.
         max_bad_fraction: share of damaged samples above which the run fails and nothing is committed.
         max_bugs: rows that may end in an unexpected error before the run stops.
+        max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
         metrics_port: Prometheus scrapes http://127.0.0.1:PORT/metrics while the run lasts; None: not at all.
     """
 
@@ -66,6 +68,7 @@ class EncodeConfig:
     shard_size_mb: int = 1024
     max_bad_fraction: float = 0.1
     max_bugs: int = 10
+    max_attempts: int = 3
     metrics_port: int | None = None
 
     def __post_init__(self) -> None:
@@ -79,6 +82,7 @@ class EncodeConfig:
         need(self.shard_size_mb >= 1, "shard_size_mb", "at least 1")
         need(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
         need(self.max_bugs >= 0, "max_bugs", "at least 0")
+        need(self.max_attempts >= 1, "max_attempts", "at least 1")
         need(self.metrics_port is None or 0 < self.metrics_port < 65536, "metrics_port", "null, or 1 to 65535")
 
 
@@ -115,17 +119,22 @@ def run(
     models = of_components(model.base, model.revision, ENCODERS)
     started = time.time()
     progress = Progress(config.output, config.metrics_port)
-    attempts = Attempts(config.output, 3)
+    attempts = Attempts(config.output, config.max_attempts)
     with (
         exclusive(config.output),
         progress.serving(),
         runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
     ):
-        job = _Job(config, model, dataset, models, execute, progress)
-        job.work()
-        job.judge()
+        passes = Passes("encode", execute, progress, config.max_bugs)
+        job = _Job(config, model, dataset, models, passes)
+        try:
+            job.work()
+        except TooManyBugs as error:
+            job.problems.append(str(error))
+        else:
+            job.judge()
         result = job.finish()
-        log_run(result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+        log_run(result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
     return result
 
 
@@ -137,14 +146,11 @@ class _Job:
     model: ModelConfig
     dataset: Mapping[str, Any]
     models: Mapping[str, str]
-    execute: runner.Runner
-    progress: Progress
+    passes: Passes
     rejects: list[dict[str, str]] = field(default_factory=list)
     staged: list[shards.Staged] = field(default_factory=list)
     texts: dict[str, str] = field(default_factory=dict)
     problems: list[str] = field(default_factory=list)
-    bugs: list[dict[str, Any]] = field(default_factory=list)
-    worked: dict[str, int] = field(default_factory=dict)
     committed: bool = False
 
     def __post_init__(self) -> None:
@@ -173,8 +179,7 @@ class _Job:
                 continue
             self.staged.append(shards.Staged(row["key"], row["split"], self.ledger.url(row["artifact"])))
             captions.setdefault(row["caption"]["sha256"], {"shard": row["shard"], **row["caption"]})
-        if not self.problems:
-            self._texts(captions if self.config.captions else {})
+        self._texts(captions if self.config.captions else {})
 
     def _sample_row(self, fields: Mapping[str, Any]) -> Row:
         made = fingerprint(
@@ -182,13 +187,14 @@ class _Job:
             *({name: self.models.get(name) for name in ("vae", "image_encoder")}, self._numbers()),
             self.model.mask_range,
         )
-        names = ("key", "split", "shard", "offset", "length", "sha256", "start_s", "end_s")
+        names = ("key", "split", "shard", "offset", "length", "sha256")
         caption = next(member for member in fields["members"] if member["name"] == "txt")
         return new_row(
             **{name: fields[name] for name in names},
             caption={name: caption[name] for name in ("offset", "length", "sha256")},
             fingerprint=made,
             artifact=f"clips/{fields['key']}.{made}.tar",
+            video_s=fields["end_s"] - fields["start_s"],
         )
 
     def _numbers(self) -> dict[str, Any]:
@@ -212,21 +218,8 @@ class _Job:
     def _pass(self, name: str, todo: tuple[Stage, ...], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
         """Return {key: refusal} of the rows that were refused, after working on all that the ledger lacks."""
         missing = [row for row in rows if row["artifact"] not in self.done]
-        video_s = {row["key"]: row.get("end_s", 0.0) - row.get("start_s", 0.0) for row in missing}
-        self.worked[name] = len(missing)
-        refused = {}
-        chosen = stages.with_gpu(todo, self.config.num_gpus)
-        with self.progress.watch(name, chosen, len(missing)) as count:
-            for row in self.execute(chosen, missing, self.context, ()):
-                count(row, video_s[row["key"]])
-                if row["refusal"] is not None:
-                    refused[row["key"]] = row["refusal"]
-                if is_bug(row):
-                    self.bugs.append({"key": row["key"], **row["refusal"]})
-                    if len(self.bugs) > self.config.max_bugs:
-                        self.problems.append(f"stopped: {len(self.bugs)} bugs, more than encode.max_bugs")
-                        break
-        return refused
+        done = self.passes.run(name, stages.with_gpu(todo, self.config.num_gpus), missing, self.context)
+        return {row["key"]: row["refusal"] for row in done if row["refusal"] is not None}
 
     def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
         named = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
@@ -250,8 +243,7 @@ class _Job:
         shards.pack(self.staged, self.config.output, self._facts(), [*earlier, *self.rejects], size, write_texts)
         self.committed = True
         self.ledger.sweep()
-        if self.bugs:
-            self.problems.append(f"{len(self.bugs)} rows ended in bugs; their tracebacks are in run.jsonl")
+        self.problems += self.passes.problems()
 
     def _facts(self) -> dict[str, Any]:
         first = self.staged[0]
@@ -284,7 +276,7 @@ class _Job:
         counts = dict(self.dataset["counts"])
         counts["samples"] -= len(self.rejects)
         counts["clips_bad"] += len(self.rejects)
-        done = (self.committed, self.progress.tallies, self.worked)
+        done = (self.committed, self.passes.progress.tallies, self.passes.worked)
         return Result(self.config.output, counts, self.rejects, self.problems, *done)
 
 

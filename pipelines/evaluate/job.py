@@ -28,10 +28,11 @@ from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
 from pipelines.runtime import runner
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive, without_secrets
+from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, log_run
 from pipelines.runtime.runner import RayConfig
-from pipelines.runtime.stage import Row, is_bug, is_lasting
+from pipelines.runtime.stage import Row, is_lasting
 
 SHOWN = 4  # clips a range on the page; the videos of all lie beside it
 RECORD = "evaluation.json"
@@ -69,58 +70,50 @@ def run(
         ContractError: the adapter's file, or a result of an earlier run, is damaged.
     """
     planned = evaluate_plan.plan(config, sampler, world or SyntheticConfig())
-    started, attempts = time.time(), Attempts(config.output, 3)
+    started, attempts = time.time(), Attempts(config.output, config.max_attempts)
     with exclusive(config.output):
         job = _Job(config, planned)
         chosen = runner_name if job.missing() else "inline"  # no Ray need start for nothing
         with runner.runner(chosen, ray_config or RayConfig(), config.num_workers, attempts) as execute:
-            job.work(execute)
-        report = job.finish()
-        log_run(report.result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+            passes = Passes("evaluate", execute, Progress(config.output), config.max_bugs)
+            try:
+                job.work(passes)
+            except TooManyBugs as error:
+                job.problems.append(str(error))
+        report = job.finish(passes)
+        log_run(report.result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
     return report
 
 
 class _Job:
-    """One run; `rejects`, `problems` and `bugs` are filled by the work."""
+    """One run; `rejects` and `problems` are filled by the work."""
 
     def __init__(self, config: EvaluateConfig, planned: evaluate_plan.Planned):
         self.config, self.planned = config, planned
         self.ledger = Ledger(config.output)
-        self.progress = Progress(config.output)
         self.rejects = list(planned.rejects)
         self.problems: list[str] = []
-        self.bugs: list[dict[str, Any]] = []
-        self.worked = 0
 
     def missing(self) -> list[Row]:
         """Return the rows that neither were done nor will be refused again."""
         done = self.ledger.names()
         return [row for row in self.planned.rows if not done & {row["artifact"], row["refusal_artifact"]}]
 
-    def work(self, execute: runner.Runner) -> None:
-        """Bring staging up to date."""
-        missing = self.missing()
-        self.worked = len(missing)
-        rows = {row["key"]: row for row in missing}
+    def work(self, passes: Passes) -> None:
+        """Bring staging up to date. Raises TooManyBugs."""
+        rows = {row["key"]: row for row in self.missing()}
         chosen = stages.stages(self.config.num_gpus)
-        with self.progress.watch("views", chosen, len(missing)) as count:
-            for done in execute(chosen, missing, self.planned.context, ()):
-                count(done, 0.0)
-                if is_lasting(done):
-                    self.ledger.write_refusal(rows[done["key"]]["refusal_artifact"], done["refusal"])
-                elif done["refusal"] is not None:
-                    self._reject(rows[done["key"]], done["refusal"])
-                if is_bug(done):
-                    self.bugs.append({"key": done["key"], **done["refusal"]})
-                    if len(self.bugs) > self.config.max_bugs:
-                        self.problems.append(f"stopped: {len(self.bugs)} bugs, more than evaluate.max_bugs")
-                        break
+        for done in passes.run("views", chosen, list(rows.values()), self.planned.context):
+            if is_lasting(done):
+                self.ledger.write_refusal(rows[done["key"]]["refusal_artifact"], done["refusal"])
+            elif done["refusal"] is not None:
+                self._reject(rows[done["key"]], done["refusal"])
 
     def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
         told = {name: refusal[name] for name in ("stage", "reason", "message")}
         self.rejects.append({"key": row["key"], "name": row["case"]["video"], **told, "views": 1})
 
-    def finish(self) -> Report:
+    def finish(self, passes: Passes) -> Report:
         """Return the Report, after writing videos, page and evaluation.json, unless too much was bad."""
         done = self.ledger.names()
         there = [row for row in self.planned.rows if row["artifact"] in done]
@@ -135,16 +128,15 @@ class _Job:
         if not there:
             self.problems.append("no view is left")
         committed = not self.problems
-        if self.bugs:
-            self.problems.append(f"{len(self.bugs)} views ended in bugs; their tracebacks are in run.jsonl")
+        self.problems += passes.problems()
         result = Result(
             self.config.output,
             {"views_planned": planned, "views": len(there), "views_bad": bad},
             self.rejects,
             self.problems,
             committed=committed,
-            stages=self.progress.tallies,
-            worked={"views": self.worked},
+            stages=passes.progress.tallies,
+            worked=passes.worked,
             report=self._url("report", "index.html") if committed else "",
         )
         return self._write(result, there) if committed else Report(result, {}, {}, [], self.planned.facts)

@@ -55,6 +55,7 @@ class EvaluateConfig:
         num_workers: CPU workers of a Ray that is started here; num_gpus: share of a GPU for each worker; 0: on the CPU.
         max_bad_fraction: share of views that may fail; above it the run fails.
         max_bugs: rows that may end in an unexpected error before the run stops.
+        max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
     """
 
     adapter: str = "out/run/adapter"
@@ -78,6 +79,7 @@ class EvaluateConfig:
     num_gpus: float = 0.0
     max_bad_fraction: float = 0.1
     max_bugs: int = 10
+    max_attempts: int = 3
 
     def __post_init__(self) -> None:
         def need(holds: bool, name: str, allowed: str) -> None:
@@ -94,6 +96,7 @@ class EvaluateConfig:
         need(self.num_gpus >= 0, "num_gpus", "0 for the CPU, else a share of a GPU or a whole number")
         need(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
         need(self.max_bugs >= 0, "max_bugs", "at least 0")
+        need(self.max_attempts >= 1, "max_attempts", "at least 1")
 
     @property
     def compared(self) -> tuple[str, ...]:

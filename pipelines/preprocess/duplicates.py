@@ -59,15 +59,18 @@ def groups(videos: Mapping[str, Sequence[str]], together: Sequence[tuple[str, st
         videos: {sha256: `sampled` hashes}.
         together: two of them each, in one group whatever they show.
     """
+    from scipy.sparse import coo_array
+    from scipy.sparse.csgraph import connected_components
+
     names = sorted(videos)
     place = {name: index for index, name in enumerate(names)}
-    parents = list(range(len(names)))
     values, seen = _arrays([videos[name] for name in names])
     known = [(place[first], place[second]) for first, second in together]
-    for first, second in [*known, *_pairs(values, seen)]:
-        a, b = _root(parents, first), _root(parents, second)
-        parents[max(a, b)] = min(a, b)
-    return {name: names[_root(parents, index)] for index, name in enumerate(names)}
+    edges = np.array([*known, *_pairs(values, seen)], np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges), bool), edges.T), shape=(len(names), len(names)))
+    _, labels = connected_components(graph, directed=False)
+    _, firsts = np.unique(labels, return_index=True)  # names are sorted, so the first of a group is its smallest
+    return {name: names[firsts[label]] for name, label in zip(names, labels, strict=True)}
 
 
 def of_videos(rows: Sequence[Mapping[str, Any]], how: str) -> tuple[dict[str, str], dict[str, str]]:
@@ -157,10 +160,3 @@ def _neighbours(keys: np.ndarray, index: np.ndarray, values: np.ndarray, seen: n
         hits = near.sum(1) >= MAJORITY
         found.update(zip(first[hits].tolist(), second[hits].tolist(), strict=True))
     return found
-
-
-def _root(parents: list[int], index: int) -> int:
-    while parents[index] != index:
-        parents[index] = parents[parents[index]]
-        index = parents[index]
-    return index

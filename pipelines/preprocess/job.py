@@ -9,25 +9,20 @@ from typing import TYPE_CHECKING, Any
 
 from ex4d.config import fingerprint
 from ex4d.data import shards
-from ex4d.errors import BadSample, Ex4dError, Filtered
+from ex4d.errors import BadSample, Filtered
 from ex4d.quality import SCORES
 from pipelines import inputs
 from pipelines.preprocess import clips, duplicates, pairs, settings
 from pipelines.preprocess.filters import FilterConfig, decide
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import pair
-from pipelines.runtime import runner
 from pipelines.runtime.ledger import Ledger
-from pipelines.runtime.progress import Progress
+from pipelines.runtime.passes import Passes
 from pipelines.runtime.result import Result
-from pipelines.runtime.stage import Row, Stage, is_bug, new_row, refuse, refused
+from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
 
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
-
-
-class TooManyBugs(Ex4dError):
-    """More rows than `max_bugs` ended in an error that nobody raised on purpose."""
 
 
 @dataclass
@@ -35,17 +30,14 @@ class Job:
     """One run. Filled in order: videos (with their records), clips, then what became of each."""
 
     config: PreprocessConfig
-    execute: runner.Runner
+    passes: Passes
     stages: Stages
-    progress: Progress
     retry: frozenset[str]
     counts: Counter[str] = field(default_factory=Counter)
     rejects: list[dict[str, str]] = field(default_factory=list)
     staged: list[shards.Staged] = field(default_factory=list)
     scored: list[Row] = field(default_factory=list)
     problems: list[str] = field(default_factory=list)
-    bugs: list[dict[str, Any]] = field(default_factory=list)
-    worked: dict[str, int] = field(default_factory=dict)
     used: set[str] = field(default_factory=set)
     retried: dict[str, tuple[str, str]] = field(default_factory=dict)
     committed: bool = False
@@ -160,6 +152,7 @@ class Job:
             refusal_artifact=f"clips/{clip.key}.{refusal}.json",
             score_artifact=f"scores/{clip.key}.{settings.score_fingerprint(self.config, facts)}.json",
             known_scores=None,
+            video_s=len(clip.frame_index) / clip.fps,
         )
 
     def _score(self, rows: Sequence[Row]) -> None:
@@ -236,18 +229,7 @@ class Job:
         return None
 
     def _run(self, name: str, stages: Sequence[Stage], rows: Sequence[Row], keep: tuple[str, ...]) -> list[Row]:
-        finished: list[Row] = []
-        self.worked[name] = len(rows)
-        video_s = {row["key"]: _video_s(row) for row in rows}
-        with self.progress.watch(name, stages, len(rows)) as count:
-            for row in self.execute(stages, rows, self.config, keep):
-                finished.append(row)
-                count(row, video_s[row["key"]] or _video_s(row))
-                if is_bug(row):
-                    self.bugs.append({"key": row["key"], **row["refusal"]})
-                    if len(self.bugs) > self.config.max_bugs:
-                        raise TooManyBugs(f"stopped: {len(self.bugs)} bugs, more than max_bugs {self.config.max_bugs}")
-        return finished
+        return list(self.passes.run(name, stages, rows, self.config, keep))
 
     def _reject(self, unit: str, row: Row) -> None:
         refusal = {name: row["refusal"][name] for name in ("fate", "stage", "reason", "message")}
@@ -284,8 +266,7 @@ class Job:
         self.ledger.sweep()
         if self.config.keep_staging == "current":
             self.ledger.prune(self.used)
-        if self.bugs:
-            self.problems.append(f"{len(self.bugs)} rows ended in bugs; their tracebacks are in run.jsonl")
+        self.problems += self.passes.problems()
 
     def finish(self) -> Result:
         """Return the Result, its counts complete."""
@@ -297,16 +278,8 @@ class Job:
             self.rejects,
             self.problems,
             self.committed,
-            self.progress.tallies,
-            self.worked,
+            self.passes.progress.tallies,
+            self.passes.worked,
             self.retried,
             len(self.scored) if self.config.score_only else None,
         )
-
-
-def _video_s(row: Row) -> float:
-    """Return how much video a row is about: a clip's length, or that of a video whose record is known; else 0."""
-    if "frame_index" in row:
-        return len(row["frame_index"]) / row["fps"]
-    info = (row.get("record") or {}).get("info")
-    return info["duration_s"] if info else 0.0

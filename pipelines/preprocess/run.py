@@ -16,11 +16,12 @@ from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import inputs
 from pipelines.preprocess import pages, pairs, settings
-from pipelines.preprocess.job import Job, TooManyBugs
+from pipelines.preprocess.job import Job
 from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.runtime import runner
 from pipelines.runtime.ledger import Attempts, exclusive
+from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, log_run
 from pipelines.runtime.runner import RayConfig
@@ -74,7 +75,8 @@ def run(
         shown.serving(),
         runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
     ):
-        job = Job(config, execute, stages or stages_of(config), shown, frozenset(retry))
+        passes = Passes("preprocess", execute, shown, config.max_bugs)
+        job = Job(config, passes, stages or stages_of(config), frozenset(retry))
         job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
         try:
             job.work(sources)
@@ -84,7 +86,7 @@ def run(
             job.judge()
         result = job.finish()
         result = replace(result, report=pages.write(config, job.scored, result))
-        log_run(result, started, job.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+        log_run(result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
     return result
 
 

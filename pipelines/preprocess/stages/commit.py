@@ -16,14 +16,16 @@ if TYPE_CHECKING:
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `record`: what is known of the video now (its columns, or a refusal), after writing it down."""
+    """Return `record`, what is known of the video now (its columns, or a refusal), after writing it down, and
+    `video_s`, its length.
+    """
     names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
     record = {name: row[name] for name in names if name in row}
     if row["refusal"] is None:
         Ledger(config.output).write_video(row["artifact"], record)
     elif is_lasting(row):
         Ledger(config.output).write_video(row["refusal_artifact"], record)
-    return {"record": record}
+    return {"record": record, "video_s": row["info"]["duration_s"] if row["info"] else 0.0}
 
 
 def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
@@ -105,7 +107,7 @@ RECORD_VIDEO = Stage(
     "record_video",
     record_video,
     reads=("refusal", "info", "pts_runs", "cuts", "shots", "hashes", "artifact", "refusal_artifact"),
-    writes=("record",),
+    writes=("record", "video_s"),
     takes_rejected=True,
 )
 STAGE_SAMPLE = Stage(

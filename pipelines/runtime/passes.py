@@ -1,0 +1,72 @@
+"""The one loop over a pass: rows go through stages, each finished row is counted, and too many bugs stop the run."""
+
+from __future__ import annotations
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+from ex4d.errors import Ex4dError
+from pipelines.runtime.progress import Progress
+from pipelines.runtime.runner import Runner
+from pipelines.runtime.stage import Row, Stage, is_bug
+
+
+class TooManyBugs(Ex4dError):
+    """More rows than `max_bugs` ended in an error that nobody raised on purpose."""
+
+
+@dataclass
+class Passes:
+    """Runs the passes of one job.
+
+    Args:
+        job: name of the job's section, for messages.
+        execute: of `runner.runner`.
+        progress: shows the passes.
+        max_bugs: rows of the whole job that may end in an unexpected error.
+        worked: {pass: rows that went through it}.
+        bugs: {"key", "fate", "stage", "reason", "message", "traceback"} of each such row, for run.jsonl.
+    """
+
+    job: str
+    execute: Runner
+    progress: Progress
+    max_bugs: int
+    worked: dict[str, int] = field(default_factory=dict)
+    bugs: list[dict[str, Any]] = field(default_factory=list)
+
+    def run(
+        self,
+        name: str,
+        stages: Sequence[Stage],
+        rows: Sequence[Row],
+        context: Any,
+        keep: tuple[str, ...] = (),
+    ) -> Iterator[Row]:
+        """Yield each finished row, in any order, with its `keep` columns.
+
+        Args:
+            rows: where they have a column `video_s`, the seconds of video that a row is about, these are counted too.
+            context: what every stage gets.
+
+        Raises:
+            TooManyBugs: the job had more than `max_bugs`; what was finished before is kept by the ledger.
+        """
+        self.worked[name] = len(rows)
+        with self.progress.watch(name, stages, len(rows)) as count:
+            for row in self.execute(stages, rows, context, (*keep, "video_s")):
+                count(row, row.get("video_s") or 0.0)
+                if is_bug(row):
+                    self.bugs.append({"key": row["key"], **row["refusal"]})
+                    if len(self.bugs) > self.max_bugs:
+                        raise TooManyBugs(
+                            f"stopped after {len(self.bugs)} unexpected errors, more than {self.job}.max_bugs="
+                            f"{self.max_bugs}; their tracebacks are in run.jsonl"
+                        )
+                yield row
+
+    def problems(self) -> list[str]:
+        """Return the sentence on rows that ended in bugs, where there were any: the run then fails after its commit."""
+        count = len(self.bugs)
+        return [f"{count} rows ended in unexpected errors; their tracebacks are in run.jsonl"] if count else []
