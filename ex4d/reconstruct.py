@@ -11,6 +11,7 @@ import numpy as np
 
 from ex4d import depth as depth_estimators
 from ex4d import video
+from ex4d.depth import places
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.profiles import profile_of
@@ -180,7 +181,13 @@ def _read(
     target = size or (height - height % 2, width - width % 2)
     frames = gate.decode(str(video_path), pts[:num_frames], target, fit)
     request = depth_estimators.DepthRequest(
-        video_path=str(video_path), frame_index=np.arange(num_frames), fit=video.Fit(info.size, target, fit)
+        video_path=str(video_path),
+        twin=places.twin_of(str(video_path)),
+        frame_index=np.arange(num_frames),
+        frame_s=(pts[:num_frames] - pts[0]) * float(time_base),
+        source_frames=len(pts),
+        source_s=float((pts[-1] - pts[0]) * time_base),
+        fit=video.Fit(info.size, target, fit),
     )
     fps = float(info.fps)
     if fps <= 0:  # the container declares none

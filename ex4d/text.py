@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import codecs
+import re
 
 # UTF-32 first: its little-endian mark begins with that of UTF-16.
 _MARKS = (
@@ -13,17 +14,26 @@ _MARKS = (
 )
 
 
-def decode(data: bytes) -> str:
+def decode(data: bytes, is_cut: bool = False) -> str:
     """Return the text of UTF-8, with or without a byte order mark, or of UTF-16 or UTF-32 with one.
+
+    Args:
+        is_cut: the data are the beginning of more, so that the last character may be incomplete; it is left out.
 
     Raises:
         ValueError: it is in none of these. No character is ever replaced.
     """
     encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
     try:
-        text = data.decode(encoding)
+        text = codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut)
     except UnicodeDecodeError as error:
         raise ValueError(f"not {encoding[:6].upper()} text at byte {error.start}: save it as UTF-8") from None
     if "\0" in text:
         raise ValueError("holds NUL characters: binary data, or UTF-16 without a byte order mark; save it as UTF-8")
     return text
+
+
+def in_natural_order(names: list[str]) -> list[int]:
+    """Return the order of names by their numbers, so that frame_10 follows frame_9."""
+    keys = [[(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", n)] for n in names]
+    return sorted(range(len(names)), key=lambda index: keys[index])

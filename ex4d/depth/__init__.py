@@ -47,7 +47,12 @@ class DepthRequest:
 
     video_path: the source video (sidecar files lie beside it); "" where there is none.
     depth_path: a file of depth, or a folder of them; for networks the weights, as `hub-id@revision` or a local folder.
+    name: the video's path relative to the folder of all videos, which a folder of depth files mirrors; "" is unknown.
+    twin, namesake: another video of the same stem in the same folder, or in another one; "" where there is none. A
+        depth file that is named by the stem alone could then be that video's.
     frame_index: int64 [T], where the clip's frames stand in the source's presentation order; None is 0 … T − 1.
+    frame_s: float64 [T], seconds of the clip's frames from the source's first; None is unknown.
+    source_frames, source_s: number of frames of the whole source, and seconds from its first to its last; 0 is unknown.
     fit: how the source's pictures became the clip's frames; None where they were not changed.
     seed: of whatever is drawn.
     device: of a network, "cuda" or "cpu"; None is a GPU where there is one.
@@ -56,7 +61,13 @@ class DepthRequest:
 
     video_path: str = ""
     depth_path: str | None = None
+    name: str = ""
+    twin: str = ""
+    namesake: str = ""
     frame_index: np.ndarray | None = None
+    frame_s: np.ndarray | None = None
+    source_frames: int = 0
+    source_s: float = 0.0
     fit: Fit | None = None
     seed: int = 0
     device: str | None = None
@@ -107,8 +118,8 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResul
 
     Raises:
         ConfigError: unknown estimator, or weights that are not there.
-        BadSample: depth_missing, depth_pickle, depth_shape, depth_nan, depth_nonpositive, depth_constant, depth_fov,
-            no_parallax.
+        BadSample: depth_missing, sidecar_ambiguous, depth_frames, depth_unit, depth_pickle, depth_shape, depth_nan,
+            depth_nonpositive, depth_constant, depth_fov, no_parallax.
     """
     if name not in ESTIMATORS:
         raise ConfigError("depth", name, f"allowed: {', '.join(ESTIMATORS)}")

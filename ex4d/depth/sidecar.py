@@ -1,7 +1,7 @@
 """Depth from a file beside the video: what another program estimated, or the truth of a synthetic scene.
 
-`clip.mp4` looks for `clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`. Values are [N, H, W], one map for
-each frame of the whole source; the key of the npz says what they are:
+`places` says where it is looked for. Values are [N, H, W], one map for each frame of the whole source; where the npz
+says its own rate as `fps`, the map nearest in time is taken. The key of the npz says what they are:
 
 | key | kind | who writes it |
 |---|---|---|
@@ -12,7 +12,8 @@ each frame of the whole source; the key of the npz says what they are:
 
 A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
 disparity as `depths` too, so add it there; `K` float [3, 3] in px of the stored maps is
-taken where it is there; an npy holds z-depth. Pickles are refused.
+taken where it is there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as depth cameras
+write them; a folder of 16-bit PNG, one a frame, holds such. Pickles are refused.
 """
 
 from __future__ import annotations
@@ -21,23 +22,24 @@ import math
 import os
 import zipfile
 import zlib
+from collections.abc import Callable
 from pathlib import PurePosixPath
 from typing import IO
 
 import numpy as np
 
-from ex4d import hub, storage
-from ex4d.depth import DepthRequest, DepthResult
+from ex4d import storage
+from ex4d.depth import DepthRequest, DepthResult, pictures, places
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry.camera import check_intrinsics
+from ex4d.geometry.camera import check_lens
 
 KINDS = {"z_depth": "z_depth", "disparity": "disparity", "depth": "disparity", "depths": "z_depth"}
-SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
 # What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
 HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
 SKIP_BYTES = 2**20
+MAX_Z = 1e7  # ten thousand kilometres, or ten kilometres in millimetres
 ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
 
 
@@ -45,53 +47,47 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
     """Return the stored depth of the clip's frames, cut and scaled as the frames were.
 
     Raises:
-        BadSample: depth_missing (no file, or no known key), depth_pickle (objects inside), depth_shape (not [N, H, W],
-            too few frames, another aspect), depth_nan (a selected value is not finite).
+        BadSample: depth_missing (no file, or no known key), sidecar_ambiguous, depth_pickle (objects inside),
+            depth_shape (not [N, H, W], another aspect), depth_frames (not one map a frame), depth_unit (values or a K
+            of an implausible unit), depth_nan (a selected value is not finite).
     """
-    path = find(request)
+    path = places.find(request)
     index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
-    values, kind, K, key = read(path, index)
-    values = values.astype(np.float32)
+    if os.path.isdir(path):
+        values, kind, K, key = *pictures.read(path, index, request.source_frames), None, "png"
+    else:
+        values, kind, K, key = read(path, index, request)
+    values = _in_one_unit(values, kind, _name(path))
     if not np.isfinite(values).all():
         raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
-    # Every clip of a long video asks for the same file, which may have gigabytes.
-    digest = hub.file_sha256(storage.local_path(path)) if storage.is_local(path) else storage.sha256(path)
-    provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": digest}
+    provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": places.sha256(path)}
     return DepthResult(values, kind, K, metric=False, provenance=provenance)
 
 
-def find(request: DepthRequest) -> str:
-    """Return the path of the clip's depth file. Raises BadSample depth_missing."""
-    given = request.depth_path
-    if given and str(given).lower().endswith((".npz", ".npy")):
-        candidates = [str(given)]
-    else:
-        stem = PurePosixPath(request.video_path).stem
-        folder = str(given) if given else request.video_path.rpartition("/")[0] or "."
-        candidates = [storage.join(folder, stem + suffix) for suffix in SUFFIXES]
-    for candidate in candidates:
-        if storage.exists(candidate):
-            return candidate
-    raise BadSample("depth_missing", f"no depth file; looked for {', '.join(map(_name, candidates))}")
-
-
-def read(path: str, index: np.ndarray) -> tuple[np.ndarray, str, np.ndarray | None, str]:
+def read(
+    path: str, index: np.ndarray, request: DepthRequest | None = None
+) -> tuple[np.ndarray, str, np.ndarray | None, str]:
     """Return (values [T, H, W] of a float or integer type, kind, K [3, 3] or None, key) of frames of a depth file.
 
     Args:
-        index: int [T], which of the file's frames; the others are never held.
+        index: int [T], which of the source's frames; other maps are never held.
+        request: what is known of the source's frames and times; None: nothing.
     """
+    request = request or DepthRequest()
     try:
         with storage.open_read(path) as file:
             if not zipfile.is_zipfile(file):
-                key, kind, K, values = "z_depth", "z_depth", None, _frames(file, file.seek(0, os.SEEK_END), index)
+                key, kind, K = "z_depth", "z_depth", None
+                num_bytes = file.seek(0, os.SEEK_END)
+                values = _frames(file, num_bytes, lambda count: _maps(count, index, request, None))
             else:
                 file.seek(0)
                 with zipfile.ZipFile(file) as archive:
-                    key, kind, K = _said(archive, _name(path))
+                    key, kind, K, fps = _said(archive, _name(path))
                     with archive.open(f"{key}.npy") as member:
-                        values = _frames(member, archive.getinfo(f"{key}.npy").file_size, index)
+                        num_bytes = archive.getinfo(f"{key}.npy").file_size
+                        values = _frames(member, num_bytes, lambda count: _maps(count, index, request, fps))
     except ValueError as error:
         reason = "depth_pickle" if "allow_pickle" in str(error) else "depth_shape"
         raise BadSample(reason, f"{_name(path)}: {error}") from error
@@ -104,35 +100,83 @@ def read(path: str, index: np.ndarray) -> tuple[np.ndarray, str, np.ndarray | No
     if kind not in ("z_depth", "disparity"):
         raise BadSample("depth_shape", f"{_name(path)}: kind {kind!r}, not z_depth or disparity")
     if K is not None:
-        try:
-            check_intrinsics(K)
-        except ConfigError as error:  # here K is data, not a choice
-            raise BadSample("depth_shape", f"{_name(path)}: K is no matrix of intrinsics: {error.allowed}") from error
+        K = _lens(K, (values.shape[1], values.shape[2]), _name(path))
     return values, kind, K, key
 
 
-def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | None]:
-    """Return (key, kind, K) of an npz. Raises BadSample depth_missing; depth_shape where it unpacks to too much."""
+def _lens(K: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
+    """Return K [3, 3] of one that is given once or for each frame; BadSample unless it is a lens in px of the maps."""
+    if K.ndim == 3 and len(K) and (K[0] == K).all():
+        K = K[0]
+    if K.ndim == 3:
+        raise BadSample("depth_shape", f"{name}: K changes along the video (a zoom); one K for all frames is read")
+    try:
+        return check_lens(K, size)
+    except ConfigError as error:  # here K is data, not a choice
+        message = f"{name}: K is no matrix of intrinsics in px of its maps of {size[1]} × {size[0]}: {error.allowed}"
+        raise BadSample("depth_shape", message) from error
+
+
+def _maps(count: int, index: np.ndarray, request: DepthRequest, fps: float | None) -> np.ndarray:
+    """Return which of `count` maps belong to the source's frames `index`.
+
+    Raises:
+        BadSample: depth_frames: there is not one map for each frame, and no rate that says which belong to them.
+    """
+    source = request.source_frames
+    if source in (0, count):
+        if index.max(initial=0) >= count or index.min(initial=0) < 0:
+            raise BadSample("depth_frames", f"has {count} maps, the clip needs that of frame {index.max()}")
+        return index
+    if fps is None or request.frame_s is None:
+        remedy = "write one map a frame, or the maps' rate as `fps` in the npz"
+        raise BadSample("depth_frames", f"has {count} maps, the video {source} frames: {remedy}")
+    if abs(count / fps - request.source_s * source / max(1, source - 1)) > 1.5 / fps:
+        raise BadSample("depth_frames", f"{count} maps at fps={fps:g} do not last the video's {request.source_s:.2f} s")
+    return np.clip(np.rint(request.frame_s * fps).astype(np.int64), 0, count - 1)
+
+
+def _in_one_unit(values: np.ndarray, kind: str, name: str) -> np.ndarray:
+    """Return float32 values; whole numbers of z-depth are millimetres and become metres."""
+    if kind == "z_depth" and values.dtype.kind in "iu":
+        if values.dtype.itemsize == 1:
+            raise BadSample("depth_unit", f"{name}: 8 bits hold no z_depth; call it disparity where near is bright")
+        return values.astype(np.float32) / 1000
+    with np.errstate(over="ignore"):
+        values = values.astype(np.float32)
+    middle = float(np.nanmedian(values)) if values.size else 1.0
+    if kind == "z_depth" and np.isfinite(middle) and middle > MAX_Z:
+        raise BadSample("depth_unit", f"{name}: a middle z_depth of {middle:.3g} is in no unit that is known")
+    return values
+
+
+def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | None, float | None]:
+    """Return (key, kind, K, fps) of an npz. Raises BadSample depth_missing; depth_shape where it unpacks too large."""
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MAX_BYTES:
         raise BadSample("depth_shape", f"unpacks to {unpacked} bytes, more than {MAX_BYTES}")
     there = {member.removesuffix(".npy") for member in archive.namelist()}
     key = next((key for key in KINDS if key in there), None)
     if key is None:
-        raise BadSample("depth_missing", f"{name} has none of the keys {', '.join(KINDS)}")
+        found = ", ".join(sorted(there)[:4]) or "nothing"
+        raise BadSample("depth_missing", f"{name} holds {found}, and none of the keys {', '.join(KINDS)}")
     small = {}
-    for known in there & {"kind", "K"}:
+    for known in there & {"kind", "K", "fps"}:
         with archive.open(f"{known}.npy") as member:
             small[known] = np.lib.format.read_array(member, allow_pickle=False)
     kind = str(small["kind"]) if "kind" in small else KINDS[key]
-    return key, kind, np.asarray(small["K"], np.float64) if "K" in small else None
+    fps = float(small["fps"]) if small.get("fps", np.empty(0)).size == 1 else None
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps is {fps}, not above 0")
+    return key, kind, np.asarray(small["K"], np.float64) if "K" in small else None, fps
 
 
-def _frames(file: IO[bytes], num_bytes: int, index: np.ndarray) -> np.ndarray:
-    """Return `array[index]` of an npy file of so many bytes; one in rows is never held whole, one in columns is.
+def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Return `array[choose(len(array))]` of an npy file of so many bytes; one in rows is never held whole, one in
+    columns is.
 
     Raises:
-        ValueError: it is no npy of plain numbers, has fewer frames, or is cut short.
+        ValueError: it is no npy of plain numbers, or is cut short. BadSample: as `choose`.
     """
     file.seek(0)
     version = np.lib.format.read_magic(file)
@@ -144,8 +188,9 @@ def _frames(file: IO[bytes], num_bytes: int, index: np.ndarray) -> np.ndarray:
     start, frame_bytes = file.tell(), math.prod(shape[1:]) * dtype.itemsize
     if not shape or start + shape[0] * frame_bytes > num_bytes:
         raise ValueError(f"{dtype} {list(shape)}, or cut short, where [N, H, W] is needed")
-    if index.min(initial=0) < 0 or index.max(initial=0) >= shape[0]:
-        raise ValueError(f"has {shape[0]} frames, the clip needs frame {index.max()}")
+    if 0 in shape:
+        raise ValueError(f"{dtype} {list(shape)} is empty")
+    index = choose(shape[0])
     if by_columns:
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)[index]

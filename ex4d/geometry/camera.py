@@ -11,6 +11,7 @@ from ex4d.errors import ConfigError
 
 # Of the longer side. Lenses have 0.2 to 60; far beyond, a picture takes for ever to draw, or numbers overflow.
 FOCAL, CENTRE = (0.01, 1000.0), 100.0
+LENS_CENTRE = (0.1, 0.9)  # of a side; shift lenses reach 0.17 to 0.83
 
 
 @dataclass(frozen=True)
@@ -66,6 +67,22 @@ def check_intrinsics(K: np.ndarray) -> np.ndarray:
     if np.abs([K[0, 1], K[1, 0], K[2, 0], K[2, 1], K[2, 2] - 1]).max() > 1e-9:
         raise ConfigError("camera.K", K.tolist(), "[[fx, 0, cx], [0, fy, cy], [0, 0, 1]]")
     return K
+
+
+def check_lens(K: np.ndarray, size: tuple[int, int]) -> np.ndarray:
+    """Return K as float64 [3, 3]. Raises ConfigError unless it is plausible for whole pictures of `size` (H, W).
+
+    A whole picture has its principal point well inside: one that has not is in fractions of the sides, or speaks of
+    pictures of another size.
+    """
+    camera = Camera(K, np.eye(4), size)
+    share = camera.K[:2, 2] / (size[1], size[0])
+    if not (LENS_CENTRE[0] <= share.min() and share.max() <= LENS_CENTRE[1]):
+        low, high = LENS_CENTRE
+        raise ConfigError(
+            "camera.K", camera.K.tolist(), f"a principal point at {low:g} to {high:g} of either side, in px"
+        )
+    return camera.K
 
 
 def check_rigid(w2c: np.ndarray) -> np.ndarray:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import json
-import re
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -106,12 +105,6 @@ def numbers(value: Any, what: str) -> np.ndarray:
     if array.dtype.kind not in "iuf":
         raise ValueError(f"{what} is not an array of numbers")
     return array.astype(np.float64)
-
-
-def in_natural_order(names: list[str]) -> list[int]:
-    """Return the order of names by their numbers, so that frame_10 follows frame_9."""
-    keys = [[(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", n)] for n in names]
-    return sorted(range(len(names)), key=lambda index: keys[index])
 
 
 def tree_of(data: bytes) -> dict[str, Any]:

@@ -24,7 +24,6 @@ from ex4d.geometry.pose_file import (
     MAX_FOCAL_SHARE,
     QUATERNION_TOLERANCE,
     PoseFile,
-    in_natural_order,
     squared,
     world_to_camera,
 )
@@ -183,7 +182,7 @@ def read_colmap(path: str | Path) -> PoseFile:
         number = next(index for index, image in enumerate(images, 1) if len(image) != 10)
         raise ValueError(f"image {number} is not `id qw qx qy qz tx ty tz camera name` with a line of points after it")
     cells = table([image[:9] for image in images], (9,))
-    order = in_natural_order([image[9] for image in images])
+    order = text.in_natural_order([image[9] for image in images])
     w2c = np.tile(np.eye(4), (len(cells), 1, 1))
     w2c[:, :3, :3], w2c[:, :3, 3] = _rotations(cells[:, [2, 3, 4, 1]]), cells[:, 5:8]
     return PoseFile(w2c[order])

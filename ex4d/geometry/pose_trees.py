@@ -21,13 +21,12 @@ from typing import Any
 
 import numpy as np
 
-from ex4d import storage
+from ex4d import storage, text
 from ex4d.errors import ConfigError
 from ex4d.geometry.pose_file import (
     OPENGL,
     PoseFile,
     check_poses,
-    in_natural_order,
     looks_like,
     numbers,
     squared,
@@ -122,7 +121,7 @@ def read_nerfstudio(path: str | Path) -> PoseFile:
     frames = _objects(tree.get("frames"), "frames", "transform_matrix")
     names = [str(frame.get("file_path", "")) for frame in frames]
     if len(set(names)) == len(names):  # a reconstruction lists pictures in the order in which it placed them
-        frames = [frames[index] for index in in_natural_order(names)]
+        frames = [frames[index] for index in text.in_natural_order(names)]
     c2w = squared(numbers([frame["transform_matrix"] for frame in frames], "transform_matrix"))
     return PoseFile(world_to_camera(c2w @ OPENGL), *_lens(tree, frames))
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ex4d import hub, remote, storage
 from ex4d.config import fingerprint, installed_versions, to_dict
-from ex4d.depth import DepthRequest, sidecar, weight_folders
+from ex4d.depth import DepthRequest, places, weight_folders
 from ex4d.errors import BadSample, ConfigError
 from ex4d.generate import GenerateConfig
 from ex4d.geometry import camera_path
@@ -267,8 +267,8 @@ def _video(config: EvaluateConfig, source: inputs.Source) -> dict[str, Any]:
     try:
         content = [storage.sha256(source.path)]
         if config.depth == "sidecar":
-            request = DepthRequest(video_path=source.path, depth_path=config.depth_path)
-            content.append(storage.sha256(sidecar.find(request)))
+            request = DepthRequest(source.path, config.depth_path, twin=source.twin)
+            content.append(places.sha256(places.find(request)))
     except OSError as error:
         raise BadSample("unreadable", error.strerror or type(error).__name__) from None
     return {"name": fingerprint(content), "path": source.path, "video": source.name, "content": content}

@@ -11,9 +11,9 @@ import glob
 import hashlib
 import os
 import posixpath
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from urllib.parse import unquote
 
@@ -37,12 +37,16 @@ class Source:
         name: the path relative to the input root, forward slashes, always valid Unicode; unique in a run. It holds
             neither user, password nor query of a URL. A bad row is `LIST:NUMBER`.
         spans: what lists say of it, in their order; () is the whole file, of which nothing is said.
+        twin, namesake: another video of the same stem in the same folder, or anywhere; a depth file or caption that is
+            named by the stem could be that one's. "" where there is none.
         reason, message: why it will not be opened; "" where it will.
     """
 
     path: str
     name: str
     spans: tuple[Span, ...] = ()
+    twin: str = ""
+    namesake: str = ""
     reason: str = ""
     message: str = ""
 
@@ -83,8 +87,10 @@ def expand(given: str | Sequence[str], exclude: str | Path | None = None, root: 
         if not entry.reason:
             spans.setdefault(entry.path, []).extend([entry.span] if entry.span else [])
     names = _names(kept)
-    sources = [_source(path, names[path], spans[path]) for path in _without_sidecars(sorted(spans))]
-    sources += [Source("", names[entry.path], (), entry.reason, entry.message) for entry in kept if entry.reason]
+    sources = _with_namesakes([_source(path, names[path], spans[path]) for path in _without_sidecars(sorted(spans))])
+    sources += [
+        Source("", names[entry.path], reason=entry.reason, message=entry.message) for entry in kept if entry.reason
+    ]
     return sorted(sources, key=lambda source: source.name)
 
 
@@ -92,6 +98,23 @@ def _source(path: str, name: str, spans: Sequence[Span]) -> Source:
     if not may_be_video(path):
         return Source(path, name, reason="not_a_video", message="by its name")
     return Source(path, name, tuple(dict.fromkeys(spans)))
+
+
+def _with_namesakes(sources: Sequence[Source]) -> list[Source]:
+    """Return the sources with `twin` and `namesake`."""
+    places, stems = defaultdict(list), defaultdict(list)
+    for source in sources:
+        if source.is_video:
+            place = os.path.splitext(without_query(source.path))[0]
+            places[place].append(source.name)
+            stems[place.rpartition("/")[2]].append(source.name)
+    found = []
+    for source in sources:
+        place = os.path.splitext(without_query(source.path))[0]
+        same = (places[place], stems[place.rpartition("/")[2]])
+        twin, namesake = (next((name for name in names if name != source.name), "") for names in same)
+        found.append(replace(source, twin=twin, namesake=namesake))
+    return found
 
 
 def _folder(path: str) -> str:
@@ -173,7 +196,8 @@ def _walk(folder: str) -> list[str]:
 
 
 def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
-    videos = {os.path.splitext(without_query(path))[0] for path in paths if may_be_video(path)}
+    named = [without_query(path) for path in paths if may_be_video(path)]
+    videos = {os.path.splitext(path)[0] for path in named} | set(named)
     for path in paths:
         plain = without_query(path)
         owners = (plain.removesuffix(suffix) for suffix in SIDECAR_SUFFIXES if plain.endswith(suffix))

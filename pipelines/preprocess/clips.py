@@ -76,6 +76,19 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
     return _spread(sorted(found.values(), key=lambda clip: clip.frame_index), config.clips_per_video)
 
 
+def in_source(clip: Clip, record: Mapping[str, Any]) -> dict[str, Any]:
+    """Return `frame_s` [T], seconds of the clip's frames from the video's first, its number of frames `source_frames`,
+    and `source_s`, seconds from its first frame to its last.
+    """
+    first, *steps = record["pts_runs"]
+    tick_s = Fraction(*record["info"]["time_base"])
+    return {
+        "frame_s": [float((tick - first) * tick_s) for tick in clip.pts],
+        "source_frames": 1 + sum(count for _, count in steps),
+        "source_s": float(sum(step * count for step, count in steps) * tick_s),
+    }
+
+
 def _within(
     span: Span, shots: Sequence[tuple[tuple[int, int], Any]], seconds: np.ndarray
 ) -> Iterator[tuple[tuple[int, int], Any]]:

@@ -13,7 +13,7 @@ import time
 import uuid
 from collections.abc import Mapping
 from contextlib import suppress
-from pathlib import Path
+from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from ex4d import remote, storage
@@ -23,6 +23,7 @@ from ex4d.errors import BadSample, ConfigError
 from pipelines.inputs import without_query
 
 if TYPE_CHECKING:
+    from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
 
 SOURCES = "staging/sources"  # one note for each remote file that was hashed, named by its URL and its store's tag
@@ -42,6 +43,15 @@ def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
     return str(_cache(config).get(row["path"], row["sha256"], "video"))
 
 
+def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -> DepthRequest:
+    """Return what says where the depth of the video at `path` lies: a row's own video, or the other one of its pair."""
+    from ex4d.depth import DepthRequest
+
+    plain = without_query(path)
+    name = (PurePosixPath(row["name"]).parent / plain.rpartition("/")[2]).as_posix()
+    return DepthRequest(plain, config.depth_path, name, row["twin"], row["namesake"])
+
+
 def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
     """Return what an estimator shall take as `depth_path`: `config.depth_path`, or the copy of a remote sidecar.
 
@@ -50,10 +60,10 @@ def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
     """
     if not row["depth_file"]:
         return config.depth_path
-    from ex4d.depth import DepthRequest, sidecar
+    from ex4d.depth import places
 
     try:
-        found = sidecar.find(DepthRequest(video_path=without_query(row["path"]), depth_path=config.depth_path))
+        found = places.find(depth_request(row, config, row["path"]))
     except OSError as error:
         raise unreadable(error) from None
     if storage.is_local(found):

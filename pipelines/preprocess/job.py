@@ -58,7 +58,11 @@ class Job:
     def _unique(self, sources: Sequence[inputs.Source]) -> list[Row]:
         """Return a row for each content, under the first of its names."""
         rows = [
-            new_row(source.name, name=source.name, path=source.path, spans=[asdict(span) for span in source.spans])
+            new_row(
+                source.name,
+                spans=[asdict(span) for span in source.spans],
+                **{name: getattr(source, name) for name in ("name", "path", "twin", "namesake")},
+            )
             for source in sources
             if source.is_video
         ]
@@ -66,7 +70,7 @@ class Job:
             if not source.is_video:
                 row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
                 self._reject("video", row)
-        keep = ("name", "path", "spans", "sha256", "size_bytes", "depth_file", "caption", "pair")
+        keep = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "depth_file", "caption", "pair")
         first: dict[str, Row] = {}
         for row in sorted(self._run("hash", self.stages.hash, rows, keep), key=lambda row: row["name"]):
             if row["refusal"] is not None:
@@ -144,6 +148,9 @@ class Job:
             **facts,
             **other,
             path=video["path"],
+            twin=video["twin"],
+            namesake=video["namesake"],
+            **clips.in_source(clip, video["record"]),
             size=video["record"]["info"]["size"],
             seed=int(fingerprint(self.config.seed, clip.key)[:8], 16),
             versions=settings.versions(),

@@ -96,7 +96,7 @@ def bad_arrays() -> dict[str, tuple[dict, str]]:
         "negative": ({"z_depth": negative}, "depth_nonpositive"),
         "negative disparity": ({"disparity": negative}, "depth_nonpositive"),
         "constant": ({"z_depth": np.ones((10, *SIZE))}, "depth_constant"),
-        "one frame too few": ({"z_depth": depth(3)}, "depth_shape"),
+        "one frame too few": ({"z_depth": depth(3)}, "depth_frames"),
         "flat": ({"z_depth": depth()[0]}, "depth_shape"),
         "empty": ({"z_depth": depth()[:0]}, "depth_shape"),
         "strings": ({"z_depth": np.full((4, *SIZE), "1")}, "depth_shape"),

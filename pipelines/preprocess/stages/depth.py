@@ -2,11 +2,11 @@
 
 from __future__ import annotations
 
+from dataclasses import replace
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from pipelines.inputs import without_query
 from pipelines.preprocess import fetch
 from pipelines.runtime.stage import Row, Stage
 
@@ -21,15 +21,18 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
     """
-    from ex4d.depth import DepthRequest, estimate, z_depth_of
+    from ex4d.depth import estimate, z_depth_of
     from ex4d.geometry import camera
     from ex4d.video import Fit
 
     frames = row["frames"]
     y, x, height, width = row["box"]
-    request = DepthRequest(
-        video_path=without_query(row["path"]),
+    request = replace(
+        fetch.depth_request(row, config, row["path"]),
         depth_path=fetch.depth_path(row, config),
+        frame_s=np.asarray(row["frame_s"]),
+        source_frames=row["source_frames"],
+        source_s=row["source_s"],
         frame_index=np.asarray(row["frame_index"], np.int64),
         fit=Fit((row["size"][0], row["size"][1]), config.size, config.fit, (y, x, height, width)),
         seed=row["seed"],
@@ -48,6 +51,9 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 STAGE = Stage(
     "depth",
     depth,
-    reads=("frames", "path", "depth_file", "frame_index", "size", "box", "seed"),
+    reads=(
+        *("frames", "path", "depth_file", "frame_index", "size", "box", "seed", "name", "twin", "namesake"),
+        *("frame_s", "source_frames", "source_s"),
+    ),
     writes=("z_depth", "K", "depth_facts", "absolute"),
 )

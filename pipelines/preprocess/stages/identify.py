@@ -3,15 +3,17 @@
 from __future__ import annotations
 
 import os
+from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ex4d import storage
+from ex4d import storage, text
 from ex4d.errors import BadSample
 from pipelines.inputs import without_query
 from pipelines.preprocess import fetch, pairs
 from pipelines.runtime.stage import Row, Stage
 
 if TYPE_CHECKING:
+    from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
 
 MAX_CAPTION_BYTES = 64 * 1024
@@ -24,7 +26,7 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     where one is missing, and the depth file is that video's; else None.
 
     Raises:
-        BadSample: not_a_file, unreadable, empty_file, truncated_download.
+        BadSample: not_a_file, unreadable, empty_file, truncated_download, sidecar_ambiguous, caption_encoding.
     """
     path, pair = row["path"], None
     try:
@@ -35,8 +37,8 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         return {
             "sha256": sha256,
             "size_bytes": size_bytes,
-            "depth_file": _depth_file(filmed, config) if config.depth == "sidecar" else "",
-            "caption": _caption(path),
+            "depth_file": _depth_file(fetch.depth_request(row, config, filmed)) if config.depth == "sidecar" else "",
+            "caption": _caption(row),
             "pair": pair,
         }
     except OSError as error:
@@ -74,21 +76,41 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
     return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
 
 
-def _depth_file(path: str, config: PreprocessConfig) -> str:
-    from ex4d.depth import DepthRequest, sidecar
+def _depth_file(request: DepthRequest) -> str:
+    from ex4d.depth import places
 
     try:
-        found = sidecar.find(DepthRequest(video_path=without_query(path), depth_path=config.depth_path))
-    except BadSample:
+        found = places.find(request)
+    except BadSample as error:
+        if error.reason == "sidecar_ambiguous":
+            raise
         return ""  # the depth stage refuses each clip that misses it
-    return f"{found.rpartition('/')[2]}:{storage.sha256(found)}"
+    return f"{found.rpartition('/')[2]}:{places.sha256(found)}"
 
 
-def _caption(path: str) -> str:
-    file = os.path.splitext(without_query(path))[0] + ".txt"
+def _caption(row: Row) -> str:
+    """Return the text beside a video. Raises BadSample: sidecar_ambiguous, caption_encoding."""
+    from ex4d.depth import places
+
+    path, own = without_query(row["path"]), PurePosixPath(row["name"])
+    file = os.path.splitext(path)[0] + ".txt"
+    if row["twin"]:
+        if storage.is_file(f"{path}.txt"):
+            file = f"{path}.txt"
+        elif storage.is_file(file):
+            raise BadSample("sidecar_ambiguous", places.ambiguous(f"{own.stem}.txt", own, row["twin"], True))
     if not storage.is_file(file):
         return ""
-    return storage.read_bytes(file, 0, MAX_CAPTION_BYTES).decode("utf-8", "replace").strip()
+    data = storage.read_bytes(file, 0, MAX_CAPTION_BYTES)
+    try:
+        return text.decode(data, is_cut=len(data) == MAX_CAPTION_BYTES).strip()
+    except ValueError as error:
+        raise BadSample("caption_encoding", f"{file.rpartition('/')[2]} is {error}") from None
 
 
-STAGE = Stage("identify", identify, reads=("path",), writes=("sha256", "size_bytes", "depth_file", "caption", "pair"))
+STAGE = Stage(
+    "identify",
+    identify,
+    reads=("path", "name", "twin", "namesake"),
+    writes=("sha256", "size_bytes", "depth_file", "caption", "pair"),
+)

@@ -1,0 +1,63 @@
+"""Depth as a folder of 16-bit PNG, one a frame: millimetres, as depth cameras and their datasets write it."""
+
+from __future__ import annotations
+
+import struct
+from pathlib import Path
+
+import numpy as np
+
+from ex4d import storage, text
+from ex4d.errors import BadSample
+
+MAX_SIDE_PX = 16384
+HEADER_BYTES = 26  # signature, and IHDR up to its colour type
+
+
+def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.ndarray, str]:
+    """Return (values uint16 [T, H, W], "z_depth") of pictures of a folder, in the order of the numbers in their names.
+
+    Args:
+        index: int [T], which of the source's frames.
+        source_frames: frames of the whole source, each of which needs its picture; 0 is unknown.
+
+    Raises:
+        BadSample: depth_missing, depth_frames, depth_shape.
+    """
+    found = list(storage.local_path(folder).glob("*.png"))
+    files = [found[place] for place in text.in_natural_order([file.name for file in found])]
+    if not files:
+        raise BadSample("depth_missing", f"{Path(folder).name} holds no PNG (one 16-bit PNG a frame is read)")
+    if source_frames not in (0, len(files)):
+        raise BadSample(
+            "depth_frames", f"{len(files)} PNG for a video of {source_frames} frames: one a frame is needed"
+        )
+    if index.max(initial=0) >= len(files):
+        raise BadSample("depth_frames", f"{len(files)} PNG, the clip needs that of frame {index.max()}")
+    maps = [_picture(files[int(number)]) for number in index]
+    if len({one.shape for one in maps}) > 1:
+        raise BadSample("depth_shape", f"the PNG of {Path(folder).name} have several sizes")
+    return np.stack(maps), "z_depth"
+
+
+def _picture(file: Path) -> np.ndarray:
+    """Return uint16 [H, W] of one PNG; what it is is read off its header before anything is decoded."""
+    import cv2
+
+    try:
+        data = file.read_bytes()
+    except OSError as error:
+        raise BadSample("unreadable", f"{file.name}: {error.strerror}") from error
+    if len(data) < HEADER_BYTES or data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise BadSample("depth_shape", f"{file.name} is no PNG")
+    width, height, bits, colour = struct.unpack(">IIBB", data[16:HEADER_BYTES])
+    if not 0 < width <= MAX_SIDE_PX or not 0 < height <= MAX_SIDE_PX:
+        raise BadSample("depth_shape", f"{file.name} has {width} × {height} px")
+    if bits != 16 or colour != 0:
+        raise BadSample(
+            "depth_shape", f"{file.name} is no 16-bit grey PNG of millimetres, but of {bits} bits a channel"
+        )
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype != np.uint16 or image.shape != (height, width):
+        raise BadSample("depth_shape", f"{file.name} cannot be decoded")
+    return image

@@ -1,0 +1,114 @@
+"""Where the depth file of a video lies: beside it, or in a folder of depth files that mirrors the folder of videos.
+
+| video | looked for, the first that exists |
+|---|---|
+| `in/a/clip.mp4` | `in/a/clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`, a folder `clip.depth/` of PNG |
+| with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, then `maps/clip.depth.npz` … |
+
+Where `clip.mov` lies beside `clip.mp4`, either has its own `clip.mp4.depth.npz`; and where `in/b/clip.mp4` is there
+too, `maps/a/` and `maps/b/` are needed: a file that could be another video's is never taken.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import os
+from pathlib import Path, PurePosixPath
+
+from ex4d import hub, storage
+from ex4d.depth import DepthRequest
+from ex4d.errors import BadSample
+
+SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
+# What other programs write beside their npz, or in its place: pictures to look at, in 8 bits, or formats not read here.
+PICTURES = ("_depth.mp4", ".depth.mp4", "_vis.mp4", ".depth.exr", ".depth.png", ".depth.avi", ".depth.mkv")
+
+
+def find(request: DepthRequest) -> str:
+    """Return the path of the clip's depth file, or of its folder of PNG.
+
+    Raises:
+        BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
+    """
+    given = None if request.depth_path is None else str(request.depth_path)
+    if given and given.lower().endswith((".npz", ".npy")):
+        if not storage.exists(given):
+            raise BadSample("depth_missing", f"no depth file {PurePosixPath(given).name}")
+        return given
+    video = PurePosixPath(request.video_path)
+    own = PurePosixPath(request.name or video.name)
+    if not given:
+        folders = [request.video_path.rpartition("/")[0] or "."]
+    elif str(own.parent) == ".":
+        folders = [given]
+    else:
+        folders = [storage.join(given, str(own.parent)), given]
+    if request.twin:
+        whole = _first([storage.join(folder, own.name + suffix) for folder in folders for suffix in SUFFIXES])
+        if whole:
+            return whole
+    for depth, folder in enumerate(folders):
+        other = request.twin or (request.namesake if depth else "")
+        found = _first([storage.join(folder, own.stem + suffix) for suffix in (*SUFFIXES, ".depth")])
+        if found and other:
+            raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(found).name, own, other, bool(request.twin)))
+        if found:
+            return found
+    if given and not request.name and _has_pictures(given):
+        return given
+    raise BadSample("depth_missing", _what_is_missing(folders, own))
+
+
+def ambiguous(file: str, own: PurePosixPath, other: str, is_twin: bool) -> str:
+    """Return a sentence that says which two videos a file could belong to, and what to do."""
+    suffix = file.removeprefix(own.stem)
+    remedy = f"name it {own.name}{suffix}" if is_twin else f"put it at {own.parent / file} in the folder of depth files"
+    return f"{file} may belong to {own} or to {other}: {remedy}"
+
+
+def twin_of(path: str) -> str:
+    """Return the name of another video of the same stem beside a local one, "" where there is none."""
+    place = Path(path)
+    if not storage.is_local(path) or not place.parent.is_dir():
+        return ""
+    others = (other for other in sorted(os.listdir(place.parent)) if other != place.name)
+    suffixes = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv")
+    return next((other for other in others if Path(other).stem == place.stem and other.lower().endswith(suffixes)), "")
+
+
+def sha256(path: str) -> str:
+    """Return the sha256 of a depth file; of a folder, that of its files' names and hashes. Raises OSError."""
+    if not storage.is_local(path):
+        return storage.sha256(path)
+    place = storage.local_path(path)
+    if not place.is_dir():
+        # Every clip of a long video asks for the same file, which may have gigabytes.
+        return hub.file_sha256(place)
+    lines = [f"{file.name} {hub.file_sha256(file)}\n" for file in sorted(place.glob("*.png"))]
+    return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def _first(candidates: list[str]) -> str:
+    for candidate in candidates:
+        if candidate.endswith(".depth"):
+            if storage.is_local(candidate) and storage.local_path(candidate).is_dir():
+                return candidate
+        elif storage.exists(candidate):
+            return candidate
+    return ""
+
+
+def _has_pictures(folder: str) -> bool:
+    place = storage.local_path(folder)
+    return storage.is_local(folder) and place.is_dir() and any(place.glob("*.png"))
+
+
+def _what_is_missing(folders: list[str], own: PurePosixPath) -> str:
+    odd = [own.stem + suffix for folder in folders for suffix in PICTURES if _is_there(folder, own.stem + suffix)]
+    if odd:
+        return f"{odd[0]} is a picture of depth, or a format that is not read: write the values as {own.stem}.depth.npz"
+    return f"no depth file; looked for {', '.join(own.stem + suffix for suffix in SUFFIXES)}"
+
+
+def _is_there(folder: str, name: str) -> bool:
+    return storage.is_local(folder) and storage.local_path(storage.join(folder, name)).exists()
