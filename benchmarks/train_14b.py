@@ -1,22 +1,23 @@
-"""A training step of the 14B model on one GPU: seconds, MFU, HFU and peak memory, by how its frozen base is stored.
+"""A training step of the 14B model on one GPU: seconds, MFU, HFU and peak memory, by how its base is stored and run.
 
-    python benchmarks/train_14b.py --hardware "H200, driver …"       49 × 512 × 512, each row in a process of its own
-    python benchmarks/train_14b.py --size tiny --hardware "2 cores"  the same rows of the small model on a CPU, < 60 s
-    python benchmarks/train_14b.py --only nf4+swap --hardware …      one row
+    python benchmarks/train_14b.py --output out/train_14b              49 × 512 × 512, each row in its own process
+    python benchmarks/train_14b.py --output out/tiny --size tiny       the same rows of the small model, on a CPU too
+    python benchmarks/train_14b.py --output out/swap --only nf4+swap   one row
 
 Weights are random and made on the device, a parameter at a time and a block at a time into their quantised form, so
 that no host needs 33 GB; latents, text and image features are random too, since no time depends on them. A step is
 forward, backward with activation checkpointing, clipping and AdamW. It needs torch, diffusers and peft; no
-DeepSpeed, no download. Writes benchmarks/results/train_14b.{json,md} (tiny: train_14b_tiny), with what
-`train.estimate` says of each row and what an H200 should do: HFU ≥ 45 %, ≤ 48 GB, ≤ 24 GB quantised with swap.
+DeepSpeed, no download. Every row is in OUTPUT/rows.jsonl as soon as it is measured; OUTPUT/train_14b.{json,md} come
+last, with what `train.estimate` says of each row and what an H200 should do: HFU ≥ 45 %, ≤ 48 GB, ≤ 24 GB quantised
+with swap. Rows that the estimate puts above the GPU's memory are skipped.
 """
 
 from __future__ import annotations
 
 import argparse
 import datetime
-import gc
 import json
+import os
 import statistics
 import subprocess
 import sys
@@ -35,31 +36,41 @@ from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.train import estimate, flops
 from ex4d.train.config import BatchPlan, TrainConfig
 
-RESULTS = Path(__file__).parent / "results"
+sys.path.insert(0, str(Path(__file__).resolve().parent / "gpu"))
+import rows as gpu_rows
+from profiles import profile
+
 TARGET_HFU, TARGET_GB, TARGET_SWAP_GB = 0.45, 48, 24
 FAMILY = "wan2.1-i2v-14b"
+ROOM = 0.97  # of the GPU's memory: what CUDA itself takes is not PyTorch's to give
 
 
 @dataclass(frozen=True)
-class Row:
-    """How the base is stored: in bfloat16 or quantised, a share of its blocks swapped; blocks compiled or not."""
+class Setting:
+    """How a row runs: its base in bfloat16 or quantised, a share of its blocks swapped, blocks compiled or not.
+
+    `limit_s` ends a row that takes too long.
+    """
 
     quantize: str | None = None
     swapped: float = 0.0
     compile: bool = False
+    limit_s: float = 90.0
 
 
+# In order of worth: a run that is cut short has the first ones.
 ROWS = {
-    "bf16": Row(),
-    "fp8": Row("fp8"),
-    "int8": Row("int8"),
-    "nf4": Row("nf4"),
-    "bf16+compile": Row(compile=True),
-    "fp8+compile": Row("fp8", compile=True),
-    "nf4+compile": Row("nf4", compile=True),
-    "bf16+swap": Row(swapped=1.0),
-    "nf4+swap": Row("nf4", swapped=0.5),
+    "bf16": Setting(),
+    "bf16+compile": Setting(compile=True, limit_s=150.0),
+    "fp8": Setting("fp8"),
+    "nf4": Setting("nf4"),
+    "nf4+swap": Setting("nf4", swapped=0.5),
+    "bf16+swap": Setting(swapped=1.0),
+    "int8": Setting("int8"),
+    "fp8+compile": Setting("fp8", compile=True, limit_s=150.0),
+    "nf4+compile": Setting("nf4", compile=True, limit_s=150.0),
 }
+KERNELS = ("product", "attention")  # rows of single operations: the ceiling, and attention by each of its kernels
 
 
 @dataclass(frozen=True)
@@ -95,7 +106,7 @@ def fill(module: nn.Module, device: torch.device, keep_float32: tuple[str, ...],
             owner._parameters[name] = nn.Parameter(values, requires_grad=False)
 
 
-def random_model(size: Size, row: Row, device: torch.device) -> tuple[adapter.Ex4dModel, int]:
+def random_model(size: Size, row: Setting, device: torch.device) -> tuple[adapter.Ex4dModel, int]:
     """Return (the model of a row with random weights, number of its swapped blocks)."""
     transformer = backbone.meta_transformer(size.shape)
     generator = torch.Generator(device).manual_seed(0)
@@ -140,28 +151,36 @@ def inputs_of(size: Size, device: torch.device) -> tuple[Tensor | None, ...]:
     )
 
 
-def time_steps(model: adapter.Ex4dModel, size: Size, device: torch.device, warm_up: int, steps: int) -> list[float]:
-    """Return the seconds of each step after the warm-up."""
+def time_steps(model: adapter.Ex4dModel, size: Size, device: torch.device, warm_up: int, steps: int) -> dict[str, Any]:
+    """Return the seconds of each step after the warm-up, their peak memory, and the profile of one more step."""
     trainables = list(model.trainable_parameters().values())
     optimizer = torch.optim.AdamW(trainables, lr=3e-5, fused=device.type == "cuda")
     inputs, seconds = inputs_of(size, device), []
     target = torch.randn_like(inputs[0])  # type: ignore[arg-type]
-    for step in range(warm_up + steps):
-        if step == warm_up and device.type == "cuda":
-            torch.cuda.reset_peak_memory_stats()
-        start = time.perf_counter()
+
+    def step() -> None:
         loss = (model(*inputs) - target).square().mean()
         loss.backward()
         nn.utils.clip_grad_norm_(trainables, 1.0)
         optimizer.step()
         optimizer.zero_grad()
+        if not torch.isfinite(loss):  # waits for the GPU
+            sys.exit(f"the loss is {float(loss)}")
+
+    for number in range(warm_up + steps):
+        if number == warm_up and device.type == "cuda":
+            torch.cuda.reset_peak_memory_stats()
+        start = time.perf_counter()
+        step()
         if device.type == "cuda":
             torch.cuda.synchronize()
-        if not torch.isfinite(loss):
-            sys.exit(f"step {step}: the loss is {float(loss)}")
-        if step >= warm_up:
+        if number >= warm_up:
             seconds.append(time.perf_counter() - start)
-    return seconds
+    found: dict[str, Any] = {"seconds": seconds, "seconds_median": statistics.median(seconds)}
+    if device.type == "cuda":
+        found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
+        found["reserved_gb"] = torch.cuda.max_memory_reserved(device) / 1e9
+    return found | profile(step, device)
 
 
 def measure(name: str, size_name: str, device: torch.device, warm_up: int, steps: int) -> dict[str, Any]:
@@ -169,17 +188,13 @@ def measure(name: str, size_name: str, device: torch.device, warm_up: int, steps
     size, row = size_of(size_name), ROWS[name]
     model, swapped = random_model(size, row, device)
     held = sum(value.nbytes for value in (*model.parameters(), *model.buffers()))
-    seconds = time_steps(model, size, device, warm_up, steps)
-    median = statistics.median(seconds)
-    found: dict[str, Any] = {"row": name, **asdict(row), "blocks_swapped": swapped, "seconds": seconds}
-    found |= {"seconds_median": median, "weights_gb": held / 1e9}
-    if device.type == "cuda":
-        peak = flops.peak_flops(torch.cuda.get_device_name(device))
-        found["peak_gb"] = torch.cuda.max_memory_allocated(device) / 1e9
-        if peak:
-            cost = flops.cost(size.shape, size.latents, 16, size.adapter_hidden)
-            found["mfu"], found["hfu"] = flops.utilisation(cost, 1 / median, peak, True)
-    return found | expected(size, row, swapped)
+    found: dict[str, Any] = {**asdict(row), "blocks_swapped": swapped, "weights_gb": held / 1e9}
+    found |= time_steps(model, size, device, warm_up, steps)
+    peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak:
+        cost = flops.cost(size.shape, size.latents, 16, size.adapter_hidden)
+        found["mfu"], found["hfu"] = flops.utilisation(cost, 1 / found["seconds_median"], peak, True)
+    return found | expected(size, row)
 
 
 @cache
@@ -189,9 +204,10 @@ def counted_once(size_name: str) -> dict[str, int]:
     return estimate.count_parameters(size.shape, backbone.ModelConfig(adapter_hidden=size.adapter_hidden))
 
 
-def expected(size: Size, row: Row, swapped: int) -> dict[str, Any]:
+def expected(size: Size, row: Setting) -> dict[str, Any]:
     """Return what `train.estimate` says of a row, and the seconds of a step on an H200 at the target."""
     model = backbone.ModelConfig(adapter_hidden=size.adapter_hidden, quantize=row.quantize)  # type: ignore[arg-type]
+    swapped = round(row.swapped * size.shape["num_layers"])
     train = TrainConfig(activation_checkpointing=True, zero_stage=0, block_swap=swapped)
     parts = estimate.memory(size.shape, counted_once(size.name), size.latents, model, train, BatchPlan(1, 1, 1, 1))
     cost = flops.cost(size.shape, size.latents, 16, size.adapter_hidden)
@@ -199,40 +215,66 @@ def expected(size: Size, row: Row, swapped: int) -> dict[str, Any]:
     return {"estimated_gb": sum(parts.values()) / 1e9, "h200_seconds_at_target": at_target}
 
 
-def in_a_child(name: str, arguments: argparse.Namespace) -> dict[str, Any]:
-    """Return a row's figures from a process of its own, or why there are none: a lack of memory ends one row alone."""
-    command = [sys.executable, __file__, "--as-child", name, "--size", arguments.size, "--device", arguments.device]
-    command += ["--steps", str(arguments.steps), "--warm-up", str(arguments.warm_up), "--hardware", "-"]
-    done = subprocess.run(command, capture_output=True, text=True, check=False)
-    if done.returncode == 0:
-        return json.loads(done.stdout.splitlines()[-1])
-    why = (done.stderr.strip().splitlines() or ["no message"])[-1]
-    return {"row": name, **asdict(ROWS[name]), "failed": why[:300]}
+def gpu() -> tuple[str, float] | None:
+    """Return (name, bytes of memory) of this machine's GPU without opening it, which would take memory; None: none."""
+    command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
+    try:
+        done = subprocess.run(command, capture_output=True, text=True, check=True)
+    except (OSError, subprocess.CalledProcessError):
+        return None
+    name, mebibytes = done.stdout.splitlines()[0].rsplit(",", 1)
+    return name.strip(), float(mebibytes) * 2**20
 
 
-def markdown(facts: dict[str, Any]) -> str:
+def plan(arguments: argparse.Namespace, memory: float | None) -> list[gpu_rows.Row]:
+    """Return the rows to run, those left out that cannot fit the GPU's `memory` in bytes."""
+    size, planned = size_of(arguments.size), []
+    for name in arguments.only:
+        command = [sys.executable, __file__, "--row", name, "--size", arguments.size, "--device", arguments.device]
+        command += ["--steps", str(arguments.steps), "--warm-up", str(arguments.warm_up)]
+        limit_s, skip = 60.0, None
+        if name in ROWS:
+            needed = expected(size, ROWS[name])["estimated_gb"]
+            limit_s = ROWS[name].limit_s
+            if memory and needed * 1e9 > ROOM * memory:
+                skip = f"skipped: {needed:.1f} GB by estimate, the GPU has {memory / 1e9:.1f}"
+        patience = 10 if arguments.device == "cpu" else 1  # a rehearsal shares its cores with others
+        planned.append(gpu_rows.Row(name, command, patience * limit_s, skip))
+    return planned
+
+
+COLUMNS = {
+    "blocks swapped": "{blocks_swapped}",
+    "s/step": "{seconds_median:.2f}",
+    "MFU": "{mfu:.1%}",
+    "HFU": "{hfu:.1%}",
+    "peak GB": "{peak_gb:.1f}",
+    "estimated GB": "{estimated_gb:.3g}",
+    "weights on the device, GB": "{weights_gb:.3g}",
+    "attention": "{share_attention:.0%}",
+    "products": "{share_products:.0%}",
+}
+KERNEL_COLUMNS = {"TFLOP/s": "{tflops:.0f}", "ms": "{ms:.2f}", "kernel": "{kernel}"}
+
+
+def markdown(facts: Mapping[str, Any]) -> str:
     """Return the results as a page."""
+    steps = [row for row in facts["rows"] if row["row"] in ROWS]
+    kernels = [row for row in facts["rows"] if row["row"] not in ROWS]
+    used = sorted({row["attention_kernel"] for row in steps if row.get("attention_kernel")})
     lines = [
         f"# A training step, {facts['size']}",
         "",
-        f"{facts['date']}, {facts['hardware']}, {facts['device']}; torch {facts['torch']}. Micro batch 1, latents "
+        f"{facts['date']}, {facts['hardware']}; torch {facts['torch']}. Micro batch 1, latents "
         f"{' × '.join(map(str, facts['latents']))}, {facts['tokens']} tokens, LoRA 16, activation checkpointing, "
-        f"AdamW; median of {facts['steps']} steps.",
+        f"AdamW; median of {facts['steps']} steps. Shares are of the time on the device, by the profiler.",
         "",
-        "| base | blocks swapped | s/step | MFU | HFU | peak GB | weights on the device, GB | estimated GB |",
-        "|---|---|---|---|---|---|---|---|",
+        *gpu_rows.table(steps, COLUMNS),
+        "",
+        *([f"Attention ran as: {', '.join(f'`{name}`' for name in used)}.", ""] if used else []),
+        *([*gpu_rows.table(kernels, KERNEL_COLUMNS), ""] if kernels else []),
+        *facts["expected"],
     ]
-    for row in facts["rows"]:
-        if "failed" in row:
-            lines.append(f"| {row['row']} | | {row['failed']} | | | | | |")
-            continue
-        mfu, hfu = (f"{row[key]:.1%}" if key in row else "–" for key in ("mfu", "hfu"))
-        peak = f"{row['peak_gb']:.1f}" if "peak_gb" in row else "–"
-        lines.append(
-            f"| {row['row']} | {row['blocks_swapped']} | {row['seconds_median']:.2f} | {mfu} | {hfu} | {peak} | "
-            f"{row['weights_gb']:.3g} | {row['estimated_gb']:.3g} |"
-        )
-    lines += ["", *facts["expected"]]
     return "\n".join(lines) + "\n"
 
 
@@ -248,7 +290,7 @@ def expectations() -> list[str]:
     ]
     for name, row in ROWS.items():
         swapped = round(row.swapped * size.shape["num_layers"])
-        said = expected(size, row, swapped)
+        said = expected(size, row)
         limit = TARGET_SWAP_GB if row.quantize and swapped else TARGET_GB
         within = "yes" if said["estimated_gb"] <= limit else "no"
         lines.append(
@@ -257,46 +299,60 @@ def expectations() -> list[str]:
     return lines
 
 
+def measure_row(arguments: argparse.Namespace) -> None:
+    """Be the process of one row."""
+    import profiles
+
+    device, name = torch.device(arguments.device), arguments.row
+    if name == "product":
+        gpu_rows.record(name, **profiles.product(device, 8192 if arguments.size == "14b" else 256))
+    elif name == "attention":
+        shape = size_of(arguments.size)
+        tokens = flops.cost(shape.shape, shape.latents).tokens
+        sizes = (shape.shape["num_attention_heads"], tokens, shape.shape["attention_head_dim"])
+        for kernel, figures in profiles.attention(device, *sizes).items():
+            gpu_rows.record(f"attention {kernel}", **figures)
+    else:
+        gpu_rows.record(name, **measure(name, arguments.size, device, arguments.warm_up, arguments.steps))
+
+
 def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--hardware", required=True, help="said in the results")
+    found = gpu()
+    parser.add_argument("--output", type=Path, default=Path("out/train_14b"))
     parser.add_argument("--size", choices=("14b", "tiny"), default="14b")
-    parser.add_argument("--device", default="cuda" if torch.cuda.is_available() else "cpu")
+    parser.add_argument("--device", default="cuda" if found else "cpu")
+    parser.add_argument("--hardware", default=found[0] if found else f"{os.cpu_count()} CPU cores", help="for the page")
     parser.add_argument("--steps", type=int, default=3)
     parser.add_argument("--warm-up", type=int, default=1)
-    parser.add_argument("--only", nargs="*", choices=ROWS, default=list(ROWS))
-    parser.add_argument("--as-child", choices=ROWS, help=argparse.SUPPRESS)
+    parser.add_argument("--only", nargs="*", choices=(*KERNELS, *ROWS), default=[*KERNELS, *ROWS], metavar="ROW")
+    parser.add_argument("--budget", type=float, default=3600.0, help="seconds for all rows")
+    parser.add_argument("--row", choices=(*KERNELS, *ROWS), help=argparse.SUPPRESS)
     arguments = parser.parse_args()
-    device = torch.device(arguments.device)
-    if arguments.as_child:
-        print(json.dumps(measure(arguments.as_child, arguments.size, device, arguments.warm_up, arguments.steps)))
+    if arguments.row:
+        measure_row(arguments)
         return
-    if arguments.size == "14b" and device.type == "cpu":
+    if arguments.size == "14b" and arguments.device == "cpu":
         print("\n".join(expectations()))
         sys.exit("no GPU is here: --size tiny runs the same rows on a CPU")
-    size, rows = size_of(arguments.size), []
-    for name in arguments.only:
-        if device.type == "cuda":
-            rows.append(in_a_child(name, arguments))
-        else:
-            rows.append(measure(name, arguments.size, device, arguments.warm_up, arguments.steps))
-            gc.collect()
+    start = time.monotonic()
+    planned = plan(arguments, found[1] if found else None)
+    budget_s = arguments.budget - (time.monotonic() - start)
+    size, measured = size_of(arguments.size), gpu_rows.run_rows(planned, arguments.output, budget_s)
     facts = {
         "date": datetime.datetime.now(datetime.UTC).date().isoformat(),
         "hardware": arguments.hardware,
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "CPU",
         "torch": torch.__version__,
         "size": arguments.size,
         "latents": size.latents,
         "tokens": flops.cost(size.shape, size.latents).tokens,
         "steps": arguments.steps,
-        "rows": rows,
+        "rows": measured,
         "expected": expectations(),
     }
-    RESULTS.mkdir(exist_ok=True)
     stem = "train_14b" if arguments.size == "14b" else "train_14b_tiny"
-    (RESULTS / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
-    (RESULTS / f"{stem}.md").write_text(markdown(facts), encoding="utf-8")
+    (arguments.output / f"{stem}.json").write_text(json.dumps(facts, indent=1) + "\n", encoding="utf-8")
+    (arguments.output / f"{stem}.md").write_text(markdown(facts), encoding="utf-8")
     print(markdown(facts))
 
 
