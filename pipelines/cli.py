@@ -44,6 +44,7 @@ COMMANDS = {
     "export": Command("an adapter for other programs, and back", "pipelines.commands.export"),
     "verify": Command("check a dataset to the last byte", "pipelines.commands.verify"),
     "retry": Command("try again what preprocess refused for a reason", "pipelines.commands.retry"),
+    "cluster": Command("the token of Ray clusters", "pipelines.commands.cluster"),
     "doctor": Command("what this machine has and what is missing", "pipelines.commands.doctor"),
 }
 

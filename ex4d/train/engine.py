@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ex4d.errors import ContractError
-from ex4d.train import waits
+from ex4d.train import interface, waits
 from ex4d.train.config import BatchPlan, Place, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -49,6 +49,10 @@ def start(place: Place, device: str) -> torch.device:
     deepspeed = _deepspeed()
     if on_gpu:
         torch.cuda.set_device(number)
+    name = interface.towards_master()
+    if name is not None:
+        for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
+            os.environ.setdefault(variable, name)
     backend = "nccl" if on_gpu else "gloo"
     deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=datetime.timedelta(minutes=30), verbose=False)
     waits.time_collectives(deepspeed.comm.comm.cdb, on_gpu)

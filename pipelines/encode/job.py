@@ -24,6 +24,7 @@ from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.models.fingerprints import ENCODERS, of_components
 from pipelines.encode import stages
 from pipelines.encode.stages import Encoding
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime import runner
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
@@ -55,7 +56,8 @@ class EncodeConfig:
         max_bad_fraction: share of damaged samples above which the run fails and nothing is committed.
         max_bugs: rows that may end in an unexpected error before the run stops.
         max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
-        metrics_port: Prometheus scrapes http://127.0.0.1:PORT/metrics while the run lasts; None: not at all.
+        metrics_port: Prometheus scrapes http://HOST:PORT/metrics while the run lasts; None: not at all.
+        metrics_host: address that it listens on; a cluster's Prometheus needs that of the driver's node, or 0.0.0.0.
     """
 
     data: str = "out/dataset"
@@ -70,6 +72,7 @@ class EncodeConfig:
     max_bugs: int = 10
     max_attempts: int = 3
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
     def __post_init__(self) -> None:
         def need(holds: bool, name: str, allowed: str) -> None:
@@ -92,6 +95,7 @@ SECTIONS = {"encode": EncodeConfig, "model": ModelConfig, "ray": RayConfig}
 def command(config_path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d encode`; return the exit status."""
     chosen = config_file.load(config_path, SECTIONS, overrides)
+    check_output("encode.output", chosen["encode"].output)
     result = run(chosen["encode"], chosen["model"], chosen["ray"])
     print(result.table(), throughput(result), sep="\n")
     return result.exit_code
@@ -118,7 +122,7 @@ def run(
         transformer_config(model.base, model.revision, model.family)  # refuses another
     models = of_components(model.base, model.revision, ENCODERS)
     started = time.time()
-    progress = Progress(config.output, config.metrics_port)
+    progress = Progress(config.output, config.metrics_port, config.metrics_host)
     attempts = Attempts(config.output, config.max_attempts)
     with (
         exclusive(config.output),

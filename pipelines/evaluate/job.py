@@ -26,6 +26,7 @@ from pipelines.evaluate import stages
 from pipelines.evaluate.plan import EvaluateConfig as EvaluateConfig
 from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime import runner
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive, without_secrets
 from pipelines.runtime.passes import Passes, TooManyBugs
@@ -47,6 +48,7 @@ SECTIONS = {
 def command(config_path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d evaluate`; return the exit status."""
     chosen = config_file.load(config_path, SECTIONS, overrides)
+    check_output("evaluate.output", chosen["evaluate"].output)
     report = run(chosen["evaluate"], chosen["generate"], chosen["synthetic"], chosen["ray"])
     print(report.table())
     return report.exit_code

@@ -19,6 +19,7 @@ from pipelines.preprocess import pages, pairs, settings
 from pipelines.preprocess.job import Job
 from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime import runner
 from pipelines.runtime.ledger import Attempts, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
@@ -35,6 +36,7 @@ OPTIONAL = ("synthetic",)  # who does not ask for a corpus gets none
 def command(config_path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d preprocess`; return the exit status."""
     chosen = config_file.load(config_path, SECTIONS, overrides, OPTIONAL)
+    check_output("preprocess.output", chosen["preprocess"].output)
     result = run(chosen["preprocess"], chosen["ray"], chosen["synthetic"])
     print(result.table())
     return result.exit_code
@@ -68,7 +70,7 @@ def run(
     if sources is None:
         sources = find_sources(config, synthetic_config)
     started = time.time()
-    shown = Progress(config.output, config.metrics_port)
+    shown = Progress(config.output, config.metrics_port, config.metrics_host)
     attempts = Attempts(config.output, config.max_attempts)
     with (
         exclusive(config.output),

@@ -97,7 +97,8 @@ class PreprocessConfig:
         max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
         keep_staging: "all", so that earlier choices come back without work, or "current": after a commit, what other
             choices made of the same videos is deleted from staging; of two cameras, not what other pairs made.
-        metrics_port: Prometheus may scrape 127.0.0.1 there while the run lasts; None: nothing is served.
+        metrics_port: Prometheus may scrape it while the run lasts; None: nothing is served.
+        metrics_host: address of that port; a cluster's Prometheus needs that of the driver's node, or 0.0.0.0.
     """
 
     output: str
@@ -136,6 +137,7 @@ class PreprocessConfig:
     max_attempts: int = 3
     keep_staging: str = "all"
     metrics_port: int | None = None
+    metrics_host: str = "127.0.0.1"
 
 
 def check(config: PreprocessConfig) -> None:

@@ -79,11 +79,12 @@ class Progress:
 
     Args:
         output: folder whose progress.jsonl gets a line every 10 s and at the end of a pass; None writes none.
-        metrics_port: Prometheus scrapes http://127.0.0.1:PORT/metrics while the run lasts; None serves nothing.
+        metrics_port: Prometheus scrapes http://HOST:PORT/metrics while the run lasts; None serves nothing.
+        metrics_host: the address that it listens on.
     """
 
-    def __init__(self, output: str | None = None, metrics_port: int | None = None):
-        self.output, self.metrics_port = output, metrics_port
+    def __init__(self, output: str | None = None, metrics_port: int | None = None, metrics_host: str = "127.0.0.1"):
+        self.output, self.metrics_port, self.metrics_host = output, metrics_port, metrics_host
         self.tallies: dict[str, Tally] = {}
         self.passes: list[Pass] = []
         self._lines: list[str] = []
@@ -99,9 +100,10 @@ class Progress:
         registry = CollectorRegistry()
         registry.register(Collector(self))
         try:
-            server, thread = start_http_server(self.metrics_port, "127.0.0.1", registry)
+            server, thread = start_http_server(self.metrics_port, self.metrics_host, registry)
         except OSError as error:
-            raise ConfigError("metrics_port", self.metrics_port, f"a free port ({error.strerror})") from error
+            allowed = f"a free port of metrics_host={self.metrics_host} ({error.strerror or error})"
+            raise ConfigError("metrics_port", self.metrics_port, allowed) from error
         try:
             yield
         finally:

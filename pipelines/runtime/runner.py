@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import logging
+import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +13,7 @@ from itertools import islice
 from typing import Any
 
 from ex4d.errors import ConfigError, ContractError, Ex4dError
+from pipelines.runtime.cluster import connected
 from pipelines.runtime.ledger import Attempts
 from pipelines.runtime.stage import Chain, Row, Stage, chains, check, pack_row, refused, unpack_row
 
@@ -33,11 +35,18 @@ class RayConfig:
         object_store_mb: size of the object store that is started here; None lets Ray choose.
         gpu_actors: most actors of each stage that needs a GPU; None: as many as the cluster's GPUs can hold. In any
             case one CPU is left to the other stages.
+        ranks_timeout_s: training gives up where its ranks find no place for so long: at the start, or after a node is
+            lost.
     """
 
     address: str | None = None
     object_store_mb: int | None = 512
     gpu_actors: int | None = None
+    ranks_timeout_s: float = 1800.0
+
+    def __post_init__(self) -> None:
+        if not 0 < self.ranks_timeout_s < math.inf:
+            raise ConfigError("ray.ranks_timeout_s", self.ranks_timeout_s, "finite, greater than 0")
 
 
 @contextmanager
@@ -57,7 +66,7 @@ def runner(name: str, ray_config: RayConfig, num_workers: int, attempts: Attempt
     if name == "inline":
         yield inline
         return
-    with _ray(ray_config, num_workers):
+    with connected(ray_config.address, num_workers, ray_config.object_store_mb):
         yield partial(on_ray, ray_config, num_workers, attempts)
 
 
@@ -239,31 +248,3 @@ def _settings(context: Any) -> None:
     context.max_errored_blocks = 0
     context.execution_options.preserve_order = False
     context.print_on_execution_start = False
-
-
-@contextmanager
-def _ray(config: RayConfig, num_workers: int) -> Iterator[None]:
-    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
-    import ray
-
-    if ray.is_initialized():
-        yield
-        return
-    quiet: dict[str, Any] = {"log_to_driver": False, "logging_level": logging.ERROR}
-    if config.address is not None:
-        ray.init(address=config.address, **quiet)
-    else:
-        store = None if config.object_store_mb is None else config.object_store_mb << 20
-        ray.init(
-            address="local",  # not somebody else's that runs on this machine
-            num_cpus=num_workers,
-            object_store_memory=store,
-            include_dashboard=False,
-            dashboard_host="127.0.0.1",
-            **quiet,
-        )
-    try:
-        yield
-    finally:
-        ray.shutdown()

@@ -33,6 +33,7 @@ from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime.runner import RayConfig
 
 logger = logging.getLogger(__name__)
@@ -47,6 +48,7 @@ SECTIONS = {"train": TrainConfig, "model": ModelConfig, "ray": RayConfig}
 def command(config_path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d train`; return the exit status."""
     chosen = configs.load(config_path, SECTIONS, overrides)
+    check_output("train.output", chosen["train"].output)
     return run(chosen["train"], chosen["model"], config_path, overrides, chosen["ray"])
 
 
@@ -79,7 +81,9 @@ def run(
     if code == 0:
         print(f"done: {train.num_steps} steps. {_where(train)}")
     elif code == EXIT_PREEMPTED:
-        print(f"stopped, with a checkpoint in {checkpoint.latest(train.output)}; the same command goes on from there")
+        path = checkpoint.latest(train.output)
+        where = f"stopped, with a checkpoint in {path}" if path else "stopped before the first checkpoint"
+        print(f"{where}; the same command goes on from there")
     return code
 
 

@@ -2,22 +2,26 @@
 
 from __future__ import annotations
 
-import asyncio
 import dataclasses
 import logging
+import math
 import os
 import signal
 import socket
 import sys
 import threading
+import time
 from collections.abc import Iterator
+from concurrent.futures import Future, wait
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ex4d.errors import ConfigError
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, usable_ranks
+from pipelines.runtime.cluster import connected
 
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
@@ -25,6 +29,7 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
+SILENT_S = 15.0  # a rank that was not heard for so long is lost
 MAX_FAILURES = 3  # of one start; where it reached a checkpoint, there will be another
 
 # Of this process, where it is a rank: SIGTERM came, here or to the command; it came to the command.
@@ -36,36 +41,72 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
 
     A rank or a node that dies takes the group down; Ray starts it again from the last checkpoint in `train.output`,
     which all nodes must see: on as many processes as before, or with `train.min_processes` on those that there are.
+    Where they do not come within `ray.ranks_timeout_s` the run ends with 1.
     SIGTERM to this process, or to a rank of a run that is not elastic, makes a checkpoint and EXIT_PREEMPTED; in an
-    elastic run the node of such a rank is going away, and the run goes on without it.
+    elastic run the node of such a rank is going away, and the run goes on without it. SIGTERM while no rank runs ends
+    the run at once.
 
     Args:
         resize_every_s: how often an elastic run looks whether more processes could be had.
     """
-    import ray
-    from ray.train import TrainingFailedError
+    wait = _Wait.of(train, ray_config)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait.start_s)
+    with connected(ray_config.address, show_workers=True):
+        from ray.train import ControllerError, TrainingFailedError
 
-    here = not ray.is_initialized()
-    if here:
-        ray.init(address=ray_config.address, include_dashboard=False)
-    try:
-        with _asking_to_stop() as flag:
+        with _asking_to_stop() as (flag, asked):
             while True:
                 before = _step(train)
                 try:
-                    result = _trainer(train, model, flag, resize_every_s).fit()
-                    return _status(*result.return_value)
+                    result = _fit(_trainer(train, model, flag, resize_every_s, wait), flag, asked)
+                except ControllerError as error:
+                    print(f"ex4d train: {_no_ranks(train, ray_config, error)}", file=sys.stderr)
+                    return 1
                 except TrainingFailedError as error:
                     if _step(train) <= before:
                         print(f"ex4d train: {_cause(error)}", file=sys.stderr)
                         return 1
                     logger.warning("a checkpoint was reached since the last start; starting again after: %s", error)
-    finally:
-        if here:
-            ray.shutdown()
+                else:
+                    return EXIT_PREEMPTED if result is None else _status(*result.return_value)
 
 
-def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: float) -> Any:
+@dataclass(frozen=True)
+class _Wait:
+    """How long Ray waits for the ranks' place at a time, and how often it tries again; each try costs a page of log."""
+
+    start_s: float
+    retries: int
+
+    @classmethod
+    def of(cls, train: TrainConfig, ray_config: RayConfig) -> _Wait:
+        # An elastic run takes fewer ranks after a try that failed, so it tries often.
+        start_s = min(60.0, ray_config.ranks_timeout_s) if train.min_processes else ray_config.ranks_timeout_s / 4
+        return cls(start_s, max(0, round(ray_config.ranks_timeout_s / start_s) - 1))
+
+
+def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
+    """Return what `trainer.fit()` returns; None where `asked` is set while no rank runs that could hear it."""
+    import ray
+
+    outcome: Future = Future()
+
+    def fit() -> None:
+        try:
+            outcome.set_result(trainer.fit())
+        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+            outcome.set_exception(error)
+
+    # In a thread: while Ray waits for nodes, the main thread must be able to end the run.
+    threading.Thread(target=fit, daemon=True).start()
+    while not wait([outcome], timeout=1.0).done:
+        if asked.is_set() and ray.get(flag.silent_s.remote()) > SILENT_S:
+            print("ex4d train: no rank runs that could write a checkpoint; the last one stays", file=sys.stderr)
+            return None
+    return outcome.result()
+
+
+def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: float, wait: _Wait) -> Any:
     import ray
     import ray.train.torch
 
@@ -85,7 +126,7 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
         run_config=api.RunConfig(
             name="ray",
             storage_path=train.output,
-            failure_config=api.FailureConfig(max_failures=MAX_FAILURES),
+            failure_config=api.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=wait.retries),
         ),
     )
 
@@ -105,6 +146,18 @@ def _status(code: int, message: str) -> int:
     return code
 
 
+def _no_ranks(train: TrainConfig, ray_config: RayConfig, error: Exception) -> str:
+    import ray
+
+    nodes = [node["Resources"] for node in ray.nodes() if node["Alive"]]
+    there = ", ".join(f"{node.get('CPU', 0):g} CPUs and {node.get('GPU', 0):g} GPUs" for node in nodes)
+    return (
+        f"the ranks found no place within ray.ranks_timeout_s={ray_config.ranks_timeout_s:g} s ({len(nodes)} nodes: "
+        f"{there}; {str(error).splitlines()[0]}). The last checkpoint is of step {_step(train)}; run the same command "
+        "when the nodes are back, or with train.min_processes on fewer"
+    )
+
+
 def _cause(error: Exception) -> str:
     failures = getattr(error, "worker_failures", {})
     return "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())) or str(error)
@@ -114,36 +167,48 @@ def _cause(error: Exception) -> str:
 
 
 class StopFlag:
-    """An actor on the command's own node: the command asks it to stop, rank 0 waits for that."""
+    """An actor on the command's own node: the command asks it to stop, rank 0 asks it every second whether to."""
 
     def __init__(self) -> None:
-        self._asked = asyncio.Event()
+        self._asked, self._heard = False, -math.inf
 
-    async def ask(self) -> None:
-        """Let those who wait go on."""
-        self._asked.set()
+    def ask(self) -> None:
+        """Say yes from now on."""
+        self._asked = True
 
-    async def wait(self) -> None:
-        """Return when `ask` was called."""
-        await self._asked.wait()
+    def asked(self) -> bool:
+        """Return whether to stop. Rank 0 calls."""
+        self._heard = time.monotonic()
+        return self._asked
+
+    def silent_s(self) -> float:
+        """Return the seconds since rank 0 called."""
+        return time.monotonic() - self._heard
 
 
 @contextmanager
-def _asking_to_stop() -> Iterator[Any]:
-    """Yield a StopFlag that a SIGTERM to this process raises; the process itself goes on until the ranks are done."""
+def _asking_to_stop() -> Iterator[tuple[Any, threading.Event]]:
+    """Yield a StopFlag that a SIGTERM to this process raises, and an event that it sets; the process goes on."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
     here = NodeAffinitySchedulingStrategy(ray.get_runtime_context().get_node_id(), soft=False)
     flag: Any = ray.remote(StopFlag).options(num_cpus=0, scheduling_strategy=here).remote()
+    asked = threading.Event()
     if threading.current_thread() is not threading.main_thread():
-        yield flag
+        yield flag, asked
         return
-    before = signal.signal(signal.SIGTERM, lambda *_: flag.ask.remote())
+
+    def ask(*_: object) -> None:
+        flag.ask.remote()
+        asked.set()
+
+    before = {number: signal.signal(number, ask) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield flag
+        yield flag, asked
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def _rendezvous() -> Any:
@@ -272,12 +337,14 @@ class RemoteValidation:
 
 
 def _wait_for_stop(flag: Any) -> None:
+    """Hear the command as long as this process lives: it takes silence for a lost rank."""
     import ray
 
     try:
-        ray.get(flag.wait.remote())
+        while True:
+            if ray.get(flag.asked.remote()):
+                _told.set()
+                _stop.set()
+            time.sleep(1.0)
     except ray.exceptions.RayError as error:  # the command is gone, and this process soon will be
         logger.warning("the command cannot be heard any more: %s", error)
-        return
-    _told.set()
-    _stop.set()

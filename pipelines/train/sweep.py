@@ -20,6 +20,7 @@ from ex4d.data import manifest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.train.config import TrainConfig
+from pipelines.runtime.cluster import check_output, connected
 from pipelines.runtime.runner import RayConfig
 
 
@@ -163,6 +164,7 @@ def command(path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d sweep`: run the sweep of a config file; write its table and best.yaml; return the exit status."""
     loaded = config.load(path, SECTIONS, overrides)
     sweep, train = loaded["sweep"], loaded["train"]
+    check_output("sweep.output", sweep.output)
     search_space(sweep.space)
     manifest.read_dataset(train.data)  # or each trial would find out for itself that there is none
     tree = config.read_yaml(path)
@@ -178,7 +180,6 @@ def run(sweep: SweepConfig, address: str | None, tree: dict[str, Any]) -> Any:
     """Return Ray Tune's ResultGrid of the sweep."""
     import functools
 
-    import ray
     from ray import tune
     from ray.tune.schedulers import ASHAScheduler
     from ray.tune.search.optuna import OptunaSearch
@@ -187,8 +188,6 @@ def run(sweep: SweepConfig, address: str | None, tree: dict[str, Any]) -> Any:
     tree = with_values(tree, {"train.wandb_group": sweep.group})
     tree = with_values(tree, {"train.data": str(Path(tree["train"]["data"]).resolve())})
     space = search_space(sweep.space)
-    if not ray.is_initialized():
-        ray.init(address=address, include_dashboard=False, log_to_driver=False)
     tuner = tune.Tuner(
         tune.with_resources(
             functools.partial(run_trial, tree=tree, sweep=sweep),
@@ -215,7 +214,8 @@ def run(sweep: SweepConfig, address: str | None, tree: dict[str, Any]) -> Any:
             failure_config=tune.FailureConfig(),
         ),
     )
-    return tuner.fit()
+    with connected(address):
+        return tuner.fit()
 
 
 def report(results: Any, tree: dict[str, Any], sweep: SweepConfig) -> int:

@@ -1,0 +1,46 @@
+"""The network interface through which ranks on other machines are reached.
+
+gloo asks for the address of this machine's own name, and Debian answers 127.0.1.1, where no other machine is.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import os
+import socket
+import struct
+from collections.abc import Mapping
+
+SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
+
+
+def towards_master(environment: Mapping[str, str] | None = None) -> str | None:
+    """Return the name of the interface towards MASTER_ADDR; None where all ranks are on this machine or it is IPv6."""
+    env = os.environ if environment is None else environment
+    master = env.get("MASTER_ADDR", "")
+    if master in ("", "localhost") or master.startswith("127.") or ":" in master:
+        return None
+    by_name = dict(_addresses())
+    try:
+        with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+            probe.connect((master, int(env.get("MASTER_PORT", "1"))))  # sends nothing
+            own = probe.getsockname()[0]
+    except OSError:
+        return None  # the rendezvous will say what is wrong with it
+    if not own.startswith("127."):
+        return next((name for name, address in by_name.items() if address == own), None)
+    # The master's name is this machine's own: the others come in by one of its real addresses.
+    return next((name for name, address in by_name.items() if not address.startswith("127.")), None)
+
+
+def _addresses() -> list[tuple[str, str]]:
+    """Return (interface, IPv4 address) of each interface that has one."""
+    found = []
+    with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
+        for _, name in socket.if_nameindex():
+            try:
+                answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
+            except OSError:
+                continue  # has no address
+            found.append((name, socket.inet_ntoa(answer[20:24])))
+    return found

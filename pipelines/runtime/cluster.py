@@ -1,0 +1,169 @@
+"""Start a Ray here or join one: the only place that does either, so that what protects a Ray stands in one place.
+
+Every Ray demands a token: its ports listen on all addresses, and whoever may speak to them may run code. The token is
+Ray's own: RAY_AUTH_TOKEN or the file RAY_AUTH_TOKEN_PATH where one of them is set, else ~/.ray/auth_token, which is
+made here, for its owner alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+import secrets
+import sys
+import tempfile
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ex4d.errors import ConfigError
+
+CONNECT_TIMEOUT_S = 5.0
+WORKING_DIR = "runtime_resources/working_dir_files"  # where Ray unpacks the working directory of a submitted job
+
+
+def require_token() -> None:
+    """Make this process and all that it starts use token authentication; create the token where there is none.
+
+    RAY_AUTH_MODE that is already set is left as it is: a cluster whose operator turned authentication off stays usable.
+
+    Raises:
+        OSError: the token's file cannot be written.
+    """
+    os.environ.setdefault("RAY_AUTH_MODE", "token")
+    if "ray" in sys.modules:
+        import ray._raylet
+
+        ray._raylet.Config.initialize("")  # type: ignore[attr-defined] # Ray reads its environment once, when it is imported
+    if os.environ["RAY_AUTH_MODE"] != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
+        return
+    path = token_path()
+    path.parent.mkdir(mode=0o700, exist_ok=True)
+    path.parent.chmod(0o700)
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # 0600; whoever comes second finds a whole token
+    try:
+        with open(descriptor, "w") as file:
+            file.write(secrets.token_hex(32))
+        os.link(temporary, path)
+    except FileExistsError:
+        path.chmod(0o600)  # Ray itself makes it readable to all
+    finally:
+        os.unlink(temporary)
+
+
+def token_path() -> Path:
+    """Return the file of the token that clusters of this user demand."""
+    return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
+
+
+@contextmanager
+def connected(
+    address: str | None,
+    num_cpus: int | None = None,
+    object_store_mb: int | None = None,
+    show_workers: bool = False,
+) -> Iterator[None]:
+    """Join the Ray at `address`, or start one on this machine; leave or stop it at the end.
+
+    A Ray that this process is connected to already is used as it is and left alone.
+
+    Args:
+        address: "auto", "host:port"; None starts a Ray, whatever other Rays run on this machine.
+        num_cpus, object_store_mb: of a Ray that is started here; None lets Ray choose.
+        show_workers: print here what the workers print.
+
+    Raises:
+        ConfigError: nothing answers at the address, or it refuses the token.
+    """
+    os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
+    require_token()
+    import ray
+
+    if ray.is_initialized():
+        yield
+        return
+    if address is None:
+        ray.init(
+            address="local",  # not a cluster that this machine remembers
+            num_cpus=num_cpus,
+            object_store_memory=None if object_store_mb is None else object_store_mb << 20,
+            include_dashboard=False,
+            dashboard_host="127.0.0.1",
+            log_to_driver=show_workers,
+            logging_level=logging.ERROR,
+        )
+    else:
+        _join(address, show_workers)
+    try:
+        yield
+    finally:
+        ray.shutdown()
+
+
+def _join(address: str, show_workers: bool) -> None:
+    import ray
+
+    head = _bootstrap(address)
+    _check_head(address, head)
+    try:
+        ray.init(address=head, log_to_driver=show_workers, logging_level=logging.ERROR)
+    except (ConnectionError, RuntimeError, ValueError) as error:
+        reason = str(error).strip().split("\n")[0]
+        allowed = f"a Ray of this version with a node on this machine ({reason})"
+        raise ConfigError("ray.address", address, allowed) from error
+
+
+def _bootstrap(address: str) -> str:
+    """Return host:port of "auto" or of an address. Raises ConfigError where there is nothing to join."""
+    if address.startswith("ray://"):
+        raise ConfigError("ray.address", address, "host:port: the driver must run on a machine of the cluster")
+    if address != "auto":
+        return address
+    from ray._private.services import canonicalize_bootstrap_address
+
+    try:
+        found = os.environ.get("RAY_ADDRESS") or canonicalize_bootstrap_address("auto")
+    except ConnectionError:
+        found = None
+    if found in (None, "", "auto", "local"):
+        raise ConfigError("ray.address", address, "host:port of a running Ray; none was found on this machine")
+    return str(found)
+
+
+def _check_head(address: str, head: str) -> None:
+    """Raise ConfigError where no head answers or it refuses our token: Ray itself would try for minutes."""
+    import grpc
+    import ray
+    from ray._private.grpc_utils import init_grpc_channel
+    from ray.core.generated import gcs_service_pb2, gcs_service_pb2_grpc
+
+    host, _, port = head.rpartition(":")
+    if not host or not port.isdigit():
+        raise ConfigError("ray.address", address, "host:port of a Ray head, such as 10.0.0.1:6379, or auto")
+    channel = init_grpc_channel(head, [("grpc.enable_http_proxy", 0)])
+    try:
+        request = gcs_service_pb2.CheckAliveRequest()  # type: ignore[attr-defined]
+        gcs_service_pb2_grpc.NodeInfoGcsServiceStub(channel).CheckAlive(request, timeout=CONNECT_TIMEOUT_S)
+    except (grpc.RpcError, ray.exceptions.AuthenticationError) as error:
+        if not isinstance(error, grpc.RpcError) or error.code() == grpc.StatusCode.UNAUTHENTICATED:
+            allowed = (
+                f"a Ray with the token in {token_path()}, which this one refuses. Copy the head's token there with "
+                "mode 0600, or set RAY_AUTH_TOKEN_PATH"
+            )
+        else:
+            allowed = "a running Ray; none answers there. Start it, or leave ray.address out to start one here"
+        raise ConfigError("ray.address", address, allowed) from error
+    finally:
+        channel.close()
+
+
+def check_output(key: str, path: str) -> None:
+    """Raise ConfigError for an output inside the folder that Ray unpacked a submitted job into, and deletes later."""
+    folder = os.path.abspath(path)
+    if "://" not in path and WORKING_DIR in folder:
+        allowed = (
+            "an absolute path on storage that all nodes share, or an object store URL: this job runs in a folder of "
+            "Ray's, which is deleted"
+        )
+        raise ConfigError(key, path, allowed)
