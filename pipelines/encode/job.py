@@ -24,8 +24,8 @@ from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.models.fingerprints import ENCODERS, of_components
 from pipelines.encode import stages
 from pipelines.encode.stages import Encoding
-from pipelines.runtime.cluster import check_output
 from pipelines.runtime import runner
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress

@@ -26,8 +26,8 @@ from pipelines.evaluate import stages
 from pipelines.evaluate.plan import EvaluateConfig as EvaluateConfig
 from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
-from pipelines.runtime.cluster import check_output
 from pipelines.runtime import runner
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive, without_secrets
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress

@@ -19,8 +19,8 @@ from pipelines.preprocess import pages, pairs, settings
 from pipelines.preprocess.job import Job
 from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.runtime.cluster import check_output
 from pipelines.runtime import runner
+from pipelines.runtime.cluster import check_output
 from pipelines.runtime.ledger import Attempts, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress

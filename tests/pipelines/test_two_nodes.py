@@ -16,6 +16,8 @@ import pytest
 SCRIPT = """
 import json, sys, threading, time
 from pathlib import Path
+from pipelines.runtime.cluster import require_token
+require_token()
 from ray.cluster_utils import Cluster
 from ex4d import config
 from pipelines.preprocess import run as preprocess

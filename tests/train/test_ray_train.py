@@ -17,6 +17,7 @@ from safetensors.torch import load_file
 
 from ex4d.train import checkpoint, runlog
 from ex4d.train.config import EXIT_PREEMPTED
+from pipelines.runtime.cluster import require_token
 
 RUN = {"num_steps": 30, "save_every": 5, "micro_batch_size": 2, "num_processes": 2, "zero_stage": 2}
 STORE_BYTES = 80 * 2**20
@@ -60,6 +61,7 @@ def whole(folder, config) -> Path:
 
 @pytest.fixture(scope="module")
 def shared_cluster() -> Iterator:
+    require_token()
     from ray.cluster_utils import Cluster
 
     os.environ.update(RAY_worker_niceness="0")  # else 15, and they starve on a busy machine
@@ -200,3 +202,21 @@ def test_an_elastic_run_goes_on_with_one_node_and_takes_the_second_back(folder, 
     ours, theirs = losses(output), losses(folder / "long")
     assert ours[:100] == pytest.approx(theirs[:100], abs=1e-6)
     assert ours == pytest.approx(theirs, abs=1e-5)
+
+
+def test_ranks_that_find_no_place_end_the_run_in_time_and_in_a_few_lines(folder, whole, cluster):
+    output = folder / "no place"
+    more = ("ray.ranks_timeout_s=8", "train.num_processes=64")
+    code, text = finish(start(whole, *on(cluster, output, *more)), timeout_s=120)
+    assert code == 1, text
+    assert "found no place within ray.ranks_timeout_s=8" in text
+    assert len(text.splitlines()) < 300, text
+
+
+def test_sigterm_while_no_rank_runs_ends_the_run(folder, whole, cluster):
+    process = start(whole, *on(cluster, folder / "waiting", "train.num_processes=64"))
+    wait_for(lambda: (folder / "waiting" / "ray").exists(), "the start of Ray Train")
+    process.send_signal(signal.SIGTERM)
+    code, text = finish(process, timeout_s=60)
+    assert code == EXIT_PREEMPTED, text
+    assert "no rank runs" in text

@@ -1,0 +1,139 @@
+"""Where a Ray is started or joined: its token, and what is said where it cannot be joined."""
+
+from __future__ import annotations
+
+import os
+import stat
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+
+from ex4d.errors import ConfigError
+from pipelines.runtime import cluster
+
+WORK = """
+import sys
+from ex4d.errors import ConfigError
+from pipelines.runtime import cluster
+try:
+    with cluster.connected(sys.argv[1] if len(sys.argv) > 1 else None):
+        import ray
+        print("nodes", len(ray.nodes()), ray.get(ray.remote(lambda: 6 * 7).remote()))
+except ConfigError as error:
+    print(error)
+    sys.exit(2)
+"""
+
+OTHER = "import ray, time; ray.init(address='local', num_cpus=1); print('up', flush=True); time.sleep(300)"
+
+
+@pytest.fixture
+def home(tmp_path, monkeypatch) -> Path:
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("RAY_AUTH_MODE", "RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH", "RAY_ADDRESS"):
+        monkeypatch.delenv(name, raising=False)
+    return tmp_path
+
+
+def mode(path: Path) -> int:
+    return stat.S_IMODE(path.stat().st_mode)
+
+
+def connect(*address: str, environment: dict[str, str] | None = None) -> tuple[int, str]:
+    done = subprocess.run(
+        [sys.executable, "-c", WORK, *address],
+        env=os.environ | (environment or {}),
+        capture_output=True,
+        text=True,
+        timeout=100,
+    )
+    return done.returncode, done.stdout.strip()
+
+
+def test_the_token_is_its_owners_alone_and_made_once(home, monkeypatch):
+    monkeypatch.setattr(cluster.sys, "modules", {})  # this process's own Ray keeps its settings
+    cluster.require_token()
+    path = home / ".ray" / "auth_token"
+    assert (mode(path), mode(path.parent)) == (0o600, 0o700)
+    token = path.read_text()
+    assert len(token) == 64
+    path.chmod(0o644)  # as Ray itself leaves it
+    path.parent.chmod(0o755)
+    cluster.require_token()
+    assert (mode(path), mode(path.parent), path.read_text()) == (0o600, 0o700, token)
+    assert [p.name for p in path.parent.iterdir()] == ["auth_token"]
+
+
+def test_a_token_that_the_operator_gives_is_left_alone(home, monkeypatch):
+    monkeypatch.setattr(cluster.sys, "modules", {})
+    monkeypatch.setenv("RAY_AUTH_TOKEN_PATH", str(home / "mounted"))
+    cluster.require_token()
+    assert not (home / ".ray").exists()
+
+
+@pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "ray://127.0.0.1:10001", "auto"])
+def test_an_address_without_a_ray_is_one_sentence_at_once(home, address):
+    code, text = connect(address, environment={"RAY_TMPDIR": str(home)})
+    assert code == 2
+    assert "ray.address" in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.parametrize("path", ["out/dataset", "/data/dataset", "s3://bucket/dataset"])
+def test_an_output_in_rays_own_folder_is_refused(path, tmp_path, monkeypatch):
+    folder = tmp_path / "runtime_resources" / "working_dir_files" / "_ray_pkg_1"
+    folder.mkdir(parents=True)
+    cluster.check_output("preprocess.output", path)
+    monkeypatch.chdir(folder)
+    if path == "out/dataset":
+        with pytest.raises(ConfigError, match="absolute path"):
+            cluster.check_output("preprocess.output", path)
+    else:
+        cluster.check_output("preprocess.output", path)
+
+
+@pytest.mark.ray
+@pytest.mark.heavy
+def test_two_nodes_demand_the_token_and_stop_ends_only_them(root, home):
+    # A Ray's sockets need a short path.
+    env = {"EX4D_RAY_PORT": "7431", "RAY_TMPDIR": f"/tmp/x{os.getpid()}", "XDG_STATE_HOME": str(home / "state")}
+    env["PATH"] = f"{Path(sys.executable).parent}:{os.environ['PATH']}"
+    os.makedirs(env["RAY_TMPDIR"])
+    script = ["bash", str(root / "cluster" / "local_two_nodes.sh")]
+    other = subprocess.Popen(
+        [
+            sys.executable,
+            "-c",
+            "import ray, time; ray.init(address='local', num_cpus=1); print('up', flush=True); time.sleep(300)",
+        ],
+        env=os.environ | env,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.DEVNULL,
+        text=True,
+    )
+    try:
+        assert "up" in other.stdout.readline()
+        subprocess.run([*script, "start"], env=os.environ | env, check=True, timeout=120)
+        for _ in range(20):
+            code, text = connect("127.0.0.1:7431", environment=env)
+            if text.startswith("nodes 2"):
+                break
+        assert (code, text) == (0, "nodes 2 42")
+        wrong = home / "wrong"
+        wrong.write_text("0" * 64)
+        code, text = connect("127.0.0.1:7431", environment=env | {"RAY_AUTH_TOKEN_PATH": str(wrong)})
+        assert code == 2
+        assert "refuses" in text
+        assert len(text.splitlines()) == 1
+        assert connect(environment=env) == (0, "nodes 1 42")  # no address: never the cluster that is remembered
+        subprocess.run([*script, "stop"], env=os.environ | env, check=True, timeout=120)
+        assert connect("127.0.0.1:7431", environment=env)[0] == 2
+        assert other.poll() is None
+        raylets = subprocess.run(["pgrep", "-f", env["RAY_TMPDIR"]], capture_output=True, text=True).stdout.split()
+        assert raylets, "the other Ray lives on"
+    finally:
+        subprocess.run([*script, "stop"], env=os.environ | env, check=False, timeout=120)
+        other.terminate()
+        other.wait(30)
