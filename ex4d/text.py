@@ -14,6 +14,11 @@ _MARKS = (
 )
 
 
+def encoding_of(data: bytes) -> str:
+    """Return the encoding that the first bytes of a text announce: utf-8-sig, utf-16 or utf-32."""
+    return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
+
+
 def decode(data: bytes, is_cut: bool = False) -> str:
     """Return the text of UTF-8, with or without a byte order mark, or of UTF-16 or UTF-32 with one.
 
@@ -23,7 +28,7 @@ def decode(data: bytes, is_cut: bool = False) -> str:
     Raises:
         ValueError: it is in none of these. No character is ever replaced.
     """
-    encoding = next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
+    encoding = encoding_of(data)
     try:
         text = codecs.getincrementaldecoder(encoding)().decode(data, final=not is_cut)
     except UnicodeDecodeError as error:

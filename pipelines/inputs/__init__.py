@@ -1,8 +1,9 @@
 """From `preprocess.input` to the list of files, each of which must be accounted for at the end.
 
 A folder gives every file under it: a video by its suffix or by having none that we know; what is certainly no video
-by its name is named as such, and the sidecars of a video (depth, caption, cameras) belong to it. A list gives what its
-rows name; see `lists`. Folders, files and lists lie on this machine or in any store of `storage.SCHEMES`.
+by its name is named as such, what links lead out to and folders that cannot be opened are counted (`walk`), and the
+sidecars of a video (depth, caption, cameras) belong to it. A list gives what its rows name; see `lists`. Folders, files
+and lists lie on this machine or in any store of `storage.SCHEMES`.
 """
 
 from __future__ import annotations
@@ -19,8 +20,10 @@ from urllib.parse import unquote
 
 from ex4d import remote, storage
 from ex4d.errors import ConfigError
-from pipelines.inputs import lists
-from pipelines.inputs.lists import Entry, Span, may_be_video, without_query
+from pipelines.inputs import lists, walk
+from pipelines.inputs.lists import may_be_video
+from pipelines.inputs.rows import Entry, Span
+from pipelines.inputs.tables import without_query
 
 __all__ = ["Entry", "Source", "Span", "expand", "without_query"]
 
@@ -58,23 +61,29 @@ class Source:
     @property
     def fate(self) -> str:
         """How a source that is no video is counted: a file that is none is no fault, a row that names none is."""
-        return "filtered" if self.reason == "not_a_video" else "bad"
+        return "filtered" if self.reason in ("not_a_video", "symlink_outside", "symlink_again") else "bad"
 
 
-def expand(given: str | Sequence[str], exclude: str | Path | None = None, root: str | None = None) -> list[Source]:
-    """Return every input file, sorted by name, once each, and every row of a list that cannot be used.
+def expand(
+    given: str | Sequence[str],
+    exclude: str | Path | None = None,
+    root: str | None = None,
+    follow_links: bool = False,
+) -> list[Source]:
+    """Return every input file, sorted by name, once each, and every row of a list and every place that cannot be used.
 
     Args:
         given: a file, a folder, a glob, a list (`lists.SUFFIXES`), several of them with commas between, or a list of
             them; on this machine or in a store.
         exclude: files under this folder (the output) are left out.
         root: folder that names in lists start from; None: each list's own.
+        follow_links: take what links lead to outside of the folder that is named.
 
     Raises:
         ConfigError: something that is named does not exist or may not be opened, or nothing was found.
     """
     parts = _split(given) if isinstance(given, str) else list(given)
-    found = [entry for part in parts for entry in _expand_one(part, root)]
+    found = [entry for part in parts for entry in _expand_one(part, root, follow_links)]
     kept = found
     if exclude is not None:
         outside = _folder(str(exclude))
@@ -127,27 +136,32 @@ def _split(given: str) -> list[str]:
     return [part.strip() for part in given.split(",") if part.strip()]
 
 
-def _expand_one(given: str, root: str | None) -> list[Entry]:
+def _expand_one(given: str, root: str | None, follow_links: bool) -> list[Entry]:
     if not given.strip():
         raise ConfigError(KEY, given, "is empty; write . for the working folder")
     if not storage.is_local(given):
-        return _expand_remote(given, root)
+        return _expand_remote(given, root, follow_links)
     path = os.path.abspath(os.path.expanduser(storage.local_path(given)))
     if os.path.isdir(path):
-        return [Entry(path, file) for file in _walk(path)]
+        return list(walk.files(path, follow_links))
     if os.path.lexists(path):
         if path.endswith(lists.SUFFIXES):
-            return _expand_list(path, root)
+            return _expand_list(path, root, follow_links)
         return [Entry(os.path.dirname(path), path)]
     if glob.has_magic(given):
-        matches = sorted(glob.glob(path, recursive=True))
-        files = [inner for file in matches for inner in (_walk(file) if os.path.isdir(file) else [file])]
-        if files:
-            return [Entry(_fixed_part(path, os.sep), file) for file in files]
+        fixed = _fixed_part(path, os.sep)
+        entries: list[Entry] = []
+        for match in sorted(glob.glob(path, recursive=True)):
+            if os.path.isdir(match):
+                entries += walk.files(match, follow_links, fixed)
+            else:
+                entries.append(walk.file(fixed, match, follow_links))
+        if entries:
+            return list({entry.path: entry for entry in entries}.values())
     raise ConfigError(KEY, given, "is no file, folder, or glob that matches anything")
 
 
-def _expand_remote(url: str, root: str | None) -> list[Entry]:
+def _expand_remote(url: str, root: str | None, follow_links: bool) -> list[Entry]:
     shown, plain = remote.redacted(url), without_query(url)
     storage.check_url(url)
     if lists.is_page(url):
@@ -157,7 +171,7 @@ def _expand_remote(url: str, root: str | None) -> list[Entry]:
         if "*" in plain or (glob.has_magic(plain) and not is_web):
             entries = [Entry(_fixed_part(plain, "/"), file) for file in storage.glob(url)]
         elif plain.endswith(lists.SUFFIXES):
-            return _expand_list(url, root)
+            return _expand_list(url, root, follow_links)
         elif not plain.endswith("/") and storage.is_file(url):
             return [Entry(plain.rpartition("/")[0], url)]
         else:
@@ -169,12 +183,12 @@ def _expand_remote(url: str, root: str | None) -> list[Entry]:
     return entries
 
 
-def _expand_list(path: str, root: str | None) -> list[Entry]:
+def _expand_list(path: str, root: str | None, follow_links: bool) -> list[Entry]:
     """Return what the rows of a list name; folders and globs in a text list stand for the files there."""
     found = []
     for entry in lists.read(path, root):
         is_several = entry.span is None and not entry.reason and _is_several(entry.path)
-        found += _expand_one(entry.path, root) if is_several else [entry]
+        found += _expand_one(entry.path, root, follow_links) if is_several else [entry]
     return found
 
 
@@ -191,10 +205,6 @@ def _fixed_part(pattern: str, separator: str) -> str:
     return separator.join(pieces[:magic]) or separator
 
 
-def _walk(folder: str) -> list[str]:
-    return [os.path.join(parent, name) for parent, _, names in os.walk(folder) for name in names if name[:5] != ".tmp-"]
-
-
 def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
     named = [without_query(path) for path in paths if may_be_video(path)]
     videos = {os.path.splitext(path)[0] for path in named} | set(named)
@@ -207,7 +217,7 @@ def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
 
 def _names(entries: Sequence[Entry]) -> dict[str, str]:
     """Return {path: name}: relative to the deepest folder that holds all roots, unique."""
-    files = [entry for entry in entries if not entry.reason]
+    files = [entry for entry in entries if not entry.reason or entry.is_place]
     roots: dict[bool, list[str]] = {}
     for entry in files:
         roots.setdefault(storage.is_local(entry.path), []).append(_as_path(entry.root))
@@ -218,7 +228,11 @@ def _names(entries: Sequence[Entry]) -> dict[str, str]:
         entry.path: _unicode(posixpath.relpath(_as_path(entry.path), common[storage.is_local(entry.path)]))
         for entry in files
     }
-    names |= {entry.path: _unicode(without_query(entry.path).rpartition("/")[2]) for entry in entries if entry.reason}
+    names |= {
+        entry.path: _unicode(without_query(entry.path).rpartition("/")[2])
+        for entry in entries
+        if entry.reason and not entry.is_place
+    }
     taken = Counter(names.values())
     return {
         path: name if taken[name] == 1 else f"{name}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"

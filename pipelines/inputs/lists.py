@@ -1,11 +1,13 @@
 """What a list of videos says: text with a path a line, or a table with captions, licences and spans of time.
 
-A table is CSV, TSV or Parquet; its columns are known by name, whatever their order, case and neighbours:
+A table is CSV (with commas, semicolons or tabs), TSV, Parquet, JSON (a list of objects) or JSON lines; its columns are
+known by name, whatever their order, case and neighbours (`rows.COLUMNS`). Columns that are not used are named in a
+warning:
 
 | what | columns |
 |---|---|
-| file | `path`, `video` (OpenVid-1M), `file`, `file_name`; else `url` |
-| caption | `caption` |
+| file | `path`, `video` (OpenVid-1M, DiffSynth), `file_path` (VideoX-Fun), `file_name` (Hugging Face); else `url` |
+| caption | `caption`, `text`, `prompt`, `description`, the first of these that there is |
 | licence | `licence`, `license` |
 | span | `start_s`, `end_s`; or `timestamp`: [start, end] (Koala-36M), or a list of such (Panda-70M) |
 | its name at the site | `videoID`: where `url` is a page, NAME.mp4 and the like in the list's folder is the file |
@@ -18,20 +20,21 @@ rows. A row that cannot be used is an Entry with a reason: `bad_row`, `not_a_fil
 
 from __future__ import annotations
 
-import csv
-import io
+import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
-from ex4d import remote, storage
+from ex4d import remote, storage, text
 from ex4d.errors import BadSample, ConfigError
-from pipelines.inputs import rows
-from pipelines.inputs.rows import Span
+from pipelines.inputs import rows, tables
+from pipelines.inputs.rows import Entry
+from pipelines.inputs.tables import without_query
 
-SUFFIXES = (".txt", ".csv", ".tsv", ".parquet")
+logger = logging.getLogger(__name__)
+
+SUFFIXES = (".txt", ".csv", ".tsv", ".parquet", ".json", ".jsonl")
 VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".flv")
 # Names that tell us there is no video to look for; all other suffixes are opened and judged by content.
 OTHER_SUFFIXES = (
@@ -40,39 +43,14 @@ OTHER_SUFFIXES = (
     *(".exr", ".pfm", ".ply", ".glb", ".obj", ".tar", ".zip", ".gz", ".7z", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     *(".tif", ".tiff", ".gif", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
 )
-MAX_FIELD_BYTES = 16 * 2**20
 # Their URLs are pages with a player.
 PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com", "tiktok.com", "facebook.com")
-
-
-@dataclass(frozen=True)
-class Entry:
-    """One file that was named, with one of its spans; or a row of a list that cannot be used.
-
-    Args:
-        root: folder that the file's name is relative to.
-        path: absolute path or URL; of a bad row `LIST:NUMBER`.
-        span: None where nothing is said.
-        reason, message: why a row cannot be used.
-    """
-
-    root: str
-    path: str
-    span: Span | None = None
-    reason: str = ""
-    message: str = ""
 
 
 def may_be_video(path: str) -> bool:
     """Return False where a name tells that this is no video."""
     name = without_query(path).rpartition("/")[2].lower()
     return not name.startswith(".") and not name.endswith(OTHER_SUFFIXES)
-
-
-def without_query(url: str) -> str:
-    """Return a web address without what follows `?` or `#`; anything else as it is."""
-    is_web = url.startswith(("http://", "https://"))
-    return url.partition("?")[0].partition("#")[0] if is_web else url
 
 
 def is_page(url: str) -> bool:
@@ -100,60 +78,41 @@ def read(path: str, root: str | None = None) -> Iterator[Entry]:
         if without_query(path).endswith(".txt"):
             yield from _read_text(resolver)
             return
-        table = _table(path)
-        columns = rows.known(next(table))
-        if "path" not in columns and "url" not in columns:
-            wanted = (*rows.COLUMNS["path"], *rows.COLUMNS["url"])
-            raise ConfigError("preprocess.input", shown, f"needs a column of {', '.join(wanted)}")
+        table = tables.read(path)
+        columns = _columns(list(next(table)), shown)
         for number, row in enumerate(table, start=1):
             yield from resolver.of_row(number, row if isinstance(row, str) else rows.chosen(row, columns))
+    except UnicodeError:  # UTF-16 or -32 by its mark, and damaged
+        raise ConfigError("preprocess.input", shown, "is not the text that its first bytes announce") from None
     except OSError as error:
         raise ConfigError("preprocess.input", shown, f"cannot be read: {error.strerror}") from None
 
 
+def _columns(names: list[Any], shown: str) -> dict[str, str]:
+    """Return {what: column}. Raises ConfigError where none names files, or two have one name."""
+    columns = rows.known(names)
+    if "path" not in columns and "url" not in columns:
+        wanted = (*rows.COLUMNS["path"], *rows.COLUMNS["url"])
+        there = ", ".join(str(name)[:40] for name in names[:8]) or "nothing"
+        what = f"needs a column of {', '.join(wanted)}; its first line has {there}"
+        raise ConfigError("preprocess.input", shown, what)
+    if twice := [name for name in columns.values() if names.count(name) > 1]:
+        raise ConfigError("preprocess.input", shown, f"has two columns of the name {twice[0]}")
+    if unused := [str(name) for name in names if name not in columns.values()]:
+        logger.warning("%s: columns that are not used: %s", shown, ", ".join(name[:40] for name in unused[:20]))
+    return columns
+
+
 def _read_text(resolver: _Resolver) -> Iterator[Entry]:
-    lines = os.fsdecode(storage.read_bytes(resolver.listing)).splitlines()
-    names = [(number, line.strip()) for number, line in enumerate(lines, start=1)]
-    for number, name in names:
+    data = storage.read_bytes(resolver.listing)
+    encoding = text.encoding_of(data)
+    # Names of files may hold any bytes, which a UTF-8 list has as they are.
+    lines = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict").splitlines()
+    for number, line in enumerate(lines, start=1):
+        name = line.strip()
+        name = name[1:-1] if len(name) > 2 and name[0] == name[-1] == '"' else name
         if name and not name.startswith("#"):
             yield from resolver.of_line(number, name)
-
-
-def _table(path: str) -> Iterator[Any]:
-    """Yield the names of a table's columns, then each row as a mapping, or a sentence where it is none."""
-    with storage.open_read(path) as file:
-        if without_query(path).endswith(".parquet"):
-            yield from _parquet_table(file, path)
-            return
-        # Names of files may hold any bytes; captions are cleaned later.
-        text = io.TextIOWrapper(file, encoding="utf-8-sig", errors="surrogateescape", newline="")
-        csv.field_size_limit(MAX_FIELD_BYTES)
-        reader = csv.DictReader(text, delimiter="\t" if without_query(path).endswith(".tsv") else ",")
-        yield reader.fieldnames or ()
-        while True:
-            try:
-                row = next(reader)
-            except StopIteration:
-                return
-            except csv.Error as error:
-                yield f"is no row ({error})"
-                continue
-            yield "has more fields than there are columns" if None in row else row
-
-
-def _parquet_table(file: Any, path: str) -> Iterator[Any]:
-    import pyarrow as pa
-    import pyarrow.parquet as pq
-
-    try:
-        table = pq.ParquetFile(file)
-        names = table.schema_arrow.names
-        yield names
-        for batch in table.iter_batches(batch_size=4096, columns=list(rows.known(names).values())):
-            yield from batch.to_pylist()
-    except pa.ArrowException as error:
-        what = f"is no Parquet ({type(error).__name__})"
-        raise ConfigError("preprocess.input", remote.redacted(path), what) from None
 
 
 class _Resolver:
@@ -197,6 +156,8 @@ class _Resolver:
         place = row.get("path", row.get("url"))
         if not isinstance(place, str) or not place.strip():
             raise BadSample("bad_row", "names no file")
+        if "\0" in place:
+            raise BadSample("bad_row", "names a file with a NUL character")
         place = place.strip()
         if is_page(place):
             downloaded = self._by_stem(str(row.get("id", "")), place)

@@ -13,10 +13,10 @@ from typing import Any
 from ex4d.errors import BadSample
 
 COLUMNS = {
-    "path": ("path", "video", "video_path", "file", "file_name", "filename"),
+    "path": ("path", "video", "video_path", "file_path", "filepath", "file", "file_name", "filename", "media_path"),
     "url": ("url", "video_url"),
     "id": ("videoid", "video_id"),
-    "caption": ("caption",),
+    "caption": ("caption", "text", "prompt", "captions", "description", "video_caption", "long_caption"),
     "licence": ("licence", "license"),
     "timestamp": ("timestamp", "timestamps"),
     "start": ("start_s", "start_time", "start"),
@@ -41,8 +41,30 @@ class Span:
     licence: str = ""
 
 
+@dataclass(frozen=True)
+class Entry:
+    """One file that was named, with one of its spans; or a row of a list, or a place, that cannot be used.
+
+    Args:
+        root: folder that the file's name is relative to.
+        path: absolute path or URL; of a bad row `LIST:NUMBER`.
+        span: None where nothing is said.
+        reason, message: why a row, or a place, cannot be used.
+        is_place: what cannot be used is a file or folder of this path, and no row.
+    """
+
+    root: str
+    path: str
+    span: Span | None = None
+    reason: str = ""
+    message: str = ""
+    is_place: bool = False
+
+
 def known(names: Iterable[Any]) -> dict[str, str]:
-    """Return {what: column} of a table with columns of these names, for what there is of COLUMNS."""
+    """Return {what: column} of a table with columns of these names, for what there is of COLUMNS: of several that say
+    the same, the one that stands first there.
+    """
     there = {str(name).strip().lower().replace(" ", "_"): name for name in names}
     found = {what: next((there[name] for name in given if name in there), None) for what, given in COLUMNS.items()}
     return {what: name for what, name in found.items() if name is not None}
@@ -117,5 +139,15 @@ def _caption(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """Return a text without lone surrogates, which no file can hold; pairs become the character that they stand for."""
-    return str(value).encode("utf-16", "surrogatepass").decode("utf-16", "replace").strip()
+    """Return a text of valid Unicode; halves of characters that JSON escapes apart become one.
+
+    Raises:
+        BadSample: bad_row: what is written there is not UTF-8, or holds NUL.
+    """
+    try:
+        text = str(value).encode("utf-16", "surrogatepass").decode("utf-16").strip()
+    except UnicodeDecodeError:
+        raise BadSample("bad_row", "a text that is not UTF-8: save the list as UTF-8") from None
+    if "\0" in text:
+        raise BadSample("bad_row", "a text with NUL characters")
+    return text

@@ -95,7 +95,7 @@ def run(
 def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:
     """Return every input file; where `config.input` is None, of a synthetic corpus that is written first."""
     if config.input is not None:
-        found = inputs.expand(config.input, config.output, config.list_root)
+        found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)
         return pairs.without_sources(found) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "a file, folder, glob or list; or a section `synthetic` beside it")

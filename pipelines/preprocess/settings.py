@@ -66,6 +66,7 @@ class PreprocessConfig:
         input: file, folder, glob, list (.txt, .csv, .tsv, .parquet), several with commas between, or a list of them, on
             this machine or in a store; None is the synthetic corpus, where the configuration has that section.
         list_root: folder that names in lists start from; None: each list's own.
+        follow_links: take what links lead to outside of the folder that is named; else it is counted.
         cache_dir: local folder for copies of remote files; None: one in the system's folder for temporary files.
         cache_mb: its size, beside what is worked with right now.
         num_workers: CPU workers of a Ray that is started here.
@@ -104,6 +105,7 @@ class PreprocessConfig:
     output: str
     input: str | list[str] | None = None
     list_root: str | None = None
+    follow_links: bool = False
     cache_dir: str | None = None
     cache_mb: int = 20480
     num_workers: int = 2

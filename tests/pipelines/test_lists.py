@@ -117,8 +117,7 @@ def test_panda_and_koala(folder):
     texts = tuple(Span(*span, text) for span, text in zip(spans, ("smile \U0001f600", None), strict=True))
     assert told(expand(write(folder / "escaped.csv", [escaped]))) == {"dQw4w9WgXcQ.mkv": texts}
     lone = panda | {"caption": '["\\ud83d", "\\ud83d\\ude00"]'}
-    captions_of = [span.caption for span in told(expand(write(folder / "lone.csv", [lone])))["dQw4w9WgXcQ.mkv"]]
-    assert captions_of == ["\ufffd", "\U0001f600"]
+    assert refused(expand(write(folder / "lone.csv", [lone]))) == {"lone.csv:1": "bad_row"}
     koala = {"videoID": "k", "url": "https://youtu.be/dQw4w9WgXcQ", "timestamp": "['0:00:01', '0:00:02']"}
     sources = expand(write(folder / "koala.csv", [koala | {"caption": "[live] a bird"}]))
     assert told(sources) == {"dQw4w9WgXcQ.mkv": (Span(1.0, 2.0, "[live] a bird"),)}
@@ -276,3 +275,75 @@ def test_spans_that_give_nothing():
         clips.plan("0" * 64, RECORD, CONFIG, [Span(11.0, 12.0), Span(50.0)])
     with pytest.raises(Filtered, match="shot_length"):
         clips.plan("0" * 64, RECORD, CONFIG, [Span(1.0, 1.3)])
+
+
+OTHER_TOOLS = {
+    "diffsynth.csv": "video,prompt\na.mp4,one\n",
+    "imagefolder.csv": "file_name,text\na.mp4,one\n",
+    "semicolons.csv": "path;caption\na.mp4;one\n",
+    "tabs.csv": "path\tcaption\na.mp4\tone\n",
+    "videox_fun.json": '[{"file_path": "a.mp4", "text": "one", "type": "video"}]',
+    "musubi.jsonl": '{"video_path": "a.mp4", "caption": "one"}\n\n',
+    "both.csv": "path,prompt,caption\na.mp4,negative,one\n",
+}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8", "utf-8-sig", "utf-16", "utf-32"])
+@pytest.mark.parametrize("name", OTHER_TOOLS)
+def test_captions_of_other_tools_lists_are_read(folder, name, encoding):
+    (folder / name).write_bytes(OTHER_TOOLS[name].replace("\n", "\r\n").replace("one", "one 日本").encode(encoding))
+    assert told(expand(str(folder / name))) == {"a.mp4": (Span(caption="one 日本"),)}
+
+
+@pytest.mark.parametrize("encoding", ["utf-8-sig", "utf-16", "utf-32"])
+def test_lines_of_text_have_their_encoding_too(folder, encoding):
+    (folder / "list.txt").write_bytes('# videos\r\na.mp4\r\n"b.mp4"\r\n'.encode(encoding))
+    assert set(told(expand(str(folder / "list.txt")))) == {"a.mp4", "b.mp4"}
+
+
+def test_columns_that_are_not_used_are_named(folder, caplog):
+    (folder / "list.csv").write_text("path,aesthetic score,prompt,caption\na.mp4,5,x,one\n")
+    assert told(expand(str(folder / "list.csv"))) == {"a.mp4": (Span(caption="one"),)}
+    assert "columns that are not used: aesthetic score, prompt" in caplog.text
+
+
+BAD_ROWS = {
+    "gbk.csv": "path,caption\nb.mp4,good\na.mp4,十二名\n".encode("gbk"),
+    "latin.csv": "path,caption\nb.mp4,good\na.mp4,Zwölf\n".encode("latin-1"),
+    "nul.csv": b"path,caption\nb.mp4,good\na.mp4,x\0y\n",
+    "nul_name.csv": b"path,caption\nb.mp4,good\na\0.mp4,x\n",
+    "quote.csv": b'path,caption\nb.mp4,good\na.mp4,"never closed\nx,y\n',
+    "number.jsonl": b'{"path": "b.mp4", "caption": "good"}\n7\n',
+    "cut.jsonl": b'{"path": "b.mp4", "caption": "good"}\n{"path": "a.mp4", "cap\n',
+    "nested.jsonl": b'{"path": "b.mp4", "caption": "good"}\n{"path": ["a.mp4"]}\n',
+    "lone.jsonl": b'{"path": "b.mp4", "caption": "good"}\n{"path": "a.mp4", "caption": "\\ud83d"}\n',
+}
+
+
+@pytest.mark.parametrize("name", BAD_ROWS)
+def test_a_bad_row_costs_itself_alone(folder, name):
+    (folder / name).write_bytes(BAD_ROWS[name])
+    sources = expand(str(folder / name))
+    assert told(sources) == {"b.mp4": (Span(caption="good"),)}
+    assert refused(sources) == {f"{name}:2": "bad_row"}
+
+
+@pytest.mark.parametrize(
+    ("name", "data", "named"),
+    [
+        ("a.json", b"{", "no JSON list"),
+        ("a.json", b'{"path": "a.mp4"}', "no JSON list of objects"),
+        ("a.json", b"[" * 100_000, "no JSON list"),
+        ("a.json", "[]".encode("latin-1") + b"\xff", "UTF-8"),
+        ("a.csv", b"", "first line has nothing"),
+        ("a.csv", b"a.mp4,a cat\n", "first line has a.mp4, a cat"),
+        ("a.csv", b"path,caption,caption\na.mp4,x,y\n", "two columns of the name caption"),
+        ("a.csv", b"\xff\xfep\0a\0t\0h\0\n", "first bytes"),
+        ("a.txt", b"\xff\xfea", "first bytes"),
+    ],
+)
+def test_what_is_no_list_is_said_before_work(folder, name, data, named):
+    (folder / name).write_bytes(data)
+    with pytest.raises(ConfigError, match=named) as caught:
+        expand(str(folder / name))
+    assert "\n" not in str(caught.value)

@@ -1,0 +1,100 @@
+"""Tables in files, row by row: CSV, TSV, Parquet, JSON and JSON lines, in any Unicode encoding."""
+
+from __future__ import annotations
+
+import csv
+import io
+import json
+from collections.abc import Iterator, Mapping
+from typing import Any
+
+from ex4d import remote, storage, text
+from ex4d.errors import ConfigError
+from pipelines.inputs import rows
+
+MAX_FIELD_BYTES = 16 * 2**20
+
+
+def without_query(url: str) -> str:
+    """Return a web address without what follows `?` or `#`; anything else as it is."""
+    is_web = url.startswith(("http://", "https://"))
+    return url.partition("?")[0].partition("#")[0] if is_web else url
+
+
+def read(path: str) -> Iterator[Any]:
+    """Yield the names of a table's columns, then each row as a mapping, or a sentence where it is none."""
+    plain = without_query(path)
+    with storage.open_read(path) as file:
+        if plain.endswith(".parquet"):
+            yield from _parquet_table(file, path)
+        elif plain.endswith((".json", ".jsonl")):
+            yield from _json_table(file, path)
+        else:
+            yield from _csv_table(file, is_tabs=plain.endswith(".tsv"))
+
+
+def _csv_table(file: Any, is_tabs: bool) -> Iterator[Any]:
+    encoding = text.encoding_of(file.read(4))
+    file.seek(0)
+    # Names of files may hold any bytes; captions are checked later.
+    lines = io.TextIOWrapper(file, encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict", newline="")
+    csv.field_size_limit(MAX_FIELD_BYTES)
+    first = lines.readline()
+    lines.seek(0)
+    delimiters = "\t" if is_tabs else ",;\t"
+    found = (
+        one for one in delimiters if {"path", "url"} & set(rows.known(next(csv.reader([first], delimiter=one), ())))
+    )
+    reader = csv.DictReader(lines, delimiter=next(found, delimiters[0]), strict=True)
+    yield reader.fieldnames or ()
+    while True:
+        try:
+            row = next(reader)
+        except StopIteration:
+            return
+        except csv.Error as error:
+            what = "a quote that is not closed" if "end of data" in str(error) else error
+            yield f"is no row ({what})"
+            continue
+        yield "has more fields than there are columns" if None in row else row
+
+
+def _json_table(file: Any, path: str) -> Iterator[Any]:
+    """Yield the names in all objects of a JSON list, or of JSON lines, then each object."""
+    try:
+        data = text.decode(file.read())
+        found = json.loads(data) if without_query(path).endswith(".json") else None
+    except (ValueError, RecursionError) as error:
+        raise ConfigError("preprocess.input", remote.redacted(path), f"is no JSON list: {error}"[:200]) from None
+    if found is None:
+        found = [_json_row(line) for line in data.split("\n") if line.strip()]
+    if not isinstance(found, list):
+        raise ConfigError("preprocess.input", remote.redacted(path), "is no JSON list of objects, one for each video")
+    names = dict.fromkeys(name for row in found if isinstance(row, Mapping) for name in row)
+    yield list(names)
+    empty = dict.fromkeys(names)
+    for row in found:
+        yield {**empty, **row} if isinstance(row, Mapping) else row if isinstance(row, str) else "is no object"
+
+
+def _json_row(line: str) -> Any:
+    try:
+        row = json.loads(line)
+    except (ValueError, RecursionError):
+        return "is no JSON"
+    return row if isinstance(row, Mapping) else "is no object"
+
+
+def _parquet_table(file: Any, path: str) -> Iterator[Any]:
+    import pyarrow as pa
+    import pyarrow.parquet as pq
+
+    try:
+        table = pq.ParquetFile(file)
+        names = table.schema_arrow.names
+        yield names
+        for batch in table.iter_batches(batch_size=4096, columns=list(rows.known(names).values())):
+            yield from batch.to_pylist()
+    except pa.ArrowException as error:
+        what = f"is no Parquet ({type(error).__name__})"
+        raise ConfigError("preprocess.input", remote.redacted(path), what) from None

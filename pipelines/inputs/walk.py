@@ -1,0 +1,90 @@
+"""Every file under a folder, and what becomes of links and of folders that cannot be opened: all of it is counted.
+
+A link to a file or folder within the input is followed; each folder is entered once, under its own name before that of
+a link, so that loops end. What a link leads out of the input to is counted as `symlink_outside`, or taken where
+`preprocess.follow_links` says so. The `blobs` folder of a hub's cache belongs to each of its snapshots.
+"""
+
+from __future__ import annotations
+
+import os
+from collections import deque
+from collections.abc import Iterator
+from pathlib import Path
+
+from pipelines.inputs.rows import Entry
+
+OUTSIDE = "a link that leads out of the input: preprocess.follow_links=true takes it"
+
+
+def files(folder: str, follow_links: bool = False, root: str | None = None) -> Iterator[Entry]:
+    """Yield an entry for each file under a folder, and for each link or folder that is not gone into, with a reason.
+
+    Args:
+        root: the input that the folder belongs to, which links may not lead out of; None: the folder itself.
+
+    Reasons: `unreadable` (a folder that cannot be opened), `symlink_outside`, `symlink_again` (a folder that has been
+    entered: a loop, or a second name).
+    """
+    root = root or folder
+    inside = _inside(root)
+    entered: dict[str, str] = {}
+    waiting, links = deque([folder]), deque[str]()
+    while waiting or links:
+        place = waiting.popleft() if waiting else links.popleft()
+        real = os.path.realpath(place)
+        if real in entered:
+            yield _refused(root, place, "symlink_again", f"the same folder as {entered[real]}")
+            continue
+        if place != root and not (follow_links or _is_under(real, inside)):
+            yield _refused(root, place, "symlink_outside", OUTSIDE)
+            continue
+        entered[real] = os.path.relpath(place, root)
+        try:
+            with os.scandir(place) as scanned:
+                found = sorted(scanned, key=lambda entry: entry.name)
+        except OSError as error:
+            yield _refused(root, place, "unreadable", f"the folder cannot be opened: {error.strerror}")
+            continue
+        for entry in found:
+            if _is_folder(entry):
+                (links if entry.is_symlink() else waiting).append(entry.path)
+            elif not entry.name.startswith(".tmp-"):
+                is_allowed = follow_links or not entry.is_symlink() or _is_under(os.path.realpath(entry.path), inside)
+                yield _file(root, entry.path, is_allowed)
+
+
+def file(root: str, path: str, follow_links: bool) -> Entry:
+    """Return the entry of one file that was found under `root`; one that a link leads out to has a reason."""
+    return _file(root, path, follow_links or _is_under(os.path.realpath(path), _inside(root)))
+
+
+def _file(root: str, path: str, is_allowed: bool) -> Entry:
+    if is_allowed or not os.path.exists(path):  # who opens a link that leads nowhere finds out
+        return Entry(root, path)
+    return _refused(root, path, "symlink_outside", OUTSIDE)
+
+
+def _refused(root: str, place: str, reason: str, message: str) -> Entry:
+    return Entry(root, place, None, reason, message, is_place=True)
+
+
+def _is_folder(entry: os.DirEntry[str]) -> bool:
+    try:
+        return entry.is_dir()
+    except OSError:  # a link through a folder that may not be searched: whoever opens it finds out
+        return False
+
+
+def _inside(folder: str) -> list[str]:
+    """Return the real folders whose files belong to an input folder."""
+    found = [os.path.realpath(folder)]
+    for place in (Path(folder), *Path(folder).parents):
+        blobs = place.parent.parent / "blobs"
+        if place.parent.name == "snapshots" and blobs.is_dir():
+            found.append(os.path.realpath(blobs))
+    return found
+
+
+def _is_under(real: str, folders: list[str]) -> bool:
+    return any(real == folder or real.startswith(os.path.join(folder, "")) for folder in folders)
