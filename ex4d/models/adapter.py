@@ -12,6 +12,7 @@ from torch import Tensor, nn
 
 from ex4d.errors import ConfigError
 from ex4d.models import lora
+from ex4d.models.blocks import Recompute
 
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
@@ -137,12 +138,20 @@ class Ex4dModel(nn.Module):
         finally:
             self._alone = False
 
-    def set_gradient_checkpointing(self, enabled: bool) -> None:
-        """Recompute each block in the backward pass (True), or keep its activations; the numbers do not change."""
-        if enabled:
-            self.transformer.enable_gradient_checkpointing()
-        else:
+    def set_gradient_checkpointing(
+        self, enabled: bool, count: int | None = None, keep_attention: bool = False, measure: bool = False
+    ) -> Recompute | None:
+        """Recompute blocks in the backward pass (True), or keep their activations; the numbers do not change.
+
+        Args:
+            count, keep_attention, measure: see blocks.Recompute, which is returned.
+        """
+        if not enabled:
             self.transformer.disable_gradient_checkpointing()
+            return None
+        recompute = Recompute(self.transformer.blocks, count, keep_attention, measure)
+        self.transformer.enable_gradient_checkpointing(recompute)
+        return recompute
 
     def trainable_parameters(self) -> dict[str, nn.Parameter]:
         """Return {canonical name: parameter}, float32: LoRA under `transformer.`, then `geometry_adapter.`.

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import math
+import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -20,8 +22,23 @@ ADAPTER_NAME = "default"
 class _MasterWeightLinear(nn.Linear):
     """A linear layer whose float32 weight is cast to the input's dtype: the sum stays cheap, the update stays exact."""
 
-    def forward(self, input: Tensor) -> Tensor:
-        return nn.functional.linear(input, self.weight.to(input.dtype))
+    def forward(self, input: Tensor, onto: Tensor | None = None) -> Tensor:
+        """Return the product [..., out], added to `onto` [..., out] where it is given, in one kernel."""
+        weight = self.weight.to(input.dtype)
+        if onto is None:
+            return nn.functional.linear(input, weight)
+        return torch.addmm(onto.flatten(0, -2), input.flatten(0, -2), weight.T).view_as(onto)
+
+
+def _lora_forward(layer: Any, x: Tensor) -> Tensor:
+    """Return the frozen layer's output with its LoRA; peft's own forward scales the full width, this one the rank."""
+    result: Tensor = layer.base_layer(x)
+    if layer.disable_adapters:
+        return result
+    for name in layer.active_adapters:
+        low = layer.lora_A[name](layer.lora_dropout[name](x))
+        result = layer.lora_B[name](low if layer.scaling[name] == 1 else low * layer.scaling[name], result)
+    return result
 
 
 def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
@@ -40,7 +57,7 @@ def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int = 0) -> 
     generator = torch.Generator().manual_seed(seed)
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            layer.cast_input_dtype_enabled = False
+            layer.forward = types.MethodType(_lora_forward, layer)
             for pair in (layer.lora_A, layer.lora_B):
                 pair[ADAPTER_NAME] = _master(pair.get_parameter(f"{ADAPTER_NAME}.weight"))
             _draw(layer.lora_A.get_parameter(f"{ADAPTER_NAME}.weight"), generator)

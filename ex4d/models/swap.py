@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.utils._python_dispatch import _disable_current_modes
 
 from ex4d.errors import ConfigError
 
@@ -95,9 +96,10 @@ class BlockSwap:
 
     def _fetching(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def fetch_and_forward(*args: Any, **kwargs: Any) -> Any:
-            buffer = self._take(index)
-            self._wait_for_the_last_but_one()
-            self._send_for(self._following(index), instead=(index, buffer))
+            with _disable_current_modes():  # selective recomputation watches each operator; copies are none of it
+                buffer = self._take(index)
+                self._wait_for_the_last_but_one()
+                self._send_for(self._following(index), instead=(index, buffer))
             with self._host[index].lent(buffer):
                 return forward(*args, **kwargs)
 
@@ -149,11 +151,17 @@ class BlockSwap:
         return buffer
 
 
-def swap_blocks(transformer: nn.Module, count: int, device: torch.device) -> BlockSwap | None:
+def swap_blocks(
+    transformer: nn.Module, count: int, device: torch.device, alike: bool = False
+) -> BlockSwap | None:
     """Keep the frozen weights of `count` blocks, evenly spread, in the host's memory; None where count is 0.
 
     Do it after LoRA was added; then move the model to `device`, which the swapped weights do not follow. Training then
     needs activation checkpointing, without which autograd would hold every copy until its backward.
+
+    Args:
+        alike: hold the frozen weights of the other blocks in the same way, on `device`, so that compiled blocks
+            (blocks.compile_blocks) are one graph.
 
     Raises:
         ConfigError: the transformer has fewer blocks.
@@ -164,4 +172,8 @@ def swap_blocks(transformer: nn.Module, count: int, device: torch.device) -> Blo
     if count == 0:
         return None
     indices = [(2 * place + 1) * len(blocks) // (2 * count) for place in range(count)]
+    for index in set(range(len(blocks))) - set(indices) if alike else ():
+        for module, table, name, tensor in list(_frozen(blocks[index])):
+            table[name] = None
+            vars(module)[name] = tensor.detach().to(device)
     return BlockSwap(blocks, indices, device)

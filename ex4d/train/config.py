@@ -61,6 +61,14 @@ class TrainConfig:
     activation_checkpointing: bool = setting(
         False, "Recompute activations in the backward pass: less memory, about a third more time.", group="Memory"
     )
+    checkpoint_blocks: int | Literal["auto"] | None = setting(
+        None, "Recompute N blocks only; auto: as few as fit the GPU's memory after the first step; null: all."
+    )
+    checkpoint_keep_attention: bool = setting(False, "Keep the outputs of self-attention instead of recomputing them.")
+    compile: bool = setting(False, "Compile the blocks: faster steps after a first one of a minute or so.")
+    attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = setting(
+        "auto", "Kernel of attention; auto: PyTorch chooses. The log names the one that runs."
+    )
     cpu_offload: bool = setting(False, "Keep optimizer state in CPU memory (GPU runs).")
     block_swap: int = setting(
         0, "Keep N blocks of the frozen base in CPU memory and copy each to the GPU when it runs.", ge=0
@@ -120,6 +128,16 @@ class TrainConfig:
         )
         swappable = self.activation_checkpointing or not self.block_swap
         need(swappable, "block_swap", "must be 0 unless train.activation_checkpointing=true")
+        if not self.activation_checkpointing:
+            unless = "unless train.activation_checkpointing=true"
+            need(self.checkpoint_blocks is None, "checkpoint_blocks", f"must be null {unless}")
+            need(not self.checkpoint_keep_attention, "checkpoint_keep_attention", f"must be false {unless}")
+        if isinstance(self.checkpoint_blocks, int):
+            need(self.checkpoint_blocks >= 0, "checkpoint_blocks", "must be at least 0, auto, or null for all")
+        # Autograd would hold the fetched weights of swapped blocks that keep their activations.
+        together = self.checkpoint_blocks is None or not self.block_swap
+        need(together, "checkpoint_blocks", "must be null with train.block_swap")
+        need(not (self.compile and self.zero_stage == 3), "compile", "must be false with train.zero_stage=3")
 
 
 # What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.
@@ -127,7 +145,8 @@ FREE = frozenset(
     {
         *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
         *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
-        *("activation_checkpointing", "cpu_offload", "block_swap", "loader"),
+        *("activation_checkpointing", "checkpoint_blocks", "checkpoint_keep_attention", "compile", "attention"),
+        *("cpu_offload", "block_swap", "loader"),
         *("validate_every", "validate_samples", "min_processes"),
         *("validate_videos", "validate_video_steps", "validate_apart", "validate_device", "validate_timeout_s"),
         *("wandb_mode", "wandb_project", "wandb_group"),

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,10 +16,12 @@ from ex4d.data import latents, loader, manifest
 from ex4d.data.texts import TextStore
 from ex4d.data.verify import dataset_fingerprint
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import adapter, backbone, encoders, fingerprints, swap, weights
+from ex4d.models import adapter, attention, backbone, blocks, encoders, fingerprints, swap, weights
 from ex4d.train import flops
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.objective import Encoder, LatentEncoder
+
+log = logging.getLogger(__name__)
 
 PACKAGES = ("ex4d-platform", "torch", "deepspeed", "diffusers", "transformers", "peft", "numpy")
 
@@ -35,6 +38,7 @@ class Job:
         write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
         facts: configuration and versions, for the log.
         cost: FLOPs and tokens of one sample; None where they are not known.
+        recompute: which blocks recompute, where the memory that is free is to decide it (checkpoint_blocks=auto).
     """
 
     encoder: Encoder
@@ -44,6 +48,7 @@ class Job:
     write_adapter: Callable[[Path, Mapping[str, Tensor], int], Any]
     facts: dict[str, Any]
     cost: flops.Cost | None = None
+    recompute: blocks.Recompute | None = None
 
 
 def run_identity(config: TrainConfig, model_config: backbone.ModelConfig) -> dict[str, Any]:
@@ -88,9 +93,14 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     sizes = (chosen.lora_rank, chosen.adapter_hidden, chosen.source_video)
     cost = flops.cost(base.shape, (depth, height, width), *sizes)
     model = adapter.build_model(base.transformer, chosen, seed=config.seed)
-    if swap.swap_blocks(model.transformer, config.block_swap, device):
+    if config.compile:
+        blocks.compile_blocks(model.transformer)
+    if swap.swap_blocks(model.transformer, config.block_swap, device, alike=config.compile):
         model.to(device)
-    model.set_gradient_checkpointing(config.activation_checkpointing)
+    auto = config.checkpoint_blocks == "auto"
+    count = config.checkpoint_blocks if isinstance(config.checkpoint_blocks, int) else None
+    keep = config.checkpoint_keep_attention
+    recompute = model.set_gradient_checkpointing(config.activation_checkpointing, count, keep, measure=auto)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
 
     def write_adapter(folder: Path, tensors: Mapping[str, Tensor], step: int) -> Path:
@@ -124,12 +134,16 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen)}
     facts["versions"] = configs.installed_versions(PACKAGES)
     facts |= {"dataset": fingerprint, "world_size": place.world_size}
+    with attention.kernel(config.attention):
+        head_dim, dtype = base.shape["attention_head_dim"], base.transformer.dtype
+        facts["attention"] = attention.kernel_that_runs(device, dtype, head_dim)
+    log.info("attention runs in %s", facts["attention"])
     if texts:
         encoder: Encoder = LatentEncoder(base, texts, config.prompt)
     else:
         encoder = Encoder(base, chosen.mask_range, config.prompt)
         encoder.release_text_encoder()
-    return Job(encoder, model, open_loader, who, write_adapter, facts, cost)
+    return Job(encoder, model, open_loader, who, write_adapter, facts, cost, recompute if auto else None)
 
 
 def _check_latents(

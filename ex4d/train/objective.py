@@ -82,7 +82,7 @@ class Encoder:
         sigma, weight = (torch.stack(column) for column in zip(*drawn, strict=True))
         captions = [self.prompt if self.prompt is not None else caption for caption in batch["captions"]]
         prompts = ["" if noise.drops_prompt() else caption for noise, caption in zip(noises, captions, strict=True)]
-        noise_latents = torch.stack([noise.normal(latents.shape[1:]) for noise in noises]).to(device)
+        noise_latents = on_device(torch.stack([noise.normal(latents.shape[1:]) for noise in noises]), device)
         model_inputs = (
             flow.add_noise(latents, noise_latents, sigma),
             sigma * flow.NUM_TRAIN_TIMESTEPS,
@@ -92,7 +92,7 @@ class Encoder:
             encoded.cond_latents,
             encoded.source,
         )
-        valid = torch.as_tensor(batch["valid"]).to(device).float()
+        valid = on_device(batch["valid"], device).float()
         return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, encoded.hole, valid)
 
     def clips(self, batch: dict[str, Any]) -> Encoded:
@@ -101,9 +101,8 @@ class Encoder:
         batch has it, is the scene from the other camera.
         """
         device = self.base.device
-        frames = torch.as_tensor(batch["frames"]).to(device)
-        visible = torch.as_tensor(batch["visible"]).to(device)
-        colours = torch.as_tensor(batch["shown"]).to(device) if "shown" in batch else frames
+        frames, visible = on_device(batch["frames"], device), on_device(batch["visible"], device)
+        colours = on_device(batch["shown"], device) if "shown" in batch else frames
         latents = self.base.encode_video(to_pixels(frames)).float()
         condition = to_pixels(colours * visible[..., None])
         first = condition[:, :, 0]
@@ -119,7 +118,7 @@ class Encoder:
     def _source(self, batch: dict[str, Any]) -> Tensor | None:
         if "source" not in batch:
             return None
-        return self.base.encode_video(to_pixels(torch.as_tensor(batch["source"]).to(self.base.device))).float()
+        return self.base.encode_video(to_pixels(on_device(batch["source"], self.base.device))).float()
 
     def text(self, prompt: str) -> Tensor:
         """Return the embeddings [1, 512, d] of a prompt."""
@@ -161,7 +160,7 @@ class LatentEncoder(Encoder):
         """Return the batch of data.latents.decode_latents on the base's device, with the first frame's mask."""
         device = self.base.device
         names = ("latents", "cond_latents", "hole", "first_frame", "image", "source")
-        found = {name: torch.as_tensor(batch[name]).to(device) for name in names if name in batch}
+        found = {name: on_device(batch[name], device) for name in names if name in batch}
         first = found.get("first_frame")
         if first is not None:
             mask = torch.zeros_like(first[:, :1]).expand(-1, self.base.first_frame_channels, -1, -1, -1).clone()
@@ -173,6 +172,12 @@ class LatentEncoder(Encoder):
     def text(self, prompt: str) -> Tensor:
         """Return the stored embeddings [1, 512, d] of a prompt."""
         return torch.from_numpy(self.texts.embeds(prompt))[None].to(self.base.device)
+
+
+def on_device(values: Any, device: torch.device) -> Tensor:
+    """Return an array or CPU tensor on a device; to a GPU through pinned memory, so that the program need not wait."""
+    tensor = torch.as_tensor(values)
+    return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class NamedNoise:

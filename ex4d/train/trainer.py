@@ -16,6 +16,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
+from ex4d.models import attention
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint, engine, flops, report, stop, validation
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
@@ -27,6 +28,8 @@ from ex4d.train.validation import Validator
 from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
+
+MEMORY_MARGIN = 0.06  # of a GPU that checkpoint_blocks=auto leaves free: fragments, and larger batches of text
 
 
 class Trainer:
@@ -65,7 +68,7 @@ class Trainer:
             moments = checkpoint.read_tensors(path / "optimizer.safetensors")
         self.engine = Engine(job.model, config, self.plan, moments, self.first_step)
         if config.ema_decay:
-            self.average = checkpoint.read_tensors(path / "ema.safetensors") if path else self.engine.weights()
+            self.average = self.start_average(path)
         self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
         self.apart = config.validate_apart or config.validate_videos > 0
         in_ranks = config.validate_every and not config.validate_apart
@@ -108,6 +111,8 @@ class Trainer:
                     self.note(log, validator.results())
                 logger.warning("stopped by a signal within step %d; the same command does it again", step)
                 return EXIT_PREEMPTED
+            if step == self.first_step + 1:
+                self.fit_memory()
             last = step == config.num_steps
             if config.validate_every and (last or step % config.validate_every == 0):
                 metrics |= self.validate(step, validator)
@@ -190,13 +195,41 @@ class Trainer:
         """Return the randomness of one sample at one step."""
         return NamedNoise(self.config.seed, step, key, self.config.condition_dropout)
 
+    def start_average(self, path: Path | None) -> dict[str, Tensor] | None:
+        """Return the average of the trainables that `path` holds, or as they are now: on rank 0's device, and there
+        alone. Every rank calls.
+        """
+        with self.engine.full_weights():
+            if self.place.rank != 0:
+                return None
+            now = {name: value.detach().clone() for name, value in self.engine.trainables.items()}
+        if path is None:
+            return now
+        return {name: value.to(self.device) for name, value in checkpoint.read_tensors(path / "ema.safetensors").items()}
+
+    @torch.no_grad()
     def update_average(self) -> None:
         """Move the average of the trainables towards them, where one is kept. Every rank calls."""
-        if self.average is None or self.config.ema_decay is None:
+        if self.config.ema_decay is None:
             return
-        weights = self.engine.weights()
-        for name, mean in self.average.items():
-            mean.lerp_(weights[name], 1 - self.config.ema_decay)
+        with self.engine.full_weights():
+            for name, mean in (self.average or {}).items():
+                mean.lerp_(self.engine.trainables[name], 1 - self.config.ema_decay)
+
+    def fit_memory(self) -> None:
+        """Let as many blocks keep their activations as the memory has room for, after a step in which none did.
+
+        With checkpoint_blocks=auto, on GPUs; every rank calls, and the one with the least room decides.
+        """
+        recompute = self.job.recompute
+        if recompute is None or self.device.type != "cuda":
+            return
+        free, total = torch.cuda.mem_get_info(self.device)
+        room = free + torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
+        count = torch.tensor(recompute.fit(room - MEMORY_MARGIN * total), device=self.device)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+        recompute.count = int(count)
+        logger.info("%d blocks recompute their activations, the others keep them", recompute.count)
 
     def validate(self, step: int, validator: Validator | None) -> dict[str, Any]:
         """Return what is known at once of the weights on the validation clips, and have the rest found out apart.
@@ -236,7 +269,8 @@ class Trainer:
                 self.job.write_adapter(folder, weights, step)
                 checkpoint.write_tensors(folder / "optimizer.safetensors", moments)
                 if self.average is not None:
-                    checkpoint.write_tensors(folder / "ema.safetensors", self.average)
+                    average = {name: value.cpu() for name, value in self.average.items()}
+                    checkpoint.write_tensors(folder / "ema.safetensors", average)
             checkpoint.prune(self.config.output, self.config.keep_last)
         self.saved_step = step
         torch.distributed.barrier()
@@ -246,7 +280,8 @@ class Trainer:
         weights = self.engine.weights()
         if self.place.rank == 0:
             step = max(self.first_step, self.config.num_steps)
-            self.job.write_adapter(Path(self.config.output) / "adapter", self.average or weights, step)
+            final = weights if self.average is None else {name: value.cpu() for name, value in self.average.items()}
+            self.job.write_adapter(Path(self.config.output) / "adapter", final, step)
         torch.distributed.barrier()
 
 
@@ -273,7 +308,7 @@ def train(
     """
     device = engine.start(place, config.device)
     job = build_job(config, model_config, place, device)
-    with stop.stop_signal(stop_asked) as stopping:
+    with attention.kernel(config.attention), stop.stop_signal(stop_asked) as stopping:
         code = Trainer(config, job, place, device, show, start_validation).run(stopping)
     engine.stop()
     return code

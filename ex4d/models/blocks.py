@@ -1,0 +1,112 @@
+"""How the transformer's blocks run in training: which of them recompute their activations, and compiled or not."""
+
+from __future__ import annotations
+
+import math
+import types
+from functools import partial
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+from torch.utils import checkpoint
+
+from ex4d.errors import ConfigError
+
+_ATEN = torch.ops.aten
+_ATTENTION = (
+    _ATEN._scaled_dot_product_cudnn_attention,
+    _ATEN._scaled_dot_product_flash_attention,
+    _ATEN._scaled_dot_product_efficient_attention,
+    _ATEN._scaled_dot_product_flash_attention_for_cpu,
+)
+
+
+def _keep_self_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
+    """Keep the outputs of attention where queries and keys are as many; recompute everything else."""
+    is_attention = getattr(operator, "overloadpacket", None) in _ATTENTION
+    if is_attention and args[0].shape[-2] == args[1].shape[-2]:
+        return checkpoint.CheckpointPolicy.MUST_SAVE
+    return checkpoint.CheckpointPolicy.PREFER_RECOMPUTE
+
+
+class Recompute:
+    """Runs blocks for `transformer.enable_gradient_checkpointing`: the first `count` of them recompute in the backward.
+
+    The first and not the last: when they are recomputed, the activations that the last ones kept are free again.
+
+    Args:
+        blocks: all blocks, in order.
+        count: how many recompute; None: all.
+        keep_attention: those that recompute keep the outputs of self-attention, the costliest part at many tokens. It
+            works with the fused kernels; the `math` kernel is recomputed.
+        measure: find out at the first forward pass what one block would keep, for `fit`.
+
+    Raises:
+        ConfigError: there are fewer blocks than `count`.
+    """
+
+    def __init__(
+        self, blocks: nn.ModuleList, count: int | None = None, keep_attention: bool = False, measure: bool = False
+    ):
+        if count is not None and not 0 <= count <= len(blocks):
+            raise ConfigError("train.checkpoint_blocks", count, f"0 to {len(blocks)}, the number of blocks")
+        self._index = {id(block): index for index, block in enumerate(blocks)}
+        self.count = len(blocks) if count is None else count
+        self.block_bytes: int | None = None
+        self._measure = measure
+        contexts = partial(checkpoint.create_selective_checkpoint_contexts, _keep_self_attention)
+        self._options: dict[str, Any] = {"context_fn": contexts} if keep_attention else {}
+
+    def __call__(self, block: nn.Module, *args: Any) -> Tensor:
+        """Return the block's output."""
+        if self._measure and self.block_bytes is None:
+            self.block_bytes = kept_bytes(block, *args)
+        if self._index[id(block)] >= self.count:
+            return block(*args)
+        return checkpoint.checkpoint(block, *args, use_reentrant=False, **self._options)
+
+    def fit(self, free_bytes: float) -> int:
+        """Return how many blocks must recompute where `free_bytes` are left while all of them do."""
+        if not self.block_bytes:
+            return len(self._index)
+        return max(0, len(self._index) - max(0, math.floor(free_bytes / self.block_bytes)))
+
+
+def kept_bytes(block: nn.Module, *args: Any) -> int:
+    """Return the bytes that autograd keeps for a block's backward pass, its inputs and weights left out."""
+    own = {_place(value) for value in (*block.parameters(), *block.buffers(), *_tensors(args))}
+    kept: dict[int, int] = {}
+
+    def keep(tensor: Tensor) -> Tensor:
+        if _place(tensor) not in own:
+            kept[_place(tensor)] = tensor.untyped_storage().nbytes()
+        return tensor
+
+    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+        output = block(*args)
+    del output
+    return sum(kept.values())
+
+
+def _place(tensor: Tensor) -> int:
+    return tensor.untyped_storage().data_ptr()
+
+
+def _tensors(values: Any) -> list[Tensor]:
+    if isinstance(values, tuple | list):
+        return [tensor for value in values for tensor in _tensors(value)]
+    return [values] if isinstance(values, Tensor) else []
+
+
+def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
+    """Compile the blocks' forward pass once for all of them, in place; the first pass then takes a minute or so.
+
+    Do it after LoRA was added and before `swap.swap_blocks`, which then fetches outside of the compiled graph. One
+    function serves all blocks, because weights are inputs of its graph; another clip size, or no gradients, is a graph
+    of its own.
+    """
+    blocks: Any = transformer.get_submodule("blocks")
+    forward = torch.compile(type(blocks[0]).forward, fullgraph=True, dynamic=False, backend=backend)
+    for block in blocks:
+        block.forward = types.MethodType(forward, block)
