@@ -151,9 +151,7 @@ class BlockSwap:
         return buffer
 
 
-def swap_blocks(
-    transformer: nn.Module, count: int, device: torch.device, alike: bool = False
-) -> BlockSwap | None:
+def swap_blocks(transformer: nn.Module, count: int, device: torch.device, alike: bool = False) -> BlockSwap | None:
     """Keep the frozen weights of `count` blocks, evenly spread, in the host's memory; None where count is 0.
 
     Do it after LoRA was added; then move the model to `device`, which the swapped weights do not follow. Training then

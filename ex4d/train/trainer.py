@@ -205,7 +205,9 @@ class Trainer:
             now = {name: value.detach().clone() for name, value in self.engine.trainables.items()}
         if path is None:
             return now
-        return {name: value.to(self.device) for name, value in checkpoint.read_tensors(path / "ema.safetensors").items()}
+        return {
+            name: value.to(self.device) for name, value in checkpoint.read_tensors(path / "ema.safetensors").items()
+        }
 
     @torch.no_grad()
     def update_average(self) -> None:

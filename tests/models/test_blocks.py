@@ -126,5 +126,5 @@ def test_the_kernel_that_runs_is_named() -> None:
     assert attention.kernel_that_runs(CPU, torch.float32, 32, 64) == "flash"
     with attention.kernel("math"):
         assert attention.kernel_that_runs(CPU, torch.float32, 32, 64) == "math"
-    with attention.kernel("cudnn"), pytest.raises(ConfigError, match="train.attention"):
+    with attention.kernel("cudnn"), pytest.raises(ConfigError, match=r"train\.attention"):
         attention.kernel_that_runs(CPU, torch.float32, 32, 64)

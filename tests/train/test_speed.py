@@ -46,7 +46,8 @@ def test_partial_and_selective_recomputation_change_no_bit(folder: Path, alone) 
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("stage", [0, 2])
 def test_twenty_steps_at_one_and_two_ranks(folder: Path, alone, stage: int) -> None:
-    common = {"num_steps": 20, "save_every": 99, "zero_stage": stage, "micro_batch_size": 1}
+    # At 1e-2, thirty times the method's rate, AdamW carries a compiled kernel's rounding on to 1.3e-5 in twenty steps.
+    common = {"lr": 1e-3, "num_steps": 20, "save_every": 99, "zero_stage": stage, "micro_batch_size": 1}
     kinds = {"plain": PLAIN, **KINDS}
     runs = {name: chosen(folder, f"2-{stage}-{name}", **common, **kind) for name, kind in kinds.items()}
     assert on_two_ranks(folder, list(runs.values())) == [0, 0]
@@ -55,7 +56,9 @@ def test_twenty_steps_at_one_and_two_ranks(folder: Path, alone, stage: int) -> N
     plain = losses(folder, f"1-{stage}-plain")
     assert len(plain) == 20
     differences = {
-        f"{ranks} {name}": max(abs(a - b) for a, b in zip(losses(folder, f"{ranks}-{stage}-{name}"), plain, strict=True))
+        f"{ranks} {name}": max(
+            abs(a - b) for a, b in zip(losses(folder, f"{ranks}-{stage}-{name}"), plain, strict=True)
+        )
         for ranks in (1, 2)
         for name in kinds
     }
@@ -67,7 +70,7 @@ def test_twenty_steps_at_one_and_two_ranks(folder: Path, alone, stage: int) -> N
     ("setting", "allowed"),
     [
         ("checkpoint_blocks: 2", "activation_checkpointing=true"),
-        ("checkpoint_keep_attention: true", "false"),
+        ("checkpoint_keep_attention: true", "must be false"),
         ("{activation_checkpointing: true, checkpoint_blocks: -1}", "at least 0"),
         ("{activation_checkpointing: true, checkpoint_blocks: auto, block_swap: 1}", "null with train.block_swap"),
         ("{compile: true, zero_stage: 3}", "false with train.zero_stage=3"),
