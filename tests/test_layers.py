@@ -22,6 +22,7 @@ MAY_IMPORT = {
     "remote": set(),
     "storage": {"errors", "remote"},
     "hub": {"errors"},
+    "isolation": {"errors"},
     "text": set(),
     "video": {"errors", "config", "storage"},
     "geometry": FLOOR,

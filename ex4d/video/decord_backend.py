@@ -9,11 +9,11 @@ import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video.resize import Fit
-from ex4d.video.source import opened, probe
+from ex4d.video.source import Source, opened, probe
 
 
 def decode_decord(
-    path: str | Path | bytes,
+    path: Source,
     wanted: list[int],
     size: tuple[int, int] | None,
     fit: str,
@@ -33,8 +33,8 @@ def decode_decord(
         import decord
     except ImportError as error:
         raise ConfigError("backend", "decord", "is not installed: pip install 'ex4d-platform[decord]'") from error
-    if isinstance(path, bytes):
-        raise ConfigError("backend", "decord", "reads files, not bytes")
+    if not isinstance(path, str | Path):
+        raise ConfigError("backend", "decord", "reads files by their path")
     info = probe(path)
     if {"mirrored", "non_square_pixels", "several_video_streams"} & set(info.notes) or info.turn:
         raise BadSample("decord_inexact", f"not proved for {', '.join(info.notes)}")

@@ -5,14 +5,13 @@ from __future__ import annotations
 import itertools
 from collections.abc import Iterator, Sequence
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video.resize import Fit
-from ex4d.video.source import ffmpeg_errors, opened, orientation, square_pixel_size
+from ex4d.video.source import Source, ffmpeg_errors, opened, orientation, square_pixel_size
 
 BACKENDS = ("pyav", "decord")
 
@@ -20,7 +19,7 @@ BACKENDS = ("pyav", "decord")
 _RESEEK_S = 5.0
 
 
-def frame_pts(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
+def frame_pts(path: Source) -> tuple[np.ndarray, Fraction]:
     """Return (int64 [N] sorted pts of every frame that is shown, seconds of one tick), without decoding.
 
     Packets that an edit list hides are left out. Where packets alone do not tell (no pts, or two with the same),
@@ -43,7 +42,7 @@ def frame_pts(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
     return np.array(sorted(p for p in pts if p is not None), np.int64), time_base
 
 
-def frame_pts_by_decoding(path: str | Path | bytes) -> tuple[np.ndarray, Fraction]:
+def frame_pts_by_decoding(path: Source) -> tuple[np.ndarray, Fraction]:
     """Return what `frame_pts` does, the slow and certain way: by decoding every frame."""
     with opened(path) as (container, stream, _):
         pts = sorted({_pts_of(frame) for frame in decoded(container, stream)})
@@ -54,7 +53,7 @@ def frame_pts_by_decoding(path: str | Path | bytes) -> tuple[np.ndarray, Fractio
 
 
 def decode(
-    path: str | Path | bytes,
+    path: Source,
     pts: Sequence[int] | np.ndarray,
     size: tuple[int, int] | None = None,
     fit: str = "crop",
@@ -93,9 +92,7 @@ def decode(
     return np.stack([found[value] for value in wanted])
 
 
-def iter_decimated(
-    path: str | Path | bytes, max_height: int = 144, stride: int = 1
-) -> Iterator[tuple[int, np.ndarray]]:
+def iter_decimated(path: Source, max_height: int = 144, stride: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (pts, uint8 [h,w,3] RGB upright, h ≤ `max_height`) for every `stride`-th frame: for finding cuts.
 
     Everything is decoded, since skipped references would show; only what is yielded is scaled and converted, by a
@@ -201,7 +198,7 @@ def _groups(values: list[int], time_base: Fraction) -> list[list[int]]:
     return groups
 
 
-def _decode_group(path: str | Path | bytes, group: list[int], to_rgb: Converter) -> dict[int, np.ndarray]:
+def _decode_group(path: Source, group: list[int], to_rgb: Converter) -> dict[int, np.ndarray]:
     for by_seeking in (True, False):  # a file without an index cannot be sought in, but it can be read
         with opened(path) as (container, stream, _):
             if not by_seeking or _seek_before(container, stream, group[0]):

@@ -6,6 +6,7 @@ a picture or a subtitle is a stream to it as well. So the format is decided here
 
 from __future__ import annotations
 
+import os
 import struct
 from collections.abc import Iterator
 from typing import IO
@@ -14,6 +15,13 @@ from ex4d.errors import BadSample
 
 # format name -> FFmpeg demuxer of the same name
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv")
+
+# Decoders that a file may reach, by FFmpeg's names; it has some three hundred, many of games and of one vendor.
+CODECS = (
+    *("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpegvideo", "mpeg4"),
+    *("msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "h263p", "wmv1", "wmv2", "wmv3", "vc1", "mjpeg", "prores", "dnxhd"),
+    *("ffv1", "theora", "gif", "webp", "apng", "png", "flv"),
+)
 
 _MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid", b"moof", b"sidx")
 _PICTURES = (
@@ -37,6 +45,12 @@ _OTHERS = (
 )
 MAX_SIDE_PX = 8192  # 8K UHD in either orientation; beyond it stand only mistakes and bombs
 _MAX_MOOV_BYTES = 256 * 2**20
+
+
+def codecs() -> tuple[str, ...]:
+    """Return the decoders that may be used: CODECS, and what the variable EX4D_CODECS names beside, with commas."""
+    more = os.environ.get("EX4D_CODECS", "").replace(" ", "").split(",")
+    return (*CODECS, *(name for name in more if name))
 
 
 def container_of(file: IO[bytes]) -> str:

@@ -16,6 +16,9 @@ from ex4d.errors import BadSample
 from ex4d.video import sniff
 from ex4d.video.sniff import MAX_SIDE_PX
 
+# A path, a file's bytes, or a file that is open for reading and can be sought in
+Source = str | Path | bytes | IO[bytes]
+
 # AVColorTransferCharacteristic of H.273: linear light of displays is not what an SDR picture holds
 _HDR_TRANSFERS = {16: "pq", 18: "hlg"}
 
@@ -57,11 +60,12 @@ class VideoInfo:
 
 
 @contextmanager
-def opened(source: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
+def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
     """Yield (PyAV container, its video stream ready to decode on one thread, container name).
 
     Raises:
-        BadSample: all of `sniff.container_of`, and `no_video_stream`, `size_limit`, `no_size`, `encrypted`,
+        BadSample: all of `sniff.container_of`, and `codec_unknown`, `codec_not_allowed`, `no_video_stream`,
+            `size_limit`, `no_size`, `encrypted`,
             `timescale_zero`, `truncated`, `open_error`, `unreadable` (the system gives no file: it may later).
     """
     import av
@@ -72,7 +76,8 @@ def opened(source: str | Path | bytes) -> Iterator[tuple[Any, Any, str]]:
         raw.seek(0)
         # FFmpeg reads through our handle, so that no file name is ever parsed as a URL; the empty whitelist
         # forbids it to open anything by itself.
-        options = {"protocol_whitelist": "", "max_streams": "64"}
+        # Probing opens decoders already, so the list of those that are allowed goes to the container.
+        options = {"protocol_whitelist": "", "max_streams": "64", "codec_whitelist": ",".join(sniff.codecs())}
         with ffmpeg_errors("open_error", f"{name} header"):
             container = av.open(raw, format=name, container_options=options, buffer_size=1 << 18)
         with container:
@@ -103,7 +108,16 @@ def ffmpeg_errors(reason: str, doing: str) -> Iterator[None]:
         raise BadSample(reason, f"{doing}: {error}") from error
 
 
-def _binary(source: str | Path | bytes) -> IO[bytes]:
+@contextmanager
+def _binary(source: Source) -> Iterator[IO[bytes]]:
+    if not isinstance(source, str | Path | bytes):
+        yield source  # whoever opened it closes it
+        return
+    with _file(source) as file:
+        yield file
+
+
+def _file(source: str | Path | bytes) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
     if Path(source).is_fifo() or Path(source).is_socket():  # opening one waits for a writer, perhaps for ever
@@ -141,6 +155,9 @@ def _check_stream(stream: Any, name: str, num_bytes: int) -> None:
     context = stream.codec_context
     if context is None:
         raise BadSample("codec_unknown", "there is no decoder for the video stream")
+    if context.codec.name not in sniff.codecs():
+        allowed = f"is not among the decoders that are allowed ({', '.join(sniff.CODECS)}); EX4D_CODECS may name more"
+        raise BadSample("codec_not_allowed", f"{context.codec.name} {allowed}")
     if "enc_key_id" in stream.metadata:  # Matroska's ContentEncryption
         raise BadSample("encrypted", "the video track names an encryption key")
     if max(context.width, context.height) > MAX_SIDE_PX:
@@ -153,7 +170,7 @@ def _check_stream(stream: Any, name: str, num_bytes: int) -> None:
             raise BadSample("truncated", f"the index points at byte {end}, the file ends at {num_bytes}")
 
 
-def probe(path: str | Path | bytes) -> VideoInfo:
+def probe(path: Source) -> VideoInfo:
     """Return the VideoInfo of a file, after decoding its first frame.
 
     Raises:

@@ -11,6 +11,7 @@ import shutil
 import sys
 
 from ex4d.config import installed_versions
+from ex4d.isolation import sandbox
 
 # Distribution, needed for, and whether the base install must have it.
 PACKAGES = (
@@ -49,6 +50,7 @@ def facts() -> dict:
         "packages": {name: installed.get(name) for name, _, _ in PACKAGES},
         "missing": missing,
         "video_works": _video_works(),
+        "sandbox_lacks": sandbox.missing(),
         "wandb_key": bool(os.environ.get("WANDB_API_KEY")),
     }
 
@@ -81,6 +83,7 @@ def run(args: argparse.Namespace) -> int:
         print(json.dumps(found, indent=2))
         return 0 if found["video_works"] and not found["missing"] else 1
     from rich.console import Console
+    from rich.markup import escape
     from rich.table import Table
 
     table = Table(title="ex4d doctor", show_header=True)
@@ -93,6 +96,8 @@ def run(args: argparse.Namespace) -> int:
         version = found["packages"][name] or ("[red]missing[/red]" if required else "not installed")
         table.add_row(name, version, purpose)
     table.add_row("H.264 round trip", "works" if found["video_works"] else "[red]fails[/red]", "shards")
+    lacking = escape("; ".join(found["sandbox_lacks"]))
+    table.add_row("sandbox", f"[red]lacks {lacking}[/red]" if lacking else "complete", "decoding files from strangers")
     table.add_row("W&B", "key found" if found["wandb_key"] else "no key: runs are kept offline", "run tracking")
     Console(file=sys.stdout).print(table)
     return 0 if found["video_works"] and not found["missing"] else 1

@@ -10,8 +10,8 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from ex4d import isolation
 from ex4d.errors import BadSample
-from pipelines.runtime import isolation
 from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.stage import Row, Stage
 
@@ -98,17 +98,17 @@ class Isolated:
     @staticmethod
     def probe(path: str) -> Any:
         """Return what `video.probe` does."""
-        return isolation.run("probe", (path,))
+        return isolation.run("probe", (isolation.File(path),))
 
     @staticmethod
     def frame_pts(path: str) -> Any:
         """Return what `video.frame_pts` does."""
-        return isolation.run("frame_pts", (path,))
+        return isolation.run("frame_pts", (isolation.File(path),))
 
     @staticmethod
     def decode(path: str, pts: np.ndarray, size: tuple[int, int], fit: str) -> Any:
         """Return what `video.decode` does."""
-        return isolation.run("decode", (path, pts, size, fit))
+        return isolation.run("decode", (isolation.File(path), pts, size, fit))
 
 
 @lru_cache(maxsize=2)

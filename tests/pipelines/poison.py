@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import ctypes
 import os
-import signal
 import threading
 import time
 from typing import Any
@@ -32,6 +31,11 @@ def hang() -> None:
     time.sleep(3600)
 
 
+def nap() -> str:
+    time.sleep(1.5)
+    return "alive"
+
+
 def hang_with_gil() -> None:
     """Sleep in C without giving the lock back, as a decoder that deadlocks does."""
     ctypes.PyDLL(None).sleep(3600)
@@ -49,15 +53,6 @@ def eat_memory() -> None:
 
 def exit_quietly() -> None:
     os._exit(3)
-
-
-def killed(marker: str, times: int) -> str:
-    """Be killed from outside the first `times` times."""
-    with open(marker, "a") as file:
-        file.write("x")
-    if os.path.getsize(marker) <= times:
-        os.kill(os.getpid(), signal.SIGKILL)
-    return "alive"
 
 
 def raise_bad_sample() -> None:
@@ -84,5 +79,5 @@ def chatter() -> str:
     return "done"
 
 
-_ALL = (echo, pid, segfault, hang, hang_with_gil, spin, eat_memory, exit_quietly, killed, frames, read_stdin, chatter)
+_ALL = (echo, pid, nap, segfault, hang, hang_with_gil, spin, eat_memory, exit_quietly, frames, read_stdin, chatter)
 FUNCTIONS = {f.__name__: f"{__name__}:{f.__name__}" for f in (*_ALL, raise_bad_sample, raise_unpicklable)}

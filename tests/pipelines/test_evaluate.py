@@ -220,8 +220,8 @@ def test_a_refusal_is_kept_and_a_bad_neighbour_costs_only_its_own(folder, tmp_pa
 
 
 def test_a_video_that_hangs_its_decoder_costs_its_own_view(folder, tmp_path, monkeypatch):
+    from ex4d import isolation
     from ex4d.errors import BadSample
-    from pipelines.runtime import isolation
 
     hanging = sorted((folder / "videos").glob("*.mp4"))[1]
     calls, run = [], isolation.run

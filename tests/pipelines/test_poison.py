@@ -50,7 +50,7 @@ def stages(folder, kinds):
     """Return the usual stages, but the first clip of each video in {file name: kind} is poison."""
 
     def poisoned(row, context):
-        from pipelines.runtime import isolation
+        from ex4d import isolation
 
         kind = kinds.get(os.path.basename(row["path"])) if row["frame_index"][0] < 5 else None
         if kind == "bug":

@@ -5,8 +5,8 @@ from __future__ import annotations
 import logging
 from typing import TYPE_CHECKING, Any
 
+from ex4d import isolation
 from ex4d.errors import BadSample
-from pipelines.runtime import isolation
 
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig

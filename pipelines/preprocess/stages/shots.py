@@ -12,11 +12,13 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ex4d.errors import BadSample
+from ex4d.isolation import File
 from pipelines.preprocess import duplicates, fetch
 from pipelines.preprocess.stages import isolated
 from pipelines.runtime.stage import Row, Stage
 
 if TYPE_CHECKING:
+    from ex4d.video.source import Source
     from pipelines.preprocess.settings import PreprocessConfig
 
 MAX_HEIGHT = 144
@@ -33,7 +35,7 @@ def shots(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         BadSample: decode_error and the like, timestamps_disordered.
     """
     honest_s = min(row["info"]["duration_s"], row["size_bytes"] / MIN_BYTES_PER_S)
-    pts, cuts, found, hashes = isolated.call(config, "find_shots", fetch.video(row, config), needs_s=honest_s)
+    pts, cuts, found, hashes = isolated.call(config, "find_shots", File(fetch.video(row, config)), needs_s=honest_s)
     size = row["info"]["size"]
     shots = [_in_source(looks, size) for looks in found]
     return {"pts_runs": pack_pts(pts), "cuts": cuts, "shots": shots, "hashes": hashes}
@@ -46,7 +48,7 @@ def _in_source(looks: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
     return {"box": box, "bars": 1.0 - box[2] * box[3] / (size[0] * size[1]), "logo": looks["logo"]}
 
 
-def find_shots(path: str) -> tuple[list[int], list[int], list[dict[str, Any]], list[str]]:
+def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]], list[str]]:
     """Return (pts of every frame in the order of presentation, sorted indices at which a new shot begins, its looks,
     the video's perceptual hashes).
 

@@ -1,35 +1,45 @@
-"""Work that may crash, hang or eat memory runs in a child process that can be killed without hurting anyone else.
+"""Work on bytes from outside runs in a child process: it may crash, hang, eat memory or be taken over; none is hurt.
 
 A worker keeps one child and sends it one call after another; the child is replaced when it dies, breaks a limit, or
 has served `max_calls`. What goes wrong in it comes back as BadSample, so one video costs one row.
 
+The child is a sandbox (`ex4d.isolation.sandbox`): no network, no programs, no files but its own libraries and the
+inputs that it is handed open (`File`), none of the parent's environment, and its answers are data, never code.
 The limits are kept by three independent means: the parent waits no longer than `wall_s` and then kills; the kernel
 ends a child that burns `cpu_s` or outlives its own alarm (also when its parent is gone, and also when a library hangs
 with the interpreter's lock held); and the address space ends at `memory_bytes`.
 
     limits = Limits(wall_s=60)
-    info = run("probe", (path,), limits)
+    info = run("probe", (File(path),), limits)
 """
 
 from __future__ import annotations
 
 import atexit
 import importlib
+import logging
 import os
 import resource
 import signal
 import socket
 import subprocess
 import sys
-import tempfile
 import threading
 import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
+from functools import cache
+from pathlib import Path
 from typing import Any
 
+from ex4d import errors
 from ex4d.errors import BadSample, ConfigError
-from pipelines.runtime.wire import receive, send
+from ex4d.isolation import sandbox
+from ex4d.isolation.wire import File, ProtocolError, pack, receive, send, transmit
+
+__all__ = ["File", "Isolated", "Limits", "pooled", "run"]
+
+log = logging.getLogger(__name__)
 
 # What a child will run, and nothing else: name -> "module:function", imported on first use. Tests bring their own.
 FUNCTIONS: dict[str, str] = {
@@ -37,10 +47,14 @@ FUNCTIONS: dict[str, str] = {
     "frame_pts": "ex4d.video:frame_pts",
     "decode": "ex4d.video:decode",
 }
-TABLE = "pipelines.runtime.isolation"
+TABLE = "ex4d.isolation"
 
 _START_LIMIT_S = 120.0  # a cold disk and a busy machine; a healthy child is ready in well under a second
 _STDERR_TAIL_BYTES = 2000
+_MAX_TEXT = 20_000  # characters of a child's message or traceback
+# The parent's environment may hold keys and tokens: only these reach a child.
+_ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ", "PYTHONHASHSEED", "EX4D_CODECS")
+_BUILTIN_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, OSError, FileNotFoundError)}
 
 
 @dataclass(frozen=True)
@@ -96,7 +110,8 @@ class Isolated:
         Raises:
             BadSample: `decode_timeout`, `decode_cpu`, `decode_memory`, `decode_crash`.
             ConfigError: the name is not in the table.
-            Exception: whatever the function raised, with the child's traceback as a note.
+            Ex4dError, ValueError, TypeError, OSError: what the function raised, with the child's traceback as a note;
+                RuntimeError for another kind.
         """
         return self.call_within(self.limits, function, args, kwargs)
 
@@ -115,7 +130,7 @@ class Isolated:
                 succeeded, value = self._call(message)
         if succeeded:
             return value
-        raise value
+        raise _error_of(value)
 
     def _call(self, message: Message) -> tuple[bool, Any]:
         if self._child is not None and (self._child.num_calls >= self.limits.max_calls or not self._child.alive()):
@@ -125,7 +140,8 @@ class Isolated:
         try:
             return self._child.call(message)
         except BaseException:  # also KeyboardInterrupt: the answer to this call must not reach the next one
-            self.close()
+            if self._child.busy:
+                self.close()
             raise
 
     def close(self) -> None:
@@ -145,52 +161,60 @@ class _KilledFromOutside(BadSample):
 
 class _Child:
     def __init__(self, limits: Limits, table: str):
-        self.memory_bytes, self.num_calls = limits.memory_bytes, 0
+        self.memory_bytes, self.num_calls, self.busy = limits.memory_bytes, 0, False
         # A child's peak memory starts at its parent's, since it is the parent until it becomes another program.
         self.inherited_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
-        self.stderr = tempfile.TemporaryFile(mode="a+b")  # noqa: SIM115 (append: it is cut while the child writes)
         ours, theirs = socket.socketpair()
         self.socket = ours
+        readable = sandbox.readable_paths(_own_code(table))
+        wrapper = sandbox.bubblewrap(readable)
+        self.wrapped = bool(wrapper)
         # The death signal follows the *thread* that started the child, so only the main thread may ask for it.
-        parent = os.getpid() if threading.current_thread() is threading.main_thread() else 0
-        command = [sys.executable, "-m", "pipelines.runtime.isolation_child", str(theirs.fileno()), str(parent), table]
-        single = {name: "1" for name in ("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS")}
+        asks = threading.current_thread() is threading.main_thread() and not wrapper
+        child = [str(theirs.fileno()), str(os.getpid() if asks else 0), table]
         with theirs:
             self.process = subprocess.Popen(
-                command,
+                [*wrapper, sys.executable, "-P", "-m", "ex4d.isolation.child", *child],
                 stdin=subprocess.DEVNULL,
                 stdout=subprocess.DEVNULL,
-                stderr=self.stderr,
+                stderr=subprocess.PIPE,
                 pass_fds=(theirs.fileno(),),
-                env=os.environ | single | {"PYTHONPATH": os.pathsep.join(sys.path), "MALLOC_ARENA_MAX": "2"},
+                env=_environment(),
                 start_new_session=True,  # Ctrl-C is the parent's business
             )
+        self.stderr = _Tail(self.process.stderr)
         try:
             deadline = time.monotonic() + _START_LIMIT_S
-            send(self.socket, limits.memory_bytes, deadline)
-            receive(self.socket, deadline)
-        except (TimeoutError, EOFError, ConnectionError) as error:
-            message = f"the isolated process did not start: {self._stderr_tail()}"
+            send(self.socket, [limits.memory_bytes, readable], deadline)
+            lacking = receive(self.socket, deadline)
+        except (TimeoutError, EOFError, ConnectionError, ProtocolError) as error:
             self.kill()
-            raise RuntimeError(message) from error
+            raise RuntimeError(f"the isolated process did not start: {self.stderr.text()}") from error
+        if not self.wrapped:
+            _warn(tuple(lacking))
 
     def alive(self) -> bool:
         return self.process.poll() is None
 
     def call(self, message: Message) -> tuple[bool, Any]:
-        """Return (True, result) or (False, the exception that it raised). Raises BadSample when the child is lost."""
-        function, *_, limits = message
+        """Return (True, result) or (False, facts of the exception that it raised). Raises BadSample when it is lost."""
+        function, args, kwargs, limits = message
+        packed = pack([function, args, kwargs, [limits.wall_s, limits.cpu_s]])
         self.num_calls += 1
-        self.stderr.truncate(0)
+        self.busy = True
+        self.stderr.clear()
         deadline = time.monotonic() + limits.wall_s
         try:
-            send(self.socket, message, deadline)
-            succeeded, value = receive(self.socket, deadline)
+            transmit(self.socket, packed, deadline)
+            succeeded, value = receive(self.socket, deadline, self.memory_bytes)
         except TimeoutError:
             raise BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s") from None
+        except ProtocolError as error:
+            raise BadSample("decode_crash", f"{function} gave an answer that cannot be read") from error
         except (EOFError, ConnectionError):
             raise self._post_mortem(function, limits) from None
-        if isinstance(value, MemoryError):
+        self.busy = False
+        if not succeeded and value["type"] == "MemoryError":
             raise BadSample("decode_memory", f"{function} needs more than {self._memory()}")
         return succeeded, value
 
@@ -199,11 +223,13 @@ class _Child:
         # wait4 instead of Popen.wait: the peak memory tells running out of it from other crashes
         _, status, usage = os.wait4(self.process.pid, 0)
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
+        if self.wrapped and code > 128:  # bubblewrap's word for a signal
+            code = 128 - code
         if code == -signal.SIGXCPU:
             return BadSample("decode_cpu", f"{function} used more than {limits.cpu_s:g} s of processor time")
         if code == -signal.SIGALRM:
             return BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s")
-        tail, peak_bytes = self._stderr_tail(), usage.ru_maxrss * 1024
+        tail, peak_bytes = self.stderr.text(), usage.ru_maxrss * 1024
         its_own = peak_bytes > 1.01 * self.inherited_bytes
         if (its_own and peak_bytes > 0.8 * self.memory_bytes) or "bad_alloc" in tail:
             return BadSample("decode_memory", f"{function} needs more than {self._memory()}")
@@ -218,17 +244,76 @@ class _Child:
     def _memory(self) -> str:
         return f"{self.memory_bytes / 2**30:.2f} GiB"
 
-    def _stderr_tail(self) -> str:
-        size = self.stderr.seek(0, os.SEEK_END)
-        self.stderr.seek(max(0, size - _STDERR_TAIL_BYTES))
-        return " ".join(self.stderr.read().decode("utf-8", "replace").split())
-
     def kill(self) -> None:
         if self.process.returncode is None:
             self.process.kill()
             self.process.wait()
         self.socket.close()
         self.stderr.close()
+
+
+class _Tail:
+    """The last bytes of a pipe, which a thread empties: a child that floods it neither blocks nor fills a disk."""
+
+    def __init__(self, pipe: Any):
+        self._pipe, self._kept = pipe, b""
+        self._thread = threading.Thread(target=self._drain, daemon=True, name="stderr of a child")
+        self._thread.start()
+
+    def _drain(self) -> None:
+        while data := os.read(self._pipe.fileno(), 1 << 16):
+            self._kept = (self._kept + data)[-_STDERR_TAIL_BYTES:]
+
+    def clear(self) -> None:
+        self._kept = b""
+
+    def text(self) -> str:
+        """Return what a dead child wrote last, on one line."""
+        self._thread.join(timeout=2)
+        return " ".join(self._kept.decode("utf-8", "replace").split())
+
+    def close(self) -> None:
+        """Stop reading. The child is dead."""
+        self._thread.join(timeout=2)
+        self._pipe.close()
+
+
+def _environment() -> dict[str, str]:
+    """Return the environment of a child: what `_ENVIRONMENT` allows, one thread for each library, our sys.path."""
+    single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
+    kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
+    path = os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry))
+    return {**kept, **single, "PYTHONPATH": path, "MALLOC_ARENA_MAX": "2", "PYTHONDONTWRITEBYTECODE": "1"}
+
+
+def _own_code(table: str) -> list[str]:
+    """Return the folders of our packages, and the file of a table that lies elsewhere."""
+    import ex4d
+
+    packages = [Path(ex4d.__path__[0]), Path(ex4d.__path__[0]).with_name("pipelines")]
+    file = Path(importlib.import_module(table).__file__ or "")
+    return [str(path) for path in (*packages, *([] if any(file.is_relative_to(p) for p in packages) else [file]))]
+
+
+@cache
+def _warn(lacking: tuple[str, ...]) -> None:
+    for what in lacking:
+        log.warning("decoding is not fully sandboxed on this machine; the kernel lacks %s", what)
+
+
+def _error_of(facts: Mapping[str, Any]) -> Exception:
+    """Return the exception that a child's function raised; its words are text, and capped."""
+    kind, text = str(facts["type"]), str(facts["message"])[:_MAX_TEXT]
+    values = [value if isinstance(value, int | float) else str(value)[:_MAX_TEXT] for value in facts["values"]]
+    error: Exception
+    if kind in ("BadSample", "ContractError", "ConfigError", "Filtered"):
+        error = getattr(errors, kind)(*values)
+    elif kind in _BUILTIN_ERRORS:
+        error = _BUILTIN_ERRORS[kind](*values)
+    else:
+        error = RuntimeError(f"{kind[:80]}: {text}")
+    error.add_note(f"in the isolated process:\n{str(facts['trace'])[:_MAX_TEXT]}")
+    return error
 
 
 @atexit.register
