@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-heavy check format bench clean
+.PHONY: setup demo test test-heavy check format reference bench clean
 
 setup: $(STAMP)
 
@@ -35,6 +35,9 @@ check: $(STAMP)
 format: $(STAMP)
 	$(BIN)/ruff check --fix .
 	$(BIN)/ruff format .
+
+reference: $(STAMP)
+	$(BIN)/python docs/make_reference.py docs/reference
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/render.py

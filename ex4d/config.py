@@ -185,9 +185,20 @@ def parse_value(text: str, key: str = "value") -> Any:
         raise ConfigError(key, text, f"is not a YAML value ({error})") from error
 
 
+def format_value(value: Any) -> str:
+    """Return a value as YAML on one line, which `parse_value` reads back."""
+    text = yaml.safe_dump(to_plain(value), default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
+    return text.removesuffix("\n").removesuffix("\n...")
+
+
+def to_plain(value: Any) -> Any:
+    """Return JSON-able values: tuples become lists."""
+    return json.loads(json.dumps(value, default=str))
+
+
 def to_dict(config: Any) -> dict[str, Any]:
     """Return a dataclass as plain JSON-able values."""
-    return json.loads(json.dumps(dataclasses.asdict(config), default=str))
+    return to_plain(dataclasses.asdict(config))
 
 
 def fingerprint(*parts: Any) -> str:

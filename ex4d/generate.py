@@ -23,7 +23,7 @@ from ex4d.reconstruct_files import white
 
 @dataclass(frozen=True)
 class GenerateConfig:
-    """How a video is sampled: the section `generate`."""
+    """How a video is sampled."""
 
     num_inference_steps: int = setting(25, "Sampling steps (released: 25).", ge=1)
     guidance_scale: float = setting(5.0, "Classifier-free guidance; 1: none, half the time (released: 5).")

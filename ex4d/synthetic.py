@@ -17,10 +17,10 @@ from pathlib import Path
 import numpy as np
 
 from ex4d import storage, video
-from ex4d.config import fingerprint
+from ex4d.config import checked, fingerprint, setting
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory, trajectory_files
-from ex4d.geometry.camera import Camera, intrinsics, look_at
+from ex4d.geometry.camera import FOV_DEG, Camera, fov_setting, intrinsics, look_at
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
 LIGHT = np.array(
@@ -31,38 +31,34 @@ CAMERA_MOTIONS = ("static", "gentle", "strong")
 
 @dataclass(frozen=True)
 class SyntheticConfig:
-    """What `write_corpus` makes.
+    """A corpus of procedural videos, which `write_corpus` writes."""
 
-    Args:
-        num_videos: how many; video i depends on (seed, i) alone.
-        num_frames: frames of each.
-        size: (H, W) in px.
-        fps: frames per second.
-        seed: of the whole corpus; two corpora with different seeds share no scene.
-        camera_motion: "static", "gentle" (about 10 to 30° a second around the scene, or sideways, or forward) or
-            "strong" (twice as much).
-        moving_bodies: False keeps every body still.
-        max_frequency: upper end of the textures' band in cycles per image height, at each surface's usual distance.
-        supersample: rays per pixel along each axis.
-        sky: an open sky in place of walls and ceiling; depth there is large, and finite.
-        fov_deg: field of view over the longer side.
-        second_camera_deg: each video is filmed by a second camera, which starts where the first one does and swings
-            around what that looks at, by between half of this angle and all of it, to either side; the video of the
-            first one is then `NAME.source.mp4`. None: one camera.
-    """
+    num_videos: int = setting(24, "Number of videos; video i depends on (seed, i) alone.", ge=1)
+    num_frames: int = setting(33, "Frames of each video.", ge=1)
+    size: tuple[int, int] = setting((96, 96), "[height, width], px.", ge=2)
+    fps: float = setting(8.0, "Frames per second.", gt=0)
+    seed: int = setting(0, "Seed of the corpus; corpora of different seeds share no scene.", ge=0)
+    camera_motion: str = setting(
+        "gentle",
+        "Motion of the source camera: gentle is 10 to 30 degrees a second, strong twice as much.",
+        choices=CAMERA_MOTIONS,
+    )
+    moving_bodies: bool = setting(True, "Bodies move; false: they stand still.")
+    max_frequency: float = setting(
+        3.0, "Finest texture, in cycles per image height at a surface's usual distance.", gt=0
+    )
+    supersample: int = setting(2, "Rays per pixel along each axis.", ge=1)
+    sky: bool = setting(False, "Open sky in place of walls and ceiling; its depth is large and finite.")
+    fov_deg: float = fov_setting("Field of view over the longer side, degrees.")
+    second_camera_deg: float | None = setting(
+        None,
+        "Film each video with a second camera, up to this angle away; null: one camera.",
+        gt=0,
+        le=90,
+    )
 
-    num_videos: int = 24
-    num_frames: int = 33
-    size: tuple[int, int] = (96, 96)
-    fps: float = 8.0
-    seed: int = 0
-    camera_motion: str = "gentle"
-    moving_bodies: bool = True
-    max_frequency: float = 3.0
-    supersample: int = 2
-    sky: bool = False
-    fov_deg: float = 54.0
-    second_camera_deg: float | None = None
+    def __post_init__(self) -> None:
+        checked(self, "synthetic")
 
 
 @dataclass(frozen=True)
@@ -156,7 +152,7 @@ class Scene:
         fps: float = 8.0,
         size: tuple[int, int] = (96, 96),
         motion: str = "gentle",
-        fov_deg: float = 54.0,
+        fov_deg: float = FOV_DEG,
         seed: int = 0,
     ) -> list[Camera]:
         """Return the source camera of each frame; the first has the identity pose (it defines the world).
@@ -233,8 +229,8 @@ def second_cameras(config: SyntheticConfig, index: int, cameras: list[Camera], r
         radius: distance of the point that is orbited (`trajectory.radius_of` the first depth).
     """
     most = config.second_camera_deg
-    if most is None or not 0 < most <= 90:
-        raise ConfigError("synthetic.second_camera_deg", most, "above 0 and up to 90 degrees")
+    if most is None:
+        raise ConfigError("synthetic.second_camera_deg", most, "must be set: the angle of the second camera")
     rng = np.random.default_rng([15485863, config.seed, index])
     angle_deg = most * rng.uniform(0.5, 1.0) * rng.choice([-1.0, 1.0])
     path = trajectory.build("orbit", len(cameras), angle_deg, radius)

@@ -14,69 +14,95 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
+from ex4d.config import installed_versions
+from ex4d.config_help import help_text
 from ex4d.errors import BadSample, ConfigError, ContractError
+from pipelines.commands.jobs import JOBS
 
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: its help line and its module.
+    """One subcommand: what it does, and its module.
 
-    A job's module has `command(config_path, overrides) -> exit status` and `SECTIONS`, the sections that it reads. The
-    module of a command on one thing has `arguments(parser)` and `run(args) -> exit status`.
+    A job's module (`commands.jobs`) has `command(config_path, overrides) -> exit status` and `SECTIONS`. That of a
+    command on one thing has `arguments(parser)` and `run(args) -> exit status`.
     """
 
     help: str
     module: str
-    is_job: bool = False
 
 
 COMMANDS = {
-    "demo": Command("the whole way on a synthetic corpus, with a page of results", "pipelines.commands.demo"),
-    "preprocess": Command("videos to training shards", "pipelines.preprocess.run", is_job=True),
-    "plan": Command("what preprocessing will cost, measured on a few videos", "pipelines.preprocess.cost", is_job=True),
-    "encode": Command("clips to latents, so that training loads no encoder", "pipelines.encode.job", is_job=True),
-    "train": Command("shards to an adapter", "pipelines.train.launch", is_job=True),
-    "sweep": Command("many short trainings, the best configuration", "pipelines.train.sweep", is_job=True),
-    "evaluate": Command("how good an adapter is, by figures and side by side", "pipelines.evaluate.job", is_job=True),
-    "reconstruct": Command("what a camera path would see of a video", "pipelines.commands.reconstruct"),
-    "generate": Command("a video seen from the side", "pipelines.commands.generate"),
-    "view": Command("a page of a dataset's samples, or of a video's mesh and cameras", "pipelines.commands.view"),
-    "export": Command("an adapter for other programs, and back", "pipelines.commands.export"),
-    "verify": Command("check a dataset to the last byte", "pipelines.commands.verify"),
-    "retry": Command("try again what preprocess refused for a reason", "pipelines.commands.retry"),
-    "cluster": Command("the token of Ray clusters", "pipelines.commands.cluster"),
-    "doctor": Command("what this machine has and what is missing", "pipelines.commands.doctor"),
+    "demo": Command("run every step on a synthetic corpus and write a page of results", "pipelines.commands.demo"),
+    "preprocess": Command("turn videos into training shards", JOBS["preprocess"]),
+    "plan": Command("estimate what preprocessing will cost, from a few videos", JOBS["plan"]),
+    "encode": Command("turn clips into latents, so that training loads no encoder", JOBS["encode"]),
+    "train": Command("train an adapter on shards", JOBS["train"]),
+    "sweep": Command("run many short trainings and find the best settings", JOBS["sweep"]),
+    "evaluate": Command("measure how good an adapter is, with a side-by-side page", JOBS["evaluate"]),
+    "reconstruct": Command("show what a camera path would see of a video", "pipelines.commands.reconstruct"),
+    "generate": Command("generate a video as seen along a camera path", "pipelines.commands.generate"),
+    "view": Command("write a page of a dataset's samples, or of a video's mesh", "pipelines.commands.view"),
+    "export": Command("convert an adapter for other programs, and back", "pipelines.commands.export"),
+    "verify": Command("check a dataset completely", "pipelines.commands.verify"),
+    "retry": Command("retry what preprocess rejected for a given reason", "pipelines.commands.retry"),
+    "cluster": Command("make or show the token of Ray clusters", "pipelines.commands.cluster"),
+    "config": Command("print a complete, commented configuration of a job", "pipelines.commands.config"),
+    "doctor": Command("report what this machine has and what is missing", "pipelines.commands.doctor"),
 }
 
 
-def _job_arguments(parser: argparse.ArgumentParser) -> None:
-    parser.add_argument("config", metavar="CONFIG.yaml", help="one experiment; see configs/")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file's values")
+class JobParser(argparse.ArgumentParser):
+    """The parser of a job, whose help lists every setting; the job's module is imported only for that."""
+
+    job = ""
+
+    def format_help(self) -> str:
+        """Return the usage and every setting of the sections that the job reads."""
+        return f"{super().format_help()}\n{help_text(importlib.import_module(JOBS[self.job]).SECTIONS, self.job)}"
 
 
-def parser() -> argparse.ArgumentParser:
-    """Return the parser of the whole command line."""
-    top = argparse.ArgumentParser(prog="ex4d", description="EX-4D: from ordinary videos to novel views.")
+def command_parser(name: str) -> argparse.ArgumentParser:
+    """Return the parser of what follows `ex4d NAME`."""
+    command = COMMANDS[name]
+    kind = JobParser if name in JOBS else argparse.ArgumentParser
+    below = kind(prog=f"ex4d {name}", description=f"{command.help[0].upper()}{command.help[1:]}.")
+    if isinstance(below, JobParser):
+        below.job = name
+        below.add_argument("config", metavar="CONFIG.yaml", help="settings of this run; see configs/ and `ex4d config`")
+        below.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file's settings")
+    else:
+        importlib.import_module(command.module).arguments(below)
+    return below
+
+
+def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
+    """Return the parsed command line; its attribute `command` is a key of COMMANDS. Exits as argparse does."""
+    width = max(map(len, COMMANDS))
+    commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
+    top = argparse.ArgumentParser(
+        prog="ex4d",
+        description="EX-4D: from ordinary videos to novel views.",
+        epilog=f"commands:\n{commands}\n\n`ex4d COMMAND --help` lists everything that a command takes.",
+        formatter_class=argparse.RawDescriptionHelpFormatter,
+    )
+    version = installed_versions(["ex4d-platform"]).get("ex4d-platform", "not installed")
+    top.add_argument("--version", action="version", version=f"ex4d {version}")
     top.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    subparsers = top.add_subparsers(dest="command", required=True, metavar="COMMAND")
-    for name, command in COMMANDS.items():
-        below = subparsers.add_parser(name, help=command.help, description=command.help)
-        if command.is_job:
-            _job_arguments(below)
-        else:
-            importlib.import_module(command.module).arguments(below)
-    return top
+    top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
+    top.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
+    args = top.parse_args(argv)
+    return command_parser(args.command).parse_args(args.arguments, argparse.Namespace(**vars(args)))
 
 
 def _run(args: argparse.Namespace) -> int:
-    command = COMMANDS[args.command]
-    module = importlib.import_module(command.module)
-    return module.command(args.config, args.overrides) if command.is_job else module.run(args)
+    module = importlib.import_module(COMMANDS[args.command].module)
+    return module.command(args.config, args.overrides) if args.command in JOBS else module.run(args)
 
 
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 failed, 2 the choice was invalid."""
-    args = parser().parse_args(argv)
+    args = parse(argv)
     logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.command in ("demo", "encode", "evaluate"):

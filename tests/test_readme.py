@@ -36,7 +36,7 @@ def test_commands_parse_and_targets_exist(page):
         if program == "make":
             assert arguments[0] in targets, command
         elif len(arguments) > 1 and not _is_template(command):
-            parsed = cli.parser().parse_args(arguments)
+            parsed = cli.parse(arguments)
             if "config" in parsed and parsed.config.startswith("configs/"):
                 assert (ROOT / parsed.config).is_file(), command
         else:

@@ -19,7 +19,7 @@ from scipy.spatial.transform import Rotation
 
 from ex4d.depth import DepthRequest, DepthResult
 from ex4d.errors import BadSample
-from ex4d.geometry.camera import intrinsics, pixel_rays
+from ex4d.geometry.camera import FOV_DEG, intrinsics, pixel_rays
 from ex4d.geometry.tracks import Flows, consistency, one_thread, pair_flows, sample
 
 GAPS = (1, 2, 4)
@@ -55,7 +55,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
         fused = np.stack([_fuse(i, views, flows, weights, rays, poses) for i in range(num_frames)])
     values = (1.0 / fused).astype(np.float32)
     values /= np.median(values)
-    return DepthResult(values, "z_depth", K, False, {"estimator": "parallax", "fov_deg": 54.0})
+    return DepthResult(values, "z_depth", K, False, {"estimator": "parallax", "fov_deg": FOV_DEG})
 
 
 def _check_motion(frames: np.ndarray, flows: Flows) -> None:

@@ -4,14 +4,22 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
+from ex4d.config import setting
 from ex4d.errors import ConfigError
 
 # Of the longer side. Lenses have 0.2 to 60; far beyond, a picture takes for ever to draw, or numbers overflow.
 FOCAL, CENTRE = (0.01, 1000.0), 100.0
 LENS_CENTRE = (0.1, 0.9)  # of a side; shift lenses reach 0.17 to 0.83
+FOV_DEG = 54.0  # over the longer side, where nothing is known of a camera
+
+
+def fov_setting(help: str = "Field of view over the longer side where depth brings no intrinsics, degrees.") -> Any:
+    """Return the setting `fov_deg`, which several sections have."""
+    return setting(FOV_DEG, help, ge=1, le=170)
 
 
 @dataclass(frozen=True)
@@ -118,7 +126,7 @@ def nearest_rigid(poses: np.ndarray) -> np.ndarray:
     return rigid
 
 
-def intrinsics(size: tuple[int, int], fov_deg: float = 54.0) -> np.ndarray:
+def intrinsics(size: tuple[int, int], fov_deg: float = FOV_DEG) -> np.ndarray:
     """Return K float64 [3, 3] for a field of view over the longer side, principal point in the centre of the picture.
 
     54° is the field of view of f = 500 px at 512 px, the released code's fixed focal length.

@@ -18,7 +18,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from ex4d.errors import BadSample, ConfigError
+from ex4d.config import checked, setting
+from ex4d.errors import BadSample
 from ex4d.geometry import hole_share, tracks, trajectory
 from ex4d.geometry.hole_share import Paths
 from ex4d.geometry.mask_scene import Scene
@@ -51,60 +52,55 @@ PATHS: dict[str, Callable[[float, float, float], dict[str, float]]] = {
 
 @dataclass(frozen=True)
 class MaskConfig:
-    """How masks are drawn.
+    """How masks are drawn."""
 
-    Args:
-        num_masks: S, masks for each clip; each is another training sample of the same video.
-        visibility, tracking, novel_view: shares of the kinds; drawn for each mask. Where motion is so fast that tracks
-            cannot reach the share of holes aimed at, visibility takes their place.
-        trajectories: keys of PATHS, tried in random order.
-        max_angle_deg: largest angle of a path that turns.
-        generation: (trajectory, angle) of each path that generation will be asked for. Masks aim at the shares of holes
-            that these leave open on the clip itself, each equally often, and at those in between, down to the least of
-            `hole_share` (`hole_share.spread`); mask i aims into the i-th of S equal parts of that spread. Empty: the
-            spread is even.
-        hole_share: (least, most) share of holes in a mask's fullest frame.
-        erosion_px: (least, most) side of the square that the kept region is eroded by, px at 512; one for each mask.
-        grid: (least, most) tracked points along each side.
-        tracker: "flow", or "cotracker3", whose licence forbids commercial use, with `tracker_path`: the folder of its
-            code and weights (`geometry.cotracker`).
-        depth_tolerance: how far behind the drawn surface a pixel may lie and still be seen, as a share of its depth.
-    """
-
-    num_masks: int = 4
-    visibility: float = 0.5
-    tracking: float = 0.3
-    novel_view: float = 0.2
-    trajectories: tuple[str, ...] = ("orbit", "arc", "crane", "spiral", "lateral", "full", "dolly")
-    max_angle_deg: float = 90.0
-    generation: Paths = (("orbit", 30.0), ("orbit", 60.0), ("orbit", 90.0), ("full", 90.0))
-    hole_share: tuple[float, float] = (0.1, 0.97)
-    erosion_px: tuple[int, int] = (2, 8)
-    grid: tuple[int, int] = (10, 50)
-    tracker: str = "flow"
-    tracker_path: str | None = None
-    depth_tolerance: float = 0.02
+    num_masks: int = setting(4, "Masks of each clip; each is another training sample of the same video.", ge=1)
+    visibility: float = setting(0.5, "Share of visibility masks (weights, need not sum to 1).", ge=0)
+    tracking: float = setting(
+        0.3, "Share of tracking masks; visibility takes their place where motion is too fast for tracks.", ge=0
+    )
+    novel_view: float = setting(0.2, "Share of novel-view masks.", ge=0)
+    trajectories: tuple[str, ...] = setting(
+        ("orbit", "arc", "crane", "spiral", "lateral", "full", "dolly"),
+        "Camera paths, tried in random order.",
+        choices=PATHS,
+        not_empty=True,
+    )
+    max_angle_deg: float = setting(90.0, "Largest angle of a path that turns.", gt=0, le=90)
+    generation: Paths = setting(
+        (("orbit", 30.0), ("orbit", 60.0), ("orbit", 90.0), ("full", 90.0)),
+        "[trajectory, degrees] of the paths to generate later: masks follow their fractions of holes. []: even spread.",
+    )
+    hole_share: tuple[float, float] = setting(
+        (0.1, 0.97), "[least, most] fraction of holes in a mask's fullest frame.", ge=0, lt=1
+    )
+    erosion_px: tuple[int, int] = setting(
+        (2, 8), "[least, most] side of the square that erodes the visible region, px at 512.", ge=1
+    )
+    grid: tuple[int, int] = setting((10, 50), "[least, most] tracked points along each side.", ge=2)
+    tracker: str = setting(
+        "flow",
+        "Point tracker; cotracker3 needs tracker_path, and its licence forbids commercial use.",
+        choices=tracks.METHODS,
+    )
+    tracker_path: str | None = setting(None, "Folder of CoTracker3's code and weights.")
+    depth_tolerance: float = setting(
+        0.02, "How far behind the surface a pixel may lie and still be visible, as a fraction of depth.", gt=0
+    )
 
     def __post_init__(self) -> None:
-        def need(holds: bool, key: str, allowed: str) -> None:
-            if not holds:
-                raise ConfigError(f"masks.{key}", getattr(self, key), allowed)
-
-        need(self.num_masks >= 1, "num_masks", "at least 1")
-        for key in KINDS:
-            need(getattr(self, key) >= 0, key, "a share, at least 0")
-        need(self.visibility + self.tracking + self.novel_view > 0, "visibility", "the shares of the kinds are all 0")
-        known = bool(self.trajectories) and set(self.trajectories) <= set(PATHS)
-        need(known, "trajectories", f"one or more of {', '.join(PATHS)}")
-        need(0 < self.max_angle_deg <= 90, "max_angle_deg", "above 0 and up to 90")
+        need = checked(self, "preprocess.masks")
+        some = self.visibility + self.tracking + self.novel_view > 0
+        need(some, "visibility", "the shares visibility, tracking and novel_view must not all be 0")
         for name, angle_deg in self.generation:
-            need(name in PATHS and name != "dolly", "generation", f"[name, angle] with {', '.join(PATHS)}, not dolly")
+            allowed = (
+                f"must hold [trajectory, degrees] with one of {', '.join(path for path in PATHS if path != 'dolly')}"
+            )
+            need(name in PATHS and name != "dolly", "generation", allowed)
             trajectory.build(name, 2, angle_deg)
-        need(0 <= self.hole_share[0] <= self.hole_share[1] < 1, "hole_share", "0 <= least <= most < 1")
-        need(1 <= self.erosion_px[0] <= self.erosion_px[1], "erosion_px", "1 <= least <= most")
-        need(2 <= self.grid[0] <= self.grid[1], "grid", "2 <= least <= most")
-        need(self.tracker in tracks.METHODS, "tracker", f"one of {', '.join(tracks.METHODS)}")
-        need(self.depth_tolerance > 0, "depth_tolerance", "above 0")
+        for name in ("hole_share", "erosion_px", "grid"):
+            least, most = getattr(self, name)
+            need(least <= most, name, "must be [least, most], the smaller number first")
 
 
 @dataclass(frozen=True)

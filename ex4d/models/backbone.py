@@ -38,7 +38,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model and what is trained on it: the section `model`."""
+    """The base model and what is trained on it."""
 
     base: str = setting(TINY, "Base model: tiny, a folder in diffusers layout, or a hub id.")
     revision: str | None = setting(

@@ -18,7 +18,7 @@ EXIT_PREEMPTED = 75
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The choices of one training run: the section `train`."""
+    """The choices of one training run."""
 
     data: str = setting("out/dataset", "Dataset folder or URL written by `ex4d preprocess` or `ex4d encode`.")
     output: str = setting("out/train", "Folder of this run. The same command run again resumes there.")

@@ -14,7 +14,7 @@ from typing import Any, Literal
 
 from ex4d import config as config_file
 from ex4d import storage
-from ex4d.config import fingerprint, installed_versions
+from ex4d.config import checked, fingerprint, installed_versions, setting
 from ex4d.data import latents, manifest, shards, tensors, texts
 from ex4d.data.tar import read_sample
 from ex4d.data.verify import dataset_fingerprint
@@ -42,51 +42,33 @@ TEXT_STAGES = (stages.LOAD_TEXT_MODEL, stages.ENCODE_TEXT, stages.WRITE_TEXT)
 
 @dataclass(frozen=True)
 class EncodeConfig:
-    """From a dataset of clips to a dataset of latents, for the base of the section `model`.
+    """From a dataset of clips to a dataset of latents, for the base of the section `model`."""
 
-    Args:
-        data: dataset folder or URL that `ex4d preprocess` wrote.
-        output: folder or URL of the latent dataset.
-        num_workers: CPU workers of a Ray that is started here.
-        num_gpus: share of a GPU for each actor that runs a model; 0: on the CPU.
-        dtype: of the stored tensors: bfloat16, half the size, or float32, equal to what the trainer itself encodes.
-        captions: encode each distinct caption; false where training uses fixed prompts alone.
-        prompts: further texts, for `train.prompt`; the empty text is always there.
-        shard_size_mb: a shard is closed before it grows over this.
-        max_bad_fraction: share of damaged samples above which the run fails and nothing is committed.
-        max_bugs: rows that may end in an unexpected error before the run stops.
-        max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
-        metrics_port: Prometheus scrapes http://HOST:PORT/metrics while the run lasts; None: not at all.
-        metrics_host: address that it listens on; a cluster's Prometheus needs that of the driver's node, or 0.0.0.0.
-    """
-
-    data: str = "out/dataset"
-    output: str = "out/latents"
-    num_workers: int = 2
-    num_gpus: float = 0.0
-    dtype: Literal["bfloat16", "float32"] = "bfloat16"
-    captions: bool = True
-    prompts: tuple[str, ...] = ()
-    shard_size_mb: int = 1024
-    max_bad_fraction: float = 0.1
-    max_bugs: int = 10
-    max_attempts: int = 3
-    metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
+    data: str = setting("out/dataset", "Dataset folder or URL written by `ex4d preprocess`.")
+    output: str = setting("out/latents", "Folder or URL of the latent dataset to write.", not_empty=True)
+    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
+    num_gpus: float = setting(0.0, "Share of a GPU for each actor that runs a model; 0: on the CPU.", ge=0)
+    dtype: Literal["bfloat16", "float32"] = setting(
+        "bfloat16", "Stored tensors: bfloat16, half the size, or float32, equal to what training itself would encode."
+    )
+    captions: bool = setting(True, "Encode each distinct caption; false: training uses fixed prompts only.")
+    prompts: tuple[str, ...] = setting((), "More texts to encode, for train.prompt; the empty text is always included.")
+    shard_size_mb: int = setting(1024, "Start a new shard before one grows over this size.", ge=1)
+    max_bad_fraction: float = setting(
+        0.1, "Fail, and commit nothing, where a larger fraction of samples is damaged.", ge=0, le=1
+    )
+    max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
+    max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
+    metrics_port: int | None = setting(
+        None, "Serve Prometheus metrics on this port while the run lasts; null: off.", ge=1, le=65535
+    )
+    metrics_host: str = setting(
+        "127.0.0.1", "Address of that port; a cluster's Prometheus needs the driver node's own, or 0.0.0.0."
+    )
 
     def __post_init__(self) -> None:
-        def need(holds: bool, name: str, allowed: str) -> None:
-            if not holds:
-                raise ConfigError(f"encode.{name}", getattr(self, name), allowed)
-
-        need(bool(self.output) and self.output.rstrip("/") != self.data.rstrip("/"), "output", "another folder")
-        need(self.num_workers >= 1, "num_workers", "at least 1")
-        need(self.num_gpus >= 0, "num_gpus", "0 for the CPU, else a share of a GPU or a whole number")
-        need(self.shard_size_mb >= 1, "shard_size_mb", "at least 1")
-        need(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
-        need(self.max_bugs >= 0, "max_bugs", "at least 0")
-        need(self.max_attempts >= 1, "max_attempts", "at least 1")
-        need(self.metrics_port is None or 0 < self.metrics_port < 65536, "metrics_port", "null, or 1 to 65535")
+        need = checked(self, "encode")
+        need(self.output.rstrip("/") != self.data.rstrip("/"), "output", "must be another folder than encode.data")
 
 
 SECTIONS = {"encode": EncodeConfig, "model": ModelConfig, "ray": RayConfig}

@@ -4,17 +4,18 @@ from __future__ import annotations
 
 import re
 from collections.abc import Iterator, Mapping
-from dataclasses import dataclass, field, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ex4d import hub, remote, storage
-from ex4d.config import fingerprint, installed_versions, to_dict
-from ex4d.depth import DepthRequest, places, weight_folders
+from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
+from ex4d.depth import ESTIMATORS, DepthRequest, places, weight_folders
 from ex4d.errors import BadSample, ConfigError
 from ex4d.generate import GenerateConfig
 from ex4d.geometry import camera_path
-from ex4d.geometry.camera import intrinsics
+from ex4d.geometry.camera import fov_setting, intrinsics
+from ex4d.geometry.profiles import PROFILES
 from ex4d.geometry.render import choose_backend
 from ex4d.models import backbone, fingerprints, weights
 from ex4d.reconstruct import check_choices
@@ -35,68 +36,59 @@ Options = dict[str, float | bool | str]
 
 @dataclass(frozen=True)
 class EvaluateConfig:
-    """How an adapter is looked at; the section `evaluate` of a config file.
+    """How an adapter is measured."""
 
-    Args:
-        adapter: folder written by `ex4d train`, its file, or a released ex4d.ckpt.
-        base: base model in place of the adapter's own.
-        output: folder or URL of the results.
-        videos: files of this machine, a folder, glob or list of them; None: procedural scenes, whose true novel views
-            are known.
-        num_scenes: how many scenes. corpus_seed: of their corpus; no training corpus may use it.
-        ranges: {name: [trajectory or file of poses, degrees]}, and perhaps its options; by default the paper's four.
-        methods: what is compared, keys of stages.evaluate.METHODS; None: all but `other`, and `codec` where the truth
-            is known.
-        depth, depth_path, fov_deg, profile: of videos, as in `ex4d generate`.
-        num_frames, size: None: what the adapter was trained at.
-        image_features, video_features: a DINOv2 and a VideoMAE for Fréchet distances, folders or hub-id[@revision];
-            None measures none.
-        seed: of the sampler's noise.
-        num_workers: CPU workers of a Ray that is started here; num_gpus: share of a GPU for each worker; 0: on the CPU.
-        max_bad_fraction: share of views that may fail; above it the run fails.
-        max_bugs: rows that may end in an unexpected error before the run stops.
-        max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
-    """
+    adapter: str = setting("out/run/adapter", "Folder written by `ex4d train`, its file, or a released ex4d.ckpt.")
+    base: str | None = setting(None, "Base model: tiny, a folder, or a hub id; null: the adapter's own.")
+    output: str = setting("out/evaluation", "Folder or URL of the results.")
+    videos: str | None = setting(
+        None,
+        "Videos on this machine: a folder, glob or list; null: procedural scenes, whose true novel views are known.",
+    )
+    num_scenes: int = setting(16, "Number of procedural scenes.", ge=1)
+    ranges: dict[str, tuple[str, float] | tuple[str, float, Options]] = setting(
+        RANGES,
+        "{name: [trajectory or file of poses, degrees]}, with its options as a third item; default: the paper's four.",
+        not_empty=True,
+    )
+    methods: tuple[str, ...] | None = setting(
+        None,
+        "Methods to compare; null: all but other, and codec only where the truth is known.",
+        choices=METHODS,
+        not_empty=True,
+    )
+    seed: int = setting(0, "Seed of the sampler's noise.", ge=0)
+    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
+    num_gpus: float = setting(0.0, "Share of a GPU for each worker; 0: on the CPU.", ge=0)
 
-    adapter: str = "out/run/adapter"
-    base: str | None = None
-    output: str = "out/evaluation"
-    videos: str | None = None
-    num_scenes: int = 16
-    corpus_seed: int = 900_000
-    ranges: dict[str, tuple[str, float] | tuple[str, float, Options]] = field(default_factory=lambda: dict(RANGES))
-    methods: tuple[str, ...] | None = None
-    depth: str = "sidecar"
-    depth_path: str | None = None
-    fov_deg: float = 54.0
-    profile: str | None = None
-    num_frames: int | None = None
-    size: tuple[int, int] | None = None
-    image_features: str | None = None
-    video_features: str | None = None
-    seed: int = 0
-    num_workers: int = 2
-    num_gpus: float = 0.0
-    max_bad_fraction: float = 0.1
-    max_bugs: int = 10
-    max_attempts: int = 3
+    corpus_seed: int = setting(
+        900_000, "Seed of the scenes; no training corpus may use it.", ge=0, group="Videos and scenes"
+    )
+    depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS)
+    depth_path: str | None = setting(None, "Depth file, or weights of a network.")
+    fov_deg: float = fov_setting()
+    profile: str | None = setting(None, "Mesh profile; null: what the adapter was trained with.", choices=PROFILES)
+    num_frames: int | None = setting(None, "Frames of a clip, 4k+1; null: what the adapter was trained at.", ge=1)
+    size: tuple[int, int] | None = setting(None, "[height, width], px; null: what the adapter was trained at.")
+
+    image_features: str | None = setting(
+        None,
+        "DINOv2 weights (folder or hub-id[@revision]) for a Fréchet distance of frames; null: not measured.",
+        group="Measures and failures",
+    )
+    video_features: str | None = setting(
+        None, "VideoMAE weights (folder or hub-id[@revision]) for a Fréchet distance of videos; null: not measured."
+    )
+    max_bad_fraction: float = setting(0.1, "Fail where a larger fraction of views fails.", ge=0, le=1)
+    max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
+    max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
 
     def __post_init__(self) -> None:
-        def need(holds: bool, name: str, allowed: str) -> None:
-            if not holds:
-                raise ConfigError(f"evaluate.{name}", getattr(self, name), allowed)
-
-        unknown = set(self.methods or ()) - set(METHODS)
-        need(not unknown and self.methods != (), "methods", f"some of {', '.join(METHODS)}")
-        need(self.videos is None or CODEC not in (self.methods or ()), "methods", f"{CODEC} needs the truth of scenes")
-        need(self.num_scenes >= 1, "num_scenes", "at least 1")
-        named = bool(self.ranges) and all(RANGE.fullmatch(name) for name in self.ranges)
-        need(named, "ranges", f"names of {RANGE.pattern}, each with [trajectory, degrees]")
-        need(self.num_workers >= 1, "num_workers", "at least 1")
-        need(self.num_gpus >= 0, "num_gpus", "0 for the CPU, else a share of a GPU or a whole number")
-        need(0 <= self.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
-        need(self.max_bugs >= 0, "max_bugs", "at least 0")
-        need(self.max_attempts >= 1, "max_attempts", "at least 1")
+        need = checked(self, "evaluate")
+        truth = f"must not hold {CODEC} with evaluate.videos: it needs the true views of scenes"
+        need(self.videos is None or CODEC not in (self.methods or ()), "methods", truth)
+        named = all(RANGE.fullmatch(name) for name in self.ranges)
+        need(named, "ranges", "names must be 1 to 32 of a-z, 0-9, _ and -, each with [trajectory, degrees]")
 
     @property
     def compared(self) -> tuple[str, ...]:

@@ -22,6 +22,7 @@ from typing import Any
 
 from ex4d import config as config_file
 from ex4d import storage
+from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig
 from pipelines.inputs import Source
@@ -37,31 +38,19 @@ MOST_ASKED = 300  # remote videos whose size is asked for
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What is measured, and for which corpus and cluster.
+    """What `ex4d plan` measures, and for which corpus and cluster."""
 
-    Args:
-        sample_videos: how many are measured.
-        num_videos: of the corpus that is planned for; None: as many as `preprocess.input` holds.
-        num_cpus, num_gpus: of the cluster; None: `preprocess.num_workers`, and no GPU.
-        usd_per_cpu_hour, usd_per_gpu_hour: prices; None: no cost is said.
-    """
-
-    sample_videos: int = 8
-    num_videos: int | None = None
-    num_cpus: int | None = None
-    num_gpus: int = 0
-    usd_per_cpu_hour: float | None = None
-    usd_per_gpu_hour: float | None = None
+    sample_videos: int = setting(8, "Videos to measure.", ge=1)
+    num_videos: int | None = setting(
+        None, "Videos of the corpus to plan for; null: as many as preprocess.input holds.", ge=1
+    )
+    num_cpus: int | None = setting(None, "CPUs of the cluster; null: preprocess.num_workers.", ge=1)
+    num_gpus: int = setting(0, "GPUs of the cluster.", ge=0)
+    usd_per_cpu_hour: float | None = setting(None, "Price of a CPU; null: no cost is printed.", ge=0)
+    usd_per_gpu_hour: float | None = setting(None, "Price of a GPU; null: no cost is printed.", ge=0)
 
     def __post_init__(self) -> None:
-        for name in ("sample_videos", "num_videos", "num_cpus"):
-            value = getattr(self, name)
-            if value is not None and value < 1:
-                raise ConfigError(f"plan.{name}", value, "at least 1")
-        for name in ("num_gpus", "usd_per_cpu_hour", "usd_per_gpu_hour"):
-            value = getattr(self, name)
-            if value is not None and not 0 <= value < math.inf:
-                raise ConfigError(f"plan.{name}", value, "at least 0")
+        checked(self, "plan")
 
 
 SECTIONS = {**preprocess.SECTIONS, "plan": PlanConfig}

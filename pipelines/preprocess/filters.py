@@ -5,53 +5,51 @@ from __future__ import annotations
 from collections.abc import Mapping
 from dataclasses import dataclass
 
+from ex4d.config import checked, setting
 from ex4d.errors import Filtered
 from ex4d.quality import SCORES
 
 
 @dataclass(frozen=True)
 class FilterConfig:
-    """Thresholds on scores; None is off, and the score is kept either way. `quality.SCORES` says what each score is.
+    """Thresholds on scores; null is off, and the score is recorded either way. `quality.SCORES` defines each score.
 
     `preprocess.score_only=true` shows what each would keep; docs/decisions/preprocess.md has the figures behind them.
-
-    Args:
-        min_motion, max_motion: change of luma from frame to frame; 0.002 drops still pictures.
-        min_camera_motion, max_camera_motion: longer sides a second; 0.02 drops cameras that rest.
-        max_object_motion: share of the texture that moves by itself, parallax included.
-        min_sharpness: 0.4 drops what is blurred.
-        min_exposure, max_exposure: mean luma.
-        max_still: share of repeated frames; 0.6 drops slide-shows.
-        max_text, max_logo: share of the picture under text, of a corner under a logo; 0.005 and 0.1 find most.
-        max_bars: share that black bars took, where cropping them (`crop_bars`) leaves too little.
-        max_depth_flicker, max_depth_drift: jitter and drift of log depth.
-        max_sky: share of the depth that is far away.
-        min_holes, max_holes: mean hole share of the masks.
-        max_warp_error: of two cameras, the warp's difference from the clip; 0.05 drops wrong cameras and units.
     """
 
-    min_motion: float | None = None
-    max_motion: float | None = None
-    min_camera_motion: float | None = None
-    max_camera_motion: float | None = None
-    max_object_motion: float | None = None
-    min_sharpness: float | None = None
-    min_exposure: float | None = None
-    max_exposure: float | None = None
-    max_still: float | None = None
-    max_text: float | None = None
-    max_bars: float | None = None
-    max_logo: float | None = None
-    max_depth_flicker: float | None = None
-    max_depth_drift: float | None = None
-    max_sky: float | None = None
-    min_holes: float | None = None
-    max_holes: float | None = None
-    max_warp_error: float | None = None
+    min_motion: float | None = setting(
+        None, "Change of luma from frame to frame; 0.002 drops still pictures.", ge=0, le=1
+    )
+    max_motion: float | None = setting(None, "Change of luma from frame to frame.", ge=0, le=1)
+    min_camera_motion: float | None = setting(
+        None, "Camera motion, in longer sides per second; 0.02 drops cameras at rest.", ge=0
+    )
+    max_camera_motion: float | None = setting(None, "Camera motion, in longer sides per second.", ge=0)
+    max_object_motion: float | None = setting(
+        None, "Fraction of the texture that moves differently from the camera, parallax included.", ge=0, le=1
+    )
+    min_sharpness: float | None = setting(None, "Sharpness; 0.4 drops blurred clips.", ge=0, le=1)
+    min_exposure: float | None = setting(None, "Mean luma; 0.05 drops dark clips.", ge=0, le=1)
+    max_exposure: float | None = setting(None, "Mean luma.", ge=0, le=1)
+    max_still: float | None = setting(None, "Fraction of repeated frames; 0.6 drops slide-shows.", ge=0, le=1)
+    max_text: float | None = setting(None, "Fraction of the picture under text; 0.005 finds most.", ge=0, le=1)
+    max_bars: float | None = setting(None, "Fraction of the picture that black bars took.", ge=0, le=1)
+    max_logo: float | None = setting(None, "Fraction of a corner under a logo; 0.1 finds most.", ge=0, le=1)
+    max_depth_flicker: float | None = setting(None, "Frame-to-frame jitter of log depth.", ge=0)
+    max_depth_drift: float | None = setting(None, "Change of the depth's scale over the clip, log.", ge=0)
+    max_sky: float | None = setting(None, "Fraction of the depth that is far away.", ge=0, le=1)
+    min_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
+    max_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
+    max_warp_error: float | None = setting(
+        None, "Two cameras: difference of the warp from the clip; 0.05 drops wrong cameras and units.", ge=0, le=1
+    )
+
+    def __post_init__(self) -> None:
+        checked(self, "preprocess.filters")
 
 
 def decide(scores: Mapping[str, float], filters: FilterConfig) -> None:
-    """Return nothing where a clip passes. Raises Filtered, named after the first score that misses its threshold."""
+    """Raise Filtered, named after the first score that misses its threshold, if one does."""
     for name in SCORES:
         score = scores.get(name)
         low: float | None = getattr(filters, f"min_{name}", None)

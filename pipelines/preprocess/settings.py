@@ -3,19 +3,16 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass, field
+from dataclasses import MISSING, dataclass
 from functools import cache
-from typing import Any
+from typing import Any, Literal
 
-from ex4d.config import fingerprint, installed_versions, to_dict
-from ex4d.errors import ConfigError
+from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
+from ex4d.depth import ESTIMATORS
+from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
 from pipelines.preprocess.filters import FilterConfig
 
-PROFILES = ("default", "released")
-STAGING = ("all", "current")
-NEAR_DUPLICATES = ("group", "filter", "off")
-MEMBERS = ("cond", "depth", "source")
 METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose unit cameras can share
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
@@ -28,168 +25,126 @@ CLIP_BYTES_PER_PX = 32  # what a pixel of a clip's frames adds at the peak; 24 m
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What decoding one clip may use in its child process; reading a whole video for cuts gets more by its length.
+    """What decoding one clip may use in its child process; a whole video, read for cuts, gets more by its length."""
 
-    Args:
-        timeout_s, cpu_s: seconds on the clock and of processor time; 120 s is 50 × what 49 frames of 4K need here.
-        memory_mb: address space of the child, libraries included (about 500).
-    """
+    timeout_s: float = setting(120.0, "Seconds on the clock; 49 frames of 4K need about 2.5.", gt=0)
+    cpu_s: float = setting(120.0, "Seconds of processor time.", gt=0)
+    memory_mb: int = setting(6144, "Address space of the child, MB; its libraries take about 500.", ge=256)
 
-    timeout_s: float = 120.0
-    cpu_s: float = 120.0
-    memory_mb: int = 6144
+    def __post_init__(self) -> None:
+        checked(self, "preprocess.limits")
 
 
 @dataclass(frozen=True)
 class CaptionerConfig:
-    """A network that describes clips without a caption.
+    """A network that describes clips without a caption. It runs in the actor of the depth stage."""
 
-    Args:
-        model: a BLIP checkpoint: hub-id[@revision] or a local folder.
-        prompt: what every caption begins with.
-        max_new_tokens: its greatest length.
-        num_gpus: share of a GPU, 0 for CPU; it runs in the actor of the depth stage, which gets the larger of both.
-    """
+    model: str = setting(MISSING, "A BLIP checkpoint: hub-id[@revision] or a local folder.", not_empty=True)
+    prompt: str = setting("", "Text that every caption begins with.")
+    max_new_tokens: int = setting(40, "Longest caption, in tokens.", ge=1)
+    num_gpus: float = setting(
+        0.0, "Share of a GPU; 0: on the CPU. The actor gets the larger of this and the depth's.", ge=0
+    )
 
-    model: str
-    prompt: str = ""
-    max_new_tokens: int = 40
-    num_gpus: float = 0.0
+    def __post_init__(self) -> None:
+        checked(self, "preprocess.captioner")
 
 
 @dataclass(frozen=True)
 class PreprocessConfig:
-    """From videos to a dataset folder.
+    """From videos to a dataset folder."""
 
-    Args:
-        output: dataset folder.
-        input: file, folder, glob, list (.txt, .csv, .tsv, .parquet), several with commas between, or a list of them, on
-            this machine or in a store; None is the synthetic corpus, where the configuration has that section.
-        list_root: folder that names in lists start from; None: each list's own.
-        follow_links: take what links lead to outside of the folder that is named; else it is counted.
-        cache_dir: local folder for copies of remote files; None: one in the system's folder for temporary files.
-        cache_mb: its size, beside what is worked with right now.
-        num_workers: CPU workers of a Ray that is started here.
-        num_frames, size, fit: T, [H, W] px, and crop, pad or squeeze.
-        fps: frames a second of a clip; None keeps the source's frames, every `stride`-th.
-        clips_per_shot, clips_per_video: most clips of each; None for no limit on a video.
-        min_shot_s: shorter shots give no clip.
-        crop_bars: black bars around a shot are cut off before `fit`.
-        score_only: measure scores and show what each threshold would keep, before depth and masks; no shards.
-        depth: estimator; depth_path: its file, folder or weights; depth_num_gpus: share of a GPU for each, 0 for CPU.
-        depth_batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
-        fov_deg: field of view over the longer side where the estimator gives no intrinsics.
-        profile: "default", or "released" for the mapping of depth that the published weights saw.
-        captioner: describes clips that have no caption; None leaves them without.
-        masks: how masks are simulated.
-        members: what samples hold beside the usual: cond, what a warp with wrong depth shows through visibility masks,
-            and depth; or source alone: each video was filmed by a second camera, too, whose video lies beside it
-            (`pipelines.preprocess.pairs`), and the one mask and its colours are the true warp from there.
-        filters: thresholds on scores.
-        limits: of decoding.
-        near_duplicates: "group" puts videos that show nearly the same into one split, "filter" takes one of them (the
-            largest picture, then the longest), "off" does not look.
-        val_fraction: share of sources that go to val.
-        shard_size_mb: a shard is closed before it grows over this.
-        seed: of everything that is drawn.
-        max_bad_fraction: share of bad videos, or of bad clips, above which the run fails and nothing is committed.
-            One half: a crawl from the web loses a tenth to damage, and above a half it is the choices that are wrong.
-        max_bugs: rows that may end in an unexpected error before the run stops.
-        max_attempts: processes that one row may bring down in a run before it is refused as `worker_crash`.
-        keep_staging: "all", so that earlier choices come back without work, or "current": after a commit, what other
-            choices made of the same videos is deleted from staging; of two cameras, not what other pairs made.
-        metrics_port: Prometheus may scrape it while the run lasts; None: nothing is served.
-        metrics_host: address of that port; a cluster's Prometheus needs that of the driver's node, or 0.0.0.0.
-    """
+    input: str | list[str] | None = setting(
+        None,
+        "Videos: a file, folder, glob or list (.txt, .csv, .tsv, .parquet), local or remote, or several of them; null: "
+        "the section `synthetic`.",
+    )
+    output: str = setting(
+        "out/dataset", "Dataset folder to write. The same command run again resumes there.", not_empty=True
+    )
+    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
+    num_frames: int = setting(49, "Frames of a clip.", ge=2)
+    size: tuple[int, int] = setting((512, 512), "[height, width] of a clip, px.", ge=16, le=8192, multiple_of=2)
+    fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
+    fps: float | None = setting(None, "Frames per second of a clip; null: the video's own.", gt=0, le=1000)
+    depth: str = setting("sidecar", "Depth estimator; sidecar: a depth file beside each video.", choices=ESTIMATORS)
+    score_only: bool = setting(
+        False, "Only measure scores and report what each filter would keep; no depth, masks or shards."
+    )
+    val_fraction: float = setting(0.02, "Fraction of sources that go to the validation split.", ge=0, le=1)
+    seed: int = setting(0, "Seed of everything that is drawn.", ge=0, le=2**31 - 1)
 
-    output: str
-    input: str | list[str] | None = None
-    list_root: str | None = None
-    follow_links: bool = False
-    cache_dir: str | None = None
-    cache_mb: int = 20480
-    num_workers: int = 2
-    num_frames: int = 49
-    size: tuple[int, int] = (512, 512)
-    fit: str = "crop"
-    fps: float | None = None
-    stride: int = 1
-    clips_per_shot: int = 1
-    clips_per_video: int | None = None
-    min_shot_s: float = 0.0
-    crop_bars: bool = True
-    score_only: bool = False
-    depth: str = "sidecar"
-    depth_path: str | None = None
-    depth_num_gpus: float = 0.0
-    depth_batch_size: int | None = None
-    fov_deg: float = 54.0
-    profile: str = "default"
-    captioner: CaptionerConfig | None = None
-    masks: MaskConfig = field(default_factory=MaskConfig)
-    members: tuple[str, ...] = ()
-    filters: FilterConfig = field(default_factory=FilterConfig)
-    limits: DecodeLimits = field(default_factory=DecodeLimits)
-    near_duplicates: str = "group"
-    val_fraction: float = 0.02
-    shard_size_mb: int = 256
-    seed: int = 0
-    max_bad_fraction: float = 0.5
-    max_bugs: int = 10
-    max_attempts: int = 3
-    keep_staging: str = "all"
-    metrics_port: int | None = None
-    metrics_host: str = "127.0.0.1"
+    list_root: str | None = setting(
+        None, "Folder that names in lists are relative to; null: each list's own.", group="Input and cache"
+    )
+    follow_links: bool = setting(False, "Follow links that lead out of the input folder; false: count and skip them.")
+    cache_dir: str | None = setting(None, "Local folder for copies of remote videos; null: in the temporary folder.")
+    cache_mb: int = setting(20480, "Size of that cache, MB, besides the videos in use.", ge=1)
+    near_duplicates: Literal["group", "filter", "off"] = setting(
+        "group",
+        "Videos that look nearly alike: group puts them into one split, filter keeps the largest, off does not look.",
+    )
+
+    stride: int = setting(1, "Take every N-th frame of the video, where fps is null.", ge=1, group="Clips")
+    clips_per_shot: int = setting(1, "Most clips of one shot.", ge=1)
+    clips_per_video: int | None = setting(None, "Most clips of one video; null: no limit.", ge=1)
+    min_shot_s: float = setting(0.0, "Skip shots shorter than this many seconds.", ge=0)
+    crop_bars: bool = setting(True, "Crop black bars before resizing.")
+    filters: FilterConfig = setting(FilterConfig(), "Thresholds on scores that decide which clips are kept.")
+    captioner: CaptionerConfig | None = setting(None, "Network that describes clips without a caption; null: none.")
+
+    depth_path: str | None = setting(
+        None,
+        "Depth file or folder for sidecar; weights (hub-id[@revision] or folder) for a network.",
+        group="Depth and masks",
+    )
+    depth_num_gpus: float = setting(0.0, "Share of a GPU for each depth network; 0: on the CPU.", ge=0)
+    depth_batch_size: int | None = setting(
+        None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
+    )
+    fov_deg: float = fov_setting()
+    profile: Literal["default", "released"] = setting(
+        "default", "How meshes are built from depth; released: as for the published weights."
+    )
+    masks: MaskConfig = setting(MaskConfig(), "How masks are simulated.")
+    members: tuple[Literal["cond", "depth", "source"], ...] = setting(
+        (),
+        "Extra members of samples: cond (warp with imperfect depth), depth, or source alone (videos of two cameras).",
+    )
+
+    shard_size_mb: int = setting(
+        256, "Start a new shard before one grows over this size.", ge=1, group="Shards and runs"
+    )
+    limits: DecodeLimits = setting(DecodeLimits(), "Resources that decoding may use.")
+    max_bad_fraction: float = setting(
+        0.5, "Fail, and commit nothing, where a larger fraction of videos or of clips is rejected.", ge=0, le=1
+    )
+    max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
+    max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
+    keep_staging: Literal["all", "current"] = setting(
+        "all", "After a commit: all keeps the work of earlier settings for reuse, current deletes it."
+    )
+    metrics_port: int | None = setting(
+        None, "Serve Prometheus metrics on this port while the run lasts; null: off.", ge=1, le=65535
+    )
+    metrics_host: str = setting(
+        "127.0.0.1", "Address of that port; a cluster's Prometheus needs the driver node's own, or 0.0.0.0."
+    )
+
+    def __post_init__(self) -> None:
+        need = checked(self, "preprocess")
+        need(self.fps is None or self.stride == 1, "stride", "must be 1 where preprocess.fps is set")
+        if "source" in self.members:
+            alone = "must be [source]: samples of two cameras have no other extra members"
+            need(set(self.members) == {"source"}, "members", alone)
+            need(self.masks.num_masks == 1, "masks", "needs masks.num_masks=1 with members=[source]")
+            metric = f"must be one of {', '.join(METRIC)} with members=[source]: depth in the unit of the cameras"
+            need(self.depth in METRIC, "depth", metric)
 
 
 def check(config: PreprocessConfig) -> None:
-    """Return nothing where the choices can work. Raises ConfigError naming the first that cannot."""
-    from ex4d.depth import ESTIMATORS
-    from ex4d.video.resize import MODES
-
-    def need(holds: bool, key: str, allowed: str) -> None:
-        if not holds:
-            raise ConfigError(f"preprocess.{key}", getattr(config, key.partition(".")[0]), allowed)
-
-    height, width = config.size
-    need(bool(config.output), "output", "a folder")
-    need(config.num_workers >= 1, "num_workers", "at least 1")
-    need(config.num_frames >= 2, "num_frames", "at least 2")
-    sides = min(height, width) >= 16 and max(height, width) <= 8192 and height % 2 == width % 2 == 0
-    need(sides, "size", "[H, W], both even, from 16 to 8192")
-    need(config.fit in MODES, "fit", ", ".join(MODES))
-    need(config.fps is None or 0 < config.fps <= 1000, "fps", "null, or more than 0, up to 1000")
-    need(config.stride >= 1, "stride", "at least 1")
-    need(config.fps is None or config.stride == 1, "stride", "1 where preprocess.fps is given")
-    need(config.clips_per_shot >= 1, "clips_per_shot", "at least 1")
-    need(config.clips_per_video is None or config.clips_per_video >= 1, "clips_per_video", "null, or at least 1")
-    need(config.min_shot_s >= 0, "min_shot_s", "at least 0")
-    need(config.depth in ESTIMATORS, "depth", ", ".join(ESTIMATORS))
-    need(config.depth_num_gpus >= 0, "depth_num_gpus", "0 for CPU, else a share of a GPU or a whole number")
-    need(config.depth_batch_size is None or config.depth_batch_size >= 1, "depth_batch_size", "null, or at least 1")
-    need(1 <= config.fov_deg <= 170, "fov_deg", "1 to 170")
-    need(config.profile in PROFILES, "profile", ", ".join(PROFILES))
-    need(set(config.members) <= set(MEMBERS), "members", f"a list of {', '.join(MEMBERS)}")
-    if "source" in config.members:
-        need(set(config.members) == {"source"}, "members", "source alone: its warp is the condition")
-        need(config.masks.num_masks == 1, "masks.num_masks", "1 with the member source: the warp is the mask")
-        need(config.depth in METRIC, "depth", f"{', '.join(METRIC)} with the member source: in the cameras' unit")
-    need(config.cache_mb >= 1, "cache_mb", "at least 1")
-    need(config.near_duplicates in NEAR_DUPLICATES, "near_duplicates", ", ".join(NEAR_DUPLICATES))
-    need(0 <= config.val_fraction <= 1, "val_fraction", "0 to 1")
-    need(config.shard_size_mb >= 1, "shard_size_mb", "at least 1")
-    need(0 <= config.seed < 2**31, "seed", "0 to 2147483647")
-    need(0 <= config.max_bad_fraction <= 1, "max_bad_fraction", "0 to 1")
-    need(config.max_bugs >= 0, "max_bugs", "at least 0")
-    need(config.max_attempts >= 1, "max_attempts", "at least 1")
-    need(config.keep_staging in STAGING, "keep_staging", ", ".join(STAGING))
-    need(config.metrics_port is None or 1 <= config.metrics_port <= 65535, "metrics_port", "null, or 1 to 65535")
-    if config.captioner is not None:
-        sane = config.captioner.max_new_tokens >= 1 and config.captioner.num_gpus >= 0
-        need(sane, "captioner", "max_new_tokens at least 1, num_gpus at least 0")
-    sample_settings(config)  # weights that are not to be had are known before any work
-    limits = config.limits
-    need(min(limits.timeout_s, limits.cpu_s) > 0 and limits.memory_mb >= 256, "limits", "seconds > 0, memory_mb >= 256")
+    """Raise ConfigError where weights that the settings ask for are missing and cannot be fetched."""
+    sample_settings(config)
 
 
 def clip_memory_mb(config: PreprocessConfig) -> int:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import logging
-import math
 import os
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
@@ -12,6 +11,7 @@ from functools import partial
 from itertools import islice
 from typing import Any
 
+from ex4d.config import checked, setting
 from ex4d.errors import ConfigError, ContractError, Ex4dError
 from pipelines.runtime.cluster import connected
 from pipelines.runtime.ledger import Attempts
@@ -27,26 +27,22 @@ Runner = Callable[[Sequence[Stage], Sequence[Row], Any, tuple[str, ...]], Iterat
 
 @dataclass(frozen=True)
 class RayConfig:
-    """Where Ray is.
+    """Where Ray runs."""
 
-    Args:
-        address: of a running cluster ("auto", "host:port"); None starts one here and stops it at the end. Not "ray://…":
-            Ray Data needs a driver on a machine of the cluster.
-        object_store_mb: size of the object store that is started here; None lets Ray choose.
-        gpu_actors: most actors of each stage that needs a GPU; None: as many as the cluster's GPUs can hold. In any
-            case one CPU is left to the other stages.
-        ranks_timeout_s: training gives up where its ranks find no place for so long: at the start, or after a node is
-            lost.
-    """
-
-    address: str | None = None
-    object_store_mb: int | None = 512
-    gpu_actors: int | None = None
-    ranks_timeout_s: float = 1800.0
+    address: str | None = setting(
+        None,
+        "Address of a running cluster: auto or host:port, not ray://…; null: start Ray here and stop it at the end.",
+    )
+    object_store_mb: int | None = setting(512, "Object store of a Ray started here, MB; null: Ray chooses.", ge=1)
+    gpu_actors: int | None = setting(
+        None, "Most actors of each stage that needs a GPU; null: as many as the GPUs can hold.", ge=1
+    )
+    ranks_timeout_s: float = setting(
+        1800.0, "Give up a training whose ranks find no place for this long, at the start or after losing a node.", gt=0
+    )
 
     def __post_init__(self) -> None:
-        if not 0 < self.ranks_timeout_s < math.inf:
-            raise ConfigError("ray.ranks_timeout_s", self.ranks_timeout_s, "finite, greater than 0")
+        checked(self, "ray")
 
 
 @contextmanager

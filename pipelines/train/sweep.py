@@ -11,11 +11,12 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
 from ex4d import config
+from ex4d.config import checked, setting
 from ex4d.data import manifest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
@@ -26,43 +27,26 @@ from pipelines.runtime.runner import RayConfig
 
 @dataclass(frozen=True)
 class SweepConfig:
-    """The section `sweep` of a config file.
+    """Many short trainings."""
 
-    Attributes:
-        output: folder of the trials, the table and best.yaml.
-        space: {"train.lr": {"log_uniform": [low, high]}, "model.lora_rank": {"choice": [4, 8]}, …}; kinds: uniform,
-            log_uniform, int_uniform, choice.
-        num_trials, max_concurrent: how many in all, how many at a time.
-        metric: key of metrics.jsonl, its mean over the last `window` steps is minimised.
-        grace_steps, reduction_factor: ASHA: no trial is stopped earlier; 1/factor survive each rung.
-        cpus_per_trial, gpus_per_trial: reserved for each trial.
-        group: the W&B group of all trials.
-        seed: of the proposals.
-    """
-
-    output: str = "out/sweep"
-    space: dict[str, dict[str, list[Any]]] = field(default_factory=lambda: {"train.lr": {"log_uniform": [1e-4, 1e-2]}})
-    num_trials: int = 4
-    max_concurrent: int = 1
-    metric: str = "loss"
-    window: int = 10
-    grace_steps: int = 10
-    reduction_factor: int = 2
-    cpus_per_trial: float = 1.0
-    gpus_per_trial: float = 0.0
-    group: str = "sweep"
-    seed: int = 0
+    output: str = setting("out/sweep", "Folder of the trials, the table and best.yaml.")
+    space: dict[str, dict[str, list[Any]]] = setting(
+        {"train.lr": {"log_uniform": [1e-4, 1e-2]}},
+        "{setting: {kind: values}}; kinds: uniform, log_uniform, int_uniform [low, high], choice [values].",
+    )
+    num_trials: int = setting(4, "Number of trials.", ge=1)
+    max_concurrent: int = setting(1, "Trials that run at a time.", ge=1)
+    metric: str = setting("loss", "Key of metrics.jsonl to minimise.")
+    window: int = setting(10, "Average the metric over this many last steps.", ge=1)
+    grace_steps: int = setting(10, "ASHA stops no trial before this step.", ge=1)
+    reduction_factor: int = setting(2, "1 of this many trials survives each rung of ASHA.", ge=2)
+    cpus_per_trial: float = setting(1.0, "CPUs reserved for each trial.", ge=0)
+    gpus_per_trial: float = setting(0.0, "GPUs reserved for each trial.", ge=0)
+    group: str = setting("sweep", "Weights & Biases group of all trials.")
+    seed: int = setting(0, "Seed of the proposals.", ge=0)
 
     def __post_init__(self) -> None:
-        for name, least in {
-            "num_trials": 1,
-            "max_concurrent": 1,
-            "window": 1,
-            "grace_steps": 1,
-            "reduction_factor": 2,
-        }.items():
-            if getattr(self, name) < least:
-                raise ConfigError(f"sweep.{name}", getattr(self, name), f"at least {least}")
+        checked(self, "sweep")
 
 
 KINDS = ("uniform", "log_uniform", "int_uniform", "choice")

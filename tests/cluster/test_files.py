@@ -32,7 +32,7 @@ def test_manifests_are_ray_jobs_that_call_our_commands(root, name):
     assert (manifest["apiVersion"], manifest["kind"]) == ("ray.io/v1", "RayJob")
     command, *arguments = shlex.split(manifest["spec"]["entrypoint"])
     assert command == "ex4d"
-    parsed = cli.parser().parse_args(arguments)
+    parsed = cli.parse(arguments)
     assert (root / parsed.config).is_file()
     cluster = manifest["spec"]["rayClusterSpec"]
     for group in [cluster["headGroupSpec"], *cluster["workerGroupSpecs"]]:
