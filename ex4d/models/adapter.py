@@ -184,7 +184,8 @@ def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dMod
             raise ConfigError(f"model.{key}", getattr(config, key), "must be at least 1")
     if not 0 < config.lora_alpha < math.inf:
         raise ConfigError("model.lora_alpha", config.lora_alpha, "must be finite and greater than 0")
-    lora.add_lora(transformer, config.lora_rank, config.lora_alpha, seed)
+    scale = (config.lora_rank, config.lora_alpha)
+    lora.add_lora(transformer, *scale, seed, config.lora_dropout, config.lora_rslora)
     shape = transformer.config
     device = transformer.patch_embedding.weight.device
     with torch.device(device):

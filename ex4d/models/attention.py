@@ -4,18 +4,24 @@ from __future__ import annotations
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from typing import Any
 
 import torch
 from torch.nn.functional import scaled_dot_product_attention
+from torch.utils._python_dispatch import TorchDispatchMode
 
 from ex4d.errors import ConfigError
 
-# setting -> (name in torch.nn.attention.SDPBackend, operator that the profiler sees)
-KERNELS = {
-    "cudnn": ("CUDNN_ATTENTION", "aten::_scaled_dot_product_cudnn_attention"),
-    "flash": ("FLASH_ATTENTION", "aten::_scaled_dot_product_flash_attention"),
-    "efficient": ("EFFICIENT_ATTENTION", "aten::_scaled_dot_product_efficient_attention"),
-    "math": ("MATH", "aten::_scaled_dot_product_attention_math"),
+_ATEN = torch.ops.aten
+# setting -> (name in torch.nn.attention.SDPBackend, its operators); math is made of several
+KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
+    "cudnn": ("CUDNN_ATTENTION", (_ATEN._scaled_dot_product_cudnn_attention,)),
+    "flash": (
+        "FLASH_ATTENTION",
+        (_ATEN._scaled_dot_product_flash_attention, _ATEN._scaled_dot_product_flash_attention_for_cpu),
+    ),
+    "efficient": ("EFFICIENT_ATTENTION", (_ATEN._scaled_dot_product_efficient_attention,)),
+    "math": ("MATH", ()),
 }
 
 
@@ -35,10 +41,22 @@ def kernel(name: str) -> Iterator[None]:
         yield
 
 
+class _Operators(TorchDispatchMode):
+    """Collects the operators that run inside."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.seen: set[Any] = set()
+
+    def __torch_dispatch__(self, operator: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        self.seen.add(operator.overloadpacket)
+        return operator(*args, **(kwargs or {}))
+
+
 def kernel_that_runs(
     device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, num_tokens: int = 1024
 ) -> str:
-    """Return which kernel PyTorch takes here, by trying one forward and backward pass under the profiler.
+    """Return which kernel PyTorch takes here, by trying a forward and a backward pass.
 
     cuDNN, for one, is passed over without a word where its library is shadowed by another. On a GPU the device's own
     kernel is named too, as in "flash (void pytorch_flash::flash_fwd_kernel…)".
@@ -48,22 +66,22 @@ def kernel_that_runs(
     """
     device = torch.device(device)
     query = torch.randn(1, 2, num_tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
-    activities = [torch.profiler.ProfilerActivity.CPU]
-    if device.type == "cuda":
-        activities.append(torch.profiler.ProfilerActivity.CUDA)
+
+    def attend() -> None:
+        scaled_dot_product_attention(query, query, query).sum().backward()
+
     try:
-        with torch.profiler.profile(activities=activities) as profile:
-            scaled_dot_product_attention(query, query, query).sum().backward()
+        with _Operators() as operators:
+            attend()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
         raise ConfigError("train.attention", device.type, f"auto: the kernel does not work here ({reason})") from None
-    events = profile.key_averages()
-    names = {event.key for event in events}
-    chosen = next((key for key, (_, operator) in KERNELS.items() if _matches(operator, names)), "unknown")
-    on_device = [event for event in events if event.device_type == torch.autograd.DeviceType.CUDA]
-    attention = [event.key for event in on_device if any(word in event.key for word in ("flash", "fmha", "sdpa"))]
-    return f"{chosen} ({attention[0]})" if attention else chosen
-
-
-def _matches(operator: str, names: set[str]) -> bool:
-    return any(name.startswith(operator) for name in names)
+    chosen = next((name for name, (_, known) in KERNELS.items() if operators.seen & {*known}), "math")
+    if device.type != "cuda":
+        return chosen
+    with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CUDA]) as profile:
+        attend()
+        torch.cuda.synchronize(device)
+    names = [event.key for event in profile.key_averages()]
+    own = [name for name in names if any(word in name for word in ("flash", "fmha", "sdpa"))]
+    return f"{chosen} ({own[0]})" if own else chosen

@@ -47,6 +47,8 @@ class ModelConfig:
     family: str | None = setting(None, "Family that the base must belong to; null: any.", choices=families.FAMILIES)
     lora_rank: int = setting(16, "Rank of the LoRA.", ge=1)
     lora_alpha: float = setting(16.0, "Scale of the LoRA: its product is multiplied by alpha / rank.")
+    lora_dropout: float = setting(0.0, "Fraction of the LoRA's input that training drops.", ge=0, lt=1)
+    lora_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead, for high ranks (rank-stabilised LoRA).")
     adapter_hidden: int = setting(1024, "Channels inside the geometry adapter.", ge=1)
     mask_range: Literal["unit", "released"] = setting(
         "unit", "Mask values before the VAE: unit is -1 and +1; released is -3 and +1, as the published weights expect."

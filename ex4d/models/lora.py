@@ -41,10 +41,13 @@ def _lora_forward(layer: Any, x: Tensor) -> Tensor:
     return result
 
 
-def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int = 0) -> None:
+def add_lora(
+    transformer: nn.Module, rank: int, alpha: float, seed: int = 0, dropout: float = 0.0, rslora: bool = False
+) -> None:
     """Freeze `transformer` and add trainable float32 LoRA to TARGETS in place; its output is unchanged until trained.
 
-    The product is computed in the dtype of the layer's input and scaled by alpha / rank. A is drawn from `seed` alone
+    The product is computed in the dtype of the layer's input and scaled by alpha / rank, or with `rslora` by
+    alpha / sqrt(rank). A is drawn from `seed` alone
     (Kaiming-uniform, a = √5, as peft does), B is zero.
     """
     from peft import LoraConfig, inject_adapter_in_model
@@ -52,7 +55,13 @@ def add_lora(transformer: nn.Module, rank: int, alpha: float, seed: int = 0) -> 
 
     transformer.requires_grad_(False)
     # peft types alpha as int and divides; a float works.
-    config = LoraConfig(r=rank, lora_alpha=alpha, target_modules=list(TARGETS))  # type: ignore[arg-type]
+    config = LoraConfig(
+        r=rank,
+        lora_alpha=alpha,  # type: ignore[arg-type]
+        target_modules=list(TARGETS),
+        lora_dropout=dropout,
+        use_rslora=rslora,
+    )
     inject_adapter_in_model(config, transformer, adapter_name=ADAPTER_NAME)
     generator = torch.Generator().manual_seed(seed)
     for layer in transformer.modules():
@@ -106,10 +115,15 @@ def disabled(transformer: nn.Module) -> Iterator[None]:
 
 
 def settings(transformer: nn.Module) -> tuple[int, float]:
-    """Return (rank, alpha) of a transformer that has LoRA; ContractError where it has none."""
+    """Return (rank, alpha) of a transformer that has LoRA, so that alpha / rank is its scale, with rsLoRA too.
+
+    Raises:
+        ContractError: it has none.
+    """
     from peft.tuners.lora import LoraLayer
 
     for layer in transformer.modules():
         if isinstance(layer, LoraLayer):
-            return int(layer.r[ADAPTER_NAME]), float(layer.lora_alpha[ADAPTER_NAME])
+            rank, alpha = int(layer.r[ADAPTER_NAME]), float(layer.lora_alpha[ADAPTER_NAME])
+            return rank, alpha if layer.scaling[ADAPTER_NAME] == alpha / rank else alpha * math.sqrt(rank)
     raise ContractError("the transformer has no LoRA")

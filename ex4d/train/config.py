@@ -27,6 +27,12 @@ class TrainConfig:
     grad_accum_steps: int = setting(
         1, "Micro batches per step. micro_batch_size × this × processes is the global batch; a run keeps it.", ge=1
     )
+    global_batch_size: int | None = setting(
+        None, "Samples per step over all processes; grad_accum_steps follows. null: from grad_accum_steps.", ge=1
+    )
+    init_from: str | None = setting(
+        None, "Start from the weights of this adapter: folder or file of ours, or the released ex4d.ckpt."
+    )
     num_processes: int | None = setting(
         None, "Local processes to start; null: one per GPU, or 2 without a GPU. A launcher's number wins.", ge=1
     )
@@ -37,8 +43,11 @@ class TrainConfig:
     keep_last: int = setting(2, "Number of newest checkpoints to keep; the best by validation loss is kept too.", ge=1)
     log_every: int = setting(10, "Print the loss every N steps.", ge=1)
 
-    lr_decay: Literal["none", "cosine"] = setting(
-        "none", "Learning rate after warm-up: constant, or cosine down to lr / 10 at num_steps.", group="Optimisation"
+    lr_geometry: float | None = setting(
+        None, "Learning rate of the geometry adapter; null: lr, as for the LoRA.", gt=0, group="Optimisation"
+    )
+    lr_decay: Literal["none", "linear", "cosine"] = setting(
+        "none", "Learning rate after warm-up: constant, or linear or cosine down to lr / 10 at num_steps."
     )
     warmup_steps: int = setting(0, "Steps over which the learning rate rises from 0.", ge=0, le=2**31 - 1)
     weight_decay: float = setting(0.01, "Weight decay of AdamW.", ge=0)
@@ -83,6 +92,9 @@ class TrainConfig:
         None, "With Ray Train, keep training with as few processes as this; null: wait for all.", ge=1
     )
     zero_stage: Literal[0, 1, 2, 3] = setting(2, "DeepSpeed ZeRO stage; losses do not depend on it.")
+    deepspeed: dict[str, Any] = setting(
+        {}, "More keys of DeepSpeed's configuration; those that the trainer sets are refused."
+    )
     loader: LoaderConfig = setting(LoaderConfig(), "How samples are fetched.")
 
     validate_every: int | None = setting(
@@ -126,6 +138,8 @@ class TrainConfig:
             "cpu_offload",
             "must be false unless train.zero_stage is 1 to 3",
         )
+        derived = self.grad_accum_steps == 1 or self.global_batch_size is None
+        need(derived, "grad_accum_steps", "must be left out with train.global_batch_size, from which it follows")
         swappable = self.activation_checkpointing or not self.block_swap
         need(swappable, "block_swap", "must be 0 unless train.activation_checkpointing=true")
         if not self.activation_checkpointing:
@@ -144,7 +158,8 @@ class TrainConfig:
 FREE = frozenset(
     {
         *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
-        *("micro_batch_size", "grad_accum_steps", "num_processes", "launcher", "zero_stage", "device"),
+        *("micro_batch_size", "grad_accum_steps", "global_batch_size", "deepspeed"),
+        *("num_processes", "launcher", "zero_stage", "device"),
         *("activation_checkpointing", "checkpoint_blocks", "checkpoint_keep_attention", "compile", "attention"),
         *("cpu_offload", "block_swap", "loader"),
         *("validate_every", "validate_samples", "min_processes"),
@@ -165,12 +180,16 @@ def identity(config: TrainConfig, model: Any, dataset_fingerprint: str) -> dict[
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], output: str) -> None:
-    """Raise ConfigError that names the first setting in which a checkpoint differs from this start."""
+    """Raise ConfigError that names the first setting in which a checkpoint differs from this start.
+
+    A setting that the checkpoint does not know is newer than the run, which therefore had its default.
+    """
+    from ex4d.models.backbone import ModelConfig
+
+    known = identity(TrainConfig(), ModelConfig(), "") | saved
     for key in sorted(saved.keys() | now.keys()):
-        if saved.get(key) != now.get(key):
-            allowed = (
-                f"{output} was started with {saved.get(key)!r}; give back that value, or take another train.output"
-            )
+        if known.get(key) != now.get(key):
+            allowed = f"{output} was started with {known.get(key)!r}; use that value, or another train.output"
             raise ConfigError(key, now.get(key), allowed)
 
 
@@ -188,11 +207,22 @@ def plan_batch(config: TrainConfig, world_size: int, global_size: int | None = N
     """Return the cut of a global batch over `world_size` processes.
 
     Args:
-        global_size: of the checkpoint that goes on; None: of a new run, micro × accum × processes.
+        global_size: of the checkpoint that goes on; None: of a new run, global_batch_size, or where that is not set
+            micro × accum × processes.
 
     Raises:
-        ConfigError: the processes do not divide the batch.
+        ConfigError: the processes do not divide the batch, or the run goes on with another batch.
     """
+    asked = config.global_batch_size
+    if global_size is None and asked is not None:
+        full = config.num_processes if config.min_processes and config.num_processes else world_size
+        if asked % (config.micro_batch_size * full):
+            allowed = f"must be a multiple of micro_batch_size × processes, {config.micro_batch_size} × {full}"
+            raise ConfigError("train.global_batch_size", asked, allowed)
+        global_size = asked
+    if global_size is not None and asked not in (None, global_size):
+        allowed = f"must be {global_size}, the global batch that this run was started with, or null"
+        raise ConfigError("train.global_batch_size", asked, allowed)
     if global_size is None:
         # An elastic run that starts small has the batch of its full size, or its curve would depend on the hour.
         processes = config.num_processes if config.min_processes and config.num_processes else world_size

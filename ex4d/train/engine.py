@@ -20,7 +20,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ex4d.errors import ContractError
+from ex4d.errors import ConfigError, ContractError
 from ex4d.train import interface, waits
 from ex4d.train.config import BatchPlan, Place, TrainConfig
 
@@ -93,12 +93,20 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
+# Keys of DeepSpeed that would cast or replace what the engine keeps exact, beside those that deepspeed_config writes.
+OWNED = frozenset({"bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler"})
+
+
 def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that follows from the run's choices."""
+    """Return the DeepSpeed configuration that follows from the run's choices, with the keys of `train.deepspeed`.
+
+    Raises:
+        ConfigError: a key of `train.deepspeed` that follows from other settings.
+    """
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET}
     if config.cpu_offload and config.zero_stage > 0:
         zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    return {
+    ours = {
         "train_batch_size": plan.global_size,
         "train_micro_batch_size_per_gpu": plan.micro_size,
         "gradient_accumulation_steps": plan.accum_steps,
@@ -108,6 +116,14 @@ def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
         "zero_force_ds_cpu_optimizer": False,
         "steps_per_print": 10**9,
     }
+    theirs = dict(config.deepspeed)
+    more = theirs.pop("zero_optimization", None) or {}
+    owned = [key for key in theirs if key in ours or key in OWNED]
+    owned += [f"zero_optimization.{key}" for key in more if key in ("stage", "offload_optimizer", "offload_param")]
+    if owned:
+        allowed = "must be left out: it follows from the other settings of `train`"
+        raise ConfigError(f"train.deepspeed.{owned[0]}", config.deepspeed, allowed)
+    return ours | theirs | {"zero_optimization": zero | more}
 
 
 class Engine:
@@ -135,9 +151,14 @@ class Engine:
         self.trainables: dict[str, nn.Parameter] = model.trainable_parameters()  # type: ignore[operator]
         self.shapes = {name: p.shape for name, p in self.trainables.items()}
         dtypes = {name: p.dtype for name, p in model.named_parameters()}
-        optimizer = torch.optim.AdamW(
-            self.trainables.values(), lr=config.lr, betas=config.betas, weight_decay=config.weight_decay
-        )
+        groups = [{"params": list(self.trainables.values())}]
+        self.lr_ratios = [1.0]
+        if config.lr_geometry is not None:
+            geometry = {name: value for name, value in self.trainables.items() if name.startswith("geometry_adapter.")}
+            rest = [value for name, value in self.trainables.items() if name not in geometry]
+            groups = [{"params": rest}, {"params": list(geometry.values())}]
+            self.lr_ratios = [1.0, config.lr_geometry / config.lr]
+        optimizer = torch.optim.AdamW(groups, lr=config.lr, betas=config.betas, weight_decay=config.weight_decay)
         self.engine, *_ = _deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, plan)
         )
@@ -145,6 +166,9 @@ class Engine:
         self._watch_gradients()
         if moments is not None:
             self._restore(moments, step)
+        elif len(groups) > 1:
+            # DeepSpeed's stages 1 and 2 link the optimizer's state after the first group's step, and miss the others'.
+            self._make_state(0)
 
     def _audit(self, before: dict[str, torch.dtype]) -> None:
         for name, parameter in self.model.named_parameters():
@@ -187,8 +211,8 @@ class Engine:
 
     def step(self, lr: float) -> float:
         """Apply the optimizer at learning rate `lr`; return the global gradient norm before clipping."""
-        for group in self.engine.optimizer.param_groups:
-            group["lr"] = lr
+        for group, ratio in zip(self.engine.optimizer.param_groups, self.lr_ratios, strict=True):
+            group["lr"] = lr * ratio
         norm = None
         if self.zero_stage == 0:  # the plain optimizer keeps no norm
             norm = torch.nn.utils.get_total_norm([p.grad for p in self.trainables.values() if p.grad is not None])
@@ -234,6 +258,13 @@ class Engine:
         expected = {f"{key}.{name}": shape for name, shape in self.shapes.items() for key in MOMENTS}
         if {name: tensor.shape for name, tensor in moments.items()} != expected:
             raise ContractError("the optimizer state of the checkpoint belongs to another model")
+        self._make_state(step)
+        for name, parameter in self.trainables.items():
+            for key in MOMENTS:
+                self._set_moment(parameter, key, moments[f"{key}.{name}"])
+
+    def _make_state(self, step: int) -> None:
+        """Give the optimizer, which has not stepped yet, the state of `step` with moments of zero."""
         optimizer = self.engine.optimizer
         inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
         for flat in self._flat_parameters():
@@ -244,9 +275,6 @@ class Engine:
             }
         if self.zero_stage in (1, 2):
             optimizer._lazy_init_hp_params_optimizer_state()
-        for name, parameter in self.trainables.items():
-            for key in MOMENTS:
-                self._set_moment(parameter, key, moments[f"{key}.{name}"])
 
     def _flat_parameters(self) -> list[Tensor]:
         optimizer = self.engine.optimizer

@@ -16,8 +16,8 @@ from ex4d.data import latents, loader, manifest
 from ex4d.data.texts import TextStore
 from ex4d.data.verify import dataset_fingerprint
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import adapter, attention, backbone, blocks, encoders, fingerprints, swap, weights
-from ex4d.train import flops
+from ex4d.models import adapter, attention, backbone, blocks, encoders, fingerprints, lora, swap, warm_start, weights
+from ex4d.train import checkpoint, flops
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.objective import Encoder, LatentEncoder
 
@@ -72,6 +72,9 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         raise ConfigError("model.source_video", True, allowed)
     sample = dataset["sample"]
     fingerprint = dataset_fingerprint(config.data)
+    start = None
+    if config.init_from and checkpoint.latest(config.output) is None:
+        start = warm_start.read(config.init_from, chosen)
     if chosen.family is not None:
         backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # refuses another before loading it
     texts = _check_latents(config, chosen, dataset, place) if "latents" in dataset else None
@@ -102,14 +105,17 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     keep = config.checkpoint_keep_attention
     recompute = model.set_gradient_checkpointing(config.activation_checkpointing, count, keep, measure=auto)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
+    if start:
+        start.fill(model, base_fingerprint)
+    rank, alpha = lora.settings(model.transformer)
 
     def write_adapter(folder: Path, tensors: Mapping[str, Tensor], step: int) -> Path:
         facts = weights.AdapterMetadata(
             base=chosen.base,
             base_revision=base.revision,
             base_fingerprint=base_fingerprint,
-            lora_rank=chosen.lora_rank,
-            lora_alpha=float(chosen.lora_alpha),
+            lora_rank=rank,
+            lora_alpha=alpha,
             adapter_hidden=chosen.adapter_hidden,
             mask_range=chosen.mask_range,
             source_video=chosen.source_video,

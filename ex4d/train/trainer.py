@@ -9,6 +9,8 @@ from __future__ import annotations
 
 import logging
 import math
+import statistics
+from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -29,6 +31,7 @@ from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
 
+SPIKE = 5.0  # a gradient norm so many times the median of the last 20 steps is named in the log
 MEMORY_MARGIN = 0.06  # of a GPU that checkpoint_blocks=auto leaves free: fragments, and larger batches of text
 
 
@@ -61,6 +64,7 @@ class Trainer:
         self.plan = plan_batch(config, place.world_size, state.global_batch_size if state else None)
         self.first_step, self.samples = (state.step, state.samples) if state else (0, 0)
         self.saved_step = self.first_step
+        self.grad_norms: deque[float] = deque(maxlen=20)
         self.average: dict[str, Tensor] | None = None
         moments = None
         if path:
@@ -101,6 +105,7 @@ class Trainer:
     def loop(self, stop_asked: Callable[[], bool], log: RunLog | None, validator: Validator | None) -> int:
         """Train to `num_steps` and write the adapter; see `run`. Rank 0 has a log, and a validator where one is due."""
         config, metrics = self.config, dict[str, Any]()
+        start = self.initial_loss()
         for step in range(self.first_step + 1, config.num_steps + 1):
             before = metrics
             metrics, stopping = self.step(step, stop_asked)
@@ -112,6 +117,7 @@ class Trainer:
                 logger.warning("stopped by a signal within step %d; the same command does it again", step)
                 return EXIT_PREEMPTED
             if step == self.first_step + 1:
+                metrics |= start
                 self.fit_memory()
             last = step == config.num_steps
             if config.validate_every and (last or step % config.validate_every == 0):
@@ -147,6 +153,8 @@ class Trainer:
             noises = [self.noise(step, key) for key in batch["keys"]]
             inputs = self.job.encoder.encode(batch, noises, self.config.shift, self.config.timestep_sampling)
             watch.lap("encode")
+            # LoRA's dropout draws from the global generator; recomputation repeats its state.
+            torch.manual_seed(noises[0].generator.initial_seed())
             losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, self.config.hole_weight)
             watch.lap("forward")
             self.engine.backward(losses.weighted.mean())
@@ -161,6 +169,7 @@ class Trainer:
         watch.lap("communication")
         lr = learning_rate(self.config, step)
         grad_norm = self.engine.step(lr)
+        self.watch_spikes(step, grad_norm, keys)
         self.update_average()
         watch.lap("optimizer")
         self.samples += self.plan.global_size
@@ -176,6 +185,15 @@ class Trainer:
         metrics |= self.throughput(watch.times()["total"])
         metrics |= {"step_s": watch.times(), "peak_memory_bytes": said.peak_memory_bytes}
         return metrics, said.stop
+
+    def watch_spikes(self, step: int, grad_norm: float, keys: list[str]) -> None:
+        """Name the clips of a step whose gradient norm stands out from those before it."""
+        if len(self.grad_norms) == self.grad_norms.maxlen:
+            usual = statistics.median(self.grad_norms)
+            if grad_norm > SPIKE * usual:
+                clips = ", ".join(keys)
+                logger.warning("step %d: gradient norm %.3g, usually %.3g; clips: %s", step, grad_norm, usual, clips)
+        self.grad_norms.append(grad_norm)
 
     def throughput(self, seconds: float) -> dict[str, float]:
         """Return samples and tokens a second of all ranks; on a known GPU MFU and HFU of one (train.flops)."""
@@ -217,6 +235,12 @@ class Trainer:
         with self.engine.full_weights():
             for name, mean in (self.average or {}).items():
                 mean.lerp_(self.engine.trainables[name], 1 - self.config.ema_decay)
+
+    def initial_loss(self) -> dict[str, float]:
+        """Return {"initial_validation_loss"} of a run that starts from another's weights, before its first update."""
+        if self.first_step or not self.config.init_from or not self.validation_batches:
+            return {}
+        return {"initial_validation_loss": self.validate(0, None)["validation_loss"]}
 
     def fit_memory(self) -> None:
         """Let as many blocks keep their activations as the memory has room for, after a step in which none did.
@@ -317,10 +341,11 @@ def train(
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 1: linear warm-up, then constant or a cosine to a tenth."""
+    """Return the learning rate of a step, counted from 1: linear warm-up, then as `lr_decay` says."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.lr_decay == "none":
         return config.lr
     done = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
-    return config.lr * (0.1 + 0.9 * (1 + math.cos(math.pi * done)) / 2)
+    left = 1 - done if config.lr_decay == "linear" else (1 + math.cos(math.pi * done)) / 2
+    return config.lr * (0.1 + 0.9 * left)

@@ -1,0 +1,67 @@
+"""Start a training from the weights of an adapter: one of ours, or the released ex4d.ckpt."""
+
+from __future__ import annotations
+
+import math
+from dataclasses import dataclass
+
+from torch import Tensor
+
+from ex4d.errors import ConfigError
+from ex4d.models import weights
+from ex4d.models.adapter import Ex4dModel
+from ex4d.models.backbone import ModelConfig
+
+
+@dataclass(frozen=True)
+class WarmStart:
+    """The weights of an adapter that fits a model configuration.
+
+    Args:
+        path: folder or file of the adapter.
+        state: {canonical name: float32 tensor}.
+        base_fingerprint: of the base that it was trained on; None where the file does not say it.
+    """
+
+    path: str
+    state: dict[str, Tensor]
+    base_fingerprint: str | None
+
+    def fill(self, model: Ex4dModel, found_base: str | None) -> None:
+        """Copy the weights into the model's trainables, bit for bit.
+
+        Args:
+            found_base: `encoders.base_fingerprint` of the model's base.
+
+        Raises:
+            ConfigError: the adapter was trained on another base.
+            ContractError: names or shapes differ; says which.
+        """
+        known = self.base_fingerprint is not None and found_base is not None
+        if known and self.base_fingerprint != found_base:
+            allowed = f"{self.path} was trained on the base {self.base_fingerprint}, this one is {found_base}"
+            raise ConfigError("train.init_from", self.path, allowed)
+        weights.load_state(model, self.state, self.path)
+
+
+def read(path: str, config: ModelConfig) -> WarmStart:
+    """Return the weights to start from, before any base is loaded.
+
+    Raises:
+        ConfigError: there is no such file, or a setting of `model` differs from the adapter's; names it with the value
+            that it must have.
+        ContractError: a damaged file.
+    """
+    state, metadata = weights.read_adapter(path)
+    alpha = config.lora_alpha * (math.sqrt(config.lora_rank) if config.lora_rslora else 1.0)
+    pairs = {
+        "lora_rank": (config.lora_rank, metadata.lora_rank),
+        "lora_alpha": (alpha, metadata.lora_alpha),
+        "adapter_hidden": (config.adapter_hidden, metadata.adapter_hidden),
+        "mask_range": (config.mask_range, metadata.mask_range),
+        "source_video": (config.source_video, metadata.source_video),
+    }
+    for name, (here, there) in pairs.items():
+        if here != there:
+            raise ConfigError(f"model.{name}", here, f"must be {there!r}, as in train.init_from={path}")
+    return WarmStart(path, state, metadata.base_fingerprint)
