@@ -6,6 +6,7 @@ import argparse
 import dataclasses
 import json
 import time
+from collections.abc import Mapping
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -40,61 +41,37 @@ def main(config_path: str, output: str) -> int:
     """Run every step into the folder `output`; print the figures and where things are; return the exit status."""
     from rich.console import Console
 
-    from ex4d.data.verify import verify
-    from ex4d.generate import novel_view
     from ex4d.viewer import page
     from pipelines.evaluate import job as evaluate
-    from pipelines.preprocess import run as preprocess
     from pipelines.train import launch as train
 
     console, started = Console(), time.monotonic()
     out = Path(output)
     dataset, run_folder = out / "dataset", out / "train"
-    settings = config.load(
-        config_path,
-        sections(),
-        [
-            *(f"preprocess.output={dataset}", f"train.data={dataset}", f"train.output={run_folder}"),
-            *(f"evaluate.adapter={run_folder / 'adapter'}", f"evaluate.output={out / 'evaluation'}"),
-        ],
-    )
+    places = {
+        **{"preprocess.output": dataset, "train.data": dataset, "train.output": run_folder},
+        **{"evaluate.adapter": run_folder / "adapter", "evaluate.output": out / "evaluation"},
+    }
+    settings = config.load(config_path, sections(), [f"{key}={path}" for key, path in places.items()])
     seconds: dict[str, float] = {}
 
     def step(name: str) -> None:
         seconds[name] = time.monotonic() - started - sum(seconds.values())
 
     console.rule("1. videos to shards")
-    made = preprocess.run(settings["preprocess"], settings["ray"], settings["synthetic"])
-    console.print(made.table())
-    if made.exit_code:
-        return made.exit_code
-    checked = verify(str(dataset), full=True)
-    console.print(str(checked))
-    if not checked.ok:
-        return 1
+    status = _shards(settings)
+    if status:
+        return status
     step("preprocess")
 
     console.rule("2. shards to an adapter")
     status = train.command(config_path, [f"train.data={dataset}", f"train.output={run_folder}"])
     if status:
         return status
-    adapter = run_folder / "adapter"
     step("train")
 
     console.rule("3. a new view of a video that was never seen")
-    chosen = settings["evaluate"]
-    unseen = dataclasses.replace(settings["synthetic"], seed=chosen.corpus_seed, num_videos=1)
-    source = synthetic.write_corpus(out / "held_out", unseen)[0]
-    trajectory, angle_deg = next(iter(chosen.ranges.values()))[:2]
-    view = novel_view(
-        video_path=source,
-        adapter_path=adapter,
-        trajectory_name=trajectory,
-        angle_deg=angle_deg,
-        config=settings["generate"],
-        seed=chosen.seed,
-    )
-    video_path = view.write(out / "novel_view.mp4")[0]
+    video_path = _novel_view(settings, out, run_folder / "adapter")
     step("generate")
 
     console.rule("4. against the truth, on held-out scenes")
@@ -107,9 +84,47 @@ def main(config_path: str, output: str) -> int:
 
     page_path = page.write(_page(settings, report, run_folder, seconds), out / "index.html")
     console.rule(f"done in {time.monotonic() - started:.0f} s")
-    for name, path in (("dataset", dataset), ("adapter", adapter), ("video", video_path), ("page", page_path)):
+    for name, path in (
+        ("dataset", dataset),
+        ("adapter", run_folder / "adapter"),
+        ("video", video_path),
+        ("page", page_path),
+    ):
         print(f"{name}: {path}")
     return 0
+
+
+def _shards(settings: Mapping[str, Any]) -> int:
+    """Make and verify the dataset; return the exit status."""
+    from ex4d.data.verify import verify
+    from pipelines.preprocess import run as preprocess
+
+    made = preprocess.run(settings["preprocess"], settings["ray"], settings["synthetic"])
+    print(made.table())
+    if made.exit_code:
+        return made.exit_code
+    checked = verify(settings["preprocess"].output, full=True)
+    print(checked)
+    return 0 if checked.ok else 1
+
+
+def _novel_view(settings: Mapping[str, Any], out: Path, adapter: Path) -> Path:
+    """Write a novel view of a synthetic video that was not trained on; return where it is."""
+    from ex4d.generate import novel_view
+
+    chosen = settings["evaluate"]
+    unseen = dataclasses.replace(settings["synthetic"], seed=chosen.corpus_seed, num_videos=1)
+    source = synthetic.write_corpus(out / "held_out", unseen)[0]
+    trajectory, angle_deg = next(iter(chosen.ranges.values()))[:2]
+    view = novel_view(
+        video_path=source,
+        adapter_path=adapter,
+        trajectory_name=trajectory,
+        angle_deg=angle_deg,
+        config=settings["generate"],
+        seed=chosen.seed,
+    )
+    return view.write(out / "novel_view.mp4")[0]
 
 
 def _print_leads(report: Report) -> None:

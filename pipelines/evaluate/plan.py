@@ -124,11 +124,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     metadata = weights.read_metadata(config.adapter)
     size, num_frames = config.size or metadata.size, config.num_frames
     num_frames = metadata.num_frames if num_frames is None else num_frames
-    choices = {
-        **{name: getattr(config, name) for name in ("depth", "depth_path", "fov_deg")},
-        **{"size": tuple(size), "num_frames": num_frames, "seed": config.seed},
-        "profile": config.profile or ("released" if metadata.mask_range == "released" else "default"),
-    }
+    choices = _reconstruct_choices(config, metadata, num_frames, size)
     check_choices(**choices)
     _check_size(num_frames, size)
     scenes = config.videos is None
@@ -136,9 +132,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         raise ConfigError("evaluate.corpus_seed", config.corpus_seed, "must differ from synthetic.seed")
     world = replace(world, seed=config.corpus_seed, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
     base = (config.base, None) if config.base else (metadata.base, metadata.base_revision)
-    layers = backbone.transformer_config(*base)["num_layers"]
-    if sampler.block_swap > layers:
-        raise ConfigError("generate.block_swap", sampler.block_swap, f"0 to {layers}, the number of blocks")
+    _check_swap(sampler, base)
     digest = storage.sha256(weights.adapter_file(config.adapter))
     models = fingerprints.of_components(*base, backbone.COMPONENTS, backbone.COMPONENTS)
     sampler = sampler.for_adapter(metadata)
@@ -162,23 +156,47 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     cases = _scenes(config) if scenes else list(_videos(config, rejects))
     if OTHER in config.compared and len(cases) < 2:
         raise ConfigError("evaluate.methods", OTHER, "needs two clips or more")
-    versions = installed_versions(PACKAGES)
-    # Where weights lie while they do not work changes no result.
-    how = to_dict(replace(sampler, offload=False, block_swap=0))
-    known_by = [CODE, versions, context.model, how, config.seed, context.device, config.compared, choices]
-    known_by += [to_dict(context.world) if context.world else None, choose_backend("auto"), _networks(config)]
-    facts = {
-        "adapter": hub.name_of(config.adapter),
-        "adapter sha256": digest,
+    facts = {"adapter": hub.name_of(config.adapter), "adapter sha256": digest}
+    facts |= _facts(sampler, metadata, base[0], num_frames, size)
+    paths = {name: _path(name, chosen, num_frames, size) for name, chosen in config.ranges.items()}
+    return Planned(list(_rows(config, cases, paths, _known_by(config, context))), rejects, context, facts)
+
+
+def _reconstruct_choices(
+    config: EvaluateConfig, metadata: weights.AdapterMetadata, num_frames: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    profile = config.profile or ("released" if metadata.mask_range == "released" else "default")
+    chosen = {name: getattr(config, name) for name in ("depth", "depth_path", "fov_deg")}
+    return chosen | {"size": tuple(size), "num_frames": num_frames, "seed": config.seed, "profile": profile}
+
+
+def _facts(
+    sampler: GenerateConfig, metadata: weights.AdapterMetadata, base: str, num_frames: int, size: tuple[int, int]
+) -> dict[str, Any]:
+    """Return what the page says of an evaluation, beside the adapter's name and hash."""
+    return {
         "adapter step": metadata.step,
-        "base": hub.name_of(base[0]),
+        "base": hub.name_of(base),
         "trained on": metadata.dataset_fingerprint,
         "frames": f"{num_frames} × {size[0]} × {size[1]}",
         "sampler": ", ".join(f"{name}={value}" for name, value in to_dict(sampler).items()),
-        "versions": ", ".join(f"{name} {version}" for name, version in versions.items()),
+        "versions": ", ".join(f"{name} {version}" for name, version in installed_versions(PACKAGES).items()),
     }
-    paths = {name: _path(name, chosen, num_frames, size) for name, chosen in config.ranges.items()}
-    return Planned(list(_rows(config, cases, paths, known_by)), rejects, context, facts)
+
+
+def _check_swap(sampler: GenerateConfig, base: tuple[str, str | None]) -> None:
+    layers = backbone.transformer_config(*base)["num_layers"]
+    if sampler.block_swap > layers:
+        raise ConfigError("generate.block_swap", sampler.block_swap, f"0 to {layers}, the number of blocks")
+
+
+def _known_by(config: EvaluateConfig, context: Evaluation) -> list[Any]:
+    """Return what a view's result depends on beside its clip and its path."""
+    # Where weights lie while they do not work changes no result.
+    how = to_dict(replace(context.sampler, offload=False, block_swap=0))
+    known_by = [CODE, installed_versions(PACKAGES), context.model, how, config.seed, context.device, config.compared]
+    known_by += [context.reconstruct, to_dict(context.world) if context.world else None, choose_backend("auto")]
+    return [*known_by, _networks(config)]
 
 
 def _check_size(num_frames: int, size: tuple[int, int]) -> None:

@@ -170,22 +170,13 @@ def _clip_K(
     return made.K.tolist()
 
 
-def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return the condition: what the clip's camera sees of the other camera's mesh, eroded as simulated masks are.
-
-    `cond` uint8 [T,H,W,3], the clip's own colours where nothing is shown; `visible` bool [1,T,H,W], `kind` uint8 [1]
-    and `hole_share` float32 [1,T]: one visibility mask; `w2c` [1][T][4][4] of the other camera relative to the clip's
-    own; `K` of the clip; `warp_error`, by how much the colours shown differ from the clip's, mean, in [0, 1];
-    `pair_facts` for its provenance. Frame 0 is the clip's, complete, as in every sample.
+def _other_camera(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+    """Return the clip's K [3,3], the other camera's K, its w2c [T,4,4] in the clip's camera, its z_depth [T,H,W].
 
     Raises:
-        BadSample: pair_cameras: cameras and depth have no unit in common, or the warp shows nothing; and what
-            `warp_video` raises.
+        BadSample: pair_cameras: cameras and depth have no unit in common.
     """
-    from ex4d.data.members import hole_share
-    from ex4d.geometry import masks
     from ex4d.geometry.camera import relative_to
-    from ex4d.geometry.render import warp_video
 
     if not row["absolute"]:
         raise BadSample("pair_cameras", "the other camera's depth is relative; z_depth has the unit of cameras")
@@ -201,7 +192,27 @@ def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         apart = float(np.abs(theirs[:, :3, 3]).max())
     if not apart <= FAR * float(z_depth.max()):
         raise BadSample("pair_cameras", f"the cameras are {apart:.3g} apart, the depth ends at {z_depth.max():.3g}")
-    world = np.broadcast_to(np.eye(4), w2c.shape)  # the clip's camera at each frame
+    return K, other_K, theirs, z_depth
+
+
+def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return the condition: what the clip's camera sees of the other camera's mesh, eroded as simulated masks are.
+
+    `cond` uint8 [T,H,W,3], the clip's own colours where nothing is shown; `visible` bool [1,T,H,W], `kind` uint8 [1]
+    and `hole_share` float32 [1,T]: one visibility mask; `w2c` [1][T][4][4] of the other camera relative to the clip's
+    own; `K` of the clip; `warp_error`, by how much the colours shown differ from the clip's, mean, in [0, 1];
+    `pair_facts` for its provenance. Frame 0 is the clip's, complete, as in every sample.
+
+    Raises:
+        BadSample: pair_cameras: cameras and depth have no unit in common, or the warp shows nothing; and what
+            `warp_video` raises.
+    """
+    from ex4d.data.members import hole_share
+    from ex4d.geometry import masks
+    from ex4d.geometry.render import warp_video
+
+    K, other_K, theirs, z_depth = _other_camera(row)
+    world = np.broadcast_to(np.eye(4), theirs.shape)  # the clip's camera at each frame
     seen_from = (config.profile, "cpu", theirs, K)
     colours, visible = warp_video(row["other_frames"], z_depth, other_K, world, *seen_from)
     least, most = config.masks.erosion_px
