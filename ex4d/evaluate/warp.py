@@ -18,7 +18,7 @@ from ex4d.geometry.trajectory import radius_of
 
 # Where "visible" is a matter of a pixel: surfaces within so many pixels of a depth edge, in either picture.
 BAND_PX = 3
-EDGE_JUMP = 0.046  # the depth jump between neighbours that 2.5° means at f = 500 (METHOD, mesh, point 6)
+EDGE_JUMP = 0.046  # the depth jump between neighbours that 2.5° means at f = 500 (docs/method.md, 1)
 
 
 @dataclass(frozen=True)

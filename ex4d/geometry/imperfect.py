@@ -1,4 +1,4 @@
-"""Conditions with the errors of real depth: for training on what generation will meet (METHOD §4, beyond the paper)."""
+"""Conditions with the errors of real depth: for training on what generation will meet (docs/method.md, 4)."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Simulated masks: what a training sample hides of its own video, so that no second view is ever needed (METHOD §4).
+"""Simulated masks: what a training sample hides of its own video, so that no second view is needed (docs/method.md, 4).
 
 | kind | kept is | lies in |
 |---|---|---|

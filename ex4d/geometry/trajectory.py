@@ -1,7 +1,7 @@
 """Camera paths: w2c float64 [T, 4, 4], OpenCV axes, world = the source camera of the first frame.
 
 Every path starts at the source camera (identity) and, where it turns, looks at the point (0, 0, radius). Lengths are
-multiples of `radius`, so that scaling the depth scales the path and leaves the pictures unchanged. Formulas: METHOD §2.
+multiples of `radius`, so that scaling the depth scales the path and leaves the pictures unchanged (docs/method.md, 2).
 """
 
 from __future__ import annotations
