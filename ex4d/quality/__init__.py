@@ -38,6 +38,10 @@ SCORES: dict[str, Score] = {
     "still": Score("share of frames that repeat the one before", 0.0, 1.0, "max", 0.6),
     "text": Score("share of the picture under lines of overlaid text", 0.0, 1.0, "max", 0.005),
     "bars": Score("share of the picture that black bars took and the crop box leaves out", 0.0, 1.0, "max"),
+    "source_side": Score("shorter side of what the clip is made of, inside black bars, px", 0.0, None, "min", 32.0),
+    "hdr": Score("1 where the source is HDR (PQ or HLG), which is tone-mapped", 0.0, 1.0, "max"),
+    "interlaced": Score("1 where the source is interlaced, which is deinterlaced", 0.0, 1.0, "max"),
+    "texture": Score("share of the picture with a gradient of two levels a pixel and more", 0.0, 1.0, "min", 0.02),
     "logo": Score("share of a corner under edges that stay while the picture moves", 0.0, 1.0, "max", 0.1),
     "depth_flicker": Score(
         "jitter of log depth along the flow, frame to frame", 0.0, None, "max", stage="depth_quality"

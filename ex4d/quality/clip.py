@@ -6,10 +6,11 @@ import numpy as np
 
 from ex4d.quality.motion import motions
 from ex4d.quality.overlay import text_share
-from ex4d.quality.pictures import luma, shrink, spread
+from ex4d.quality.pictures import gradient, luma, shrink, spread
 
 SIDE, TEXT_SIDE = 128, 256
 SHARP_FRAMES = 7
+TEXTURE_LEVELS = 2.0  # of 255 a pixel: above the noise of a flat wall, below its plaster
 REPEAT_LEVELS = 1.0  # what a P frame without new content may change in a block of 8 × 8; of 255
 
 
@@ -33,6 +34,7 @@ def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
         "sharpness": float(np.median([sharpness(frame) for frame in luma(frames[spread(len(frames), SHARP_FRAMES)])])),
         "exposure": float(scaled.mean(dtype=np.float64)),
         "still": still_share(grey),
+        "texture": float(np.mean([texture(image) for image in grey[spread(len(grey), SHARP_FRAMES)]])),
         "text": text_share(luma(medium[spread(len(medium), 8)])),
     }
 
@@ -57,6 +59,11 @@ def sharpness(image: np.ndarray) -> float:
         lost = float(np.maximum(before - after, 0).sum(dtype=np.float64))
         shares.append(lost / total if total > 0.05 * picture.size else 0.0)
     return min(shares)
+
+
+def texture(grey: np.ndarray) -> float:
+    """Return the share of a small picture, uint8 [h,w] luma, with a gradient of TEXTURE_LEVELS a pixel and more."""
+    return float((np.hypot(*gradient(grey)) >= TEXTURE_LEVELS).mean())
 
 
 def still_share(grey: np.ndarray) -> float:

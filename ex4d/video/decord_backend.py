@@ -36,7 +36,8 @@ def decode_decord(
     if not isinstance(path, str | Path):
         raise ConfigError("backend", "decord", "reads files by their path")
     info = probe(path)
-    if {"mirrored", "non_square_pixels", "several_video_streams"} & set(info.notes) or info.turn:
+    unlike = {"mirrored", "non_square_pixels", "several_video_streams", "interlaced", "hdr_pq", "hdr_hlg"}
+    if unlike & set(info.notes) or info.turn:
         raise BadSample("decord_inexact", f"not proved for {', '.join(info.notes)}")
     pts = _closed_gop_pts(path)
     try:

@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Container, Iterator, Sequence
 from fractions import Fraction
 from typing import Any
 
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
+from ex4d.video import hdr
 from ex4d.video.resize import Fit
 from ex4d.video.source import Source, ffmpeg_errors, opened, orientation, square_pixel_size
 
@@ -45,7 +46,7 @@ def frame_pts(path: Source) -> tuple[np.ndarray, Fraction]:
 def frame_pts_by_decoding(path: Source) -> tuple[np.ndarray, Fraction]:
     """Return what `frame_pts` does, the slow and certain way: by decoding every frame."""
     with opened(path) as (container, stream, _):
-        pts = sorted({_pts_of(frame) for frame in decoded(container, stream)})
+        pts = sorted({_pts_of(frame) for frame in decoded(container, stream, wanted=())})
         time_base = stream.time_base
     if not pts:
         raise BadSample("no_frames", "the video stream has no frame that decodes")
@@ -61,6 +62,8 @@ def decode(
     box: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
     """Return uint8 [T,H,W,3] RGB: exactly the frames whose pts are asked for, in that order, upright.
+
+    HDR (PQ, HLG) is tone-mapped to BT.709 (`hdr`), interlaced frames are deinterlaced (bwdif).
 
     Args:
         pts: ticks of the stream's clock, as `frame_pts` gives them; any order, repeats allowed.
@@ -95,15 +98,15 @@ def decode(
 def iter_decimated(path: Source, max_height: int = 144, stride: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (pts, uint8 [h,w,3] RGB upright, h ≤ `max_height`) for every `stride`-th frame: for finding cuts.
 
-    Everything is decoded, since skipped references would show; only what is yielded is scaled and converted, by a
-    fast bilinear filter, so the pixels are for statistics and not for training.
+    Everything is decoded, since skipped references would show; frames with concealed damage come too. Only what is
+    yielded is scaled and converted, by a fast bilinear filter, so the pixels are for statistics and not for training.
 
     Raises:
         BadSample: `decode_error`, `resolution_changed`, and the reasons of `source.opened`.
     """
     with opened(path) as (container, stream, _):
         to_rgb = Converter(None, "squeeze", max_height=max_height)
-        for index, frame in enumerate(decoded(container, stream)):
+        for index, frame in enumerate(decoded(container, stream, wanted=())):
             if index % stride == 0:
                 yield _pts_of(frame), to_rgb(frame, stream)
 
@@ -159,7 +162,7 @@ class Converter:
 
 
 def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False) -> np.ndarray:
-    """Return uint8 [H,W,3] RGB, full range, by the matrix and range that the frame is tagged with.
+    """Return uint8 [H,W,3] RGB, full range, by the matrix and range that the frame is tagged with; HDR tone-mapped.
 
     Untagged frames are taken as BT.709 from 720 lines or 1280 columns up and BT.601 below, limited range, as
     players do.
@@ -177,16 +180,18 @@ def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False)
     height, width = size or (frame.height, frame.width)
     # Without the last two swscale's short cut darkens every channel by one to two levels (docs/decisions/video.md).
     exact = Interpolation.BILINEAR | Interpolation.BITEXACT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
-    return frame.reformat(
+    is_hdr = frame.color_trc in hdr.NAMES
+    picture = frame.reformat(
         width=width,
         height=height,
-        format="rgb24",
+        format="gbrp16le" if is_hdr else "rgb24",  # not rgb48le: with FULL_CHR_H_INT swscale mixes its channels up
         src_colorspace=matrix,
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
         interpolation=Interpolation.FAST_BILINEAR if draft else exact,
         threads=1,
     ).to_ndarray()
+    return hdr.to_sdr(picture, frame.color_trc) if is_hdr else picture
 
 
 def _groups(values: list[int], time_base: Fraction) -> list[list[int]]:
@@ -199,11 +204,20 @@ def _groups(values: list[int], time_base: Fraction) -> list[list[int]]:
 
 
 def _decode_group(path: Source, group: list[int], to_rgb: Converter) -> dict[int, np.ndarray]:
-    for by_seeking in (True, False):  # a file without an index cannot be sought in, but it can be read
-        with opened(path) as (container, stream, _):
-            if not by_seeking or _seek_before(container, stream, group[0]):
-                return _collect(container, stream, set(group), to_rgb)
-    raise AssertionError("reading from the start always returns or raises")
+    first, frames, wanted = group[0], decoded, set(group)
+    while True:
+        try:
+            for by_seeking in (True, False):  # a file without an index cannot be sought in, but it can be read
+                with opened(path) as (container, stream, _):
+                    if not by_seeking or _seek_before(container, stream, first):
+                        return _collect(frames(container, stream, wanted), wanted, stream, to_rgb)
+        except _Interlaced:
+            # The filter needs the frame before the first one as well, so the key frame must be an earlier one.
+            first, frames = group[0] - 1, deinterlaced
+
+
+class _Interlaced(Exception):
+    """A frame that is wanted has two moments in its lines."""
 
 
 def _seek_before(container: Any, stream: Any, target: int) -> bool:
@@ -231,12 +245,14 @@ def _seek_before(container: Any, stream: Any, target: int) -> bool:
     return False
 
 
-def _collect(container: Any, stream: Any, wanted: set[int], to_rgb: Converter) -> dict[int, np.ndarray]:
+def _collect(frames: Iterator[Any], wanted: set[int], stream: Any, to_rgb: Converter) -> dict[int, np.ndarray]:
     found: dict[int, np.ndarray] = {}
     last = max(wanted)
-    for frame in decoded(container, stream):
+    for frame in frames:
         pts = _pts_of(frame)
         if pts in wanted and pts not in found:
+            if frame.interlaced_frame:
+                raise _Interlaced
             found[pts] = to_rgb(frame, stream)
             if len(found) == len(wanted):
                 return found
@@ -246,12 +262,48 @@ def _collect(container: Any, stream: Any, wanted: set[int], to_rgb: Converter) -
     raise BadSample("decode_short", f"{len(missing)} of {len(wanted)} frames are not there, first at pts {missing[0]}")
 
 
-def decoded(container: Any, stream: Any) -> Iterator[Any]:
-    """Yield PyAV's frames of an opened stream. Raises BadSample(`decode_corrupt`, `decode_error`)."""
+def deinterlaced(container: Any, stream: Any, wanted: Container[int] | None = None) -> Iterator[Any]:
+    """Yield what `decoded` does, interlaced frames as one moment of full height (by bwdif), others as they are."""
+    import av
+
+    graph = av.filter.Graph()
+    source, sink = graph.add_buffer(template=stream), graph.add("buffersink")
+    bwdif = graph.add("bwdif", "mode=send_frame:parity=auto:deint=interlaced")
+    source.link_to(bwdif)
+    bwdif.link_to(sink)
+    graph.configure()
+    for frame in itertools.chain(
+        decoded(container, stream, wanted), [None]
+    ):  # None: the end, which lets the last one out
+        with ffmpeg_errors("decode_error", "deinterlacing"):
+            graph.push(frame)
+            while True:
+                try:
+                    shown = graph.pull()
+                except (av.BlockingIOError, av.EOFError):
+                    break
+                if shown.pts is not None:  # the filter's clock ticks twice as fast
+                    shown.pts = round(shown.pts * Fraction(shown.time_base or 1) / stream.time_base)
+                    shown.time_base = stream.time_base
+                yield shown
+
+
+def decoded(container: Any, stream: Any, wanted: Container[int] | None = None) -> Iterator[Any]:
+    """Yield PyAV's frames of an opened stream.
+
+    Args:
+        wanted: pts of the frames that must be whole; None: all of them. Where the decoder concealed damage, the frames
+            up to the next key frame may be made of it, though it marks the first alone.
+
+    Raises:
+        BadSample: `decode_corrupt`, `decode_error`.
+    """
+    damaged = None
     with ffmpeg_errors("decode_error", "decoding"):
         for frame in container.decode(stream):
-            if frame.is_corrupt:
-                raise BadSample("decode_corrupt", f"the decoder concealed damage at pts {frame.pts}")
+            damaged = frame.pts if frame.is_corrupt else None if frame.key_frame else damaged
+            if damaged is not None and (wanted is None or frame.pts in wanted):
+                raise BadSample("decode_corrupt", f"the decoder concealed damage at pts {damaged}")
             yield frame
 
 

@@ -14,7 +14,7 @@ from typing import IO
 from ex4d.errors import BadSample
 
 # format name -> FFmpeg demuxer of the same name
-CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv")
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif")
 
 # Decoders that a file may reach, by FFmpeg's names; it has some three hundred, many of games and of one vendor.
 CODECS = (
@@ -27,7 +27,6 @@ _MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"s
 _PICTURES = (
     (b"\xff\xd8\xff", "jpeg"),
     (b"\x89PNG", "png"),
-    (b"GIF8", "gif"),
     (b"BM", "bmp"),
     (b"II*\x00", "tiff"),
     (b"MM\x00*", "tiff"),
@@ -36,7 +35,6 @@ _OTHERS = (
     (b"PK\x03\x04", "zip"),
     (b"\x1f\x8b", "gzip"),
     (b"%PDF", "pdf"),
-    (b"OggS", "ogg"),
     (b"ID3", "mp3"),
     (b"fLaC", "flac"),
     (b"\x93NUMPY", "npy"),
@@ -81,6 +79,10 @@ def _known_container(head: bytes) -> str | None:
         return "avi"
     if head.startswith(b"FLV\x01"):
         return "flv"
+    if head.startswith(b"OggS"):
+        return "ogg"
+    if head.startswith((b"GIF87a", b"GIF89a")):
+        return "gif"
     if head.startswith(b"\x00\x00\x01\xba"):
         return "mpeg"
     for first, packet_size in ((0, 188), (4, 192)):

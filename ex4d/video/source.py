@@ -13,14 +13,11 @@ from pathlib import Path
 from typing import IO, Any
 
 from ex4d.errors import BadSample
-from ex4d.video import sniff
+from ex4d.video import hdr, sniff
 from ex4d.video.sniff import MAX_SIDE_PX
 
 # A path, a file's bytes, or a file that is open for reading and can be sought in
 Source = str | Path | bytes | IO[bytes]
-
-# AVColorTransferCharacteristic of H.273: linear light of displays is not what an SDR picture holds
-_HDR_TRANSFERS = {16: "pq", 18: "hlg"}
 
 
 @dataclass(frozen=True)
@@ -216,8 +213,8 @@ def first_frame(container: Any, stream: Any) -> Any:
 
 def _notes(frame: Any, stream: Any, turn: int, mirrored: bool, num_streams: int) -> tuple[str, ...]:
     notes = []
-    if frame.color_trc in _HDR_TRANSFERS:
-        notes.append(f"hdr_{_HDR_TRANSFERS[frame.color_trc]}")
+    if frame.color_trc in hdr.NAMES:
+        notes.append(f"hdr_{hdr.NAMES[frame.color_trc]}")
     if num_streams > 1:
         notes.append("several_video_streams")
     if turn:

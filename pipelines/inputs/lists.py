@@ -35,13 +35,27 @@ from pipelines.inputs.tables import without_query
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".parquet", ".json", ".jsonl")
-VIDEO_SUFFIXES = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg", ".flv")
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".ts",
+    ".m2ts",
+    ".mts",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".ogv",
+)
 # Names that tell us there is no video to look for; all other suffixes are opened and judged by content.
 OTHER_SUFFIXES = (
     *(".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv"),
     *(".parquet", ".srt", ".vtt", ".ass", ".log", ".sha256", ".md5", ".npy", ".npz", ".pt", ".safetensors", ".ckpt"),
     *(".exr", ".pfm", ".ply", ".glb", ".obj", ".tar", ".zip", ".gz", ".7z", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
-    *(".tif", ".tiff", ".gif", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
+    *(".tif", ".tiff", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
 )
 # Their URLs are pages with a player.
 PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com", "tiktok.com", "facebook.com")

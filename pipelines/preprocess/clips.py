@@ -17,6 +17,8 @@ from pipelines.preprocess.stages.shots import unpack_pts
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
+GAP = 2.5  # usual steps from one frame to the next: one dropped frame is none, a pause is
+
 
 @dataclass(frozen=True)
 class Clip:
@@ -65,11 +67,13 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
     parts = [(part, look, span) for span in spans or (Span(),) for part, look in _within(span, shots, seconds)]
     if not parts:
         raise BadSample("span_outside", "the video ends before any span of the list begins")
-    whole = [0, 0, *record["info"]["size"]]
+    whole, notes = [0, 0, *record["info"]["size"]], record["info"].get("notes", ())
+    facts = {"hdr": any(note.startswith("hdr_") for note in notes), "interlaced": "interlaced" in notes}
     found: dict[str, Clip] = {}
     for part, look, span in parts:
         for index in _of_shot(part, pts, time_base, config):
-            clip = _clip(sha256, index, pts, time_base, look if config.crop_bars else look | {"box": whole}, config)
+            seen = {**look, **facts} if config.crop_bars else {**look, **facts, "box": whole}
+            clip = _clip(sha256, index, pts, time_base, seen, config)
             found.setdefault(clip.key, replace(clip, caption=span.caption, licence=span.licence))
     if not found:
         raise _why_none([part for part, _, _ in parts], pts, time_base, config)
@@ -113,28 +117,42 @@ def _of_shot(
     ticks = pts[start:stop]
     if (stop - start) < config.num_frames or float((ticks[-1] - ticks[0]) * time_base) < config.min_shot_s:
         return
-    grid = _grid(ticks, time_base, config)
     length = config.num_frames
-    count = min(len(grid) // length, config.clips_per_shot)
-    if count == 0:
-        return
-    free = len(grid) - count * length
-    for number in range(count):
-        first = number * length + free * (number + 1) // (count + 1)
-        index = grid[first : first + length]
-        if (np.diff(index) > 0).all():  # a frame that is shown twice would be a still in the clip
-            yield start + index
+    runs = [run for run in _runs(ticks, time_base, config) if len(run) >= length]
+    counts = [0] * len(runs)
+    for _ in range(min(sum(len(run) // length for run in runs), config.clips_per_shot)):
+        # The next clip lies where it has most room.
+        room = [
+            len(run) / (count + 1) if (count + 1) * length <= len(run) else 0.0
+            for run, count in zip(runs, counts, strict=True)
+        ]
+        counts[room.index(max(room))] += 1
+    for run, count in zip(runs, counts, strict=True):
+        free = len(run) - count * length
+        for number in range(count):
+            first = number * length + free * (number + 1) // (count + 1)
+            yield start + run[first : first + length]
 
 
-def _grid(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> np.ndarray:
-    """Return positions in the shot: every stride-th frame, or the frame nearest to each tick of the wanted rate."""
+def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> list[np.ndarray]:
+    """Return runs of positions in the shot: every stride-th frame, or the frame nearest to each wanted time.
+
+    A run ends where time does not go on evenly: at a gap of GAP usual steps; or, where a rate is asked for, where a
+    frame would be shown twice or more than half a step from its time.
+    """
     if config.fps is None:
-        return np.arange(0, len(ticks), config.stride)
+        steps = np.diff(ticks)
+        breaks = np.flatnonzero(steps > GAP * np.median(steps)) + 1 if len(steps) else np.zeros(0, np.int64)
+        return [run[:: config.stride] for run in np.split(np.arange(len(ticks)), breaks)]
     seconds = (ticks - ticks[0]) * float(time_base)
     wanted = np.arange(int(np.floor(seconds[-1] * config.fps + 0.5)) + 1) / config.fps
     after = np.searchsorted(seconds, wanted).clip(1, len(seconds) - 1) if len(seconds) > 1 else np.zeros(1, np.int64)
     before = after - 1
-    return np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
+    grid = np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
+    near = np.abs(seconds[grid] - wanted) <= (0.5 + 1e-6) / config.fps
+    # A frame that is shown twice would be a still in the clip.
+    breaks = np.flatnonzero((np.diff(grid) <= 0) | ~near[1:] | ~near[:-1]) + 1
+    return np.split(grid, breaks)
 
 
 def _spread(found: list[Clip], limit: int | None) -> list[Clip]:
@@ -163,7 +181,10 @@ def _clip(
         time_base=(time_base.numerator, time_base.denominator),
         fps=float(fps),
         box=list(look["box"]),
-        shot_scores={name: float(look[name]) for name in ("bars", "logo")},
+        shot_scores={
+            **{name: float(look[name]) for name in ("bars", "logo", "hdr", "interlaced")},
+            "source_side": float(min(look["box"][2:])),
+        },
     )
 
 

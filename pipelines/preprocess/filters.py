@@ -15,6 +15,7 @@ class FilterConfig:
     """Thresholds on scores; null is off, and the score is recorded either way. `quality.SCORES` defines each score.
 
     `preprocess.score_only=true` shows what each would keep; docs/decisions/preprocess.md has the figures behind them.
+    Three are on by default, against what nobody can learn from: black pictures, blank ones, and those of a few pixels.
     """
 
     min_motion: float | None = setting(
@@ -29,8 +30,16 @@ class FilterConfig:
         None, "Fraction of the texture that moves differently from the camera, parallax included.", ge=0, le=1
     )
     min_sharpness: float | None = setting(None, "Sharpness; 0.4 drops blurred clips.", ge=0, le=1)
-    min_exposure: float | None = setting(None, "Mean luma; 0.05 drops dark clips.", ge=0, le=1)
+    min_exposure: float | None = setting(0.01, "Mean luma; 0.01 drops black clips, 0.05 dark ones.", ge=0, le=1)
     max_exposure: float | None = setting(None, "Mean luma.", ge=0, le=1)
+    min_texture: float | None = setting(
+        0.02, "Fraction of the picture with a gradient; 0.02 drops blank pictures with a dot or a line.", ge=0, le=1
+    )
+    min_source_side: float | None = setting(
+        32.0, "Shorter side of the source inside black bars, px; 32 drops what is no picture.", ge=0
+    )
+    max_hdr: float | None = setting(None, "0 drops HDR videos (PQ, HLG), which are tone-mapped.", ge=0, le=1)
+    max_interlaced: float | None = setting(None, "0 drops interlaced videos, which are deinterlaced.", ge=0, le=1)
     max_still: float | None = setting(None, "Fraction of repeated frames; 0.6 drops slide-shows.", ge=0, le=1)
     max_text: float | None = setting(None, "Fraction of the picture under text; 0.005 finds most.", ge=0, le=1)
     max_bars: float | None = setting(None, "Fraction of the picture that black bars took.", ge=0, le=1)

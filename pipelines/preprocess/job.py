@@ -7,13 +7,15 @@ from collections.abc import Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
+from ex4d import storage
 from ex4d.config import fingerprint
 from ex4d.data import shards
+from ex4d.data.manifest import DATASET
 from ex4d.errors import BadSample, Filtered
 from ex4d.quality import SCORES
 from pipelines import inputs
 from pipelines.preprocess import clips, duplicates, pairs, settings
-from pipelines.preprocess.filters import FilterConfig, decide
+from pipelines.preprocess.filters import decide
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import pair
 from pipelines.runtime.ledger import Ledger
@@ -186,7 +188,7 @@ class Job:
         for row in missing:
             if row["score_artifact"] in self.done:
                 row["known_scores"] = self.ledger.read(row["score_artifact"])
-        passing = [row for row in missing if self._judged(row, row["known_scores"] or {}) is None]
+        passing = [row for row in missing if self._judged(row, row["known_scores"] or row["shot_scores"]) is None]
         fresh = {row["key"]: row for row in self._run("clip", self.stages.clip, passing, ())}
         for row in rows:
             refusal = fresh[row["key"]]["refusal"] if row["key"] in fresh else self._known_refusal(row)
@@ -223,9 +225,8 @@ class Job:
         name = self._finished(row)
         if name == row["refusal_artifact"]:
             return self.ledger.read(name)
-        if self.config.filters == FilterConfig():
-            return None
-        return self._judged(row, self.ledger.read_scores(name, row["key"]) if name else row["known_scores"])
+        known = self.ledger.read_scores(name, row["key"]) if name else row["known_scores"]
+        return self._judged(row, known or row["shot_scores"])
 
     def _judged(self, row: Row, scores: dict[str, float]) -> dict[str, Any] | None:
         """Return how today's thresholds refuse a clip with these scores."""
@@ -289,4 +290,5 @@ class Job:
             self.passes.worked,
             self.retried,
             len(self.scored) if self.config.score_only else None,
+            stands=not self.committed and storage.exists(storage.join(self.config.output, DATASET)),
         )

@@ -30,6 +30,7 @@ class Result:
         stages: {stage: Tally} of the rows that were worked on now.
         worked: {pass: rows} that were worked on now; the rest lay in the ledger.
         scored: clips whose scores were measured, where that was all; else None.
+        stands: True where the folder still holds the dataset of an earlier run.
         report: where the page of the run is; "" for none.
         retried: {key: (its reason before, "done" or its reason now)} of refusals that were tried again.
     """
@@ -43,6 +44,7 @@ class Result:
     worked: Mapping[str, int] = field(default_factory=dict)
     retried: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     scored: int | None = None
+    stands: bool = False
     report: str = ""
 
     @property
@@ -80,6 +82,8 @@ class Result:
         for problem in self.problems:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
         state = "dataset" if self.committed else "no dataset was written; finished work is kept in staging of"
+        if self.stands:
+            state = "the dataset of an earlier run stands as it was; finished work is kept in staging of"
         if self.scored is not None:
             state = "scores alone were measured, and are kept for the next run, in staging of"
         console.print(f"{state}: {self.output}", highlight=False, markup=False, soft_wrap=True)

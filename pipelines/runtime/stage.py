@@ -31,6 +31,8 @@ Row = dict[str, Any]
 ROW_COLUMNS = ("key", "refusal", "seconds")
 # A store, a network or a disk may be well again at the next run: refusals for these reasons are not written down.
 PASSING = ("unreadable", "truncated_download")
+# Nothing is wrong with the video: another way of making depth would take it.
+NO_FAULT = ("no_parallax",)
 
 
 @dataclass(frozen=True)
@@ -87,8 +89,8 @@ def new_row(key: str, **columns: Any) -> Row:
 
 def refuse(row: Row, stage: str, error: BadSample | Filtered) -> Row:
     """Return the row marked as refused by a stage (or by the driver) for the reason of `error`."""
-    fate = "filtered" if isinstance(error, Filtered) else "bad"
-    return refused(row, fate, stage, error.reason, error.message)
+    is_fault = not isinstance(error, Filtered) and error.reason not in NO_FAULT
+    return refused(row, "bad" if is_fault else "filtered", stage, error.reason, error.message)
 
 
 def is_bug(row: Row) -> bool:

@@ -15,7 +15,9 @@ def test_every_score_is_finite_repeats_and_is_declared():
     frames = pan(9)
     first, second = clip.measure(frames, 24.0), clip.measure(frames.copy(), 24.0)
     assert first == second
-    assert set(first) == {name for name, score in SCORES.items() if score.stage == "score"} - {"bars", "logo"}
+    assert set(first) == {name for name, score in SCORES.items() if score.stage == "score"} - {
+        *("bars", "logo", "source_side", "hdr", "interlaced")
+    }
     for odd in (np.zeros((1, 32, 32, 3), np.uint8), np.full((2, 16, 640, 3), 255, np.uint8)):
         for name, value in clip.measure(odd, 8.0).items():
             assert isinstance(value, float), name

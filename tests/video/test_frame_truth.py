@@ -92,7 +92,7 @@ def test_a_late_frame_is_reached_by_seeking(tmp_path, monkeypatch):
     seen = []
     real = frames_module.decoded
 
-    def counting(container, stream):
+    def counting(container, stream, wanted=None):
         for frame in real(container, stream):
             seen.append(frame.pts)
             yield frame
