@@ -57,7 +57,7 @@ def _table(parser: argparse.ArgumentParser) -> str:
             continue
         word = action.metavar or ("" if action.nargs == 0 else (action.dest if not action.option_strings else "VALUE"))
         flag = f"{', '.join(action.option_strings)} {word if action.nargs != 0 else ''}".strip()
-        default = "required" if action.required else "" if action.default in (None, False, []) else action.default
+        default = "required" if action.required else "" if action.default in (None, False, [], "") else action.default
         text = (action.help or "") % {"default": action.default}
         choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
         cells = (f"`{flag}`", f"`{default}`" if default != "" else "", f"{text}{choices}")

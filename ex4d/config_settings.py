@@ -94,12 +94,12 @@ def setting(default: Any, help: str, **rules: Any) -> Any:
 Need = Callable[[bool, str, str], None]
 
 
-def checked(config: Any, section: str) -> Need:
+def checked(config: Any, section: str = "") -> Need:
     """Check each setting of a dataclass against its own range, and return a function for the rules between settings.
 
     Args:
         config: the dataclass; called from its `__post_init__`.
-        section: where its settings stand in a file, as "train" or "train.loader".
+        section: where its settings stand in a file, as "train" or "train.loader"; "" for flags of a command.
 
     Returns:
         need(holds, name, allowed), which raises a ConfigError that names the setting `name` unless `holds`.
@@ -110,7 +110,7 @@ def checked(config: Any, section: str) -> Need:
 
     def need(holds: bool, name: str, allowed: str) -> None:
         if not holds:
-            raise ConfigError(f"{section}.{name}", getattr(config, name), allowed)
+            raise ConfigError(f"{section}.{name}".removeprefix("."), getattr(config, name), allowed)
 
     for field in dataclasses.fields(config):
         rule = field.metadata.get(KEY)

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 from collections.abc import Callable
-from dataclasses import asdict, dataclass, replace
+from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
 
@@ -12,39 +12,13 @@ import numpy as np
 import torch
 
 from ex4d import flow, video
-from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
+from ex4d.generate_config import GenerateConfig
 from ex4d.geometry import masks
 from ex4d.models import backbone, encoders, swap, weights
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, check_choices, reconstruct
 from ex4d.reconstruct_files import white
-
-
-@dataclass(frozen=True)
-class GenerateConfig:
-    """How a video is sampled."""
-
-    num_inference_steps: int = setting(25, "Sampling steps (released: 25).", ge=1)
-    guidance_scale: float = setting(5.0, "Classifier-free guidance; 1: none, half the time (released: 5).")
-    shift: float | None = setting(None, "Shift of the noise schedule; null: what the adapter was trained with.", gt=0)
-    erosion_px: int = setting(
-        5, "Shrink the visible region by a square of this side, px at 512 (training: 2 to 8).", ge=0
-    )
-    prompt: str = setting("", "Text that describes the video.")
-    negative_prompt: str = setting("", "Text that describes what to avoid; needs guidance_scale above 1.")
-    quantize: Literal["int8", "fp8", "nf4"] | None = setting(
-        None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
-    )
-    block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
-    offload: bool = setting(False, "Keep on the GPU only the part that runs: base, encoder or VAE. Slower.")
-
-    def __post_init__(self) -> None:
-        checked(self, "generate")
-
-    def for_adapter(self, metadata: weights.AdapterMetadata) -> GenerateConfig:
-        """Return these choices with the adapter's own where none was made."""
-        return self if self.shift is not None else replace(self, shift=metadata.shift)
 
 
 @dataclass(frozen=True)

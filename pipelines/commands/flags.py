@@ -3,50 +3,89 @@
 from __future__ import annotations
 
 import argparse
+import dataclasses
 import os
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+from ex4d.config import checked, setting
+from ex4d.config_help import default_of
+from ex4d.config_settings import choices_of, hints, rule_of
+from ex4d.depth import ESTIMATORS
 from ex4d.errors import ConfigError
+from ex4d.geometry.camera import fov_setting
+from ex4d.geometry.profiles import PROFILES
+from ex4d.geometry.trajectory import TRAJECTORIES
 
 
-def path_arguments(parser: argparse.ArgumentParser) -> None:
-    """Add what `reconstruct`, `generate` and `view` share: how depth is found, and where the camera goes."""
-    parser.add_argument("--depth", default="sidecar", help="estimator: sidecar, parallax, … (default: %(default)s)")
-    parser.add_argument("--depth-path", help="depth file where it is not beside the video; for a network its weights")
-    parser.add_argument("--trajectory", default="orbit", help="a path's name or a file of poses (default: %(default)s)")
-    parser.add_argument("--angle-deg", type=float, default=60.0, help="how far the camera goes (default: %(default)s)")
-    parser.add_argument(
-        *("--trajectory-option", "-t"),
-        action="append",
-        default=[],
-        metavar="KEY=VALUE",
-        help="distance= of a dolly, turns= of a spiral, zoom= of a zoom; scale=, resample=true, camera= of a file",
+@dataclass(frozen=True)
+class PathFlags:
+    """What `reconstruct`, `generate` and `view` share: how depth is found, and where the camera goes."""
+
+    depth: str = setting("sidecar", "Depth estimator; sidecar: a depth file beside the video.", choices=ESTIMATORS)
+    depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
+    trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")
+    angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
+    trajectory_option: tuple[str, ...] = setting(
+        (), "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file."
     )
-    parser.add_argument("--source-poses", metavar="FILE", help="poses of the source camera, where it moves")
-    parser.add_argument(
-        "--source-scale", type=float, help="depth's units for one of --source-poses (1 where plausible)"
+    source_poses: str | None = setting(None, "File with the poses of the source camera, where it moves.")
+    source_scale: float | None = setting(
+        None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."
     )
-    parser.add_argument("--fov-deg", type=float, default=54.0, help="where depth brings no intrinsics (default: 54)")
-    parser.add_argument("--profile", help="of the mesh: default, closed, torn, or released for published weights")
-    parser.add_argument("--backend", default="auto", choices=("auto", "cpu", "reference", "nvdiffrast"))
-    parser.add_argument("--seed", type=int, default=0)
+    fov_deg: float = fov_setting()
+    profile: str | None = setting(
+        None,
+        "Mesh profile; released: for published weights. Unset: the adapter's own, or default.",
+        choices=PROFILES,
+    )
+    backend: str = setting("auto", "Renderer.", choices=("auto", "cpu", "reference", "nvdiffrast"))
+    seed: int = setting(0, "Seed of everything that is drawn.", ge=0)
+
+    def __post_init__(self) -> None:
+        checked(self)
+
+
+def add(parser: argparse.ArgumentParser, cls: type) -> None:
+    """Add a flag for each setting of a dataclass: `--num-frames` for `num_frames`."""
+    for field in dataclasses.fields(cls):
+        rule, default = rule_of(cls, field.name), default_of(field)
+        assert rule is not None
+        flag, choices = f"--{field.name.replace('_', '-')}", ", ".join(choices_of(cls, field.name))
+        notes = (
+            f"one of {choices}" if choices else "",
+            "" if default in (None, "", False, ()) else f"default: {default}",
+        )
+        shown = "; ".join(note for note in notes if note)
+        help = f"{rule.help}{f' ({shown})' if shown else ''}".replace("%", "%%")
+        if isinstance(default, bool):
+            parser.add_argument(flag, action="store_true", help=help)
+        elif isinstance(default, tuple):
+            parser.add_argument(flag, f"-{field.name[0]}", action="append", default=[], metavar="KEY=VALUE", help=help)
+        else:
+            parser.add_argument(flag, type=_type_of(cls, field.name), default=default, help=help)
+
+
+def read(args: argparse.Namespace, cls: type) -> Any:
+    """Return the instance of the dataclass that the flags of `add` say. Raises ConfigError for one out of range."""
+    return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
+
+
+def _type_of(cls: type, name: str) -> type:
+    hint = hints(cls)[name]
+    kinds = {int: int, float: float}
+    return next((kind for kind in kinds if hint in (kind, kind | None)), str)
 
 
 def path(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `reconstruct` that `_path_arguments` read, save the profile."""
-    return {
-        "trajectory_name": args.trajectory,
-        "angle_deg": args.angle_deg,
-        "trajectory_options": dict(_option(text) for text in args.trajectory_option),
-        "source_poses": args.source_poses,
-        "source_scale": args.source_scale,
-        "depth": args.depth,
-        "depth_path": args.depth_path,
-        "fov_deg": args.fov_deg,
-        "backend": args.backend,
-        "seed": args.seed,
-    }
+    """Return the arguments of `reconstruct` that the flags of PathFlags say, except for the profile."""
+    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(PathFlags)}
+    read(args, PathFlags)
+    del values["profile"]
+    values["trajectory_name"] = values.pop("trajectory")
+    values["trajectory_options"] = dict(_option(text) for text in values.pop("trajectory_option"))
+    return values
 
 
 def _option(text: str) -> tuple[str, float | bool | str]:

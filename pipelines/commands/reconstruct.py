@@ -10,12 +10,12 @@ from pipelines.commands import flags
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d reconstruct`."""
-    parser.add_argument("video", metavar="VIDEO")
-    parser.add_argument("--output", required=True, metavar="DIR")
-    parser.add_argument("--size", type=flags.size, help="HxW (default: the video's own)")
-    parser.add_argument("--num-frames", type=int, help="default: all")
-    parser.add_argument("--save-mesh", nargs="?", const="ply", choices=("ply", "glb"), help="also a mesh a frame")
-    flags.path_arguments(parser)
+    parser.add_argument("video", metavar="VIDEO", help="The video to start from.")
+    parser.add_argument("--output", required=True, metavar="DIR", help="Folder to write.")
+    parser.add_argument("--size", type=flags.size, help="HEIGHTxWIDTH; default: the video's own.")
+    parser.add_argument("--num-frames", type=int, help="Number of frames; default: all.")
+    parser.add_argument("--save-mesh", nargs="?", const="ply", choices=("ply", "glb"), help="Write a mesh per frame.")
+    flags.add(parser, flags.PathFlags)
 
 
 def run(args: argparse.Namespace) -> int:

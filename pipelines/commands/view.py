@@ -14,13 +14,13 @@ MAX_VIEW_FRAMES = 49  # of a page in three dimensions: some 10 MB
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d view`."""
-    parser.add_argument("thing", metavar="THING", help="a dataset that `ex4d preprocess` wrote, or a video")
-    parser.add_argument("--output", required=True, metavar="PAGE.html")
-    parser.add_argument("--key", action="append", default=[], help="of a dataset: this sample; may be given again")
-    parser.add_argument("--samples", type=int, default=8, help="of a dataset, so many (default: %(default)s)")
-    parser.add_argument("--size", type=flags.size, help="of a video: HxW (default: its own)")
-    parser.add_argument("--num-frames", type=int, help=f"of a video (default: all, {MAX_VIEW_FRAMES} at most)")
-    flags.path_arguments(parser)
+    parser.add_argument("thing", metavar="THING", help="A dataset written by `ex4d preprocess`, or a video.")
+    parser.add_argument("--output", required=True, metavar="PAGE.html", help="The page to write.")
+    parser.add_argument("--key", action="append", default=[], help="Dataset: show this sample; repeatable.")
+    parser.add_argument("--samples", type=int, default=8, help="Dataset: number of samples (default: %(default)s).")
+    parser.add_argument("--size", type=flags.size, help="Video: HEIGHTxWIDTH; default: its own.")
+    parser.add_argument("--num-frames", type=int, help=f"Video: frames; default: all, up to {MAX_VIEW_FRAMES}.")
+    flags.add(parser, flags.PathFlags)
 
 
 def run(args: argparse.Namespace) -> int:

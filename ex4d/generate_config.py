@@ -1,0 +1,37 @@
+"""The settings of sampling (section `generate`, and flags of `ex4d generate`). Imports nothing of torch."""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Literal
+
+from ex4d.config import checked, setting
+
+if TYPE_CHECKING:
+    from ex4d.models.weights import AdapterMetadata
+
+
+@dataclass(frozen=True)
+class GenerateConfig:
+    """How a video is sampled."""
+
+    num_inference_steps: int = setting(25, "Sampling steps (released: 25).", ge=1)
+    guidance_scale: float = setting(5.0, "Classifier-free guidance; 1: none, half the time (released: 5).")
+    shift: float | None = setting(None, "Shift of the noise schedule; null: what the adapter was trained with.", gt=0)
+    erosion_px: int = setting(
+        5, "Shrink the visible region by a square of this side, px at 512 (training: 2 to 8).", ge=0
+    )
+    prompt: str = setting("", "Text that describes the video.")
+    negative_prompt: str = setting("", "Text that describes what to avoid; needs guidance_scale above 1.")
+    quantize: Literal["int8", "fp8", "nf4"] | None = setting(
+        None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
+    )
+    block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
+    offload: bool = setting(False, "Keep on the GPU only the part that runs: base, encoder or VAE. Slower.")
+
+    def __post_init__(self) -> None:
+        checked(self, "generate")
+
+    def for_adapter(self, metadata: AdapterMetadata) -> GenerateConfig:
+        """Return these choices with the adapter's own where none was made."""
+        return self if self.shift is not None else replace(self, shift=metadata.shift)
