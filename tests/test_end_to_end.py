@@ -54,8 +54,9 @@ def place(tmp_path_factory) -> Path:
             "lr": 1e-3,
             "wandb_mode": "disabled",
         },
-        "sweep": {"output": str(folder / "sweep"), "num_trials": 4, "grace_steps": 2, "window": 2},
+        "sweep": {"output": str(folder / "sweep"), "num_trials": 4, "grace_steps": 2, "metric": "mse"},
     }
+    sections["sweep"] |= {"window": 2, "repeat_seeds": 1}
     sections["sweep"]["space"] = {"train.lr": {"log_uniform": [1e-4, 1e-2]}, "model.lora_rank": {"choice": [1, 2]}}
     (folder / "all.yaml").write_text(yaml.safe_dump(sections))
     return folder
@@ -92,10 +93,11 @@ def test_a_sweep_ends_with_a_table_and_a_configuration_that_trains(place, capfd)
     settings = str(place / "all.yaml")
     assert cli.main(["preprocess", settings]) == 0
     assert cli.main(["sweep", settings, "train.num_processes=1"]) == 0
-    rows = json.loads((place / "sweep" / "sweep.json").read_text())
+    rows = json.loads((place / "sweep" / "sweep.json").read_text())["trials"]
     assert len(rows) == 4
-    assert all(row["state"] == "done" for row in rows)
-    assert [row["value"] for row in rows] == sorted(row["value"] for row in rows)
+    assert {row["state"] for row in rows} <= {"finished", "stopped"}
+    order = [(-row["step"], row["value"]) for row in rows]
+    assert order == sorted(order)
     best = place / "sweep" / "best.yaml"
     assert str(best) in capfd.readouterr().out
     assert config.read_yaml(best)["train"]["lr"] == rows[0]["point"]["train.lr"]

@@ -77,6 +77,12 @@ def read_state(path: Path) -> State:
         raise ContractError(f"{path} is not a complete checkpoint: {error}") from error
 
 
+def rewrite_identity(path: Path, identity: Mapping[str, Any]) -> None:
+    """Make a checkpoint that of a run with another identity, so that the run goes on from it."""
+    state = replace(read_state(path), identity=dict(identity))
+    storage.write_bytes(path / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
+
+
 def read_tensors(path: Path) -> dict[str, Any]:
     """Return {name: tensor on the CPU} of a safetensors file."""
     from safetensors import SafetensorError

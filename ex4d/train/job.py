@@ -132,7 +132,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         decode = None
         if texts and config.prompt is None:
             decode = _with_texts(texts, loader.decoder_of(dataset, chosen.source_video))
-        where = (config.data, split, micro_batch_size, config.seed)
+        # Validation clips and their masks are the same in every run.
+        where = (config.data, split, micro_batch_size, config.seed if split == "train" else 0)
         source = chosen.source_video
         return loader.ShardLoader(*where, *ranks, samples, config.loader, decode, with_source=source)
 

@@ -45,6 +45,8 @@ logger = logging.getLogger(__name__)
 PARENT = "EX4D_VALIDATION_PARENT"  # process id of the rank whose child this is
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FPS = 8.0
+# Not the run's own: runs with another seed or another noise schedule are judged by the same clips, noise and sigmas.
+SEED, SHIFT = 0, 5.0
 CHECK_S = 0.2
 
 
@@ -60,14 +62,15 @@ def measure(
     plan: BatchPlan,
     place: Place,
 ) -> Tensor:
-    """Return report.rows of a rank's share of the validation clips: the same noise and sigmas each time, at any number
-    of ranks.
+    """Return report.rows of a rank's share of the validation clips.
+
+    Noise and sigmas are the same each time and in every run, at any number of ranks.
     """
     rows = []
     for index, batch in enumerate(batches):
         where = report.positions(place, plan, index)
-        noises = [NamedNoise(config.seed, f"validate {w}", k) for w, k in zip(where, batch["keys"], strict=True)]
-        inputs = encoder.encode(batch, noises, config.shift, "uniform")
+        noises = [NamedNoise(SEED, f"validate {w}", k) for w, k in zip(where, batch["keys"], strict=True)]
+        inputs = encoder.encode(batch, noises, SHIFT, "uniform")
         rows.append(report.rows(where, velocity_losses(forward(*inputs.model_inputs), inputs, 1.0), inputs))
     return torch.cat(rows)
 

@@ -39,7 +39,7 @@ from pipelines.runtime.runner import RayConfig
 logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # between one rank's end and the killing of the others, which may be telling the same error
-PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher whose child this is
+PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher or trial whose child this is
 
 
 SECTIONS = {"train": TrainConfig, "model": ModelConfig, "ray": RayConfig}
@@ -63,6 +63,7 @@ def run(
     Raises:
         ConfigError: the output folder holds a run with other settings.
     """
+    _die_with_parent()
     place = place_from_environment()
     if train.dry_run:
         return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
@@ -85,6 +86,15 @@ def run(
         where = f"stopped, with a checkpoint in {path}" if path else "stopped before the first checkpoint"
         print(f"{where}; the same command goes on from there")
     return code
+
+
+def _die_with_parent() -> None:
+    """Where a launcher or a sweep's trial started this process: end with it, however it ends."""
+    if int(os.environ.get(PARENT, 0)):
+        # What is killed cannot tell its children; Linux does (prctl PR_SET_PDEATHSIG = 1).
+        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
+        if os.getppid() != int(os.environ[PARENT]):
+            sys.exit(1)
 
 
 def _write_config(train: TrainConfig, model: ModelConfig) -> None:
@@ -126,11 +136,6 @@ def _num_processes(train: TrainConfig) -> int:
 
 
 def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
-    if int(os.environ.get(PARENT, 0)):
-        # A launcher that is killed cannot tell its children; Linux does (prctl PR_SET_PDEATHSIG = 1).
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != int(os.environ[PARENT]):
-            return 1
     if _is_finished(train, model):
         return 0
     if place.rank == 0:

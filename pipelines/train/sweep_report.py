@@ -1,0 +1,133 @@
+"""What a sweep found: its table, sweep.json, best.yaml and a page."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping, Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING, Any
+
+from ex4d import config
+from pipelines.train.sweep_space import Space, value_in, with_values
+
+if TYPE_CHECKING:
+    from pipelines.train.sweep import SweepConfig
+
+
+def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[str, Any]) -> list[dict[str, Any]]:
+    """Return the trials best first: the furthest step, then the lowest value; failed ones last.
+
+    Values of different steps cannot be compared: early ones are higher or lower for reasons that are not the point's.
+    """
+    space, last = Space.of(sweep.space), int(tree["train"]["num_steps"])
+    found = []
+    for row in rows:
+        bad = row["error"] is not None or row["value"] is None or not math.isfinite(row["value"])
+        state = "failed" if bad else "finished" if row["step"] >= last else "stopped"
+        metrics = {name: row["metrics"].get(name) for name in sweep.report}
+        kept = {key: row[key] for key in ("value", "step", "error", "curve", "folder")}
+        found.append({"point": space.whole(row["drawn"], tree), "state": state, **kept, "metrics": metrics})
+    found.sort(key=lambda row: (row["state"] == "failed", -(row["step"] or 0), row["value"] or 0.0))
+    return found
+
+
+def importance(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> dict[str, float]:
+    """Return how much each setting decides, by PED-ANOVA over the trials; {} for fewer than four."""
+    import optuna
+
+    optuna.logging.set_verbosity(optuna.logging.ERROR)
+    space = Space.of(sweep.space)
+    study = optuna.create_study()
+    usable = [row for row in rows if row["state"] != "failed"]
+    axes = [axis for axis in space.axes if all(axis.key in row["point"] for row in usable)]
+    if len(usable) < 4 or not axes:
+        return {}
+    for row in usable:
+        params = {axis.key: row["point"][axis.key] for axis in axes}
+        ranges = {axis.key: axis.distribution() for axis in axes}
+        # Rank, not value: values of different steps cannot be compared.
+        value = float(usable.index(row))
+        study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=value))
+    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    return {key: 0.0 if math.isnan(value) else float(value) for key, value in found.items()}
+
+
+def verdict(noise: Mapping[str, Sequence[Mapping[str, Any]]], sweep: SweepConfig) -> str:
+    """Return one sentence: whether the best beats the file's own values by more than chance."""
+    values = {name: [row["value"] for row in rows if row["value"] is not None] for name, rows in noise.items()}
+    if any(not found for found in values.values()) or not values:
+        return "Not repeated with other seeds: how much of the difference is chance is not known."
+    best, default = values["best"], values["default"]
+    gain = sum(default) / len(default) - sum(best) / len(best)
+    spread = max(max(found) - min(found) for found in (best, default))
+    means = f"{sum(best) / len(best):.5f} against {sum(default) / len(default):.5f}"
+    figures = f"{sweep.metric} {means}, spread {spread:.5f}"
+    if gain > spread:
+        return f"Better than the file's own values by more than the spread of {len(best)} seeds ({figures})."
+    return f"Not better than the file's own values by more than the spread of {len(best)} seeds ({figures})."
+
+
+def write(
+    rows: list[dict[str, Any]],
+    noise: Mapping[str, Sequence[Mapping[str, Any]]],
+    tree: dict[str, Any],
+    sweep: SweepConfig,
+) -> int:
+    """Print the table; write sweep.json, best.yaml and the page; return 1 where every trial failed."""
+    output = Path(sweep.output)
+    output.mkdir(parents=True, exist_ok=True)
+    said = verdict(noise, sweep)
+    repeats = {name: [{"value": row["value"], "step": row["step"]} for row in found] for name, found in noise.items()}
+    whole = {"metric": sweep.metric, "trials": rows, "repeats": repeats, "verdict": said}
+    (output / "sweep.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    _print_table(rows, sweep)
+    if not rows or rows[0]["state"] == "failed":
+        print("every trial failed; see train.log in each trial's folder")
+        return 1
+    best = with_values(tree, {**rows[0]["point"], "train.output": str(output / "best")})
+    best = with_values(best, {"train.seed": value_in(best, "train.seed")})
+    config.dump(best, output / "best.yaml")
+    furthest = [row for row in rows if row["state"] != "failed" and row["step"] == rows[0]["step"]]
+    reason = (
+        f"# Lowest {sweep.metric} ({rows[0]['value']:.6g}) of the {len(furthest)} of {len(rows)} trials that reached "
+        f"step {rows[0]['step']}; train.seed={best['train']['seed']}.\n# {said}\n"
+    )
+    text = (output / "best.yaml").read_text(encoding="utf-8")
+    (output / "best.yaml").write_text(reason + text, encoding="utf-8")
+    page = write_page(rows, noise, said, sweep)
+    print(f"best configuration: {output / 'best.yaml'}\n{said}\npage: {page}")
+    return 0
+
+
+def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
+    from rich.console import Console
+    from rich.table import Table
+
+    table = Table(title=f"sweep: {sweep.metric}, the furthest first")
+    keys = list(sweep.space)
+    for column in (*keys, sweep.metric, "step", "state"):
+        table.add_column(column)
+    for row in rows:
+        value = "-" if row["value"] is None else f"{row['value']:.5f}"
+        cells = (_short(row["point"].get(key, "-")) for key in keys)
+        table.add_row(*cells, value, str(row["step"] or "-"), row["state"])
+    Console().print(table)
+
+
+def _short(value: Any) -> str:
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def write_page(
+    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], said: str, sweep: SweepConfig
+) -> Path:
+    """Write OUTPUT/report/index.html and return where it is."""
+    from ex4d.viewer import sweep_page
+
+    keys = [axis.key for axis in Space.of(sweep.space).axes]
+    path = Path(sweep.output) / "report" / "index.html"
+    path.parent.mkdir(parents=True, exist_ok=True)
+    values = {name: [row["value"] for row in found if row["value"] is not None] for name, found in noise.items()}
+    path.write_bytes(sweep_page.sweep_page(sweep.metric, keys, rows, importance(rows, sweep), values, said))
+    return path

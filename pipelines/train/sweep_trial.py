@@ -1,0 +1,156 @@
+"""One trial of a sweep: the same `ex4d train` that a user runs, in processes of its own, followed by its log.
+
+    OUTPUT/trials/NAME/config.yaml, train.log, train/      run it by hand again with `ex4d train config.yaml`
+
+The name is that of the configuration, so a sweep that was killed finds what was trained and goes on there.
+"""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from ex4d import config
+from ex4d.train import checkpoint
+from pipelines.train.launch import PARENT
+from pipelines.train.sweep_space import Space, value_in, with_values
+
+CHECKPOINT_WAIT_S = 120.0
+
+
+def follow(path: Path, process: subprocess.Popen, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
+    """Yield each JSON object of a growing file until the process that writes it has ended."""
+    offset = 0
+    while True:
+        ended = process.poll() is not None
+        if path.exists():
+            with open(path, "rb") as file:
+                file.seek(offset)
+                for line in file:
+                    if not line.endswith(b"\n"):
+                        break  # still being written: read again from here
+                    offset += len(line)
+                    yield json.loads(line)
+        if ended:
+            return
+        time.sleep(poll_s)
+
+
+def folder_of(output: str, point: Mapping[str, Any], tree: Mapping[str, Any]) -> Path:
+    """Return the folder of the trial at a point: named by what differs from the file's own values."""
+    changed = {key: value for key, value in sorted(point.items()) if value != value_in(tree, key)}
+    return Path(output) / "trials" / config.fingerprint(changed)
+
+
+def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: Any) -> None:
+    """Train at one point of the space and report at each rung (runs inside a Ray worker).
+
+    A trial reports {"value", "step", and each of sweep.report} at every multiple of `sweep.grace_steps` and at the end,
+    so that all are compared after the same number of steps.
+    """
+    from ray import tune
+
+    space = Space.of(sweep.space)
+    point = space.whole(drawn.get("point", drawn), tree)
+    if sweep.search == "pbt":
+        folder = Path(sweep.output) / "trials" / tune.get_context().get_trial_id()
+    else:
+        folder = folder_of(sweep.output, point, tree)
+    folder.mkdir(parents=True, exist_ok=True)
+    settings = with_values(tree, {**point, "train.output": str(folder / "train")})
+    with _alone(folder):
+        given = tune.get_checkpoint() if sweep.search == "pbt" else None
+        if given is not None:
+            with given.as_directory() as source:
+                adopt(Path(source), folder / "train", settings)
+        config.dump(settings, folder / "config.yaml")
+        (folder / "point.json").write_text(json.dumps(point), encoding="utf-8")
+        _train(folder, sweep, settings, tune)
+
+
+def _train(folder: Path, sweep: Any, settings: dict[str, Any], tune: Any) -> None:
+    import ray
+
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]
+    if settings["train"].get("launcher") == "ray":  # the ranks of one trial may stand on several nodes
+        command.append(f"ray.address={ray.get_runtime_context().gcs_address}")
+    last, every = int(settings["train"]["num_steps"]), sweep.grace_steps
+    with open(folder / "train.log", "ab") as log, _training(command, log) as process:
+        values: list[float] = []
+        for record in follow(folder / "train" / "metrics.jsonl", process):
+            step = record["step"]
+            if sweep.metric != "validation_loss":
+                values.append(float(record[sweep.metric]))
+            if step % every and step != last:
+                continue
+            recent = values[-sweep.window :] or [float(record["validation_loss"])]
+            found = {"value": sum(recent) / len(recent), "step": step, "folder": str(folder)}
+            found |= {name: record.get(name) for name in sweep.report}
+            if sweep.search == "pbt":
+                path = _wait_for(folder / "train", step, process)
+                tune.report(found, checkpoint=tune.Checkpoint.from_directory(str(path)))
+            else:
+                tune.report(found)
+    if process.returncode != 0:
+        tail = (folder / "train.log").read_text(errors="replace")[-2000:]
+        raise RuntimeError(f"training ended with {process.returncode}; the end of its log:\n{tail}")
+
+
+@contextmanager
+def _training(command: list[str], log: Any) -> Iterator[subprocess.Popen]:
+    """Yield the training's process; what ends the trial ends it, with a checkpoint where there is time."""
+    environment = os.environ | {PARENT: str(os.getpid())}  # killed with this worker
+    process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+            try:
+                process.wait(timeout=20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+                process.wait()
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Hold a folder: two trials at the same point take turns, and the second finds everything done."""
+    with open(folder / "lock", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        yield
+
+
+def _wait_for(output: Path, step: int, process: subprocess.Popen) -> Path:
+    """Return the checkpoint of a step, which is written after its line of the log."""
+    path = output / "checkpoints" / f"step-{step:06d}"
+    deadline = time.monotonic() + CHECKPOINT_WAIT_S
+    while not path.is_dir():
+        if process.poll() not in (None, 0) or time.monotonic() > deadline:
+            raise RuntimeError(f"{path} was not written; see train.log")
+        time.sleep(0.05)
+    return path
+
+
+def adopt(source: Path, output: Path, settings: Mapping[str, Any]) -> None:
+    """Make another trial's checkpoint the state of this one: its weights, moments and place in the data.
+
+    Only what decides how it goes on is this trial's own: the settings in the identity of the checkpoint.
+    """
+    state = checkpoint.read_state(source)
+    shutil.rmtree(output / "checkpoints", ignore_errors=True)
+    shutil.rmtree(output / "adapter", ignore_errors=True)
+    target = output / "checkpoints" / f"step-{state.step:06d}"
+    shutil.copytree(source, target)
+    chosen = {f"train.{key}": value for key, value in settings["train"].items()}
+    identity = {key: chosen.get(key, value) for key, value in state.identity.items()}
+    checkpoint.rewrite_identity(target, identity)
