@@ -14,12 +14,10 @@ import os
 import signal
 from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
-from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Any
 
 from ex4d import config
-from ex4d.config import checked, setting
 from ex4d.data import manifest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
@@ -27,55 +25,8 @@ from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import check_output, connected
 from pipelines.runtime.runner import RayConfig
 from pipelines.train import sweep_report
-from pipelines.train.sweep_space import Space, value_in, with_values
-
-REPORTED = ("loss", "mse", "grad_norm", "samples_per_s", "peak_memory_bytes")
-PBT_KEYS = ("lr", "weight_decay", "max_grad_norm", "hole_weight", "condition_dropout", "shift", "ema_decay")
-SCALES_LOSS = ("train.hole_weight", "train.timestep_sampling", "train.shift", "train.condition_dropout", "train.seed")
-MAX_FAILURES = 1  # a trial that fails is tried once more, from its last checkpoint
-
-
-@dataclass(frozen=True)
-class SweepConfig:
-    """Many short trainings."""
-
-    output: str = setting("out/sweep", "Folder of the trials, the table and best.yaml.")
-    space: dict[str, dict[str, Any] | str] = setting(
-        {"train.lr": {"log_uniform": [1e-4, 1e-2]}},
-        "What varies: {KEY: {KIND: values, when: {KEY: values}}} or {KEY: =KEY}; kinds: uniform, log_uniform, "
-        "int_uniform, log_int_uniform [low, high] or [low, high, step], choice [values].",
-    )
-    num_trials: int = setting(4, "Number of trials.", ge=1)
-    max_concurrent: int = setting(1, "Trials that run at the same time.", ge=1)
-    metric: Literal["validation_loss", "mse", "loss"] = setting("validation_loss", "Metric to minimise.")
-    report: tuple[str, ...] = setting(("loss", "mse", "samples_per_s"), "Metrics to report beside it.")
-    window: int = setting(10, "Steps over which mse or loss is averaged.", ge=1)
-    search: Literal["tpe", "random", "grid", "pbt"] = setting("tpe", "How points are proposed.")
-    scheduler: Literal["asha", "median", "none"] = setting("asha", "How weak trials are stopped early.")
-    grace_steps: int = setting(10, "Steps between two comparisons; no trial is stopped earlier.", ge=1)
-    reduction_factor: int = setting(2, "ASHA: one of so many trials survives each rung.", ge=2)
-    start_from_config: bool = setting(True, "Make the file's own values the first trial.")
-    repeat_seeds: int = setting(3, "Train the best and the file's own values with so many seeds; 1: do not.", ge=1)
-    cpus_per_trial: float = setting(1.0, "CPUs that Ray reserves for each trial.", ge=0)
-    gpus_per_trial: float = setting(0.0, "GPUs that Ray reserves for each trial.", ge=0)
-    group: str = setting("sweep", "W&B group of all trials.")
-    seed: int = setting(0, "Seed of the proposals.", ge=0, le=2**31 - 1)
-
-    def __post_init__(self) -> None:
-        need = checked(self, "sweep")
-        unknown = [name for name in self.report if name not in REPORTED]
-        need(not unknown, "report", f"some of {', '.join(REPORTED)}")
-        space = Space.of(self.space)
-        if self.metric == "loss":
-            scaling = [axis.key for axis in space.axes if axis.key in SCALES_LOSS]
-            need(not scaling, "metric", f"validation_loss: {', '.join(scaling)} changes what `loss` means")
-        if self.search == "grid":
-            space.grid()
-        if self.search == "pbt":
-            fixed = [axis.key for axis in space.axes if axis.key.removeprefix("train.") not in PBT_KEYS]
-            need(not fixed, "space", f"train. and one of {', '.join(PBT_KEYS)}: sweep.search=pbt changes them midway")
-            need(self.num_trials > 1, "num_trials", "at least 2 where sweep.search=pbt")
-
+from pipelines.train.sweep_config import SweepConfig
+from pipelines.train.sweep_space import value_in, with_values
 
 SECTIONS = {"sweep": SweepConfig, "ray": RayConfig, "train": TrainConfig, "model": ModelConfig}
 

@@ -6,13 +6,11 @@ import json
 import math
 from collections.abc import Mapping, Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 from ex4d import config
+from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space, value_in, with_values
-
-if TYPE_CHECKING:
-    from pipelines.train.sweep import SweepConfig
 
 
 def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[str, Any]) -> list[dict[str, Any]]:

@@ -22,6 +22,7 @@ from typing import Any
 from ex4d import config
 from ex4d.train import checkpoint
 from pipelines.train.launch import PARENT
+from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space, value_in, with_values
 
 CHECKPOINT_WAIT_S = 120.0
@@ -51,7 +52,7 @@ def folder_of(output: str, point: Mapping[str, Any], tree: Mapping[str, Any]) ->
     return Path(output) / "trials" / config.fingerprint(changed)
 
 
-def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: Any) -> None:
+def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -> None:
     """Train at one point of the space and report at each rung (runs inside a Ray worker).
 
     A trial reports {"value", "step", and each of sweep.report} at every multiple of `sweep.grace_steps` and at the end,
@@ -77,7 +78,7 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: Any) -> None:
         _train(folder, sweep, settings, tune)
 
 
-def _train(folder: Path, sweep: Any, settings: dict[str, Any], tune: Any) -> None:
+def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any) -> None:
     import ray
 
     command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]

@@ -9,13 +9,13 @@ import os
 import time
 from collections.abc import Sequence
 from pathlib import Path
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Axis, Space
 from pipelines.train.sweep_trial import run_trial
 
-if TYPE_CHECKING:
-    from pipelines.train.sweep import SweepConfig
+MAX_FAILURES = 1  # a trial that fails is tried once more, from its last checkpoint
 
 
 def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -77,8 +77,6 @@ def _trainable(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
 
 def _run_config(name: str, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     from ray import tune
-
-    from pipelines.train.sweep import MAX_FAILURES
 
     return tune.RunConfig(
         name=name,
