@@ -17,7 +17,7 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
@@ -29,21 +29,28 @@ from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.runtime import progress, runner
-from pipelines.runtime.stage import Row, Stage
+from pipelines.runtime.stage import Row, Stage, quiet_threads
 
 RESULTS = Path(__file__).parent / "results"
 PASS = "clip"
 LARGE = (49, (512, 512))
 
 
-def bare(stages: Sequence[Stage], rows: Sequence[Row], context: Any, keep: tuple[str, ...]) -> Iterator[Row]:
-    """Yield finished rows; what anybody would write without a pipeline. Errors propagate."""
-    runner.quiet_threads()
-    for row in rows:
-        for stage in stages:
-            if row["refusal"] is None or stage.takes_rejected:
-                row = row | stage.function({name: row[name] for name in stage.reads}, context)
-        yield row
+class Bare:
+    """What anybody would write without a pipeline. Errors propagate."""
+
+    problems = ()
+
+    def __call__(
+        self, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
+    ) -> Iterator[Row]:
+        """Yield finished rows."""
+        quiet_threads()
+        for row in rows:
+            for stage in stages:
+                if row["refusal"] is None or stage.takes_rejected:
+                    row = row | stage.function({name: row[name] for name in stage.reads}, context)
+            yield row
 
 
 class Stamped(progress.Progress):
@@ -83,7 +90,7 @@ def timed(config: PreprocessConfig, runner_name: str) -> dict[str, float]:
 def compare(config: PreprocessConfig, runs: int) -> dict[str, Any]:
     """Return both sides' runs and the ratio of clips a second and core, Ray's over the loop's, for each pair."""
     sides = {"bare": ("inline", 1), "ray": ("ray", config.num_workers)}
-    guarded, runner.inline = runner.inline, bare
+    guarded, runner.Inline = runner.Inline, Bare
     few = replace(config, input=list(config.input or ())[:16])
     timed(few, "inline")  # compiles, and starts Ray's workers
     timed(few, "ray")
@@ -92,7 +99,7 @@ def compare(config: PreprocessConfig, runs: int) -> dict[str, Any]:
         for name in list(sides)[:: 1 if pair % 2 == 0 else -1]:
             found[name].append(timed(config, sides[name][0]))
             print(name, found[name][-1], flush=True)
-    runner.inline = guarded
+    runner.Inline = guarded
     pairs = zip(found["ray"], found["bare"], strict=True)
     ratios = sorted(on_ray["rate"] / sides["ray"][1] / loop["rate"] for on_ray, loop in pairs)
     return {"runs": found, "ratios": ratios, "ratio": statistics.median(ratios)}

@@ -5,7 +5,7 @@
 | `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
 | `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
 | `clips/KEY.FP.json` | why a clip was refused |
-| `attempts/ID` | a line for each time that work on a row began; gone when it ended, so what stays are deaths |
+| `attempts.json` | rows in work, and how often work on them ended with the process |
 
 FP is the fingerprint of all that the file depends on, so a changed setting makes other names and redoes only those.
 A refusal also depends on the limits and thresholds that refused it. Each file is written once, whole.
@@ -18,19 +18,20 @@ import json
 import logging
 import os
 import re
-import uuid
+import time
+from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
-from dataclasses import dataclass, field
 from typing import Any
 
 from ex4d import storage
-from ex4d.config import fingerprint, to_dict
+from ex4d.config import to_dict
 from ex4d.errors import ConfigError, ContractError
 
 logger = logging.getLogger(__name__)
 
-VIDEOS, CLIPS, SCORES, ATTEMPTS = "staging/videos", "staging/clips", "staging/scores", "staging/attempts"
+VIDEOS, CLIPS, SCORES = "staging/videos", "staging/clips", "staging/scores"
+ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
 SECRET = "(not kept)"
 # user:password@host, and the query of a web address, which may be a signature
@@ -130,12 +131,11 @@ class Ledger:
         return kept["folder"], kept["sections"]
 
     def sweep(self) -> None:
-        """Delete what killed processes left unfinished: temporary files, and marks of attempts.
+        """Delete what killed processes left unfinished: temporary files, and the account of attempts.
 
         Only for a run that holds the folder and has nothing left to do. Object stores have no temporary files.
         """
-        for name in storage.list_files(storage.join(self.output, ATTEMPTS)):
-            storage.remove(storage.join(self.output, ATTEMPTS, name))
+        storage.remove(storage.join(self.output, ATTEMPTS))
         if storage.is_local(self.output):
             for path in (storage.local_path(self.output) / "staging").rglob(".tmp-*"):
                 path.unlink(missing_ok=True)
@@ -158,62 +158,78 @@ def _source(name: str) -> str:
     return name.partition("/")[2][:16]
 
 
-@dataclass(frozen=True)
 class Attempts:
     """Which rows kill the process that works on them, so that none is tried for ever.
 
-    A row is given up after `limit` deaths in one run. Deaths of other runs count too, but only to `RUNS_LIMIT` times as
-    many: a run that is killed takes every row in work with it, and most of those are innocent; a row that brings down
-    the whole machine is only seen so.
+    A row is given up after `limit` deaths in one run. A run that dies itself takes every row in work with it, and most
+    of those are innocent; a row that brings down the whole machine is only seen so. Such ends count too, but only up to
+    `RUNS_LIMIT` times as many. The driver alone keeps the account, in one file of the ledger.
 
     Args:
-        output: the dataset folder; the marks lie in its staging.
+        output: the dataset folder.
         limit: deaths in one run.
-        run: tells this run from others.
     """
 
     RUNS_LIMIT = 3
+    EVERY_S = 10.0  # between two writes to an object store
 
-    output: str
-    limit: int
-    run: str = field(default_factory=lambda: uuid.uuid4().hex[:12])
+    def __init__(self, output: str, limit: int):
+        self.limit, self.url = limit, storage.join(output, ATTEMPTS)
+        self.deaths: Counter[str] = Counter()
+        self.working: set[str] = set()
+        self.earlier = self._read()
+        self._written = -self.EVERY_S
 
-    def begin(self, work: str, key: str) -> bool:
-        """Return True where `work` on the row `key` may be tried; the try counts as a death until `end`.
+    def may(self, work: str, key: str) -> bool:
+        """Return True where `work` on the row `key` may be tried once more."""
+        name = f"{work} {key}"
+        return self.deaths[name] < self.limit and self.deaths[name] + self.earlier[name] < self.limit * self.RUNS_LIMIT
 
-        Where the mark cannot be read or written, it may: a store that is away for a moment must not end a run.
-        """
-        url = self._url(work, key)
-        try:
-            begun = storage.read_bytes(url).decode().split() if storage.exists(url) else []
-            may = begun.count(self.run) < self.limit and len(begun) < self.limit * self.RUNS_LIMIT
-            if may:
-                self._write(url, [*begun, self.run])
-        except OSError as error:
-            logger.warning("an attempt is not marked: %s", error)
-            return True
-        return may
+    def begin(self, work: str, keys: Iterable[str]) -> None:
+        """Note that work on these rows begins: if the driver dies before their `end`, it counts as a death of each."""
+        self.working |= {f"{work} {key}" for key in keys}
+        self._write()
 
-    def end(self, work: str, key: str) -> None:
+    def end(self, work: str, keys: Iterable[str]) -> None:
         """Note that the work ended and its process lives."""
+        for name in (f"{work} {key}" for key in keys):
+            self.working.discard(name)
+            self.deaths.pop(name, None)
+            self.earlier.pop(name, None)
+
+    def died(self, work: str, keys: Iterable[str]) -> None:
+        """Note that the process died that worked on these rows."""
+        self.deaths.update(f"{work} {key}" for key in keys)
+        self._write()
+
+    def _read(self) -> Counter[str]:
+        if not storage.exists(self.url):
+            return Counter()
         try:
-            storage.remove(self._url(work, key))
-        except OSError as error:  # the mark counts as a death, of which it takes several
-            logger.warning("an attempt stays marked: %s", error)
+            kept = json.loads(storage.read_bytes(self.url))
+            return Counter({str(name): int(count) for name, count in kept.items()})
+        except (ValueError, AttributeError, TypeError) as error:
+            logger.warning("%s is damaged and starts anew: %s", self.url, error)
+            return Counter()
 
-    def _url(self, work: str, key: str) -> str:
-        return storage.join(self.output, ATTEMPTS, fingerprint(work, key))
-
-    @staticmethod
-    def _write(url: str, runs: list[str]) -> None:
-        data = ("\n".join(runs) + "\n").encode()
-        if not storage.is_local(url):
-            storage.write_bytes(url, data)
+    def _write(self) -> None:
+        is_local = storage.is_local(self.url)
+        if not is_local and time.monotonic() - self._written < self.EVERY_S:
             return
-        # Not flushed to disk: it must outlive a process, not the machine, and it is written for every row.
-        path = storage.local_path(url)
-        path.parent.mkdir(parents=True, exist_ok=True)
-        path.write_bytes(data)
+        self._written = time.monotonic()
+        counts = self.earlier + self.deaths + Counter(dict.fromkeys(self.working - self.deaths.keys(), 1))
+        data = json.dumps(counts, sort_keys=True).encode()
+        try:
+            if is_local:  # not flushed: it must outlive a process, not the machine, and it is written for every task
+                path = storage.local_path(self.url)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                half = path.with_name(".tmp-attempts")
+                half.write_bytes(data)
+                half.replace(path)
+            else:
+                storage.write_bytes(self.url, data)
+        except OSError as error:  # a store that is away for a moment must not end a run
+            logger.warning("attempts are not written down: %s", error)
 
 
 @contextmanager

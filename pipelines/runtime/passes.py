@@ -67,6 +67,7 @@ class Passes:
                 yield row
 
     def problems(self) -> list[str]:
-        """Return the sentence on rows that ended in bugs, where there were any: the run then fails after its commit."""
+        """Return sentences on rows that ended in bugs, and on broken machines: the run then fails after its commit."""
         count = len(self.bugs)
-        return [f"{count} rows ended in unexpected errors; their tracebacks are in run.jsonl"] if count else []
+        bugs = [f"{count} rows ended in unexpected errors; their tracebacks are in run.jsonl"] if count else []
+        return [*bugs, *self.execute.problems]

@@ -199,6 +199,13 @@ def chains(stages: Sequence[Stage], keep: tuple[str, ...], propagate: bool) -> I
         yield Chain(group, tuple(sorted(later)), propagate)
 
 
+def quiet_threads() -> None:
+    """Keep OpenCV to one thread: processes share the cores, and results must not depend on a pool's size."""
+    import cv2
+
+    cv2.setNumThreads(1)
+
+
 def pack_row(row: Row) -> dict[str, Any]:
     """Return a row as {"json": str, "arrays": bytes}: the same two columns whatever is in it.
 

@@ -47,11 +47,12 @@ def test_a_sweep_takes_what_killed_runs_left_and_nothing_else(tmp_path):
     ledger.write_sample("clips/a.1.tar", b"blocks")
     half = tmp_path / "staging" / "clips" / ".tmp-0123-b.1.tar"
     half.write_bytes(b"half")
-    Attempts(str(tmp_path), 3).begin("decode", "clip")
-    (mark,) = (tmp_path / "staging" / "attempts").iterdir()
+    Attempts(str(tmp_path), 3).begin("decode", ["clip"])
+    account = tmp_path / "staging" / "attempts.json"
+    assert account.exists()
     ledger.sweep()
     assert not half.exists()
-    assert not mark.exists()
+    assert not account.exists()
     assert ledger.names() == {"clips/a.1.tar"}
 
 
@@ -69,29 +70,43 @@ def test_only_what_was_superseded_is_pruned(tmp_path):
 
 def test_a_row_is_given_up_after_so_many_deaths_in_a_run(tmp_path):
     attempts = Attempts(str(tmp_path), 3)
-    assert [attempts.begin("decode", "clip") for _ in range(4)] == [True, True, True, False]
-    assert attempts.begin("decode", "other")
-    assert attempts.begin("depth", "clip")
+    for _ in range(3):
+        assert attempts.may("decode", "clip")
+        attempts.begin("decode", ["clip", "other"])
+        attempts.died("decode", ["clip"])
+    assert not attempts.may("decode", "clip")
+    assert attempts.may("decode", "other")
+    assert attempts.may("depth", "clip")
 
 
 def test_a_row_that_ended_well_starts_anew(tmp_path):
     attempts = Attempts(str(tmp_path), 2)
     for _ in range(5):
-        assert attempts.begin("decode", "clip")
-        assert attempts.begin("decode", "clip")
-        attempts.end("decode", "clip")
-    assert list((tmp_path / "staging" / "attempts").iterdir()) == []
+        attempts.begin("decode", ["clip"])
+        attempts.died("decode", ["clip"])
+        assert attempts.may("decode", "clip")
+        attempts.end("decode", ["clip"])
+    attempts.begin("decode", ["next"])
+    assert Attempts(str(tmp_path), 2).earlier == {"decode next": 1}
 
 
-def test_deaths_with_whole_runs_count_less_but_not_for_ever(tmp_path):
+@pytest.mark.parametrize("where", ["folder", "store"])
+def test_deaths_with_whole_runs_count_less_but_not_for_ever(tmp_path, where):
     """A run that is killed takes innocent rows with it; a row that kills every run is found nevertheless."""
-    tried = [Attempts(str(tmp_path), 3).begin("decode", "clip") for _ in range(12)]
+    output = str(tmp_path) if where == "folder" else f"memory://{tmp_path.name}"
+    tried = []
+    for _ in range(12):
+        run = Attempts(output, 3)
+        tried.append(run.may("decode", "clip"))
+        run.begin("decode", ["clip"])
     assert tried == [True] * 9 + [False] * 3
 
 
-def test_attempts_are_counted_in_an_object_store_too():
-    attempts = Attempts("memory://attempts-test", 2)
-    assert [attempts.begin("decode", "clip") for _ in range(3)] == [True, True, False]
+def test_an_account_of_attempts_that_is_damaged_starts_anew(tmp_path, caplog):
+    Attempts(str(tmp_path), 3).begin("decode", ["clip"])
+    (tmp_path / "staging" / "attempts.json").write_text('["no account"]')
+    assert Attempts(str(tmp_path), 3).earlier == {}
+    assert "starts anew" in caplog.text
 
 
 def test_a_run_keeps_its_choices_but_no_secret(tmp_path):
@@ -188,14 +203,9 @@ def test_why_a_video_gives_no_clip():
         clips.plan("ab" * 32, record(40), replace(CONFIG, min_shot_s=3.0))
 
 
-def test_marks_of_attempts_that_cannot_be_written_stop_nothing(tmp_path, monkeypatch, caplog):
+def test_attempts_that_cannot_be_written_down_stop_nothing(tmp_path, caplog):
+    (tmp_path / "staging").write_text("a file where the folder should be")
     attempts = Attempts(str(tmp_path), 3)
-
-    def full(*_):
-        raise OSError(28, "No space left on device")
-
-    monkeypatch.setattr(Attempts, "_write", staticmethod(full))
-    monkeypatch.setattr("ex4d.storage.remove", full)
-    assert attempts.begin("decode", "key")
-    attempts.end("decode", "key")
-    assert caplog.text.count("No space left") == 2
+    attempts.begin("decode", ["key"])
+    attempts.end("decode", ["key"])
+    assert "not written down" in caplog.text

@@ -16,14 +16,18 @@ def invert(row, context):
 STAGE = Stage("invert", invert, reads=("number",), writes=("inverse",))
 
 
-def guarded(stages, rows, context, keep):
-    """Run as a worker does: a bug refuses its row."""
-    for row in rows:
-        yield Chain(tuple(stages), keep, propagate=False)(row, context)
+class Guarded:
+    """Runs as a worker does: a bug refuses its row."""
+
+    problems = ("a node was quarantined",)
+
+    def __call__(self, stages, rows, context, keep):
+        for row in rows:
+            yield Chain(tuple(stages), keep, propagate=False)(row, context)
 
 
 def passes(max_bugs: int) -> Passes:
-    return Passes("encode", guarded, Progress(None), max_bugs)
+    return Passes("encode", Guarded(), Progress(None), max_bugs)
 
 
 def rows(*numbers: int):
@@ -40,7 +44,9 @@ def test_as_many_bugs_as_allowed_are_kept_and_named():
     ]
     assert chosen.worked == {"numbers": 4}
     assert chosen.progress.tallies["invert"].video_s == 8.0
-    assert "2 rows ended in unexpected errors" in chosen.problems()[0]
+    bugs, machines = chosen.problems()
+    assert "2 rows ended in unexpected errors" in bugs
+    assert machines == "a node was quarantined"
 
 
 def test_one_more_stops_the_run_with_the_setting_that_allows_it():

@@ -107,7 +107,7 @@ def test_a_row_that_kills_its_worker_is_refused_and_its_neighbours_are_kept(tmp_
     result = preprocess.run(config, RayConfig(), stages=stages(tmp_path, kinds))
     assert reasons(result) == dict.fromkeys(kinds, "worker_crash")
     assert (result.counts["samples"], result.counts["clips_bad"], result.exit_code) == (10, 2, 0)
-    assert list((tmp_path / "out" / "staging" / "attempts").iterdir()) == []
+    assert not (tmp_path / "out" / "staging" / "attempts.json").exists()
     again = preprocess.run(config, runner_name="inline")  # known, so not tried: it would kill this process
     assert (again.worked["clip"], again.counts) == (0, result.counts)
     healed = retry(config.output, ["worker_crash"], runner_name="inline")

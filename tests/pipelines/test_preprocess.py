@@ -22,7 +22,7 @@ from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
 from pipelines.preprocess.stages import decode
-from pipelines.runtime import runner
+from pipelines.runtime import pool, stream
 from pipelines.runtime.ledger import exclusive
 from pipelines.runtime.stage import chains, pack_row
 
@@ -135,21 +135,19 @@ def test_frames_travel_once_at_most_and_memory_is_reserved(config, num_gpus, num
 
 
 @pytest.mark.parametrize(
-    ("cpus", "gpus", "wanted", "memory", "pool"),
+    ("cpus", "gpus", "memory", "taken"),
     [
-        (2, 1, None, [50], (1, 1, 10)),
-        (16, 1, None, [50], (4, 1, 10)),
-        (16, 8, None, [500], (15, 1, 10)),
-        (16, 8, 3, [500], (3, 1, 10)),
-        (1, 1, None, [50], (1, 0, 10)),
-        (16, 4, None, [35, 9, 19], (3, 1, 10)),
-        (16, 4, None, [19], (1, 1, None)),
+        (2, 1, [50], (1, 1, 10)),
+        (16, 1, [50], (4, 1, 10)),
+        (16, 8, [500], (15, 1, 10)),
+        (1, 1, [50], (1, 0, 10)),
+        (16, 4, [35, 9, 19], (3, 1, 10)),
+        (16, 4, [19], (1, 1, None)),
     ],
 )
-def test_actors_of_a_gpu_leave_room_to_what_feeds_them(cpus, gpus, wanted, memory, pool):
-    options = {"num_cpus": 1.0, "memory": 10}
-    size, taken = runner._pool({"CPU": cpus, "GPU": gpus}, memory, wanted, options, num_gpus=0.25)
-    assert (size, taken["num_cpus"], taken["memory"]) == pool
+def test_actors_of_a_gpu_leave_room_to_what_feeds_them(cpus, gpus, memory, taken):
+    size, each = pool.room(cpus, gpus, memory, {"num_cpus": 1.0, "memory": 10}, each=0.25)
+    assert (size, each["num_cpus"], each["memory"]) == taken
 
 
 def test_what_may_pass_is_refused_now_and_tried_again_by_the_next_run(config, monkeypatch):
@@ -177,7 +175,7 @@ def test_an_invalid_choice_that_a_worker_finds_passes_through_the_stages_after_i
     }
     last = list(chains(preprocess.stages_of(config).clip, (), propagate=False))[-1]
     packed = pack_row(row)
-    assert runner._Work(last, config, None, ".")(packed) == packed
+    assert stream.Work(last, config, ".")(packed) == packed
 
 
 def test_every_input_is_accounted_for(config, corpus, tmp_path):

@@ -31,7 +31,7 @@ STAGES = (
 def run(shown: Progress, count: int = 10) -> None:
     rows = [new_row(f"row-{number}", number=number) for number in range(count)]
     with shown.watch("numbers", STAGES, len(rows)) as step:
-        for row in runner.inline(STAGES, rows, None, ()):
+        for row in runner.Inline()(STAGES, rows, None, ()):
             step(row, 3.0)
 
 

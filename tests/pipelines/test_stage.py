@@ -133,7 +133,7 @@ def test_rows_travel_with_one_schema():
 
 
 def test_inline_runs_in_order_and_counts():
-    done = list(runner.inline(STAGES, rows(10), CONTEXT, ("total",)))
+    done = list(runner.Inline()(STAGES, rows(10), CONTEXT, ("total",)))
     assert [row["total"] for row in done] == [0, 3, None, 9, 12, None, 18, None, 24, 27]
 
 
@@ -175,12 +175,20 @@ def test_on_ray_too_a_broken_contract_or_choice_stops_the_run_as_what_it_is(by_v
 
 
 @pytest.mark.ray
-def test_rows_reach_ray_in_waves_and_none_is_lost(by_value, monkeypatch):
-    monkeypatch.setattr(runner, "WAVE_ROWS", 4)
+def test_rows_are_taken_from_a_generator_no_faster_than_they_are_worked_on(by_value):
+    taken = []
+
+    def source():
+        for row in rows(400):
+            taken.append(row["key"])
+            yield row
+
     with runner.runner("ray", runner.RayConfig(), 2) as execute:
-        done = list(execute((PICKY,), rows(10), CONTEXT, ("number",)))
-    assert sorted(row["number"] for row in done) == list(range(10))
-    assert {row["number"] // 4 for row in done[:4]} == {0}
+        done = execute((PICKY,), source(), CONTEXT, ("number",))
+        first = next(done)
+        assert len(taken) < 40
+        numbers = [first["number"], *(row["number"] for row in done)]
+    assert sorted(numbers) == list(range(400))
 
 
 @pytest.mark.ray

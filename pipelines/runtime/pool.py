@@ -1,0 +1,217 @@
+"""The actors of a chain that needs a GPU: as many as the cluster has room for and the work needs, on sound nodes."""
+
+from __future__ import annotations
+
+import logging
+import time
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+logger = logging.getLogger(__name__)
+
+CALLS = 2  # that an actor holds: one that runs, and one whose rows travel to it meanwhile
+IDLE_S = 30.0  # an actor without work for so long gives its CPU and GPU back, unless it is the last
+REFRESH_S = 1.0  # between two questions what the cluster holds
+RUN_OF_FAILURES = 3  # rows in a row that end in a bug on one node, before the node is quarantined
+
+Needs = tuple[float, float, int | None]  # num_cpus, num_gpus, memory_mb of a call
+
+
+class Cluster:
+    """What the cluster holds now: nodes join and leave while a pass runs."""
+
+    def __init__(self) -> None:
+        self._asked = -REFRESH_S
+        self.refresh()
+
+    def refresh(self) -> None:
+        """Ask Ray, unless it was asked a moment ago."""
+        if time.monotonic() - self._asked < REFRESH_S:
+            return
+        import ray
+
+        self._asked = time.monotonic()
+        nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        self.memory = [int(resources.get("memory", 0)) for resources in nodes.values()]
+        self.gpus = {node: resources["GPU"] for node, resources in nodes.items() if resources.get("GPU")}
+        self.num_cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())
+        self.store_bytes = sum(resources.get("object_store_memory", 0.0) for resources in nodes.values())
+
+    def options(self, needs: Needs) -> dict[str, Any]:
+        """Return what Ray is told that one call needs, but for GPUs."""
+        num_cpus, _, memory_mb = needs
+        options: dict[str, Any] = {"num_cpus": num_cpus}
+        if memory_mb is not None:
+            # A machine that has less takes one call at a time, instead of waiting for ever for a larger one.
+            options["memory"] = min(memory_mb << 20, max(self.memory))
+        return options
+
+
+def room(
+    num_cpus: float, num_gpus: float, memory: Sequence[int], options: dict[str, Any], each: float
+) -> tuple[int, dict[str, Any]]:
+    """Return (how many actors fit on the GPUs, what each of them takes beside its GPU).
+
+    Actors hold what they take, and rows reach them through tasks that need as much: were all CPUs or all memory theirs,
+    neither could begin. Where there is only enough for one, the actor takes none of it.
+
+    Args:
+        num_cpus, num_gpus: of the cluster. memory: bytes of each node.
+        options: `num_cpus` and perhaps `memory` (bytes) of a call. each: GPUs of an actor.
+    """
+    size, taken = max(1, int(num_gpus / each)), dict(options)
+    rooms = {"num_cpus": int(num_cpus / options["num_cpus"]) if options["num_cpus"] else size + 1}
+    if "memory" in options:
+        rooms["memory"] = sum(there // options["memory"] for there in memory)
+    for name, places in rooms.items():
+        size = max(1, min(size, places - 1))
+        if places < 2:
+            taken[name] = 0 if name == "num_cpus" else None  # Ray takes 1 for no word of CPUs
+    return size, taken
+
+
+@dataclass
+class Member:
+    """An actor: its handle, its node ("" until it has started), and its calls in their order."""
+
+    actor: Any
+    started: Any
+    num_cpus: float
+    node: str = ""
+    calls: deque[Any] = field(default_factory=deque)
+    idle_since: float = field(default_factory=time.monotonic)
+
+
+class Pool:
+    """The actors of one chain.
+
+    Args:
+        worker: the actor's class. work: reference to what it is made with.
+        most: of actors; None: as many as there is room for. At least one is always asked for.
+        problems: gets a sentence for each node that is quarantined.
+    """
+
+    def __init__(self, worker: type, work: Any, needs: Needs, most: int | None, cluster: Cluster, problems: list[str]):
+        self.worker, self.work, self.needs, self.most = worker, work, needs, most
+        self.cluster, self.problems = cluster, problems
+        self.members: list[Member] = []
+        self.of_call: dict[Any, Member] = {}
+        self.failures: Counter[str] = Counter()
+        self.quarantined: set[str] = set()
+
+    @property
+    def num_cpus(self) -> float:
+        """CPUs that the actors take."""
+        return sum(member.num_cpus for member in self.members)
+
+    @property
+    def hunger(self) -> int:
+        """Batches that should wait for the actors or be on their way."""
+        return CALLS * max(1, len(self.members)) + 1
+
+    def resize(self, num_waiting: int, is_awaited: bool) -> None:
+        """Start an actor where work waits for the actors and what follows waits for their work; drop idle ones."""
+        import ray
+
+        for member in [member for member in self.members if not member.node]:
+            if ray.wait([member.started], timeout=0)[0]:
+                try:
+                    member.node = ray.get(member.started)
+                except ray.exceptions.RayError:
+                    self._drop(member)
+        gpus = sum(count for node, count in self.cluster.gpus.items() if node not in self.quarantined)
+        options = self.cluster.options(self.needs)
+        most, taken = room(self.cluster.num_cpus, gpus, self.cluster.memory, options, self.needs[1])
+        most = most if self.most is None else min(self.most, max(most, len(self.members) + 1))
+        starting = any(not member.node for member in self.members)
+        is_full = num_waiting and all(len(member.calls) >= CALLS for member in self.members)
+        if not self.members or (is_full and is_awaited and not starting and len(self.members) < most):
+            self._start(taken)
+        for member in self.members[1:]:
+            if not member.calls and member.node and time.monotonic() - member.idle_since > IDLE_S:
+                ray.kill(member.actor)
+                self._drop(member)
+
+    def _start(self, taken: dict[str, Any]) -> None:
+        import ray
+        from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
+
+        options = {**taken, "num_gpus": self.needs[1], "max_restarts": 0}
+        if self.quarantined:
+            used = Counter(member.node for member in self.members)
+            good = [node for node in self.cluster.gpus if node not in self.quarantined]
+            if good:
+                node = min(good, key=lambda node: used[node] / self.cluster.gpus[node])
+                options["scheduling_strategy"] = NodeAffinitySchedulingStrategy(node, soft=False)
+        actor: Any = ray.remote(self.worker).options(**options).remote(self.work)
+        self.members.append(Member(actor, actor.node.remote(), float(taken["num_cpus"])))
+
+    def free(self, avoided: set[str]) -> Member | None:
+        """Return an actor that takes another call, one off the avoided nodes where there is any such actor."""
+        there = [member for member in self.members if member.node]
+        there = [member for member in there if member.node not in avoided] or there
+        free = [member for member in there if len(member.calls) < CALLS]
+        return min(free, key=lambda member: len(member.calls), default=None)
+
+    def call(self, member: Member, rows: Any) -> list[Any]:
+        """Return the references to (Facts, packed rows) of a call."""
+        references: list[Any] = member.actor.run.options(num_returns=2).remote(rows)
+        member.calls.append(references[0])
+        self.of_call[references[0]] = member
+        return references
+
+    def returned(self, call: Any, node: str, has_bug: bool, tried_on: set[str]) -> bool:
+        """Note the end of a call; return True where its bug may be the node's and another node can try.
+
+        Args:
+            tried_on: nodes where these rows ended in a bug before; this one is added.
+        """
+        member = self.of_call.pop(call)
+        member.calls.remove(call)
+        member.idle_since = time.monotonic()
+        if not has_bug:
+            self.failures[node] = 0
+            return False
+        self.failures[node] += 1
+        tried_on.add(node)
+        others = set(self.cluster.gpus) - self.quarantined - {node}
+        if others and self.failures[node] >= RUN_OF_FAILURES and node not in self.quarantined:
+            self._quarantine(node)
+        return bool(others - tried_on)
+
+    def _quarantine(self, node: str) -> None:
+        import ray
+
+        self.quarantined.add(node)
+        sentence = (
+            f"node {node[:12]} failed {RUN_OF_FAILURES} rows in succession and was quarantined; its rows were done on "
+            "other nodes. Check its GPU, or remove the node from the cluster"
+        )
+        logger.error(sentence)
+        self.problems.append(sentence)
+        for member in [member for member in self.members if member.node == node]:
+            ray.kill(member.actor)
+            self._drop(member)
+
+    def lost(self, call: Any, actor_died: bool) -> bool:
+        """Note that a call gave an error instead of rows; return True where it was the one that the actor worked on."""
+        member = self.of_call.pop(call)
+        was_first = bool(member.calls) and member.calls[0] == call
+        if actor_died:
+            self._drop(member)
+        else:
+            member.calls.remove(call)
+        return actor_died and was_first and member.node not in self.quarantined
+
+    def _drop(self, member: Member) -> None:
+        if member in self.members:
+            self.members.remove(member)
+
+    def close(self) -> None:
+        """End the actors."""
+        import ray
+
+        for member in self.members:
+            ray.kill(member.actor)
