@@ -8,7 +8,7 @@ import numpy as np
 
 from ex4d.geometry import trajectory
 from ex4d.geometry.mask_scene import Scene
-from ex4d.geometry.visibility import novel_view
+from ex4d.geometry.visibility import kept_share
 
 Paths = tuple[tuple[str, float], ...]  # (name of a trajectory, its angle in degrees)
 
@@ -24,7 +24,7 @@ def generation(scene: Scene, paths: Paths) -> np.ndarray:
     shares = np.zeros((len(paths), num_frames), np.float32)
     for row, (name, angle_deg) in zip(shares, paths, strict=True):
         w2c = trajectory.build(name, num_frames, angle_deg, scene.radius)
-        row[1:] = [1 - novel_view(scene.mesh(t), w2c[t]).mean() for t in range(1, num_frames)]
+        row[1:] = 1 - kept_share(scene.views(range(1, num_frames), w2c, "novel_view", 0.0))
     return shares
 
 

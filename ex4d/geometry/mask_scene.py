@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from collections.abc import Iterable
+
 import numpy as np
 
 from ex4d.geometry import tracks, trajectory
@@ -44,6 +46,10 @@ class Scene:
             self._small = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K)
             self._small.radius = self.radius
         return self._small or self
+
+    def views(self, moments: Iterable[int], w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
+        """Return `view` of each of these frames, bool [len(moments), H, W]; w2c [T, 4, 4] is of all frames."""
+        return np.stack([self.view(t, w2c[t], kind, tolerance) for t in moments])
 
     def view(self, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
         """Return bool [H, W]: what a mask of a kind keeps of frame t for a novel camera [4, 4]."""

@@ -23,7 +23,7 @@ from ex4d.errors import BadSample
 from ex4d.geometry import hole_share, tracks, trajectory
 from ex4d.geometry.hole_share import Paths
 from ex4d.geometry.mask_scene import Scene
-from ex4d.geometry.visibility import erode, erode_all, novel_view, tracking, visibility
+from ex4d.geometry.visibility import erode, erode_all, kept_share, novel_view, tracking, visibility
 
 __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tracking", "visibility"]
 
@@ -34,7 +34,8 @@ INSTEAD = {"visibility": ("novel_view",), "novel_view": ("visibility",), "tracki
 SEARCH_STEPS = 6
 CLOSE_ENOUGH = 0.03  # to the wanted share of holes; the search goes on where it ends farther off
 MET = 0.045  # the promise is 5 points
-CORRECTIONS = 3  # of the search on small pictures by what the whole clip gives
+CORRECTIONS = 4  # of the search on small pictures by what the clip gives at full size
+PROBES = 3  # frames, those with the most holes, that stand for the whole clip until the search has come close
 REDRAWS = 3  # of a tracking mask's grid and erosion
 DRIFT_CELLS = 4  # the field that decides which points are dropped has so many cells along a side: holes are blobs
 
@@ -146,7 +147,7 @@ def draw(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, config: MaskCon
         _give_tracking_what_it_can_reach(kinds, targets, 1 - float(scene.dense()[1].mean(axis=(1, 2)).min()))
     drawn = [_draw_one(scene, KINDS[kinds[i]], config, targets[i], [seed, count, i]) for i in range(count)]
     visible = np.stack([mask.visible for mask in drawn])
-    share = 1 - visible.mean(axis=(2, 3), dtype=np.float64)
+    share = 1 - np.stack([kept_share(mask) for mask in visible])
     return MaskSet(
         visible,
         np.array([KINDS.index(mask.kind) for mask in drawn], np.uint8),
@@ -201,14 +202,15 @@ def _draw_one(scene: Scene, kind: str, config: MaskConfig, target: float, seed: 
 
 def _missed(visible: np.ndarray, target: float) -> float:
     """Return the share of holes in the fullest frame, less the target."""
-    return float(1 - visible.mean(axis=(1, 2)).min()) - target
+    return float(1 - kept_share(visible).min()) - target
 
 
 def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
     """Return the mask of a random path whose extent makes its share of holes the target.
 
     Paths are tried in random order until one reaches it; after them all once more with the least erosion. What a path
-    gives is searched on small pictures at four moments, and the search corrected by what the whole clip gives.
+    gives is searched on small pictures at four moments, and the search corrected by what the fullest frames give at
+    full size. All frames are drawn once that is close, or after the last correction.
     """
     erosion = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
     sign = rng.choice([-1.0, 1.0])
@@ -223,11 +225,17 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
             return trajectory.build(name, num_frames, radius=scene.radius, **keywords)
 
         aim = target
-        for _ in range(CORRECTIONS):
+        for correction in range(CORRECTIONS):
             w2c, off = _search(scene.small(), path, kind, aim, erosion_px, config.depth_tolerance)
             if off > CLOSE_ENOUGH and off >= best.error:
                 break
-            visible = np.stack([scene.view(t, w2c[t], kind, config.depth_tolerance) for t in range(num_frames)])
+            fullest = _fullest(scene.small(), w2c, kind, erosion_px, config.depth_tolerance)
+            probed = erode_all(scene.views(fullest, w2c, kind, config.depth_tolerance), erosion_px)
+            missed = _missed(probed, target)
+            if abs(missed) > CLOSE_ENOUGH and correction + 1 < CORRECTIONS:
+                aim = min(max(aim - missed, 0.0), 1.0)
+                continue
+            visible = scene.views(range(num_frames), w2c, kind, config.depth_tolerance)
             visible[0] = True
             visible = erode(visible, erosion_px)
             missed = _missed(visible, target)
@@ -248,8 +256,7 @@ def _search(
     low, high, extent = 0.0, 1.0, 1.0
     for _ in range(SEARCH_STEPS):
         w2c = path(extent)
-        kept = np.stack([small.view(t, w2c[t], kind, tolerance) for t in moments])
-        missed = _missed(erode_all(kept, erosion_px), aim)
+        missed = _missed(erode_all(small.views(moments, w2c, kind, tolerance), erosion_px), aim)
         if abs(missed) < least:
             best, least = w2c, abs(missed)
         if least < CLOSE_ENOUGH / 3 or (extent == 1.0 and missed < 0):
@@ -257,6 +264,12 @@ def _search(
         low, high = (extent, high) if missed < 0 else (low, extent)
         extent = (low + high) / 2
     return best, least
+
+
+def _fullest(small: Scene, w2c: np.ndarray, kind: str, erosion_px: int, tolerance: float) -> list[int]:
+    """Return the PROBES frames that have the largest share of holes on the small pictures."""
+    kept = erode_all(small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
+    return sorted(1 + int(index) for index in np.argsort(kept_share(kept), kind="stable")[:PROBES])
 
 
 def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:

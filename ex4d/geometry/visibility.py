@@ -7,14 +7,14 @@ import numpy as np
 from ex4d.geometry import visibility_kernels as kernels
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh, angle_threshold_deg, occlusion_flags
-from ex4d.geometry.render import cpu, render
+from ex4d.geometry.render import cpu
 
 COVER = 1.25  # side of a point's square in spacings of the grid: neighbours that drift apart leave no gap
 
 
 def novel_view(mesh: DWMesh, w2c: np.ndarray) -> np.ndarray:
     """Return bool [H, W], in the novel camera's pixels: what the mesh fills with colour there."""
-    return render(mesh, Camera(mesh.K, w2c, mesh.size), backend="cpu").visible_mask
+    return cpu.render_visible(mesh, Camera(mesh.K, w2c, mesh.size))
 
 
 def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: float = 0.02) -> np.ndarray:
@@ -65,11 +65,18 @@ def tracking(xy: np.ndarray, seen: np.ndarray, spacing: np.ndarray, size: tuple[
     first = np.clip(np.rint(xy - COVER * np.asarray(spacing) / 2), 0, (width, height)).astype(int)
     last = np.clip(np.rint(xy + COVER * np.asarray(spacing) / 2), 0, (width, height)).astype(int)
     # Each square adds +1 and −1 at its corners; the running sums along both axes count the squares over a pixel.
-    corners = np.zeros((len(xy), height + 1, width + 1), np.int32)
+    corners = np.zeros((len(xy), height + 1, width + 1), np.int32 if seen.shape[1] > 2**14 else np.int16)
     t, n = np.nonzero(seen)
     for y, x, sign in ((first, first, 1), (first, last, -1), (last, first, -1), (last, last, 1)):
         np.add.at(corners, (t, y[t, n, 1], x[t, n, 0]), sign)
-    return corners.cumsum(axis=1).cumsum(axis=2)[:, :height, :width] > 0
+    for row in range(1, height):  # a running sum down the columns, many times faster than cumsum along that axis
+        corners[:, row] += corners[:, row - 1]
+    return np.cumsum(corners, axis=2, out=corners)[:, :height, :width] > 0
+
+
+def kept_share(visible: np.ndarray) -> np.ndarray:
+    """Return float64 [T]: the kept share of each frame of bool [T, H, W]."""
+    return np.array([np.count_nonzero(frame) for frame in visible]) / visible[0].size
 
 
 def erode(visible: np.ndarray, erosion_px: int) -> np.ndarray:

@@ -6,7 +6,7 @@ import numpy as np
 
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh, cap_faces, contains
-from ex4d.geometry.render.cpu_kernels import shade
+from ex4d.geometry.render.cpu_kernels import filled, shade
 from ex4d.geometry.render.cpu_raster import rasterise
 from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
@@ -34,6 +34,16 @@ def render_depth(mesh: DWMesh, camera: Camera) -> np.ndarray:
     keys, *_ = _rasterised(mesh, camera)
     with np.errstate(divide="ignore"):  # no face: a key of 0
         return np.float32(1) / (keys >> 32).astype(np.int32).view(np.float32)
+
+
+def render_visible(mesh: DWMesh, camera: Camera) -> np.ndarray:
+    """Return `render(mesh, camera).visible_mask` alone, bool [H, W], without shading where no shading decides it."""
+    if mesh.profile.vertex_alpha or mesh.profile.two_sided:
+        return render(mesh, camera).visible_mask
+    keys, *_ = _rasterised(mesh, camera)
+    visible = np.empty(camera.size, bool)
+    filled(keys, mesh.face_occluded, visible)
+    return visible
 
 
 def _rasterised(mesh: DWMesh, camera: Camera) -> tuple[np.ndarray, ...]:

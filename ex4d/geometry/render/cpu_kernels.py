@@ -82,6 +82,20 @@ def _cell_of(face, num_cells, columns, inverse_columns):
 
 
 @kernel
+def filled(keys, occluded, visible):
+    """Enter into visible bool [H, W] where the nearest face, of `rasterise`'s keys, is one of the grid and whole."""
+    _, rows, columns = occluded.shape
+    num_cells, inverse_columns = rows * columns, 1 / columns
+    for i in range(keys.shape[0]):
+        for j in range(keys.shape[1]):
+            visible[i, j] = False
+            face = np.int64(2**31 - 1) - (keys[i, j] & np.int64(2**32 - 1))
+            if keys[i, j] != 0 and face < 2 * num_cells:
+                half, row, column = _cell_of(face, num_cells, columns, inverse_columns)
+                visible[i, j] = not occluded[half, row, column]
+
+
+@kernel
 def _turned(x, y, rotation):
     """Return the ray (x, y, 1) of the target in the source's axes."""
     return (
