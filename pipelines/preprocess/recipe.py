@@ -76,14 +76,14 @@ class Stages:
 def stages_of(config: PreprocessConfig) -> Stages:
     """Return the stages with the resources that the configuration gives them.
 
-    From the first stage on a GPU on, a clip stays in one actor: its frames travel once and never back. Several actors
-    share a GPU (`depth_num_gpus` 0.25: four), so that it works for one while others draw masks.
+    Depth and captions run in the actors of the GPU, everything else as tasks on the CPUs: a clip's frames travel to the
+    actor and on from it, through Ray's object store. Several actors share a GPU (`depth_num_gpus` 0.25: four).
     """
     plain = Stages()
     split, clip = (plain.split_pair, plain.clip_pair) if "source" in config.members else (plain.split, plain.clip)
-    on_gpu = next(position for position, stage in enumerate(clip) if "depth_facts" in stage.writes)
+    on_gpu = {"depth_facts", "caption_facts"}
     share = max(config.depth_num_gpus, config.captioner.num_gpus if config.captioner else 0.0)
-    gpus = [share if position >= on_gpu else 0.0 for position in range(len(clip))]
+    gpus = [share if on_gpu & set(stage.writes) else 0.0 for stage in clip]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
         split=tuple(replace(stage, memory_mb=settings.WORKER_MB) for stage in split),

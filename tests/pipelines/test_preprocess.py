@@ -121,15 +121,15 @@ def test_one_bad_row_costs_one_row(config):
     assert inline(config).worked["clip"] == 0  # what was refused stays refused
 
 
-@pytest.mark.parametrize(("num_gpus", "num_chains"), [(0.0, 1), (0.25, 2)])
-def test_frames_travel_once_at_most_and_memory_is_reserved(config, num_gpus, num_chains):
+@pytest.mark.parametrize(("num_gpus", "num_chains"), [(0.0, 1), (0.25, 3)])
+def test_only_depth_and_captions_take_the_gpu_and_memory_is_reserved(config, num_gpus, num_chains):
     stages = preprocess.stages_of(replace(config, depth_num_gpus=num_gpus, num_frames=49, size=(512, 512)))
     made = list(chains(stages.clip, (), propagate=False))
     assert len(made) == num_chains
     assert [stage.name for chain in made for stage in chain.stages] == [stage.name for stage in Stages().clip]
-    assert all("frames" not in chain.keep for chain in made[1:])
+    assert "frames" not in made[-1].keep
     for stage in stages.clip:
-        assert stage.num_gpus == (num_gpus if made[-1].stages[0].name == "depth" and stage in made[-1].stages else 0)
+        assert stage.num_gpus == (num_gpus if stage.name in ("depth", "caption") else 0)
         assert 700 < stage.memory_mb < 1200
     assert {stage.memory_mb for stage in stages.split} == {512}
 
