@@ -16,7 +16,7 @@ from pipelines.preprocess.filters import FilterConfig
 METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose unit cameras can share
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
-VIDEO_CODE, CLIP_CODE = 3, 4  # raised when stages change what they write, so that older staging is not taken
+VIDEO_CODE, CLIP_CODE = 3, 5  # raised when stages change what they write, so that older staging is not taken
 
 
 WORKER_MB = 512  # resident memory of a worker and its decoding child at 1080p, without the clip: 230 to 260, measured

@@ -79,7 +79,7 @@ def run(folder: Path, script: str) -> dict:
         timeout=280,
     )
     assert done.returncode == 0, done.stderr[-3000:]
-    return json.loads(done.stdout.splitlines()[-1])
+    return json.loads(next(line for line in done.stdout.splitlines() if line.startswith("{")))
 
 
 @pytest.mark.ray
