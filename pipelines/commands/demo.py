@@ -84,13 +84,8 @@ def main(config_path: str, output: str) -> int:
 
     page_path = page.write(_page(settings, report, run_folder, seconds), out / "index.html")
     console.rule(f"done in {time.monotonic() - started:.0f} s")
-    for name, path in (
-        ("dataset", dataset),
-        ("adapter", run_folder / "adapter"),
-        ("video", video_path),
-        ("page", page_path),
-    ):
-        print(f"{name}: {path}")
+    results = {"dataset": dataset, "adapter": run_folder / "adapter", "video": video_path, "page": page_path}
+    print(*(f"{name}: {path}" for name, path in results.items()), sep="\n")
     return 0
 
 
