@@ -2,13 +2,17 @@
 
 from __future__ import annotations
 
+import logging
 from dataclasses import replace
 from pathlib import Path
 
+import torch
 from torch import Tensor
 
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import weights
+
+logger = logging.getLogger(__name__)
 
 STYLES = ("ex4d", "released", "kohya", "comfyui", "diffusers")
 
@@ -22,7 +26,7 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
             "diffusers": the LoRA alone, since they have no place for the geometry adapter. Where a form has none for
             alpha, B is written times alpha / rank.
         output: the folder or file to write.
-        lora: take the LoRA from this kohya, ComfyUI or diffusers file and the rest from `adapter`.
+        lora: take the LoRA from this file of another program (`lora_dialects`) and the rest from `adapter`.
 
     Raises:
         ConfigError: another style, or one that cannot say what the adapter needs; a file that is not there, or an
@@ -65,6 +69,21 @@ def _with_lora(state: dict[str, Tensor], lora: str | Path) -> tuple[dict[str, Te
     old = {name: value for name, value in state.items() if ".lora_" in name}
     # A and B have the rank on one side and the layer's width on the other; the width must be that of the layer.
     axis = {name: 1 if ".lora_A" in name else 0 for name in old}
-    if old.keys() != new.keys() or any(new[n].shape[axis[n]] != old[n].shape[axis[n]] for n in old):
-        raise ContractError(f"{lora}: its LoRA is of another model than the adapter's")
-    return {name: new.get(name, value) for name, value in state.items()}, alpha
+    strange = [name for name in new if name not in old or new[name].shape[axis[name]] != old[name].shape[axis[name]]]
+    if strange:
+        raise ContractError(
+            f"{lora}: its LoRA is of another model than the adapter's, the first such layer {strange[0]}"
+        )
+    if missing := sorted(old.keys() - new.keys()):
+        logger.warning(
+            "%s: %d of %d layers are not in it and stay as the base has them", lora, len(missing) // 2, len(old) // 2
+        )
+    rank = _rank(new)
+    return {name: new.get(name, _without(name, value, rank)) for name, value in state.items()}, alpha
+
+
+def _without(name: str, value: Tensor, rank: int) -> Tensor:
+    """Return a tensor of a layer that the other LoRA leaves alone: A as it was, of the other rank, B zero."""
+    if ".lora_A" in name:
+        return torch.nn.functional.pad(value[:rank], (0, 0, 0, max(0, rank - len(value)))).contiguous()
+    return value.new_zeros(len(value), rank) if ".lora_B" in name else value

@@ -80,15 +80,6 @@ def count_blocks(names: Iterable[str]) -> int:
     return len(numbers)
 
 
-def style_of(names: Iterable[str]) -> str:
-    """Return the format that the names are of. Raises ContractError where they are of none."""
-    for style in ("kohya", "comfyui", "released", "diffusers"):
-        prefix, suffix = _LORA_KEYS[style][1].split("{block}")[0], _LORA_KEYS[style][1].rpartition("}")[2]
-        if any(name.startswith(prefix) and name.endswith(suffix) for name in names):
-            return style
-    raise ContractError(f"no LoRA names of {', '.join(FORMATS)}, but such as {sorted(names)[:3]}")
-
-
 def to_format(state: Mapping[str, Tensor], style: str, alpha: float | None = None) -> dict[str, Tensor]:
     """Return the LoRA of a canonical state under another program's names.
 

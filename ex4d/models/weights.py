@@ -15,7 +15,7 @@ from torch import Tensor
 
 from ex4d import config, storage
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import formats, lora
+from ex4d.models import formats, lora, lora_dialects
 from ex4d.models.adapter import Ex4dModel
 from ex4d.models.encoders import base_fingerprint
 
@@ -214,10 +214,10 @@ def folded(name: str, value: Tensor, alpha: float) -> Tensor:
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
-    """Return (canonical LoRA tensors, alpha) of a safetensors file under diffusers', ComfyUI's or kohya's names.
+    """Return (canonical LoRA tensors of the layers that there are, alpha) of another program's safetensors file.
 
     Raises:
-        ContractError: damaged, of other names, or incomplete.
+        ContractError: damaged, or no LoRA that `lora_dialects` reads.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -225,10 +225,22 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
     try:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ContractError(f"{path} is no safetensors file: {error}") from error
-    state, alpha = formats.from_format(tensors, formats.style_of(tensors))
-    rank = next(value.shape[0] for name, value in state.items() if ".lora_A" in name)
-    return state, float(rank) if alpha is None else alpha
+        raise ContractError(f"{path} is no safetensors file: {_what_it_is(Path(path)) or error}") from error
+    try:
+        return lora_dialects.read(tensors)
+    except ContractError as error:
+        raise ContractError(f"{path}: {error}") from None
+
+
+def _what_it_is(file: Path) -> str:
+    """Return what a file is that was downloaded in place of another, "" where that is not known."""
+    with open(file, "rb") as opened:
+        head = opened.read(200).lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, a failed download"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the real file (git lfs pull)"
+    return "" if head else "it is empty"
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -285,7 +297,9 @@ def _header_of(file: Path) -> AdapterMetadata:
             header: Any = json.loads((opened.metadata() or {}).get(_HEADER, "null"))
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it cannot be iterated itself)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ContractError(f"{file} is no safetensors file of this project: {error}") from error
+        raise ContractError(f"{file} is no safetensors file: {_what_it_is(file) or error}") from error
+    if header is None:
+        raise ContractError(f"{file} {_of_another_program(shapes)}")
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
         raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
@@ -299,6 +313,13 @@ def _header_of(file: Path) -> AdapterMetadata:
         raise ContractError(f"{file}: its header says {error}") from error
     _check_header(metadata, shapes, file)
     return metadata
+
+
+def _of_another_program(names: Mapping[str, Any]) -> str:
+    if any("lora" in name or name.endswith(".alpha") for name in names):
+        advice = "`ex4d export ADAPTER --from THIS_FILE --style ex4d` puts it into an adapter"
+        return f"is a LoRA of another program, whole as it may be, and no adapter with geometry: {advice}"
+    return f"holds no adapter of this project, but {len(names)} tensors such as {sorted(names)[:2]}"
 
 
 def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], file: Path) -> None:
