@@ -9,9 +9,10 @@ import copy
 import dataclasses
 import difflib
 import math
+import operator
 import types
 import typing
-from collections.abc import Callable, Iterable, Iterator, Mapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import cache
 from typing import Any, Literal
@@ -44,8 +45,11 @@ class Setting:
     choices: Iterable[str] = ()
     group: str | None = None
 
-    def accepts(self, value: Any) -> bool:
-        """Return whether a value of the right type is in range. None always is: the type decides about it."""
+    def accepts(self, value: Any, words: Sequence[str] = ()) -> bool:
+        """Return whether a value of the right type is in range, and text, where there are `words`, one of them.
+
+        None always is: the type decides about it.
+        """
         if value is None or isinstance(value, bool):
             return True
         if isinstance(value, int | float):
@@ -61,8 +65,8 @@ class Setting:
         if self.not_empty and isinstance(value, str | list | tuple | dict) and not value:
             return False
         if isinstance(value, list | tuple):
-            return all(self.accepts(item) for item in value)
-        return not self.choices or not isinstance(value, str) or value in self.choices
+            return all(self.accepts(item, words) for item in value)
+        return not words or not isinstance(value, str) or value in words
 
     @property
     def range(self) -> str:
@@ -102,7 +106,8 @@ def checked(config: Any, section: str = "") -> Need:
         section: where its settings stand in a file, as "train" or "train.loader"; "" for flags of a command.
 
     Returns:
-        need(holds, name, allowed), which raises a ConfigError that names the setting `name` unless `holds`.
+        need(holds, name, allowed), which raises a ConfigError that names the setting `name` (dotted where nested)
+        unless `holds`.
 
     Raises:
         ConfigError: a setting is out of its range.
@@ -110,12 +115,12 @@ def checked(config: Any, section: str = "") -> Need:
 
     def need(holds: bool, name: str, allowed: str) -> None:
         if not holds:
-            raise ConfigError(f"{section}.{name}".removeprefix("."), getattr(config, name), allowed)
+            raise ConfigError(f"{section}.{name}".removeprefix("."), operator.attrgetter(name)(config), allowed)
 
     for field in dataclasses.fields(config):
         rule = field.metadata.get(KEY)
         value = getattr(config, field.name)
-        if rule is not None and not rule.accepts(value):
+        if rule is not None and not rule.accepts(value, choices_of(type(config), field.name)):
             need(False, field.name, must_be(type(config), field.name, value))
     return need
 

@@ -137,7 +137,7 @@ class PreprocessConfig:
         if "source" in self.members:
             alone = "must be [source]: samples of two cameras have no other extra members"
             need(set(self.members) == {"source"}, "members", alone)
-            need(self.masks.num_masks == 1, "masks", "needs masks.num_masks=1 with members=[source]")
+            need(self.masks.num_masks == 1, "masks.num_masks", "must be 1 with members=[source]")
             metric = f"must be one of {', '.join(METRIC)} with members=[source]: depth in the unit of the cameras"
             need(self.depth in METRIC, "depth", metric)
 

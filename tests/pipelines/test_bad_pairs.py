@@ -158,11 +158,9 @@ def test_a_bad_pair_costs_itself_alone(harm, corpus, tmp_path):
     ],
 )
 def test_choices_that_cannot_go_with_pairs_are_refused(corpus, tmp_path, changes, named):
-    config = replace(choices(corpus, tmp_path / "out", **FEW), **changes)
-    assert not (tmp_path / "out").exists()
     one_camera = replace(WORLD, num_videos=1, second_camera_deg=None)
     with pytest.raises(ConfigError, match=named):
-        inline(config, synthetic_config=one_camera)
+        inline(replace(choices(corpus, tmp_path / "out", **FEW), **changes), synthetic_config=one_camera)
     assert not list(tmp_path.glob("**/*.mp4"))
 
 
