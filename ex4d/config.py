@@ -21,6 +21,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
+from ex4d import text
 from ex4d.config_settings import check_keys, checked, keys, must_be, nested, setting
 from ex4d.errors import ConfigError
 
@@ -72,20 +73,26 @@ def read_yaml(path: str | Path) -> dict[str, Any]:
     """Return the mapping in a YAML file. Raises ConfigError when it is missing, not YAML, or not a mapping."""
     try:
         with open(path, "rb") as file:
-            text = file.read(MAX_BYTES + 1).decode("utf-8")
-    except (OSError, UnicodeDecodeError) as error:
-        raise ConfigError("config", str(path), f"cannot be read ({error})") from error
-    if len(text) > MAX_BYTES:
+            data = file.read(MAX_BYTES + 1)
+    except OSError as error:
+        raise ConfigError("config", str(path), f"cannot be read ({error.strerror})") from error
+    if len(data) > MAX_BYTES:
         raise ConfigError("config", str(path), f"is larger than {MAX_BYTES} bytes")
     try:
-        tree = _parse(text)
+        tree = _parse(text.decode(data))
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError("config", str(path), f"is not valid YAML ({error})") from error
+        raise ConfigError("config", str(path), f"is not valid YAML: {_in_one_line(error)}") from error
     if tree is None:
         return {}
     if not isinstance(tree, dict):
         raise ConfigError("config", str(path), "must hold a mapping of sections")
     return tree
+
+
+def _in_one_line(error: Exception) -> str:
+    mark = getattr(error, "problem_mark", None)
+    problem = getattr(error, "problem", None) or str(error) or "nested too deeply"
+    return " ".join(problem.split()) + (f", line {mark.line + 1}" if mark else "")
 
 
 class _Loader(yaml.SafeLoader):
@@ -182,7 +189,7 @@ def parse_value(text: str, key: str = "value") -> Any:
     try:
         return _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
-        raise ConfigError(key, text, f"is not a YAML value ({error})") from error
+        raise ConfigError(key, text, f"is not a YAML value: {_in_one_line(error)}") from error
 
 
 def format_value(value: Any) -> str:

@@ -18,7 +18,7 @@ FLOOR = {"errors", "config", "remote", "storage", "hub", "text", "video"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": set(),
-    "config": {"errors"},
+    "config": {"errors", "text"},
     "remote": set(),
     "storage": {"errors", "remote"},
     "hub": {"errors"},

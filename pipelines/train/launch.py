@@ -24,16 +24,19 @@ import subprocess
 import sys
 import time
 from collections.abc import Sequence
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 from ex4d import config as configs
 from ex4d import storage
+from ex4d.data.manifest import DATASET
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
 from pipelines.runtime.cluster import check_output
+from pipelines.runtime.ledger import exclusive
 from pipelines.runtime.runner import RayConfig
 
 logger = logging.getLogger(__name__)
@@ -68,7 +71,30 @@ def run(
     if train.dry_run:
         return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
     if place is not None:
-        return _be_rank(train, model, place)
+        # The ranks of a launcher of our own write under its lock; those of torchrun or srun have none but this.
+        alone = exclusive(train.output) if place.rank == 0 and PARENT not in os.environ else nullcontext()
+        with alone:
+            return _be_rank(train, model, place)
+    _check_data(train)
+    with exclusive(train.output):
+        return _launch(train, model, config_path, overrides, ray)
+
+
+def _check_data(train: TrainConfig) -> None:
+    """Raise ConfigError where there is no dataset, or the run would write into it."""
+    if not storage.exists(storage.join(train.data, DATASET)):
+        raise ConfigError(
+            "train.data", train.data, f"no dataset there ({DATASET} is missing): `ex4d preprocess` makes one"
+        )
+    if storage.is_local(train.data):
+        data, output = storage.local_path(train.data).resolve(), Path(train.output).resolve()
+        if output == data or data in output.parents:
+            raise ConfigError("train.output", train.output, f"a folder outside of the dataset {train.data}")
+
+
+def _launch(
+    train: TrainConfig, model: ModelConfig, config_path: str, overrides: Sequence[str], ray: RayConfig | None
+) -> int:
     if _is_finished(train, model):
         print(f"already finished: {train.num_steps} steps. {_where(train)}")
         return 0
