@@ -15,7 +15,7 @@ from pathlib import Path
 import numpy as np
 
 from ex4d.depth import DepthRequest, estimate
-from ex4d.errors import BadSample
+from ex4d.errors import Filtered
 from ex4d.evaluate import real_pairs
 from ex4d.evaluate.depth_error import abs_rel, abs_rel_of_constant
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
@@ -34,7 +34,7 @@ def synthetic(num_clips: int, moving_bodies: bool) -> dict[str, float]:
         started = time.process_time()
         try:
             ours.append(abs_rel(estimate("parallax", frames, DepthRequest()).values, truth))
-        except BadSample:
+        except Filtered:
             continue
         seconds.append(time.process_time() - started)
         constant.append(abs_rel_of_constant(truth))
@@ -62,7 +62,7 @@ def pairs(media: Path) -> list[dict[str, object]]:
             try:
                 values, known = estimate("parallax", frames, DepthRequest()).values, truth > 0
                 row |= {"abs_rel": abs_rel(values[known], truth[known]), "constant": abs_rel_of_constant(truth[known])}
-            except BadSample as error:
+            except Filtered as error:
                 row["refused"] = str(error)
             rows.append(row)
     return rows

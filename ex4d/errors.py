@@ -46,15 +46,17 @@ class Filtered(Ex4dError):
         reason: the filter's name, e.g. "motion".
         score: what was measured.
         threshold: the limit that it missed.
+        why: what that means, one sentence; "" where the name says it.
     """
 
-    def __init__(self, reason: str, score: float, threshold: float):
-        self.reason, self.score, self.threshold = reason, float(score), float(threshold)
-        super().__init__(reason, self.score, self.threshold)
+    def __init__(self, reason: str, score: float, threshold: float, why: str = ""):
+        self.reason, self.score, self.threshold, self.why = reason, float(score), float(threshold), why
+        super().__init__(reason, self.score, self.threshold, why)
 
     @property
     def message(self) -> str:
-        return f"score {self.score:.6g}, threshold {self.threshold:.6g}"
+        figures = f"score {self.score:.6g}, threshold {self.threshold:.6g}"
+        return f"{self.why} ({figures})" if self.why else figures
 
     def __str__(self) -> str:
         return f"{self.reason}: {self.message}"

@@ -91,7 +91,7 @@ def reconstruct(
     num_frames: int | None = 49,
     size: tuple[int, int] | None = (512, 512),
     fit: str = "crop",
-    fov_deg: float = camera.FOV_DEG,
+    fov_deg: float | None = None,
     profile: str = "default",
     backend: str = "auto",
     seed: int = 0,
@@ -106,7 +106,8 @@ def reconstruct(
             the depth for one unit of that file (None: 1, where the lengths are plausible).
         depth, depth_path: estimator name, and its file or weights where it reads one.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
-        fov_deg: field of view over the longer side where the estimator gives no intrinsics.
+        fov_deg: field of view over the longer side where the estimator gives no intrinsics; None: 54, and parallax
+            seeks it.
         profile, backend: see geometry.mesh and geometry.render. "released" also takes the released code's mapping of
             relative depth, its radius, and 500 px of focal length where the estimator gives none.
         device: of a depth network; None is a GPU where there is one.
@@ -145,7 +146,7 @@ def read(
     num_frames: int | None = 49,
     size: tuple[int, int] | None = (512, 512),
     fit: str = "crop",
-    fov_deg: float = camera.FOV_DEG,
+    fov_deg: float | None = None,
     profile: str = "default",
     seed: int = 0,
     device: str | None = None,
@@ -201,7 +202,7 @@ def check_choices(
     depth: str = "sidecar",
     num_frames: int | None = None,
     size: tuple[int, int] | None = None,
-    fov_deg: float = camera.FOV_DEG,
+    fov_deg: float | None = None,
     profile: str = "default",
     backend: str = "auto",
     **_: Any,
@@ -214,7 +215,7 @@ def check_choices(
         raise ConfigError("size", size, f"(H, W), both even, from {MIN_SIDE_PX} to {MAX_SIDE_PX}")
     if num_frames is not None and num_frames < 1:
         raise ConfigError("num_frames", num_frames, "at least 1")
-    if not 1 <= fov_deg <= 170:
+    if fov_deg is not None and not 1 <= fov_deg <= 170:
         raise ConfigError("fov_deg", fov_deg, "from 1 to 170 degrees")
     if depth not in depth_estimators.ESTIMATORS:
         raise ConfigError("depth", depth, f"allowed: {', '.join(depth_estimators.ESTIMATORS)}")

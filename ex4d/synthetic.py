@@ -20,7 +20,7 @@ from ex4d import storage, video
 from ex4d.config import checked, fingerprint, setting
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory, trajectory_files
-from ex4d.geometry.camera import FOV_DEG, Camera, fov_setting, intrinsics, look_at
+from ex4d.geometry.camera import FOV_DEG, Camera, intrinsics, look_at
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
 LIGHT = np.array(
@@ -49,7 +49,7 @@ class SyntheticConfig:
     )
     supersample: int = setting(2, "Rays per pixel along each axis.", ge=1)
     sky: bool = setting(False, "Open sky in place of walls and ceiling; its depth is large and finite.")
-    fov_deg: float = fov_setting("Field of view over the longer side, degrees.")
+    fov_deg: float = setting(FOV_DEG, "Field of view over the longer side, degrees.", ge=1, le=170)
     second_camera_deg: float | None = setting(
         None,
         "Film each video with a second camera, up to this angle away; null: one camera.",

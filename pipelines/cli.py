@@ -16,7 +16,7 @@ from dataclasses import dataclass
 
 from ex4d.config import installed_versions
 from ex4d.config_help import help_text
-from ex4d.errors import BadSample, ConfigError, ContractError
+from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
 from pipelines.commands.jobs import JOBS
 
 
@@ -112,7 +112,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     except ConfigError as error:
         print(f"ex4d {args.command}: {error}", file=sys.stderr)
         return 2
-    except BadSample as error:
+    except (BadSample, Filtered) as error:
         named = [getattr(args, name) for name in ("video", "thing") if name in args]  # reasons themselves name no paths
         print(f"ex4d {args.command}: {': '.join([*named, str(error)])}", file=sys.stderr)
         return 1

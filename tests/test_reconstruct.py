@@ -276,7 +276,7 @@ def test_metric_depth_keeps_its_scale(tmp_path, monkeypatch):
 
     def metric(frames, request):
         z_depth = np.load(path.with_suffix(".depth.npz"))["z_depth"][: len(frames)]
-        return depth.DepthResult((1 / z_depth).astype(np.float32), "disparity", None, True, {})
+        return depth.Geometry((1 / z_depth).astype(np.float32), "disparity", None, True, {})
 
     monkeypatch.setitem(depth.ESTIMATORS, "metric", metric)
     exact = reconstruct(path, num_frames=2, size=(64, 64)).z_depth

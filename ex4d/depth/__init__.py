@@ -24,14 +24,19 @@ log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
-class DepthResult:
-    """What an estimator says of a clip.
+class Geometry:
+    """What an estimator says of a clip: depth, and cameras, confidence and what moves where it knows them.
 
-    values: float32 [T, H, W], finite; z_depth (> 0, along the camera's z) or disparity (>= 0, larger is nearer).
-    kind: "z_depth" or "disparity" (1/z, up to scale, and up to shift unless `metric`).
-    K: float64 [3, 3] px of the frames, where the estimator gives one.
-    metric: True where the unit is the metre.
-    provenance: JSON-able facts: estimator, weights and their sha256, licence.
+    Args:
+        values: float32 [T, H, W], finite; z_depth (> 0, along the camera's z) or disparity (>= 0, larger is nearer).
+        kind: "z_depth" or "disparity" (1/z, up to scale, and up to shift unless `metric`).
+        K: float64 [3, 3] px of the frames, where the estimator gives one.
+        metric: True where the unit is the metre.
+        provenance: JSON-able facts: estimator, weights and their sha256, licence.
+        w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, OpenCV axes, the first the identity; None
+            where the estimator does not know them.
+        confidence: float32 [T, H, W], larger is surer; None where the estimator gives none.
+        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None where it is not known.
     """
 
     values: np.ndarray
@@ -39,6 +44,9 @@ class DepthResult:
     K: np.ndarray | None = None
     metric: bool = False
     provenance: dict[str, Any] = field(default_factory=dict)
+    w2c: np.ndarray | None = None
+    confidence: np.ndarray | None = None
+    dynamic_mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -57,6 +65,7 @@ class DepthRequest:
     seed: of whatever is drawn.
     device: of a network, "cuda" or "cpu"; None is a GPU where there is one.
     batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
+    fov_deg: field of view over the longer side, where it is known; None leaves it to the estimator.
     """
 
     video_path: str = ""
@@ -72,13 +81,14 @@ class DepthRequest:
     seed: int = 0
     device: str | None = None
     batch_size: int | None = None
+    fov_deg: float | None = None
 
 
-def _late(module: str, frames: np.ndarray, request: DepthRequest, **options: Any) -> DepthResult:
+def _late(module: str, frames: np.ndarray, request: DepthRequest, **options: Any) -> Geometry:
     return importlib.import_module(f"ex4d.depth.{module}").estimate(frames, request, **options)
 
 
-Estimator = Callable[[np.ndarray, DepthRequest], DepthResult]
+Estimator = Callable[[np.ndarray, DepthRequest], Geometry]
 ESTIMATORS: dict[str, Estimator] = {
     "sidecar": partial(_late, "sidecar"),
     "parallax": partial(_late, "parallax"),
@@ -109,8 +119,8 @@ def weight_folders(name: str, depth_path: str | None) -> list[Path]:
     return [hub.resolve(depth_path or networks.NETWORKS[name].hub_id, networks.FILES, "depth_path")]
 
 
-def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResult:
-    """Return the checked depth of a clip.
+def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
+    """Return the checked depth of a clip, with cameras and what moves where the estimator knows them.
 
     Args:
         name: a key of ESTIMATORS.
@@ -118,8 +128,9 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResul
 
     Raises:
         ConfigError: unknown estimator, or weights that are not there.
-        BadSample: depth_missing, sidecar_ambiguous, depth_frames, depth_unit, depth_pickle, depth_shape, depth_nan,
-            depth_nonpositive, depth_constant, depth_fov, no_parallax.
+        BadSample: depth_missing, depth_ambiguous, depth_length, depth_unit, depth_pickle, depth_shape, depth_nan,
+            depth_nonpositive, depth_constant, depth_fov.
+        Filtered: no_parallax, parallax_certainty, parallax_moving.
     """
     if name not in ESTIMATORS:
         raise ConfigError("depth", name, f"allowed: {', '.join(ESTIMATORS)}")
@@ -130,7 +141,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> DepthResul
     return result
 
 
-def check(result: DepthResult, shape: tuple[int, ...]) -> None:
+def check(result: Geometry, shape: tuple[int, ...]) -> None:
     """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal, and K is
     a camera's for pictures of this size, where there is one.
     """
@@ -152,7 +163,7 @@ def check(result: DepthResult, shape: tuple[int, ...]) -> None:
         raise BadSample("depth_constant", f"every value is {low:.4g}")
 
 
-def z_depth_of(result: DepthResult, profile: str = "default") -> np.ndarray:
+def z_depth_of(result: Geometry, profile: str = "default") -> np.ndarray:
     """Return z_depth float32 [T, H, W]: what an estimator said, bounded and positive (`geometry.depth.to_z_depth`).
 
     Args:

@@ -18,7 +18,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ex4d.depth import DepthRequest, DepthResult
+from ex4d.depth import DepthRequest, Geometry
 from ex4d.depth.depthcrafter_weights import Networks, load
 from ex4d.errors import BadSample
 
@@ -34,7 +34,7 @@ NOISE_STRENGTH = 0.02  # added to the frames before the VAE
 TIME_IDS = (7.0, 127.0, NOISE_STRENGTH)  # frames per second, motion bucket: what the network was trained to be told
 
 
-def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
+def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     """Return the disparity of frames uint8 [T, H, W, 3], in [0, 1], up to one scale and shift for the clip.
 
     Args:
@@ -60,7 +60,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
         raise BadSample(
             "depth_nan", f"depthcrafter gave {(~np.isfinite(values)).mean():.2%} values that are not numbers"
         )
-    return DepthResult(values, "disparity", None, False, dict(networks.facts))
+    return Geometry(values, "disparity", None, False, dict(networks.facts))
 
 
 def working_size(size: tuple[int, ...]) -> tuple[int, int]:

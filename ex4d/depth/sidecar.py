@@ -29,7 +29,7 @@ from typing import IO
 import numpy as np
 
 from ex4d import storage
-from ex4d.depth import DepthRequest, DepthResult, pictures, places
+from ex4d.depth import DepthRequest, Geometry, pictures, places
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
 
@@ -43,7 +43,7 @@ MAX_Z = 1e7  # ten thousand kilometres, or ten kilometres in millimetres
 ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
 
 
-def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
+def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     """Return the stored depth of the clip's frames, cut and scaled as the frames were.
 
     Raises:
@@ -62,7 +62,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> DepthResult:
         raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
     provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": places.sha256(path)}
-    return DepthResult(values, kind, K, metric=False, provenance=provenance)
+    return Geometry(values, kind, K, metric=False, provenance=provenance)
 
 
 def read(

@@ -16,7 +16,7 @@ from typing import Any
 import numpy as np
 
 from ex4d import hub, storage
-from ex4d.depth import DepthRequest, DepthResult
+from ex4d.depth import DepthRequest, Geometry
 from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.geometry.depth import align_clip
 
@@ -47,7 +47,7 @@ NETWORKS = {
 }
 
 
-def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResult:
+def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
     """Return the depth of frames uint8 [T, H, W, 3] by the network `name`, a key of NETWORKS.
 
     Args:
@@ -85,31 +85,31 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> DepthResul
     return _result(values, fields, model.config, provenance)
 
 
-def _result(values: np.ndarray, fields: list[Any], config: Any, provenance: dict[str, Any]) -> DepthResult:
+def _result(values: np.ndarray, fields: list[Any], config: Any, provenance: dict[str, Any]) -> Geometry:
     """Return what the raw output [T, H, W] means: each family's own convention."""
     if config.model_type == "depth_pro":
         return _depth_pro(values, fields, provenance)
     if config.model_type == "zoedepth" or config.depth_estimation_type == "metric":
-        return DepthResult(values.astype(np.float32), "z_depth", None, True, provenance)
+        return Geometry(values.astype(np.float32), "z_depth", None, True, provenance)
     aligned = align_clip(values)
-    return DepthResult(aligned - min(0.0, float(aligned.min())), "disparity", None, False, provenance)
+    return Geometry(aligned - min(0.0, float(aligned.min())), "disparity", None, False, provenance)
 
 
-def _depth_pro(values: np.ndarray, fields: list[Any], provenance: dict[str, Any]) -> DepthResult:
+def _depth_pro(values: np.ndarray, fields: list[Any], provenance: dict[str, Any]) -> Geometry:
     """Return metric depth and K. The output is inverse depth at a focal length of one picture width (paper §3.2).
 
     One focal length serves the clip, the median of its frames: K does not change within a clip.
     """
     height, width = values.shape[1:]
     if fields[0] is None:  # a checkpoint without the field-of-view head
-        return DepthResult((1 / np.clip(values, 1e-4, 1e4)).astype(np.float32), "z_depth", None, False, provenance)
+        return Geometry((1 / np.clip(values, 1e-4, 1e4)).astype(np.float32), "z_depth", None, False, provenance)
     fov_deg = float(np.median(np.concatenate(fields)))
     if not 1 < fov_deg < 170:
         raise BadSample("depth_fov", f"the field of view was estimated as {fov_deg:.3g} degrees")
     focal = 0.5 * width / np.tan(np.radians(fov_deg) / 2)
     K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
     z_depth = 1 / np.clip(values * (width / focal), 1e-4, 1e4)
-    return DepthResult(z_depth.astype(np.float32), "z_depth", K, True, {**provenance, "fov_deg": fov_deg})
+    return Geometry(z_depth.astype(np.float32), "z_depth", K, True, {**provenance, "fov_deg": fov_deg})
 
 
 @lru_cache(maxsize=1)

@@ -17,9 +17,12 @@ LENS_CENTRE = (0.1, 0.9)  # of a side; shift lenses reach 0.17 to 0.83
 FOV_DEG = 54.0  # over the longer side, where nothing is known of a camera
 
 
-def fov_setting(help: str = "Field of view over the longer side where depth brings no intrinsics, degrees.") -> Any:
-    """Return the setting `fov_deg`, which several sections have."""
-    return setting(FOV_DEG, help, ge=1, le=170)
+def fov_setting() -> Any:
+    """Return the setting `fov_deg` of videos, which several sections have."""
+    help = (
+        "Field of view over the longer side where depth brings no intrinsics, degrees; null: 54, and parallax seeks it."
+    )
+    return setting(None, help, ge=1, le=170)
 
 
 @dataclass(frozen=True)
@@ -126,11 +129,12 @@ def nearest_rigid(poses: np.ndarray) -> np.ndarray:
     return rigid
 
 
-def intrinsics(size: tuple[int, int], fov_deg: float = FOV_DEG) -> np.ndarray:
+def intrinsics(size: tuple[int, int], fov_deg: float | None = None) -> np.ndarray:
     """Return K float64 [3, 3] for a field of view over the longer side, principal point in the centre of the picture.
 
     54° is the field of view of f = 500 px at 512 px, the released code's fixed focal length.
     """
+    fov_deg = FOV_DEG if fov_deg is None else fov_deg
     if not 1.0 <= fov_deg <= 170.0:
         raise ConfigError("fov_deg", fov_deg, "1 to 170 degrees")
     height, width = size

@@ -34,7 +34,7 @@ class PathFlags:
     source_scale: float | None = setting(
         None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."
     )
-    fov_deg: float = fov_setting()
+    fov_deg: float | None = fov_setting()
     profile: str | None = setting(
         None,
         "Mesh profile; released: for published weights. Unset: the adapter's own, or default.",

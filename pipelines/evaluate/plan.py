@@ -66,7 +66,7 @@ class EvaluateConfig:
     )
     depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS)
     depth_path: str | None = setting(None, "Depth file, or weights of a network.")
-    fov_deg: float = fov_setting()
+    fov_deg: float | None = fov_setting()
     profile: str | None = setting(None, "Mesh profile; null: what the adapter was trained with.", choices=PROFILES)
     num_frames: int | None = setting(None, "Frames of a clip, 4k+1; null: what the adapter was trained at.", ge=1)
     size: tuple[int, int] | None = setting(None, "[height, width], px; null: what the adapter was trained at.")

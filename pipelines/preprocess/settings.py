@@ -102,7 +102,7 @@ class PreprocessConfig:
     depth_batch_size: int | None = setting(
         None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
     )
-    fov_deg: float = fov_setting()
+    fov_deg: float | None = fov_setting()
     profile: Literal["default", "released"] = setting(
         "default", "How meshes are built from depth; released: as for the published weights."
     )

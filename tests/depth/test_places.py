@@ -6,7 +6,7 @@ import cv2
 import numpy as np
 import pytest
 
-from ex4d.depth import DepthRequest, DepthResult, estimate, places, sidecar
+from ex4d.depth import DepthRequest, Geometry, estimate, places, sidecar
 from ex4d.errors import BadSample
 
 SIZE = (24, 32)
@@ -18,7 +18,7 @@ def depth(count: int = 10, step: float = 1.0) -> np.ndarray:
     return np.stack([1 + step * index + 0.01 * rows for index in range(count)]).astype(np.float32)
 
 
-def taken(request: DepthRequest, count: int = 4) -> DepthResult:
+def taken(request: DepthRequest, count: int = 4) -> Geometry:
     return estimate("sidecar", np.zeros((count, *SIZE, 3), np.uint8), request)
 
 

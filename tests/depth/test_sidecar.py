@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ex4d.depth import ESTIMATORS, DepthRequest, DepthResult, check, estimate, sidecar
+from ex4d.depth import ESTIMATORS, DepthRequest, Geometry, check, estimate, sidecar
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video import Fit
 
@@ -169,7 +169,7 @@ def test_estimators_are_checked_and_named():
     with pytest.raises(ConfigError, match="parallax"):
         estimate("moge", FRAMES, DepthRequest())
     with pytest.raises(BadSample, match="depth_shape"):
-        check(DepthResult(np.ones((4, 5, 5), np.float32), "z_depth"), FRAMES.shape[:3])
+        check(Geometry(np.ones((4, 5, 5), np.float32), "z_depth"), FRAMES.shape[:3])
     assert "sidecar" in ESTIMATORS
 
 

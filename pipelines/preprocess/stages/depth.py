@@ -38,6 +38,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         seed=row["seed"],
         device="cuda" if config.depth_num_gpus else "cpu",  # Ray hides no GPU from work that asks for none
         batch_size=config.depth_batch_size,
+        fov_deg=config.fov_deg,
     )
     result = estimate(config.depth, frames, request)
     z_depth = z_depth_of(result, config.profile)

@@ -1,0 +1,236 @@
+"""Cameras of a clip from its optical flow: does the camera stand, turn or move, and along which path.
+
+A gentle camera that mostly turns leaves a two-fold ambiguity: near and far exchanged, with the opposite motion and
+another turn, moves nearly as well. The two differ only by the perspective of the lens. So both are tried, from several
+focal lengths, each refined by bundle adjustment, and the least residual is kept. The rival's residual is the measure of
+how sure that is (`Found.certainty`).
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass, replace
+
+import numpy as np
+from scipy.spatial.transform import Rotation
+
+from ex4d.depth import bundle as bundles
+from ex4d.depth.bundle import Bundle, Matches
+from ex4d.errors import Filtered
+from ex4d.geometry.camera import FOV_DEG, invert
+
+FOVS_DEG = (45.0, 65.0)  # over the longer side: where the search for the focal length starts
+FOV_RANGE_DEG = (20.0, 110.0)
+WINDOW = 13  # frames around the first pair on which the hypotheses are compared
+MIN_PARALLAX_PX = 0.5  # displacement that a turning camera does not explain
+ENOUGH_PARALLAX_PX = 8.0  # more does not make a better first pair
+MIN_SHARE = 0.3  # of the points must have a consistent flow
+KNOWN = 0.1  # of the median information: below it a point's depth is not known
+FAR, MAX_BEHIND = 0.05, 0.3  # of the median inverse depth: pushed there by flow that asks for less than nothing; share
+SAME = 0.3  # correlation of the inverse depths of two solutions: below it they contradict each other
+
+
+@dataclass(frozen=True)
+class Found:
+    """Cameras of a clip that moves.
+
+    Args:
+        bundle: cameras, focal length and points; world = the first frame's camera, median inverse depth 1.
+        certainty: cost of the best contradicting solution / cost of this one; inf where there was none.
+        parallax_px: displacement of the first pair that a turning camera does not explain.
+    """
+
+    bundle: Bundle
+    certainty: float
+    parallax_px: float
+
+
+def no_parallax(parallax_px: float, why: str) -> Filtered:
+    """Return the error of a clip whose camera does not move, or not in a way that can be found."""
+    return Filtered("no_parallax", parallax_px, MIN_PARALLAX_PX, why)
+
+
+def focal_of(size: tuple[int, int], fov_deg: float) -> float:
+    """Return the focal length in px of a field of view over the longer side."""
+    return 0.5 * max(size) / float(np.tan(np.radians(fov_deg) / 2))
+
+
+def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) -> Found:
+    """Return the cameras that explain the flow best.
+
+    Args:
+        size: (H, W) px.
+        fov_deg: field of view over the longer side where it is known; None: it is sought.
+
+    Raises:
+        Filtered: no_parallax; the score is the displacement in px that a turning camera does not explain.
+    """
+    usual = focal_of(size, fov_deg or FOV_DEG)
+    pairs = first_pairs(matches, usual)
+    window = _window(pairs[0][0], matches.num_frames)
+    inside = [pair for pair, _ in pairs if set(pair) <= set(window)]
+    near = matches.among(window)
+    solutions = []
+    for number, start_deg in enumerate(FOVS_DEG):
+        pair, focal = inside[number % len(inside)], focal_of(size, fov_deg or start_deg)
+        for sign in (1.0, -1.0):
+            found = bundles.adjust(near, _grown(near, _two_views(near, pair, focal, sign), list(pair), window))
+            if fov_deg is None:
+                found = bundles.adjust(near, found, 30, usual)
+            found = bundles.normal(found, window[0])
+            if _plausible(found, window, size):
+                solutions.append(found)
+    if not solutions:
+        raise no_parallax(0.0, "no motion of the camera explains the flow")
+    solutions.sort(key=lambda found: found.cost)
+    best = solutions[0]
+    rivals = [found.cost for found in solutions[1:] if _agreement(best, found, window) < SAME]
+    certainty = min(rivals) / max(best.cost, 1e-9) if rivals else np.inf
+    everywhere = list(range(matches.num_frames))
+    whole = bundles.adjust(matches, _grown(matches, best, window, everywhere), 10)
+    if fov_deg is None:
+        whole = bundles.adjust(matches, whole, 10, usual)
+    return Found(bundles.normal(whole), float(certainty), pairs[0][1])
+
+
+def first_pairs(matches: Matches, focal: float) -> list[tuple[tuple[int, int], float]]:
+    """Return [((i, j), parallax in px)] of the pairs of frames whose parallax is large and consistent, best first."""
+    found, largest = [], 0.0
+    for number, (i, j) in enumerate(matches.pairs):
+        keep = matches.weights[number] > 0.5
+        if j < i or keep.mean() < MIN_SHARE or keep.sum() < 32:
+            continue
+        rays, seen = matches.rays(focal)[i][keep], matches.targets[number][keep] / focal
+        turned = rays @ _turn(rays, _as_rays(seen), matches.weights[number][keep]).T
+        residual = np.linalg.norm(seen - turned[:, :2] / turned[:, 2:], axis=1) * focal
+        parallax = float(np.percentile(residual, 80))
+        largest = max(largest, parallax)
+        if parallax > MIN_PARALLAX_PX:
+            found.append((min(parallax, ENOUGH_PARALLAX_PX) * keep.mean(), (int(i), int(j)), parallax))
+    if not found:
+        raise no_parallax(largest, "a camera that only turns explains the motion")
+    return [(pair, parallax) for _, pair, parallax in sorted(found, reverse=True)]
+
+
+def _window(pair: tuple[int, int], num_frames: int) -> list[int]:
+    middle = sum(pair) // 2
+    first = max(0, min(middle - WINDOW // 2, num_frames - WINDOW))
+    return list(range(first, min(num_frames, first + WINDOW)))
+
+
+def _as_rays(places: np.ndarray) -> np.ndarray:
+    return np.concatenate([places, np.ones((len(places), 1))], axis=1)
+
+
+def _turn(rays: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
+    """Return the rotation [3, 3] that brings most rays onto their targets, both [N, 3] (least absolute angles)."""
+    rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)
+    targets = targets / np.linalg.norm(targets, axis=1, keepdims=True)
+    weight = weights
+    for _ in range(6):
+        rotation, _ = Rotation.align_vectors(targets, rays, np.maximum(weight, 1e-9))
+        weight = weights / np.maximum(np.linalg.norm(targets - rotation.apply(rays), axis=1), 1e-4)
+    return rotation.as_matrix()
+
+
+def _two_views(matches: Matches, pair: tuple[int, int], focal: float, sign: float) -> Bundle:
+    """Return a bundle with the cameras of `pair`, that of the first the identity: one of the two hypotheses.
+
+    The best turn hides the mean depth: what is left of the flow says 1/z up to a shift, and up to its sign. The shift
+    is chosen so that all points lie before the camera, and the turn follows.
+    """
+    i, j = pair
+    number = int(np.flatnonzero((matches.pairs == pair).all(axis=1))[0])
+    rays, weights = matches.rays(focal)[i], matches.weights[number]
+    targets = _as_rays(matches.targets[number] / focal)
+    turn = _turn(rays, targets, weights)
+    # x' · (t × R d) = 0 for every match: the direction of t is the least eigenvector, robustly.
+    planes, weight = np.cross(rays @ turn.T, targets), weights
+    for _ in range(6):
+        shift = np.linalg.eigh((planes * weight[:, None]).T @ planes)[1][:, 0]
+        weight = weights / (1 + np.square(planes @ shift * focal / bundles.SCALE_PX))
+    w2c = np.tile(np.eye(4), (matches.num_frames, 1, 1))
+    w2c[j, :3, :3], w2c[j, :3, 3] = turn, sign * shift
+    empty = np.zeros((matches.num_frames, len(rays)))
+    both = matches.among([i, j])
+    found = bundles.points_of(both, Bundle(w2c, focal, empty + 1, empty), [i], 1)
+    known = (weights > 0.3) & (found.information[i] > KNOWN * np.median(found.information[i]))
+    least = float(np.percentile(found.inverse[i][known], 2)) if known.any() else 0.0
+    w2c[j, :3, :3] = _turn(rays, rays @ turn.T + min(0.0, 1.5 * least) * w2c[j, :3, 3], weights)
+    found = bundles.forward(bundles.points_of(both, replace(found, w2c=w2c), [i, j]))
+    return bundles.normal(bundles.adjust(both, found, 10), i)
+
+
+def _grown(matches: Matches, start: Bundle, posed: list[int], frames: list[int]) -> Bundle:
+    """Return the bundle with the cameras of all `frames`, each found from the points of those before it."""
+    found, posed = start, list(posed)
+    while len(posed) < len(frames):
+        missing = [k for k in frames if k not in posed]
+        new = min(missing, key=lambda k: min(abs(k - i) for i in posed))
+        nearest = min(posed, key=lambda i: abs(i - new))
+        w2c = found.w2c.copy()
+        w2c[new] = _resected(matches, found, new, w2c[nearest], posed)
+        posed.append(new)
+        among = matches.among(posed)
+        linked = sorted({int(i) for i, j in among.pairs if j == new} | {new})
+        found = bundles.points_of(among, replace(found, w2c=w2c), linked)
+        found = replace(found, inverse=np.maximum(found.inverse, 1 / bundles.FARTHEST))
+    return found
+
+
+def _resected(matches: Matches, bundle: Bundle, new: int, start: np.ndarray, posed: list[int]) -> np.ndarray:
+    """Return w2c [4, 4] of a frame by robust Gauss–Newton on the reprojection of the posed frames' points."""
+    numbers = [p for p, (i, j) in enumerate(matches.pairs) if j == new and i in posed]
+    if not numbers:
+        raise no_parallax(0.0, f"frame {new} shares no points with the frames whose camera is known")
+    sources = matches.pairs[numbers, 0]
+    inverse, information = bundle.inverse[sources], bundle.information[sources]
+    usable = (inverse > 1e-3) & (information > 0.5 * KNOWN * np.median(information))
+    local = matches.rays(bundle.focal)[sources] / np.where(usable, inverse, 1.0)[..., None]
+    c2w = invert(bundle.w2c[sources])
+    world = (local @ c2w[:, :3, :3].swapaxes(1, 2) + c2w[:, None, :3, 3])[usable]
+    sight, base = (matches.targets[numbers] / bundle.focal)[usable], matches.weights[numbers][usable]
+    pose = start.copy()
+    for _ in range(10):
+        there = world @ pose[:3, :3].T + pose[:3, 3]
+        z = np.maximum(there[:, 2], 1e-3)
+        x, y = there[:, 0] / z, there[:, 1] / z
+        error = np.stack([sight[:, 0] - x, sight[:, 1] - y])
+        squared = np.square(error).sum(axis=0) * (bundle.focal / bundles.SCALE_PX) ** 2
+        weight = np.where(there[:, 2] > 1e-3, base / (1 + squared), 0)
+        zero = np.zeros_like(x)
+        jacobian = np.stack(
+            [[1 / z, zero, -x / z, -x * y, 1 + x * x, -y], [zero, 1 / z, -y / z, -1 - y * y, x * y, x]]
+        )  # [2, 6, n]: shift, turn
+        weighted = jacobian * weight
+        matrix = np.einsum("kan,kbn->ab", weighted, jacobian) + 1e-9 * np.eye(6)
+        step = np.linalg.solve(matrix, np.einsum("kan,kn->a", weighted, error))
+        change = np.eye(4)
+        change[:3, :3], change[:3, 3] = Rotation.from_rotvec(step[3:]).as_matrix(), step[:3]
+        pose = change @ pose
+        if np.abs(step).max() < 1e-5:
+            break
+    return pose
+
+
+def known_points(bundle: Bundle) -> np.ndarray:
+    """Return bool [T, N]: points whose depth the flow says something of."""
+    there = bundle.information > 0
+    return there & (bundle.information > KNOWN * np.median(bundle.information[there])) if there.any() else there
+
+
+def _plausible(bundle: Bundle, frames: list[int], size: tuple[int, int]) -> bool:
+    known = known_points(bundle)[frames]
+    if not known.any() or not np.isfinite(bundle.cost):
+        return False
+    behind = float((bundle.inverse[frames][known] < FAR).mean())
+    fov_deg = 2 * np.degrees(np.arctan(0.5 * max(size) / bundle.focal))
+    return behind < MAX_BEHIND and FOV_RANGE_DEG[0] < fov_deg < FOV_RANGE_DEG[1]
+
+
+def _agreement(a: Bundle, b: Bundle, frames: list[int]) -> float:
+    """Return the correlation of the inverse depths of two solutions."""
+    known = known_points(a)[frames] & known_points(b)[frames]
+    if known.sum() < 16:
+        return 0.0
+    first, second = (np.clip(bundle.inverse[frames][known], -1, 5) for bundle in (a, b))
+    return float(np.corrcoef(first, second)[0, 1]) if min(first.std(), second.std()) > 1e-9 else 0.0
