@@ -203,6 +203,7 @@ def novel_view(
         "depth": source.provenance,
         "K": source.view_K.tolist(),
         "w2c": source.w2c.tolist(),
+        "source_w2c": None if source.source_w2c is None else source.source_w2c.tolist(),
         "axes": "opencv",
         "visible_share": float(source.visible.mean()),
         "base": base or metadata.base,

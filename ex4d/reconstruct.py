@@ -15,7 +15,7 @@ from ex4d.depth import places
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.profiles import profile_of
-from ex4d.geometry.render import choose_backend, warp_video
+from ex4d.geometry.render import choose_backend, persistent, warp_video
 
 MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
 RELEASED_FOCAL_PX = 500.0  # the released code's, at any size
@@ -29,6 +29,8 @@ class Clip:
         frames: uint8 [T, H, W, 3]. fps: frames per second.
         z_depth: float32 [T, H, W], along the source camera's z. K: float64 [3, 3] px, pixel centres at +0.5.
         profile: how its meshes are made and drawn. provenance: the depth estimator's record.
+        source_w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, the first the identity; None: it is
+            not known. dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: not known.
     """
 
     frames: np.ndarray
@@ -37,6 +39,8 @@ class Clip:
     K: np.ndarray
     profile: str = "default"
     provenance: dict[str, Any] = field(default_factory=dict)
+    source_w2c: np.ndarray | None = None
+    dynamic_mask: np.ndarray | None = None
 
     @property
     def radius(self) -> float:
@@ -58,7 +62,7 @@ class Reconstruction:
         view_K: float64 [3, 3] px of the new cameras; [T, 3, 3] where the focal length changes (a zoom).
         cond_video: uint8 [T, H, W, 3], colour where visible, zero elsewhere.
         visible: bool [T, H, W], True where the source shows what the new camera sees.
-        source_w2c: float64 [T, 4, 4] of the source camera where its poses were given; None: taken to stand still.
+        source_w2c: float64 [T, 4, 4] of the source camera where it is known; None: it is taken to stand still.
         profile: how the meshes are made and drawn.
         choices: what was asked for, JSON-able.
         provenance: the depth estimator's record.
@@ -86,6 +90,8 @@ def reconstruct(
     trajectory_options: Mapping[str, Any] | None = None,
     source_poses: str | Path | None = None,
     source_scale: float | None = None,
+    source_motion: str | None = None,
+    persistent_frames: int = 0,
     depth: str = "sidecar",
     depth_path: str | None = None,
     num_frames: int | None = 49,
@@ -104,6 +110,10 @@ def reconstruct(
         trajectory_options: what else that path or file takes; see geometry.camera_path.
         source_poses: a file with the pose of the source camera at each frame, where it moves; source_scale: units of
             the depth for one unit of that file (None: 1, where the lengths are plausible).
+        source_motion: what becomes of the source camera's own motion where it is known, from that file or from the
+            depth estimator: "remove" (the path is fixed in the world), "keep" (the path rides on the source camera) or
+            "smooth" (on a stabilised one). None: remove; keep where the released profile is given no poses.
+        persistent_frames: so many other frames fill holes with the static surfaces that they saw; 0 is the paper's.
         depth, depth_path: estimator name, and its file or weights where it reads one.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics; None: 54, and parallax
@@ -117,19 +127,41 @@ def reconstruct(
         BadSample: the video or its depth cannot be used (`too_short`, the decoder's and the estimator's reasons).
         ContractError: a file of poses or weights is damaged.
     """
-    check_choices(trajectory_name, source_poses, depth, num_frames, size, fov_deg, profile, backend)
+    check_choices(
+        trajectory_name,
+        source_poses,
+        depth,
+        num_frames,
+        size,
+        fov_deg,
+        profile,
+        backend,
+        source_motion,
+        persistent_frames,
+    )
     backend = choose_backend(backend)
     clip = read(video_path, depth, depth_path, num_frames, size, fit, fov_deg, profile, seed, device)
     count, radius = len(clip.frames), clip.radius
-    moved = None if source_poses is None else camera_path.source_poses(source_poses, count, source_scale, radius)
+    moved = clip.source_w2c
+    if source_poses is not None:
+        moved = camera_path.source_poses(source_poses, count, source_scale, radius)
+    motion = source_motion or ("keep" if profile == "released" and source_poses is None else "remove")
     w2c, view_K = camera_path.build(trajectory_name, count, angle_deg, radius, clip.K, trajectory_options)
+    if moved is not None:
+        w2c = camera_path.with_source(w2c, moved, motion, clip.fps)
     cond_video, visible = warp_video(clip.frames, clip.z_depth, clip.K, w2c, profile, backend, moved, view_K)
+    if persistent_frames:
+        still = np.tile(np.eye(4), (count, 1, 1)) if moved is None else moved
+        world = (clip.frames, clip.z_depth, clip.K, w2c, still, persistent_frames, clip.dynamic_mask)
+        cond_video, visible = persistent.fill(cond_video, visible, *world, profile, backend, view_K)
     choices = {
         "trajectory": trajectory_name,
         "angle_deg": angle_deg,
         "trajectory_options": dict(trajectory_options or {}),
         "source_poses": None if source_poses is None else str(source_poses),
         "source_scale": source_scale,
+        "source_motion": None if moved is None else motion,
+        "persistent_frames": persistent_frames,
         "radius": radius,
         "profile": profile,
         "backend": backend,
@@ -158,14 +190,15 @@ def read(
         gate: has `probe`, `frame_pts` and `decode` as `ex4d.video` has; a pipeline's runs them in a child process.
     """
     frames, request, fps = _read(video_path, num_frames, size, fit, gate)
-    request = replace(request, depth_path=depth_path, seed=seed, device=device)
+    request = replace(request, depth_path=depth_path, seed=seed, device=device, fov_deg=fov_deg)
     result = depth_estimators.estimate(depth, frames, request)
     K = result.K
     if K is None:
         released = profile == "released"
         K = _released_intrinsics(frames.shape) if released else camera.intrinsics(frames.shape[1:3], fov_deg)
     z_depth = depth_estimators.z_depth_of(result, profile)
-    return Clip(frames, fps, z_depth, K, profile, result.provenance)
+    w2c = result.w2c if result.kind == "z_depth" or result.metric else None  # else depth was mapped to another unit
+    return Clip(frames, fps, z_depth, K, profile, result.provenance, w2c, result.dynamic_mask)
 
 
 def _read(
@@ -205,6 +238,8 @@ def check_choices(
     fov_deg: float | None = None,
     profile: str = "default",
     backend: str = "auto",
+    source_motion: str | None = None,
+    persistent_frames: int = 0,
     **_: Any,
 ) -> None:
     """Raise ConfigError for what can be known to be wrong before any work; arguments as in `reconstruct`."""
@@ -219,6 +254,10 @@ def check_choices(
         raise ConfigError("fov_deg", fov_deg, "from 1 to 170 degrees")
     if depth not in depth_estimators.ESTIMATORS:
         raise ConfigError("depth", depth, f"allowed: {', '.join(depth_estimators.ESTIMATORS)}")
+    if source_motion not in (None, *camera_path.SOURCE_MOTIONS):
+        raise ConfigError("source_motion", source_motion, f"one of {', '.join(camera_path.SOURCE_MOTIONS)}")
+    if persistent_frames < 0:
+        raise ConfigError("persistent_frames", persistent_frames, "0 or more")
     profile_of(profile)
     choose_backend(backend)
 

@@ -17,6 +17,7 @@ from ex4d.reconstruct import Reconstruction
 if TYPE_CHECKING:
     from PIL.Image import Image
 
+CAMERA_VERSION = 2  # of camera.json; 1 had no version, and source_w2c only where poses were given
 RELEASED_FPS = 30  # the released tool writes 30 whatever the source has
 
 
@@ -24,8 +25,8 @@ def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = No
     """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json, preview.png; return the paths.
 
     camera.json: `axes` "opencv", `size` [H, W], `K` [3, 3] px or, for a zoom, [T, 3, 3], `w2c` [T, 4, 4] of the new
-    cameras, and `source_w2c` [T, 4, 4] where the source's poses were given. With the released profile also the three
-    files of `released`.
+    cameras, `source_w2c` [T, 4, 4], null where the source is taken to stand still, and
+    `source_motion`. With the released profile also the three files of `released`.
 
     Args:
         mesh_format: "ply" or "glb": also mesh/000000.ply …, one a frame, in that frame's own source camera.
@@ -61,13 +62,15 @@ def white(visible: np.ndarray) -> np.ndarray:
 
 def cameras(view: Reconstruction) -> dict:
     """Return the contents of camera.json."""
-    tree = {
+    return {
+        "version": CAMERA_VERSION,
         "axes": "opencv",
         "size": list(view.visible.shape[1:]),
         "K": view.view_K.tolist(),
         "w2c": view.w2c.tolist(),
+        "source_w2c": None if view.source_w2c is None else view.source_w2c.tolist(),
+        "source_motion": view.choices["source_motion"],
     }
-    return tree if view.source_w2c is None else {**tree, "source_w2c": view.source_w2c.tolist()}
 
 
 def released(view: Reconstruction) -> dict[str, bytes]:

@@ -188,6 +188,41 @@ def test_a_moving_source_camera_is_taken_out(tmp_path):
     assert np.shape(json.loads((tmp_path / "view" / "camera.json").read_text())["source_w2c"]) == (5, 4, 4)
 
 
+def test_cameras_of_parallax_take_the_motion_of_the_source_out(tmp_path, capsys):
+    """A hand-held clip without poses: fixed in the world, the view is what a still camera would see."""
+    world = dataclasses.replace(WORLD, size=(96, 96), num_frames=9, seed=5, camera_motion="strong", moving_bodies=False)
+    path = synthetic.write_corpus(tmp_path, world)[0]
+    asked = {"trajectory_name": "orbit", "angle_deg": 15.0, "num_frames": 9, "size": (96, 96)}
+    view = reconstruct(path, depth="parallax", **asked)
+    scale = np.median(np.load(path.with_suffix(".depth.npz"))["z_depth"]) / np.median(view.z_depth)
+    errors = {}
+    for motion in ("remove", "keep"):
+        shown = view if motion == "remove" else reconstruct(path, depth="parallax", source_motion="keep", **asked)
+        fixed = view.w2c.copy()
+        fixed[:, :3, 3] *= scale
+        truth = truth_of(world, fixed, view.K)
+        errors[motion] = psnr(shown.cond_video[-1], truth[-1], shown.visible[-1])
+    print(errors)
+    assert errors["remove"] > errors["keep"] + 3
+    assert view.choices["source_motion"] == "remove"
+    argv = [
+        "reconstruct",
+        str(path),
+        "--angle-deg",
+        "15",
+        "--output",
+        str(tmp_path / "view"),
+        "--persistent-frames",
+        "2",
+    ]
+    assert cli.main([*argv, "--num-frames", "2"]) == 0
+    assert "stand still" in capsys.readouterr().out
+    written = json.loads((tmp_path / "view" / "camera.json").read_text())
+    assert written["version"] == 2
+    assert written["source_w2c"] is None
+    assert written["source_motion"] is None
+
+
 def test_source_poses_in_another_unit_are_scaled(tmp_path):
     world = dataclasses.replace(WORLD, seed=33, camera_motion="strong")
     path = synthetic.write_corpus(tmp_path, world)[0]

@@ -7,10 +7,14 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
+from scipy.spatial.transform import Rotation
 
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory, trajectory_files
+from ex4d.geometry.camera import invert
 
+SOURCE_MOTIONS = ("remove", "keep", "smooth")
+SMOOTH_S = 0.5  # standard deviation of the window that stabilises, seconds
 FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y")
 # Of a path's extent in distances of what is looked at. Metres beside millimetres are a thousand times off.
 PLAUSIBLE_EXTENT = (1e-3, 100.0)
@@ -115,3 +119,42 @@ def _first_frames(
         )
     w2c[:, :3, 3] *= 1.0 if scale is None else scale
     return w2c
+
+
+def with_source(path: np.ndarray, source_w2c: np.ndarray, motion: str, fps: float) -> np.ndarray:
+    """Return w2c [T, 4, 4] of the new cameras in the world of the first source camera.
+
+    Args:
+        path: [T, 4, 4], told from a source camera that stands still.
+        source_w2c: [T, 4, 4] of the source camera, the first the identity.
+        motion: "remove": the path is fixed in the world; "keep": it rides on the source camera; "smooth": on that
+            camera, stabilised.
+
+    Raises:
+        ConfigError: another word.
+    """
+    if motion not in SOURCE_MOTIONS:
+        raise ConfigError("source_motion", motion, f"one of {', '.join(SOURCE_MOTIONS)}")
+    if motion == "remove":
+        return path
+    return path @ (source_w2c if motion == "keep" else stabilised(source_w2c, fps))
+
+
+def stabilised(w2c: np.ndarray, fps: float) -> np.ndarray:
+    """Return poses [T, 4, 4] without what shakes: centres and turns by a Gaussian in time; the first and last stay.
+
+    Beyond its ends the path goes on as its mirror through the end, so that neither is pulled inwards.
+    """
+    c2w = invert(w2c)
+    turns = Rotation.from_matrix(c2w[:, :3, :3]).as_rotvec()  # no source turns by half a circle within a clip
+    values = np.concatenate([c2w[:, :3, 3], turns], axis=1)
+    reach = min(len(values) - 1, round(3 * SMOOTH_S * fps))
+    if reach < 1:
+        return np.array(w2c)
+    before, after = 2 * values[0] - values[reach:0:-1], 2 * values[-1] - values[-2 : -reach - 2 : -1]
+    window = np.exp(-0.5 * np.square(np.arange(-reach, reach + 1) / (SMOOTH_S * fps)))
+    extended = np.concatenate([before, values, after])
+    smooth = np.stack([np.convolve(column, window / window.sum(), "valid") for column in extended.T], axis=1)
+    poses = np.tile(np.eye(4), (len(values), 1, 1))
+    poses[:, :3, :3], poses[:, :3, 3] = Rotation.from_rotvec(smooth[:, 3:]).as_matrix(), smooth[:, :3]
+    return invert(poses)

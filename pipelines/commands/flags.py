@@ -15,6 +15,7 @@ from ex4d.config_settings import choices_of, hints, rule_of
 from ex4d.depth import ESTIMATORS
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import fov_setting
+from ex4d.geometry.camera_path import SOURCE_MOTIONS
 from ex4d.geometry.profiles import PROFILES
 from ex4d.geometry.trajectory import TRAJECTORIES
 
@@ -34,6 +35,13 @@ class PathFlags:
     source_scale: float | None = setting(
         None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."
     )
+    source_motion: str | None = setting(
+        None,
+        "The source camera's own motion, where it is known; remove: path fixed in the world; keep: path rides on the "
+        "source camera; smooth: on a stabilised one. Unset: remove; keep where the released profile is given no poses.",
+        choices=SOURCE_MOTIONS,
+    )
+    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
     fov_deg: float | None = fov_setting()
     profile: str | None = setting(
         None,

@@ -28,6 +28,8 @@ def run(args: argparse.Namespace) -> int:
         args.video, num_frames=args.num_frames, size=args.size, profile=args.profile or "default", **flags.path(args)
     )
     paths = reconstruct_files.write(view, args.output, args.save_mesh)
+    motion = view.choices["source_motion"]
+    print(f"the source camera's motion is known: {motion}" if motion else "the source camera is taken to stand still")
     print(f"{view.visible[-1].mean():.0%} of the last frame is visible")
     for path in paths:
         if path.parent.name != "mesh":

@@ -1,0 +1,113 @@
+"""A static world that persists: surfaces that other frames saw, drawn where the present frame's mesh leaves a hole.
+
+Each of those frames remains a depth watertight mesh of its own, with its curtains; what moves in it is drawn as hidden,
+so that it covers what lies behind and shows nothing. The present frame overrules every other. Among the others the
+nearest in time comes first, and gives way only to a surface that lies clearly in front of it. Nothing is averaged.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+
+import numpy as np
+
+from ex4d.errors import ConfigError
+from ex4d.geometry.camera import Camera, relative_to
+from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry.profiles import Profile, profile_of
+from ex4d.geometry.render import choose_backend, render
+
+IN_FRONT = 0.95  # of the depth that is shown: a surface at less covers it
+
+
+def fill(
+    cond_video: np.ndarray,
+    visible: np.ndarray,
+    frames: np.ndarray,
+    z_depth: np.ndarray,
+    K: np.ndarray,
+    w2c: np.ndarray,
+    source_w2c: np.ndarray,
+    num_others: int,
+    dynamic_mask: np.ndarray | None = None,
+    profile: str | Profile = "default",
+    backend: str = "auto",
+    view_K: np.ndarray | None = None,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) with holes filled by other frames.
+
+    Args:
+        cond_video, visible: what `warp_video` gave for the same clip and path.
+        frames: uint8 [T, H, W, 3]. z_depth: [T, H, W]. K: [3, 3] of the source.
+        w2c, source_w2c: [T, 4, 4] of the new cameras and of the source, in one world and unit.
+        num_others: how many other frames each frame may use; spread evenly over the clip.
+        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
+        view_K: [3, 3] or [T, 3, 3] of the new cameras.
+
+    Raises:
+        ConfigError: fewer than 0 frames.
+    """
+    if num_others < 0:
+        raise ConfigError("persistent_frames", num_others, "0 or more")
+    count = len(frames)
+    chosen = choose_backend(backend)
+    profile = profile_of(profile) if isinstance(profile, str) else profile
+    views = np.broadcast_to(K if view_K is None else view_K, (count, 3, 3))
+    shown, seen, made = cond_video.copy(), visible.copy(), {}
+    for t in range(count):
+        holes = ~visible[t]
+        depth = np.full(holes.shape, np.inf, np.float32)
+        for s in others(t, count, num_others) if holes.any() else ():
+            if s not in made:
+                moves = None if dynamic_mask is None else dynamic_mask[s]
+                made[s] = static_mesh(frames[s], z_depth[s], K, profile, moves)
+            camera = Camera(views[t], relative_to(w2c[t], source_w2c[s]), (holes.shape[0], holes.shape[1]))
+            view = render(made[s], camera, chosen)
+            better = holes & view.visible_mask & (view.z_depth < IN_FRONT * depth)
+            better[better] = ~_seen_through(
+                view.z_depth, better, camera, relative_to(source_w2c[t], source_w2c[s]), K, z_depth[t]
+            )
+            shown[t][better], seen[t][better], depth[better] = view.colour[better], True, view.z_depth[better]
+    return shown, seen
+
+
+def _seen_through(
+    depth: np.ndarray, chosen: np.ndarray, camera: Camera, present: np.ndarray, K: np.ndarray, z_depth: np.ndarray
+) -> np.ndarray:
+    """Return bool [N]: of the chosen pixels' points, those that the present frame looks past, so that they are gone.
+
+    Args:
+        depth: [H, W] in the new camera. chosen: bool [H, W]. camera: the new one, world = the other frame's source.
+        present: w2c [4, 4] of the present frame's source camera in that world. z_depth: [H, W], what it sees.
+    """
+    row, column = np.nonzero(chosen)
+    pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
+    local = pixels @ np.linalg.inv(camera.K).T * depth[chosen][:, None]
+    world = local @ camera.c2w[:3, :3].T + camera.eye
+    there = world @ present[:3, :3].T + present[:3, 3]
+    z = np.maximum(there[:, 2], 1e-9)
+    x, y = np.floor(K[0, 0] * there[:, 0] / z + K[0, 2]), np.floor(K[1, 1] * there[:, 1] / z + K[1, 2])
+    height, width = z_depth.shape
+    inside = (there[:, 2] > 0) & (x >= 0) & (x < width) & (y >= 0) & (y < height)
+    x, y = (np.where(inside, value, 0).astype(int) for value in (x, y))
+    return inside & (there[:, 2] < IN_FRONT * z_depth[y, x])
+
+
+def others(t: int, count: int, num_others: int) -> list[int]:
+    """Return the frames that frame t may use, nearest in time first: spread evenly over the clip."""
+    spread = np.unique(np.linspace(0, count - 1, min(num_others + 1, count)).round().astype(int))
+    rest = sorted((int(s) for s in spread if s != t), key=lambda s: (abs(s - t), s))
+    return rest[:num_others]
+
+
+def static_mesh(
+    frame: np.ndarray, z_depth: np.ndarray, K: np.ndarray, profile: Profile, moves: np.ndarray | None
+) -> DWMesh:
+    """Return a frame's mesh whose faces with a moving corner [H, W] are occluded: they hide, and show nothing."""
+    mesh = build(frame, z_depth, K, profile)
+    if moves is None:
+        return mesh
+    top_left, top_right, bottom_left, bottom_right = moves[:-1, :-1], moves[:-1, 1:], moves[1:, :-1], moves[1:, 1:]
+    either = top_right | bottom_left
+    hidden = np.stack([top_left | either, bottom_right | either])
+    return replace(mesh, face_occluded=mesh.face_occluded | hidden)
