@@ -8,7 +8,7 @@ export OMP_NUM_THREADS ?= 1
 export RAY_USAGE_STATS_ENABLED ?= 0
 export TOKENIZERS_PARALLELISM ?= false
 
-.PHONY: setup demo test test-heavy check format reference bench clean
+.PHONY: setup demo test test-heavy check format reference docs bench clean
 
 setup: $(STAMP)
 
@@ -38,6 +38,10 @@ format: $(STAMP)
 
 reference: $(STAMP)
 	$(BIN)/python docs/make_reference.py docs/reference
+
+docs: reference
+	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e '.[docs]'
+	$(BIN)/mkdocs build --strict
 
 bench: $(STAMP)
 	$(BIN)/python benchmarks/render.py

@@ -2,13 +2,21 @@
 
 from __future__ import annotations
 
+import importlib
+import os
 import re
 import shlex
+import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import pytest
 
+from ex4d import config
+from ex4d.errors import ConfigError
 from pipelines import cli
+from pipelines.commands.jobs import JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
 PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
@@ -28,19 +36,32 @@ def _is_template(command: str) -> bool:
     return "…" in command or bool(re.search(r"\b[A-Z]{2,}\b|[<\[]", command))
 
 
+def _check(command: str) -> None:
+    """Raise where a command of ours would be refused: its grammar, its configuration file, every override."""
+    program, *arguments = shlex.split(command)
+    if program == "make":
+        targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
+        assert arguments[0] in targets, command
+    elif len(arguments) > 1 and not _is_template(command):
+        parsed = cli.parse(arguments)
+        if parsed.command in JOBS and parsed.config.startswith("configs/"):
+            sections = importlib.import_module(JOBS[parsed.command]).SECTIONS
+            config.load(ROOT / parsed.config, sections, parsed.overrides)
+    else:
+        assert arguments[0] in (*cli.COMMANDS, "COMMAND"), command
+
+
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
-def test_commands_parse_and_targets_exist(page):
-    targets = set(re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M))
+def test_commands_are_valid_with_their_overrides(page):
     for command in _commands(page):
-        program, *arguments = shlex.split(command)
-        if program == "make":
-            assert arguments[0] in targets, command
-        elif len(arguments) > 1 and not _is_template(command):
-            parsed = cli.parse(arguments)
-            if "config" in parsed and parsed.config.startswith("configs/"):
-                assert (ROOT / parsed.config).is_file(), command
-        else:
-            assert arguments[0] in (*cli.COMMANDS, "COMMAND"), command
+        _check(command)
+
+
+def test_a_misspelt_setting_in_a_page_is_found(tmp_path):
+    page = tmp_path / "page.md"
+    page.write_text("```bash\nex4d preprocess configs/tiny.yaml preprocess.depht=parralax\n```\n")
+    with pytest.raises(ConfigError, match=r"Did you mean preprocess\.depth=parallax\?"):
+        _check(*_commands(page))
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
@@ -56,3 +77,17 @@ def test_the_essentials_come_first():
     assert "ex4d preprocess" in head
     assert "ex4d train" in head
     assert "make demo" in head
+
+
+def test_the_site_builds_strictly_and_a_broken_link_fails_it(tmp_path):
+    pytest.importorskip("material", reason="`make docs` installs mkdocs-material")
+    build = [sys.executable, "-m", "mkdocs", "build", "--strict", "--site-dir", str(tmp_path / "site")]
+    quiet = {**os.environ, "NO_MKDOCS_2_WARNING": "1"}
+    assert subprocess.run(build, cwd=ROOT, env=quiet, capture_output=True).returncode == 0
+    shutil.copytree(ROOT / "docs", tmp_path / "docs")
+    shutil.copy(ROOT / "mkdocs.yml", tmp_path)
+    with open(tmp_path / "docs" / "tutorial.md", "a", encoding="utf-8") as page:
+        page.write("\n[nowhere](no_such_page.md)\n")
+    broken = subprocess.run(build, cwd=tmp_path, env=quiet, capture_output=True, text=True)
+    assert broken.returncode != 0
+    assert "no_such_page.md" in broken.stdout + broken.stderr
