@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import json
+import logging
+import math
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -11,14 +13,16 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ex4d import flow, video
+from ex4d import depth, flow, video
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
 from ex4d.geometry import masks
-from ex4d.models import backbone, encoders, swap, weights
+from ex4d.models import backbone, encoders, lora, swap, weights, windows
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, check_choices, reconstruct
 from ex4d.reconstruct_files import white
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -89,13 +93,21 @@ def generate(
 
     def velocity_under(prompt: str) -> flow.VelocityFn:
         prompt_embeds = base.encode_text([prompt])
-        return lambda latents, timestep: model(
-            latents, timestep, prompt_embeds, image_embeds, image_condition, cond_latents, source_latents
-        )
+
+        def velocity(latents: torch.Tensor, timestep: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
+            given = [None if x is None else x[:, :, part] for x in (image_condition, cond_latents, source_latents)]
+            return model(latents, timestep, prompt_embeds, image_embeds, *given)
+
+        if config.window_frames is None:
+            return velocity
+        stride = base.stride[0]
+        return windows.joined(velocity, (config.window_frames - 1) // stride + 1, config.window_overlap // stride)
 
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
     # Under equal prompts both passes say the same, whatever the scale.
     guided = config.guidance_scale != 1.0 and config.prompt != config.negative_prompt
+    if config.guidance_scale != 1.0 and not guided:
+        log.warning("prompt and negative_prompt are equal: guidance_scale=%g has no effect", config.guidance_scale)
     asked = velocity_under(config.prompt)
     avoided = velocity_under(config.negative_prompt) if guided else None
     base.bring("transformer")
@@ -148,9 +160,28 @@ def load(
     )
     model = build_model(loaded.transformer, shape)
     weights.load_adapter(adapter_path, model, allow_other_base=base is not None)
+    for index, (path, scale) in enumerate(lora_files(config)):
+        lora.stack_lora(model.transformer, path, scale, f"extra{index}")
     swap.swap_blocks(model.transformer, config.block_swap, loaded.device)
     (model.geometry_adapter if config.offload else model).to(loaded.device)
     return loaded, model.eval()
+
+
+def lora_files(config: GenerateConfig) -> list[tuple[Path, float]]:
+    """Return (file, scale) of each of `config.lora`. Raises ConfigError where a file or number is none."""
+    found = []
+    for text in config.lora:
+        path, colon, number = text.rpartition(":")
+        if not colon or Path(text).is_file():
+            path, number = text, "1"
+        try:
+            scale = float(number)
+        except ValueError:
+            scale = math.nan
+        if not math.isfinite(scale) or not Path(path).is_file():
+            raise ConfigError("generate.lora", text, "must be a safetensors file, or FILE:SCALE")
+        found.append((Path(path), scale))
+    return found
 
 
 def novel_view(
@@ -176,15 +207,20 @@ def novel_view(
     """
     metadata = weights.read_metadata(adapter_path)
     profile = profile or ("released" if metadata.mask_range == "released" else "default")
-    check_choices(profile=profile, **view)  # before gigabytes are loaded
-    loaded, model = load(adapter_path, base, device, config)
+    # Everything that can be refused is refused, and depth is done, before gigabytes are loaded.
+    check_choices(profile=profile, **view)
+    lora_files(config)
     config = config.for_adapter(metadata)
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
-    loaded.latent_shape((num_frames, *size, 3))  # refuses what the model cannot take, before any work
+    stride = backbone.clip_stride(base or metadata.base, metadata.base_revision if base is None else None)
+    encoders.check_clip((num_frames, *size, 3), stride)
+    device = _device(device)
     source = reconstruct(
         video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, device=device, **view
     )
+    depth.release()
+    loaded, model = load(adapter_path, base, device, config)
     given = source.frames if metadata.source_video else None
     frames = generate(
         loaded,

@@ -27,10 +27,19 @@ class GenerateConfig:
         None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
     )
     block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
+    lora: tuple[str, ...] = setting(
+        (), "More LoRA files for the base, each FILE or FILE:SCALE, e.g. one distilled to few steps without guidance."
+    )
+    window_frames: int | None = setting(
+        None, "Sample longer videos in overlapping windows of this many frames (4k+1); null: in one piece.", ge=5
+    )
+    window_overlap: int = setting(16, "Frames that two windows share, a multiple of 4.", ge=4)
     offload: bool = setting(False, "Keep on the GPU only the part that runs: base, encoder or VAE. Slower.")
 
     def __post_init__(self) -> None:
-        checked(self, "generate")
+        need = checked(self, "generate")
+        if self.window_frames is not None:
+            need(self.window_overlap < self.window_frames, "window_overlap", "must be less than generate.window_frames")
 
     def for_adapter(self, metadata: AdapterMetadata) -> GenerateConfig:
         """Return these choices with the adapter's own where none was made."""

@@ -10,6 +10,7 @@ import pytest
 import torch
 
 from ex4d import generate, synthetic, video
+from ex4d.errors import BadSample
 from ex4d.evaluate.metrics import psnr
 from ex4d.models.encoders import Base
 from pipelines import cli
@@ -76,6 +77,58 @@ def test_guidance_between_equal_prompts_costs_nothing_and_changes_nothing(clip, 
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "five.mp4").read_bytes()
     run(clip, adapters["unit"], tmp_path / "told.mp4", "--guidance-scale", "5", "--prompt", "a room")
     assert len(calls) == 8
+
+
+def test_equal_prompts_are_warned_of(clip, adapters, tmp_path, caplog):
+    run(clip, adapters["unit"], tmp_path / "five.mp4", "--guidance-scale", "5")
+    assert "guidance_scale=5 has no effect" in caplog.text
+    caplog.clear()
+    run(clip, adapters["unit"], tmp_path / "one.mp4")
+    assert "has no effect" not in caplog.text
+
+
+def test_more_loras_are_stacked_by_their_scale(clip, adapters, tmp_path):
+    from ex4d.models import weights
+
+    state, _ = weights.read_adapter(adapters["unit"])
+    generator = torch.Generator().manual_seed(3)
+    names = [name for name in state if ".lora_" in name]
+    loras = {name: torch.randn(state[name].shape, generator=generator) * 0.1 for name in names}
+    made = {}
+    for style in ("diffusers", "comfyui", "kohya"):
+        weights.write_lora(tmp_path / f"{style}.safetensors", loras, style, 2.0)
+        for scale in ("", ":0.5", ":0"):
+            run(clip, adapters["unit"], tmp_path / "a.mp4", "--lora", f"{tmp_path / style}.safetensors{scale}")
+            made[style, scale] = (tmp_path / "a.mp4").read_bytes()
+    plain = tmp_path / "plain.mp4"
+    run(clip, adapters["unit"], plain)
+    for style in ("diffusers", "comfyui", "kohya"):
+        assert made[style, ":0"] == plain.read_bytes() != made[style, ""]
+        assert made[style, ""] == made["diffusers", ""], "the same LoRA under other names"
+        assert made[style, ""] != made[style, ":0.5"]
+    half = f"{tmp_path}/diffusers.safetensors:0.5"
+    run(clip, adapters["unit"], tmp_path / "twice.mp4", "--lora", half, "--lora", half)
+    assert psnr(video.read(tmp_path / "twice.mp4")[0], video.read(made["diffusers", ""])[0]) > 40
+
+
+def test_a_longer_video_in_windows(adapters, tmp_path):
+    world = replace(WORLD, num_frames=17)
+    clip = synthetic.write_corpus(tmp_path / "clip", world)[0]
+    flags = ("--num-frames", "17", "--window-frames", "9", "--window-overlap", "4")
+    run(clip, adapters["unit"], tmp_path / "long.mp4", *flags)
+    assert video.read(tmp_path / "long.mp4")[0].shape == (17, 64, 64, 3)
+    run(clip, adapters["unit"], tmp_path / "whole.mp4", "--num-frames", "17")
+    run(clip, adapters["unit"], tmp_path / "one.mp4", "--num-frames", "17", "--window-frames", "17")
+    assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
+    assert (tmp_path / "long.mp4").read_bytes() != (tmp_path / "whole.mp4").read_bytes()
+
+
+def test_the_video_is_read_before_a_model_is_loaded(clip, adapters, monkeypatch):
+    loaded: list = []
+    monkeypatch.setattr(generate, "load", lambda *args: loaded.append(args))
+    with pytest.raises(BadSample, match="frames"):
+        generate.novel_view(clip, adapters["unit"], device="cpu", num_frames=9)
+    assert not loaded
 
 
 def test_a_small_gpu_s_ways_give_the_same_video_or_nearly(clip, adapters, tmp_path):
@@ -148,6 +201,8 @@ def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_p
         (("--num-frames", "9"), 1, "too_short"),
         (("--block-swap", "-1"), 2, "block_swap"),
         (("--block-swap", "99"), 2, "block_swap"),
+        (("--lora", "nothing.safetensors:0.5"), 2, "lora"),
+        (("--window-frames", "9", "--window-overlap", "12"), 2, "window_overlap"),
     ],
 )
 def test_what_cannot_be_done_is_named(clip, adapters, tmp_path, capsys, flags, status, named):

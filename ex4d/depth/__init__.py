@@ -23,6 +23,21 @@ if TYPE_CHECKING:
 log = logging.getLogger(__name__)
 
 
+def release() -> None:
+    """Let go of networks that estimators keep from clip to clip, and of the GPU memory that they held."""
+    import gc
+    import sys
+
+    for name in ("transformers", "depthcrafter_weights"):
+        module = sys.modules.get(f"ex4d.depth.{name}")
+        if module is not None:
+            module._load.cache_clear()
+    gc.collect()
+    torch = sys.modules.get("torch")
+    if torch is not None and torch.cuda.is_initialized():
+        torch.cuda.empty_cache()
+
+
 @dataclass(frozen=True)
 class Geometry:
     """What an estimator says of a clip: depth, and cameras, confidence and what moves where it knows them.

@@ -252,6 +252,20 @@ def transformer_config(base: str, revision: str | None = None, family: str | Non
     return config
 
 
+def clip_stride(base: str, revision: str | None = None) -> tuple[int, int, int]:
+    """Return the pixels per latent in (T, H, W) without loading the base; known hub ids need no network.
+
+    Raises:
+        ConfigError: the base is not there.
+    """
+    known = families.family_of_hub_id(base)
+    if known is not None and not _is_local(base):
+        return families.FAMILIES[known].stride
+    config = read_config(resolve(base, revision, ("vae",)), "vae")
+    down = config.get("scale_factor_spatial", 8)
+    return config.get("scale_factor_temporal", 4), down, down
+
+
 def meta_transformer(config: Mapping[str, Any]) -> Any:
     """Return a WanTransformer3DModel of this configuration on the meta device: shapes without weights or memory."""
     from diffusers import WanTransformer3DModel

@@ -88,12 +88,8 @@ class Base:
             ConfigError: T is not of the form stride·k + 1, or H or W is no multiple of stride × patch.
         """
         num_frames, height, width = frames_shape[:3]
+        check_clip(frames_shape, self.stride)
         time, down, _ = self.stride
-        cell = down * 2
-        if num_frames % time != 1:
-            raise ConfigError("num_frames", num_frames, f"must be {time}·k + 1")
-        if height % cell or width % cell:
-            raise ConfigError("size", (height, width), f"must be multiples of {cell}")
         return 1, self.latent_channels, (num_frames - 1) // time + 1, height // down, width // down
 
     def _scale(self) -> tuple[Tensor, Tensor]:
@@ -183,6 +179,18 @@ class Base:
         encoder = self.bring("image_encoder")
         images = (((squashed * 0.5 + 0.5) - mean) / std).to(self.device, encoder.dtype)
         return encoder(pixel_values=images, output_hidden_states=True).hidden_states[-2].float()
+
+
+def check_clip(frames_shape: tuple[int, ...], stride: tuple[int, int, int]) -> None:
+    """Raise ConfigError unless frames of shape (T, H, W, …) fill whole latents: T = stride·k + 1, H and W multiples of
+    stride × patch.
+    """
+    num_frames, height, width = frames_shape[:3]
+    time, cell = stride[0], stride[1] * 2
+    if num_frames % time != 1:
+        raise ConfigError("num_frames", num_frames, f"must be {time}·k + 1")
+    if height % cell or width % cell:
+        raise ConfigError("size", (height, width), f"must be multiples of {cell}")
 
 
 def to_pixels(frames: Tensor) -> Tensor:

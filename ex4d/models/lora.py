@@ -6,12 +6,14 @@ import math
 import types
 from collections.abc import Iterator
 from contextlib import contextmanager
+from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from ex4d.errors import ContractError
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import formats
 
 # Self- and cross-attention q, k, v, o and both feed-forward layers: ten matrices a block, not the image k and v.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
@@ -87,6 +89,56 @@ def _draw(weight: Tensor, generator: torch.Generator) -> None:
     drawn = torch.empty(weight.shape, device="cpu")
     nn.init.kaiming_uniform_(drawn, a=math.sqrt(5), generator=generator)
     weight.copy_(drawn)
+
+
+def stack_lora(transformer: Any, path: str | Path, scale: float, name: str) -> int:
+    """Add a LoRA of another program beside the one that is there, for generation; return its number of layers.
+
+    Names of diffusers, ComfyUI, kohya and Wan itself are understood (diffusers' converter). Do it before blocks are
+    swapped.
+
+    Args:
+        scale: its product is multiplied by this, and by alpha / rank where the file says alpha.
+        name: a name of its own among those of this transformer.
+
+    Raises:
+        ConfigError: the file is not there, is no safetensors file, or fits no layer of this model.
+    """
+    from peft.tuners.lora import LoraLayer
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file
+
+    try:
+        state = _diffusers_names(load_file(path))
+        transformer.load_lora_adapter(state, prefix="transformer", adapter_name=name)
+    except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, ContractError) as error:
+        reason = str(error).splitlines()[0] if str(error) else type(error).__name__
+        raise ConfigError("lora", str(path), f"is no LoRA of this model ({reason})") from error
+    layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer) and name in layer.lora_A]
+    if not layers:
+        raise ConfigError("lora", str(path), "holds no LoRA for this model: none of its names is a layer of it")
+    for layer in layers:
+        vars(layer)["forward"] = types.MethodType(_lora_forward, layer)
+        for pair in (layer.lora_A, layer.lora_B):
+            pair[name] = _master(pair.get_parameter(f"{name}.weight"))
+        layer.set_scale(name, scale)
+        layer.set_adapter(list(layer.lora_A))
+    transformer.requires_grad_(False)
+    return len(layers)
+
+
+def _diffusers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
+    """Return LoRA tensors under diffusers' names: kohya's by our table, Wan's own by diffusers' converter."""
+    from diffusers.loaders import lora_conversion_utils
+
+    if any(key.startswith("lora_unet_") for key in state):
+        tensors, alpha = formats.from_format(state, "kohya")
+        rank = next(value.shape[0] for key, value in tensors.items() if ".lora_A" in key)
+        scale = 1.0 if alpha is None else alpha / rank
+        return {key: value * scale if ".lora_B" in key else value for key, value in tensors.items()}
+    if any(key.startswith("diffusion_model.") or ".lora_down." in key for key in state):
+        return lora_conversion_utils._convert_non_diffusers_wan_lora_to_diffusers(state)
+    return state
 
 
 def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:

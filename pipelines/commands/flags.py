@@ -70,7 +70,7 @@ def add(parser: argparse.ArgumentParser, cls: type) -> None:
         if isinstance(default, bool):
             parser.add_argument(flag, action="store_true", help=help)
         elif isinstance(default, tuple):
-            parser.add_argument(flag, f"-{field.name[0]}", action="append", default=[], metavar="KEY=VALUE", help=help)
+            parser.add_argument(flag, f"-{field.name[0]}", action="append", default=[], metavar="VALUE", help=help)
         else:
             parser.add_argument(flag, type=_type_of(cls, field.name), default=default, help=help)
 
