@@ -1,10 +1,13 @@
-"""`ex4d cluster`: what scripts that start a Ray by themselves need."""
+"""`ex4d cluster`: the token of this user's Rays, and the files that start a cluster."""
 
 from __future__ import annotations
 
 import argparse
 import os
 
+from ex4d import config
+from pipelines.commands.cluster_config import ClusterConfig
+from pipelines.commands.cluster_render import KINDS, render
 from pipelines.runtime.cluster import require_token
 
 
@@ -16,10 +19,25 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="create the token of this user's Rays where there is none, and print what a shell must export: "
         'eval "$(ex4d cluster token)"',
     )
+    writer = below.add_parser("render", help="print a file that starts a cluster: a KubeRay manifest, a SLURM script …")
+    writer.add_argument("kind", choices=sorted(KINDS), help="what to print")
+    described = ", ".join(f"{one.key.removeprefix('cluster.')}={one.default}" for one in _described())
+    writer.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=f"settings with their defaults: {described}")
+
+
+def _described() -> list:
+    from ex4d.config_help import describe
+
+    return list(describe(ClusterConfig, "cluster"))
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d cluster token`; the token itself is not printed."""
-    require_token()
-    print(f"export RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}")
+    """Do `ex4d cluster token` or `ex4d cluster render`; the token itself is not printed."""
+    if args.what == "token":
+        require_token()
+        print(f"export RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}")
+        return 0
+    pairs = [word.partition("=") for word in args.settings]
+    values = {key: config.parse_value(text, key) for key, _, text in pairs}
+    print(render(args.kind, config.validate(ClusterConfig, values, "cluster")), end="")
     return 0

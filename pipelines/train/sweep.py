@@ -42,6 +42,8 @@ def command(path: str, overrides: Sequence[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
     _check_same(sweep, tree, output)
+    from pipelines.train.sweep_tune import Interrupted
+
     try:
         with _interruptible(), connected(loaded["ray"].address):
             rows = run(sweep, tree)
@@ -98,21 +100,16 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
                 raise ConfigError(f"{section}.{key}", now[section].get(key), allowed)
 
 
-class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; Ray Tune must not take it for a trial's error."""
-
-    def __init__(self, status: int):
-        self.status = status
-
-
 @contextmanager
 def _interruptible() -> Iterator[None]:
     """Turn Ctrl-C and SIGTERM into Interrupted, instead of Ray Tune's own end, which looks like a finished sweep."""
+    from pipelines.train import sweep_tune
+
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     statuses = {signal.SIGINT: 130, signal.SIGTERM: EXIT_PREEMPTED}
 
     def stop(number: int, _: object) -> None:
-        raise Interrupted(statuses[signal.Signals(number)])
+        sweep_tune.stop_asked.append(statuses[signal.Signals(number)])
 
     before = {number: signal.signal(number, stop) for number in statuses}
     try:

@@ -69,16 +69,17 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
     folder.mkdir(parents=True, exist_ok=True)
     settings = with_values(tree, {**point, "train.output": str(folder / "train")})
     with _alone(folder):
+        known = 0  # steps that were reported before
         given = tune.get_checkpoint() if sweep.search == "pbt" else None
         if given is not None:
             with given.as_directory() as source:
-                adopt(Path(source), folder / "train", settings)
+                known = adopt(Path(source), folder / "train", settings)
         config.dump(settings, folder / "config.yaml")
         (folder / "point.json").write_text(json.dumps(point), encoding="utf-8")
-        _train(folder, sweep, settings, tune)
+        _train(folder, sweep, settings, tune, known)
 
 
-def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any) -> None:
+def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any, known: int) -> None:
     import ray
 
     command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]
@@ -91,7 +92,7 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
             step = record["step"]
             if sweep.metric != "validation_loss":
                 values.append(float(record[sweep.metric]))
-            if step % every and step != last:
+            if step <= known or (step % every and step != last):
                 continue
             recent = values[-sweep.window :] or [float(record["validation_loss"])]
             found = {"value": sum(recent) / len(recent), "step": step, "folder": str(folder)}
@@ -142,10 +143,11 @@ def _wait_for(output: Path, step: int, process: subprocess.Popen) -> Path:
     return path
 
 
-def adopt(source: Path, output: Path, settings: Mapping[str, Any]) -> None:
-    """Make another trial's checkpoint the state of this one: its weights, moments and place in the data.
+def adopt(source: Path, output: Path, settings: Mapping[str, Any]) -> int:
+    """Make another trial's checkpoint the state of this one, and return its step.
 
-    Only what decides how it goes on is this trial's own: the settings in the identity of the checkpoint.
+    Weights, moments and the place in the data are taken over. What decides how it goes on is this trial's own: the
+    settings in the identity of the checkpoint.
     """
     state = checkpoint.read_state(source)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)
@@ -155,3 +157,4 @@ def adopt(source: Path, output: Path, settings: Mapping[str, Any]) -> None:
     chosen = {f"train.{key}": value for key, value in settings["train"].items()}
     identity = {key: chosen.get(key, value) for key, value in state.identity.items()}
     checkpoint.rewrite_identity(target, identity)
+    return state.step

@@ -17,6 +17,16 @@ from pipelines.train.sweep_trial import run_trial
 
 MAX_FAILURES = 1  # a trial that fails is tried once more, from its last checkpoint
 
+stop_asked: list[int] = []  # exit statuses that signals ask for; raising in their handler would break Ray's own calls
+
+
+class Interrupted(BaseException):
+    """Ctrl-C or SIGTERM; Ray Tune must not take it for a trial's error."""
+
+    def __init__(self, status: int):
+        super().__init__(status)
+        self.status = status
+
 
 def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Run what is missing of a sweep; return a row a trial: point, value, step, error, curve, folder."""
@@ -133,6 +143,7 @@ def _scheduler(sweep: SweepConfig, space: Space, num_steps: int) -> Any:
             hyperparam_mutations={axis.key: _domain(axis) for axis in space.axes},
             quantile_fraction=0.25 if sweep.num_trials >= 4 else 0.5,
             require_attrs=False,
+            synch=True,  # all are compared at the same step
         )
     if sweep.scheduler == "asha":
         return schedulers.ASHAScheduler(
@@ -172,6 +183,11 @@ class Board(_callback()):  # type: ignore[misc]
         self.best = (0, math.inf)
         self.began: dict[str, tuple[float, int]] = {}
         self.start = time.monotonic()
+
+    def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
+        """End the sweep where a signal asked for it."""
+        if stop_asked:
+            raise Interrupted(stop_asked[0])
 
     def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
         """Say which point is tried."""
