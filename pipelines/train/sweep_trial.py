@@ -20,7 +20,7 @@ from pathlib import Path
 from typing import Any
 
 from ex4d import config
-from ex4d.train import checkpoint
+from ex4d.train import checkpoint, runlog
 from pipelines.train.launch import PARENT
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space, value_in, with_values
@@ -29,18 +29,27 @@ CHECKPOINT_WAIT_S = 120.0
 
 
 def follow(path: Path, process: subprocess.Popen, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
-    """Yield each JSON object of a growing file until the process that writes it has ended."""
-    offset = 0
+    """Yield the object of each step of a growing log until the process that writes it has ended.
+
+    A run that resumes replaces the log by one without the steps that it does again: no step is yielded twice.
+    """
+    offset, inode, last = 0, 0, -1
     while True:
         ended = process.poll() is not None
         if path.exists():
             with open(path, "rb") as file:
+                now = os.fstat(file.fileno())
+                if now.st_ino != inode or now.st_size < offset:
+                    inode, offset = now.st_ino, 0
                 file.seek(offset)
                 for line in file:
                     if not line.endswith(b"\n"):
                         break  # still being written: read again from here
                     offset += len(line)
-                    yield json.loads(line)
+                    record = json.loads(line)
+                    if record["step"] > last:
+                        last = record["step"]
+                        yield record
         if ended:
             return
         time.sleep(poll_s)
@@ -86,6 +95,9 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
     if settings["train"].get("launcher") == "ray":  # the ranks of one trial may stand on several nodes
         command.append(f"ray.address={ray.get_runtime_context().gcs_address}")
     last, every = int(settings["train"]["num_steps"]), sweep.grace_steps
+    reached = checkpoint.latest(folder / "train")
+    # Later steps will be done again, perhaps with other settings: they must not be reported.
+    runlog.truncate(folder / "train" / "metrics.jsonl", checkpoint.read_state(reached).step if reached else 0)
     with open(folder / "train.log", "ab") as log, _training(command, log) as process:
         values: list[float] = []
         for record in follow(folder / "train" / "metrics.jsonl", process):
