@@ -229,4 +229,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 def dump(config: Mapping[str, Any], path: str | Path) -> None:
     """Write {section: dataclass or mapping} as YAML that `load` reads back."""
     plain = {name: to_dict(body) if dataclasses.is_dataclass(body) else body for name, body in config.items()}
-    Path(path).write_text(yaml.safe_dump(plain, sort_keys=False, allow_unicode=True), encoding="utf-8")
+    Path(path).write_text(to_yaml(plain), encoding="utf-8")
+
+
+def to_yaml(tree: Mapping[str, Any]) -> str:
+    """Return plain values as YAML, their keys in the order given."""
+    return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)

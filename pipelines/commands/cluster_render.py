@@ -8,8 +8,7 @@ from importlib import metadata
 from importlib.resources import files
 from typing import Any
 
-import yaml
-
+from ex4d import config
 from pipelines.commands.cluster_config import ClusterConfig
 
 HEADER = "# Written by `ex4d cluster render {kind}`: change its settings, not this file.\n"
@@ -26,7 +25,7 @@ def render(kind: str, cluster: ClusterConfig) -> str:
     made = KINDS[kind](cluster)
     if isinstance(made, str):
         return made
-    return HEADER.format(kind=kind) + USE[kind] + yaml.safe_dump(made, sort_keys=False, width=120)
+    return HEADER.format(kind=kind) + USE[kind] + config.to_yaml(made)
 
 
 # ---------------------------------------------------------------- Kubernetes
