@@ -317,7 +317,7 @@ def test_metres_of_depth_pro_follow_the_lens():
         "pair": {"sha256": ["a", "b", "c"], "size_bytes": 1},
         "seed": 0,
     }
-    config = preprocess.PreprocessConfig(output="", size=(32, 32))
+    config = preprocess.PreprocessConfig(output="out", size=(32, 32))
     network = pair.warp({**row, "depth_facts": {"estimator": "depth-pro"}}, config)
     file = pair.warp({**row, "depth_facts": {"estimator": "sidecar"}, "z_depth": row["z_depth"] * 2}, config)
     np.testing.assert_array_equal(network["cond"], file["cond"])
