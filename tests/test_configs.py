@@ -37,11 +37,14 @@ def test_a_config_loads(path):
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)
 def test_a_training_says_what_it_needs_before_it_starts(path, capsys):
-    assert train.command(str(path), ["train.dry_run=true"]) == 0
+    assert train.command(str(path), ["train.dry_run=true", "train.usd_per_gpu_hour=2"]) == 0
     said = json.loads(capsys.readouterr().out)
     assert said["fits"], f"{path.name} does not fit the GPU that it names: {said['memory_bytes']}"
     assert said["memory_bytes"]["total"] < 1e9 * PROMISED.get(path.name, 141)
     assert said["hours"] > 0
+    assert said["memory_bytes"]["total"] == pytest.approx(sum([*said["memory_bytes"].values()][:-1]))
+    assert said["host_bytes_loading"] > 0
+    assert said["usd"] == pytest.approx(2 * said["gpu_hours"])
     chosen = config.load(path, {"train": CLASSES["train"], "model": CLASSES["model"]})
     assert ("vae" in said["memory_bytes"]) == (
         chosen["model"].base != "tiny" and "encode" not in config.read_yaml(path)
@@ -49,9 +52,16 @@ def test_a_training_says_what_it_needs_before_it_starts(path, capsys):
     assert (said["host_bytes"] > 0) == (chosen["train"].block_swap > 0)
 
 
+def test_the_readme_calls_the_figures_of_small_gpus_estimated():
+    paragraph = next(p for p in (ROOT / "README.md").read_text().split("\n\n") if p.startswith("**Small GPUs**"))
+    measured = (ROOT / "benchmarks" / "results" / "system.md").exists()
+    assert measured or "estimated" in paragraph
+
+
 def test_the_paper_s_training_is_the_paper_s():
     loaded = config.load(ROOT / "configs" / "train_14b.yaml", {name: CLASSES[name] for name in ("model", "train")})
-    assert (loaded["train"].lr, loaded["train"].micro_batch_size, loaded["train"].num_processes) == (3e-5, 4, 8)
+    chosen = loaded["train"]
+    assert (chosen.lr, chosen.micro_batch_size * chosen.grad_accum_steps, chosen.num_processes) == (3e-5, 4, 8)
     assert (loaded["model"].lora_rank, loaded["model"].lora_alpha) == (16, 16)
     smaller = [
         config.load(ROOT / "configs" / name, {"model": CLASSES["model"], "train": CLASSES["train"]})

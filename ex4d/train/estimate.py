@@ -14,20 +14,36 @@ from ex4d.train.config import BatchPlan, TrainConfig
 DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
 # Bytes of a quantised weight; NF4 has half a byte, and a bfloat16 scale for each 64.
 QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 2 / 64}
-# Activations that one block keeps for its backward pass, in numbers per token and unit of width: float32 copies around
-# norms and gates, tensors in the base's dtype, and tensors as wide as the feed-forward layer. Counted by
-# saved-tensor hooks (tests/train/test_estimate.py counts again).
-_KEPT_FLOAT32, _KEPT_DTYPE, _KEPT_FFN = 6, 11, 2
+# What a block keeps for its backward pass, in numbers for a token and unit of width: float32 copies around norms and
+# gates, tensors in the base's dtype, and those as wide as the feed-forward layer; in numbers for a token of text or
+# image, tensors in the base's dtype. Counted on a traced step (tests/train/trace_memory.py).
+_KEPT_FLOAT32, _KEPT_DTYPE, _KEPT_FFN, _KEPT_CONTEXT = 3, 14, 2, 4
+# What the backward pass of a block needs beside what was kept: where the block recomputes, and where it kept all.
+_RECOMPUTING_FLOAT32, _RECOMPUTING_DTYPE = 3, 3
+_BACKWARD_FLOAT32, _BACKWARD_DTYPE, _BACKWARD_FFN = 2, 3, 2
 _KEPT_ADAPTER = 5  # float32 tensors of `adapter_hidden` channels that the geometry adapter keeps for its backward
 _SWAPPED_HERE = 3  # copies of swapped blocks on the device: one at work, one on its way, one not yet given back
+# Copies of the largest weight, in the dtype that computes, while a quantised one is turned back.
+_DEQUANTIZED = {"int8": 2, "fp8": 2, "nf4": 4}
+# Numbers that ZeRO-3 gathers at most, DeepSpeed's stage3_max_live_parameters and its prefetch bucket.
+_GATHERED = 1e9 + 5e7
+# Bytes of the largest file of a base, which is read whole into the host's memory and then goes to the device.
+_SHARD_BYTES = 10e9
 
 
 def count_parameters(shape: Mapping[str, Any], config: backbone.ModelConfig) -> dict[str, int]:
     """Return numbers of parameters, counted on the meta device.
 
-    "base", of which "blocks" are in the transformer's blocks; "lora"; "geometry_adapter".
+    "base", of which "blocks" are in the transformer's blocks and "float32" stay in that type; "lora";
+    "geometry_adapter".
     """
     model = adapter.build_model(backbone.meta_transformer(shape), config)
+    kept = tuple(model.transformer._keep_in_fp32_modules or ())
+    float32 = sum(
+        value.numel()
+        for name, value in model.transformer.named_parameters()
+        if not value.requires_grad and any(part in name for part in kept)
+    )
     geometry = sum(value.numel() for value in model.geometry_adapter.parameters())
     trainable = sum(value.numel() for value in model.trainable_parameters().values())
     everything = sum(value.numel() for value in model.parameters())
@@ -35,6 +51,7 @@ def count_parameters(shape: Mapping[str, Any], config: backbone.ModelConfig) -> 
     return {
         "base": everything - trainable,
         "blocks": blocks,
+        "float32": float32,
         "lora": trainable - geometry,
         "geometry_adapter": geometry,
     }
@@ -55,7 +72,7 @@ def memory(
         parameters: of `count_parameters`.
         latents: (f, h, w) of one sample.
         encoders: {name: parameters} of the encoders that stay loaded where clips are encoded while training; None where
-            latents and text are precomputed. Their working memory is not counted.
+            latents and text are precomputed.
     """
     tokens = math.prod(latents) // math.prod(shape["patch_size"]) * (2 if model.source_video else 1)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
@@ -66,27 +83,58 @@ def memory(
     share = 1 / shape["num_layers"]
     swapped = max(0, train.block_swap - _SWAPPED_HERE) * share if train.block_swap else 0.0
     moments = 0.0 if train.cpu_offload else 8.0
+    wide = 4.0 - dtype if dtype < 4 else 0.0
+    base = blocks * (1 - swapped) + (parameters["base"] - parameters["blocks"]) * dtype + parameters["float32"] * wide
     parts = {
-        "frozen base": (blocks * (1 - swapped) + (parameters["base"] - parameters["blocks"]) * dtype) / over[3],
+        "frozen base": base / over[3],
         "trainable weights": 4.0 * trainable / over[3],
         "gradients": 4.0 * trainable / over[2],
         # two moments, and from stage 1 on ZeRO's flat copy of the weights
         "optimizer": (moments + (4.0 if train.zero_stage and moments else 0.0)) * trainable / over[1],
+        "average": 4.0 * trainable if train.ema_decay is not None else 0.0,  # on rank 0
         "latents and text": plan.micro_size * _input_bytes(shape, latents, model.source_video),
         "geometry adapter": 4.0 * _KEPT_ADAPTER * model.adapter_hidden * math.prod(latents) * plan.micro_size,
-        **_activations(shape, tokens * plan.micro_size, dtype, train.activation_checkpointing),
+        **_activations(shape, tokens * plan.micro_size, plan.micro_size, dtype, train),
     }
+    if over[3] > 1:
+        parts["gathered weights"] = dtype * min(_GATHERED, parameters["base"] * (1 - 1 / over[3]))
+    if model.quantize:
+        parts["dequantized weight"] = _DEQUANTIZED[model.quantize] * dtype * flops.width_of(shape) * shape["ffn_dim"]
+    if encoders is None:
+        return parts
     vae = DTYPE_BYTES[model.vae_dtype]
-    return parts | {name: count * (vae if name == "vae" else dtype) for name, count in (encoders or {}).items()}
+    parts |= {name: count * (vae if name == "vae" else dtype) for name, count in encoders.items()}
+    # The VAE works before the forward pass, when no activations are there.
+    later = sum(parts[name] for name in ("geometry adapter", "block inputs", "block activations", "backward"))
+    return parts | {"vae at work": max(0.0, vae / 4 * flops.vae_work_bytes(shape, latents) - later)}
 
 
-def _activations(shape: Mapping[str, Any], tokens: int, dtype: float, checkpointing: bool) -> dict[str, float]:
-    width, layers = flops.width_of(shape), shape["num_layers"]
-    per_token = width * (4 * _KEPT_FLOAT32 + dtype * _KEPT_DTYPE) + shape["ffn_dim"] * dtype * _KEPT_FFN
-    return {
-        "block inputs": dtype * width * tokens * layers if checkpointing else 0.0,
-        "block activations": per_token * tokens * (1 if checkpointing else layers),
+def _activations(
+    shape: Mapping[str, Any], tokens: int, samples: int, dtype: float, train: TrainConfig
+) -> dict[str, float]:
+    """Return what blocks keep for the backward pass, at the moment at which most is held.
+
+    Where some blocks keep their activations, that is in the backward pass of the last block; where all recompute, at
+    the end of the first recomputed one.
+    """
+    width, ffn, layers = flops.width_of(shape), shape["ffn_dim"], shape["num_layers"]
+    recomputed = layers if train.activation_checkpointing else 0
+    if train.activation_checkpointing and isinstance(train.checkpoint_blocks, int):
+        recomputed = train.checkpoint_blocks
+    kept = layers - recomputed
+    context = (TEXT_LENGTH + (flops.CLIP_TOKENS if shape["image_dim"] else 0)) * samples * width * dtype * _KEPT_CONTEXT
+    one = tokens * (width * (4 * _KEPT_FLOAT32 + dtype * _KEPT_DTYPE) + ffn * dtype * _KEPT_FFN) + context
+    backward = width * (4 * _RECOMPUTING_FLOAT32 + dtype * _RECOMPUTING_DTYPE)
+    if kept:
+        backward = width * (4 * _BACKWARD_FLOAT32 + dtype * _BACKWARD_DTYPE) + ffn * dtype * _BACKWARD_FFN
+    parts = {
+        "block inputs": dtype * width * tokens * recomputed,
+        "block activations": one * max(1, kept),
+        "backward": backward * tokens,
     }
+    if train.checkpoint_keep_attention:  # its output, and a float32 number for each token and head
+        parts["kept attention"] = (dtype * width + 4.0 * shape["num_attention_heads"]) * tokens * recomputed
+    return parts
 
 
 def _input_bytes(shape: Mapping[str, Any], latents: tuple[int, int, int], source_video: bool) -> float:
@@ -109,9 +157,10 @@ def summary(
     """Return what a run would need, as plain values and before anything is loaded.
 
     `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`),
-    `host_bytes` (of swapped blocks, of the averaged weights, of an offloaded optimizer), `fits` (whether the
-    estimate is within the GPU's memory), `seconds_per_step`, `hours`, `gpu_hours`, and `usd` where a price is given.
-    Times assume flops.ASSUMED_HFU and data that is ready.
+    `host_bytes` (while it runs: of swapped blocks, of an offloaded optimizer) and `host_bytes_loading` (while the base
+    is read), both of one process; `fits` (whether the estimate is within the GPU's memory), `seconds_per_step`,
+    of which `vae_seconds_per_step` encode clips, `hours`, `gpu_hours`, and `usd` where a price is given. Times assume
+    flops.ASSUMED_HFU and data that is ready. checkpoint_blocks=auto counts as all: it fills what is left.
 
     Args:
         precomputed: the dataset holds latents and text, so that no encoder is loaded.
@@ -122,10 +171,12 @@ def summary(
     encoders = dict(family.encoders) if family and not precomputed else {}
     if train.prompt is not None:  # embedded once, before training
         encoders.pop("text_encoder", None)
-    parts = memory(shape, parameters, latents, model, train, plan, encoders)
+    parts = memory(shape, parameters, latents, model, train, plan, None if precomputed else encoders)
     total, recomputes = sum(parts.values()), train.activation_checkpointing
     samples = math.ceil(plan.global_size / plan.world_size)
-    step_s = flops.seconds_per_step(sample, samples, train.gpu, recomputes)
+    vae_flops = 0.0 if precomputed else samples * flops.vae_flops(shape, latents, model.source_video)
+    vae_s = flops.vae_seconds(vae_flops, train.gpu)
+    step_s = flops.seconds_per_step(sample, samples, train.gpu, recomputes) + vae_s
     hours = step_s * train.num_steps / 3600
     return {
         "parameters": parameters,
@@ -137,9 +188,11 @@ def summary(
         },
         "memory_bytes": parts | {"total": total},
         "host_bytes": _host_bytes(shape, parameters, model, train),
+        "host_bytes_loading": _loading_bytes(parameters, model, train),
         "fits": total <= flops.memory_of(train.gpu),
         "gpu": train.gpu,
         "seconds_per_step": step_s,
+        "vae_seconds_per_step": vae_s,
         "hours": hours,
         "gpu_hours": hours * plan.world_size,
         "usd": None if train.usd_per_gpu_hour is None else hours * plan.world_size * train.usd_per_gpu_hour,
@@ -149,12 +202,20 @@ def summary(
 def _host_bytes(
     shape: Mapping[str, Any], parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig
 ) -> float:
-    """Return the bytes of host memory that one process takes: swapped blocks, the average, an offloaded optimizer.
+    """Return the bytes of host memory that one process takes: swapped blocks, an offloaded optimizer.
 
     Of the memory that is pinned PyTorch takes up to twice as much, since it rounds each block up to a power of two.
     """
     weight = QUANTIZED_BYTES[model.quantize] if model.quantize else DTYPE_BYTES.get(model.dtype, 2.0)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
     swapped = parameters["blocks"] * weight * train.block_swap / shape["num_layers"]
-    average = 4.0 * trainable if train.ema_decay is not None else 0.0
-    return swapped + average + (12.0 * trainable if train.cpu_offload else 0.0)
+    return swapped + (12.0 * trainable if train.cpu_offload else 0.0)
+
+
+def _loading_bytes(parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig) -> float:
+    """Return the most bytes of host memory that one process takes while it reads the base.
+
+    A base that is to be quantised, or whose blocks are to be swapped, is read whole before it goes to its place.
+    """
+    whole = parameters["base"] * DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
+    return whole if model.quantize or train.block_swap else min(whole, _SHARD_BYTES)

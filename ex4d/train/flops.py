@@ -27,6 +27,12 @@ GPUS = {
 }
 # HFU that `seconds_per_step` assumes where none was measured.
 ASSUMED_HFU = 0.40
+# FLOPs of encoding, by pixel of a clip, and bytes that it works in, by pixel of a frame, in float32; counted with
+# torch's counter and on traced tensors for 49 × 512 × 512, for Wan's VAE and for that of the 5B model (48 channels).
+VAE_FLOPS_PER_PIXEL = {16: 5.037e6, 48: 3.514e6}
+VAE_BYTES_PER_PIXEL = {16: 14_696, 48: 8_365}
+# Share of the bfloat16 peak that encoding in float32 (TF32 products) is taken to reach: 2 to 4 s a sample on an H200.
+ASSUMED_VAE_SHARE = 0.09
 
 
 @dataclass(frozen=True)
@@ -137,6 +143,32 @@ def _embedding(shape: Mapping[str, Any], tokens: int, image: int) -> float:
     patches = tokens * math.prod(shape["patch_size"]) * shape["in_channels"] * width
     text = TEXT_LENGTH * (shape["text_dim"] * width + width**2)
     return 2.0 * (patches + text + image * image_dim * (image_dim + width) + shape["freq_dim"] * width + 7 * width**2)
+
+
+def vae_flops(shape: Mapping[str, Any], latents: tuple[int, int, int], source_video: bool = False) -> float:
+    """Return the FLOPs of encoding a sample's clip, condition, mask, first frame (where the base takes one) and source.
+
+    Zero for a VAE that is not known.
+    """
+    pixels = _clip_pixels(shape, latents)
+    videos = 3 + (shape["in_channels"] > shape["out_channels"]) + source_video
+    return videos * VAE_FLOPS_PER_PIXEL.get(shape["out_channels"], 0.0) * pixels[0] * pixels[1]
+
+
+def vae_work_bytes(shape: Mapping[str, Any], latents: tuple[int, int, int]) -> float:
+    """Return the bytes that encoding one video works in, in float32; zero for a VAE that is not known."""
+    return VAE_BYTES_PER_PIXEL.get(shape["out_channels"], 0.0) * _clip_pixels(shape, latents)[1]
+
+
+def _clip_pixels(shape: Mapping[str, Any], latents: tuple[int, int, int]) -> tuple[int, int]:
+    """Return (frames, pixels of a frame) of the clip that these latents are of."""
+    side = 16 if shape["out_channels"] == 48 else 8
+    return 4 * (latents[0] - 1) + 1, latents[1] * latents[2] * side**2
+
+
+def vae_seconds(work: float, gpu: str) -> float:
+    """Return the seconds that a GPU of GPUS needs to encode, at ASSUMED_VAE_SHARE of its peak."""
+    return work / ((peak_flops(gpu) or math.inf) * ASSUMED_VAE_SHARE)
 
 
 def peak_flops(device_name: str) -> float | None:

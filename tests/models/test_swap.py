@@ -124,3 +124,18 @@ def test_swapped_blocks_are_spread_evenly() -> None:
     assert swap.swap_blocks(tiny.new_transformer(8, num_layers=5), 5, CPU).indices == [0, 1, 2, 3, 4]
     with pytest.raises(ConfigError, match="block_swap=7"):
         swap.swap_blocks(tiny.new_transformer(8, num_layers=6), 7, CPU)
+
+
+def test_blocks_share_allocations_that_are_made_when_they_are_due() -> None:
+    blocks = tiny.new_transformer(8, num_layers=5, num_attention_heads=2, ffn_dim=64).requires_grad_(False).blocks
+    one = sum(-(-value.nbytes // 256) * 256 for value in (*blocks[0].parameters(), *blocks[0].buffers()))
+    buffers = swap.host_buffers(list(blocks), pin=False, arena=2 * one + 1)
+    found = list(buffers)
+    assert [buffer.nbytes for buffer in found] == [one] * 5
+    storages = [buffer.untyped_storage() for buffer in found]
+    assert [storage.nbytes() for storage in storages] == [2 * one] * 4 + [one]
+    assert len({storage.data_ptr() for storage in storages}) == 3
+    # A block that is larger than an allocation gets its own.
+    assert [len(buffer) for buffer in swap.host_buffers(list(blocks), pin=False, arena=1)] == [one] * 5
+    bf16 = (391_000_000 + 10_000_000) * 2  # of a 14B block
+    assert 40 * bf16 < 8 * swap.ARENA < 1.08 * 40 * bf16

@@ -7,11 +7,11 @@ from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
+import trace_memory
 
 from ex4d.errors import ConfigError
 from ex4d.models import adapter, backbone, families, quantize, swap, tiny
-from ex4d.train import estimate
+from ex4d.train import estimate, flops
 from ex4d.train.config import BatchPlan, TrainConfig, plan_batch
 
 SHAPE_14B = families.FAMILIES["wan2.1-i2v-14b"].transformer
@@ -78,42 +78,52 @@ def test_base_and_swap_are_counted_as_they_are_stored() -> None:
         assert host == pytest.approx(swap_of.host_bytes if swap_of else 0.0, rel=0.08)
 
 
-def kept_bytes(num_layers: int, latents: tuple[int, int, int]) -> int:
-    """Bytes that autograd keeps for a bfloat16 base of width 128 and ffn 512, parameters left out."""
-    from diffusers import WanTransformer3DModel
-
-    changes = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": num_layers}
-    changes |= {"text_dim": 16, "image_dim": None, "added_kv_proj_dim": None, "in_channels": 16}
-    transformer: Any = WanTransformer3DModel(**(dict(SHAPE_14B) | changes))
-    for name, parameter in transformer.named_parameters():
-        if not any(kept in name for kept in transformer._keep_in_fp32_modules):
-            parameter.data = parameter.data.bfloat16()
-    model = adapter.build_model(transformer, backbone.ModelConfig(adapter_hidden=8))
-    own = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
-    kept: dict[int, Tensor] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        if tensor.untyped_storage().data_ptr() not in own:
-            kept.setdefault(tensor.untyped_storage().data_ptr(), tensor)
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        model(
-            torch.randn(1, 16, *latents),
-            torch.ones(1),
-            torch.randn(1, 512, 16),
-            cond_latents=torch.randn(1, 32, *latents),
-        )
-        return sum(tensor.untyped_storage().nbytes() for tensor in kept.values())
+def traced_and_estimated(num_layers: int, micro_size: int, recomputed: int) -> tuple[float, dict[str, float]]:
+    """Return (peak of a traced step, the estimate's parts) of the published width."""
+    shape = dict(SHAPE_14B) | {"num_layers": num_layers}
+    traced = trace_memory.traced_step(shape, LATENTS, micro_size, recomputed)
+    train = TrainConfig(activation_checkpointing=True, checkpoint_blocks=recomputed, zero_stage=0)
+    plan = BatchPlan(micro_size, micro_size, 1, 1)
+    counted = estimate.count_parameters(shape, MODEL)
+    return traced.peak, estimate.memory(shape, counted, LATENTS, MODEL, train, plan)
 
 
-def test_activation_estimate_matches_what_autograd_keeps() -> None:
-    small, large = (5, 16, 16), (5, 32, 32)
-    # Differences over layers and tokens leave what one block keeps for one token.
-    blocks = [kept_bytes(2, latents) - kept_bytes(1, latents) for latents in (small, large)]
-    per_token = (blocks[1] - blocks[0]) / (5 * 16 * 16 - 5 * 8 * 8)
-    shape = {"num_attention_heads": 4, "attention_head_dim": 32, "ffn_dim": 512, "num_layers": 1}
-    assert estimate._activations(shape, 1, 2.0, True)["block activations"] == pytest.approx(per_token, rel=0.05)
+def test_estimate_agrees_with_a_traced_step() -> None:
+    for micro_size, recomputed in ((1, 2), (2, 1)):
+        peak, parts = traced_and_estimated(2, micro_size, recomputed)
+        assert sum(parts.values()) == pytest.approx(peak, rel=0.02)
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("micro_size", [1, 4])
+@pytest.mark.parametrize("recomputed", [40, 20])
+def test_estimate_agrees_with_a_traced_step_of_all_blocks(micro_size: int, recomputed: int) -> None:
+    peak, parts = traced_and_estimated(40, micro_size, recomputed)
+    total = sum(parts.values())
+    print(f"micro {micro_size}, {recomputed} recomputed: traced {peak / 1e9:.2f} GB, estimated {total / 1e9:.2f} GB")
+    assert total == pytest.approx(peak, rel=0.02)
+
+
+def test_what_other_settings_add(parameters: dict[str, int]) -> None:
+    plain = bytes_of(parameters)
+    tokens, width = 13 * 32 * 32, 5120
+    kept = bytes_of(parameters, checkpoint_keep_attention=True)
+    assert sum(kept.values()) - sum(plain.values()) == 40 * tokens * (2 * width + 4 * 40)
+    assert sum(bytes_of(parameters, ema_decay=0.99).values()) - sum(plain.values()) == 4 * (76_677_120 + 23_109_632)
+    sharded = bytes_of(parameters, BatchPlan(8, 1, 1, 8), zero_stage=3)
+    assert 2e9 < sharded["gathered weights"] < 2.2e9
+    assert "gathered weights" not in bytes_of(parameters, BatchPlan(8, 1, 1, 8), zero_stage=2)
+
+
+def test_work_of_the_vae_is_that_of_torch_s_counter() -> None:
+    from diffusers import AutoencoderKLWan
+    from torch.utils.flop_counter import FlopCounterMode
+
+    with torch.device("meta"), torch.no_grad(), FlopCounterMode(display=False) as counter:
+        AutoencoderKLWan().encode(torch.empty(1, 3, 9, 128, 128))
+    # Four videos a sample; the first frame, alone in its latent, weighs more in a short clip.
+    assert flops.vae_flops(SHAPE_14B, (3, 16, 16)) == pytest.approx(4 * counter.get_total_flops(), rel=0.04)
+    assert flops.vae_flops(SHAPE_14B, LATENTS) == pytest.approx(259e12, rel=0.002)
 
 
 @pytest.fixture
