@@ -118,7 +118,13 @@ def writing(output: str | Path, state: State) -> Iterator[Path]:
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder; when the block is through, its files are flushed to disk and it takes its name."""
+    """Yield a temporary folder; when the block is through, its files are flushed to disk and it takes its name.
+
+    Raises:
+        OSError: a file cannot be written, because the disk is full, say.
+    """
+    from safetensors import SafetensorError
+
     target.parent.mkdir(parents=True, exist_ok=True)
     temporary = target.with_name(f"{_TEMPORARY}{uuid.uuid4().hex[:12]}-{target.name}")
     temporary.mkdir()
@@ -129,6 +135,8 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         if not target.exists():  # what stands there is the same step of the same run, and no moment is without it
             os.replace(temporary, target)
             _flush(target.parent)
+    except (SafetensorError, OSError) as error:
+        raise OSError(f"{target} cannot be written ({error}); the checkpoints before it are whole") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 

@@ -143,6 +143,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     facts |= {"dataset": fingerprint, "world_size": place.world_size}
     with attention.kernel(config.attention):
         head_dim, dtype = base.shape["attention_head_dim"], base.transformer.dtype
+        facts["dtype"] = str(dtype).removeprefix("torch.")
         facts["attention"] = attention.kernel_that_runs(device, dtype, head_dim)
     log.info("attention runs in %s", facts["attention"])
     if texts:

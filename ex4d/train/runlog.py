@@ -97,9 +97,16 @@ def truncate(path: str | Path, step: int) -> None:
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
+    """Return one number a chart: what is nested by its path, errors by range of sigma; None is left out."""
     flat: dict[str, Any] = {}
     for key, value in metrics.items():
-        flat |= _flat(value, f"{prefix}{key}/") if isinstance(value, dict) else {f"{prefix}{key}": value}
+        if key == "mse_by_sigma":
+            edges = [f"{index / len(value):.1f}" for index in range(len(value) + 1)]
+            value = {f"{low} to {high}": mse for low, high, mse in zip(edges, edges[1:], value, strict=False)}
+        if isinstance(value, dict):
+            flat |= _flat(value, f"{prefix}{key}/")
+        elif value is not None:
+            flat[f"{prefix}{key}"] = value
     return flat
 
 

@@ -15,6 +15,7 @@ runs out; whatever becomes of it is a line in validation.jsonl and nothing else.
 from __future__ import annotations
 
 import ctypes
+import dataclasses
 import json
 import logging
 import math
@@ -30,6 +31,7 @@ from typing import Any, Protocol
 
 import numpy as np
 import torch
+from safetensors import SafetensorError
 from torch import Tensor
 
 from ex4d import config as configs
@@ -136,28 +138,42 @@ class Validator:
     def __init__(self, config: TrainConfig, job: Job, start: Callable[[Path, str], Handle] = Child):
         self.config, self.job, self.start = config, job, start
         self._running: tuple[int, Handle, float] | None = None
+        self._next: int | None = None  # the last step, while the one before it is judged
         self._said: list[dict[str, Any]] = []
 
     def submit(self, step: int, weights: Mapping[str, Tensor]) -> list[str]:
         """Have the weights of a step judged; return where its videos will be, relative to the run's folder.
 
-        Where the one before is not done yet, this one is left out.
+        Where the one before is not done yet, this one is left out; that of the last step waits for it.
         """
         self._collect()
-        if self._running:
+        last = step >= self.config.num_steps
+        if self._running and not last:
             self._fail(step, f"left out: that of step {self._running[0]} was not done")
             return []
         folder = step_folder(self.config.output, step)
         try:
             shutil.rmtree(folder, ignore_errors=True)
             self.job.write_adapter(folder, weights, step)
-            chosen = {name: self.job.facts.get(name) for name in ("train", "model")}
+            chosen = {name: self.job.facts.get(name) for name in ("train", "model", "dtype")}
             (folder / "job.json").write_text(json.dumps(chosen), encoding="utf-8")
-            self._running = (step, self.start(folder, self.config.validate_device), time.monotonic())
-        except OSError as error:  # no space, no memory, no more processes
+        except (OSError, SafetensorError) as error:  # no space
             self._fail(step, str(error))
             return []
+        if self._running:
+            self._next = step
+        elif not self._start(step):
+            return []
         return [f"validation/{folder.name}/clip-{index}.mp4" for index in range(self.config.validate_videos)]
+
+    def _start(self, step: int) -> bool:
+        try:
+            handle = self.start(step_folder(self.config.output, step), self.config.validate_device)
+        except OSError as error:  # no memory, no more processes
+            self._fail(step, str(error))
+            return False
+        self._running = (step, handle, time.monotonic())
+        return True
 
     def results(self) -> list[dict[str, Any]]:
         """Return what has come since the last call: {"step", "validation_loss", "videos": paths, "seconds"} or {"step",
@@ -182,6 +198,9 @@ class Validator:
             self._running[1].kill()
             self._fail(self._running[0], "the training ended before it")
             self._running = None
+        if self._next is not None:
+            self._fail(self._next, "the training ended before it")
+            self._next = None
 
     def _collect(self) -> None:
         if self._running is None:
@@ -200,6 +219,9 @@ class Validator:
         else:
             self._read(folder, step, seconds)
         (folder / "adapter.safetensors").unlink(missing_ok=True)
+        if self._next is not None:
+            following, self._next = self._next, None
+            self._start(following)
 
     def _read(self, folder: Path, step: int, seconds: float) -> None:
         try:
@@ -230,8 +252,11 @@ def judge(folder: Path) -> None:
     """Judge the weights in a step's folder: write its videos, then result.json."""
     chosen = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = configs.validate(TrainConfig, chosen["train"], "train")
+    model_config = configs.validate(ModelConfig, chosen["model"], "model")
+    # As in the ranks: "auto" would be float32 on a CPU, 65 GB for 14B.
+    model_config = dataclasses.replace(model_config, dtype=chosen.get("dtype") or model_config.dtype)
     place, device = Place(0, 1, 0), torch.device(config.validate_device)
-    job = build_job(config, configs.validate(ModelConfig, chosen["model"], "model"), place, device)
+    job = build_job(config, model_config, place, device)
     checkpoint.load_weights(job.model, checkpoint.read_tensors(folder / "adapter.safetensors"))
     job.model.eval()
     result: dict[str, Any] = {"validation_loss": None, "videos": []}

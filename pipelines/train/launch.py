@@ -70,6 +70,10 @@ def run(
     place = place_from_environment()
     if train.dry_run:
         return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
+    from ex4d.train.checks import check_run
+
+    here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
+    check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))
     if place is not None:
         # The ranks of a launcher of our own write under its lock; those of torchrun or srun have none but this.
         alone = exclusive(train.output) if place.rank == 0 and PARENT not in os.environ else nullcontext()

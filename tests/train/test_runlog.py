@@ -105,3 +105,18 @@ def test_a_wandb_service_that_is_killed_ends_nothing(tmp_path):
     assert done.returncode == 0, done.stderr
     assert "W&B is lost" in done.stderr
     assert [m["step"] for m in runlog.read(tmp_path / "metrics.jsonl")] == [1, 2, 3, 4, 5]
+
+
+def test_wandb_gets_a_named_chart_for_each_range_of_sigma_and_no_nulls(tmp_path, monkeypatch):
+    pytest.importorskip("wandb")
+    logged = []
+    calls = dict.fromkeys(("define_metric", "log_artifact", "finish"), lambda *_, **__: None)
+    run = SimpleNamespace(id="run", log=lambda values, step: logged.append(values), **calls)
+    monkeypatch.setattr(runlog, "_start_wandb", lambda *_: run)
+    log = runlog.RunLog(tmp_path, 0, OFF, {})
+    errors = [None, 0.2, None, 0.4, 0.5]
+    log.write({"step": 1, "loss": 1.0, "mse": None, "mse_by_sigma": errors, "step_s": {"total": 0.1}})
+    log.close()
+    charts = {"mse_by_sigma/0.2 to 0.4": 0.2, "mse_by_sigma/0.6 to 0.8": 0.4, "mse_by_sigma/0.8 to 1.0": 0.5}
+    assert logged == [{"step": 1, "loss": 1.0, "step_s/total": 0.1, **charts}]
+    assert runlog.read(tmp_path / "metrics.jsonl")[0]["mse_by_sigma"] == errors

@@ -115,6 +115,28 @@ def test_a_write_that_fails_leaves_what_was_there(tmp_path):
     assert len(list(checkpoint.folder(tmp_path).iterdir())) == 1
 
 
+def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
+    """The system refuses to write more than a megabyte to a file, in a process of its own."""
+    code = (
+        "import resource, signal, sys, torch; from ex4d.train import checkpoint as c\n"
+        "signal.signal(signal.SIGXFSZ, signal.SIG_IGN)\n"
+        "state = lambda step: c.State(step, 1, 1, {}, None, {})\n"
+        "with c.writing(sys.argv[1], state(1)) as folder:\n"
+        "    c.write_tensors(folder / 'a.safetensors', {'x': torch.ones(9)})\n"
+        "resource.setrlimit(resource.RLIMIT_FSIZE, (2**20, 2**20))\n"
+        "try:\n"
+        "    with c.writing(sys.argv[1], state(2)) as folder:\n"
+        "        c.write_tensors(folder / 'a.safetensors', {'x': torch.ones(2**20)})\n"
+        "except OSError as error: print(type(error).__name__, error)"
+    )
+    command = [sys.executable, "-c", code, str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
+    assert done.stdout.count("\n") == 1
+    assert f"OSError {tmp_path}/checkpoints/step-000002 cannot be written (" in done.stdout
+    assert done.stdout.endswith("; the checkpoints before it are whole\n")
+    assert [path.name for path in checkpoint.folder(tmp_path).iterdir()] == ["step-000001"]
+
+
 def test_nan_names_the_clip_and_updates_nothing(alone, tmp_path):
     with pytest.raises(report.NonFinite, match=r"step 13: .*clip-\d+-nan"):
         train_toy(str(tmp_path), alone, {"nan_at": 13})

@@ -1,0 +1,50 @@
+"""What of a training's choices can be seen to be impossible before anything is started."""
+
+from __future__ import annotations
+
+import re
+from typing import TYPE_CHECKING
+
+from ex4d.data import manifest
+from ex4d.errors import ConfigError
+from ex4d.train.config import TrainConfig
+
+if TYPE_CHECKING:
+    from ex4d.models.backbone import ModelConfig
+
+
+def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> None:
+    """Return nothing, where this machine can do the run.
+
+    Args:
+        num_processes: ranks on this machine.
+
+    Raises:
+        ConfigError: float16, whose gradients underflow; a GPU that is not there; a validation without samples, or on a
+            device that is not there or that a rank uses.
+        ContractError: no finished dataset.
+    """
+    if model.dtype == "float16":
+        allowed = "bfloat16 or float32 in training: small gradients become zero in float16"
+        raise ConfigError("model.dtype", model.dtype, allowed)
+    if train.validate_every and not manifest.read_dataset(train.data)["counts"]["samples_val"]:
+        allowed = f"null, or a dataset with a val split: {train.data} has no samples there"
+        raise ConfigError("train.validate_every", train.validate_every, allowed)
+    if train.launcher == "ray":  # the GPUs are other machines'
+        return
+    import torch
+
+    gpus = torch.cuda.device_count()
+    if train.device == "cuda" and not gpus:
+        raise ConfigError("train.device", "cuda", "cpu or auto: PyTorch finds no GPU on this machine")
+    if train.validate_apart or train.validate_videos:
+        ranks_gpus = min(num_processes, gpus) if train.device != "cpu" else 0
+        _check_validate_device(train.validate_device, gpus, ranks_gpus)
+
+
+def _check_validate_device(device: str, gpus: int, ranks_gpus: int) -> None:
+    """Raise ConfigError unless it is cpu, or a GPU after those of the ranks."""
+    free = [f"cuda:{index}" for index in range(ranks_gpus, gpus)]
+    allowed = ", ".join(["cpu", *free]) + (f"; ranks use cuda:0 to cuda:{ranks_gpus - 1}" if ranks_gpus else "")
+    if device != "cpu" and (not re.fullmatch(r"cuda:\d+", device) or device not in free):
+        raise ConfigError("train.validate_device", device, allowed)
