@@ -28,7 +28,9 @@ def benchmark() -> Any:
     return module
 
 
-@pytest.mark.parametrize("name", ["bf16", "fp8", "nf4+swap"])
+@pytest.mark.parametrize(
+    "name", ["bf16", "nf4+swap", "bf16+compile, attention kept", "bf16+compile, 30 of 40 recomputed"]
+)
 def test_a_row_steps_and_holds_what_it_says(benchmark: Any, name: str) -> None:
     found = benchmark.measure(name, "tiny", CPU, warm_up=0, steps=1)
     row = benchmark.ROWS[name]
@@ -39,14 +41,14 @@ def test_a_row_steps_and_holds_what_it_says(benchmark: Any, name: str) -> None:
     assert model.transformer.patch_embedding.weight.dtype == torch.bfloat16
     plain = benchmark.random_model(benchmark.size_of("tiny"), benchmark.Setting(), CPU)[0]
     held = [sum(t.nbytes for t in (*m.parameters(), *m.buffers())) for m in (model, plain)]
-    assert held[0] < held[1] if name != "bf16" else held[0] == held[1]
+    assert held[0] < held[1] if not name.startswith("bf16") else held[0] == held[1]
     assert held[0] / 1e9 == pytest.approx(found["weights_gb"])
 
 
 def test_the_published_size_is_within_its_targets_by_estimate(benchmark: Any) -> None:
     lines = benchmark.expectations()
     rows = [line for line in lines if line.startswith("|") and "yes" in line]
-    assert len(rows) == len(benchmark.ROWS)
+    assert len(rows) == len(benchmark.ROWS) - 2, "those that fill the memory have no target"
     facts = {"size": "14b", "date": "today", "hardware": "a GPU", "torch": "2", "latents": (13, 64, 64)}
     facts |= {"tokens": 13312, "steps": 3, "expected": lines}
     product = {"row": "product", "tflops": 790.2, "ms": 1.4, "kernel": "8192³"}
