@@ -45,6 +45,10 @@ class Unavailable(OSError):
     """An operation failed for a passing reason as often as it was tried."""
 
 
+class TooLarge(OSError):
+    """A file has more bytes than the caller takes."""
+
+
 class Truncated(OSError):
     """A download gave another number of bytes than was announced."""
 
@@ -76,7 +80,7 @@ def call(operation: Callable[[], Result], url: str) -> Result:
 
 def is_passing(error: BaseException) -> bool:
     """Return True where the same call may succeed later."""
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | TooLarge):
         return False  # it was tried often enough
     status, code = _answer(error)
     if code == "NoSuchUpload":  # of a multipart upload whose end was tried twice: the upload begins again
@@ -143,7 +147,7 @@ def _given_up(error: BaseException, url: str) -> OSError:
 
 def _lasting(error: BaseException, url: str) -> OSError:
     status, _ = _answer(error)
-    if isinstance(error, Unavailable):
+    if isinstance(error, Unavailable | TooLarge):
         return error
     if isinstance(error, FileNotFoundError) or status in (404, 410):
         return FileNotFoundError(errno.ENOENT, "No such file", redacted(url))

@@ -8,9 +8,12 @@ what speaks its language AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOI
 
 from __future__ import annotations
 
+import errno
 import hashlib
 import io
 import os
+import re
+import stat
 import uuid
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -22,10 +25,10 @@ import fsspec
 
 from ex4d import remote
 from ex4d.errors import ConfigError
-from ex4d.remote import Truncated
+from ex4d.remote import TooLarge, Truncated
 
 __all__ = [
-    *("SCHEMES", "Truncated", "atomic_path", "check_url", "exists", "glob", "is_file", "is_local", "join"),
+    *("SCHEMES", "TooLarge", "Truncated", "atomic_path", "check_url", "exists", "glob", "is_file", "is_local", "join"),
     *(
         "list_files",
         "local_path",
@@ -40,6 +43,7 @@ __all__ = [
     ),
 ]
 
+SHA256 = re.compile(r"[0-9a-f]{64}")  # a path part is made of some hashes, so they are checked to be hashes
 SCHEMES = ("file", "s3", "gs", "gcs", "hf", "http", "https", "memory")
 BLOCK_BYTES = 4 * 2**20  # of one ranged read where a file is read from end to end
 
@@ -102,10 +106,19 @@ def _filesystem(url: str | Path) -> tuple[Any, str]:
 
 
 def open_read(url: str | Path) -> IO[bytes]:
-    """Return a seekable binary reader. The caller closes it."""
+    """Return a seekable binary reader. The caller closes it. Raises OSError, also for a pipe, a device or a folder."""
     if is_local(url):
-        return open(local_path(url), "rb")
+        return _open_local(local_path(url))
     return io.BufferedReader(_Ranges(str(url)), BLOCK_BYTES)
+
+
+def _open_local(path: Path) -> IO[bytes]:
+    # Opening a pipe waits for a writer, perhaps for ever, and a device has no end.
+    fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(fd).st_mode):
+        os.close(fd)
+        raise OSError(errno.EINVAL, "Is not a regular file", str(path))
+    return os.fdopen(fd, "rb")
 
 
 class _Ranges(io.RawIOBase):
@@ -191,9 +204,11 @@ def _info(url: str | Path) -> dict[str, Any] | None:
 def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> bytes:
     """Return `length` bytes (all that follow when None) from `offset` on, by one ranged read."""
     if is_local(url):
-        with open(local_path(url), "rb") as file:
+        with _open_local(local_path(url)) as file:
             file.seek(offset)
-            return file.read() if length is None else file.read(length)
+            # No more than there is: a length may come from a stranger's table, and would be allocated at once.
+            there = max(0, os.fstat(file.fileno()).st_size - offset)
+            return file.read() if length is None else file.read(min(length, there))
     filesystem, path = _filesystem(url)
     if offset and length is None:
         length = max(0, size(url) - offset)
@@ -295,21 +310,26 @@ def remove(url: str | Path) -> None:
         return
 
 
-def sha256(url: str | Path, copy_to: Path | None = None) -> str:
+def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None = None) -> str:
     """Return the hex sha256 of a file's content, read in bounded memory.
 
     Args:
         copy_to: a local file that gets the content as well.
+        max_bytes: what is longer is not read to its end, which may not exist.
 
     Raises:
+        TooLarge: it has more than `max_bytes`.
         Truncated: a server gave another number of bytes than it had announced.
         OSError: cannot be read.
     """
 
     def once() -> str:
-        digest = hashlib.sha256()
+        digest, count = hashlib.sha256(), 0
         with open(copy_to or os.devnull, "wb") as copy:
             for block in _blocks(url):
+                count += len(block)
+                if max_bytes is not None and count > max_bytes:
+                    raise TooLarge(errno.EFBIG, f"more than {max_bytes} bytes", remote.redacted(str(url)))
                 digest.update(block)
                 copy.write(block)
         return digest.hexdigest()

@@ -4,23 +4,61 @@ from __future__ import annotations
 
 import hashlib
 import os
+import re
+import stat
 import threading
-from collections.abc import Iterable
+from contextlib import suppress
 from pathlib import Path
 from weakref import WeakValueDictionary
 
 from ex4d import storage
+from ex4d.errors import ConfigError
+
+MARKER = ".ex4d-cache"
+_ENTRY = re.compile(r"[0-9a-f]{64}")
+_OURS = re.compile(r"[0-9a-f]{64}(\.range)?|\.tmp-[0-9a-f].*|" + re.escape(MARKER))  # also what earlier versions wrote
 
 
-def least_used_first(paths: Iterable[Path]) -> list[tuple[int, Path]]:
-    """Return (bytes, path) of the files that are still there, by when they were touched last."""
+def claim(folder: Path, key: str) -> Path:
+    """Return `folder` after making it a cache that only this user can reach; what others wrote is never touched.
+
+    Args:
+        key: the setting that named it.
+
+    Raises:
+        ConfigError: a link, a folder of another user, or one that holds what no cache wrote.
+    """
+    folder.mkdir(parents=True, exist_ok=True, mode=0o700)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode):
+        raise ConfigError(key, str(folder), "is a link; name the folder itself")
+    if facts.st_uid != os.getuid():
+        raise ConfigError(key, str(folder), "belongs to another user")
+    if not (folder / MARKER).is_file():
+        foreign = next((name for name in os.listdir(folder) if not _OURS.fullmatch(name)), None)
+        if foreign is not None:
+            raise ConfigError(key, str(folder), f"holds {foreign!r}, so it is no cache of ours; name an empty folder")
+        (folder / MARKER).touch(mode=0o600)
+    folder.chmod(0o700)
+    return folder
+
+
+def least_used_first(folder: Path) -> list[tuple[int, Path]]:
+    """Return (bytes, path) of the files that a cache may evict, by when they were touched last.
+
+    They are the regular files named by 64 hexadecimal digits, or within a folder of such a name; links are neither
+    counted nor followed.
+    """
     files = []
-    for path in paths:
-        try:
-            stat = path.stat()
-        except FileNotFoundError:  # another process was faster
-            continue
-        files.append((stat.st_mtime_ns, stat.st_size, path))
+    with suppress(FileNotFoundError), os.scandir(folder) as entries:
+        named = [entry for entry in entries if _ENTRY.fullmatch(entry.name)]
+        for entry in named:
+            with suppress(FileNotFoundError, NotADirectoryError):  # another process was faster
+                inside = list(os.scandir(entry)) if entry.is_dir(follow_symlinks=False) else [entry]
+                for file in inside:
+                    facts = file.stat(follow_symlinks=False)
+                    if stat.S_ISREG(facts.st_mode):
+                        files.append((facts.st_mtime_ns, facts.st_size, Path(file.path)))
     return [(size, path) for _, size, path in sorted(files)]
 
 
@@ -31,14 +69,13 @@ class RangeCache:
     begins, a sample may be asked for twice within a few places. Processes do not wait for each other.
 
     Args:
-        folder: made when it is not there. Only files that this class wrote may lie in it.
+        folder: made when it is not there; see `claim`.
         max_bytes: kept at most, save for a hundredth that each process may add between two looks at the folder.
         identity: of the dataset, so that another dataset at the same URL is not mistaken for this one.
     """
 
     def __init__(self, folder: str | Path, max_bytes: int, identity: str):
-        self.folder, self.max_bytes, self.identity = Path(folder), max_bytes, identity
-        self.folder.mkdir(parents=True, exist_ok=True)
+        self.folder, self.max_bytes, self.identity = claim(Path(folder), "train.loader.cache_dir"), max_bytes, identity
         self._added = 0
         self._lock = threading.Lock()
         self._under_way: WeakValueDictionary[Path, threading.Lock] = WeakValueDictionary()
@@ -71,10 +108,10 @@ class RangeCache:
 
     def _path(self, url: str, offset: int, length: int) -> Path:
         name = hashlib.sha256(f"{self.identity} {url} {offset} {length}".encode()).hexdigest()
-        return self.folder / f"{name}.range"
+        return self.folder / name
 
     def _evict(self) -> None:
-        files = least_used_first(self.folder.glob("*.range"))
+        files = least_used_first(self.folder)
         total = sum(size for size, _ in files)
         for size, path in files:
             if total <= self.max_bytes:

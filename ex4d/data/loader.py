@@ -18,10 +18,11 @@ from typing import Any
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute
 
 from ex4d import storage
 from ex4d.config import checked, setting
-from ex4d.data import manifest
+from ex4d.data import foreign, manifest
 from ex4d.data.cache import RangeCache
 from ex4d.data.latents import LatentSpec, decode_latents
 from ex4d.data.members import decode_masks, unpack_bits
@@ -45,6 +46,7 @@ class LoaderConfig:
     prefetch_batches: int = setting(2, "Micro batches prepared ahead of the one in use.", ge=0)
     cache_dir: str | None = setting(None, "Local folder that caches samples of an object store; null: no cache.")
     cache_size_bytes: int = setting(20 * 2**30, "Size of that cache.", ge=0)
+    trust: str = setting("auto", "Whose the dataset is; auto, own or foreign: foreign samples decode in a sandbox.")
     max_bad_samples: int = setting(100, "Stop a rank that has met more damaged samples than this.", ge=0)
 
     def __post_init__(self) -> None:
@@ -90,19 +92,20 @@ def decode_pixels(
     """
     require_members(members, (*MEMBERS, "source.mp4") if with_source else MEMBERS, optional=OPTIONAL)
     frames = decode_frames(members["mp4"], into=into)
-    packed, kind, _ = decode_masks(members["masks.npz"], frames.shape[2])
+    packed, kind, _ = decode_masks(members["masks.npz"], frames.shape[:3])
     if packed.shape[1:3] != frames.shape[:2] or not len(kind):
         raise ContractError(f"masks.npz: [S,T,H] = {[*packed.shape[:3]]} for frames {[*frames.shape]}")
     index = draw(len(kind))
     colours = {}
     if "cond.mp4" in members:
-        cond = decode_frames(members["cond.mp4"], "cond.mp4")
+        limit = (max(1, len(kind)) * len(frames), *frames.shape[1:3])
+        cond = decode_frames(members["cond.mp4"], "cond.mp4", limit=limit)
         is_visibility = np.isin(kind, [place for place, name in enumerate(mask_kinds) if name == VISIBILITY])
         if cond.shape != (max(1, int(is_visibility.sum())) * len(frames), *frames.shape[1:]):
             raise ContractError(f"cond.mp4: {[*cond.shape]} for frames {[*frames.shape]}, kind {kind.tolist()}")
         colours["shown"] = shown(frames, cond, is_visibility, index)
     if with_source:
-        colours["source"] = decode_frames(members["source.mp4"], "source.mp4")
+        colours["source"] = decode_frames(members["source.mp4"], "source.mp4", limit=frames.shape[:3])
         if colours["source"].shape != frames.shape:
             raise ContractError(f"source.mp4: {[*colours['source'].shape]} for frames {[*frames.shape]}")
     return colours | {
@@ -179,7 +182,9 @@ class ShardLoader(Iterator[Batch]):
         if samples_consumed < 0 or samples_consumed % world_size:
             raise ConfigError("samples_consumed", samples_consumed, f"a multiple of world_size {world_size}")
         facts = manifest.read_dataset(dataset)
-        self.dataset, self.seed, self.decode = dataset, seed, decode or decoder_of(facts, with_source)
+        self.dataset, self.seed = dataset, seed
+        is_foreign = foreign.is_foreign(dataset, (config or LoaderConfig()).trust)
+        self.decode = decode or (foreign.decoder if is_foreign else decoder_of)(facts, with_source)
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         self.config = config or LoaderConfig()
         # Where frames can be decoded to their place in the batch, its shape: nine megabytes a clip that are not copied.

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
+import math
 import re
 from collections.abc import Iterable, Mapping
 from itertools import accumulate, islice
@@ -15,6 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ex4d import storage
+from ex4d.data.members import MAX_MASKS
 from ex4d.errors import ContractError
 
 DATASET, INDEX, MANIFEST, REJECTS = "dataset.json", "index.json", "manifest.parquet", "rejects.parquet"
@@ -29,6 +31,9 @@ UNITS, FATES = ("video", "clip"), ("filtered", "bad")
 REJECT_COLUMNS = ("key", "unit", "fate", "stage", "reason", "message")
 PROVENANCE_COLUMNS = ("source_sha256", "source_group", "source_path", "start_s", "end_s")
 ROWS_PER_GROUP = 4096
+MAX_TABLE_BYTES, MAX_JSON_BYTES = 4 * 2**30, 64 * 2**20  # of files that may be a stranger's
+UNPACKED_BYTES, UNPACKED_FACTOR = 64 * 2**20, 100  # what a table may unpack to: so much, and so often its size
+MAX_CLIP_BYTES, MAX_SIDE_PX = 4 * 2**30, 8192  # of one sample's frames and masks
 
 _MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("sha256", pa.string())])
 _COLUMNS = [
@@ -101,25 +106,59 @@ def read_table(folder: str, name: str, columns: list[str] | None = None, sha256:
         ContractError: the file is missing, is no such table, or is another one than dataset.json names.
     """
     try:
-        data = storage.read_bytes(storage.join(folder, name))
+        data = storage.read_bytes(storage.join(folder, name), 0, MAX_TABLE_BYTES + 1)
+        if len(data) > MAX_TABLE_BYTES:
+            raise ContractError(f"{name}: has more than {MAX_TABLE_BYTES} bytes")
         if sha256 is not None and hashlib.sha256(data).hexdigest() != sha256:
             raise ContractError(f"{folder}: {name} is not the one that {DATASET} names")
-        return pq.read_table(io.BytesIO(data), columns=columns)
+        return _unpacked(data, name, columns)
     except (OSError, pa.ArrowException) as error:
-        raise ContractError(f"{name}: cannot be read ({error})") from error
+        raise ContractError(f"{name}: cannot be read ({error})"[:400]) from error
 
 
-def read_manifest(folder: str) -> pa.Table:
+def _unpacked(data: bytes, name: str, columns: list[str] | None) -> pa.Table:
+    """Return the table in a Parquet file's bytes; ContractError where it unpacks to far more than it has.
+
+    A dictionary of one text of megabytes stands for gigabytes, so few rows are read at a time, and counted.
+    """
+    file, allowed = pq.ParquetFile(io.BytesIO(data)), UNPACKED_BYTES + UNPACKED_FACTOR * len(data)
+    groups = range(file.metadata.num_row_groups)
+    cells = (
+        file.metadata.row_group(group).column(number) for group in groups for number in range(file.metadata.num_columns)
+    )
+    widest = max((cell.total_uncompressed_size for cell in cells), default=1)
+    rows = max(1, min(ROWS_PER_GROUP, UNPACKED_BYTES // max(1, widest)))
+    batches, total = [], 0
+    for batch in file.iter_batches(batch_size=rows, columns=columns):
+        batches.append(batch)
+        total += batch.nbytes
+        if total > allowed:
+            raise ContractError(f"{name}: {len(data)} bytes unpack to more than {allowed}")
+    schema = file.schema_arrow
+    if columns is not None:
+        if missing := set(columns) - set(schema.names):
+            raise ContractError(f"{name}: has no columns {sorted(missing)}")
+        schema = pa.schema([schema.field(column) for column in columns])
+    return pa.Table.from_batches([batch.select(schema.names) for batch in batches], schema=schema)
+
+
+def read_manifest(folder: str, sha256: str | None = None) -> pa.Table:
     """Return manifest.parquet, its columns as `write_manifest` makes them.
+
+    Args:
+        sha256: as for `read_table`.
 
     Raises:
         ContractError: a column is missing, of another type or holds nulls; a shard's name could lead out of the folder.
     """
-    table = read_table(folder, MANIFEST)
+    table = read_table(folder, MANIFEST, sha256=sha256)
     for name, kind in _COLUMNS:
         if name not in table.column_names or table.schema.field(name).type != kind or table[name].null_count:
             raise ContractError(f"{MANIFEST}: column {name} of type {kind}, without nulls, is not there")
     check_shard_names(table)
+    members = table["members"].combine_chunks().flatten()
+    if any(members.field(index).null_count for index in range(members.type.num_fields)) or members.null_count:
+        raise ContractError(f"{MANIFEST}: column members holds nulls")
     return table
 
 
@@ -146,7 +185,10 @@ def write_index(path: Path, shards: Iterable[Mapping[str, Any]]) -> None:
 def read_json(folder: str, name: str) -> dict[str, Any]:
     """Return dataset.json or index.json; ContractError where it is missing or no JSON mapping."""
     try:
-        value = json.loads(storage.read_bytes(storage.join(folder, name)))
+        data = storage.read_bytes(storage.join(folder, name), 0, MAX_JSON_BYTES + 1)
+        if len(data) > MAX_JSON_BYTES:
+            raise ContractError(f"{name}: has more than {MAX_JSON_BYTES} bytes")
+        value = json.loads(data)
     except OSError as error:
         raise ContractError(f"{name}: cannot be read ({error})") from error
     except (ValueError, RecursionError) as error:
@@ -170,11 +212,24 @@ def read_dataset(folder: str) -> dict[str, Any]:
         found = dataset.get(name)
         if not isinstance(found, dict) or not found or not all(isinstance(value, kind) for value in found.values()):
             raise ContractError(f"{DATASET}: {name} is not the mapping that a finished dataset has")
-    num_frames, size = (dataset["sample"].get(name) for name in ("num_frames", "size"))
-    sides = size if isinstance(size, list) and len(size) == 2 else [None]
-    if not all(isinstance(number, int) and number > 0 for number in (num_frames, *sides)):
-        raise ContractError(f"{DATASET}: sample has num_frames {num_frames!r} and size {size!r}, not T and [H, W]")
+    _check_sample_facts(dataset["sample"])
     return dataset
+
+
+def _check_sample_facts(facts: Mapping[str, Any]) -> None:
+    num_frames, size, num_masks, kinds = (facts.get(n) for n in ("num_frames", "size", "num_masks", "mask_kinds"))
+    sides = size if isinstance(size, list) and len(size) == 2 else [None]
+    if not all(type(number) is int and number > 0 for number in (num_frames, *sides)):
+        raise ContractError(f"{DATASET}: sample has num_frames {num_frames!r} and size {size!r}, not T and [H, W]")
+    if "num_masks" in facts and not (type(num_masks) is int and 0 < num_masks <= MAX_MASKS):
+        raise ContractError(f"{DATASET}: sample has num_masks {num_masks!r}, not 1 to {MAX_MASKS}")
+    if "mask_kinds" in facts and not (isinstance(kinds, list) and all(isinstance(kind, str) for kind in kinds)):
+        raise ContractError(f"{DATASET}: sample has mask_kinds {kinds!r}, not a list of names")
+    num_bytes = math.prod([num_frames or 0, *sides]) * (3 + (num_masks or 1))
+    if max(sides) > MAX_SIDE_PX or num_bytes > MAX_CLIP_BYTES:
+        raise ContractError(
+            f"{DATASET}: a sample of {num_frames} frames of {size} is larger than {MAX_CLIP_BYTES} bytes"
+        )
 
 
 def read_index(folder: str) -> list[dict[str, Any]]:

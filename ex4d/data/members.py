@@ -8,12 +8,13 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ex4d.errors import ContractError
 
+_UNREADABLE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -42,7 +43,7 @@ def decode_json(data: bytes, name: str) -> dict[str, Any]:
     """Return the mapping in a JSON member; ContractError naming it where it is none."""
     try:
         value = json.loads(data)
-    except ValueError as error:  # covers JSONDecodeError and UnicodeDecodeError
+    except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
         raise ContractError(f"{name}: is not JSON ({error})") from error
     if not isinstance(value, dict):
         raise ContractError(f"{name}: is not a mapping")
@@ -79,30 +80,68 @@ def type_tree(value: Any) -> Any:
     return type(value).__name__
 
 
-def decode_masks(data: bytes, width: int) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+MAX_MASKS = 64  # of a sample
+_NAMES = ("visible_packed", "kind", "hole_share")
+
+
+def decode_masks(
+    data: bytes, size: tuple[int, int, int], num_masks: int | None = None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (visible_packed uint8 [S,T,H,ceil(W/8)], kind uint8 [S], hole_share float32 [S,T]) of `masks.npz`.
+
+    No array is made before its header says the shape that it must have: a few megabytes may unpack to many gigabytes.
+
+    Args:
+        size: (T, H, W) of the clip.
+        num_masks: S; None: up to MAX_MASKS.
 
     Raises:
         ContractError: other names, types or shapes, a pickled array, damaged bytes.
     """
+    num_frames, height, width = size
     try:
-        with np.load(io.BytesIO(data), allow_pickle=False) as file:
-            arrays = {name: file[name] for name in file.files}
-    # NotImplementedError is zipfile's word for a compression that it does not know.
-    except (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error, NotImplementedError) as error:
+        with zipfile.ZipFile(io.BytesIO(data)) as archive:
+            if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in _NAMES):
+                raise ValueError(f"arrays {archive.namelist()[:9]}, wanted {_NAMES}")
+            with archive.open("kind.npy") as member:
+                shape, _ = npy_header(member)
+            count = shape[0] if len(shape) == 1 else 0
+            if not 1 <= count <= MAX_MASKS or num_masks not in (None, count):
+                raise ValueError(f"kind has the shape {shape}; wanted {num_masks or f'1 to {MAX_MASKS}'} masks")
+            kind = _array(archive, "kind", np.dtype(np.uint8), (count,))
+            share = _array(archive, "hole_share", np.dtype(np.float32), (count, num_frames))
+            packed_shape = (count, num_frames, height, -(-width // 8))
+            packed = _array(archive, "visible_packed", np.dtype(np.uint8), packed_shape)
+    # NotImplementedError is zipfile's word for a compression that it does not know, RuntimeError for a password.
+    except (*_UNREADABLE, NotImplementedError, RuntimeError) as error:
         raise ContractError(f"masks.npz: cannot be read ({error})") from error
-    wanted = {"visible_packed": ("uint8", 4), "kind": ("uint8", 1), "hole_share": ("float32", 2)}
-    found = {name: (array.dtype.name, array.ndim) for name, array in arrays.items()}
-    if found != wanted:
-        raise ContractError(f"masks.npz: arrays {found}, wanted {wanted}")
-    packed, kind, share = (arrays[name] for name in wanted)
-    if packed.shape[3] != -(-width // 8) or share.shape != packed.shape[:2] or kind.shape != packed.shape[:1]:
-        raise ContractError(
-            f"masks.npz: shapes {packed.shape}, {kind.shape}, {share.shape} do not fit each other and width {width}"
-        )
     if width % 8 and (packed[..., -1] & (0xFF >> width % 8)).any():
         raise ContractError(f"masks.npz: bits beyond width {width} are set")
     return packed, kind, share
+
+
+def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
+    """Return (shape, type) of an npy stream, which then stands at its numbers. Raises ValueError where it is none.
+
+    Only version 1.0, whose header has 64 kB at most: a later one may announce gigabytes, and numpy reads them.
+    """
+    if np.lib.format.read_magic(file) != (1, 0):
+        raise ValueError("an npy of another version than 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if (by_columns and len(shape) > 1) or dtype.hasobject:
+        raise ValueError(f"an array in columns, or of objects ({dtype})")
+    return shape, dtype
+
+
+def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
+    with archive.open(f"{name}.npy") as member:
+        if npy_header(member) != (shape, dtype):
+            raise ValueError(f"{name} is not {dtype} {[*shape]}")
+        num_bytes = math.prod(shape) * dtype.itemsize
+        data = member.read(num_bytes)
+        if len(data) != num_bytes or member.read(1):
+            raise ValueError(f"{name} has more or fewer bytes than its shape says")
+    return np.frombuffer(data, dtype).reshape(shape)
 
 
 def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -185,7 +185,7 @@ def _encode_depth(z_depth: np.ndarray, fps: float) -> tuple[float, bytes]:
     return most, video.encode(np.rint(disparity / most * DEPTH_STEPS).astype(np.uint16), fps, lossless=True)
 
 
-def decode_depth(data: bytes, disparity_max: object) -> np.ndarray:
+def decode_depth(data: bytes, disparity_max: object, limit: tuple[int, int, int] | None = None) -> np.ndarray:
     """Return z_depth float32 [T,H,W] of `depth.mkv`; what was too far for 16 bits lies at half a step's disparity.
 
     Raises:
@@ -193,14 +193,17 @@ def decode_depth(data: bytes, disparity_max: object) -> np.ndarray:
     """
     if not isinstance(disparity_max, float) or not 0 < disparity_max < math.inf:
         raise ContractError(f"json: disparity_max {disparity_max!r}")
-    stored = decode_frames(data, "depth.mkv")
+    stored = decode_frames(data, "depth.mkv", limit=limit)
     if stored.dtype != np.uint16:
         raise ContractError(f"depth.mkv: is {stored.dtype}, not 16-bit grey")
     return (DEPTH_STEPS / (np.maximum(stored, 0.5) * disparity_max)).astype(np.float32)
 
 
-def decode(members: Mapping[str, bytes]) -> Sample:
+def decode(members: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
     """Return the Sample in {member: bytes}.
+
+    Args:
+        spec: what the dataset says of it; no more frames and masks than that are ever unpacked.
 
     Raises:
         ContractError: a member is missing, does not parse, or does not fit the others; the message names it.
@@ -208,13 +211,13 @@ def decode(members: Mapping[str, bytes]) -> Sample:
     require_members(members, optional=OPTIONAL)
     facts = decode_json(members["json"], "json")
     camera = decode_json(members["camera.json"], "camera.json")
-    frames = decode_frames(members["mp4"])
+    frames = decode_frames(members["mp4"], limit=(spec.num_frames, *spec.size) if spec else None)
     size = camera.get("size")
     if set(camera) != {"K", "size", "axes", "w2c"} or camera["axes"] != "opencv" or not isinstance(camera["w2c"], list):
         raise ContractError("camera.json: needs K, size, axes 'opencv' and w2c, and nothing else")
     if size != [*frames.shape[1:3]]:
         raise ContractError(f"camera.json: size {size} is not the clip's {[*frames.shape[1:3]]}")
-    packed, kind, share = decode_masks(members["masks.npz"], width=frames.shape[2])
+    packed, kind, share = decode_masks(members["masks.npz"], frames.shape[:3], spec.num_masks if spec else None)
     try:
         caption = members["txt"].decode("utf-8")
         intrinsics = np.array(camera["K"], dtype=np.float64)
@@ -227,10 +230,12 @@ def decode(members: Mapping[str, bytes]) -> Sample:
     if not isinstance(key, str) or not isinstance(fps, float):
         raise ContractError("json: needs key (text) and fps (float)")
     visible = unpack_bits(packed, frames.shape[2])
-    cond = decode_frames(members["cond.mp4"], "cond.mp4") if "cond.mp4" in members else None
+    limit = frames.shape[:3]
+    cond_limit = (max(1, len(kind)) * limit[0], *limit[1:])
+    cond = decode_frames(members["cond.mp4"], "cond.mp4", limit=cond_limit) if "cond.mp4" in members else None
     depth = members.get("depth.mkv")
-    z_depth = None if depth is None else decode_depth(depth, facts.pop("disparity_max", None))
-    source = decode_frames(members["source.mp4"], "source.mp4") if "source.mp4" in members else None
+    z_depth = None if depth is None else decode_depth(depth, facts.pop("disparity_max", None), limit)
+    source = decode_frames(members["source.mp4"], "source.mp4", limit=limit) if "source.mp4" in members else None
     sample = Sample(key, frames, fps, visible, kind, share, intrinsics, paths, caption, facts, cond, z_depth, source)
     _check(sample)
     return sample
@@ -247,7 +252,7 @@ def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = N
         ContractError: names the member and what is wrong.
     """
     require_members(members, (*MEMBERS, *spec.optional))
-    sample = decode(members)
+    sample = decode(members, spec)
     if key is not None and sample.key != key:
         raise ContractError(f"json: key {sample.key!r} inside, stored as {key!r}")
     shape = (spec.num_frames, *spec.size)
@@ -276,14 +281,17 @@ def require_members(
         raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
 
 
-def decode_frames(data: bytes, member: str = "mp4", into: np.ndarray | None = None) -> np.ndarray:
+def decode_frames(
+    data: bytes, member: str = "mp4", into: np.ndarray | None = None, limit: tuple[int, int, int] | None = None
+) -> np.ndarray:
     """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode.
 
     Args:
         into: an array of that shape for the frames, which is then returned.
+        limit: most frames, H and W.
     """
     try:
-        return video.read(data, into)[0]
+        return video.read(data, into, limit)[0]
     except BadSample as error:
         raise ContractError(f"{member}: {error}") from error
 

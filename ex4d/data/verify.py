@@ -10,13 +10,13 @@ from dataclasses import dataclass
 from typing import Any
 
 import pyarrow as pa
+import pyarrow.compute
 
 from ex4d import storage
-from ex4d.data import latents, manifest, texts
+from ex4d.data import foreign, manifest, texts
 from ex4d.data.members import decode_json
-from ex4d.data.sample import OPTIONAL, SampleSpec, validate
 from ex4d.data.tar import BLOCK, END, header, read_sample
-from ex4d.errors import ContractError
+from ex4d.errors import BadSample, ContractError
 
 Row = dict[str, Any]
 Check = Callable[[Mapping[str, bytes], str], object]
@@ -84,7 +84,9 @@ def dataset_fingerprint(dataset: str) -> str:
     return tree_hash(digests)
 
 
-def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check | None = None) -> Report:
+def verify(
+    folder: str, full: bool = False, num_threads: int = 2, check: Check | None = None, trust: str = "auto"
+) -> Report:
     """Return a Report on a dataset folder; damage is reported, not raised.
 
     Args:
@@ -93,6 +95,7 @@ def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check |
         num_threads: shards that are read at the same time.
         check: called with ({member: bytes}, key) of every sample when `full`; raises ContractError for a bad one.
             The contract of data/sample.py when None.
+        trust: whose the dataset is; a stranger's samples are decoded in a sandbox (`ex4d.data.foreign`).
     """
     try:
         dataset = manifest.read_dataset(folder)
@@ -100,7 +103,7 @@ def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check |
         table = manifest.read_manifest(folder)
         rejects = manifest.read_table(folder, manifest.REJECTS).to_pylist()
         rejected = manifest.reject_counts(rejects)
-        check = check or _contract_of(dataset)
+        check = check or foreign.checker(dataset, foreign.is_foreign(folder, trust))
     except ContractError as error:
         return Report(folder, (str(error), *_table_problems(folder, {})[1]), {}, 0, 0, "", full)
     digests, problems = _table_problems(folder, dataset["sha256"])
@@ -125,20 +128,6 @@ def verify(folder: str, full: bool = False, num_threads: int = 2, check: Check |
     return Report(folder, tuple(problems), counts, len(shards), size, tree, full)
 
 
-def _contract_of(dataset: Mapping[str, Any]) -> Check:
-    try:
-        facts = dataset["sample"]
-        kinds = tuple(facts["mask_kinds"])
-        optional = tuple(name for name in OPTIONAL if name in dataset.get("members", ()))
-        spec = SampleSpec(facts["num_frames"], tuple(facts["size"]), facts["num_masks"], kinds, optional)
-    except (KeyError, TypeError) as error:
-        raise ContractError(f"{manifest.DATASET}: sample is not a SampleSpec ({error!r})") from error
-    if "latents" in dataset:
-        encoded = latents.LatentSpec.of(dataset)
-        return lambda members, key: latents.validate(members, encoded, len(kinds), key)
-    return lambda members, key: validate(members, spec, key)
-
-
 def _table_problems(folder: str, sealed: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
     """Return the sha256 of each file that is not a shard ("" when missing), and which differ from dataset.json."""
     digests, problems = {}, []
@@ -147,7 +136,12 @@ def _table_problems(folder: str, sealed: Mapping[str, str]) -> tuple[dict[str, s
             problems.append(f"{manifest.DATASET}: names {name!r}, which is no file of a dataset")
             continue
         url = storage.join(folder, name)
-        digests[name] = storage.sha256(url) if storage.exists(url) else ""
+        try:
+            digests[name] = storage.sha256(url) if storage.exists(url) else ""
+        except OSError as error:
+            digests[name] = ""
+            problems.append(f"{name}: cannot be read ({error.strerror})")
+            continue
         if not digests[name]:
             problems.append(f"{name}: is missing")
         elif sealed and name != manifest.DATASET and sealed.get(name) != digests[name]:
@@ -212,8 +206,10 @@ def _check_shard(
         problems.append(f"{name}: {len(rows)} samples in {manifest.MANIFEST}, {shard['nsamples']} in {manifest.INDEX}")
     try:
         with storage.open_read(storage.join(folder, name)) as file:
+            there = file.seek(0, 2)
+            file.seek(0)
             for row in rows:
-                if row["offset"] != position or not 0 < row["length"] <= shard["filesize"]:
+                if row["offset"] != position or not 0 < row["length"] <= there - position:
                     problems.append(f"{name}: sample {row['key']}: offset or length in {manifest.MANIFEST} is wrong")
                     break
                 blob = file.read(row["length"])
@@ -223,7 +219,7 @@ def _check_shard(
             marker, more = file.read(len(END)), 0
             digest.update(marker)
             # No further than one block past its stated end: what follows may have none.
-            while position + more <= shard["filesize"] and (block := file.read(1 << 20)):
+            while position + more <= min(there, shard["filesize"]) and (block := file.read(1 << 20)):
                 digest.update(block)
                 more += len(block)
             position += len(marker) + more
@@ -244,6 +240,9 @@ def _check_sample(row: Row, blob: bytes, check: Check | None) -> list[str]:
     try:
         for member in row["members"]:
             name, length = member["name"], member["length"]
+            if not 0 <= length <= len(blob):
+                problems.append(f"member {name}: length {length} in {manifest.MANIFEST} is wrong")
+                return problems
             start = position + BLOCK
             stop = start + length
             position = stop + -length % BLOCK
@@ -260,13 +259,17 @@ def _check_sample(row: Row, blob: bytes, check: Check | None) -> list[str]:
         if hashlib.sha256(blob).hexdigest() != row["sha256"] and not problems:
             problems.append(f"sha256 of the sample is not the one in {manifest.MANIFEST}")
         if not problems:
-            members = read_sample(blob, row["key"])
-            facts = decode_json(members["json"], "member json")
-            differ = [name for name in manifest.PROVENANCE_COLUMNS if facts.get(name) != row[name]]
-            if differ:
-                problems.append(f"member json: {differ} differ from {manifest.MANIFEST}")
-            if check is not None:
-                check(members, row["key"])
-    except ContractError as error:
+            problems += _check_contents(row, read_sample(blob, row["key"]), check)
+    except (ContractError, BadSample) as error:
         problems.append(f"member {error}")
+    except MemoryError:
+        problems.append("member: one of them unpacks to more than there is memory")
     return problems
+
+
+def _check_contents(row: Row, members: Mapping[str, bytes], check: Check | None) -> list[str]:
+    facts = decode_json(members.get("json", b""), "json")
+    differ = [name for name in manifest.PROVENANCE_COLUMNS if facts.get(name) != row[name]]
+    if check is not None:
+        check(members, row["key"])
+    return [f"member json: {differ} differ from {manifest.MANIFEST}"] if differ else []

@@ -37,7 +37,7 @@ KINDS = {"z_depth": "z_depth", "disparity": "disparity", "depth": "disparity", "
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
 # What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
-HEADERS = {(1, 0): np.lib.format.read_array_header_1_0, (2, 0): np.lib.format.read_array_header_2_0}
+MAX_SMALL_BYTES, MAX_WHOLE_BYTES, MAX_SIDE_PX = 64 * 2**20, 2**30, 8192
 SKIP_BYTES = 2**20
 MAX_Z = 1e7  # ten thousand kilometres, or ten kilometres in millimetres
 ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
@@ -161,7 +161,11 @@ def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | N
         found = ", ".join(sorted(there)[:4]) or "nothing"
         raise BadSample("depth_missing", f"{name} holds {found}, and none of the keys {', '.join(KINDS)}")
     small = {}
-    for known in there & {"kind", "K", "fps"}:
+    for known in sorted(there & {"kind", "K", "fps"}):
+        with archive.open(f"{known}.npy") as member:
+            shape, _, dtype = _header(member)
+            if math.prod(shape) * dtype.itemsize > MAX_SMALL_BYTES:
+                raise ValueError(f"{known} is {dtype} {list(shape)}, too large")
         with archive.open(f"{known}.npy") as member:
             small[known] = np.lib.format.read_array(member, allow_pickle=False)
     kind = str(small["kind"]) if "kind" in small else KINDS[key]
@@ -169,6 +173,17 @@ def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | N
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps is {fps}, not above 0")
     return key, kind, np.asarray(small["K"], np.float64) if "K" in small else None, fps
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return (shape, whether in columns, type) of an npy stream. Raises ValueError where it is none of numbers."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):  # a later version may announce a header of gigabytes, and numpy reads it
+        raise ValueError(f"npy of version {version}")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("holds objects, which need allow_pickle")
+    return shape, by_columns, dtype
 
 
 def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -179,17 +194,16 @@ def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]
         ValueError: it is no npy of plain numbers, or is cut short. BadSample: as `choose`.
     """
     file.seek(0)
-    version = np.lib.format.read_magic(file)
-    if version not in HEADERS:
-        raise ValueError(f"npy of version {version}")
-    shape, by_columns, dtype = HEADERS[version](file)
-    if dtype.hasobject:
-        raise ValueError("holds objects, which need allow_pickle")
+    shape, by_columns, dtype = _header(file)
     start, frame_bytes = file.tell(), math.prod(shape[1:]) * dtype.itemsize
     if not shape or start + shape[0] * frame_bytes > num_bytes:
         raise ValueError(f"{dtype} {list(shape)}, or cut short, where [N, H, W] is needed")
     if 0 in shape:
         raise ValueError(f"{dtype} {list(shape)} is empty")
+    if max(shape[1:], default=0) > MAX_SIDE_PX or (by_columns and num_bytes > MAX_WHOLE_BYTES):
+        raise ValueError(
+            f"{dtype} {list(shape)}: {MAX_SIDE_PX} px a side are the most, and in columns {MAX_WHOLE_BYTES} bytes"
+        )
     index = choose(shape[0])
     if by_columns:
         file.seek(0)

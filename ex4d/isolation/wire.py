@@ -25,7 +25,10 @@ from typing import Any
 from ex4d.errors import BadSample
 
 # What may cross beside plain values, as "module:Class".
-DATACLASSES = ("ex4d.video.source:VideoInfo", "ex4d.isolation:Limits")
+DATACLASSES = (
+    *("ex4d.video.source:VideoInfo", "ex4d.isolation:Limits"),
+    *("ex4d.data.sample:Sample", "ex4d.data.sample:SampleSpec"),
+)
 MAX_JSON_BYTES = 64 << 20
 MAX_PARTS = 4096
 _LENGTHS = struct.Struct("<II")

@@ -23,6 +23,7 @@ DEFAULT_SHIFT = 5.0  # of the release
 FILE_NAME = "adapter.safetensors"
 FORMAT_VERSION = 1
 _HEADER = "ex4d"
+MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # of a file that may be a stranger's
 RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 # What torch's reader of pickles raises on bytes that are none, or that hold more than tensors.
 _UNPICKLABLE = (
@@ -111,8 +112,30 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
         return _from_released(tensors, file), _released_metadata(tensors)
     from safetensors.torch import load_file
 
+    check_header(file)
     metadata = _header_of(file)
     return load_file(file), metadata
+
+
+def check_header(file: Path) -> None:
+    """Raise ContractError unless a safetensors file's header is small and its tensors are of few dimensions.
+
+    Tensors without numbers may have a million dimensions each, for which the library makes gigabytes of objects.
+    """
+    with storage.open_read(file) as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            raise ContractError(f"{file}: its header has {length} bytes, 2 to {MAX_HEADER_BYTES} are allowed")
+        try:
+            header = json.loads(opened.read(length))
+            shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+            fits = all(len(shape) <= MAX_DIMENSIONS and 0 not in shape for shape in shapes)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ContractError(f"{file}: its header is damaged ({type(error).__name__})") from error
+    if not fits or len(shapes) > MAX_TENSORS:
+        raise ContractError(
+            f"{file}: more than {MAX_TENSORS} tensors, an empty one, or one of over {MAX_DIMENSIONS} axes"
+        )
 
 
 def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = False) -> AdapterMetadata:
@@ -223,6 +246,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
     from safetensors.torch import load_file
 
     try:
+        check_header(Path(path))
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ContractError(f"{path} is no safetensors file: {_what_it_is(Path(path)) or error}") from error

@@ -106,11 +106,17 @@ def write(path: str | Path, frames: np.ndarray, fps: float | Fraction, crf: int 
     storage.write_bytes(path, encode(frames, fps, crf, lossless))
 
 
-def read(source: str | Path | bytes, into: np.ndarray | None = None) -> tuple[np.ndarray, float]:
+MAX_READ_BYTES = 2 * 2**30  # of all frames: three minutes at 512 × 512; a file of 61 kB may hold more
+
+
+def read(
+    source: str | Path | bytes, into: np.ndarray | None = None, limit: tuple[int, int, int] | None = None
+) -> tuple[np.ndarray, float]:
     """Return (all frames, fps) of a file that `encode` made: uint8 [T,H,W,3] RGB, or [T,H,W] uint8 or uint16 if grey.
 
     Args:
         into: an array of the frames' shape and type that they are written to; it is what comes back, then.
+        limit: most frames, H and W; None: MAX_READ_BYTES in all.
 
     Raises:
         BadSample: it does not decode from end to end, or to other frames than `into` takes.
@@ -122,6 +128,10 @@ def read(source: str | Path | bytes, into: np.ndarray | None = None) -> tuple[np
         fps = float(stream.average_rate or 0)
         for count, frame in enumerate(decoded(container, stream), start=1):
             grey = frame.format.name.startswith("gray")
+            too_many = count * frame.height * frame.width * 3 > MAX_READ_BYTES
+            if too_many or (limit and (count > limit[0] or frame.height > limit[1] or frame.width > limit[2])):
+                found = f"frame {count} of {frame.height} x {frame.width}"
+                raise BadSample("other_frames", f"{found} where {limit or f'{MAX_READ_BYTES} bytes'} are the most")
             image = frame.to_ndarray() if grey else rgb_of(frame)
             if into is None:
                 images.append(image)

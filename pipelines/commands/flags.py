@@ -122,3 +122,9 @@ def check_output(folder: Path) -> None:
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
         raise ConfigError("output", str(folder), f"{there} is no folder that can be written to")
+
+
+def trust(parser: argparse.ArgumentParser) -> None:
+    """Add the flag that says whose a dataset is."""
+    text = "Whose the dataset is; foreign: decode in a sandbox. Default: own for your folders and buckets."
+    parser.add_argument("--trust", choices=("auto", "own", "foreign"), default="auto", help=text)

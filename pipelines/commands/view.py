@@ -20,6 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--samples", type=int, default=8, help="Dataset: number of samples (default: %(default)s).")
     parser.add_argument("--size", type=flags.size, help="Video: HEIGHTxWIDTH; default: its own.")
     parser.add_argument("--num-frames", type=int, help=f"Video: frames; default: all, up to {MAX_VIEW_FRAMES}.")
+    flags.trust(parser)
     flags.add(parser, flags.PathFlags)
 
 
@@ -35,7 +36,7 @@ def run(args: argparse.Namespace) -> int:
 
         if args.samples < 1:
             raise ConfigError("samples", args.samples, "at least 1")
-        print(page.write(sample_page.samples_page(args.thing, args.key, args.samples), args.output))
+        print(page.write(sample_page.samples_page(args.thing, args.key, args.samples, args.trust), args.output))
         return 0
     from ex4d import video
     from ex4d.reconstruct import reconstruct

@@ -41,6 +41,13 @@ class Encoding:
 
 
 @lru_cache(maxsize=1)
+def _dataset(folder: str) -> dict[str, Any]:
+    from ex4d.data import manifest
+
+    return manifest.read_dataset(folder)
+
+
+@lru_cache(maxsize=1)
 def loaded(model: ModelConfig, device: str, components: tuple[str, ...]) -> Base:
     """Return the base with these components, kept by this process until others are asked for."""
     import torch
@@ -63,7 +70,7 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
     """
     import hashlib
 
-    from ex4d.data import sample
+    from ex4d.data import foreign, sample
     from ex4d.data.members import pack_bits
     from ex4d.data.tar import read_sample as members_of
 
@@ -72,7 +79,7 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
         if hashlib.sha256(blob).hexdigest() != row["sha256"]:
             raise ContractError("sha256 is not the one in the manifest")
         members = members_of(blob, row["key"])
-        clip = sample.decode(members)
+        clip = foreign.sample_of(_dataset(context.data), members, foreign.is_foreign(context.data))
     except ContractError as error:
         raise BadSample("damaged_sample", f"{row['shard']}: {error}; `ex4d verify` names the member") from None
     is_visibility = np.array([context.mask_kinds[kind] == sample.VISIBILITY for kind in clip.kind])

@@ -61,6 +61,9 @@ class Entry:
     is_place: bool = False
 
 
+MAX_LIST_CHARACTERS = 100_000  # of a list that is written as text
+
+
 def known(names: Iterable[Any]) -> dict[str, str]:
     """Return {what: column} of a table with columns of these names, for what there is of COLUMNS: of several that say
     the same, the one that stands first there.
@@ -104,6 +107,8 @@ def _parsed(value: Any) -> Any:
     """Return a list that is written as text, as JSON or as Python's literal, or the value itself."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "(")):
         return value
+    if len(value) > MAX_LIST_CHARACTERS:  # Python's reader makes some hundred bytes of each
+        raise BadSample("bad_row", f"a list of more than {MAX_LIST_CHARACTERS} characters")
     try:
         return json.loads(value)
     except (ValueError, RecursionError):

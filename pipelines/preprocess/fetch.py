@@ -4,6 +4,7 @@ room. The processes of one machine share the folder; what one of them works with
 
 from __future__ import annotations
 
+import errno
 import fcntl
 import json
 import os
@@ -18,8 +19,8 @@ from typing import IO, TYPE_CHECKING, Any
 
 from ex4d import remote, storage
 from ex4d.config import fingerprint
-from ex4d.data.cache import least_used_first
-from ex4d.errors import BadSample, ConfigError
+from ex4d.data.cache import claim, least_used_first
+from ex4d.errors import BadSample
 from pipelines.inputs import without_query
 
 if TYPE_CHECKING:
@@ -27,6 +28,7 @@ if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
 SOURCES = "staging/sources"  # one note for each remote file that was hashed, named by its URL and its store's tag
+MAX_NOTE_BYTES = 10_000
 OLD_S = 86400  # nothing is written to for a day without an end
 MAX_TRIES = 10  # to hold a file before other processes take its room
 MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
@@ -80,8 +82,12 @@ def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
     tag = storage.tag(url)
     note = storage.join(config.output, SOURCES, f"{fingerprint(url, tag)}.json")
     if tag and storage.exists(note):
-        known = json.loads(storage.read_bytes(note))
-        return known["sha256"], known["size_bytes"]
+        try:
+            known = json.loads(storage.read_bytes(note, 0, MAX_NOTE_BYTES))
+            if storage.SHA256.fullmatch(known["sha256"]) and type(known["size_bytes"]) is int:
+                return known["sha256"], known["size_bytes"]
+        except (ValueError, KeyError, TypeError, RecursionError):
+            pass  # no note of ours: the file is read again
     sha256, size_bytes = _cache(config).add(url, "video")
     # Of a file that was replaced while it was read, nothing is kept.
     if tag and storage.tag(url) == tag:
@@ -91,6 +97,8 @@ def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
 
 def unreadable(error: OSError) -> BadSample:
     """Return the refusal that an error of a file or store means; the same text whenever and wherever it happened."""
+    if isinstance(error, storage.TooLarge):
+        return BadSample("file_too_large", "has more bytes than preprocess.max_file_mb allows")
     if isinstance(error, storage.Truncated):
         return BadSample("truncated_download", "other bytes came than were announced")
     if isinstance(error, remote.Unavailable):
@@ -102,17 +110,16 @@ class FileCache:
     """A bounded folder of whole files, each under its sha256; the least recently used go first.
 
     Args:
-        folder: made when it is not there. Only files that this class wrote may lie in it.
+        folder: made when it is not there; see `claim`.
         max_bytes: kept at most, save for what processes work with right now: one file each, and one that comes in.
+        max_file_bytes: a larger file is not taken.
     """
 
-    def __init__(self, folder: Path, max_bytes: int):
-        self.folder, self.max_bytes = folder, max_bytes
-        self._make_folder()
-        if folder.stat().st_uid != os.getuid():
-            raise ConfigError("preprocess.cache_dir", str(folder), "belongs to another user")
+    def __init__(self, folder: Path, max_bytes: int, max_file_bytes: int):
+        self.folder, self.max_bytes, self.max_file_bytes = folder, max_bytes, max_file_bytes
+        claim(folder, "preprocess.cache_dir")
         self._held: dict[str, IO[bytes]] = {}
-        for path in folder.glob(".tmp-*"):  # of processes that were killed; others still write theirs
+        for path in folder.glob(".tmp-[0-9a-f]*"):  # of processes that were killed; others still write theirs
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > OLD_S:
                     path.unlink()
@@ -139,20 +146,20 @@ class FileCache:
 
     def add(self, url: str, name: str) -> tuple[str, int]:
         """Return (sha256, bytes) of a file after copying it here. Raises OSError."""
-        self._make_folder()  # somebody may have tidied up
+        claim(self.folder, "preprocess.cache_dir")  # somebody may have tidied up
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        self._make_room(_size_or_none(url) or 0)
+        announced = _size_or_none(url) or 0
+        if announced > self.max_file_bytes:
+            raise storage.TooLarge(errno.EFBIG, f"more than {self.max_file_bytes} bytes", remote.redacted(url))
+        self._make_room(announced)
         try:
-            sha256 = storage.sha256(url, copy_to=temporary)
+            sha256 = storage.sha256(url, copy_to=temporary, max_bytes=self.max_file_bytes)
             size_bytes = temporary.stat().st_size
             path = self._path(sha256, name)
             _move(temporary, path)
         finally:
             temporary.unlink(missing_ok=True)
         return sha256, size_bytes
-
-    def _make_folder(self) -> None:
-        self.folder.mkdir(parents=True, exist_ok=True, mode=0o700)
 
     def _path(self, sha256: str, name: str) -> Path:
         if len(os.fsencode(name)) > MAX_NAME_BYTES:
@@ -177,7 +184,7 @@ class FileCache:
         return True
 
     def _make_room(self, wanted_bytes: int) -> None:
-        files = least_used_first(self.folder.glob("*/*"))
+        files = least_used_first(self.folder)
         total = sum(size for size, _ in files)
         for size, path in files:
             if total + wanted_bytes <= self.max_bytes:
@@ -219,15 +226,15 @@ def _size_or_none(url: str) -> int | None:
         return None
 
 
-_CACHES: dict[tuple[int, str, int], FileCache] = {}
+_CACHES: dict[tuple[int, str, int, int], FileCache] = {}
 _LOCK = threading.Lock()
 
 
 def _cache(config: PreprocessConfig) -> FileCache:
     """Return this process's view of the cache."""
     folder = config.cache_dir or os.path.join(tempfile.gettempdir(), f"ex4d-cache-{os.getuid()}")
-    key = (os.getpid(), folder, config.cache_mb)
+    key = (os.getpid(), folder, config.cache_mb, config.max_file_mb)
     with _LOCK:
         if key not in _CACHES:
-            _CACHES[key] = FileCache(Path(folder).expanduser(), config.cache_mb << 20)
+            _CACHES[key] = FileCache(Path(folder).expanduser(), config.cache_mb << 20, config.max_file_mb << 20)
         return _CACHES[key]

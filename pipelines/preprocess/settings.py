@@ -80,6 +80,7 @@ class PreprocessConfig:
     follow_links: bool = setting(False, "Follow links that lead out of the input folder; false: count and skip them.")
     cache_dir: str | None = setting(None, "Local folder for copies of remote videos; null: in the temporary folder.")
     cache_mb: int = setting(20480, "Size of that cache, MB, besides the videos in use.", ge=1)
+    max_file_mb: int = setting(65536, "Refuse a remote video larger than this, MB, as file_too_large.", ge=1)
     near_duplicates: Literal["group", "filter", "off"] = setting(
         "group",
         "Videos that look nearly alike: group puts them into one split, filter keeps the largest, off does not look.",

@@ -124,6 +124,9 @@ class Ledger:
         url = storage.join(self.output, CONFIG)
         if not storage.exists(url):
             raise ConfigError("OUT", self.output, "a folder that `ex4d preprocess` has written to")
+        if storage.is_local(url) and storage.local_path(url).lstat().st_uid != os.getuid():
+            what = "belongs to another user, whose choices may name any folder; give your own --config"
+            raise ConfigError("OUT", self.output, what)
         text = storage.read_bytes(url).decode()
         if SECRET in text:
             raise ConfigError("OUT", self.output, "the run read URLs with a password or signature; give its --config")
@@ -224,7 +227,9 @@ class Attempts:
                 path = storage.local_path(self.url)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 half = path.with_name(".tmp-attempts")
-                half.write_bytes(data)
+                half.unlink(missing_ok=True)  # not through a link, which somebody else may have put there
+                with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW), "wb") as file:
+                    file.write(data)
                 half.replace(path)
             else:
                 storage.write_bytes(self.url, data)
@@ -244,7 +249,12 @@ def exclusive(output: str) -> Iterator[None]:
         return
     folder = storage.local_path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    with open(folder / ".lock", "w") as file:
+    # Not emptied, and not through a link, which somebody else may have put there.
+    try:
+        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError("output", output, f".lock cannot be opened: {error.strerror}") from error
+    with os.fdopen(fd, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
         except OSError as error:

@@ -90,7 +90,7 @@ def with_masks(**change):
     """The members of a good sample after functions changed arrays of masks.npz."""
     members = encode(make_sample(0))
     names = ("visible_packed", "kind", "hole_share")
-    arrays = dict(zip(names, decode_masks(members["masks.npz"], SPEC["size"][1]), strict=True))
+    arrays = dict(zip(names, decode_masks(members["masks.npz"], (SPEC["num_frames"], *SPEC["size"])), strict=True))
     return {**members, "masks.npz": encode_npz(arrays | {name: edit(arrays[name]) for name, edit in change.items()})}
 
 

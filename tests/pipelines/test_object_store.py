@@ -141,16 +141,16 @@ def test_a_full_cache_drops_what_nobody_works_with(tmp_path):
     """Two processes share the folder, which has room for one byte: what one of them decodes now stays."""
     names = ["a", "b"]
     (tmp_path / "cache").mkdir()
-    (tmp_path / "cache" / ".tmp-killed").touch()
-    os.utime(tmp_path / "cache" / ".tmp-killed", (0, 0))
+    (tmp_path / "cache" / ".tmp-0dead").touch()
+    os.utime(tmp_path / "cache" / ".tmp-0dead", (0, 0))
     for name in names:
         (tmp_path / name).write_bytes(name.encode() * 10)
     digests = [storage.sha256(tmp_path / name) for name in names]
-    one, other = (fetch.FileCache(tmp_path / "cache", max_bytes=1) for _ in range(2))
+    one, other = (fetch.FileCache(tmp_path / "cache", max_bytes=1, max_file_bytes=2**20) for _ in range(2))
     held = one.get(str(tmp_path / "a"), digests[0], "video")
     later = other.get(str(tmp_path / "b"), digests[1], "video")
     assert (held.read_bytes(), later.read_bytes()) == (b"a" * 10, b"b" * 10)
-    assert not (tmp_path / "cache" / ".tmp-killed").exists()
+    assert not (tmp_path / "cache" / ".tmp-0dead").exists()
     one.get(str(tmp_path / "b"), digests[1], "video")
     assert held.exists()  # there was no reason to look for room
     other._make_room(1)

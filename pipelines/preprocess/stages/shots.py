@@ -11,7 +11,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ex4d.errors import BadSample
+from ex4d.errors import BadSample, ContractError
 from ex4d.isolation import File
 from pipelines.preprocess import duplicates, fetch
 from pipelines.preprocess.stages import isolated
@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
 MAX_HEIGHT = 144
+MAX_FRAMES = 20_000_000  # of one video: four days at 60 frames a second
 # A file cannot hold honest video below this rate, so a header that declares hours in a few kB gets no hours.
 MIN_BYTES_PER_S = 2000
 
@@ -112,7 +113,9 @@ def pack_pts(pts: Sequence[int]) -> list[Any]:
 
 
 def unpack_pts(runs: Sequence[Any]) -> list[int]:
-    """Return the pts of `pack_pts`."""
+    """Return the pts of `pack_pts`. Raises ContractError for more than MAX_FRAMES: few bytes stand for any number."""
+    if sum(count for _, count in runs[1:]) > MAX_FRAMES:
+        raise ContractError(f"pts_runs stand for more than {MAX_FRAMES} frames")
     steps = (step for step, count in runs[1:] for _ in range(count))
     return list(itertools.accumulate(steps, initial=runs[0]))
 

@@ -1,0 +1,122 @@
+"""Samples of a dataset that somebody else made are decoded in the sandboxed child; one's own are not, which is faster.
+
+`trust` says whose a dataset is: "own", "foreign", or "auto", which takes local folders of this user and buckets (`s3://`,
+`gs://`) for one's own, and what comes from the web or a hub, or belongs to another user, for foreign.
+"""
+
+from __future__ import annotations
+
+import os
+from collections.abc import Callable, Mapping
+from typing import TYPE_CHECKING, Any
+
+import numpy as np
+
+from ex4d import isolation, storage
+from ex4d.data import latents, sample
+from ex4d.data.members import MAX_MASKS
+from ex4d.errors import ConfigError, ContractError
+
+if TYPE_CHECKING:
+    from ex4d.data.sample import Sample, SampleSpec
+
+TRUST = ("auto", "own", "foreign")
+LIMITS = isolation.Limits(wall_s=120, cpu_s=120, memory_bytes=6 * 2**30)  # of one sample
+FUNCTIONS = {
+    "check": "ex4d.data.foreign:check",
+    "decode_sample": "ex4d.data.sample:decode",
+    "decode_one": "ex4d.data.foreign:decode_one",
+}
+
+
+def is_foreign(dataset: str, trust: str = "auto") -> bool:
+    """Return whether the samples of a dataset folder must be decoded in a sandbox. Raises ConfigError for no TRUST."""
+
+    if trust not in TRUST:
+        raise ConfigError("trust", trust, ", ".join(TRUST))
+    if trust != "auto":
+        return trust == "foreign"
+    if not storage.is_local(dataset):
+        return not dataset.startswith(("s3://", "gs://", "gcs://", "memory://"))
+    path = storage.local_path(dataset)
+    return path.exists() and path.stat().st_uid != os.getuid()
+
+
+def check(facts: Mapping[str, Any], members: Mapping[str, bytes], key: str) -> None:
+    """Raise ContractError unless a sample is what dataset.json says of all."""
+    contract_of(facts)(members, key)
+
+
+def contract_of(dataset: Mapping[str, Any]) -> Callable[[Mapping[str, bytes], str], object]:
+    """Return what checks a sample, ({member: bytes}, key), by the contents of dataset.json: pixels or latents."""
+    spec = spec_of(dataset)
+    if "latents" in dataset:
+        encoded = latents.LatentSpec.of(dataset)
+        return lambda members, key: latents.validate(members, encoded, len(spec.mask_kinds), key)
+    return lambda members, key: sample.validate(members, spec, key)
+
+
+def spec_of(dataset: Mapping[str, Any]) -> SampleSpec:
+    """Return what dataset.json says of all samples; ContractError where it does not."""
+    try:
+        facts = dataset["sample"]
+        optional = tuple(name for name in sample.OPTIONAL if name in dataset.get("members", ()))
+        size, kinds = tuple(facts["size"]), tuple(facts["mask_kinds"])
+        return sample.SampleSpec(facts["num_frames"], size, facts["num_masks"], kinds, optional)
+    except (KeyError, TypeError) as error:
+        raise ContractError(f"dataset.json: sample is not a SampleSpec ({error!r})") from error
+
+
+def checker(dataset: Mapping[str, Any], foreign: bool) -> Callable[[Mapping[str, bytes], str], object]:
+    """Return `contract_of`, run in the child where the dataset is foreign."""
+    own = contract_of(dataset)
+    if not foreign:
+        return own
+    facts = _facts(dataset)
+    return lambda members, key: isolation.run("check", (facts, dict(members), key), LIMITS, table=__name__)
+
+
+def sample_of(dataset: Mapping[str, Any], members: Mapping[str, bytes], foreign: bool) -> Sample:
+    """Return a decoded sample of a dataset of clips. Raises ContractError; BadSample where the child is lost."""
+    spec = spec_of(dataset)
+    if not foreign:
+        return sample.decode(members, spec)
+    return isolation.run("decode_sample", (dict(members), spec), LIMITS, table=__name__)
+
+
+def decoder(dataset: Mapping[str, Any], with_source: bool) -> Callable[..., dict[str, Any]]:
+    """Return what the loader decodes a foreign dataset's samples with: as `loader.decoder_of` does, in the child."""
+    facts = _facts(dataset)
+
+    def decode(members: Mapping[str, bytes], draw: Callable[[int], int], into: np.ndarray | None = None) -> dict:
+        index = draw(facts["sample"].get("num_masks", MAX_MASKS))
+        arguments = (facts, dict(members), index, with_source)
+        values = isolation.run("decode_one", arguments, LIMITS, table=__name__)
+        if into is not None:
+            if values["frames"].shape != into.shape or values["frames"].dtype != into.dtype:
+                raise ContractError(f"mp4: {[*values['frames'].shape]} where {[*into.shape]} is expected")
+            into[:] = values["frames"]
+            values["frames"] = into
+        return values
+
+    return decode
+
+
+def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: int, with_source: bool) -> dict[str, Any]:
+    """Return one sample with its mask `index`, as the loader wants it."""
+    from ex4d.data.loader import decoder_of
+
+    def draw(count: int) -> int:
+        if index >= count:
+            raise ContractError(f"has {count} masks, {facts['sample'].get('num_masks')} are stated")
+        return index
+
+    frames = None
+    if "latents" not in facts:
+        frames = np.empty((facts["sample"]["num_frames"], *facts["sample"]["size"], 3), np.uint8)
+        return decoder_of(facts, with_source)(members, draw, into=frames)
+    return decoder_of(facts, with_source)(members, draw)
+
+
+def _facts(dataset: Mapping[str, Any]) -> dict[str, Any]:
+    return {name: dataset[name] for name in ("sample", "members", "latents") if name in dataset}
