@@ -15,6 +15,8 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from ex4d.redact import redacted
+
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
@@ -90,15 +92,6 @@ def is_passing(error: BaseException) -> bool:
     if any(_is_broken(cause) for cause in _causes(error)):
         return True
     return isinstance(error, OSError) and not isinstance(error, _LASTING) and error.errno not in _LASTING_ERRNO
-
-
-def redacted(url: str) -> str:
-    """Return a URL without user, password and query, which may be secret."""
-    if "://" not in url:
-        return url
-    scheme, _, rest = url.partition("://")
-    netloc, slash, path = rest.partition("?")[0].partition("/")
-    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
 
 
 def _catchable() -> tuple[type[BaseException], ...]:

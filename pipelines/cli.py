@@ -17,6 +17,7 @@ from dataclasses import dataclass
 from ex4d.config import installed_versions
 from ex4d.config_help import help_text
 from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
+from ex4d.redact import printable
 from pipelines.commands.jobs import JOBS
 
 
@@ -100,10 +101,20 @@ def _run(args: argparse.Namespace) -> int:
     return module.command(args.config, args.overrides) if args.command in JOBS else module.run(args)
 
 
+class Lines(logging.Formatter):
+    """Log lines without control characters: names and messages of strangers are in them."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        """Return the line to write."""
+        return printable(super().format(record))
+
+
 def main(argv: Sequence[str] | None = None) -> int:
     """Run one command; return its exit status: 0 done, 1 failed, 2 the choice was invalid."""
     args = parse(argv)
-    logging.basicConfig(level=args.log_level, format="%(levelname)s %(name)s: %(message)s")
+    logging.basicConfig(level=args.log_level)
+    for handler in logging.getLogger().handlers:
+        handler.setFormatter(Lines("%(levelname)s %(name)s: %(message)s"))
     os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
     if args.command in ("demo", "encode", "evaluate"):
         os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each file of a model, in every worker; read at import

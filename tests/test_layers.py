@@ -14,12 +14,13 @@ from scipy.sparse.csgraph import connected_components
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
-FLOOR = {"errors", "config", "remote", "storage", "hub", "text", "video"}
+FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors", "text"},
-    "remote": set(),
+    "redact": set(),
+    "remote": {"redact"},
     "storage": {"errors", "remote"},
     "hub": {"errors"},
     "isolation": {"errors"},

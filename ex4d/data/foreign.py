@@ -25,7 +25,7 @@ LIMITS = isolation.Limits(wall_s=120, cpu_s=120, memory_bytes=6 * 2**30)  # of o
 FUNCTIONS = {
     "check": "ex4d.data.foreign:check",
     "decode_sample": "ex4d.data.sample:decode",
-    "decode_one": "ex4d.data.foreign:decode_one",
+    "decode_one": "ex4d.data.loader:decode_one",
 }
 
 
@@ -100,22 +100,6 @@ def decoder(dataset: Mapping[str, Any], with_source: bool) -> Callable[..., dict
         return values
 
     return decode
-
-
-def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: int, with_source: bool) -> dict[str, Any]:
-    """Return one sample with its mask `index`, as the loader wants it."""
-    from ex4d.data.loader import decoder_of
-
-    def draw(count: int) -> int:
-        if index >= count:
-            raise ContractError(f"has {count} masks, {facts['sample'].get('num_masks')} are stated")
-        return index
-
-    frames = None
-    if "latents" not in facts:
-        frames = np.empty((facts["sample"]["num_frames"], *facts["sample"]["size"], 3), np.uint8)
-        return decoder_of(facts, with_source)(members, draw, into=frames)
-    return decoder_of(facts, with_source)(members, draw)
 
 
 def _facts(dataset: Mapping[str, Any]) -> dict[str, Any]:

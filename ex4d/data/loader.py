@@ -129,6 +129,21 @@ def decoder_of(dataset: Mapping[str, Any], with_source: bool = False) -> Decode:
     return partial(decode_pixels, mask_kinds=kinds, with_source=with_source)
 
 
+def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: int, with_source: bool) -> dict[str, Any]:
+    """Return one sample with its mask `index`: what the child of `ex4d.data.foreign` does."""
+
+    def draw(count: int) -> int:
+        if index >= count:
+            raise ContractError(f"has {count} masks, {facts['sample'].get('num_masks')} are stated")
+        return index
+
+    frames = None
+    if "latents" not in facts:
+        frames = np.empty((facts["sample"]["num_frames"], *facts["sample"]["size"], 3), np.uint8)
+        return decoder_of(facts, with_source)(members, draw, into=frames)
+    return decoder_of(facts, with_source)(members, draw)
+
+
 def has_source(dataset: Mapping[str, Any]) -> bool:
     """Return whether a dataset holds clips of two cameras, by the contents of its dataset.json."""
     if "latents" in dataset:

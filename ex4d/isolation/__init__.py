@@ -219,6 +219,11 @@ class _Child:
         return succeeded, value
 
     def _post_mortem(self, function: str, limits: Limits) -> BadSample:
+        if self.wrapped:  # bubblewrap ends a moment after the child, and says how
+            deadline = time.monotonic() + 2
+            ended = os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG
+            while os.waitid(*ended) is None and time.monotonic() < deadline:
+                time.sleep(0.01)
         os.kill(self.process.pid, signal.SIGKILL)  # not Popen.kill, which would collect the exit status
         # wait4 instead of Popen.wait: the peak memory tells running out of it from other crashes
         _, status, usage = os.wait4(self.process.pid, 0)

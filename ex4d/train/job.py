@@ -17,6 +17,7 @@ from ex4d.data.texts import TextStore
 from ex4d.data.verify import dataset_fingerprint
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import adapter, attention, backbone, blocks, encoders, fingerprints, lora, swap, warm_start, weights
+from ex4d.redact import without_secrets
 from ex4d.train import checkpoint, flops
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.objective import Encoder, LatentEncoder
@@ -138,7 +139,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         return loader.ShardLoader(*where, *ranks, samples, config.loader, decode, with_source=source)
 
     who = identity(config, chosen, fingerprint)
-    facts: dict[str, Any] = {"train": configs.to_dict(config), "model": configs.to_dict(chosen)}
+    facts: dict[str, Any] = without_secrets({"train": configs.to_dict(config), "model": configs.to_dict(chosen)})
     facts["versions"] = configs.installed_versions(PACKAGES)
     facts |= {"dataset": fingerprint, "world_size": place.world_size}
     with attention.kernel(config.attention):

@@ -19,6 +19,7 @@ from ex4d.data.tensors import decode_tensors
 from ex4d.evaluate import summary
 from ex4d.evaluate.summary import Range
 from ex4d.generate import GenerateConfig
+from ex4d.redact import without_secrets
 from ex4d.synthetic import SyntheticConfig
 from ex4d.viewer import page
 from pipelines.evaluate import plan as evaluate_plan
@@ -28,7 +29,7 @@ from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
 from pipelines.runtime import runner
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts, Ledger, exclusive, without_secrets
+from pipelines.runtime.ledger import Attempts, Ledger, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, log_run
@@ -182,8 +183,8 @@ class _Job:
             "clips": clips,
             "rejects": self.rejects,
         }
-        text = json.dumps(record, indent=1, sort_keys=True, allow_nan=False) + "\n"
-        storage.write_bytes(self._url(RECORD), without_secrets(text).encode())
+        text = json.dumps(without_secrets(record), indent=1, sort_keys=True, allow_nan=False) + "\n"
+        storage.write_bytes(self._url(RECORD), text.encode())
         return report
 
     def _keep(self, name: str, data: bytes) -> str:

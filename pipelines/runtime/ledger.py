@@ -17,7 +17,6 @@ import fcntl
 import json
 import logging
 import os
-import re
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
@@ -27,20 +26,13 @@ from typing import Any
 from ex4d import storage
 from ex4d.config import to_dict
 from ex4d.errors import ConfigError, ContractError
+from ex4d.redact import SECRET, without_secrets
 
 logger = logging.getLogger(__name__)
 
 VIDEOS, CLIPS, SCORES = "staging/videos", "staging/clips", "staging/scores"
 ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
-SECRET = "(not kept)"
-# user:password@host, and the query of a web address, which may be a signature
-_SECRET = re.compile(r'(?<=://)[^/\s",@]*@|(?<=http://|ttps://)[^\s",?]*\?[^\s",]*')
-
-
-def without_secrets(text: str) -> str:
-    """Return JSON text without what URLs in it say of passwords or signatures."""
-    return _SECRET.sub(SECRET, text)
 
 
 class Ledger:
@@ -112,7 +104,7 @@ class Ledger:
         What a URL says of passwords or signatures is not kept.
         """
         plain = {name: to_dict(section) for name, section in sections.items() if section is not None}
-        text = without_secrets(json.dumps({"folder": os.getcwd(), "sections": plain}, sort_keys=True))
+        text = json.dumps(without_secrets({"folder": os.getcwd(), "sections": plain}), sort_keys=True)
         storage.write_bytes(storage.join(self.output, CONFIG), text.encode())
 
     def read_config(self) -> tuple[str, dict[str, Any]]:

@@ -14,6 +14,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ex4d import storage
+from ex4d.redact import printable
 from pipelines.runtime.progress import Tally
 
 
@@ -64,7 +65,7 @@ class Result:
         from rich.table import Table
 
         text = io.StringIO()
-        console = Console(file=text, width=100)
+        console = Console(file=text, width=100, markup=False)
         if self.rejects:
             table = Table("unit", "fate", "stage", "reason", "count", title="not in the dataset")
             for *names, count in self.reasons():
@@ -89,7 +90,7 @@ class Result:
         console.print(f"{state}: {self.output}", highlight=False, markup=False, soft_wrap=True)
         if self.report:
             console.print(f"page: {self.report}", highlight=False, markup=False, soft_wrap=True)
-        return text.getvalue().rstrip()
+        return printable(text.getvalue().rstrip())
 
 
 def log_run(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:

@@ -1,0 +1,49 @@
+"""Text that came from outside, before it is shown or kept: no control characters, no passwords."""
+
+from __future__ import annotations
+
+import json
+import re
+from typing import Any
+
+SECRET = "(not kept)"
+# C0 but tab and newline, C1, and what changes the direction or the line of text: they can hide or fake output.
+_CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
+_URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]*""")
+_NEXT = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
+
+
+def printable(text: str) -> str:
+    """Return text with control and bidirectional characters written as escapes, for terminals and logs."""
+    return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def redacted(url: str) -> str:
+    """Return a URL without user, password, query and fragment, which may be secret; other text as it is."""
+    if "://" not in url:
+        return url
+    scheme, _, rest = url.partition("://")
+    netloc, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
+
+
+def without_secrets(value: Any) -> Any:
+    """Return JSON-able values whose URLs are `redacted`; SECRET stands where something was left out."""
+    if isinstance(value, dict):
+        return {name: without_secrets(child) for name, child in value.items()}
+    if isinstance(value, list | tuple):
+        return [without_secrets(child) for child in value]
+    if not isinstance(value, str) or "://" not in value:
+        return value
+    # Several URLs may stand in one text with commas between; a password may hold a comma, too.
+    return ",".join(_URL.sub(_without, part) for part in _NEXT.split(value))
+
+
+def json_without_secrets(text: str, **options: Any) -> str:
+    """Return JSON text after `without_secrets`; `options` are those of json.dumps."""
+    return json.dumps(without_secrets(json.loads(text)), sort_keys=True, **options)
+
+
+def _without(found: re.Match) -> str:
+    plain = redacted(found[0])
+    return found[0] if plain == found[0] else plain.replace("://", f"://{SECRET}", 1)
