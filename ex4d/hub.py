@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import re
+import shlex
 from collections.abc import Sequence
 from functools import lru_cache
 from pathlib import Path
@@ -11,6 +13,10 @@ from pathlib import Path
 from ex4d.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+# What ends up in URLs, in paths of the hub's cache and in commands that people copy.
+_PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
+HUB_ID, REVISION = re.compile(f"{_PART}(/{_PART})?"), re.compile(f"{_PART}(/{_PART}){{0,9}}")
 
 
 def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -> Path:
@@ -31,14 +37,18 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     hub_id, _, revision = weights.partition("@")
+    neither = "is neither an existing folder nor hub-id[@revision]"
+    if not HUB_ID.fullmatch(hub_id) or (revision and not REVISION.fullmatch(revision)):
+        raise ConfigError(key, weights, neither)
     try:
         path = _snapshot(hub_id, revision or None, tuple(patterns), constants.HF_HUB_CACHE)
     except HFValidationError as error:
-        raise ConfigError(key, weights, "is neither an existing folder nor hub-id[@revision]") from error
+        raise ConfigError(key, weights, neither) from error
     except (LocalEntryNotFoundError, HfHubHTTPError, OSError) as error:
-        at = f" --revision {revision}" if revision else ""
+        at = ["--revision", revision] if revision else []
+        command = shlex.join(["hf", "download", hub_id, *at, "--local-dir", f"models/{hub_id.rpartition('/')[2]}"])
         advice = advice or (
-            f"run `hf download {hub_id}{at} --local-dir models/{hub_id.rpartition('/')[2]}` where there is a network "
+            f"run `{command}` where there is a network "
             f"(needed: {', '.join(patterns)}), bring the folder here and set {key} to it"
         )
         raise ConfigError(key, weights, f"not here and not to be fetched ({type(error).__name__}): {advice}") from error

@@ -38,6 +38,25 @@ def test_a_folder_is_taken_as_it_is_and_what_is_neither_is_a_choice_to_correct(t
         hub.resolve("/no/such/folder/at/all", ["*.json"], "key")
 
 
+@pytest.mark.parametrize(
+    "given",
+    [
+        *("a/b; touch x", "a/$(id)", "../b", "a/..", "-x/b", "a/b/c", "a/b\nc"),
+        *("a/b@main; id", "a/b@--x", "a/b@../c", "a/b@c@d", "a/b@\u202ec"),
+    ],
+)
+def test_ids_and_revisions_that_no_hub_has_are_refused_before_anything_is_asked(given, monkeypatch):
+    monkeypatch.setattr(hub, "_snapshot", lambda *asked: pytest.fail(f"asked for {asked}"))
+    with pytest.raises(ConfigError, match="neither an existing folder nor hub-id"):
+        hub.resolve(given, ["*.json"], "model.base")
+
+
+@pytest.mark.parametrize("given", ["gpt2", "Wan-AI/Wan2.1-T2V-1.3B-Diffusers@0fad780", "a/b@refs/pr/1", "a/b@v1.0"])
+def test_ids_and_revisions_of_hubs_are_asked_for(given, monkeypatch, tmp_path):
+    monkeypatch.setattr(hub, "_snapshot", lambda *asked: str(tmp_path))
+    assert hub.resolve(given, ["*.json"], "model.base") == tmp_path
+
+
 def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     path = tmp_path / "depth.npz"
     path.write_bytes(b"one")

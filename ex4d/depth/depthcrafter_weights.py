@@ -94,15 +94,16 @@ def _from_pretrained(unet: Path, base: Path, device: str) -> tuple[list[Any], An
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionModelWithProjection
 
-    classes: list[tuple[Any, Path, str]] = [
-        (UNetSpatioTemporalConditionModel, unet, "torch_dtype"),
-        (AutoencoderKLTemporalDecoder, base / "vae", "torch_dtype"),
-        (CLIPVisionModelWithProjection, base / "image_encoder", "dtype"),
-    ]
     dtype = torch.float16 if device == "cuda" else torch.float32
+    # The classes of diffusers never run code of a folder, and take no word of it.
+    classes: list[tuple[Any, Path, dict[str, Any]]] = [
+        (UNetSpatioTemporalConditionModel, unet, {"torch_dtype": dtype}),
+        (AutoencoderKLTemporalDecoder, base / "vae", {"torch_dtype": dtype}),
+        (CLIPVisionModelWithProjection, base / "image_encoder", {"dtype": dtype, "trust_remote_code": False}),
+    ]
     networks = []
-    for cls, folder, key in classes:
-        options = {key: dtype, "variant": _variant(folder), "local_files_only": True, "use_safetensors": True}
+    for cls, folder, options in classes:
+        options |= {"variant": _variant(folder), "local_files_only": True, "use_safetensors": True}
         networks.append(cls.from_pretrained(folder, **options).to(device).eval().requires_grad_(False))
     return networks, EulerDiscreteScheduler.from_pretrained(base / "scheduler", local_files_only=True)
 

@@ -128,6 +128,7 @@ def _load(name: str, folder: str, device: str) -> tuple[Any, dict[str, Any], str
             dtype=torch.float16 if device == "cuda" else torch.float32,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError) as error:
         raise ContractError(f"{folder} cannot be loaded as {network.cls}: {error}") from error

@@ -174,7 +174,10 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
         return None
     cls = _class_of(component, read_config(folder, component))
     kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    kwargs["torch_dtype" if component in ("transformer", "vae") else "dtype"] = dtype
+    if component in ("transformer", "vae"):
+        kwargs["torch_dtype"] = dtype
+    else:  # the classes of diffusers never run code of a folder, and take no word of it
+        kwargs |= {"dtype": dtype, "trust_remote_code": False}
     # Straight to the device, shard by shard, so that eight ranks of a machine do not each hold 33 GB of its memory.
     # What is to be quantised stays behind and goes over layer by layer.
     kwargs["device_map"] = {"": "cpu" if style is not None else device}
@@ -220,7 +223,7 @@ def _tokenizer(folder: Path) -> Any:
     from transformers import AutoTokenizer
 
     try:
-        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True)
+        return AutoTokenizer.from_pretrained(folder / "tokenizer", local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError) as error:
         raise ContractError(f"{folder / 'tokenizer'} cannot be loaded: {error}") from error
 

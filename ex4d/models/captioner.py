@@ -78,10 +78,10 @@ def _load(folder: str, device: str) -> tuple[Any, Any, Any, str]:
     dtype = torch.float16 if device == "cuda" else torch.float32
     try:
         model = BlipForConditionalGeneration.from_pretrained(
-            folder, dtype=dtype, use_safetensors=True, local_files_only=True
+            folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
         )
         processor = BlipImageProcessorPil.from_pretrained(folder, local_files_only=True)
-        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True)
+        tokenizer = AutoTokenizer.from_pretrained(folder, local_files_only=True, trust_remote_code=False)
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ContractError(f"{folder} cannot be loaded as BlipForConditionalGeneration: {error}") from error
     model.eval().to(device=device)

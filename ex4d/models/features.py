@@ -96,6 +96,7 @@ def _load(folder: Path, fingerprint: str, device: str) -> tuple[Any, dict[str, A
             dtype=torch.float16 if device.startswith("cuda") else torch.float32,
             use_safetensors=True,
             local_files_only=True,
+            trust_remote_code=False,
         )
     except (OSError, ValueError, RuntimeError, SafetensorError) as error:
         raise ContractError(f"{folder} cannot be loaded as {network.cls}: {error}") from error
