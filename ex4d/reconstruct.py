@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from ex4d import depth as depth_estimators
-from ex4d import video
+from ex4d import isolation, video
 from ex4d.depth import places
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import camera, camera_path, trajectory
@@ -182,14 +182,12 @@ def read(
     profile: str = "default",
     seed: int = 0,
     device: str | None = None,
-    gate: Any = video,
 ) -> Clip:
     """Return the first frames of a video with their depth; arguments and errors as in `reconstruct`.
 
-    Args:
-        gate: has `probe`, `frame_pts` and `decode` as `ex4d.video` has; a pipeline's runs them in a child process.
+    The video is decoded in the sandboxed child: one that hangs or crashes its decoder is a BadSample.
     """
-    frames, request, fps = _read(video_path, num_frames, size, fit, gate)
+    frames, request, fps = _read(video_path, num_frames, size, fit)
     request = replace(request, depth_path=depth_path, seed=seed, device=device, fov_deg=fov_deg)
     result = depth_estimators.estimate(depth, frames, request)
     K = result.K
@@ -202,18 +200,19 @@ def read(
 
 
 def _read(
-    video_path: str | Path, num_frames: int | None, size: tuple[int, int] | None, fit: str, gate: Any
+    video_path: str | Path, num_frames: int | None, size: tuple[int, int] | None, fit: str
 ) -> tuple[np.ndarray, depth_estimators.DepthRequest, float]:
     """Return (frames uint8 [T, H, W, 3], how they lie in the video, frames per second)."""
-    info = gate.probe(str(video_path))
-    pts, time_base = gate.frame_pts(str(video_path))
+    file = isolation.File(str(video_path))
+    info = isolation.run("probe", (file,))
+    pts, time_base = isolation.run("frame_pts", (file,))
     if num_frames is None:
         num_frames = len(pts)
     if len(pts) < num_frames:
         raise BadSample("too_short", f"{Path(video_path).name} has {len(pts)} frames, {num_frames} are asked for")
     height, width = info.size
     target = size or (height - height % 2, width - width % 2)
-    frames = gate.decode(str(video_path), pts[:num_frames], target, fit)
+    frames = isolation.run("decode", (file, pts[:num_frames], target, fit))
     request = depth_estimators.DepthRequest(
         video_path=str(video_path),
         twin=places.twin_of(str(video_path)),

@@ -8,7 +8,7 @@ import json
 import numpy as np
 import pytest
 
-from ex4d import synthetic, video
+from ex4d import isolation, synthetic, video
 from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import trajectory
@@ -39,6 +39,23 @@ def test_what_is_marked_visible_is_what_the_new_camera_would_see(clip):
     assert (view.cond_video[~view.visible] == 0).all()
     assert psnr(view.cond_video, truth, view.visible) > 24
     assert psnr(view.cond_video, truth, view.visible) > psnr(view.frames, truth) + 5
+
+
+def test_videos_are_decoded_in_the_child_only_and_to_the_same_bytes(clip, tmp_path, monkeypatch):
+    pts, _ = video.frame_pts(clip)
+    frames = video.decode(clip, pts[:3], (64, 64), "crop")
+    for name in ("probe", "frame_pts", "decode"):
+        monkeypatch.setattr(video, name, lambda *_: pytest.fail("decoded outside the child"))
+    assert reconstruct(clip, num_frames=3, size=(64, 64)).frames.tobytes() == frames.tobytes()
+    assert cli.main(["view", str(clip), "--size", "64x64", "--output", str(tmp_path / "page.html")]) == 0
+
+
+def test_a_decoder_that_hangs_is_a_refusal(clip, monkeypatch):
+    run = isolation.run
+    monkeypatch.setattr(isolation, "run", lambda name, args: run(name, args, isolation.Limits(wall_s=1e-6)))
+    with pytest.raises(BadSample) as caught:
+        reconstruct(clip, num_frames=3, size=(64, 64))
+    assert caught.value.reason == "decode_timeout"
 
 
 def test_the_command_writes_files_that_say_the_same(clip, tmp_path, capsys):

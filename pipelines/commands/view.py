@@ -38,7 +38,7 @@ def run(args: argparse.Namespace) -> int:
             raise ConfigError("samples", args.samples, "at least 1")
         print(page.write(sample_page.samples_page(args.thing, args.key, args.samples, args.trust), args.output))
         return 0
-    from ex4d import video
+    from ex4d import isolation
     from ex4d.reconstruct import reconstruct
     from ex4d.viewer import scene_page
 
@@ -46,7 +46,7 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("THING", args.thing, "a finished dataset (it has no dataset.json) or a video")
     count = args.num_frames
     if count is None:
-        count = min(MAX_VIEW_FRAMES, len(video.frame_pts(args.thing)[0]))
+        count = min(MAX_VIEW_FRAMES, len(isolation.run("frame_pts", (isolation.File(args.thing),))[0]))
     view = reconstruct(
         args.thing, num_frames=count, size=args.size, profile=args.profile or "default", **flags.path(args)
     )

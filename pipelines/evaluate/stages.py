@@ -10,7 +10,6 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from ex4d import isolation
 from ex4d.errors import BadSample
 from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.stage import Row, Stage
@@ -92,25 +91,6 @@ def load_model(row: Row, context: Evaluation) -> dict[str, Any]:
     return {}
 
 
-class Isolated:
-    """`ex4d.video` in a child process with limits: a video that hangs or crashes its decoder costs its own views."""
-
-    @staticmethod
-    def probe(path: str) -> Any:
-        """Return what `video.probe` does."""
-        return isolation.run("probe", (isolation.File(path),))
-
-    @staticmethod
-    def frame_pts(path: str) -> Any:
-        """Return what `video.frame_pts` does."""
-        return isolation.run("frame_pts", (isolation.File(path),))
-
-    @staticmethod
-    def decode(path: str, pts: np.ndarray, size: tuple[int, int], fit: str) -> Any:
-        """Return what `video.decode` does."""
-        return isolation.run("decode", (isolation.File(path), pts, size, fit))
-
-
 @lru_cache(maxsize=2)
 def _scene(index: int, world: SyntheticConfig, profile: str) -> Clip:
     from ex4d.evaluate import views
@@ -122,7 +102,7 @@ def _scene(index: int, world: SyntheticConfig, profile: str) -> Clip:
 def _video(path: str, content: tuple[str, ...], device: str, choices: tuple[tuple[str, Any], ...]) -> Clip:
     from ex4d.reconstruct import read
 
-    return read(path, device=device, gate=Isolated, **dict(choices))
+    return read(path, device=device, **dict(choices))
 
 
 def view_of(row: Row, which: str, context: Evaluation) -> View:
