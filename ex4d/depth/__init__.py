@@ -113,6 +113,8 @@ ESTIMATORS: dict[str, Estimator] = {
     "depthcrafter": partial(_late, "depthcrafter"),
 }
 WITHOUT_WEIGHTS = ("sidecar", "parallax")
+AUTO = "auto"  # a setting may say so in place of a key of ESTIMATORS: `depth.auto` chooses one
+CHOICES = (AUTO, *ESTIMATORS)
 
 
 def weight_folders(name: str, depth_path: str | None) -> list[Path]:

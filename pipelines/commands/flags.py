@@ -12,7 +12,7 @@ from typing import Any
 from ex4d.config import checked, setting
 from ex4d.config_help import default_of
 from ex4d.config_settings import choices_of, hints, rule_of
-from ex4d.depth import ESTIMATORS
+from ex4d.depth import AUTO, CHOICES, DepthRequest
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.camera_path import SOURCE_MOTIONS
@@ -24,7 +24,12 @@ from ex4d.geometry.trajectory import TRAJECTORIES
 class PathFlags:
     """What `reconstruct`, `generate` and `view` share: how depth is found, and where the camera goes."""
 
-    depth: str = setting("sidecar", "Depth estimator; sidecar: a depth file beside the video.", choices=ESTIMATORS)
+    depth: str = setting(
+        "sidecar",
+        "Depth estimator; sidecar: a depth file beside the video; auto: the first that works of sidecar, "
+        "depth-anything-v2, parallax.",
+        choices=CHOICES,
+    )
     depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
     trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")
     angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
@@ -86,11 +91,17 @@ def _type_of(cls: type, name: str) -> type:
     return next((kind for kind in kinds if hint in (kind, kind | None)), str)
 
 
-def path(args: argparse.Namespace) -> dict[str, Any]:
-    """Return the arguments of `reconstruct` that the flags of PathFlags say, except for the profile."""
+def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:
+    """Return the arguments of `reconstruct` for a video that the flags of PathFlags say, except for the profile."""
     values = {field.name: getattr(args, field.name) for field in dataclasses.fields(PathFlags)}
     read(args, PathFlags)
     del values["profile"]
+    if args.depth == AUTO:
+        from ex4d.depth import auto, places
+
+        request = DepthRequest(video_path, twin=places.twin_of(video_path))
+        values["depth"], choice = auto.choose([request], args.depth_path)
+        print(choice)
     values["trajectory_name"] = values.pop("trajectory")
     values["trajectory_options"] = dict(_option(text) for text in values.pop("trajectory_option"))
     return values

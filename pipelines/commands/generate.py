@@ -43,7 +43,7 @@ def run(args: argparse.Namespace) -> int:
         profile=args.profile,
         config=sampler,
         device=args.device,
-        **flags.path(args),
+        **flags.path(args, args.video),
     )
     for path in view.write(args.output):
         print(path)

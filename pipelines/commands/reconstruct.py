@@ -25,7 +25,11 @@ def run(args: argparse.Namespace) -> int:
 
     flags.check_output(Path(args.output))
     view = reconstruct(
-        args.video, num_frames=args.num_frames, size=args.size, profile=args.profile or "default", **flags.path(args)
+        args.video,
+        num_frames=args.num_frames,
+        size=args.size,
+        profile=args.profile or "default",
+        **flags.path(args, args.video),
     )
     paths = reconstruct_files.write(view, args.output, args.save_mesh)
     motion = view.choices["source_motion"]

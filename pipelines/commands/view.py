@@ -48,7 +48,7 @@ def run(args: argparse.Namespace) -> int:
     if count is None:
         count = min(MAX_VIEW_FRAMES, len(isolation.run("frame_pts", (isolation.File(args.thing),))[0]))
     view = reconstruct(
-        args.thing, num_frames=count, size=args.size, profile=args.profile or "default", **flags.path(args)
+        args.thing, num_frames=count, size=args.size, profile=args.profile or "default", **flags.path(args, args.thing)
     )
     title = os.fsencode(Path(args.thing).name).decode("utf-8", "backslashreplace")
     print(scene_page.write(view, args.output, title))

@@ -160,6 +160,7 @@ def write(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
 def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfig | None) -> Plan:
     """Return the plan, after running a sample of the corpus through the stages in this process."""
     sources = preprocess.find_sources(config, synthetic)
+    config = preprocess.with_depth(config, sources)
     videos = [source for source in sources if source.is_video]
     if not videos:
         raise ConfigError("preprocess.input", config.input, "something that may be a video")

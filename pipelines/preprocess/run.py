@@ -12,10 +12,11 @@ from dataclasses import replace
 
 from ex4d import config as config_file
 from ex4d import storage
+from ex4d.depth import AUTO, auto
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import inputs
-from pipelines.preprocess import pages, pairs, settings
+from pipelines.preprocess import fetch, pages, pairs, settings
 from pipelines.preprocess.job import Job
 from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
@@ -69,6 +70,7 @@ def run(
     settings.check(config)
     if sources is None:
         sources = find_sources(config, synthetic_config)
+    config = with_depth(config, sources)
     started = time.time()
     shown = Progress(config.output, config.metrics_port, config.metrics_host)
     attempts = Attempts(config.output, config.max_attempts)
@@ -90,6 +92,17 @@ def run(
         result = replace(result, report=pages.write(config, job.scored, result))
         log_run(result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
     return result
+
+
+def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> PreprocessConfig:
+    """Return the configuration with an estimator in place of `depth: auto`, and say which in one line."""
+    if config.depth != AUTO or config.score_only:  # scores need no depth
+        return config
+    videos = (source for source in sources if source.is_video)
+    requests = (fetch.depth_request(vars(source), config, source.path) for source in videos)
+    depth, choice = auto.choose(requests, config.depth_path)
+    print(choice)
+    return replace(config, depth=depth)
 
 
 def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:

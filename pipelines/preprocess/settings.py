@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Literal
 
 from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
-from ex4d.depth import ESTIMATORS
+from ex4d.depth import AUTO, CHOICES
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
 from pipelines.preprocess.filters import FilterConfig
@@ -67,7 +67,12 @@ class PreprocessConfig:
     size: tuple[int, int] = setting((512, 512), "[height, width] of a clip, px.", ge=16, le=8192, multiple_of=2)
     fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
     fps: float | None = setting(None, "Frames per second of a clip; null: the video's own.", gt=0, le=1000)
-    depth: str = setting("sidecar", "Depth estimator; sidecar: a depth file beside each video.", choices=ESTIMATORS)
+    depth: str = setting(
+        "sidecar",
+        "Depth estimator; sidecar: a depth file beside each video; auto: the first that works of sidecar, "
+        "depth-anything-v2, parallax.",
+        choices=CHOICES,
+    )
     score_only: bool = setting(
         False, "Only measure scores and report what each filter would keep; no depth, masks or shards."
     )
@@ -187,7 +192,8 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     names = ("num_frames", "size", "fit", "fps", "stride", "depth", "fov_deg", "profile", "masks", "seed")
     everything = to_dict(config)
     chosen = {name: everything[name] for name in names}
-    chosen["depth_weights"] = "" if config.score_only else _depth_weights(config.depth, config.depth_path)
+    without_depth = config.score_only or config.depth == AUTO  # auto: before `run` has chosen
+    chosen["depth_weights"] = "" if without_depth else _depth_weights(config.depth, config.depth_path)
     chosen["depth_batch_size"] = config.depth_batch_size  # other sums, so perhaps other last digits
     chosen["captioner"] = None
     if config.captioner is not None and not config.score_only:
