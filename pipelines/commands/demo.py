@@ -7,6 +7,7 @@ import dataclasses
 import json
 import time
 from collections.abc import Mapping
+from importlib.resources import files
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
@@ -16,10 +17,14 @@ if TYPE_CHECKING:
     from ex4d.viewer.page import Page
     from pipelines.evaluate.report import Report
 
+CONFIG = "configs/tiny.yaml"
+
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d demo`."""
-    parser.add_argument("--config", default="configs/tiny.yaml", metavar="CONFIG.yaml")
+    parser.add_argument(
+        "--config", metavar="CONFIG.yaml", help=f"default: {CONFIG} or, where it is not there, the copy in the package"
+    )
     parser.add_argument("--output", default="out/demo", help="folder of everything it makes (default: %(default)s)")
 
 
@@ -34,7 +39,12 @@ def sections() -> dict[str, type]:
 
 def run(args: argparse.Namespace) -> int:
     """Do `ex4d demo`; return the exit status."""
-    return main(args.config, args.output)
+    return main(args.config or default_config(), args.output)
+
+
+def default_config() -> str:
+    """Return the path of the demo's settings: of a checkout, else those in the package."""
+    return CONFIG if Path(CONFIG).exists() else str(files("pipelines.commands") / "tiny.yaml")
 
 
 def main(config_path: str, output: str) -> int:
