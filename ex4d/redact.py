@@ -19,11 +19,16 @@ def printable(text: str) -> str:
 
 
 def redacted(url: str) -> str:
-    """Return a URL without user, password, query and fragment, which may be secret; other text as it is."""
+    """Return a URL without user, password, query and fragment, which may be secret; other text as it is.
+
+    In the URL of a store (s3://, gs://) `?` and `#` are characters of a name or a pattern, and stay.
+    """
     if "://" not in url:
         return url
     scheme, _, rest = url.partition("://")
-    netloc, slash, path = re.split(r"[?#]", rest, maxsplit=1)[0].partition("/")
+    if scheme.lower() in ("http", "https"):
+        rest = re.split(r"[?#]", rest, maxsplit=1)[0]
+    netloc, slash, path = rest.partition("/")
     return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
 
 

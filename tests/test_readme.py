@@ -42,7 +42,7 @@ def _check(command: str) -> None:
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
         assert arguments[0] in targets, command
-    elif len(arguments) > 1 and not _is_template(command):
+    elif len(arguments) > 1 and not _is_template(command) and "--help" not in arguments:
         parsed = cli.parse(arguments)
         if parsed.command in JOBS and parsed.config.startswith("configs/"):
             sections = importlib.import_module(JOBS[parsed.command]).SECTIONS

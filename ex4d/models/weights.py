@@ -125,7 +125,8 @@ def check_header(file: Path) -> None:
     with storage.open_read(file) as opened:
         length = int.from_bytes(opened.read(8), "little")
         if not 2 <= length <= MAX_HEADER_BYTES:
-            raise ContractError(f"{file}: its header has {length} bytes, 2 to {MAX_HEADER_BYTES} are allowed")
+            reason = _what_it_is(file) or f"its header has {length} bytes, 2 to {MAX_HEADER_BYTES} are allowed"
+            raise ContractError(f"{file}: {reason}")
         try:
             header = json.loads(opened.read(length))
             shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
