@@ -6,7 +6,6 @@ staged is named by its key and by the fingerprint of all that it depends on, the
 
 from __future__ import annotations
 
-import time
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass, field
 from functools import partial
@@ -29,7 +28,7 @@ from pipelines.runtime.cluster import check_output
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.result import Result, log_run
+from pipelines.runtime.result import Result, logged
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, Stage, new_row
 
@@ -103,15 +102,17 @@ def run(
     if model.family is not None:
         transformer_config(model.base, model.revision, model.family)  # refuses another
     models = of_components(model.base, model.revision, ENCODERS)
-    started = time.time()
+    bugs: list[dict[str, Any]] = []
+    how = {"runner": runner_name, "num_workers": config.num_workers}
     progress = Progress(config.output, config.metrics_port, config.metrics_host)
     attempts = Attempts(config.output, config.max_attempts)
     with (
         exclusive(config.output),
         progress.serving(),
         runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
+        logged(config.output, progress.tallies, bugs, how) as end,
     ):
-        passes = Passes("encode", execute, progress, config.max_bugs)
+        passes = Passes("encode", execute, progress, config.max_bugs, bugs=bugs)
         job = _Job(config, model, dataset, models, passes)
         try:
             job.work()
@@ -120,7 +121,7 @@ def run(
         else:
             job.judge()
         result = job.finish()
-        log_run(result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+        end(result)
     return result
 
 

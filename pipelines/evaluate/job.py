@@ -7,7 +7,6 @@ on, so a run that was killed goes on with what is missing. evaluation.json is wr
 from __future__ import annotations
 
 import json
-import time
 from collections.abc import Mapping, Sequence
 from typing import Any
 
@@ -32,7 +31,7 @@ from pipelines.runtime.cluster import check_output
 from pipelines.runtime.ledger import Attempts, Ledger, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.result import Result, log_run
+from pipelines.runtime.result import Result, logged
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, is_lasting
 
@@ -73,18 +72,20 @@ def run(
         ContractError: the adapter's file, or a result of an earlier run, is damaged.
     """
     planned = evaluate_plan.plan(config, sampler, world or SyntheticConfig())
-    started, attempts = time.time(), Attempts(config.output, config.max_attempts)
-    with exclusive(config.output):
+    attempts, progress = Attempts(config.output, config.max_attempts), Progress(config.output)
+    bugs: list[dict[str, Any]] = []
+    how = {"runner": runner_name, "num_workers": config.num_workers}
+    with exclusive(config.output), logged(config.output, progress.tallies, bugs, how) as end:
         job = _Job(config, planned)
         chosen = runner_name if job.missing() else "inline"  # no Ray need start for nothing
         with runner.runner(chosen, ray_config or RayConfig(), config.num_workers, attempts) as execute:
-            passes = Passes("evaluate", execute, Progress(config.output), config.max_bugs)
+            passes = Passes("evaluate", execute, progress, config.max_bugs, bugs=bugs)
             try:
                 job.work(passes)
             except TooManyBugs as error:
                 job.problems.append(str(error))
         report = job.finish(passes)
-        log_run(report.result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+        end(report.result)
     return report
 
 
@@ -100,6 +101,8 @@ class _Job:
     def missing(self) -> list[Row]:
         """Return the rows that neither were done nor will be refused again."""
         done = self.ledger.names()
+        refusals = {row["refusal_artifact"]: row["key"] for row in self.planned.rows if row["refusal_artifact"] in done}
+        done -= self.ledger.read_all(refusals)[1]
         return [row for row in self.planned.rows if not done & {row["artifact"], row["refusal_artifact"]}]
 
     def work(self, passes: Passes) -> None:
@@ -122,7 +125,7 @@ class _Job:
         there = [row for row in self.planned.rows if row["artifact"] in done]
         for row in self.planned.rows:
             if row["refusal_artifact"] in done and row["artifact"] not in done:
-                self._reject(row, self.ledger.refusal(row["refusal_artifact"]))
+                self._reject(row, self.ledger.read(row["refusal_artifact"]))
         bad = sum(reject["views"] for reject in self.rejects)
         planned = len(self.planned.rows) + sum(reject["views"] for reject in self.planned.rejects)
         if not self.problems and bad > self.config.max_bad_fraction * planned:

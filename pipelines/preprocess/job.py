@@ -97,7 +97,7 @@ class Job:
         for row in rows:
             made = fresh.get(row["key"])
             if made is None:
-                row["record"] = self.ledger.read(self._finished(row))
+                row["record"] = self.known[self._finished(row)]
             else:  # without a record where writing it failed
                 row["record"] = made["record"] or {"refusal": made["refusal"]}
             self._note(row["key"], row["record"]["refusal"])
@@ -172,7 +172,7 @@ class Job:
             if row["key"] in fresh:
                 refusal, scores = fresh[row["key"]]["refusal"], fresh[row["key"]]["scores"]
             else:
-                known = self.ledger.read(self._finished(row))
+                known = self.known[self._finished(row)]
                 refusal, scores = (known, known.get("scores")) if "reason" in known else (None, known)
             self._note(row["key"], refusal)
             if scores is None:
@@ -185,9 +185,11 @@ class Job:
         missing = self._missing(rows)
         for row in rows:
             self.used.add(row["score_artifact"])
+        measured = {row["score_artifact"]: row["key"] for row in missing if row["score_artifact"] in self.done}
+        scores, damaged = self.ledger.read_all(measured)
+        self.done -= damaged
         for row in missing:
-            if row["score_artifact"] in self.done:
-                row["known_scores"] = self.ledger.read(row["score_artifact"])
+            row["known_scores"] = scores.get(row["score_artifact"])
         passing = [row for row in missing if self._judged(row, row["known_scores"] or row["shot_scores"]) is None]
         fresh = {row["key"]: row for row in self._run("clip", self.stages.clip, passing, ())}
         for row in rows:
@@ -201,16 +203,29 @@ class Job:
 
     def _missing(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows that the ledger lacks, after taking those refusals from it that are to be retried."""
+        self._load(rows)
         for row in rows:
             self.used |= {row["artifact"], row["refusal_artifact"]}
             name = self._finished(row) if self.retry else ""
             if name == row["refusal_artifact"]:
-                reason = self.ledger.refusal(name)["reason"]
+                body = self.known[name]
+                reason = (body["refusal"] if name.startswith("videos/") else body)["reason"]
                 if reason in self.retry:
                     self.ledger.remove(name)
                     self.done.remove(name)
                     self.retried[row["key"]] = (reason, "")
         return [row for row in rows if not self._finished(row)]
+
+    def _load(self, rows: Sequence[Row]) -> None:
+        """Fill `known` with what the ledger has of these rows; where it is damaged, they count as missing."""
+        self.known: dict[str, dict[str, Any]] = {}
+        wanted = {self._finished(row): row["key"] for row in rows}
+        while wanted := {name: key for name, key in wanted.items() if name}:
+            found, damaged = self.ledger.read_all(wanted)
+            self.known |= found
+            self.done -= damaged
+            again = (row for row in rows if {row["artifact"], row["refusal_artifact"]} & damaged)
+            wanted = {self._finished(row): row["key"] for row in again}
 
     def _note(self, key: str, refusal: dict[str, Any] | None) -> None:
         if key in self.retried:
@@ -224,8 +239,8 @@ class Job:
         """Return how a clip of the ledger was refused; a sample made under other thresholds is judged by today's."""
         name = self._finished(row)
         if name == row["refusal_artifact"]:
-            return self.ledger.read(name)
-        known = self.ledger.read_scores(name, row["key"]) if name else row["known_scores"]
+            return self.known[name]
+        known = self.known[name] if name else row["known_scores"]
         return self._judged(row, known or row["shot_scores"])
 
     def _judged(self, row: Row, scores: dict[str, float]) -> dict[str, Any] | None:

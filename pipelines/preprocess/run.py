@@ -6,9 +6,9 @@ every planned clip. A pass runs on Ray or in this process; the bytes are the sam
 
 from __future__ import annotations
 
-import time
 from collections.abc import Sequence
 from dataclasses import replace
+from typing import Any
 
 from ex4d import config as config_file
 from ex4d import storage
@@ -25,7 +25,7 @@ from pipelines.runtime.cluster import check_output
 from pipelines.runtime.ledger import Attempts, exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
-from pipelines.runtime.result import Result, log_run
+from pipelines.runtime.result import Result, logged
 from pipelines.runtime.runner import RayConfig
 
 __all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
@@ -71,15 +71,17 @@ def run(
     if sources is None:
         sources = find_sources(config, synthetic_config)
     config = with_depth(config, sources)
-    started = time.time()
+    bugs: list[dict[str, Any]] = []
+    how = {"runner": runner_name, "num_workers": config.num_workers}
     shown = Progress(config.output, config.metrics_port, config.metrics_host)
     attempts = Attempts(config.output, config.max_attempts)
     with (
         exclusive(config.output),
         shown.serving(),
         runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
+        logged(config.output, shown.tallies, bugs, how) as end,
     ):
-        passes = Passes("preprocess", execute, shown, config.max_bugs)
+        passes = Passes("preprocess", execute, shown, config.max_bugs, bugs=bugs)
         job = Job(config, passes, stages or stages_of(config), frozenset(retry))
         job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
         try:
@@ -90,7 +92,7 @@ def run(
             job.judge()
         result = job.finish()
         result = replace(result, report=pages.write(config, job.scored, result))
-        log_run(result, started, passes.bugs, {"runner": runner_name, "num_workers": config.num_workers})
+        end(result)
     return result
 
 

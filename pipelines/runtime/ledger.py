@@ -20,6 +20,7 @@ import os
 import time
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from typing import Any
 
@@ -33,6 +34,8 @@ logger = logging.getLogger(__name__)
 VIDEOS, CLIPS, SCORES = "staging/videos", "staging/clips", "staging/scores"
 ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
+DAMAGED = "staging/damaged"
+NUM_READERS = 32  # threads that read records: an object store answers many at once
 
 
 class Ledger:
@@ -43,11 +46,14 @@ class Ledger:
 
     def names(self) -> set[str]:
         """Return the names of everything that is done, e.g. `clips/KEY.FP.tar`."""
-        found = set()
-        for folder in (VIDEOS, CLIPS, SCORES):
-            kind = folder.rpartition("/")[2]
-            found |= {f"{kind}/{name}" for name in storage.list_files(storage.join(self.output, folder))}
-        return found
+        folders = (VIDEOS, CLIPS, SCORES)
+        with ThreadPoolExecutor(len(folders)) as pool:
+            listed = pool.map(lambda folder: storage.list_files(storage.join(self.output, folder)), folders)
+            return {
+                f"{folder.rpartition('/')[2]}/{name}"
+                for folder, names in zip(folders, listed, strict=True)
+                for name in names
+            }
 
     def url(self, name: str) -> str:
         """Return where an artifact of `names` lies."""
@@ -89,10 +95,36 @@ class Ledger:
 
         return json.loads(read_sample(storage.read_bytes(self.url(name)), key)["json"])["scores"]
 
-    def refusal(self, name: str) -> dict[str, Any]:
-        """Return the refusal that an artifact of refusal holds, a video's or a clip's."""
-        body = self.read(name)
-        return body["refusal"] if name.startswith("videos/") else body
+    def read_all(self, keys: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
+        """Return ({name: record, or the scores of a sample}, names that were damaged), read in parallel.
+
+        A damaged artifact is moved to `staging/damaged`, so that its row is done again and nobody's data is lost.
+
+        Args:
+            keys: {name of an artifact: key of its row}.
+        """
+
+        def read(name: str) -> dict[str, Any] | None:
+            try:
+                body = self.read_scores(name, keys[name]) if name.endswith(".tar") else self.read(name)
+            except (ContractError, KeyError, ValueError, FileNotFoundError) as error:
+                logger.warning("%s: %s", name, error)
+                return None
+            return body if name.endswith(".tar") or _is_record(name, body) else None
+
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            bodies = dict(zip(keys, pool.map(read, keys), strict=True))
+        damaged = {name for name, body in bodies.items() if body is None}
+        for name in sorted(damaged):
+            self._set_aside(name)
+        return {name: body for name, body in bodies.items() if body is not None}, damaged
+
+    def _set_aside(self, name: str) -> None:
+        place = storage.join(self.output, DAMAGED, name.replace("/", "-"))
+        if storage.exists(self.url(name)):
+            storage.write_bytes(place, storage.read_bytes(self.url(name)))
+            storage.remove(self.url(name))
+        logger.warning("%s is damaged and will be made again; what was there is kept as %s", self.url(name), place)
 
     def remove(self, name: str) -> None:
         """Delete an artifact; the next run makes it again."""
@@ -146,6 +178,18 @@ class Ledger:
 
     def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
         storage.write_bytes(self.url(name), json.dumps(value, sort_keys=True).encode())
+
+
+def _is_record(name: str, body: Mapping[str, Any]) -> bool:
+    """Return True where a record has what its kind must have; another program may have written something else."""
+    kind = name.partition("/")[0]
+    if kind == "scores" and "reason" not in body:
+        return all(isinstance(value, int | float) for value in body.values())
+    refusal = body.get("refusal") if kind == "videos" else body
+    if refusal is None:
+        return {"refusal", "info", "pts_runs", "cuts", "shots", "hashes"} <= body.keys()
+    names = ("fate", "stage", "reason", "message")
+    return isinstance(refusal, dict) and all(isinstance(refusal.get(name), str) for name in names)
 
 
 def _source(name: str) -> str:

@@ -155,10 +155,16 @@ class Progress:
             "eta_s": None if current.eta_s is None else round(current.eta_s, 1),
             "stages": {name: tally.figures() for name, tally in self.tallies.items()},
         }
-        # Object stores cannot append: the file is one run's, written whole.
-        self._lines.append(json.dumps(line))
+        url, text = storage.join(self.output, FILE), json.dumps(line) + "\n"
         try:
-            storage.write_bytes(storage.join(self.output, FILE), ("\n".join(self._lines) + "\n").encode())
+            if storage.is_local(url):
+                storage.local_path(url).parent.mkdir(parents=True, exist_ok=True)
+                with open(storage.local_path(url), "a" if self._lines else "w") as file:  # the file is one run's
+                    file.write(text)
+                self._lines = [text]
+            else:  # object stores cannot append
+                self._lines.append(text)
+                storage.write_bytes(url, "".join(self._lines).encode())
         except OSError as error:  # the next line takes this one along
             logger.warning("%s is not written: %s", FILE, error)
 

@@ -4,11 +4,14 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 import os
 import platform
+import sys
 import time
 from collections import Counter
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass, field
 from datetime import UTC, datetime
 from typing import Any
@@ -16,6 +19,8 @@ from typing import Any
 from ex4d import storage
 from ex4d.redact import printable
 from pipelines.runtime.progress import Tally
+
+logger = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -93,8 +98,35 @@ class Result:
         return printable(text.getvalue().rstrip())
 
 
-def log_run(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
-    """Append a line to run.jsonl: when, where, how long, what each stage cost, and the traceback of each bug."""
+@contextmanager
+def logged(
+    output: str, tallies: Mapping[str, Tally], bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
+) -> Iterator[Callable[[Result], None]]:
+    """Append a line to run.jsonl when the block ends, however it ends; yield what takes the run's Result.
+
+    The line says when, where and how long, what each stage cost, what went wrong, and the traceback of each bug.
+    """
+    started = time.time()
+    results: list[Result] = []
+    try:
+        yield results.append
+    finally:
+        ended = Result(output, {}, [], [_how_it_ended(sys.exc_info()[1])], committed=False, stages=tallies)
+        try:
+            _append(results[0] if results else ended, started, bugs, settings)
+        except OSError as error:  # a full disk must not hide why the run ended
+            logger.warning("%s/run.jsonl is not written: %s", output, error.strerror)
+
+
+def _how_it_ended(error: BaseException | None) -> str:
+    if isinstance(error, KeyboardInterrupt):
+        return "interrupted; the next run goes on with what is missing"
+    if isinstance(error, OSError) and error.filename:
+        return f"{error.strerror}: {error.filename}"
+    return f"{type(error).__name__}: {error}"
+
+
+def _append(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]) -> None:
     line = {
         "started": datetime.fromtimestamp(started, UTC).isoformat(timespec="milliseconds"),
         "wall_s": round(time.time() - started, 3),
@@ -108,5 +140,9 @@ def log_run(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], s
         "bugs": list(bugs),
     }
     url = storage.join(result.output, "run.jsonl")
+    if storage.is_local(url):
+        with open(storage.local_path(url), "a") as file:
+            file.write(json.dumps(line) + "\n")
+        return
     before = storage.read_bytes(url) if storage.exists(url) else b""
     storage.write_bytes(url, before + json.dumps(line).encode() + b"\n")

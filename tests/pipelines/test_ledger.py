@@ -36,7 +36,7 @@ def test_names_read_and_remove(tmp_path):
     ledger.write_video("videos/e.3.json", {"refusal": None})
     (tmp_path / "staging" / "clips" / ".tmp-0123-f.1.tar").write_bytes(b"a write that was killed")
     assert len(ledger.names()) == 5
-    assert ledger.refusal("clips/b.2.json") == ledger.refusal("videos/d.3.json") == {"reason": "decode_timeout"}
+    assert ledger.read("clips/b.2.json") == {"reason": "decode_timeout"}
     ledger.remove("clips/b.2.json")
     ledger.remove("videos/d.3.json")
     assert ledger.names() == {"clips/a.1.tar", "clips/c.2.json", "videos/e.3.json"}
@@ -209,3 +209,28 @@ def test_attempts_that_cannot_be_written_down_stop_nothing(tmp_path, caplog):
     attempts.begin("decode", ["key"])
     attempts.end("decode", ["key"])
     assert "not written down" in caplog.text
+
+
+def test_damaged_records_are_set_aside_and_named(tmp_path, caplog):
+    ledger = Ledger(str(tmp_path))
+    refusal = {"fate": "bad", "stage": "decode", "reason": "decode_timeout", "message": "took long"}
+    ledger.write_refusal("clips/good.1.json", refusal)
+    ledger.write_scores("scores/good.1.json", {"motion": 0.5})
+    bad = {
+        "clips/a.1.json": b'{"a":1}',
+        "clips/b.1.json": b"{no json",
+        "clips/c.1.tar": b"no sample",
+        "videos/d.1.json": b'{"refusal": null}',
+        "videos/e.1.json": b"[1]",
+        "scores/f.1.json": b'{"motion": "fast"}',
+    }
+    for name, blob in bad.items():
+        ledger.write_sample(name, blob)
+    names = {name: name.partition("/")[2].partition(".")[0] for name in ledger.names()}
+    found, damaged = ledger.read_all(names)
+    assert found == {"clips/good.1.json": refusal, "scores/good.1.json": {"motion": 0.5}}
+    assert damaged == set(bad)
+    assert ledger.names() == set(found)
+    for name, blob in bad.items():
+        assert (tmp_path / "staging" / "damaged" / name.replace("/", "-")).read_bytes() == blob
+        assert name in caplog.text

@@ -8,6 +8,7 @@ import shutil
 import subprocess
 import sys
 from dataclasses import replace
+from pathlib import Path
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -96,6 +97,43 @@ def test_a_killed_run_resumes_with_all_clips_of_a_video_and_none_twice(config, t
     resumed = inline(stopped)
     assert resumed.worked == {"hash": 4, "split": 0, "clip": 8}
     assert tree(stopped) == whole
+
+
+def test_damage_in_the_ledger_costs_the_damaged_rows_alone(config, caplog):
+    inline(config)
+    whole = tree(config)
+    staging = Path(config.output, "staging")
+    video_record, other = sorted((staging / "videos").glob("*.json"))[:2]
+    video_record.write_text('{"a":1}')
+    other.write_text("{no json")
+    sample = min((staging / "clips").glob("*.tar"))
+    sample.write_bytes(sample.read_bytes()[:1000])
+    again = inline(config)
+    assert (again.exit_code, again.worked["split"], again.worked["clip"]) == (0, 2, 1)
+    assert tree(config) == whole
+    assert sample.name in caplog.text
+    assert len(list((staging / "damaged").iterdir())) == 3
+
+
+def test_every_end_of_a_run_leaves_a_line(config):
+    def lines():
+        return [json.loads(line) for line in Path(config.output, "run.jsonl").read_text().splitlines()]
+
+    def ending(error):
+        def stop(row, context):
+            raise error
+
+        stages = tuple(replace(s, function=stop) if s is decode.STAGE else s for s in Stages().clip)
+        with pytest.raises(type(error)):
+            inline(config, stages=Stages(clip=stages))
+
+    ending(KeyboardInterrupt())
+    ending(OSError(28, "No space left on device", "/data/out/staging/clips/a.tar"))
+    inline(config)
+    interrupted, full, done = lines()
+    assert "interrupted" in interrupted["problems"][0]
+    assert full["problems"] == ["No space left on device: /data/out/staging/clips/a.tar"]
+    assert (done["problems"], done["committed"]) == ([], True)
 
 
 def test_a_changed_setting_redoes_only_what_depends_on_it(config):
