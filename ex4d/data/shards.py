@@ -63,6 +63,7 @@ def pack(
     rejects: Iterable[Mapping[str, str]],
     shard_size_bytes: int = SHARD_SIZE_BYTES,
     write_more: Callable[[Path], Sequence[str]] | None = None,
+    record: str | None = None,
 ) -> dict[str, Any]:
     """Write a dataset folder and return the contents of its dataset.json.
 
@@ -76,6 +77,8 @@ def pack(
         shard_size_bytes: a shard is closed before it would grow over this; one sample alone may.
         write_more: writes further files of the dataset under the local folder that it is given and returns their names,
             of manifest.MORE; dataset.json seals them like the tables.
+        record: file that says of what the last pack was made: where that is the same, and nothing in the folder was
+            written since, no sample is read. Not with `write_more`. None: everything is compared.
 
     Raises:
         ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
@@ -87,6 +90,9 @@ def pack(
     _check_keys(items, rejected)
     if wrong := manifest.identities(counts):
         raise ContractError("the counts do not add up: " + "; ".join(wrong))
+    plan = _plan(items, facts, rejected, shard_size_bytes) if record else None
+    if record and plan and _is_packed(output, record, plan):
+        return manifest.read_json(output, manifest.DATASET)
     with _work_folder(output) as work:
         folder = _Folder(output, work)
         shards: list[dict[str, Any]] = []
@@ -108,7 +114,55 @@ def pack(
         folder.remove_stale({*(shard["url"] for shard in shards), *more})
         (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         folder.put(manifest.DATASET)
+    if record and plan:
+        names = [*(shard["url"] for shard in shards), *manifest.TABLES, manifest.DATASET]
+        stamps = {name: _stamp(storage.join(output, name)) for name in names}
+        storage.write_bytes(record, json.dumps({"plan": plan, "stamps": stamps}).encode())
     return dataset
+
+
+def _plan(
+    items: list[Staged], facts: Mapping[str, Any], rejected: list[dict[str, str]], shard_size_bytes: int
+) -> str | None:
+    """Return the hash of all that a dataset follows from, None where a staged file is not known without reading it.
+
+    A file on this machine is known by its size and time, one in a store by a fingerprint in its name.
+    """
+    names = []
+    for item in items:
+        name = item.url.rpartition("/")[2]
+        has_fingerprint = "." in name.removeprefix(f"{item.key}.")
+        stamp = _stamp(item.url) if storage.is_local(item.url) else ""
+        if not stamp and not has_fingerprint:
+            return None
+        names.append((item.key, item.split, name, stamp))
+    plan = (manifest.FORMAT_VERSION, names, facts, sorted(rejected, key=json.dumps), shard_size_bytes)
+    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+
+
+def _is_packed(output: str, record: str, plan: str) -> bool:
+    """Return True where the folder holds what a pack of that plan left, by the sizes, times or tags of its files."""
+    if not storage.exists(record):
+        return False
+    try:
+        known = json.loads(storage.read_bytes(record))
+        stamps = known["stamps"] if known["plan"] == plan else {}
+        return bool(stamps) and all(
+            stamp and _stamp(storage.join(output, name)) == stamp for name, stamp in stamps.items()
+        )
+    except (ValueError, KeyError, TypeError, AttributeError):
+        return False  # damaged: everything is compared
+
+
+def _stamp(url: str) -> str:
+    """Return what changes whenever a file is written, "" where there is none or its store does not tell."""
+    if not storage.is_local(url):
+        return storage.tag(url)
+    path = storage.local_path(url)
+    if not path.is_file():
+        return ""
+    facts = path.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
 
 
 class _Folder:

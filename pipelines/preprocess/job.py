@@ -18,7 +18,7 @@ from pipelines.preprocess import clips, duplicates, pairs, settings
 from pipelines.preprocess.filters import decide
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import pair
-from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.ledger import PACKED, Ledger
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.result import Result
 from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
@@ -284,7 +284,9 @@ class Job:
         if self.problems or self.config.score_only:
             return
         facts = settings.facts(self.config, self.counts)
-        shards.pack(self.staged, self.config.output, facts, self.rejects, self.config.shard_size_mb << 20)
+        size = self.config.shard_size_mb << 20
+        record = self.ledger.url(PACKED)
+        shards.pack(self.staged, self.config.output, facts, self.rejects, size, record=record)
         self.committed = True
         self.ledger.sweep()
         if self.config.keep_staging == "current":

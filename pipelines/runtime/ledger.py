@@ -5,6 +5,7 @@
 | `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
 | `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
 | `clips/KEY.FP.json` | why a clip was refused |
+| `packed.json` | of what the dataset was packed last, so that a run with nothing to do reads no sample |
 | `attempts.json` | rows in work, and how often work on them ended with the process |
 
 FP is the fingerprint of all that the file depends on, so a changed setting makes other names and redoes only those.
@@ -35,6 +36,7 @@ VIDEOS, CLIPS, SCORES = "staging/videos", "staging/clips", "staging/scores"
 ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
 DAMAGED = "staging/damaged"
+PACKED = "packed.json"  # in staging: of what the dataset was packed last
 NUM_READERS = 32  # threads that read records: an object store answers many at once
 
 

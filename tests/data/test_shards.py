@@ -5,6 +5,7 @@ from __future__ import annotations
 import dataclasses
 import io
 import json
+import os
 import random
 import tarfile
 
@@ -170,3 +171,38 @@ def test_split_is_by_source_and_near_its_share():
     assert 0.07 < splits.count("val") / len(splits) < 0.13
     assert splits == [split_of(f"source {index}", 0.1) for index in range(2000)]
     assert {split_of(f"source {index}", 0.0) for index in range(100)} == {"train"}
+
+
+def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_path, monkeypatch):
+    staged, output = stage(tmp_path / "staged", 8), str(tmp_path / "out")
+    record, read = str(tmp_path / "packed.json"), []
+    plain = storage.read_bytes
+
+    def watched(url, *where):
+        read.append(str(url))
+        return plain(url, *where)
+
+    def again(items=staged, rejects=REJECTS, size=100_000):
+        read.clear()
+        dataset = pack(items, output, facts(8), rejects, size, record=record)
+        return dataset, sum(name.startswith(str(tmp_path / "staged")) for name in read)
+
+    monkeypatch.setattr(storage, "read_bytes", watched)
+    first, count = again()
+    assert count == 8
+    whole = tree(output)
+    assert again() == (first, 0)
+    assert again(list(reversed(staged)))[1] == 0
+    shard = tmp_path / "out" / "shards" / "train-000000.tar"
+    for damage in (lambda: shard.unlink(), lambda: shard.write_bytes(bytes(shard.stat().st_size))):
+        damage()
+        assert again() == (first, 8)
+        assert tree(output) == whole
+        assert again()[1] == 0
+    os.utime(staged[0].url)  # written anew, perhaps with other bytes
+    assert again()[1] == 8
+    assert again(size=50_000)[1] == 8
+    (tmp_path / "packed.json").write_text("[]")
+    assert again()[1] == 8
+    (tmp_path / "out" / "dataset.json").unlink()
+    assert again()[1] == 8
