@@ -43,6 +43,7 @@ class Source:
         twin, namesake: another video of the same stem in the same folder, or anywhere; a depth file or caption that is
             named by the stem could be that one's. "" where there is none.
         reason, message: why it will not be opened; "" where it will.
+        root: the folder or URL that it was found under, which links of its sidecars may not lead out of.
     """
 
     path: str
@@ -52,6 +53,7 @@ class Source:
     namesake: str = ""
     reason: str = ""
     message: str = ""
+    root: str = ""
 
     @property
     def is_video(self) -> bool:
@@ -95,18 +97,19 @@ def expand(
     for entry in kept:
         if not entry.reason:
             spans.setdefault(entry.path, []).extend([entry.span] if entry.span else [])
-    names = _names(kept)
-    sources = _with_namesakes([_source(path, names[path], spans[path]) for path in _without_sidecars(sorted(spans))])
+    names, roots = _names(kept), {entry.path: entry.root for entry in kept}
+    plain = [_source(path, names[path], spans[path], roots[path]) for path in _without_sidecars(sorted(spans))]
+    sources = _with_namesakes(plain)
     sources += [
         Source("", names[entry.path], reason=entry.reason, message=entry.message) for entry in kept if entry.reason
     ]
     return sorted(sources, key=lambda source: source.name)
 
 
-def _source(path: str, name: str, spans: Sequence[Span]) -> Source:
+def _source(path: str, name: str, spans: Sequence[Span], root: str) -> Source:
     if not may_be_video(path):
         return Source(path, name, reason="not_a_video", message="by its name")
-    return Source(path, name, tuple(dict.fromkeys(spans)))
+    return Source(path, name, tuple(dict.fromkeys(spans)), root=root)
 
 
 def _with_namesakes(sources: Sequence[Source]) -> list[Source]:

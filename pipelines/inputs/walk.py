@@ -59,6 +59,11 @@ def file(root: str, path: str, follow_links: bool) -> Entry:
     return _file(root, path, follow_links or _is_under(os.path.realpath(path), _inside(root)))
 
 
+def leads_out(path: str, *roots: str) -> bool:
+    """Return True where a file or folder lies, by its links, in none of the input folders."""
+    return not _is_under(os.path.realpath(path), [place for root in roots for place in _inside(root)])
+
+
 def _file(root: str, path: str, is_allowed: bool) -> Entry:
     if is_allowed or not os.path.exists(path):  # who opens a link that leads nowhere finds out
         return Entry(root, path)

@@ -63,7 +63,7 @@ class Job:
             new_row(
                 source.name,
                 spans=[asdict(span) for span in source.spans],
-                **{name: getattr(source, name) for name in ("name", "path", "twin", "namesake")},
+                **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
             )
             for source in sources
             if source.is_video

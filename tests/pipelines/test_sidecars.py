@@ -53,7 +53,7 @@ def test_a_depth_file_of_another_length_costs_its_clips(corpus, two_folders):
 
 def rows(folder: Path) -> dict[str, dict]:
     return {
-        source.name: {name: getattr(source, name) for name in ("path", "name", "twin", "namesake")}
+        source.name: {name: getattr(source, name) for name in ("path", "name", "root", "twin", "namesake")}
         for source in inputs.expand(str(folder))
         if source.is_video
     }
@@ -105,3 +105,37 @@ def test_a_long_caption_is_cut_between_characters(tmp_path):
     (tmp_path / "x.txt").write_bytes(("a" + "ä" * 40000).encode())
     caption = identify(rows(tmp_path)["x.mp4"], choices(tmp_path, tmp_path / "out"))["caption"]
     assert caption == "a" + "ä" * 32767
+
+
+@pytest.mark.parametrize("suffix", [".txt", ".depth.npz"])
+def test_a_link_of_a_sidecar_never_brings_in_a_secret(corpus, two_folders, suffix):
+    secret = two_folders / "secret"
+    secret.write_bytes(b"AKIA-a-key-of-somebody")
+    secret.chmod(0o600)
+    for folder, video in zip("ab", sorted(corpus.glob("*.mp4")), strict=False):
+        shutil.copy(video.with_suffix(".depth.npz"), two_folders / "in" / folder / "clip.depth.npz")
+
+    link = two_folders / f"in/a/clip{suffix}"
+    link.unlink(missing_ok=True)
+    link.symlink_to(secret)
+    config = choices(two_folders / "in", two_folders / "out", clips_per_shot=1, max_bad_fraction=0.5)
+    result = inline(config)
+    assert result.counts["samples"] == 1
+    assert [reject["reason"] for reject in result.rejects] == ["symlink_outside"] * 2  # the link itself, and the video
+    assert any("preprocess.follow_links=true" in reject["message"] for reject in result.rejects)
+    written = [path for path in (two_folders / "out").rglob("*") if path.is_file()]
+    assert written
+    assert not any(b"AKIA" in path.read_bytes() for path in written)
+
+
+def test_links_of_captions_within_the_input_and_a_snapshot_are_read(tmp_path):
+    snapshot = tmp_path / "snapshots/abc"
+    (snapshot / "texts").mkdir(parents=True)
+    (tmp_path / "blobs").mkdir()
+    (tmp_path / "blobs/0").write_text("of a blob")
+    (snapshot / "texts/y").write_text("of the input")
+    for name, target in (("x", "../../blobs/0"), ("y", "texts/y")):
+        (snapshot / f"{name}.mp4").write_bytes(name.encode())
+        (snapshot / f"{name}.txt").symlink_to(target)
+    config, found = choices(snapshot, tmp_path / "out"), rows(snapshot)
+    assert [identify(found[f"{name}.mp4"], config)["caption"] for name in "xy"] == ["of a blob", "of the input"]

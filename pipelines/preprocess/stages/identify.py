@@ -3,17 +3,18 @@
 from __future__ import annotations
 
 import os
+from collections.abc import Sequence
+from glob import escape, glob
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ex4d import storage, text
 from ex4d.errors import BadSample
-from pipelines.inputs import without_query
+from pipelines.inputs import walk, without_query
 from pipelines.preprocess import fetch, pairs
 from pipelines.runtime.stage import Row, Stage
 
 if TYPE_CHECKING:
-    from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
 
 MAX_CAPTION_BYTES = 64 * 1024
@@ -26,19 +27,21 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     where one is missing, and the depth file is that video's; else None.
 
     Raises:
-        BadSample: not_a_file, unreadable, empty_file, truncated_download, sidecar_ambiguous, caption_encoding.
+        BadSample: not_a_file, unreadable, empty_file, truncated_download, sidecar_ambiguous, caption_encoding,
+            symlink_outside: a link of a sidecar leads out of the input.
     """
     path, pair = row["path"], None
     try:
         filmed = path
         if "source" in config.members:
+            _check_inside(pairs.files_of(path), row, config)
             pair, filmed = _pair(path, config), pairs.files_of(path).source
         sha256, size_bytes = _local(path) if storage.is_local(path) else _remote(path, config)
         return {
             "sha256": sha256,
             "size_bytes": size_bytes,
-            "depth_file": _depth_file(fetch.depth_request(row, config, filmed)) if config.depth == "sidecar" else "",
-            "caption": _caption(row),
+            "depth_file": _depth_file(row, config, filmed) if config.depth == "sidecar" else "",
+            "caption": _caption(row, config),
             "pair": pair,
         }
     except OSError as error:
@@ -76,20 +79,31 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
     return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
 
 
-def _depth_file(request: DepthRequest) -> str:
+def _check_inside(files: Sequence[str], row: Row, config: PreprocessConfig) -> None:
+    """Raise BadSample symlink_outside where a link of a sidecar leads out of the input and of the video's folder."""
+    for file in files:
+        if config.follow_links or not storage.is_local(file):
+            continue
+        if walk.leads_out(file, row["root"], os.path.dirname(row["path"]), config.depth_path or row["root"]):
+            raise BadSample("symlink_outside", f"{file.rpartition('/')[2]} is {walk.OUTSIDE}")
+
+
+def _depth_file(row: Row, config: PreprocessConfig, filmed: str) -> str:
     from ex4d.depth import places
 
     try:
-        found = places.find(request)
+        found = places.find(fetch.depth_request(row, config, filmed))
     except BadSample as error:
         if error.reason == "sidecar_ambiguous":
             raise
         return ""  # the depth stage refuses each clip that misses it
+    if found != config.depth_path:  # a file that the settings name may lie anywhere
+        _check_inside([found, *glob(os.path.join(escape(found), "*.png"))], row, config)
     return f"{found.rpartition('/')[2]}:{places.sha256(found)}"
 
 
-def _caption(row: Row) -> str:
-    """Return the text beside a video. Raises BadSample: sidecar_ambiguous, caption_encoding."""
+def _caption(row: Row, config: PreprocessConfig) -> str:
+    """Return the text beside a video. Raises BadSample: sidecar_ambiguous, symlink_outside, caption_encoding."""
     from ex4d.depth import places
 
     path, own = without_query(row["path"]), PurePosixPath(row["name"])
@@ -101,6 +115,7 @@ def _caption(row: Row) -> str:
             raise BadSample("sidecar_ambiguous", places.ambiguous(f"{own.stem}.txt", own, row["twin"], True))
     if not storage.is_file(file):
         return ""
+    _check_inside([file], row, config)
     data = storage.read_bytes(file, 0, MAX_CAPTION_BYTES)
     try:
         return text.decode(data, is_cut=len(data) == MAX_CAPTION_BYTES).strip()
@@ -111,6 +126,6 @@ def _caption(row: Row) -> str:
 STAGE = Stage(
     "identify",
     identify,
-    reads=("path", "name", "twin", "namesake"),
+    reads=("path", "name", "root", "twin", "namesake"),
     writes=("sha256", "size_bytes", "depth_file", "caption", "pair"),
 )
