@@ -10,6 +10,7 @@ SECRET = "(not kept)"
 # C0 but tab and newline, C1, and what changes the direction or the line of text: they can hide or fake output.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]*""")
+_STORES = ("s3", "s3a", "gs", "gcs", "hf", "file")
 _NEXT = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 
 
@@ -26,7 +27,7 @@ def redacted(url: str) -> str:
     if "://" not in url:
         return url
     scheme, _, rest = url.partition("://")
-    if scheme.lower() in ("http", "https"):
+    if scheme.lower() not in _STORES:
         rest = re.split(r"[?#]", rest, maxsplit=1)[0]
     netloc, slash, path = rest.partition("/")
     return f"{scheme}://{netloc.rpartition('@')[2]}{slash}{path}"
