@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import json
 import re
 from typing import Any
 
@@ -43,11 +42,6 @@ def without_secrets(value: Any) -> Any:
         return value
     # Several URLs may stand in one text with commas between; a password may hold a comma, too.
     return ",".join(_URL.sub(_without, part) for part in _NEXT.split(value))
-
-
-def json_without_secrets(text: str, **options: Any) -> str:
-    """Return JSON text after `without_secrets`; `options` are those of json.dumps."""
-    return json.dumps(without_secrets(json.loads(text)), sort_keys=True, **options)
 
 
 def _without(found: re.Match) -> str:

@@ -150,11 +150,6 @@ def normal(bundle: Bundle, first: int = 0) -> Bundle:
     return replace(bundle, w2c=w2c, inverse=bundle.inverse / scale, information=bundle.information * scale**2)
 
 
-def residuals(matches: Matches, bundle: Bundle) -> np.ndarray:
-    """Return how far each match is from what the bundle predicts, float64 [P, N] px."""
-    return np.linalg.norm(_predicted(matches, bundle)[2], axis=-1)
-
-
 def cost_of(matches: Matches, bundle: Bundle, usual_focal: float | None = None) -> float:
     """Return the weighted mean of log(1 + (residual / SCALE_PX)²), and what an unusual focal length costs."""
     squared = np.square(_predicted(matches, bundle)[2]).sum(axis=-1)
