@@ -15,6 +15,7 @@ import time
 from collections.abc import Callable, Iterator
 from typing import TypeVar
 
+from ex4d import web
 from ex4d.redact import redacted
 
 log = logging.getLogger(__name__)
@@ -82,7 +83,7 @@ def call(operation: Callable[[], Result], url: str) -> Result:
 
 def is_passing(error: BaseException) -> bool:
     """Return True where the same call may succeed later."""
-    if isinstance(error, Unavailable | TooLarge):
+    if isinstance(error, Unavailable | TooLarge) or _refused(error):
         return False  # it was tried often enough
     status, code = _answer(error)
     if code == "NoSuchUpload":  # of a multipart upload whose end was tried twice: the upload begins again
@@ -103,6 +104,10 @@ def _causes(error: BaseException | None) -> Iterator[BaseException]:
     while error is not None:
         yield error
         error = error.__cause__
+
+
+def _refused(error: BaseException) -> web.PrivateHost | web.OtherHost | None:
+    return next((cause for cause in _causes(error) if isinstance(cause, web.PrivateHost | web.OtherHost)), None)
 
 
 def _is_broken(error: BaseException) -> bool:
@@ -140,6 +145,8 @@ def _given_up(error: BaseException, url: str) -> OSError:
 
 def _lasting(error: BaseException, url: str) -> OSError:
     status, _ = _answer(error)
+    if refused := _refused(error):
+        return type(refused)(refused.errno, refused.strerror, redacted(url))
     if isinstance(error, Unavailable | TooLarge):
         return error
     if isinstance(error, FileNotFoundError) or status in (404, 410):

@@ -23,7 +23,7 @@ from urllib.parse import unquote
 
 import fsspec
 
-from ex4d import remote
+from ex4d import remote, web
 from ex4d.errors import ConfigError
 from ex4d.remote import TooLarge, Truncated
 
@@ -97,7 +97,8 @@ def _filesystem(url: str | Path) -> tuple[Any, str]:
 
             # By default a file that takes longer than five minutes is cut off.
             waits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-            options["client_kwargs"] = {"timeout": waits}
+            options["client_kwargs"] = {"timeout": waits, **web.client_kwargs(url)}
+            options["get_client"] = web.client
         return fsspec.core.url_to_fs(url, **options)
     except ImportError as error:
         raise ConfigError(

@@ -14,17 +14,18 @@ from scipy.sparse.csgraph import connected_components
 ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
-FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video"}
+FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video", "web"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": set(),
     "config": {"errors", "text"},
     "redact": set(),
-    "remote": {"redact"},
-    "storage": {"errors", "remote"},
+    "remote": {"redact", "web"},
+    "storage": {"errors", "remote", "web"},
     "hub": {"errors"},
     "isolation": {"errors"},
     "text": set(),
+    "web": set(),
     "video": {"errors", "config", "storage"},
     "geometry": FLOOR,
     "depth": FLOOR | {"geometry"},

@@ -8,7 +8,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from ex4d import hub, remote, storage
+from ex4d import hub, remote, storage, web
 from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
 from ex4d.depth import ESTIMATORS, DepthRequest, places, weight_folders
 from ex4d.errors import BadSample, ConfigError
@@ -244,7 +244,8 @@ def _scenes(config: EvaluateConfig) -> list[dict[str, Any]]:
 def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a case for every video that can be read, and put the others into `rejects`."""
     try:
-        sources = inputs.expand(str(config.videos), exclude=config.output)
+        with web.rules(private="none"):  # a list may name hosts
+            sources = inputs.expand(str(config.videos), exclude=config.output)
     except ConfigError as error:
         raise ConfigError("evaluate.videos", error.value, error.allowed) from None
     sources = [source for source in sources if source.reason != "not_a_video"]

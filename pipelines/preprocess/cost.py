@@ -26,6 +26,7 @@ from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig
 from pipelines.inputs import Source
+from pipelines.preprocess import fetch
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
 
@@ -164,7 +165,8 @@ def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfi
     videos = [source for source in sources if source.is_video]
     if not videos:
         raise ConfigError("preprocess.input", config.input, "something that may be a video")
-    chosen = spread(videos, choice.sample_videos)
+    with fetch.reach(config):
+        chosen = spread(videos, choice.sample_videos)
     measure(config, chosen[0])  # compiles, starts the decoding child, warms the disk: once a worker, not once a video
     return scale([measure(config, source) for source in chosen], len(videos), config, choice)
 

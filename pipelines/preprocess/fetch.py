@@ -12,16 +12,17 @@ import tempfile
 import threading
 import time
 import uuid
-from collections.abc import Mapping
-from contextlib import suppress
+from collections.abc import Callable, Mapping
+from contextlib import AbstractContextManager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
-from ex4d import remote, storage
+from ex4d import remote, storage, web
 from ex4d.config import fingerprint
 from ex4d.data.cache import claim, least_used_first
 from ex4d.errors import BadSample
 from pipelines.inputs import without_query
+from pipelines.runtime.stage import Row
 
 if TYPE_CHECKING:
     from ex4d.depth import DepthRequest
@@ -34,6 +35,17 @@ MAX_TRIES = 10  # to hold a file before other processes take its room
 MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
 
 
+def reach(config: PreprocessConfig) -> AbstractContextManager[None]:
+    """Return a context in which only hosts are asked that the settings allow."""
+    return web.rules(private="any" if config.allow_private_hosts else "none")
+
+
+def sidecar_rules(function: Callable[[Row, Any], Mapping[str, Any]], row: Row, config: Any) -> Mapping[str, Any]:
+    """Return what a stage's function returns, under `reach`; no redirect to another host is followed, but of videos."""
+    with reach(config), web.rules(same_host=True):
+        return function(row, config)
+
+
 def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
     """Return the path of a row's video on this machine; it stays there until this process asks for another.
 
@@ -42,7 +54,8 @@ def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
     """
     if storage.is_local(row["path"]):
         return row["path"]
-    return str(_cache(config).get(row["path"], row["sha256"], "video"))
+    with web.rules(same_host=False):
+        return str(_cache(config).get(row["path"], row["sha256"], "video"))
 
 
 def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -> DepthRequest:
@@ -79,6 +92,11 @@ def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
 
     Else the file is read, and lies in the cache afterwards. Raises OSError.
     """
+    with web.rules(same_host=False):
+        return _digest(url, config)
+
+
+def _digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
     tag = storage.tag(url)
     note = storage.join(config.output, SOURCES, f"{fingerprint(url, tag)}.json")
     if tag and storage.exists(note):
@@ -97,6 +115,8 @@ def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
 
 def unreadable(error: OSError) -> BadSample:
     """Return the refusal that an error of a file or store means; the same text whenever and wherever it happened."""
+    if isinstance(error, web.PrivateHost):
+        return BadSample("private_host", f"the host {error.strerror}")
     if isinstance(error, storage.TooLarge):
         return BadSample("file_too_large", "has more bytes than preprocess.max_file_mb allows")
     if isinstance(error, storage.Truncated):

@@ -2,9 +2,11 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
+from functools import partial
 
-from pipelines.preprocess import settings
+from pipelines.preprocess import fetch, settings
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import (
     caption,
@@ -86,7 +88,12 @@ def stages_of(config: PreprocessConfig) -> Stages:
     gpus = [share if on_gpu & set(stage.writes) else 0.0 for stage in clip]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
-        split=tuple(replace(stage, memory_mb=settings.WORKER_MB) for stage in split),
-        clip=tuple(replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(clip, gpus, strict=True)),
-        score=tuple(replace(stage, memory_mb=clip_mb) for stage in plain.score),
+        hash=_fetching(plain.hash),
+        split=_fetching([replace(stage, memory_mb=settings.WORKER_MB) for stage in split]),
+        clip=_fetching([replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(clip, gpus, strict=True)]),
+        score=_fetching([replace(stage, memory_mb=clip_mb) for stage in plain.score]),
     )
+
+
+def _fetching(stages: Sequence[Stage]) -> tuple[Stage, ...]:
+    return tuple(replace(stage, function=partial(fetch.sidecar_rules, stage.function)) for stage in stages)

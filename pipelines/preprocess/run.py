@@ -102,7 +102,8 @@ def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> Pr
         return config
     videos = (source for source in sources if source.is_video)
     requests = (fetch.depth_request(vars(source), config, source.path) for source in videos)
-    depth, choice = auto.choose(requests, config.depth_path)
+    with fetch.reach(config):
+        depth, choice = auto.choose(requests, config.depth_path)
     print(choice)
     return replace(config, depth=depth)
 
@@ -110,7 +111,8 @@ def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> Pr
 def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:
     """Return every input file; where `config.input` is None, of a synthetic corpus that is written first."""
     if config.input is not None:
-        found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)
+        with fetch.reach(config):
+            found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)
         return pairs.without_sources(found) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "a file, folder, glob or list; or a section `synthetic` beside it")

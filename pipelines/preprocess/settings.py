@@ -86,6 +86,9 @@ class PreprocessConfig:
     cache_dir: str | None = setting(None, "Local folder for copies of remote videos; null: in the temporary folder.")
     cache_mb: int = setting(20480, "Size of that cache, MB, besides the videos in use.", ge=1)
     max_file_mb: int = setting(65536, "Refuse a remote video larger than this, MB, as file_too_large.", ge=1)
+    allow_private_hosts: bool = setting(
+        False, "Fetch videos from hosts on this machine or its local network, too; false: refuse them as private_host."
+    )
     near_duplicates: Literal["group", "filter", "off"] = setting(
         "group",
         "Videos that look nearly alike: group puts them into one split, filter keeps the largest, off does not look.",

@@ -30,7 +30,7 @@ Row = dict[str, Any]
 # ({"fate", "stage", "reason", "message"} or None), and the seconds that each stage took.
 ROW_COLUMNS = ("key", "refusal", "seconds")
 # A store, a network or a disk may be well again at the next run: refusals for these reasons are not written down.
-PASSING = ("unreadable", "truncated_download")
+PASSING = ("unreadable", "truncated_download", "private_host")
 # Nothing is wrong with the video: another way of making depth would take it.
 NO_FAULT = ("no_parallax",)
 

@@ -42,7 +42,7 @@ def corpus(tmp_path_factory):
 @pytest.fixture(scope="module")
 def config(corpus, tmp_path_factory):
     folder = tmp_path_factory.mktemp("local")
-    return choices(corpus, folder / "out", cache_dir=str(folder / "cache"))
+    return choices(corpus, folder / "out", cache_dir=str(folder / "cache"), allow_private_hosts=True)
 
 
 @pytest.fixture(scope="module")

@@ -1,0 +1,103 @@
+"""Which hosts a process may ask: what a list or a redirect names must not reach the local network of this machine.
+
+The address is checked where the socket is made, so every spelling of it, every DNS name and every redirect comes to the
+same check, and a name that changes its address between two look-ups gains nothing. By default a host that the caller
+itself names may be private, and one that a redirect names must be public.
+"""
+
+from __future__ import annotations
+
+import errno
+import ipaddress
+import socket
+from collections.abc import Awaitable, Callable, Iterator
+from contextlib import contextmanager
+from contextvars import ContextVar
+from dataclasses import dataclass, replace
+from typing import TYPE_CHECKING, Any, Literal
+from urllib.parse import urlsplit
+
+if TYPE_CHECKING:
+    import aiohttp
+
+_NAT64 = ipaddress.ip_network("64:ff9b::/96")  # its last 32 bits are an IPv4 address
+
+
+class PrivateHost(OSError):
+    """An address that is not public was asked for."""
+
+
+class OtherHost(FileNotFoundError):
+    """A file was answered with a redirect to another host, where it may not be followed."""
+
+
+@dataclass(frozen=True)
+class Rules:
+    """What a request may reach.
+
+    Args:
+        private: hosts at addresses that are not public: of "none", of the "named" host alone, of "any".
+        same_host: no redirect to another host.
+    """
+
+    private: Literal["none", "named", "any"] = "named"
+    same_host: bool = False
+
+
+_DEFAULT = Rules()
+_rules: ContextVar[Rules] = ContextVar("rules", default=_DEFAULT)
+_asked: ContextVar[str] = ContextVar("asked", default="")  # host of the request that a socket is made for
+
+
+@contextmanager
+def rules(**changes: Any) -> Iterator[None]:
+    """Set fields of Rules for what this thread asks for inside."""
+    token = _rules.set(replace(_rules.get(), **changes))
+    try:
+        yield
+    finally:
+        _rules.reset(token)
+
+
+def client_kwargs(url: str) -> dict[str, Any]:
+    """Return what `client` makes a session of that may open `url` under the rules of this thread."""
+    return {"rules": _rules.get(), "named": urlsplit(url).hostname or ""}
+
+
+async def client(rules: Rules, named: str, **kwargs: Any) -> aiohttp.ClientSession:
+    """Return a session that keeps the rules. `named` is the host that its caller names."""
+    import aiohttp
+
+    async def note_host(
+        request: aiohttp.ClientRequest, handler: Callable[[aiohttp.ClientRequest], Awaitable[aiohttp.ClientResponse]]
+    ) -> aiohttp.ClientResponse:
+        host = request.url.host or ""
+        if rules.same_host and host.lower() != named:
+            raise OtherHost(errno.ENOENT, "a redirect to another host, which is not followed")
+        token = _asked.set(host.lower())
+        try:
+            return await handler(request)
+        finally:
+            _asked.reset(token)
+
+    def open_socket(info: tuple[Any, ...]) -> socket.socket:
+        family, kind, protocol, _, address = info
+        may_be_private = rules.private == "any" or (rules.private == "named" and _asked.get() == named)
+        if not may_be_private and not is_public(address[0]):
+            raise PrivateHost(errno.EACCES, "is at a private address; preprocess.allow_private_hosts=true takes it")
+        return socket.socket(family, kind, protocol)
+
+    connector = aiohttp.TCPConnector(socket_factory=open_socket)
+    return aiohttp.ClientSession(connector=connector, middlewares=(note_host,), **{**kwargs, "trust_env": False})
+
+
+def is_public(address: str) -> bool:
+    """Return False for loopback, private, link-local, multicast and reserved addresses, also where IPv6 wraps one."""
+    found = ipaddress.ip_address(address.partition("%")[0])
+    if isinstance(found, ipaddress.IPv6Address):
+        inner = found.ipv4_mapped or found.sixtofour or (found.teredo or (None, None))[1]
+        if found in _NAT64:
+            inner = ipaddress.IPv4Address(int(found) & 0xFFFFFFFF)
+        if inner is not None:
+            return is_public(str(inner))
+    return found.is_global and not found.is_multicast and not found.is_reserved
