@@ -192,7 +192,7 @@ def _local_processes(arguments: list[str], count: int, output: Path) -> int:
     """
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(_free_port())}
+    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common[PARENT] = str(os.getpid())
     common.setdefault("TQDM_DISABLE", "1")  # the bars of model loading, one for each file and rank
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
@@ -260,7 +260,8 @@ def _explain(codes: list[int], logs: Path) -> int:
     return code if code > 0 else 128 - code
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a port of the loopback that is free now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -23,6 +23,7 @@ from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import check_output, connected
+from pipelines.runtime.ledger import exclusive
 from pipelines.runtime.runner import RayConfig
 from pipelines.train import sweep_report
 from pipelines.train.sweep_config import SweepConfig
@@ -41,17 +42,29 @@ def command(path: str, overrides: Sequence[str]) -> int:
     output = Path(sweep.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
-    _check_same(sweep, tree, output)
-    from pipelines.train.sweep_tune import Interrupted
+    with exclusive(str(output)):
+        _check_same(sweep, tree, output)
+        from pipelines.train.sweep_tune import Interrupted
 
-    try:
         with _interruptible(), connected(loaded["ray"].address):
-            rows = run(sweep, tree)
-            noise = confirm(sweep, tree, rows)
-    except Interrupted as stop:
-        print(f"interrupted: finished trials and checkpoints are kept in {output}; the same command goes on from there")
-        return stop.status
-    return sweep_report.write(rows, noise, tree, sweep)
+            try:
+                rows = run(sweep, tree)
+                noise = confirm(sweep, tree, rows)
+            except Interrupted as stop:
+                return _say_interrupted(sweep, tree, stop.status)
+        return sweep_report.write(rows, noise, tree, sweep)
+
+
+def _say_interrupted(sweep: SweepConfig, tree: dict[str, Any], status: int) -> int:
+    """Write what is known of an unfinished sweep to sweep.json, say in one line what is kept, and return `status`."""
+    from pipelines.train.sweep_tune import so_far
+
+    rows = sweep_report.ranked(so_far(sweep, tree), sweep, tree)
+    ended = sum(row["state"] != "interrupted" for row in rows)
+    sweep_report.write_json(rows, {}, f"Interrupted when {ended} trials had ended.", sweep)
+    kept = f"{ended} ended trials and the checkpoints of the others are kept in {sweep.output}"
+    print(f"interrupted: {kept}; run the same command again to continue")
+    return status
 
 
 def trial_tree(
@@ -108,8 +121,11 @@ def _interruptible() -> Iterator[None]:
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
     statuses = {signal.SIGINT: 130, signal.SIGTERM: EXIT_PREEMPTED}
 
+    sweep_tune.stop_asked.clear()
+
     def stop(number: int, _: object) -> None:
         sweep_tune.stop_asked.append(statuses[signal.Signals(number)])
+        signal.signal(number, before[signal.Signals(number)])  # whoever asks twice does not want to wait
 
     before = {number: signal.signal(number, stop) for number in statuses}
     try:
@@ -138,4 +154,5 @@ def confirm(sweep: SweepConfig, tree: dict[str, Any], rows: list[dict[str, Any]]
     seed = int(value_in(tree, "train.seed"))
     seeds = [seed + index for index in range(sweep.repeat_seeds)]
     best = {key: value for key, value in rows[0]["point"].items() if key != "train.seed"}
-    return {name: repeat(sweep, tree, point, seeds) for name, point in (("best", best), ("default", {}))}
+    points = {"best": best, "default": {}}
+    return {name: repeat(sweep, tree, point, seeds, f"seeds of the {name}") for name, point in points.items()}

@@ -8,7 +8,8 @@ from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from ex4d import config
+from ex4d import config, storage
+from pipelines.train.sweep_board import short
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space, value_in, with_values
 
@@ -22,7 +23,8 @@ def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[
     found = []
     for row in rows:
         bad = row["error"] is not None or row["value"] is None or not math.isfinite(row["value"])
-        state = "failed" if bad else "finished" if row["step"] >= last else "stopped"
+        ended = "failed" if bad else "finished" if row["step"] >= last else "stopped"
+        state = ended if row["ended"] else "interrupted"
         metrics = {name: row["metrics"].get(name) for name in sweep.report}
         kept = {key: row[key] for key in ("value", "step", "error", "curve", "folder")}
         found.append({"point": space.whole(row["drawn"], tree), "state": state, **kept, "metrics": metrics})
@@ -76,9 +78,7 @@ def write(
     output = Path(sweep.output)
     output.mkdir(parents=True, exist_ok=True)
     said = verdict(noise, sweep)
-    repeats = {name: [{"value": row["value"], "step": row["step"]} for row in found] for name, found in noise.items()}
-    whole = {"metric": sweep.metric, "trials": rows, "repeats": repeats, "verdict": said}
-    (output / "sweep.json").write_text(json.dumps(whole, indent=2) + "\n", encoding="utf-8")
+    write_json(rows, noise, said, sweep)
     _print_table(rows, sweep)
     if not rows or rows[0]["state"] == "failed":
         print("every trial failed; see train.log in each trial's folder")
@@ -98,6 +98,15 @@ def write(
     return 0
 
 
+def write_json(
+    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], said: str, sweep: SweepConfig
+) -> None:
+    """Write OUTPUT/sweep.json: the trials, best first, the repetitions with other seeds, and the verdict."""
+    repeats = {name: [{"value": row["value"], "step": row["step"]} for row in found] for name, found in noise.items()}
+    whole = {"metric": sweep.metric, "trials": rows, "repeats": repeats, "verdict": said}
+    storage.write_bytes(Path(sweep.output) / "sweep.json", (json.dumps(whole, indent=2) + "\n").encode())
+
+
 def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
     from rich.console import Console
     from rich.table import Table
@@ -108,13 +117,9 @@ def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
         table.add_column(column)
     for row in rows:
         value = "-" if row["value"] is None else f"{row['value']:.5f}"
-        cells = (_short(row["point"].get(key, "-")) for key in keys)
+        cells = (short(row["point"].get(key, "-")) for key in keys)
         table.add_row(*cells, value, str(row["step"] or "-"), row["state"])
     Console().print(table)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def write_page(

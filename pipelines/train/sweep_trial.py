@@ -14,14 +14,14 @@ import shutil
 import subprocess
 import sys
 import time
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
 from ex4d import config
 from ex4d.train import checkpoint, runlog
-from pipelines.train.launch import PARENT
+from pipelines.train.launch import PARENT, free_port
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space, value_in, with_values
 
@@ -55,26 +55,27 @@ def follow(path: Path, process: subprocess.Popen, poll_s: float = 0.2) -> Iterat
         time.sleep(poll_s)
 
 
-def folder_of(output: str, point: Mapping[str, Any], tree: Mapping[str, Any]) -> Path:
-    """Return the folder of the trial at a point: named by what differs from the file's own values."""
+def trial_folder(sweep: SweepConfig, point: Mapping[str, Any], tree: Mapping[str, Any], trial_id: str) -> Path:
+    """Return the folder of a trial: named by what differs from the file's own values; by its id under PBT.
+
+    Args:
+        point: the whole of it (Space.whole).
+    """
     changed = {key: value for key, value in sorted(point.items()) if value != value_in(tree, key)}
-    return Path(output) / "trials" / config.fingerprint(changed)
+    name = trial_id if sweep.search == "pbt" else config.fingerprint(changed)
+    return Path(sweep.output) / "trials" / name
 
 
 def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -> None:
     """Train at one point of the space and report at each rung (runs inside a Ray worker).
 
-    A trial reports {"value", "step", and each of sweep.report} at every multiple of `sweep.grace_steps` and at the end,
-    so that all are compared after the same number of steps.
+    It reports what `rungs` yields, so that all trials are compared after the same number of steps.
     """
     from ray import tune
 
     space = Space.of(sweep.space)
     point = space.whole(drawn.get("point", drawn), tree)
-    if sweep.search == "pbt":
-        folder = Path(sweep.output) / "trials" / tune.get_context().get_trial_id()
-    else:
-        folder = folder_of(sweep.output, point, tree)
+    folder = trial_folder(sweep, point, tree, tune.get_context().get_trial_id())
     folder.mkdir(parents=True, exist_ok=True)
     settings = with_values(tree, {**point, "train.output": str(folder / "train")})
     with _alone(folder):
@@ -89,40 +90,68 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
 
 
 def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any, known: int) -> None:
-    import ray
-
-    command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]
-    if settings["train"].get("launcher") == "ray":  # the ranks of one trial may stand on several nodes
-        command.append(f"ray.address={ray.get_runtime_context().gcs_address}")
-    last, every = int(settings["train"]["num_steps"]), sweep.grace_steps
-    reached = checkpoint.latest(folder / "train")
+    """Train what is missing in a trial's folder and report each rung after the step `known`."""
+    output, last = folder / "train", int(settings["train"]["num_steps"])
+    reached = checkpoint.latest(output)
+    step = checkpoint.read_state(reached).step if reached else 0
     # Later steps will be done again, perhaps with other settings: they must not be reported.
-    runlog.truncate(folder / "train" / "metrics.jsonl", checkpoint.read_state(reached).step if reached else 0)
-    with open(folder / "train.log", "ab") as log, _training(command, log) as process:
-        values: list[float] = []
-        for record in follow(folder / "train" / "metrics.jsonl", process):
-            step = record["step"]
-            if sweep.metric != "validation_loss":
-                values.append(float(record[sweep.metric]))
-            if step <= known or (step % every and step != last):
+    runlog.truncate(output / "metrics.jsonl", step)
+    if step >= last and (output / "adapter" / "adapter.safetensors").exists() and sweep.search != "pbt":
+        for found in rungs(runlog.read(output / "metrics.jsonl"), sweep, last):  # trained by an earlier start
+            tune.report(found | {"folder": str(folder)})
+        return
+    command, place = _command(folder, settings)
+    with open(folder / "train.log", "ab") as log, _training(command, place, log) as process:
+        for found in rungs(follow(output / "metrics.jsonl", process), sweep, last):
+            if found["step"] <= known:
                 continue
-            recent = values[-sweep.window :] or [float(record["validation_loss"])]
-            found = {"value": sum(recent) / len(recent), "step": step, "folder": str(folder)}
-            found |= {name: record.get(name) for name in sweep.report}
+            # Ray ends a trial that reports its last step: the adapter must be written by then.
+            if found["step"] == last and process.wait() != 0:
+                break
+            given = None
             if sweep.search == "pbt":
-                path = _wait_for(folder / "train", step, process)
-                tune.report(found, checkpoint=tune.Checkpoint.from_directory(str(path)))
-            else:
-                tune.report(found)
+                given = tune.Checkpoint.from_directory(str(_wait_for(output, found["step"], process)))
+            tune.report(found | {"folder": str(folder)}, checkpoint=given)
     if process.returncode != 0:
         tail = (folder / "train.log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"training ended with {process.returncode}; the end of its log:\n{tail}")
 
 
+def _command(folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
+    """Return the command of a trial's training, and the variables that make it a rank; {}: it starts the ranks."""
+    import ray
+
+    command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]
+    if settings["train"].get("launcher") == "ray":  # the ranks of one trial may stand on several nodes
+        return [*command, f"ray.address={ray.get_runtime_context().gcs_address}"], {}
+    if settings["train"].get("num_processes") != 1:
+        return command, {}
+    # The only rank itself: a launcher beside it would load PyTorch once more, a fifth of a tiny trial's start.
+    place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
+    return command, place | {"MASTER_PORT": str(free_port())}
+
+
+def rungs(records: Iterable[Mapping[str, Any]], sweep: SweepConfig, last: int) -> Iterator[dict[str, Any]]:
+    """Yield {"value", "step", and each of sweep.report} at every multiple of `sweep.grace_steps` and at the last step.
+
+    Args:
+        records: one a step, from the first, as metrics.jsonl holds them.
+    """
+    values: list[float] = []
+    for record in records:
+        step = record["step"]
+        if sweep.metric != "validation_loss":
+            values.append(float(record[sweep.metric]))
+        if step % sweep.grace_steps and step != last:
+            continue
+        recent = values[-sweep.window :] or [float(record["validation_loss"])]
+        yield {"value": sum(recent) / len(recent), "step": step} | {name: record.get(name) for name in sweep.report}
+
+
 @contextmanager
-def _training(command: list[str], log: Any) -> Iterator[subprocess.Popen]:
+def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterator[subprocess.Popen]:
     """Yield the training's process; what ends the trial ends it, with a checkpoint where there is time."""
-    environment = os.environ | {PARENT: str(os.getpid())}  # killed with this worker
+    environment = os.environ | {PARENT: str(os.getpid())} | place  # killed with this worker
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
     try:
         yield process

@@ -6,14 +6,18 @@ import dataclasses
 import functools
 import math
 import os
+import random
 import time
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ex4d.train import runlog
+from pipelines.train import sweep_board
+from pipelines.train.sweep_board import Display
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Axis, Space
-from pipelines.train.sweep_trial import run_trial
+from pipelines.train.sweep_trial import run_trial, rungs, trial_folder
 
 MAX_FAILURES = 1  # a trial that fails is tried once more, from its last checkpoint
 
@@ -29,20 +33,20 @@ class Interrupted(BaseException):
 
 
 def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run what is missing of a sweep; return a row a trial: point, value, step, error, curve, folder."""
+    """Run what is missing of a sweep; return a row a trial: see _rows."""
     from ray import tune
 
     space = Space.of(sweep.space)
-    trainable = _trainable(sweep, tree)
-    path = Path(sweep.output) / "tune" / "search"
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what is proposed must survive a kill
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner; the table is ours
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    if tune.Tuner.can_restore(str(path)):
-        tuner = tune.Tuner.restore(str(path), trainable=trainable, resume_unfinished=True)
-        return _rows(tuner.fit())
+    before = _before(sweep, tree)
+    if before is not None:
+        return _rows(before.fit())
     proposals, config = _proposals(sweep, space, tree)
+    total = len(config["point"]["grid_search"]) if "point" in config else sweep.num_trials
     tuner = tune.Tuner(
-        trainable,
+        _trainable(sweep, tree),
         param_space=config,
         tune_config=tune.TuneConfig(
             metric="value",
@@ -50,15 +54,31 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
             num_samples=1 if "point" in config else sweep.num_trials,
             max_concurrent_trials=sweep.max_concurrent,
             search_alg=proposals,
-            scheduler=_scheduler(sweep, space, int(tree["train"]["num_steps"])),
+            scheduler=_scheduler(sweep, space, tree),
         ),
-        run_config=_run_config("search", sweep, tree),
+        run_config=_run_config("search", "sweep", total, sweep, tree),
     )
     return _rows(tuner.fit())
 
 
+def so_far(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
+    """Return the rows of a sweep that has not ended."""
+    before = _before(sweep, tree)
+    return [] if before is None else _rows(before.get_results())
+
+
+def _before(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
+    """Return the Tuner of an earlier start of this sweep, or None."""
+    from ray import tune
+
+    path = str(Path(sweep.output) / "tune" / "search")
+    if not tune.Tuner.can_restore(path):
+        return None
+    return tune.Tuner.restore(path, trainable=_trainable(sweep, tree), resume_unfinished=True)
+
+
 def repeat(
-    sweep: SweepConfig, tree: dict[str, Any], point: dict[str, Any], seeds: Sequence[int]
+    sweep: SweepConfig, tree: dict[str, Any], point: dict[str, Any], seeds: Sequence[int], title: str
 ) -> list[dict[str, Any]]:
     """Train one point to its end with each seed; what was trained in the search is taken from there."""
     from ray import tune
@@ -71,7 +91,7 @@ def repeat(
         _trainable(fixed, tree),
         param_space={"point": tune.grid_search(points)},
         tune_config=tune.TuneConfig(metric="value", mode="min", max_concurrent_trials=sweep.max_concurrent),
-        run_config=_run_config(f"repeat-{time.time_ns()}", sweep, tree),
+        run_config=_run_config(f"repeat-{time.time_ns()}", title, len(points), fixed, tree),
     )
     return _rows(tuner.fit())
 
@@ -85,14 +105,16 @@ def _trainable(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     return tune.with_resources(function, {"cpu": sweep.cpus_per_trial, "gpu": sweep.gpus_per_trial})
 
 
-def _run_config(name: str, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
+def _run_config(name: str, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     from ray import tune
 
     return tune.RunConfig(
         name=name,
         storage_path=str(Path(sweep.output) / "tune"),
         verbose=0,
-        callbacks=[Board(sweep, int(tree["train"]["num_steps"]))],
+        callbacks=[Board(title, total, sweep, tree)],
+        stop={"step": int(tree["train"]["num_steps"])},
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # of PBT; fewer could be gone before one is taken over
         failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
     )
 
@@ -109,7 +131,8 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
         points = first + [point for point in space.grid() if point not in first]
         return None, {"point": tune.grid_search(points)}
     if sweep.search == "pbt":
-        return BasicVariantGenerator(random_state=sweep.seed), {axis.key: _domain(axis) for axis in space.axes}
+        generator = BasicVariantGenerator(points_to_evaluate=first or None, random_state=sweep.seed)
+        return generator, {axis.key: _domain(axis) for axis in space.axes}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     samplers = optuna.samplers
     maker: Any = samplers.RandomSampler if sweep.search == "random" else samplers.TPESampler
@@ -132,39 +155,84 @@ def _domain(axis: Axis) -> Any:
     return tune.quniform(low, high, step[0]) if step else tune.uniform(low, high)
 
 
-def _scheduler(sweep: SweepConfig, space: Space, num_steps: int) -> Any:
+def _scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
     from ray.tune import schedulers
 
+    num_steps = int(tree["train"]["num_steps"])
     grace = min(sweep.grace_steps, num_steps)
     if sweep.search == "pbt":
+        random.seed(sweep.seed)  # from which PBT draws
         return schedulers.PopulationBasedTraining(
             time_attr="step",
             perturbation_interval=grace,
             hyperparam_mutations={axis.key: _domain(axis) for axis in space.axes},
+            custom_explore_fn=functools.partial(_inside, space),
             quantile_fraction=0.25 if sweep.num_trials >= 4 else 0.5,
             require_attrs=False,
             synch=True,  # all are compared at the same step
         )
     if sweep.scheduler == "asha":
-        return schedulers.ASHAScheduler(
-            time_attr="step", max_t=num_steps, grace_period=grace, reduction_factor=sweep.reduction_factor
-        )
+        asha = _remembering(schedulers.ASHAScheduler, sweep, tree)
+        return asha(time_attr="step", max_t=num_steps, grace_period=grace, reduction_factor=sweep.reduction_factor)
     if sweep.scheduler == "median":
-        return schedulers.MedianStoppingRule(time_attr="step", grace_period=grace, min_samples_required=3)
+        median = _remembering(schedulers.MedianStoppingRule, sweep, tree)
+        # No time slices: a trial that is set aside for another has to load its model again.
+        return median(time_attr="step", grace_period=grace, min_samples_required=3, min_time_slice=math.inf)
     return schedulers.FIFOScheduler()
 
 
+def _inside(space: Space, point: dict[str, Any]) -> dict[str, Any]:
+    """Return a point that PBT has moved, with each number brought back into its range."""
+    ranges = {axis.key: axis.values[:2] for axis in space.axes if axis.kind != "choice"}
+    return point | {key: min(max(point[key], low), high) for key, (low, high) in ranges.items()}
+
+
+def _remembering(base: Any, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
+    """Return a scheduler class that knows after a restart what trials reported before: Ray Tune does not keep that."""
+    last = int(tree["train"]["num_steps"])
+
+    class Remembering(base):
+        def __init__(self, **options: Any):
+            super().__init__(**options)
+            self.heard: dict[str, int] = {}  # the last step of each trial
+
+        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
+            super().on_trial_add(tune_controller, trial)
+            until = (trial.last_result or {}).get("step", 0)
+            log = _folder(trial, sweep, tree) / "train" / "metrics.jsonl"
+            before = [found for found in rungs(runlog.read(log), sweep, last) if found["step"] <= until]
+            for found in before:
+                self.on_trial_result(tune_controller, trial, found)
+            if before and trial.status == "TERMINATED":
+                self.on_trial_complete(tune_controller, trial, before[-1])
+
+        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
+            if result["step"] <= self.heard.get(trial.trial_id, 0):
+                return base.CONTINUE  # a trial that goes on reports again what it had reported
+            self.heard[trial.trial_id] = result["step"]
+            return super().on_trial_result(tune_controller, trial, result)
+
+    return Remembering
+
+
+def _folder(trial: Any, sweep: SweepConfig, tree: dict[str, Any]) -> Path:
+    point = Space.of(sweep.space).whole(trial.config.get("point", trial.config), tree)
+    return trial_folder(sweep, point, tree, trial.trial_id)
+
+
 def _rows(results: Any) -> list[dict[str, Any]]:
+    """Return {"drawn": point, "value", "step", "metrics", "folder", "curve", "error", "ended"} of each trial."""
     rows = []
-    for result in results:
+    for result, trial in zip(results, results._experiment_analysis.trials, strict=True):
         metrics, config = result.metrics or {}, result.config or {}
         frame = result.metrics_dataframe
-        curve: list[list[float]] = []
-        if frame is not None and "value" in frame:
-            curve = [[int(step), float(value)] for step, value in zip(frame["step"], frame["value"], strict=True)]
-        error = str(result.error).strip().splitlines()[-1] if result.error else None
-        rows.append({"drawn": config.get("point", config), "value": metrics.get("value"), "step": metrics.get("step")})
-        rows[-1] |= {"error": error, "curve": sorted(curve), "metrics": metrics, "folder": metrics.get("folder")}
+        curve: dict[int, float] = {}
+        if frame is not None and "value" in frame:  # a trial that went on may have reported a step twice
+            curve = {int(step): float(value) for step, value in zip(frame["step"], frame["value"], strict=True)}
+        row = {"drawn": config.get("point", config), "curve": [list(item) for item in sorted(curve.items())]}
+        row |= {"metrics": metrics} | {key: metrics.get(key) for key in ("value", "step", "folder")}
+        row["error"] = str(result.error).strip().splitlines()[-1] if result.error else None
+        rows.append(row | {"ended": trial.status in ("TERMINATED", "ERROR")})
     return rows
 
 
@@ -175,49 +243,37 @@ def _callback() -> type:
 
 
 class Board(_callback()):  # type: ignore[misc]
-    """Says on the terminal what the trials do: a line an event."""
+    """Shows the trials while Ray Tune works on them, and ends the sweep where a signal asked for it.
 
-    def __init__(self, sweep: SweepConfig, num_steps: int):
-        self.metric, self.num_steps, self.num_trials = sweep.metric, num_steps, sweep.num_trials
-        self.names: dict[str, int] = {}
-        self.best = (0, math.inf)
-        self.began: dict[str, tuple[float, int]] = {}
-        self.start = time.monotonic()
+    Ray Tune keeps a copy of it with the sweep's state, so what cannot be copied is made late.
+    """
+
+    def __init__(self, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]):
+        self.title, self.total, self.sweep, self.tree = title, total, sweep, tree
+        self.last = int(tree["train"]["num_steps"])
+        self.display: Display | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """End the sweep where a signal asked for it."""
+        """Show the trials from time to time. Raises Interrupted where a signal came."""
+        self.display = self.display or Display(self.title, self.total, self.sweep.metric, self.last)
         if stop_asked:
+            self.display.show(sweep_board.interrupted(self.rows(trials)))
+            self.display.close()
             raise Interrupted(stop_asked[0])
+        if self.display.due():
+            self.display.show(self.rows(trials))
 
-    def on_trial_start(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say which point is tried."""
-        drawn = trial.config.get("point", trial.config)
-        point = ", ".join(f"{key}={_short(value)}" for key, value in drawn.items())
-        self._say(trial, f"starts: {point}")
+    def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
+        """Show how all ended."""
+        if self.display:
+            self.display.show(self.rows(trials))
+            self.display.close()
 
-    def on_trial_result(self, iteration: int, trials: list[Any], trial: Any, result: dict, **info: Any) -> None:
-        """Say how far a trial is, how good, how fast and how long it will take."""
-        step, value, now = result["step"], result["value"], time.monotonic()
-        before, at = self.began.setdefault(trial.trial_id, (now, step))
-        rate = (step - at) / (now - before) if step > at else None
-        eta = f", {rate:.2f} steps/s, {(self.num_steps - step) / rate:.0f} s to its end" if rate else ""
-        self.best = min(self.best, (-step, value))
-        best = f"best at step {-self.best[0]}: {self.best[1]:.5f}"
-        self._say(trial, f"step {step}/{self.num_steps}: {self.metric} {value:.5f} ({best}){eta}")
-
-    def on_trial_complete(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say how a trial ended."""
-        step = (trial.last_result or {}).get("step", 0)
-        self._say(trial, "finished" if step >= self.num_steps else f"stopped early at step {step}")
-
-    def on_trial_error(self, iteration: int, trials: list[Any], trial: Any, **info: Any) -> None:
-        """Say that a trial failed."""
-        self._say(trial, "failed")
-
-    def _say(self, trial: Any, text: str) -> None:
-        number = self.names.setdefault(trial.trial_id, len(self.names) + 1)
-        print(f"[{time.monotonic() - self.start:7.0f} s] trial {number}: {text}", flush=True)
-
-
-def _short(value: Any) -> str:
-    return f"{value:.4g}" if isinstance(value, float) else str(value)
+    def rows(self, trials: Sequence[Any]) -> list[sweep_board.Row]:
+        """Return a row a trial, in the order in which they were proposed."""
+        space, found = Space.of(self.sweep.space), []
+        for number, trial in enumerate(trials, 1):
+            point = space.whole(trial.config.get("point", trial.config), self.tree)
+            log = _folder(trial, self.sweep, self.tree) / "train" / "metrics.jsonl"
+            found.append(sweep_board.row(number, trial.status, point, trial.last_result or {}, log, self.last))
+        return found

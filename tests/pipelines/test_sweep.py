@@ -1,26 +1,20 @@
-"""The sweep's own parts, and whole small sweeps with Ray Tune, real trainings and kills."""
+"""The sweep's own parts; whole sweeps are in test_sweep_runs.py and test_sweep_kills.py."""
 
 from __future__ import annotations
 
 import json
 import math
-import os
-import signal
 import subprocess
 import sys
-import time
-from pathlib import Path
+from types import SimpleNamespace
 
 import pytest
-import yaml
 
 from ex4d import config
 from ex4d.errors import ConfigError, ContractError
-from pipelines.train import sweep, sweep_report, sweep_trial
+from pipelines.runtime.ledger import exclusive
+from pipelines.train import sweep, sweep_board, sweep_report, sweep_trial
 from pipelines.train.sweep_space import Space, with_values
-
-ROOT = Path(__file__).resolve().parents[2]
-sys.path.insert(0, str(ROOT / "tests" / "train"))
 
 
 def test_values_are_put_into_a_copy():
@@ -110,6 +104,7 @@ def row(lr, value, step, error=None):
         "curve": [[step, value]] if value is not None else [],
         "metrics": {},
         "folder": None,
+        "ended": True,
     }
 
 
@@ -173,144 +168,75 @@ def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, mon
         sweep.command("some.yaml", [override])
 
 
-# ---------------------------------------------------------------- whole sweeps
+def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):
+    import sweep_bench
+    from make_run import make_dataset
+
+    make_dataset(tmp_path)
+    path = sweep_bench.write(tmp_path, "one", {})
+    with exclusive(str(tmp_path / "one")), pytest.raises(ConfigError, match="another run is writing there"):
+        sweep.command(str(path), [])
 
 
-@pytest.fixture(scope="module")
-def bench(tmp_path_factory) -> Path:
-    import make_run
-
-    folder = tmp_path_factory.mktemp("sweep")
-    make_run.make_dataset(folder)
-    make_run.make_base(folder)
-    return folder
+# ---------------------------------------------------------------- what is shown
 
 
-def write(bench: Path, name: str, train: dict, **section) -> Path:
-    model = {"base": str(bench / "base"), "lora_rank": 3, "adapter_hidden": 8}
-    fixed = {"data": str(bench / "dataset"), "wandb_mode": "disabled", "device": "cpu", "num_processes": 1}
-    tree = {"model": model, "train": fixed | train, "sweep": {"output": str(bench / name), **section}}
-    path = bench / f"{name}.yaml"
-    path.write_text(yaml.safe_dump(tree))
-    return path
+def trial(status: str, lr: float, **result) -> SimpleNamespace:
+    return SimpleNamespace(trial_id=str(lr), status=status, config={"train.lr": lr}, last_result=result)
 
 
-def start(path: Path, *overrides: str) -> subprocess.Popen:
-    command = [sys.executable, "-m", "pipelines.cli", "sweep", str(path), *overrides]
-    options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True, "start_new_session": True}
-    return subprocess.Popen(command, cwd=ROOT, env=os.environ | {"OMP_NUM_THREADS": "1"}, **options)
+def log_of(folder, values: dict[int, float], seconds: float = 0.5):
+    """Write a metrics.jsonl whose last line is not whole."""
+    (folder / "train").mkdir(parents=True)
+    lines = [{"step": k, "validation_loss": v, "step_s": {"total": seconds}} for k, v in values.items()]
+    text = "".join(json.dumps(line) + "\n" for line in lines)
+    (folder / "train" / "metrics.jsonl").write_text(text + '{"step": 99')
 
 
-def finish(process: subprocess.Popen, timeout_s: float = 900) -> tuple[int, str]:
-    text, _ = process.communicate(timeout=timeout_s)
-    return process.returncode, text
+def folder_of(settings, lr: float):
+    return sweep_trial.trial_folder(settings, {"train.lr": lr}, {"train": {}}, "")
 
 
-def result(bench: Path, name: str) -> dict:
-    return json.loads((bench / name / "sweep.json").read_text())
+def test_the_board_knows_of_steps_between_two_reports(tmp_path, capsys):
+    from pipelines.train.sweep_tune import Board
 
-
-PLANTED = {"num_steps": 9, "micro_batch_size": 2, "lr": 1e-3}
-SPACE = {"train.lr": {"choice": [1e-5, 1e-3, 3e-3]}}
-
-
-@pytest.mark.heavy
-@pytest.mark.ray
-@pytest.mark.timeout(1200)
-@pytest.mark.parametrize("metric", ["loss", "validation_loss"])
-def test_best_yaml_holds_what_was_trained_furthest_and_is_best_there(bench, metric):
-    name = f"planted-{metric}"
-    section = {"space": SPACE, "search": "grid", "metric": metric, "window": 1, "grace_steps": 3, "repeat_seeds": 1}
-    code, text = finish(start(write(bench, name, PLANTED, **section)))
-    assert code == 0, text
-    trials = result(bench, name)["trials"]
-    assert len(trials) == 3
-    furthest = max(trial["step"] for trial in trials)
-    assert furthest == 9
-    best = min((t for t in trials if t["step"] == furthest), key=lambda t: t["value"])
-    assert config.read_yaml(bench / name / "best.yaml")["train"]["lr"] == best["point"]["train.lr"]
-    assert {t["state"] for t in trials} <= {"finished", "stopped"}
-    assert all((t["state"] == "finished") == (t["step"] == 9) for t in trials)
-    assert "step 3/9" in text
-
-
-@pytest.mark.heavy
-@pytest.mark.ray
-@pytest.mark.timeout(1200)
-def test_a_weight_that_only_scales_the_loss_does_not_move_the_objective(bench):
-    train = PLANTED | {"lr": 1e-12, "num_steps": 3}
-    section = {"space": {"train.hole_weight": {"choice": [1.0, 2.0, 4.0]}}, "search": "grid", "grace_steps": 3}
-    code, text = finish(start(write(bench, "weight", train, scheduler="none", repeat_seeds=1, **section)))
-    assert code == 0, text
-    values = [trial["value"] for trial in result(bench, "weight")["trials"]]
-    assert len(values) == 3
-    assert max(values) - min(values) <= 1e-6
-
-
-@pytest.mark.heavy
-@pytest.mark.ray
-@pytest.mark.timeout(1800)
-def test_a_sweep_that_is_killed_goes_on_and_ends_as_one_that_was_not(bench):
-    section = {"space": {"train.lr": {"log_uniform": [1e-5, 1e-2]}}, "num_trials": 5, "grace_steps": 3}
-    code, text = finish(start(write(bench, "whole", PLANTED, **section, repeat_seeds=1)))
-    assert code == 0, text
-    path = write(bench, "killed", PLANTED, **section, repeat_seeds=1)
-    for wanted in (1, 3):
-        process = start(path)
-        done = lambda: len(list((bench / "killed" / "trials").glob("*/train/adapter")))  # noqa: E731
-        deadline = time.monotonic() + 300
-        while done() < wanted and process.poll() is None and time.monotonic() < deadline:
-            time.sleep(0.2)
-        os.kill(process.pid, signal.SIGKILL)
-        process.wait()
-        time.sleep(3)
-    times = {p: p.stat().st_mtime_ns for p in (bench / "killed" / "trials").glob("*/train/adapter/*")}
-    code, text = finish(start(path))
-    assert code == 0, text
-    assert all(p.stat().st_mtime_ns == before for p, before in times.items()), "finished trials are not repeated"
-
-    def shown(name):
-        return sorted((t["point"]["train.lr"], t["step"], round(t["value"], 9)) for t in result(bench, name)["trials"])
-
-    assert shown("killed") == shown("whole")
-    keys = [config.read_yaml(bench / name / "best.yaml")["train"]["lr"] for name in ("killed", "whole")]
-    assert keys[0] == keys[1]
-
-
-@pytest.mark.heavy
-@pytest.mark.ray
-@pytest.mark.timeout(600)
-def test_ctrl_c_says_what_is_kept_and_ends_with_130(bench):
-    path = write(bench, "interrupted", PLANTED | {"num_steps": 300}, space=SPACE, search="grid", grace_steps=100)
-    process = start(path)
-    while not list((bench / "interrupted").glob("trials/*/train/metrics.jsonl")) and process.poll() is None:
-        time.sleep(0.2)
-    process.send_signal(signal.SIGINT)
-    code, text = finish(process, 120)
-    assert code == 130, text
-    assert "are kept in" in text
-    assert "best configuration" not in text
-
-
-@pytest.mark.heavy
-@pytest.mark.ray
-@pytest.mark.timeout(1200)
-def test_pbt_goes_on_from_the_winners_exact_state(bench):
-    train = PLANTED | {"num_steps": 12}
-    section = {"space": {"train.lr": {"log_uniform": [1e-6, 3e-2]}}, "search": "pbt", "num_trials": 4, "grace_steps": 3}
-    code, text = finish(start(write(bench, "pbt", train, max_concurrent=4, cpus_per_trial=0.5, **section)))
-    assert code == 0, text
-    from ex4d.train import runlog
-
-    logs = {p.parent.parent.name: runlog.read(p) for p in (bench / "pbt").glob("trials/*/train/metrics.jsonl")}
-    assert len(logs) == 4
-    first_steps = {name: log[0]["step"] for name, log in logs.items()}
-    exploited = [name for name, step in first_steps.items() if step > 1] or [
-        name for name, log in logs.items() if len({m["lr"] for m in log}) > 1
+    settings = sweep.SweepConfig(output=str(tmp_path), space={"train.lr": {"choice": [0.1, 0.2, 0.3, 0.4]}})
+    log_of(folder_of(settings, 0.3), {3: 2.0, 5: 1.9})
+    trials = [
+        trial("TERMINATED", 0.1, step=9, value=1.0),
+        trial("TERMINATED", 0.2, step=3, value=3.0),
+        trial("RUNNING", 0.3, step=3, value=2.0),
+        trial("PENDING", 0.4),
     ]
-    assert exploited, "one took over another's state"
-    name = exploited[0]
-    changes = [m for before, m in zip(logs[name], logs[name][1:], strict=False) if m["lr"] != before["lr"]]
-    taken = changes[0] if changes else logs[name][0]
-    others = [m["loss"] for other, log in logs.items() if other != name for m in log if m["step"] == taken["step"]]
-    assert taken["loss"] in others
+    board = Board("sweep", 12, settings, {"train": {"num_steps": 9}})
+    rows = board.rows(trials)
+    assert [row.state for row in rows] == ["finished", "stopped", "running", "waiting"]
+    assert (rows[2].step, rows[2].value, rows[2].rate, rows[2].eta_s) == (5, 2.0, 2.0, 2.0)
+    assert [row.state for row in sweep_board.interrupted(rows)] == ["finished", "stopped", *["interrupted"] * 2]
+    display = sweep_board.Display("sweep", 12, "validation_loss", 9)
+    display.show(rows)
+    display.show(rows)
+    text = capsys.readouterr().out
+    assert text.count("trial 1 (lr=0.1) finished, step 9/9, validation_loss 1.00000") == 1, "said once"
+    assert "trial 3 (lr=0.3) running, step 5/9, validation_loss 2.00000, 2 steps/s, 2 s to its end" in text
+    assert "4 of 12 trials: 1 finished, 1 stopped, 1 running; best validation_loss 1.00000: trial 1" in text
+    assert display.table(rows).row_count == 4
+
+
+def test_a_scheduler_made_anew_remembers_what_trials_reported(tmp_path):
+    """Ray Tune restores its trials, but not what ASHA compared them by."""
+    from pipelines.train.sweep_tune import _scheduler
+
+    space = {"train.lr": {"choice": [0.1, 0.2, 0.3]}}
+    settings = sweep.SweepConfig(output=str(tmp_path), space=space, grace_steps=3)
+    tree = {"train": {"num_steps": 9}}
+    log_of(folder_of(settings, 0.1), {3: 1.0, 6: 0.9, 9: 0.8})
+    log_of(folder_of(settings, 0.2), {3: 1.5, 6: 0.1})
+    made = _scheduler(settings, Space.of(space), tree)
+    made.set_search_properties("value", "min")
+    done, going, new = trial("TERMINATED", 0.1, step=9), trial("PENDING", 0.2, step=3), trial("PENDING", 0.3)
+    for each in (done, going, new):
+        made.on_trial_add(None, each)
+    assert made.on_trial_result(None, going, {"step": 3, "value": 1.5}) == "CONTINUE", "judged before"
+    assert made.on_trial_result(None, new, {"step": 3, "value": 1.4}) == "STOP", "worse than the median of 1.0 and 1.5"
+    assert made.on_trial_result(None, going, {"step": 6, "value": 0.95}) == "STOP", "step 6 was not reported before"

@@ -1,0 +1,171 @@
+"""What a person sees while a sweep runs: a table on a terminal that is drawn anew every second, lines elsewhere."""
+
+from __future__ import annotations
+
+import json
+import math
+import sys
+import time
+from collections.abc import Mapping, Sequence
+from dataclasses import dataclass, replace
+from pathlib import Path
+from typing import Any
+
+DRAW_EVERY_S, LINES_EVERY_S = 1.0, 30.0
+MAX_ROWS = 30
+TAIL_BYTES = 16384
+STATES = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "paused", "ERROR": "failed"}  # of Ray Tune
+UNDER_WAY = ("waiting", "running", "paused")
+
+
+@dataclass(frozen=True)
+class Row:
+    """One trial as it is shown. `value` is of its last comparison, `step` may be later; `rate` in steps a second."""
+
+    number: int
+    point: str
+    state: str
+    step: int
+    value: float | None
+    rate: float | None
+    eta_s: float | None
+
+    def cells(self) -> tuple[str, ...]:
+        """Return the cells of the table."""
+        value = "–" if self.value is None else f"{self.value:.5f}"
+        rate = "–" if self.rate is None else f"{self.rate:.3g}/s"
+        return str(self.number), self.point, self.state, str(self.step), value, rate, duration(self.eta_s)
+
+
+def row(number: int, status: str, point: Mapping[str, Any], result: Mapping[str, Any], log: Path, last: int) -> Row:
+    """Return the row of a trial.
+
+    Args:
+        status: Ray Tune's. point: {key: value}. result: what it last reported, {} before that.
+        log: its metrics.jsonl, which knows of steps between two reports. last: the step at which trials end.
+    """
+    step, value = int(result.get("step") or 0), result.get("value")
+    state = STATES.get(status, "finished" if step >= last else "stopped")
+    rate = eta = None
+    if state == "running":
+        record = last_record(log)
+        step = max(step, int(record.get("step", 0)))
+        seconds = (record.get("step_s") or {}).get("total")
+        rate = 1 / seconds if seconds else None
+        eta = (last - step) * seconds if seconds else None
+    named = ", ".join(f"{key.split('.', 1)[-1]}={short(item)}" for key, item in point.items())
+    return Row(number, named, state, step, value, rate, eta)
+
+
+def last_record(path: Path) -> dict[str, Any]:
+    """Return the last whole object of a growing log of JSON lines; {} where there is none."""
+    try:
+        with open(path, "rb") as file:
+            size = file.seek(0, 2)
+            file.seek(max(0, size - TAIL_BYTES))
+            found = json.loads(file.read().split(b"\n")[-2])
+    except (OSError, ValueError, IndexError):
+        return {}
+    return found if isinstance(found, dict) else {}
+
+
+def interrupted(rows: Sequence[Row]) -> list[Row]:
+    """Return the rows of a sweep that a signal ended: what was under way is called so."""
+    return [replace(r, state="interrupted", rate=None, eta_s=None) if r.state in UNDER_WAY else r for r in rows]
+
+
+def summary(rows: Sequence[Row], total: int, metric: str) -> str:
+    """Return one line over all trials: how many have ended and how, and the best so far."""
+    names = ("finished", "stopped", "failed", "running", "interrupted")
+    counts = [f"{count} {name}" for name in names if (count := sum(r.state == name for r in rows))]
+    usable = [r for r in rows if r.state != "failed" and r.value is not None and math.isfinite(r.value)]
+    best = min((r for r in usable if r.state == "finished"), key=lambda r: r.value or 0.0, default=None)
+    told = f"; best {metric} {best.value:.5f}: trial {best.number}" if best else ""
+    return f"{len(rows)} of {total} trials: {', '.join(counts) or 'none yet'}{told}"
+
+
+class Display:
+    """Shows rows; nothing is printed before the first `show`, and `close` leaves the last ones standing.
+
+    Args:
+        total: number of trials to come. metric: what is minimised. last: the step at which trials end.
+    """
+
+    def __init__(self, title: str, total: int, metric: str, last: int):
+        self.title, self.total, self.metric, self.last = title, total, metric, last
+        self._live: Any = None
+        self._said: dict[int, tuple[Any, ...]] = {}
+        self._start = time.monotonic()
+        self._drawn = self._repeated = -math.inf
+
+    def show(self, rows: Sequence[Row]) -> None:
+        """Show the rows as they are now; on a terminal the table is drawn anew."""
+        self._drawn = time.monotonic()
+        if not sys.stdout.isatty():
+            self._say_changes(rows)
+            return
+        if self._live is None:
+            from rich.live import Live
+
+            self._live = Live(auto_refresh=False, vertical_overflow="ellipsis")
+            self._live.start()
+        self._live.update(self.table(rows), refresh=True)
+
+    def due(self) -> bool:
+        """Return whether it is time to look again."""
+        return time.monotonic() - self._drawn >= DRAW_EVERY_S
+
+    def close(self) -> None:
+        """Leave the table where it stands."""
+        if self._live is not None:
+            self._live.stop()
+            self._live = None
+
+    def table(self, rows: Sequence[Row]) -> Any:
+        """Return the table: what runs first, then the furthest, the best of them first."""
+        from rich.table import Table
+
+        passed = duration(time.monotonic() - self._start)
+        table = Table(title=f"{self.title}: {summary(rows, self.total, self.metric)}; {passed}", title_justify="left")
+        for column in ("trial", "settings", "state", "step", self.metric, "rate", "to its end"):
+            table.add_column(column, justify="left" if column in ("settings", "state") else "right")
+        order = sorted(rows, key=lambda r: (r.state not in UNDER_WAY, r.state == "failed", -r.step, r.value or 0.0))
+        for shown in order[:MAX_ROWS]:
+            table.add_row(*shown.cells())
+        if len(order) > MAX_ROWS:
+            table.caption = f"and {len(order) - MAX_ROWS} more"
+        return table
+
+    def _say_changes(self, rows: Sequence[Row]) -> None:
+        """Print a line for each trial that has another state or value than before; every 30 s for all that run."""
+        again = time.monotonic() - self._repeated >= LINES_EVERY_S
+        for found in rows:
+            news = (found.state, found.value)
+            running = found.state == "running" and again
+            if (news == self._said.get(found.number) and not running) or found.state in ("waiting", "paused"):
+                continue
+            self._said[found.number] = news
+            value = "" if found.value is None else f", {self.metric} {found.value:.5f}"
+            rate = "" if found.rate is None else f", {found.rate:.3g} steps/s, {duration(found.eta_s)} to its end"
+            at = f"step {found.step}/{self.last}"
+            self._print(f"trial {found.number} ({found.point}) {found.state}, {at}{value}{rate}")
+        if again and rows:
+            self._repeated = time.monotonic()
+            self._print(summary(rows, self.total, self.metric))
+
+    def _print(self, text: str) -> None:
+        print(f"[{time.monotonic() - self._start:6.0f} s] {self.title}: {text}", flush=True)
+
+
+def short(value: Any) -> str:
+    """Return a setting's value in few characters."""
+    return f"{value:.4g}" if isinstance(value, float) else str(value)
+
+
+def duration(seconds: float | None) -> str:
+    """Return seconds as a person says them."""
+    if seconds is None:
+        return "–"
+    if seconds < 100:
+        return f"{seconds:.0f} s"
+    return f"{seconds / 60:.0f} min" if seconds < 6000 else f"{seconds / 3600:.1f} h"
