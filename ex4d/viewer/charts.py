@@ -1,11 +1,14 @@
-"""Small charts as SVG: a histogram with a threshold in it, the share kept at each threshold, a split bar, a loss curve.
+"""Small charts as SVG: a histogram with a threshold in it, the share kept at each threshold, a split bar, lines.
 
 Each is Markup: its texts are escaped here, and a template shows it as it is.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 from markupsafe import Markup, escape
@@ -85,27 +88,77 @@ def split_bar(parts: Sequence[tuple[str, int]], label: str) -> Markup:
     return Markup(f'<svg {shape} aria-label="{escape(label)}">{bars}</svg>{legend}')
 
 
-def loss_curve(losses: Sequence[float], width: int = 900, height: int = 220) -> Markup:
+class Scale:
+    """Places the values of one axis on [0, 1]: by logarithm where they span more than a decade, names in order."""
+
+    def __init__(self, values: Sequence[Any]):
+        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
+        self.names = [] if numbers else sorted({str(value) for value in values})
+        self.log = numbers and min(values) > 0 and max(values) / min(values) > 10
+        ends: tuple[Any, Any] = (min(values), max(values)) if numbers else (self.names[0], self.names[-1])
+        self.low, self.high = ends
+
+    def __call__(self, value: Any) -> float:
+        if self.names:
+            return self.names.index(str(value)) / max(1, len(self.names) - 1)
+        low, high, at = (math.log(x) if self.log else float(x) for x in (self.low, self.high, value))
+        return (at - low) / (high - low) if high > low else 0.5
+
+    def ticks(self) -> list[tuple[float, Any]]:
+        """Return (place, value) of what is written beside the axis: each name, or the ends and the middle."""
+        if self.names:
+            return [(self(name), name) for name in self.names]
+        if self.low == self.high:
+            return [(0.5, self.low)]
+        middle = math.sqrt(self.low * self.high) if self.log else (self.low + self.high) / 2
+        return [(0.0, self.low), (0.5, middle), (1.0, self.high)]
+
+
+@dataclass(frozen=True)
+class Line:
+    """A line of a chart: its points (x, y), and how it is drawn. `dots`: each point is marked."""
+
+    points: Sequence[Sequence[float]]
+    colour: str = "var(--mark)"
+    width: float = 1.0
+    dots: bool = False
+
+
+def lines(drawn: Sequence[Line], label: str, x_name: str = "step", width: int = 900, height: int = 240) -> Markup:
+    """Return an SVG of lines over shared axes, the last one on top; at least one has a point."""
+    points = [point for line in drawn for point in line.points]
+    across, up = Scale([x for x, _ in points]), Scale([y for _, y in points])
+    left, bottom = 60, height - 34
+
+    def place(point: Sequence[float]) -> tuple[float, float]:
+        return left + across(point[0]) * (width - left - 30), bottom - up(point[1]) * (bottom - 14)
+
+    body = ""
+    for at, value in up.ticks():
+        y = bottom - at * (bottom - 14)
+        body += f'<path d="M{left} {y:.1f}H{width - 30}" stroke="var(--line)"/>'
+        body += f'<text x="{left - 8}" y="{y + 4:.1f}" text-anchor="end">{number(value)}</text>'
+    for x, at, anchor in ((left, across.low, "start"), (width - 30, across.high, "end")):
+        body += f'<text x="{x}" y="{height - 12}" text-anchor="{anchor}">{escape(x_name)} {at:g}</text>'
+    for line in drawn:
+        places = [place(point) for point in line.points]
+        path = " ".join(f"{x:.1f},{y:.1f}" for x, y in places)
+        body += f'<polyline points="{path}" fill="none" stroke="{line.colour}" stroke-width="{line.width:g}"/>'
+        if line.dots:
+            body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{line.colour}"/>' for x, y in places)
+    shape = f'viewBox="0 0 {width} {height}" role="img" aria-label="{escape(label)}" font-size="12"'
+    return Markup(f'<svg {shape}><g fill="var(--soft)">{body}</g></svg>')
+
+
+def loss_curve(losses: Sequence[float]) -> Markup:
     """Return an SVG line of the losses (thin) and of their running mean (thick)."""
     y = np.asarray(losses, dtype=np.float64)
     window = max(1, len(y) // 20)
     smooth = np.convolve(y, np.ones(window) / window, mode="valid")
-    top, bottom = float(y.max()), float(y.min())
-    span = max(top - bottom, 1e-12)
-
-    def points(series: np.ndarray, start: float) -> str:
-        xs = 50 + (np.arange(len(series)) + start) * (width - 60) / max(len(y) - 1, 1)
-        ys = 10 + (top - series) / span * (height - 40)
-        return " ".join(f"{a:.1f},{b:.1f}" for a, b in zip(xs, ys, strict=True))
-
-    return Markup(
-        f'<svg viewBox="0 0 {width} {height}" role="img" aria-label="training loss" fill="none" font-size="12">'
-        f'<polyline points="{points(y, 0)}" stroke="var(--line)" stroke-width="1"/>'
-        f'<polyline points="{points(smooth, window / 2)}" stroke="var(--mark)" stroke-width="2"/>'
-        f'<g fill="var(--soft)"><text x="0" y="18">{top:.3f}</text><text x="0" y="{height - 28}">{bottom:.3f}</text>'
-        f'<text x="50" y="{height - 8}">step 1</text>'
-        f'<text x="{width - 10}" y="{height - 8}" text-anchor="end">step {len(y)}</text></g></svg>'
-    )
+    steps = np.arange(1, len(y) + 1)
+    each = Line(np.stack([steps, y], axis=1).tolist(), "var(--line)")
+    mean = Line(np.stack([steps[: len(smooth)] + (window - 1) / 2, smooth], axis=1).tolist(), width=2)
+    return lines([each, mean], "training loss")
 
 
 def _vertical(x: float) -> str:

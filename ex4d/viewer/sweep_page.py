@@ -3,18 +3,18 @@
 from __future__ import annotations
 
 import itertools
-import math
 from collections.abc import Mapping, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 from markupsafe import Markup, escape
 
-from ex4d.viewer.charts import number
+from ex4d.viewer import charts
+from ex4d.viewer.charts import Scale, number
 from ex4d.viewer.html import document
 
-WIDTH, HEIGHT, EDGE = 900.0, 300.0, 46.0
 MAX_PAIRS = 6
-COLOURS = {"finished": "var(--mark)", "stopped": "var(--soft)", "failed": "var(--bad)"}
+COLOURS = {"finished": "var(--mark)", "stopped": "var(--soft)", "failed": "var(--bad)", "interrupted": "var(--warm)"}
 
 
 def sweep_page(
@@ -68,89 +68,68 @@ def _text(value: Any) -> str:
     return number(value) if isinstance(value, float) else str(value if value is not None else "–")
 
 
-class _Scale:
-    """Places the values of one setting on [0, 1]: by logarithm where they span more than a decade, names in order."""
-
-    def __init__(self, values: Sequence[Any]):
-        numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
-        self.names = [] if numbers else sorted({str(value) for value in values})
-        self.log = numbers and min(values) > 0 and max(values) / min(values) > 10
-        ends: tuple[Any, Any] = (min(values), max(values)) if numbers else (self.names[0], self.names[-1])
-        self.low, self.high = ends
-
-    def __call__(self, value: Any) -> float:
-        if self.names:
-            return self.names.index(str(value)) / max(1, len(self.names) - 1)
-        low, high, at = (math.log(x) if self.log else float(x) for x in (self.low, self.high, value))
-        return (at - low) / (high - low) if high > low else 0.5
-
-
 def _curves(rows: Sequence[Mapping[str, Any]], metric: str) -> Markup:
-    points = [point for row in rows for point in row["curve"]]
-    if not points:
-        return Markup("")
-    x_scale, y_scale = _Scale([step for step, _ in points]), _Scale([value for _, value in points])
-    body = ""
-    for row in reversed(rows):
-        at = [(_x(x_scale(step)), _y(y_scale(value))) for step, value in row["curve"]]
-        line = " ".join(f"{x:.1f},{y:.1f}" for x, y in at)
-        width = 2.5 if row is rows[0] else 1
-        body += f'<polyline points="{line}" fill="none" stroke="{COLOURS[row["state"]]}" stroke-width="{width}"/>'
-        body += "".join(f'<circle cx="{x:.1f}" cy="{y:.1f}" r="2.5" fill="{COLOURS[row["state"]]}"/>' for x, y in at)
-    ends = (_text(float(y_scale.low)), _text(float(y_scale.high)), _text(x_scale.low), _text(x_scale.high))
-    return _svg(f"{metric} over steps", body + _ends(*ends))
+    drawn = [charts.Line(row["curve"], COLOURS[row["state"]], 3 if row is rows[0] else 1, dots=True) for row in rows]
+    drawn = [line for line in reversed(drawn) if line.points]
+    return charts.lines(drawn, f"{metric} over steps") if drawn else Markup("")
 
 
 def _parallel(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: str) -> Markup:
     axes = [key for key in keys if all(key in row["point"] for row in rows)]
     columns = [[row["point"][key] for row in rows] for key in axes] + [[row["value"] for row in rows]]
-    scales = [_Scale(column) for column in columns]
-    places = [_x(index / max(1, len(scales) - 1)) for index in range(len(scales))]
+    scales = [Scale(column) for column in columns]
+    frame = _Frame(900, 300)
+    places = [frame.x(index / max(1, len(scales) - 1)) for index in range(len(scales))]
     body = ""
     for index, row in reversed(list(enumerate(rows))):
-        line = " ".join(f"{x:.1f},{_y(s(c[index])):.1f}" for x, s, c in zip(places, scales, columns, strict=True))
+        path = " ".join(f"{x:.1f},{frame.y(s(c[index])):.1f}" for x, s, c in zip(places, scales, columns, strict=True))
         width = 3 if index == 0 else 1
-        body += f'<polyline points="{line}" fill="none" stroke="{COLOURS[row["state"]]}" stroke-width="{width}"/>'
+        body += f'<polyline points="{path}" fill="none" stroke="{COLOURS[row["state"]]}" stroke-width="{width}"/>'
     for x, name, scale in zip(places, [*axes, metric], scales, strict=True):
-        body += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{EDGE}" y2="{HEIGHT - EDGE}" stroke="var(--soft)"/>'
-        for y, text in ((HEIGHT - EDGE + 16, scale.low), (EDGE - 8, scale.high), (HEIGHT - 8, name)):
-            body += f'<text x="{x:.1f}" y="{y}" text-anchor="middle">{escape(_text(text))}</text>'
-    return _svg("settings and value of each trial", body)
+        body += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(0)}" y2="{frame.y(1)}" stroke="var(--soft)"/>'
+        body += frame.text(x + 6, frame.height - 6, name, "middle")
+        for at, value in scale.ticks():
+            # Above the line that ends there, so that both can be read.
+            body += frame.text(x + 6, frame.y(at) - 5, _text(value), "start")
+    return frame.svg("settings and value of each trial", body)
 
 
 def _pair(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> Markup:
     both = [row for row in rows if a in row["point"] and b in row["point"]]
     if not both:
         return Markup("")
-    xs, ys = _Scale([row["point"][a] for row in both]), _Scale([row["point"][b] for row in both])
-    body = ""
+    xs, ys = Scale([row["point"][a] for row in both]), Scale([row["point"][b] for row in both])
+    frame, body = _Frame(440, 260), ""
+    for at, value in ys.ticks():
+        body += f'<path d="M{frame.x(0)} {frame.y(at):.1f}H{frame.x(1)}" stroke="var(--line)"/>'
+        body += frame.text(frame.x(0) - 12, frame.y(at) + 4, _text(value), "end")
+    for at, value in xs.ticks():
+        body += frame.text(frame.x(at), frame.height - 10, _text(value), "middle")
     for index, row in reversed(list(enumerate(both))):
-        x, y = _x(xs(row["point"][a])), _y(ys(row["point"][b]))
+        x, y = frame.x(xs(row["point"][a])), frame.y(ys(row["point"][b]))
         title = escape(f"{_text(row['value'])} at step {row['step']}")
         radius = 9 - 6 * index / max(1, len(both) - 1)  # the best is the largest
         body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{COLOURS[row["state"]]}" opacity="0.8">'
         body += f"<title>{title}</title></circle>"
-    return _svg(f"{a} and {b}", body + _ends(_text(ys.low), _text(ys.high), _text(xs.low), _text(xs.high)))
+    return frame.svg(f"{a} and {b}", body)
 
 
-def _x(at: float) -> float:
-    return 2 * EDGE + at * (WIDTH - 4 * EDGE)
+@dataclass(frozen=True)
+class _Frame:
+    """A drawing of so many units, whose inner part is [0, 1] across and up."""
 
+    width: float
+    height: float
 
-def _y(at: float) -> float:
-    return HEIGHT - EDGE - at * (HEIGHT - 2 * EDGE)
+    def x(self, at: float) -> float:
+        return 76 + at * (self.width - 152)
 
+    def y(self, at: float) -> float:
+        return self.height - 46 - at * (self.height - 72)
 
-def _ends(bottom: str, top: str, left: str, right: str) -> str:
-    x = EDGE * 2 - 8
-    return (
-        f'<text x="{x}" y="{HEIGHT - EDGE}" text-anchor="end">{escape(bottom)}</text>'
-        f'<text x="{x}" y="{EDGE + 4}" text-anchor="end">{escape(top)}</text>'
-        f'<text x="{_x(0)}" y="{HEIGHT - 14}" text-anchor="middle">{escape(left)}</text>'
-        f'<text x="{_x(1)}" y="{HEIGHT - 14}" text-anchor="middle">{escape(right)}</text>'
-    )
+    def text(self, x: float, y: float, text: str, anchor: str) -> str:
+        return f'<text x="{x:.1f}" y="{y:.1f}" text-anchor="{anchor}">{escape(text)}</text>'
 
-
-def _svg(label: str, body: str) -> Markup:
-    shape = f'viewBox="0 0 {WIDTH:g} {HEIGHT:g}" role="img" aria-label="{escape(label)}" font-size="12"'
-    return Markup(f'<svg {shape}><g fill="var(--soft)">{body}</g></svg>')
+    def svg(self, label: str, body: str) -> Markup:
+        shape = f'viewBox="0 0 {self.width:g} {self.height:g}" role="img" aria-label="{escape(label)}" font-size="12"'
+        return Markup(f'<svg {shape}><g fill="var(--soft)">{body}</g></svg>')

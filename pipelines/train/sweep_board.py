@@ -76,7 +76,7 @@ def interrupted(rows: Sequence[Row]) -> list[Row]:
 
 def summary(rows: Sequence[Row], total: int, metric: str) -> str:
     """Return one line over all trials: how many have ended and how, and the best so far."""
-    names = ("finished", "stopped", "failed", "running", "interrupted")
+    names = ("finished", "stopped", "failed", *UNDER_WAY, "interrupted")
     counts = [f"{count} {name}" for name in names if (count := sum(r.state == name for r in rows))]
     usable = [r for r in rows if r.state != "failed" and r.value is not None and math.isfinite(r.value)]
     best = min((r for r in usable if r.state == "finished"), key=lambda r: r.value or 0.0, default=None)
