@@ -219,7 +219,7 @@ def test_the_board_knows_of_steps_between_two_reports(tmp_path, capsys):
     text = capsys.readouterr().out
     assert text.count("trial 1 (lr=0.1) finished, step 9/9, validation_loss 1.00000") == 1, "said once"
     assert "trial 3 (lr=0.3) running, step 5/9, validation_loss 2.00000, 2 steps/s, 2 s to its end" in text
-    assert "4 of 12 trials: 1 finished, 1 stopped, 1 running; best validation_loss 1.00000: trial 1" in text
+    assert "4 of 12 trials: 1 finished, 1 stopped, 1 waiting, 1 running; best validation_loss 1.00000: trial 1" in text
     assert display.table(rows).row_count == 4
 
 
