@@ -17,7 +17,7 @@ from ex4d import depth, flow, video
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
 from ex4d.geometry import masks
-from ex4d.models import backbone, encoders, lora, swap, weights, windows
+from ex4d.models import backbone, encoders, lora, provenance, swap, weights, windows
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, check_choices, reconstruct
 from ex4d.reconstruct_files import white
@@ -148,8 +148,7 @@ def load(
     device = _device(device)
     metadata = weights.read_metadata(adapter_path)
     loaded = backbone.load_base(
-        base or metadata.base,
-        metadata.base_revision if base is None else None,
+        *provenance.base_of(adapter_path, metadata, base),
         device=device,
         quantize=config.quantize,
         transformer_device="cpu" if config.block_swap and not config.quantize else None,
@@ -159,7 +158,7 @@ def load(
         lora_rank=metadata.lora_rank, lora_alpha=metadata.lora_alpha, adapter_hidden=metadata.adapter_hidden
     )
     model = build_model(loaded.transformer, shape)
-    weights.load_adapter(adapter_path, model, allow_other_base=base is not None)
+    weights.load_adapter(adapter_path, model, allow_other_base=base not in (None, metadata.base))
     for index, (path, scale) in enumerate(lora_files(config)):
         lora.stack_lora(model.transformer, path, scale, f"extra{index}")
     swap.swap_blocks(model.transformer, config.block_swap, loaded.device)
@@ -213,7 +212,7 @@ def novel_view(
     config = config.for_adapter(metadata)
     size = size or metadata.size
     num_frames = metadata.num_frames if num_frames is None else num_frames
-    stride = backbone.clip_stride(base or metadata.base, metadata.base_revision if base is None else None)
+    stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
     encoders.check_clip((num_frames, *size, 3), stride)
     device = _device(device)
     source = reconstruct(

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 from torch import Tensor
 
 from ex4d.errors import ConfigError
-from ex4d.models import weights
+from ex4d.models import provenance, weights
 from ex4d.models.adapter import Ex4dModel
 from ex4d.models.backbone import ModelConfig
 
@@ -64,4 +64,7 @@ def read(path: str, config: ModelConfig) -> WarmStart:
     for name, (here, there) in pairs.items():
         if here != there:
             raise ConfigError(f"model.{name}", here, f"must be {there!r}, as in train.init_from={path}")
+    if not provenance.is_verifiable(path, metadata):
+        remedy = "`ex4d export --style released` makes a file that is taken as it is"
+        raise ConfigError("train.init_from", path, f"{provenance.UNVERIFIABLE}; {remedy}")
     return WarmStart(path, state, metadata.base_fingerprint)

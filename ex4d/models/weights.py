@@ -93,7 +93,7 @@ def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], me
 def read_metadata(path: str | Path) -> AdapterMetadata:
     """Return what an adapter says of itself without reading its tensors; `path` as in `read_adapter`."""
     file = adapter_file(path)
-    return read_adapter(file)[1] if _is_released(file) else _header_of(file)
+    return read_adapter(file)[1] if is_released(file) else _header_of(file)
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
@@ -107,7 +107,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
         ContractError: the file is damaged, or of another kind or version.
     """
     file = adapter_file(path)
-    if _is_released(file):
+    if is_released(file):
         tensors = _load_pickle(file)
         return _from_released(tensors, file), _released_metadata(tensors)
     from safetensors.torch import load_file
@@ -276,7 +276,8 @@ def adapter_file(path: str | Path) -> Path:
     return file
 
 
-def _is_released(file: Path) -> bool:
+def is_released(file: Path) -> bool:
+    """Return True for a file in the layout of the released ex4d.ckpt, by its name."""
     return file.suffix in (".ckpt", ".pt", ".pth")
 
 

@@ -17,7 +17,7 @@ from ex4d.geometry import camera_path
 from ex4d.geometry.camera import fov_setting, intrinsics
 from ex4d.geometry.profiles import PROFILES
 from ex4d.geometry.render import choose_backend
-from ex4d.models import backbone, fingerprints, weights
+from ex4d.models import backbone, fingerprints, provenance, weights
 from ex4d.reconstruct import check_choices
 from ex4d.synthetic import SyntheticConfig
 from pipelines import inputs
@@ -131,7 +131,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     if scenes and config.corpus_seed == world.seed:
         raise ConfigError("evaluate.corpus_seed", config.corpus_seed, "must differ from synthetic.seed")
     world = replace(world, seed=config.corpus_seed, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
-    base = (config.base, None) if config.base else (metadata.base, metadata.base_revision)
+    base = provenance.base_of(config.adapter, metadata, config.base, "evaluate.base")
     _check_swap(sampler, base)
     digest = storage.sha256(weights.adapter_file(config.adapter))
     models = fingerprints.of_components(*base, backbone.COMPONENTS, backbone.COMPONENTS)

@@ -48,10 +48,8 @@ def test_no_spelling_reaches_this_machine(host, tmp_path, rebound):
     with web_server(tmp_path) as site:
         url = f"http://{host}:{site.url.rpartition(':')[2]}/a.mp4"
         for ask in (storage.sha256, storage.size, storage.read_bytes):
-            with (
-                web.rules(private="none"),
-                pytest.raises((OSError, ConfigError)),
-            ):  # some spellings are no host for the client
+            # Some spellings are no host for the client.
+            with web.rules(private="none"), pytest.raises((OSError, ConfigError)):
                 ask(url)
         assert site.asked == []
 

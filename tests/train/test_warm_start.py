@@ -90,6 +90,13 @@ def test_an_adapter_of_another_base_is_refused(folder: Path, source: Path, alone
         run(alone, chosen(folder, "other-base", num_steps=1, init_from=str(tmp_path)))
 
 
+def test_an_adapter_that_says_nothing_of_its_base_is_refused(folder: Path, source: Path, alone, tmp_path: Path) -> None:
+    state, metadata = weights.read_adapter(source / "adapter")
+    weights.save_adapter(tmp_path, state, dataclasses.replace(metadata, base_fingerprint=None))
+    with pytest.raises(ConfigError, match="does not say which base weights"):
+        run(alone, chosen(folder, "no-base", num_steps=1, init_from=str(tmp_path)))
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_two_learning_rates_train_and_resume_exactly(folder: Path, alone, stage: int) -> None:
     rates = {"lr": 1e-2, "lr_geometry": 1e-30, "weight_decay": 0.0, "zero_stage": stage}

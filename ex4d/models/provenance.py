@@ -1,0 +1,54 @@
+"""Where an adapter leads to: the base that it names, and whether it says by which weights it knows that base.
+
+An adapter may be a stranger's. By itself it leads to the tiny base, published models and folders of this user alone.
+"""
+
+from __future__ import annotations
+
+import logging
+import os
+from pathlib import Path
+
+from ex4d.errors import ConfigError
+from ex4d.models import families
+from ex4d.models.backbone import TINY
+from ex4d.models.weights import AdapterMetadata, adapter_file, is_released
+
+log = logging.getLogger(__name__)
+
+UNVERIFIABLE = "does not say which base weights it was trained on"
+
+
+def base_of(
+    path: str | Path, metadata: AdapterMetadata, base: str | None = None, key: str = "base"
+) -> tuple[str, str | None]:
+    """Return (base, revision) to load for an adapter: `base` where one is asked for, else its own.
+
+    Args:
+        path: of the adapter, which says `metadata` of itself.
+        key: the setting that `base` comes from, for messages.
+
+    Raises:
+        ConfigError: the adapter's own may not be followed, so that one must be named.
+    """
+    if base is not None:
+        return base, metadata.base_revision if base == metadata.base else None
+    folder = Path(metadata.base)
+    is_own_folder = metadata.base != "" and folder.is_dir() and folder.stat().st_uid == os.getuid()
+    if not (metadata.base == TINY or families.family_of_hub_id(metadata.base) or is_own_folder):
+        allowed = f"must be set: {path} names {metadata.base!r}, neither a published model nor a folder of yours"
+        raise ConfigError(key, None, allowed)
+    if not is_verifiable(path, metadata):
+        raise ConfigError(key, None, f"must be set: {path} {UNVERIFIABLE}")
+    return metadata.base, metadata.base_revision
+
+
+def is_verifiable(path: str | Path, metadata: AdapterMetadata) -> bool:
+    """Return False for an adapter of our layout that does not say which weights it was trained on: ours always do.
+
+    The released ex4d.ckpt has no place for it: it is taken, with a warning.
+    """
+    if metadata.base_fingerprint is None and is_released(adapter_file(path)):
+        log.warning("%s %s; whether it fits is not verified", path, UNVERIFIABLE)
+        return True
+    return metadata.base_fingerprint is not None
