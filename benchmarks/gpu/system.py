@@ -143,7 +143,7 @@ def clip(size: str) -> tuple[Any, Any, Any]:
 
 
 def masks(size: str, device: torch.device, scratch: Path) -> None:
-    """Draw the masks of a clip, as `ex4d preprocess` does."""
+    """Draw the masks of a clip, as `ex4d preprocess` does: on the CPU, so that no dataset depends on the machine."""
     from ex4d.geometry import masks
 
     made = clip(size)
@@ -210,15 +210,16 @@ def timed(device: torch.device, repeats: int, function: Callable[..., object], *
     return least
 
 
-# In order of worth; the trainer's need the base that the first one writes. Seconds that each may take.
+# In order of worth; the trainer's need the base that the first one writes. Seconds that each may take: together they
+# fit the run's budget, so that no row costs the last ones their turn.
 ROWS: dict[str, tuple[Callable[[str, torch.device, Path], None], float]] = {
-    "write a base": (write_run, 150),
-    "trainer": (train_first, 200),
-    "trainer, resumed": (train_more, 120),
-    "renderer": (renderer, 150),
-    "generation": (generation, 90),
-    "VAE": (vae, 60),
-    "masks": (masks, 60),
+    "write a base": (write_run, 110),
+    "trainer": (train_first, 120),
+    "trainer, resumed": (train_more, 80),
+    "renderer": (renderer, 100),
+    "generation": (generation, 60),
+    "VAE": (vae, 40),
+    "masks": (masks, 40),
 }
 
 COLUMNS = {

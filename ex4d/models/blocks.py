@@ -66,6 +66,11 @@ class Recompute:
             return block(*args)
         return checkpoint.checkpoint(block, *args, use_reentrant=False, **self._options)
 
+    @property
+    def share(self) -> float:
+        """Share of the blocks that recompute."""
+        return self.count / len(self._index)
+
     def fit(self, free_bytes: float) -> int:
         """Return how many blocks must recompute where `free_bytes` are left while all of them do."""
         if not self.block_bytes:

@@ -153,6 +153,12 @@ class TrainConfig:
         need(together, "checkpoint_blocks", "must be null with train.block_swap")
         need(not (self.compile and self.zero_stage == 3), "compile", "must be false with train.zero_stage=3")
 
+    def recomputed_blocks(self, num_blocks: int) -> int:
+        """Return how many of the blocks recompute their activations; all of them where the memory is to decide it."""
+        if not self.activation_checkpointing:
+            return 0
+        return self.checkpoint_blocks if isinstance(self.checkpoint_blocks, int) else num_blocks
+
 
 # What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.
 FREE = frozenset(

@@ -118,9 +118,7 @@ def _activations(
     the end of the first recomputed one.
     """
     width, ffn, layers = flops.width_of(shape), shape["ffn_dim"], shape["num_layers"]
-    recomputed = layers if train.activation_checkpointing else 0
-    if train.activation_checkpointing and isinstance(train.checkpoint_blocks, int):
-        recomputed = train.checkpoint_blocks
+    recomputed = train.recomputed_blocks(layers)
     kept = layers - recomputed
     context = (TEXT_LENGTH + (flops.CLIP_TOKENS if shape["image_dim"] else 0)) * samples * width * dtype * _KEPT_CONTEXT
     one = tokens * (width * (4 * _KEPT_FLOAT32 + dtype * _KEPT_DTYPE) + ffn * dtype * _KEPT_FFN) + context
@@ -172,11 +170,12 @@ def summary(
     if train.prompt is not None:  # embedded once, before training
         encoders.pop("text_encoder", None)
     parts = memory(shape, parameters, latents, model, train, plan, None if precomputed else encoders)
-    total, recomputes = sum(parts.values()), train.activation_checkpointing
+    total = sum(parts.values())
+    again = (train.recomputed_blocks(shape["num_layers"]) / shape["num_layers"], train.checkpoint_keep_attention)
     samples = math.ceil(plan.global_size / plan.world_size)
     vae_flops = 0.0 if precomputed else samples * flops.vae_flops(shape, latents, model.source_video)
     vae_s = flops.vae_seconds(vae_flops, train.gpu)
-    step_s = flops.seconds_per_step(sample, samples, train.gpu, recomputes) + vae_s
+    step_s = flops.seconds_per_step(sample, samples, train.gpu, *again) + vae_s
     hours = step_s * train.num_steps / 3600
     return {
         "parameters": parameters,
@@ -184,7 +183,7 @@ def summary(
         "flops_per_sample": {
             "forward": sample.forward,
             "useful": sample.useful,
-            "executed": sample.executed(recomputes),
+            "executed": sample.executed(*again),
         },
         "memory_bytes": parts | {"total": total},
         "host_bytes": _host_bytes(shape, parameters, model, train),

@@ -66,10 +66,17 @@ class Cost:
         """FLOPs that a training step needs: the numerator of MFU."""
         return self.forward + sum(part.backward for part in self.parts.values())
 
-    def executed(self, checkpointing: bool) -> float:
-        """FLOPs that a training step does, recomputed blocks included: the numerator of HFU."""
-        again = sum(part.forward for part in self.parts.values() if part.in_blocks)
-        return self.useful + (again if checkpointing else 0.0)
+    def executed(self, recomputed: float, keep_attention: bool = False) -> float:
+        """FLOPs that a training step does, recomputed blocks included: the numerator of HFU.
+
+        Args:
+            recomputed: share of the blocks that recompute, in [0, 1].
+            keep_attention: those keep the outputs of self-attention.
+        """
+        parts = {name: part for name, part in self.parts.items() if part.in_blocks}
+        if keep_attention:
+            del parts["attention"]
+        return self.useful + recomputed * sum(part.forward for part in parts.values())
 
 
 def latent_size(clip: tuple[int, int, int], stride: tuple[int, int, int] = (4, 8, 8)) -> tuple[int, int, int]:
@@ -124,7 +131,8 @@ def _blocks(shape: Mapping[str, Any], tokens: int, image: int, lora_rank: int) -
     context = 4.0 * (TEXT_LENGTH * width**2 + image * width * (shape["added_kv_proj_dim"] or 0)) * blocks
     lora_tokens = 2.0 * lora_rank * tokens * (12 * width + 2 * (width + ffn)) * blocks
     lora_text = 2.0 * lora_rank * TEXT_LENGTH * 2 * width * blocks  # A of text k and v, and as much for B
-    attention = 4.0 * tokens * width * (tokens + TEXT_LENGTH) * blocks
+    attention = 4.0 * tokens * width * tokens * blocks
+    attention_text = 4.0 * tokens * width * TEXT_LENGTH * blocks
     attention_image = 4.0 * tokens * width * image * blocks
     return {
         "linear": Part(linear, linear),
@@ -132,6 +140,7 @@ def _blocks(shape: Mapping[str, Any], tokens: int, image: int, lora_rank: int) -
         "context": Part(context, 0.0),
         "lora": Part(lora_tokens + 2 * lora_text, 2 * lora_tokens + 3 * lora_text),
         "attention": Part(attention, 2 * attention),
+        "attention_text": Part(attention_text, 2 * attention_text),
         # Keys and values of the image are frozen: the query's gradient alone.
         "attention_image": Part(attention_image, attention_image),
     }
@@ -184,17 +193,23 @@ def memory_of(gpu: str) -> float:
     return found
 
 
-def utilisation(sample: Cost, samples_per_s: float, peak: float, checkpointing: bool) -> tuple[float, float]:
+def utilisation(
+    sample: Cost, samples_per_s: float, peak: float, recomputed: float, keep_attention: bool = False
+) -> tuple[float, float]:
     """Return (MFU, HFU) of one device, shares of `peak`: useful and executed FLOPs a second.
 
     Args:
         samples_per_s: that one device trains on.
         peak: FLOP/s of the device in the dtype of the base.
+        recomputed, keep_attention: as in Cost.executed.
     """
-    return sample.useful * samples_per_s / peak, sample.executed(checkpointing) * samples_per_s / peak
+    per_s = samples_per_s / peak
+    return sample.useful * per_s, sample.executed(recomputed, keep_attention) * per_s
 
 
-def seconds_per_step(sample: Cost, samples: int, gpu: str, checkpointing: bool, hfu: float = ASSUMED_HFU) -> float:
+def seconds_per_step(
+    sample: Cost, samples: int, gpu: str, recomputed: float, keep_attention: bool = False, hfu: float = ASSUMED_HFU
+) -> float:
     """Return seconds that one GPU needs for `samples` of a step at the given HFU.
 
     Raises:
@@ -203,4 +218,4 @@ def seconds_per_step(sample: Cost, samples: int, gpu: str, checkpointing: bool, 
     peak = peak_flops(gpu)
     if peak is None:
         raise ConfigError("train.gpu", gpu, f"allowed: {', '.join(GPUS)}")
-    return sample.executed(checkpointing) * samples / (peak * hfu)
+    return sample.executed(recomputed, keep_attention) * samples / (peak * hfu)

@@ -39,7 +39,7 @@ class Job:
         write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
         facts: configuration and versions, for the log.
         cost: FLOPs and tokens of one sample; None where they are not known.
-        recompute: which blocks recompute, where the memory that is free is to decide it (checkpoint_blocks=auto).
+        recompute: which blocks recompute their activations; None where none do.
     """
 
     encoder: Encoder
@@ -152,7 +152,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     else:
         encoder = Encoder(base, chosen.mask_range, config.prompt)
         encoder.release_text_encoder()
-    return Job(encoder, model, open_loader, who, write_adapter, facts, cost, recompute if auto else None)
+    return Job(encoder, model, open_loader, who, write_adapter, facts, cost, recompute)
 
 
 def _check_latents(

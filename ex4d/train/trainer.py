@@ -204,8 +204,9 @@ class Trainer:
         on_gpu = self.device.type == "cuda"
         peak = flops.peak_flops(torch.cuda.get_device_name(self.device)) if on_gpu else None
         if peak:
-            recomputes = self.config.activation_checkpointing
-            mfu, hfu = flops.utilisation(cost, rate / self.plan.world_size, peak, recomputes)
+            share = self.job.recompute.share if self.job.recompute else 0.0
+            again = (share, self.config.checkpoint_keep_attention)
+            mfu, hfu = flops.utilisation(cost, rate / self.plan.world_size, peak, *again)
             found |= {"mfu": mfu, "hfu": hfu}
         return found
 
@@ -248,7 +249,7 @@ class Trainer:
         With checkpoint_blocks=auto, on GPUs; every rank calls, and the one with the least room decides.
         """
         recompute = self.job.recompute
-        if recompute is None or self.device.type != "cuda":
+        if recompute is None or self.config.checkpoint_blocks != "auto" or self.device.type != "cuda":
             return
         free, total = torch.cuda.mem_get_info(self.device)
         room = free + torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)

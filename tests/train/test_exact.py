@@ -62,15 +62,20 @@ def chosen(folder: Path, name: str, start: int = 0, kill_at: int | None = None, 
 
 def on_two_ranks(folder: Path, runs: list[dict]) -> list[int]:
     """Return the exit statuses of two ranks that do these runs; when one dies, so does the other."""
+    return on_ranks(folder, runs, 2)
+
+
+def on_ranks(folder: Path, runs: list[dict], count: int, **environment: str) -> list[int]:
+    """Return the exit statuses of so many ranks that do these runs; when one dies, so do the others."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     path = folder / f"runs-{port}.json"
     path.write_text(json.dumps(runs))
-    common = {**os.environ, "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
-    common["PYTHONPATH"] = f"{HERE.parents[1]}:{HERE}"
+    common = {**os.environ, "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port, "OMP_NUM_THREADS": "1"}
+    common |= {"WORLD_SIZE": str(count), "PYTHONPATH": f"{HERE.parents[1]}:{HERE}", **environment}
     command = [sys.executable, str(HERE / "recorded.py"), str(path)]
-    ranks = [subprocess.Popen(command, env=common | {"RANK": str(rank)}) for rank in range(2)]
+    ranks = [subprocess.Popen(command, env=common | {"RANK": str(rank)}) for rank in range(count)]
     deadline = time.monotonic() + 800
     while any(rank.poll() is None for rank in ranks) and not any(rank.poll() for rank in ranks):
         assert time.monotonic() < deadline

@@ -11,7 +11,7 @@ from pathlib import Path
 import pytest
 
 GPU = Path(__file__).resolve().parents[2] / "benchmarks" / "gpu"
-sys.path.insert(0, str(GPU))
+sys.path[:0] = [str(GPU), str(GPU.parent)]
 import rows  # noqa: E402
 
 RECORD = f"import sys; sys.path.insert(0, {str(GPU)!r}); import rows, time, os, subprocess; "
@@ -45,6 +45,17 @@ def test_a_row_that_fails_costs_itself(tmp_path: Path) -> None:
     page = rows.table(found, {"value": "{value:.1f}", "other": "{other}"})
     assert page[2] == "| first | 1.0 | – |"
     assert "| is killed | ended with -9: no message | |" in page
+
+
+def test_the_rows_that_count_fit_one_run_together() -> None:
+    import system
+    import train_14b
+
+    budget_s = 570 - 20  # less the installation of the wheels
+    assert sum(limit_s for _, limit_s in system.ROWS.values()) <= budget_s
+    names = list(train_14b.ROWS)
+    first = [train_14b.ROWS[name].limit_s for name in names[: names.index("bf16+swap") + 1]]
+    assert sum(train_14b.KERNELS.values()) + sum(first) <= budget_s
 
 
 def test_rows_end_with_their_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
