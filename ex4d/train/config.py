@@ -4,8 +4,9 @@ from __future__ import annotations
 
 import dataclasses
 import os
+from collections.abc import Callable
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ex4d.config import checked, setting
 from ex4d.data.loader import LoaderConfig
@@ -17,10 +18,28 @@ EXIT_PREEMPTED = 75
 
 
 @dataclass(frozen=True)
+class WeightedData:
+    """One of several datasets."""
+
+    __pydantic_config__: ClassVar[dict[str, str]] = {"extra": "forbid"}
+
+    path: str = setting("", "Dataset folder or URL.", not_empty=True)
+    weight: float = setting(1.0, "Steps that take their samples from it, relative to the other datasets.", gt=0)
+
+    def __post_init__(self) -> None:
+        checked(self, "train.data")
+
+
+@dataclass(frozen=True)
 class TrainConfig:
     """The choices of one training run."""
 
-    data: str = setting("out/dataset", "Dataset folder or URL written by `ex4d preprocess` or `ex4d encode`.")
+    data: str | tuple[WeightedData, ...] = setting(
+        "out/dataset",
+        "Dataset folder or URL written by `ex4d preprocess` or `ex4d encode`, or a list of {path, weight}: "
+        "each step then takes its samples from one of them, in turn by weight.",
+        not_empty=True,
+    )
     output: str = setting("out/train", "Folder of this run. The same command run again resumes there.")
     num_steps: int = setting(1000, "Number of optimizer steps.", ge=1)
     micro_batch_size: int = setting(1, "Samples that one device processes at once.", ge=1)
@@ -152,6 +171,20 @@ class TrainConfig:
         together = self.checkpoint_blocks is None or not self.block_swap
         need(together, "checkpoint_blocks", "must be null with train.block_swap")
         need(not (self.compile and self.zero_stage == 3), "compile", "must be false with train.zero_stage=3")
+
+        auto = self.checkpoint_blocks == "auto" and len({data.path for data in self.datasets}) > 1
+        need(not auto, "checkpoint_blocks", "must be a number or null with several datasets, whose clips may differ")
+
+    @property
+    def datasets(self) -> tuple[WeightedData, ...]:
+        """The datasets with their weights; one has the weight 1."""
+        return (WeightedData(self.data),) if isinstance(self.data, str) else self.data
+
+    def data_at(self, place: Callable[[str], str]) -> str | tuple[WeightedData, ...]:
+        """Return `data` with `place` of each path."""
+        if isinstance(self.data, str):
+            return place(self.data)
+        return tuple(dataclasses.replace(data, path=place(data.path)) for data in self.data)
 
     def recomputed_blocks(self, num_blocks: int) -> int:
         """Return how many of the blocks recompute their activations; all of them where the memory is to decide it."""

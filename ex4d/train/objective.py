@@ -9,7 +9,6 @@ import torch
 from torch import Tensor
 
 from ex4d import flow
-from ex4d.data.texts import TextStore
 from ex4d.models.encoders import latent_hole_share, to_pixels
 
 
@@ -148,11 +147,11 @@ class LatentEncoder(Encoder):
 
     Args:
         base: models.backbone.Base.
-        texts: the dataset's prompt embeddings.
+        texts: prompt embeddings by text: a data.texts.TextStore, or what has its `embeds`.
         prompt: as in Encoder.
     """
 
-    def __init__(self, base: Any, texts: TextStore, prompt: str | None):
+    def __init__(self, base: Any, texts: Any, prompt: str | None):
         super().__init__(base, "", prompt)
         self.texts = texts
 

@@ -73,7 +73,7 @@ class Trainer:
         self.engine = Engine(job.model, config, self.plan, moments, self.first_step)
         if config.ema_decay:
             self.average = self.start_average(path)
-        self.batches = job.open_loader("train", self.samples, self.plan.micro_size)
+        self.batches = job.open_loader("train", self.samples, self.plan.micro_size, self.plan.accum_steps)
         self.apart = config.validate_apart or config.validate_videos > 0
         in_ranks = config.validate_every and not config.validate_apart
         share = (self.plan.micro_size, self.plan.world_size)
@@ -182,7 +182,9 @@ class Trainer:
             "processes": self.plan.world_size,
         }
         metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma, "bad_samples": said.bad_samples}
-        metrics |= self.throughput(watch.times()["total"])
+        if "dataset" in batch:
+            metrics["dataset"] = batch["dataset"]
+        metrics |= self.throughput(watch.times()["total"], batch.get("dataset", 0))
         metrics |= {"step_s": watch.times(), "peak_memory_bytes": said.peak_memory_bytes}
         return metrics, said.stop
 
@@ -195,11 +197,12 @@ class Trainer:
                 logger.warning("step %d: gradient norm %.3g, usually %.3g; clips: %s", step, grad_norm, usual, clips)
         self.grad_norms.append(grad_norm)
 
-    def throughput(self, seconds: float) -> dict[str, float]:
+    def throughput(self, seconds: float, dataset: int) -> dict[str, float]:
         """Return samples and tokens a second of all ranks; on a known GPU MFU and HFU of one (train.flops)."""
-        rate, cost = self.plan.global_size / seconds, self.job.cost
-        if cost is None:
+        rate = self.plan.global_size / seconds
+        if not self.job.costs:
             return {"samples_per_s": rate}
+        cost = self.job.costs[dataset]
         found = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
         on_gpu = self.device.type == "cuda"
         peak = flops.peak_flops(torch.cuda.get_device_name(self.device)) if on_gpu else None

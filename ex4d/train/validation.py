@@ -79,7 +79,7 @@ def measure(
 
 def read_share(job: Job, config: TrainConfig, micro_size: int, world_size: int) -> list[dict[str, Any]]:
     """Return this rank's share of the validation clips, always the same."""
-    batches = job.open_loader("val", 0, micro_size)
+    batches = job.open_loader("val", 0, micro_size, 1)
     try:
         return [next(batches) for _ in range(math.ceil(config.validate_samples / (micro_size * world_size)))]
     finally:
@@ -281,7 +281,7 @@ def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any],
     if getattr(base, "vae", base) is None:  # a training on latents loads none
         name, revision = model_config["base"], model_config["revision"]
         base = load_base(name, revision, device=base.device, components=("vae",))
-    batches, names = job.open_loader("val", 0, 1), []
+    batches, names = job.open_loader("val", 0, 1, 1), []
     for index in range(config.validate_videos):
         batch = next(batches)
         if not batch["valid"][0]:

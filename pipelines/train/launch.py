@@ -17,6 +17,7 @@ from __future__ import annotations
 import ctypes
 import json
 import logging
+import math
 import os
 import signal
 import socket
@@ -85,15 +86,16 @@ def run(
 
 
 def _check_data(train: TrainConfig) -> None:
-    """Raise ConfigError where there is no dataset, or the run would write into it."""
-    if not storage.exists(storage.join(train.data, DATASET)):
-        raise ConfigError(
-            "train.data", train.data, f"no dataset there ({DATASET} is missing): `ex4d preprocess` makes one"
-        )
-    if storage.is_local(train.data):
-        data, output = storage.local_path(train.data).resolve(), Path(train.output).resolve()
-        if output == data or data in output.parents:
-            raise ConfigError("train.output", train.output, f"a folder outside of the dataset {train.data}")
+    """Raise ConfigError where there is no dataset, or the run would write into one."""
+    for path in (data.path for data in train.datasets):
+        if not storage.exists(storage.join(path, DATASET)):
+            raise ConfigError(
+                "train.data", path, f"no dataset there ({DATASET} is missing): `ex4d preprocess` makes one"
+            )
+        if storage.is_local(path):
+            data, output = storage.local_path(path).resolve(), Path(train.output).resolve()
+            if output == data or data in output.parents:
+                raise ConfigError("train.output", train.output, f"a folder outside of the dataset {path}")
 
 
 def _launch(
@@ -270,6 +272,10 @@ def free_port() -> int:
 # ---------------------------------------------------------------- before anything is loaded
 
 
+def _clip_pixels(facts: dict[str, Any]) -> int:
+    return facts["sample"]["num_frames"] * math.prod(facts["sample"]["size"])
+
+
 def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     """Print what the run would need; nothing is loaded but configurations."""
     from ex4d.data import manifest
@@ -278,13 +284,13 @@ def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     from ex4d.train.config import plan_batch
 
     shape = backbone.transformer_config(model.base, model.revision, model.family)
-    facts: dict[str, Any] = {}
-    if storage.exists(storage.join(train.data, manifest.DATASET)):
-        facts = manifest.read_dataset(train.data)
+    there = [data.path for data in train.datasets if storage.exists(storage.join(data.path, manifest.DATASET))]
+    # Of several, the one with the largest clips: its memory is what the run needs.
+    facts: dict[str, Any] = max(map(manifest.read_dataset, there), key=_clip_pixels, default={})
     # Not made yet: what the same file would make, or the method's own size.
     said = configs.read_yaml(config_path)
     clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (said.get("preprocess") or {}))
-    precomputed = "latents" in facts if facts else (said.get("encode") or {}).get("output") == train.data
+    precomputed = "latents" in facts if facts else (said.get("encode") or {}).get("output") == train.datasets[0].path
     family = families.FAMILIES.get(families.family_of(shape) or "")
     stride = family.stride if family else (4, 8, 8)
     latents = flops.latent_size((clip["num_frames"], *clip["size"]), stride)

@@ -113,7 +113,7 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
     api: Any = ray.train  # typed as its first version, which knows nothing of elastic runs
     on_gpu = train.device == "cuda" or (train.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     workers = train.num_processes or (int(ray.cluster_resources()["GPU"]) if on_gpu else 2)
-    train = dataclasses.replace(train, data=_absolute(train.data), output=_absolute(train.output))
+    train = dataclasses.replace(train, data=train.data_at(_absolute), output=_absolute(train.output))
     return api.torch.TorchTrainer(
         rank_loop,
         train_loop_config={"train": train, "model": model, "flag": flag, "folder": os.getcwd()},

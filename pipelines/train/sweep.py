@@ -9,6 +9,7 @@ Trials are compared after the same number of steps: the one that got furthest wi
 
 from __future__ import annotations
 
+import dataclasses
 import json
 import os
 import signal
@@ -75,8 +76,14 @@ def trial_tree(
     for override in (o for o in overrides if o.startswith(("train.", "model."))):
         key, _, text = override.partition("=")
         tree = with_values(tree, {key: config.parse_value(text)})
-    data = train.data if "://" in train.data else str(Path(train.data).resolve())
-    values = {"train.data": data, "train.num_steps": train.num_steps, "train.wandb_group": sweep.group}
+    absolute = dataclasses.replace(
+        train, data=train.data_at(lambda path: path if "://" in path else str(Path(path).resolve()))
+    )
+    values = {
+        "train.data": config.to_dict(absolute)["data"],
+        "train.num_steps": train.num_steps,
+        "train.wandb_group": sweep.group,
+    }
     for key in ("save_every", "validate_every"):
         if tree["train"].get(key) is None:
             values[f"train.{key}"] = sweep.grace_steps
@@ -90,9 +97,10 @@ def trial_tree(
 
 def _check_data(sweep: SweepConfig, train: TrainConfig) -> None:
     """Raise where every trial would find out for itself that it has no data or nothing to judge by."""
-    facts = manifest.read_dataset(train.data)
-    if sweep.metric == "validation_loss" and not facts["counts"].get("samples_val"):
-        allowed = f"mse: {train.data} has no validation split; or make one with preprocess.val_fraction"
+    counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
+    if sweep.metric == "validation_loss" and not any(count.get("samples_val") for count in counts):
+        paths = ", ".join(data.path for data in train.datasets)
+        allowed = f"mse: {paths} has no validation split; or make one with preprocess.val_fraction"
         raise ConfigError("sweep.metric", sweep.metric, allowed)
 
 

@@ -16,19 +16,22 @@ KINDS = ["visibility", "novel_view", "tracking"]
 SPEC = {"num_frames": 5, "size": [32, 32], "num_masks": 3, "mask_kinds": KINDS}
 
 
-def make_sample(index: int) -> Sample:
+def make_sample(index: int, num_frames: int = 5, size: tuple[int, int] = (32, 32)) -> Sample:
     """Return a clip of blocks of noise."""
     rng = np.random.default_rng([5, index])
-    visible = rng.random((3, 5, 32, 32)) > 0.4
+    height, width = size
+    visible = rng.random((3, num_frames, height, width)) > 0.4
     visible[:, 0] = True
     source = hashlib.sha256(f"source {index}".encode()).hexdigest()
-    pose = np.tile(np.eye(4), (5, 1, 1))
+    pose = np.tile(np.eye(4), (num_frames, 1, 1))
     provenance = {"source_sha256": source, "source_group": source, "source_path": f"{index}.mp4", "licence": ""}
     provenance |= {"start_pts": 0, "end_pts": 400, "time_base": "1/1000", "start_s": 0.0, "end_s": 0.4}
     provenance |= {"scores": {}, "seeds": {}, "depth": {"estimator": "sidecar", "weights_sha256": ""}}
     return Sample(
         key=f"{source[:12]}-{index:04d}",
-        frames=rng.integers(0, 256, (5, 16, 16, 3), dtype=np.uint8).repeat(2, axis=1).repeat(2, axis=2),
+        frames=rng.integers(0, 256, (num_frames, height // 2, width // 2, 3), dtype=np.uint8)
+        .repeat(2, axis=1)
+        .repeat(2, axis=2),
         fps=8.0,
         visible=visible,
         kind=np.arange(3, dtype=np.uint8),
@@ -40,18 +43,25 @@ def make_sample(index: int) -> Sample:
     )
 
 
-def make_dataset(folder: Path, train: int = 7, val: int = 2) -> Path:
-    """Write a dataset of so many clips; an odd number, so that epochs end inside a batch."""
+def make_dataset(
+    folder: Path, train: int = 7, val: int = 2, num_frames: int = 5, size: tuple[int, int] = (32, 32), first: int = 0
+) -> Path:
+    """Write a dataset of so many clips, numbered from `first`; an odd number, so that epochs end inside a batch."""
     staging = folder / "staging"
     staging.mkdir(parents=True)
     staged = []
     for index in range(train + val):
-        sample = make_sample(index)
+        sample = make_sample(first + index, num_frames, size)
         path = staging / f"{sample.key}.tar"
         path.write_bytes(sample_tar(sample.key, encode(sample)))
         staged.append(Staged(sample.key, "train" if index < train else "val", str(path)))
     counts = {"videos_in": train + val, "videos_split": train + val, "clips_planned": train + val}
-    facts = {"sample": SPEC, "counts": counts, "config": {"seed": 0}, "versions": {"ex4d": "0"}}
+    facts = {
+        "sample": SPEC | {"num_frames": num_frames, "size": list(size)},
+        "counts": counts,
+        "config": {"seed": 0},
+        "versions": {"ex4d": "0"},
+    }
     pack(staged, str(folder / "dataset"), facts, [])
     return folder / "dataset"
 

@@ -64,7 +64,7 @@ def train(folder: Path, dataset: Path, place: Place, model: dict[str, Any] | Non
     config = configs.validate(TrainConfig, defaults | TRAIN | {"output": str(folder)} | values, "train")
     base = backbone.load_base(chosen.base)
 
-    def open_loader(split: str, samples: int, micro: int) -> loader.ShardLoader:
+    def open_loader(split: str, samples: int, micro: int, accum_steps: int) -> loader.ShardLoader:
         return loader.ShardLoader(str(dataset), split, micro, config.seed, samples_consumed=samples, decode=decode)
 
     encoder = Encoder(base, chosen.mask_range, config.prompt)

@@ -144,7 +144,7 @@ def test_loader_and_encoder_give_the_other_camera_s_frames(folder, alone):
     """The slow twin: the base's own encoding of the frames in the shard, a clip at a time."""
     config = TrainConfig(data=str(folder / "dataset"), output="", **STEPS)
     job = build_job(config, model_of(folder), alone, torch.device("cpu"))
-    batch = next(job.open_loader("train", 0, 2))
+    batch = next(job.open_loader("train", 0, 2, 1))
     assert not np.array_equal(batch["source"], batch["frames"])
     ours = job.encoder.clips(batch).source
     for index, frames in enumerate(batch["source"]):

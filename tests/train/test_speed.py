@@ -77,7 +77,9 @@ def test_compiled_blocks_differ_no_more_than_another_order_of_summation(folder: 
         assert run(alone, chosen(folder, name, **common, **kind)) == 0
     # Without wide vectors the plain path adds the same numbers in another order.
     assert on_ranks(folder, [chosen(folder, "steep-narrow", **common)], 1, ATEN_CPU_CAPABILITY="default") == [0]
-    compiled, narrow = (difference(losses(folder, f"steep-{n}"), losses(folder, "steep")) for n in ("compiled", "narrow"))
+    compiled, narrow = (
+        difference(losses(folder, f"steep-{n}"), losses(folder, "steep")) for n in ("compiled", "narrow")
+    )
     print(compiled, narrow)
     assert 0 < compiled <= 2 * narrow
 

@@ -116,7 +116,7 @@ def test_a_damaged_text_is_a_bad_sample_not_a_wrong_one(folder, alone, tmp_path)
         file.seek(row["offset"])
         file.write(b"\x55")
     config = TrainConfig(data=str(data), output=str(tmp_path / "out"), **STEPS | {"prompt": None})
-    loader = build_job(config, model_of(folder), alone, torch.device("cpu")).open_loader("train", 0, 7)
+    loader = build_job(config, model_of(folder), alone, torch.device("cpu")).open_loader("train", 0, 7, 1)
     batch = next(loader)
     loader.close()
     assert batch["valid"].sum() == 6

@@ -124,7 +124,7 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
     config = configs.validate(TrainConfig, defaults | {"output": output} | values, "train")
     per_step = config.micro_batch_size * config.grad_accum_steps * place.world_size
 
-    def open_loader(split: str, samples: int, micro: int) -> Iterator[dict]:
+    def open_loader(split: str, samples: int, micro: int, accum_steps: int) -> Iterator[dict]:
         return clips(config.seed + (split == "val"), place, micro, samples, fate.get("nan_at"), per_step)
 
     def write_adapter(folder: Path, tensors: dict, step: int) -> None:

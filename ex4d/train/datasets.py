@@ -1,0 +1,149 @@
+"""The datasets of a run: one, or several in turn by their weights, all of clips or all of latents."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping, Sequence
+from functools import partial
+from typing import Any
+
+import numpy as np
+
+from ex4d.data import latents, loader, manifest
+from ex4d.data.mixture import MixtureLoader
+from ex4d.data.texts import TextStore
+from ex4d.data.verify import dataset_fingerprint
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import backbone, fingerprints
+from ex4d.train import flops
+from ex4d.train.config import Place, TrainConfig
+
+
+def fingerprint(config: TrainConfig) -> str:
+    """Return what stands for the data of a run: a dataset's tree hash; of several, theirs with their weights."""
+    named = [(dataset_fingerprint(data.path), data.weight) for data in config.datasets]
+    return named[0][0] if len(named) == 1 else " + ".join(f"{weight:g} * {digest}" for digest, weight in named)
+
+
+class Texts:
+    """The prompt embeddings of several latent datasets; each text comes from the first that holds it."""
+
+    def __init__(self, stores: Sequence[TextStore]):
+        self.stores = stores
+
+    def embeds(self, text: str) -> np.ndarray:
+        """Return float32 [text_length, text_dim]; see TextStore.embeds."""
+        return next((store for store in self.stores if text in store), self.stores[0]).embeds(text)
+
+
+class Datasets:
+    """What a run trains on, checked against its model before any base is loaded.
+
+    Attributes:
+        facts: dataset.json of each. texts: their prompt embeddings; None for datasets of clips.
+
+    Raises:
+        ConfigError: a mask range or a prompt that latents were not encoded with; a source video that a dataset does
+            not hold; clips beside latents.
+        ContractError: no finished dataset, or latents of another model.
+    """
+
+    def __init__(self, config: TrainConfig, model: backbone.ModelConfig, place: Place):
+        self.config, self.source_video, self.place = config, model.source_video, place
+        self.paths = [data.path for data in config.datasets]
+        self.facts = [manifest.read_dataset(path) for path in self.paths]
+        self.fingerprint = fingerprint(config)
+        for path, facts in zip(self.paths, self.facts, strict=True):
+            if model.source_video and not loader.has_source(facts):
+                # A clip that is its own source would only be copied.
+                allowed = f"false: {path} has no clips from two cameras; see preprocess.members: [source]"
+                raise ConfigError("model.source_video", True, allowed)
+            if ("latents" in facts) != ("latents" in self.facts[0]):
+                allowed = f"clips alone or latents alone: {self.paths[0]} and {path} differ"
+                raise ConfigError("train.data", self.paths, allowed)
+        self._stores: list[TextStore] = []
+        if "latents" in self.facts[0]:
+            # Gigabytes may have to be read for it, so one rank does.
+            ours = fingerprints.of_components(model.base, model.revision) if place.rank == 0 else {}
+            pairs = zip(self.paths, self.facts, strict=True)
+            self._stores = [_check_latents(config, model, *pair, ours) for pair in pairs]
+        self.texts = Texts(self._stores) if self._stores else None
+
+    def latent_sizes(self, base: backbone.Base) -> list[tuple[int, int, int]]:
+        """Return (f, h, w) of each dataset's latents. Raises ConfigError where the base cannot take its clips."""
+        sizes = []
+        for facts in self.facts:
+            sample = facts["sample"]
+            pixels = (sample["num_frames"], *sample["size"], 3)
+            f, h, w = (facts["latents"]["shape"] if self.texts else base.latent_shape(pixels))[-3:]
+            sizes.append((f, h, w))
+        return sizes
+
+    def costs(self, base: backbone.Base, lora_rank: int, adapter_hidden: int) -> list[flops.Cost]:
+        """Return the FLOPs and tokens of a sample of each dataset."""
+        sizes = (lora_rank, adapter_hidden, self.source_video)
+        return [flops.cost(base.shape, size, *sizes) for size in self.latent_sizes(base)]
+
+    def open(
+        self, split: str, samples: int, micro_batch_size: int, accum_steps: int = 1
+    ) -> loader.ShardLoader | MixtureLoader:
+        """Return endless micro batches of this rank; of the validation split those of the first dataset that has one.
+
+        Args:
+            samples: consumed by all ranks together.
+            accum_steps: micro batches of a step, which are of one dataset.
+        """
+        if split != "train" or len(self.paths) == 1:
+            count = f"samples_{split}"
+            index = next((i for i, facts in enumerate(self.facts) if facts["counts"].get(count)), 0)
+            return self._open_one(index, split, micro_batch_size, samples)
+        opening = [partial(self._open_one, index, split, micro_batch_size) for index in range(len(self.paths))]
+        weights = [data.weight for data in self.config.datasets]
+        step_size = micro_batch_size * accum_steps * self.place.world_size
+        return MixtureLoader(opening, weights, accum_steps, step_size, samples)
+
+    def _open_one(self, index: int, split: str, micro_batch_size: int, samples: int) -> loader.ShardLoader:
+        decode = None
+        if self._stores and self.config.prompt is None:
+            decode = _with_texts(self._stores[index], loader.decoder_of(self.facts[index], self.source_video))
+        # Validation clips and their masks are the same in every run.
+        where = (self.paths[index], split, micro_batch_size, self.config.seed if split == "train" else 0)
+        ranks = (self.place.rank, self.place.world_size)
+        return loader.ShardLoader(*where, *ranks, samples, self.config.loader, decode, with_source=self.source_video)
+
+
+def _check_latents(
+    config: TrainConfig, model: backbone.ModelConfig, path: str, dataset: Mapping[str, Any], ours: Mapping[str, str]
+) -> TextStore:
+    """Return the prompt embeddings of a latent dataset that was made for this model; see Datasets for the errors.
+
+    Args:
+        ours: fingerprints of the base's components; those that are missing are not compared.
+    """
+    facts = dataset["latents"]
+    latents.LatentSpec.of(dataset)
+    if facts["mask_range"] != model.mask_range:
+        allowed = f"{facts['mask_range']!r}, with which the latents of {path} were encoded"
+        raise ConfigError("model.mask_range", model.mask_range, allowed)
+    for component, theirs in facts["models"].items():
+        if ours.get(component, theirs) != theirs:
+            raise ContractError(
+                f"{path}: its latents are of another model: their {component} is {theirs} "
+                f"({facts['base']}), that of model.base={model.base} is {ours[component]}"
+            )
+    texts = TextStore(path, dataset)
+    if config.prompt is not None and config.prompt not in texts:
+        raise ConfigError("train.prompt", config.prompt, f"a text that {path} holds; see encode.prompts")
+    if config.prompt is None and not facts["captions"]:
+        raise ConfigError("train.prompt", None, f"a text: {path} was encoded with encode.captions=false")
+    return texts
+
+
+def _with_texts(texts: TextStore, decode_latents: loader.Decode) -> loader.Decode:
+    """Return decode_latents that reads the caption's embeddings ahead, too, in the loader's thread."""
+
+    def decode(members: Mapping[str, bytes], draw: loader.Draw) -> dict[str, Any]:
+        values = decode_latents(members, draw)
+        texts.embeds(values["captions"])
+        return values
+
+    return decode
