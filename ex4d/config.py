@@ -25,7 +25,7 @@ from ex4d import text
 from ex4d.config_settings import check_keys, checked, keys, must_be, nested, setting
 from ex4d.errors import ConfigError
 
-__all__ = ["checked", "dump", "fingerprint", "load", "read_yaml", "setting", "to_dict", "validate"]
+__all__ = ["checked", "dump", "fingerprint", "load", "merged", "read_yaml", "setting", "to_dict", "validate"]
 
 MAX_BYTES, MAX_VALUES = 2**20, 100_000  # of a configuration file
 
@@ -47,6 +47,22 @@ def load(
     Raises:
         ConfigError: unreadable file, unknown section or key, wrong type or value. Names key, value, what is allowed.
     """
+    tree = merged(path, sections, overrides)
+    known = [key for name, cls in sections.items() for key in keys(cls, name)]
+    for name, cls in sections.items():
+        check_keys(cls, tree.get(name) or {}, name, known)
+    return {
+        name: None if name in optional and name not in tree else validate(cls, tree.get(name) or {}, name)
+        for name, cls in sections.items()
+    }
+
+
+def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
+    """Return the mapping of the YAML file at `path` with the overrides in it; its sections are known, their keys not.
+
+    Raises:
+        ConfigError: an unreadable file, an unknown section, or an override of a section that is not in `sections`.
+    """
     tree = read_yaml(path)
     for name, body in tree.items():
         if name not in SECTIONS:
@@ -55,13 +71,7 @@ def load(
             raise ConfigError(str(name), body, f"a section of {path} must be a mapping of keys to values")
     for override in overrides:
         _apply_override(tree, override, allowed=tuple(sections))
-    known = [key for name, cls in sections.items() for key in keys(cls, name)]
-    for name, cls in sections.items():
-        check_keys(cls, tree.get(name) or {}, name, known)
-    return {
-        name: None if name in optional and name not in tree else validate(cls, tree.get(name) or {}, name)
-        for name, cls in sections.items()
-    }
+    return tree
 
 
 def _nearest(word: str, allowed: Sequence[str]) -> str:

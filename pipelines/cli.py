@@ -47,7 +47,9 @@ COMMANDS = {
     "export": Command("convert an adapter for other programs, and back", "pipelines.commands.export"),
     "verify": Command("check a dataset completely", "pipelines.commands.verify"),
     "retry": Command("retry what preprocess rejected for a given reason", "pipelines.commands.retry"),
-    "cluster": Command("make or show the token of Ray clusters", "pipelines.commands.cluster"),
+    "submit": Command("run a job on a Ray cluster that is up, and follow its log", "pipelines.commands.submit"),
+    "jobs": Command("list, follow or stop the jobs that were submitted to a cluster", "pipelines.commands.submitted"),
+    "cluster": Command("write the files that start a cluster, or make its token", "pipelines.commands.cluster"),
     "config": Command("print a complete, commented configuration of a job", "pipelines.commands.config"),
     "doctor": Command("report what this machine has and what is missing", "pipelines.commands.doctor"),
 }
@@ -93,7 +95,10 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
     top.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
     args = top.parse_args(argv)
-    return command_parser(args.command).parse_args(args.arguments, argparse.Namespace(**vars(args)))
+    below = command_parser(args.command)
+    # Flags may stand between CONFIG.yaml and overrides; argparse cannot do so where there are subcommands.
+    parse = below.parse_args if below._subparsers else below.parse_intermixed_args
+    return parse(args.arguments, argparse.Namespace(**vars(args)))
 
 
 def _run(args: argparse.Namespace) -> int:

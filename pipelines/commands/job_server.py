@@ -1,0 +1,126 @@
+"""The job server of a Ray cluster: connect to it, follow a job, say how it ended."""
+
+from __future__ import annotations
+
+import asyncio
+import logging
+import os
+import sys
+import time
+from typing import Any
+
+from ex4d.errors import ConfigError
+from ex4d.redact import printable, redacted
+from pipelines.runtime.cluster import require_token, token_path
+
+DEFAULT = "http://127.0.0.1:8265"
+TIMEOUTS_S = (5.0, 60.0)  # to connect; to wait for an answer
+AGENT_S = 60.0  # a head that has just started has no agent yet
+INTERRUPTED, STOPPED = 130, 75
+HELP = f"address of the head's job server; default: RAY_API_SERVER_ADDRESS, else {DEFAULT}"
+
+
+def connect(address: str | None) -> tuple[Any, str]:
+    """Return (client, address) of a job server that answers and takes our token.
+
+    Raises:
+        ConfigError: nothing answers at the address, or it refuses the token.
+    """
+    address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT
+    if not address.startswith(("http://", "https://")):
+        raise ConfigError("address", redacted(address), "http://HOST:8265, the job server on the head of the cluster")
+    for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
+        os.environ.pop(name, None)  # Ray would take them instead of the argument
+    require_token()
+    import requests  # type: ignore[import-untyped, unused-ignore]
+    from ray.exceptions import AuthenticationError
+    from ray.job_submission import JobSubmissionClient
+
+    class Client(JobSubmissionClient):
+        def _do_request(self, *args: Any, **options: Any) -> Any:
+            return super()._do_request(*args, timeout=TIMEOUTS_S, **options)  # else it would wait for ever
+
+    for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # each sets its own, below that of the command
+    try:
+        return Client(address), address
+    except AuthenticationError as error:
+        allowed = (
+            f"a Ray with the token in {token_path()}, which this one refuses. Copy the head's token there with mode "
+            "0600, or set RAY_AUTH_TOKEN_PATH"
+        )
+        raise ConfigError("address", redacted(address), allowed) from error
+    except (ConnectionError, RuntimeError, ValueError, KeyError, requests.RequestException) as error:
+        allowed = "the job server of a running Ray, port 8265 of its head; none answers there"
+        raise ConfigError("address", redacted(address), allowed) from error
+
+
+def submit(client: Any, **job: Any) -> str:
+    """Return the id of a job that was handed to the server, which a cluster that just came up may not take at once.
+
+    Raises:
+        ConnectionError: it does not take the job.
+    """
+    deadline = time.monotonic() + AGENT_S
+    while True:
+        try:
+            return client.submit_job(**job)
+        except RuntimeError as error:
+            if "No available agent" not in str(error) or time.monotonic() > deadline:
+                reason = printable(str(error).strip().split("\n")[0])
+                raise ConnectionError(f"the job server did not take the job: {reason}{_hint(reason)}") from error
+            time.sleep(1.0)
+
+
+def _hint(reason: str) -> str:
+    if "No available agent" not in reason:
+        return ""
+    return " Where another Ray runs on the head's machine, start this one with --dashboard-agent-listen-port=PORT."
+
+
+def follow(client: Any, job_id: str, address: str) -> int:
+    """Print the log of a job until it ends and return its exit status; Ctrl-C returns 130 and lets the job run."""
+    import aiohttp
+
+    try:
+        asyncio.run(_print_log(client, job_id))
+        return _ended(client, job_id)
+    except KeyboardInterrupt:
+        print(f"\n{job_id} goes on running. {how_to(job_id, address)}", file=sys.stderr)
+        return INTERRUPTED
+    except (RuntimeError, OSError, aiohttp.ClientError) as error:
+        reason = printable(str(error).strip().split("\n")[0])
+        print(f"{job_id} cannot be followed any more ({reason}). {how_to(job_id, address)}", file=sys.stderr)
+        return 1
+
+
+async def _print_log(client: Any, job_id: str) -> None:
+    async for lines in client.tail_job_logs(job_id):
+        sys.stdout.write(printable(lines))
+        sys.stdout.flush()
+
+
+def how_to(job_id: str, address: str) -> str:
+    """Return the sentences that say how to follow, stop and resume a job."""
+    where = "" if address == DEFAULT else f" --address {redacted(address)}"
+    return (
+        f"Follow it: ex4d jobs {job_id} --follow{where}; stop it: ex4d jobs {job_id} --stop{where}; the same "
+        "`ex4d submit` after that does what is missing."
+    )
+
+
+def _ended(client: Any, job_id: str) -> int:
+    """Return the exit status of a job whose log has ended, and say how it ended."""
+    while not (info := client.get_job_info(job_id)).status.is_terminal():
+        time.sleep(0.5)
+    state = str(info.status.value)
+    if state == "SUCCEEDED":
+        print(f"{job_id}: done")
+        return 0
+    if state == "STOPPED":
+        print(f"{job_id} was stopped; the same `ex4d submit` does what is missing", file=sys.stderr)
+        return STOPPED
+    code = info.driver_exit_code
+    message = printable((info.message or "").strip().split("\n")[0])
+    print(f"{job_id} failed: {message}", file=sys.stderr)
+    return code if code and code > 0 else 1

@@ -1,0 +1,208 @@
+"""`ex4d submit` and `ex4d jobs`: what is sent, what is refused, and a job that is stopped and submitted again."""
+
+from __future__ import annotations
+
+import importlib
+import re
+import signal
+import subprocess
+import time
+from pathlib import Path
+
+import kills
+import pytest
+import ray_head
+
+from ex4d import config
+from ex4d.config_help import describe
+from pipelines import cli
+from pipelines.commands import package
+from pipelines.commands.jobs import JOBS
+
+SHARED = {
+    "preprocess": ("preprocess.output=/data/dataset", "preprocess.input=/data/videos"),
+    "encode": ("encode.data=/data/dataset", "encode.output=s3://bucket/latents"),
+    "train": ("train.data=/data/dataset", "train.output=/data/run"),
+    "sweep": (
+        "train.data=/data/dataset",
+        "sweep.output=/data/sweep",
+        "sweep.space={train.lr: {log_uniform: [1.0e-5, 1.0e-3]}}",
+    ),
+    "evaluate": ("evaluate.adapter=/data/run/adapter", "evaluate.output=/data/evaluation"),
+}
+
+
+@pytest.fixture
+def here(tmp_path, monkeypatch) -> Path:
+    """The current folder, with a configuration file that says nothing."""
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "c.yaml").write_text("{}\n")
+    return tmp_path
+
+
+def packed(here: Path, job: str, *overrides: str, with_code: bool = False) -> tuple[dict, list[str]]:
+    """Return (the settings that are sent, every file that is sent)."""
+    tree = package.settings(job, "c.yaml", [*SHARED[job], *overrides])
+    folder = here / "package"
+    folder.mkdir()
+    package.write(tree, package.files(tree), folder, with_code)
+    sent = sorted(str(path.relative_to(folder)) for path in folder.rglob("*") if path.is_file())
+    return config.read_yaml(folder / package.FILE), sent
+
+
+@pytest.mark.parametrize("job", sorted(package.SHARED))
+def test_only_the_settings_are_sent_and_the_job_reads_them_back(here, job):
+    (here / "videos").mkdir()
+    (here / "checkout.py").write_text("not asked for")
+    tree, sent = packed(here, job)
+    assert sent == [package.FILE]
+    module = importlib.import_module(JOBS[job])
+    chosen = config.load(here / "package" / package.FILE, module.SECTIONS, (), getattr(module, "OPTIONAL", ()))
+    assert chosen["ray"].address == "auto"
+    assert tree[job]["output"] == dict(o.split("=") for o in SHARED[job][:2])[f"{job}.output"]
+    if job == "train":
+        assert chosen["train"].launcher == "ray"
+
+
+def test_files_that_settings_name_are_sent_and_nothing_else(here):
+    (here / "lists").mkdir()
+    (here / "lists" / "videos.txt").write_text("/data/a.mp4\nhttps://example.org/b.mp4\n")
+    (here / "lists" / "other.txt").write_text("x")
+    tree, sent = packed(here, "preprocess", "preprocess.input=lists/videos.txt")
+    assert sent == [package.FILE, "lists/videos.txt"]
+    assert tree["preprocess"]["input"] == "lists/videos.txt"
+
+
+def test_the_code_is_sent_where_it_is_asked_for(here):
+    _, sent = packed(here, "train", with_code=True)
+    assert {"pipelines/cli.py", "ex4d/errors.py"} <= set(sent)
+    assert not [name for name in sent if "__pycache__" in name or name.startswith(("tests", "docs"))]
+
+
+@pytest.mark.parametrize(
+    ("job", "override", "says"),
+    [
+        ("preprocess", "preprocess.output=out/dataset", "absolute path on storage that all nodes share"),
+        ("train", "train.data=out/dataset", "absolute path on storage that all nodes share"),
+        ("evaluate", "evaluate.adapter=out/run/adapter", "absolute path on storage that all nodes share"),
+        ("preprocess", "preprocess.input=videos", "is a folder of this machine"),
+        ("preprocess", "preprocess.input=nowhere/*.mp4", "no file here"),
+        ("preprocess", "preprocess.input=clip.mp4", "is a file of this machine"),
+        ("preprocess", "preprocess.input=list.txt", "names beside.mp4, beside itself"),
+        ("train", "train.init_from=videos", "is a folder of this machine"),
+        ("train", "train.init_from=../above.safetensors", "lies outside of this folder"),
+        ("train", "train.init_from=large.safetensors", "is larger than"),
+        ("train", "ray.address=10.0.0.1:6379", "the job runs on the cluster at --address"),
+        ("train", "train.data=https://me:hunter2@example.org/data", "a URL without a password"),
+        ("train", "train.no_such_key=1", "no_such_key"),
+        ("train", "train.lr=-1", "train.lr"),
+        ("train", "preprocess.fps=1", "reads no section"),
+    ],
+)
+def test_what_cannot_run_there_is_refused_with_the_reason(here, capsys, monkeypatch, job, override, says):
+    (here / "videos").mkdir()
+    (here / "clip.mp4").write_bytes(b"")
+    (here / "list.txt").write_text("beside.mp4\n")
+    (here.parent / "above.safetensors").write_bytes(b"")
+    with open(here / "large.safetensors", "wb") as file:
+        file.truncate((package.MAX_FILE_MB << 20) + 1)
+    words = ["submit", "c.yaml", "--job", job, *SHARED[job], "--address", "http://127.0.0.1:9", override]
+    assert cli.main(words) == 2
+    text = capsys.readouterr().err
+    assert says in text
+    assert "hunter2" not in text
+    assert len(text.splitlines()) == 1
+
+
+def test_a_list_with_a_shared_root_may_name_relative_files(here):
+    (here / "list.txt").write_text("beside.mp4\n")
+    _, sent = packed(here, "preprocess", "preprocess.input=list.txt", "preprocess.list_root=/data/videos")
+    assert "list.txt" in sent
+
+
+# Settings whose help speaks of files, and which name none that must be sent.
+NO_FILES = {
+    *("depth", "follow_links", "max_file_mb", "profile", "visibility", "max_angle_deg", "tracker", "output", "data"),
+    *("revision", "mask_range", "save_every", "keep_last", "ema_decay", "wandb_mode", "wandb_project", "wandb_group"),
+    *("dry_run", "start_from_config", "repeat_seeds", "address"),
+}
+
+
+def test_every_setting_that_may_name_a_file_is_known():
+    unknown = []
+    for job in package.SHARED:
+        for section, cls in importlib.import_module(JOBS[job]).SECTIONS.items():
+            for one in describe(cls, section):
+                name = one.key.rpartition(".")[2]
+                speaks = re.search(r"(?i)folder|\bfile|\bpath|\burl|\bhub|checkpoint|weights", one.help)
+                if speaks and name not in package.NAMES and name not in NO_FILES:
+                    unknown.append(one.key)
+    assert not unknown, "does it name files? Then package.NAMES, else NO_FILES here"
+
+
+@pytest.mark.parametrize("address", ["http://127.0.0.1:9", "127.0.0.1:8265", "ray://127.0.0.1:10001"])
+def test_an_address_without_a_job_server_is_one_sentence(here, capsys, address):
+    assert cli.main(["jobs", "--address", address]) == 2
+    text = capsys.readouterr().err
+    assert "job server" in text
+    assert len(text.splitlines()) == 1
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_path):
+    """Token authentication, the log, Ctrl-C, stop, submit again; no secret of this side on the other."""
+    planted = {"WANDB_API_KEY": "planted-wandb-key", "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
+    with kills.bench(tmp_path, num_videos=4, clips_per_video=6) as bench, ray_head.head() as head:
+        whole = bench.finish_here("whole")
+        path, output = str(bench.write_config("there")), tmp_path / "there"
+        words = ["submit", path, "--job", "preprocess", "--address", head.url]
+
+        code, text = head.run(*words, RAY_AUTH_TOKEN="0" * 64)
+        assert (code, len(text.splitlines())) == (2, 1)
+        assert "which this one refuses" in text
+        code, text = head.run(*words[:-1], "http://127.0.0.1:9")
+        assert (code, len(text.splitlines())) == (2, 1)
+        assert "none answers there" in text
+
+        command = [str(ray_head.BIN / "ex4d"), *words]
+        pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
+        following = subprocess.Popen(command, env=head.environment | planted, **pipes)
+        _wait_for(lambda: len(list(output.glob("staging/clips/*.tar"))) >= 4 or following.poll() is not None)
+        following.send_signal(signal.SIGINT)
+        text, _ = following.communicate(timeout=60)
+        assert following.returncode == 130, text
+        assert "Running entrypoint" in text, "the log streams"
+        assert "goes on running" in text
+        job_id = re.search(r"submitted (\S+) to", text)[1]
+
+        assert "RUNNING" in head.run("jobs", "--address", head.url)[1]
+        assert head.run("jobs", job_id, "--stop", "--address", head.url)[0] == 0
+        code, text = head.run("jobs", job_id, "--follow", "--address", head.url)
+        assert code == 75, text
+        assert "STOPPED" in head.run("jobs", job_id, "--address", head.url)[1]
+        finished = len(list(output.glob("staging/clips/*.tar")))
+        assert 4 <= finished < 24
+
+        code, text = head.run(*words, timeout_s=600, **planted)
+        assert code == 0, text
+        assert "24 planned, 24 samples" in text
+        assert bench.checked("there") == whole
+
+        script = (
+            "from ray.job_submission import JobSubmissionClient as C\nimport sys\nprint(C(sys.argv[1]).list_jobs())"
+        )
+        python = [str(ray_head.BIN / "python"), "-c", script, head.url]
+        told = subprocess.run(python, env=head.environment, capture_output=True, text=True, check=True).stdout
+        assert job_id in told
+        logs = [log.read_text(errors="replace") for log in head.folder.rglob("*.log") if log.is_file()]
+        for secret in (*planted.values(), ray_head.TOKEN):
+            assert not [one for one in (text, told, *logs) if secret in one], secret
+
+
+def _wait_for(what, limit_s: float = 400.0) -> None:
+    deadline = time.monotonic() + limit_s
+    while not what():
+        assert time.monotonic() < deadline
+        time.sleep(0.05)
