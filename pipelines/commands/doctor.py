@@ -12,6 +12,7 @@ import sys
 
 from ex4d.config import installed_versions
 from ex4d.isolation import sandbox
+from pipelines.commands import cluster_doctor
 
 # Distribution, needed for, and whether the base install must have it.
 PACKAGES = (
@@ -32,7 +33,8 @@ PACKAGES = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d doctor`."""
-    parser.add_argument("--json", action="store_true", help="the same facts as one JSON object")
+    parser.add_argument("--json", action="store_true", help="the same facts as JSON")
+    cluster_doctor.arguments(parser)
 
 
 def facts() -> dict:
@@ -49,7 +51,7 @@ def facts() -> dict:
         "gpus": _gpus(),
         "packages": {name: installed.get(name) for name, _, _ in PACKAGES},
         "missing": missing,
-        "video_works": _video_works(),
+        "video_works": video_works(),
         "sandbox_lacks": sandbox.missing(),
         "wandb_key": bool(os.environ.get("WANDB_API_KEY")),
     }
@@ -63,7 +65,7 @@ def _gpus() -> list[str]:
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
-def _video_works() -> bool:
+def video_works() -> bool:
     """Return True where a video can be written and read back: what every shard needs of the installed FFmpeg."""
     if importlib.util.find_spec("av") is None:
         return False
@@ -78,6 +80,8 @@ def _video_works() -> bool:
 
 def run(args: argparse.Namespace) -> int:
     """Print the facts; return 1 where something required is missing or does not work, else 0."""
+    if args.cluster:
+        return cluster_doctor.run(args)
     found = facts()
     if args.json:
         print(json.dumps(found, indent=2))

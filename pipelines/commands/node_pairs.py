@@ -1,0 +1,151 @@
+"""What `ex4d doctor --cluster` finds out between nodes: storage that they share, and the network of an all-reduce."""
+
+from __future__ import annotations
+
+import datetime
+import fcntl
+import os
+import socket
+import time
+from dataclasses import dataclass, field
+from pathlib import Path
+
+ROUNDS = 20
+RENAMES = 200
+TOLD_BYTES = 64 << 10
+PEERS_S = 15.0  # how long the nodes wait for each other's files
+CONNECT_S = 12.0
+REDUCED_BYTES = 32 << 20
+TIMES = 3
+
+
+@dataclass
+class Race:
+    """What one participant saw of a shared folder.
+
+    Args:
+        sees_driver: it read the driver's file. peers: how many participants' files it saw in time.
+        won: rounds in which it created the file that only one may create.
+        locked: it got the lock that only one may hold.
+        torn: reads during renames that were neither the old nor the new file.
+    """
+
+    sees_driver: bool = False
+    peers: int = 0
+    won: list[int] = field(default_factory=list)
+    locked: bool = False
+    torn: int = 0
+    problem: str = ""
+
+
+def race(folder: str, word: str, index: int, count: int) -> Race:
+    """Return what a participant sees while `count` of them use a folder of the shared storage at once.
+
+    Args:
+        word: the content of the driver's file `driver`.
+        index: of this participant. Number 0 renames, the others read.
+    """
+    seen, place = Race(), Path(folder)
+    try:
+        seen.sees_driver = (place / "driver").read_text() == word
+        seen.peers = _meet(place, "ready", index, count)
+        if seen.peers < count:
+            return seen
+        seen.won = [number for number in range(ROUNDS) if _creates(place / f"round-{number}")]
+        with open(place / "lock", "ab") as file:
+            seen.locked = _locks(file.fileno())
+            _meet(place, "locked", index, count)  # held until everyone has tried
+        if index == 0:
+            _rename_often(place)
+        else:
+            seen.torn = _count_torn(place)
+    except OSError as error:
+        seen.problem = f"{error.strerror or error}"
+    return seen
+
+
+def _meet(place: Path, name: str, index: int, count: int) -> int:
+    """Return how many participants have come to this point, once all have or PEERS_S have passed."""
+    (place / f"{name}-{index}").write_text("")
+    deadline = time.monotonic() + PEERS_S
+    while (there := len(list(place.glob(f"{name}-*")))) < count and time.monotonic() < deadline:
+        time.sleep(0.02)
+    return there
+
+
+def _creates(path: Path) -> bool:
+    try:
+        os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
+    except FileExistsError:
+        return False
+    return True
+
+
+def _locks(descriptor: int) -> bool:
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+    except BlockingIOError:
+        return False
+    return True
+
+
+def _rename_often(place: Path) -> None:
+    for number in range(RENAMES):
+        temporary = place / f"new-{number}"
+        temporary.write_bytes(bytes([number % 256]) * TOLD_BYTES)
+        os.replace(temporary, place / "renamed")
+    (place / "renamed-all").write_text("")
+
+
+def _count_torn(place: Path) -> int:
+    """Return how many reads of the file that is renamed over were missing, short or mixed."""
+    torn, deadline = 0, time.monotonic() + PEERS_S
+    while not (place / "renamed").exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
+    while not (place / "renamed-all").exists() and time.monotonic() < deadline:
+        try:
+            content = (place / "renamed").read_bytes()
+        except FileNotFoundError:
+            torn += 1
+            continue
+        torn += len(content) != TOLD_BYTES or len(set(content)) != 1
+    return torn
+
+
+def free_address(address: str, port: int) -> tuple[str, int]:
+    """Return (address, port) of this node where rank 0 can listen; `port` 0: any. Raises OSError where it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
+        return address, probe.getsockname()[1]
+
+
+def all_reduce(address: str, port: int, rank: int, count: int, on_gpu: bool) -> tuple[float, str]:
+    """Return (Gbit/s of an all-reduce, "") as one rank of it, or (0, why it failed)."""
+    import torch
+    from torch import distributed
+
+    from ex4d.train import interface
+
+    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
+    name = interface.towards_master()
+    if name is not None:
+        os.environ.update(GLOO_SOCKET_IFNAME=name, NCCL_SOCKET_IFNAME=name)
+    backend, device = ("nccl", "cuda") if on_gpu else ("gloo", "cpu")
+    limit = datetime.timedelta(seconds=CONNECT_S)
+    try:
+        distributed.init_process_group(
+            backend, init_method=f"tcp://{address}:{port}", rank=rank, world_size=count, timeout=limit
+        )
+        tensor = torch.ones(REDUCED_BYTES // 4, device=device)
+        distributed.all_reduce(tensor)
+        started = time.monotonic()
+        for _ in range(TIMES):
+            distributed.all_reduce(tensor)
+        if on_gpu:
+            torch.cuda.synchronize()
+        seconds = (time.monotonic() - started) / TIMES
+        distributed.destroy_process_group()
+    except (RuntimeError, OSError, ValueError) as error:
+        return 0.0, str(error).strip().split("\n")[0][:200]
+    return 2 * (count - 1) / count * REDUCED_BYTES * 8 / seconds / 1e9, ""
