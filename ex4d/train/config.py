@@ -135,6 +135,12 @@ class TrainConfig:
     )
     wandb_project: str = setting("ex4d", "Weights & Biases project.")
     wandb_group: str | None = setting(None, "Weights & Biases group.")
+    metrics_port: int | None = setting(
+        None, "Serve Prometheus metrics of rank 0 on this port while the run lasts; null: off.", ge=1, le=65535
+    )
+    metrics_host: str = setting(
+        "127.0.0.1", "Address of that port; a cluster's Prometheus needs the node's own, or 0.0.0.0."
+    )
 
     dry_run: bool = setting(
         False, "Print the memory, time and cost that the run needs, then exit; no weights are loaded.", group="Dry run"
@@ -203,7 +209,7 @@ FREE = frozenset(
         *("cpu_offload", "block_swap", "loader"),
         *("validate_every", "validate_samples", "min_processes"),
         *("validate_videos", "validate_video_steps", "validate_apart", "validate_device", "validate_timeout_s"),
-        *("wandb_mode", "wandb_project", "wandb_group"),
+        *("wandb_mode", "wandb_project", "wandb_group", "metrics_port", "metrics_host"),
     }
 )
 

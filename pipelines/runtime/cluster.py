@@ -19,6 +19,7 @@ from pathlib import Path
 from ex4d.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 5.0
+UNEXPECTED = 2  # NodeDeathInfo.UNEXPECTED_TERMINATION in Ray's gcs.proto; a node that was scaled down has another
 WORKING_DIR = "runtime_resources/working_dir_files"  # where Ray unpacks the working directory of a submitted job
 
 
@@ -156,6 +157,17 @@ def _check_head(address: str, head: str) -> None:
         raise ConfigError("ray.address", address, allowed) from error
     finally:
         channel.close()
+
+
+def count_nodes() -> dict[str, int]:
+    """Return {"alive": nodes of the Ray that this process is in, "lost": those that died unasked}; else {}."""
+    if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
+        return {}
+    import ray
+
+    nodes = ray.nodes()
+    lost = [node for node in nodes if not node["Alive"] and node.get("DeathReason") == UNEXPECTED]
+    return {"alive": sum(node["Alive"] for node in nodes), "lost": len(lost)}
 
 
 def check_output(key: str, path: str) -> None:

@@ -15,8 +15,8 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
 
-from ex4d import storage
-from ex4d.errors import ConfigError
+from ex4d import metrics, storage
+from pipelines.runtime import cluster
 from pipelines.runtime.stage import Row, Stage
 
 logger = logging.getLogger(__name__)
@@ -92,24 +92,29 @@ class Progress:
     @contextmanager
     def serving(self) -> Iterator[None]:
         """Serve Prometheus metrics inside the block. Raises ConfigError where the port is taken."""
-        if self.metrics_port is None:
+        with metrics.serving(self.metrics_port, self.metrics_host, self.families):
             yield
-            return
-        from prometheus_client import CollectorRegistry, start_http_server
 
-        registry = CollectorRegistry()
-        registry.register(Collector(self))
-        try:
-            server, thread = start_http_server(self.metrics_port, self.metrics_host, registry)
-        except OSError as error:
-            allowed = f"a free port of metrics_host={self.metrics_host} ({error.strerror or error})"
-            raise ConfigError("metrics_port", self.metrics_port, allowed) from error
-        try:
-            yield
-        finally:
-            server.shutdown()
-            server.server_close()
-            thread.join()
+    def families(self) -> Iterator[Any]:
+        """Yield the tallies as Prometheus metrics, read at each scrape."""
+        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
+
+        rows = CounterMetricFamily("ex4d_stage_rows", "Rows that a stage worked on.", labels=("stage", "outcome"))
+        worker_s = CounterMetricFamily("ex4d_stage_worker_seconds", "Clock inside a stage.", labels=("stage",))
+        video_s = CounterMetricFamily("ex4d_stage_video_seconds", "Video through a stage.", labels=("stage",))
+        for name, tally in list(self.tallies.items()):
+            rows.add_metric((name, "passed"), tally.done - tally.rejected)
+            rows.add_metric((name, "rejected"), tally.rejected)
+            worker_s.add_metric((name,), tally.worker_s)
+            video_s.add_metric((name,), tally.video_s)
+        total = GaugeMetricFamily("ex4d_pass_rows", "Rows of a pass.", labels=("pass", "state"))
+        for current in list(self.passes):
+            for state in ("total", "done", "rejected"):
+                total.add_metric((current.name, state), getattr(current, state))
+        nodes = GaugeMetricFamily("ex4d_nodes", "Nodes of the Ray cluster; lost: died unasked.", labels=("state",))
+        for state, count in cluster.count_nodes().items():
+            nodes.add_metric((state,), count)
+        yield from (rows, worker_s, video_s, total, nodes)
 
     @contextmanager
     def watch(self, name: str, stages: Sequence[Stage], total: int) -> Iterator[Callable[[Row, float], None]]:
@@ -167,31 +172,6 @@ class Progress:
                 storage.write_bytes(url, "".join(self._lines).encode())
         except OSError as error:  # the next line takes this one along
             logger.warning("%s is not written: %s", FILE, error)
-
-
-class Collector:
-    """The tallies as Prometheus metrics, read at each scrape."""
-
-    def __init__(self, progress: Progress):
-        self._progress = progress
-
-    def collect(self) -> Iterator[Any]:
-        """Yield the metric families."""
-        from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
-
-        rows = CounterMetricFamily("ex4d_stage_rows", "Rows that a stage worked on.", labels=("stage", "outcome"))
-        worker_s = CounterMetricFamily("ex4d_stage_worker_seconds", "Clock inside a stage.", labels=("stage",))
-        video_s = CounterMetricFamily("ex4d_stage_video_seconds", "Video through a stage.", labels=("stage",))
-        for name, tally in list(self._progress.tallies.items()):
-            rows.add_metric((name, "passed"), tally.done - tally.rejected)
-            rows.add_metric((name, "rejected"), tally.rejected)
-            worker_s.add_metric((name,), tally.worker_s)
-            video_s.add_metric((name,), tally.video_s)
-        total = GaugeMetricFamily("ex4d_pass_rows", "Rows of a pass.", labels=("pass", "state"))
-        for current in list(self._progress.passes):
-            for state in ("total", "done", "rejected"):
-                total.add_metric((current.name, state), getattr(current, state))
-        yield from (rows, worker_s, video_s, total)
 
 
 def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
