@@ -37,9 +37,11 @@ class Head:
     url: str
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
-    def add_node(self, prefix: tuple[str, ...] = (), options: tuple[str, ...] = (), **environment: str) -> None:
-        """Start one more node: `prefix` in front of its command, `options` behind it."""
-        command = [*prefix, str(BIN / "ray"), "start", f"--address={self.gcs}", *_COMMON, *options]
+    def add_node(self, prefix: tuple[str, ...] = (), address: str = "", cpus: int = 2, **environment: str) -> None:
+        """Start one more node; `prefix` stands in front of its command."""
+        where = [f"--node-ip-address={address}"] if address else []
+        words = [f"--address={self.gcs}", *where, f"--num-cpus={cpus}"]
+        command = [*prefix, str(BIN / "ray"), "start", *words, *_COMMON]
         self.nodes.append(_start(command, self.environment | environment, self.folder / f"node{len(self.nodes)}.log"))
 
     def run(self, *words: str, timeout_s: float = 300.0, **environment: str) -> tuple[int, str]:
@@ -55,11 +57,11 @@ class Head:
         return done.returncode, done.stdout
 
 
-_COMMON = ["--num-cpus=2", f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", "--block"]
+_COMMON = [f"--object-store-memory={STORE_BYTES}", "--disable-usage-stats", "--block"]
 
 
 @contextlib.contextmanager
-def head(address: str = "127.0.0.1", prefix: tuple[str, ...] = (), **environment: str) -> Iterator[Head]:
+def head(address: str = "127.0.0.1", prefix: tuple[str, ...] = (), cpus: int = 2, **environment: str) -> Iterator[Head]:
     """Yield a head that answers; it and its nodes are ended by their process ids."""
     folder = Path(tempfile.mkdtemp(prefix="x4", dir="/tmp"))
     token = folder / "token"
@@ -77,6 +79,7 @@ def head(address: str = "127.0.0.1", prefix: tuple[str, ...] = (), **environment
     if address != "127.0.0.1":
         words.append(f"--dashboard-host={address}")
     command = [*prefix, str(BIN / "ray"), "start", "--head", f"--node-ip-address={address}", *words, *_COMMON]
+    command.append(f"--num-cpus={cpus}")
     started = Head(folder, ours, f"{address}:{ports[0]}", f"http://{address}:{ports[1]}")
     started.nodes.append(_start(command, ours | environment, folder / "head.log"))
     try:
