@@ -101,7 +101,8 @@ def _trainable(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
 
     function = functools.partial(run_trial, tree=tree, sweep=sweep)
     if tree["train"].get("launcher") == "ray":
-        return tune.with_resources(function, {"cpu": 0})  # its ranks reserve what they need, on any node
+        # Its ranks reserve what they need, on any node. Ray Tune wants a reservation, and the ranks may need every CPU.
+        return tune.with_resources(function, tune.PlacementGroupFactory([{"memory": 2**20}]))
     return tune.with_resources(function, {"cpu": sweep.cpus_per_trial, "gpu": sweep.gpus_per_trial})
 
 
