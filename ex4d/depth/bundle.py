@@ -152,9 +152,14 @@ def normal(bundle: Bundle, first: int = 0) -> Bundle:
 
 def cost_of(matches: Matches, bundle: Bundle, usual_focal: float | None = None) -> float:
     """Return the weighted mean of log(1 + (residual / SCALE_PX)²), and what an unusual focal length costs."""
-    squared = np.square(_predicted(matches, bundle)[2]).sum(axis=-1)
+    squared = squared_residuals(matches, bundle)
     cost = float((matches.weights * np.log1p(squared / SCALE_PX**2)).sum() / max(matches.weights.sum(), 1e-9))
     return cost if usual_focal is None else cost + FOCAL_PRIOR * float(np.log(bundle.focal / usual_focal)) ** 2
+
+
+def squared_residuals(matches: Matches, bundle: Bundle) -> np.ndarray:
+    """Return float64 [P, N], squared px between where the points lie and where the bundle has them."""
+    return np.square(_predicted(matches, bundle)[2]).sum(axis=-1)
 
 
 def _predicted(matches: Matches, bundle: Bundle) -> tuple[np.ndarray, np.ndarray, np.ndarray]:

@@ -22,6 +22,12 @@ FOVS_DEG = (45.0, 65.0)  # over the longer side: where the search for the focal 
 FOV_RANGE_DEG = (20.0, 110.0)
 WINDOW = 13  # frames around the first pair on which the hypotheses are compared
 MIN_PARALLAX_PX = 0.5  # displacement that a turning camera does not explain
+# A camera that turns explains a fifth of the points up to the noise of the flow, whatever bodies move before it; one
+# that moves leaves nearly all of them with more, all over the picture. Measured in docs/decisions/source_cameras.md.
+UNEXPLAINED_PX, EXPLAINED_SHARE, MIN_CELLS, CELLS = 0.35, 0.2, 0.75, 4
+# Less is a translation only where it explains all of the flow (largest cost), and most points ask for it (least share):
+# a point asks for it whose residual under a turn is so many px, and so many times the one under the translation.
+MAX_COST, MIN_SUPPORT, ASKS_PX, ASKS_RATIO, NOISE_PX = 0.5, 0.45, 0.4, 2.0, 0.15
 ENOUGH_PARALLAX_PX = 8.0  # more does not make a better first pair
 MIN_SHARE = 0.3  # of the points must have a consistent flow
 KNOWN = 0.1  # of the median information: below it a point's depth is not known
@@ -65,6 +71,7 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
         Filtered: no_parallax; the score is the displacement in px that a turning camera does not explain.
     """
     usual = focal_of(size, fov_deg or FOV_DEG)
+    turned = turning(matches, usual, fov_deg is None)
     pairs = first_pairs(matches, usual)
     window = _window(pairs[0][0], matches.num_frames)
     inside = [pair for pair, _ in pairs if set(pair) <= set(window)]
@@ -83,6 +90,8 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
         raise no_parallax(0.0, "no motion of the camera explains the flow")
     solutions.sort(key=lambda found: found.cost)
     best = solutions[0]
+    if not moves_everywhere(matches, turned) and not _asked_for(near, turned, best):
+        raise no_parallax(pairs[0][1], "a camera that only turns explains the motion, but for what moves by itself")
     rivals = [found.cost for found in solutions[1:] if _agreement(best, found, window) < SAME]
     certainty = min(rivals) / max(best.cost, 1e-9) if rivals else np.inf
     everywhere = list(range(matches.num_frames))
@@ -90,6 +99,55 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
     if fov_deg is None:
         whole = bundles.adjust(matches, whole, 10, usual)
     return Found(bundles.normal(whole), float(certainty), pairs[0][1])
+
+
+def turning(matches: Matches, focal: float, seek_focal: bool = True) -> Bundle:
+    """Return the cameras of a clip under the assumption that its camera turns about its centre: every point is far.
+
+    Args:
+        focal: px, where the search for the focal length starts; it is kept unless `seek_focal`.
+    """
+    w2c = np.tile(np.eye(4), (matches.num_frames, 1, 1))
+    for k in range(1, matches.num_frames):
+        number = int(np.flatnonzero((matches.pairs == (k - 1, k)).all(axis=1))[0])
+        rays, seen = matches.rays(focal)[k - 1], _as_rays(matches.targets[number] / focal)
+        w2c[k, :3, :3] = _turn(rays, seen, matches.weights[number]) @ w2c[k - 1, :3, :3]
+    nothing = np.zeros(matches.places.shape[:2])
+    return bundles.adjust(matches, Bundle(w2c, focal, nothing + 1e-9, nothing), 30, focal if seek_focal else None)
+
+
+def moves_everywhere(matches: Matches, turned: Bundle) -> bool:
+    """Return whether a camera that only turns (`turned`) leaves the flow of nearly the whole picture unexplained.
+
+    Judged by what most of the picture does over the widest pairs of frames, so that moving bodies cannot decide it.
+    """
+    gaps = matches.pairs[:, 1] - matches.pairs[:, 0]
+    wide = gaps == gaps.max()
+    residual, weights = np.sqrt(bundles.squared_residuals(matches, turned)[wide]), matches.weights[wide]
+    trusted = residual[weights > 0.5]
+    if not trusted.size or np.percentile(trusted, 100 * EXPLAINED_SHARE) < UNEXPLAINED_PX:
+        return False
+    column, row = (_bins(matches.places[0][:, axis]) for axis in (0, 1))
+    cell = np.broadcast_to(row * CELLS + column, weights.shape).ravel()
+    total = np.bincount(cell, weights.ravel(), CELLS**2)
+    moved = np.bincount(cell, (weights * (residual > MIN_PARALLAX_PX)).ravel(), CELLS**2)
+    seen = total > 0.1 * total.mean()  # what turns out of the picture says nothing
+    return float((moved > 0.5 * total)[seen].mean()) >= MIN_CELLS
+
+
+def _asked_for(matches: Matches, turned: Bundle, moved: Bundle) -> bool:
+    """Return whether the translation of `moved` explains the flow, and most points ask for it."""
+    gaps = matches.pairs[:, 1] - matches.pairs[:, 0]
+    wide, weights = gaps == gaps.max(), matches.weights[gaps == gaps.max()]
+    before, after = (np.sqrt(bundles.squared_residuals(matches, bundle)[wide]) for bundle in (turned, moved))
+    asks = (before > ASKS_PX) & (before > ASKS_RATIO * np.maximum(after, NOISE_PX))
+    share = float((weights * asks).sum() / max(weights.sum(), 1e-9))
+    return share >= MIN_SUPPORT and bundles.cost_of(matches, moved) <= MAX_COST
+
+
+def _bins(values: np.ndarray) -> np.ndarray:
+    low, high = values.min(), values.max()
+    return np.minimum((CELLS * (values - low) / max(high - low, 1e-9)).astype(int), CELLS - 1)
 
 
 def first_pairs(matches: Matches, focal: float) -> list[tuple[tuple[int, int], float]]:

@@ -174,3 +174,53 @@ def test_gaps_without_evidence_are_filled_with_depths_that_are_there(seed: int):
     weights[:40, :40] = rng.uniform(1e3, 1e9, (40, 40))
     filled = parallax._fill(values, weights)
     assert 0.4 < filled.min() <= filled.max() < 2.1
+
+
+def turning_past_bodies(seed: int, size: int = 96, moving_bodies: bool = True) -> np.ndarray:
+    """Return frames of a camera that turns by 6 to 24 degrees about its centre, in a scene of the synthetic corpus."""
+    config = SyntheticConfig(num_frames=9, size=(size, size), seed=seed, moving_bodies=moving_bodies)
+    scene, path = clip_scene(config, 0)
+    rng, poses = np.random.default_rng([5, seed]), []
+    total = rng.uniform(6, 24) * rng.choice([-1, 1])
+    for share in np.linspace(0, 1, 9):
+        w2c = np.eye(4)
+        angles = [total * share, 4 * np.sin(3 * share), 3 * share]
+        w2c[:3, :3] = Rotation.from_euler("yxz", angles, degrees=True).as_matrix()
+        poses.append(Camera(path[0].K, w2c, (size, size)))
+    return render_clip(scene, poses, 8.0)[0]
+
+
+def accepted_shift(frames: np.ndarray) -> float | None:
+    """Return how far the camera is said to move, in median depths; None where the clip is refused."""
+    try:
+        return float(np.linalg.norm(invert(estimate("parallax", frames, DepthRequest()).w2c)[:, :3, 3], axis=1).max())
+    except Filtered:
+        return None
+
+
+@pytest.mark.parametrize("seed", [1, 3])
+def test_a_camera_that_turns_past_moving_bodies_is_given_no_translation(seed: int):
+    with pytest.raises(Filtered, match="no_parallax"):
+        estimate("parallax", turning_past_bodies(seed), DepthRequest())
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize("moving_bodies", [False, True])
+def test_static_and_turning_cameras_are_given_no_translation_in_twenty_tries(moving_bodies: bool):
+    for seed in range(20):
+        config = SyntheticConfig(num_frames=9, size=(128, 128), seed=seed, moving_bodies=moving_bodies, camera_motion="static")
+        still = render_clip(*clip_scene(config, 0), 8.0)[0]
+        for frames in (still, turning_past_bodies(seed, 128, moving_bodies)):
+            shift = accepted_shift(frames)
+            assert shift is None or shift <= 0.01
+
+
+@pytest.mark.heavy
+@pytest.mark.parametrize(("motion", "most_refused"), [("gentle", 10), ("strong", 4)])
+def test_cameras_that_move_past_moving_bodies_are_found(motion: str, most_refused: int):
+    refused = 0
+    for seed in range(20):
+        config = SyntheticConfig(num_frames=9, size=(128, 128), seed=seed, camera_motion=motion)
+        refused += accepted_shift(render_clip(*clip_scene(config, 0), 8.0)[0]) is None
+    print(f"{motion}: {refused} of 20 refused")
+    assert refused <= most_refused
