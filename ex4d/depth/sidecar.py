@@ -1,19 +1,12 @@
 """Depth from a file beside the video: what another program estimated, or the truth of a synthetic scene.
 
-`places` says where it is looked for. Values are [N, H, W], one map for each frame of the whole source; where the npz
-says its own rate as `fps`, the map nearest in time is taken. The key of the npz says what they are:
-
-| key | kind | who writes it |
-|---|---|---|
-| `z_depth` | z-depth | `ex4d` |
-| `disparity` | disparity, larger is nearer | `ex4d` |
-| `depth` | disparity in [0, 1], 1 is near | DepthCrafter |
-| `depths` | metric z-depth | Video Depth Anything with `--metric` |
+`places` says where it is looked for, `layouts` whose npz are read: depth, and where they hold them intrinsics and the
+source's cameras. Values are [N, H, W], one map for each frame of the whole source; where the npz says its own rate as
+`fps`, the map nearest in time is taken.
 
 A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
-disparity as `depths` too, so add it there; `K` float [3, 3] in px of the stored maps is
-taken where it is there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as depth cameras
-write them; a folder of 16-bit PNG, one a frame, holds such. Pickles are refused.
+disparity as `depths` too, so add it there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as
+depth cameras write them; a folder of 16-bit PNG, one a frame, holds such. Pickles are refused.
 """
 
 from __future__ import annotations
@@ -29,11 +22,11 @@ from typing import IO
 import numpy as np
 
 from ex4d import storage
-from ex4d.depth import DepthRequest, Geometry, pictures, places
+from ex4d.depth import DepthRequest, Geometry, layouts, pictures, places
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
 
-KINDS = {"z_depth": "z_depth", "disparity": "disparity", "depth": "disparity", "depths": "z_depth"}
+KEYS = ("z_depth", "disparity", "depth", "depths", "local_points")
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
 # What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -54,21 +47,21 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     path = places.find(request)
     index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
     if os.path.isdir(path):
-        values, kind, K, key = *pictures.read(path, index, request.source_frames), None, "png"
+        values, kind, K, key, w2c = *pictures.read(path, index, request.source_frames), None, "png", None
     else:
-        values, kind, K, key = read(path, index, request)
+        values, kind, K, key, w2c = read(path, index, request)
     values = _in_one_unit(values, kind, _name(path))
     if not np.isfinite(values).all():
         raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
     provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": places.sha256(path)}
-    return Geometry(values, kind, K, metric=False, provenance=provenance)
+    return Geometry(values, kind, K, False, provenance, w2c if kind == "z_depth" else None)
 
 
 def read(
     path: str, index: np.ndarray, request: DepthRequest | None = None
-) -> tuple[np.ndarray, str, np.ndarray | None, str]:
-    """Return (values [T, H, W] of a float or integer type, kind, K [3, 3] or None, key) of frames of a depth file.
+) -> tuple[np.ndarray, str, np.ndarray | None, str, np.ndarray | None]:
+    """Return (values [T, H, W] of a float or integer type, kind, K [3, 3] or None, key, w2c [T, 4, 4] or None).
 
     Args:
         index: int [T], which of the source's frames; other maps are never held.
@@ -78,16 +71,13 @@ def read(
     try:
         with storage.open_read(path) as file:
             if not zipfile.is_zipfile(file):
-                key, kind, K = "z_depth", "z_depth", None
+                key, kind, K, w2c = "z_depth", "z_depth", None, None
                 num_bytes = file.seek(0, os.SEEK_END)
                 values = _frames(file, num_bytes, lambda count: _maps(count, index, request, None))
             else:
                 file.seek(0)
                 with zipfile.ZipFile(file) as archive:
-                    key, kind, K, fps = _said(archive, _name(path))
-                    with archive.open(f"{key}.npy") as member:
-                        num_bytes = archive.getinfo(f"{key}.npy").file_size
-                        values = _frames(member, num_bytes, lambda count: _maps(count, index, request, fps))
+                    values, kind, K, key, w2c = _of_archive(archive, index, request, _name(path))
     except ValueError as error:
         reason = "depth_pickle" if "allow_pickle" in str(error) else "depth_shape"
         raise BadSample(reason, f"{_name(path)}: {error}") from error
@@ -101,15 +91,41 @@ def read(
         raise BadSample("depth_shape", f"{_name(path)}: kind {kind!r}, not z_depth or disparity")
     if K is not None:
         K = _lens(K, (values.shape[1], values.shape[2]), _name(path))
-    return values, kind, K, key
+    return values, kind, K, key, w2c
+
+
+def _of_archive(
+    archive: zipfile.ZipFile, index: np.ndarray, request: DepthRequest, name: str
+) -> tuple[np.ndarray, str, np.ndarray | None, str, np.ndarray | None]:
+    """Return what `read` does, of an npz, K as it is written."""
+    layout, small = _said(archive, name)
+    fps = float(small["fps"]) if small.get("fps", np.empty(0)).size == 1 else None
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps is {fps}, not above 0")
+    chosen: list[np.ndarray] = []  # which maps: known once their number is
+
+    def choose(count: int) -> np.ndarray:
+        chosen.append(_maps(count, index, request, fps))
+        return chosen[0]
+
+    with archive.open(f"{layout.depth}.npy") as member:
+        values = _frames(member, archive.getinfo(f"{layout.depth}.npy").file_size, choose)
+    K = np.asarray(small[layout.K], np.float64) if layout.K in small else None
+    if layout.depth == "local_points":
+        if values.ndim != 4 or values.shape[3] != 3:
+            raise ValueError(f"local_points is {list(values.shape)}, not [N, H, W, 3]")
+        K, values = layouts.lens_of_points(values), values[..., 2]
+    w2c = layouts.cameras(small[layout.poses], layout, chosen[0]) if layout.poses else None
+    kind = str(small["kind"]) if "kind" in small else layout.kind
+    return values, kind, K, layout.depth, w2c
 
 
 def _lens(K: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     """Return K [3, 3] of one that is given once or for each frame; BadSample unless it is a lens in px of the maps."""
-    if K.ndim == 3 and len(K) and (K[0] == K).all():
-        K = K[0]
-    if K.ndim == 3:
-        raise BadSample("depth_shape", f"{name}: K changes along the video (a zoom); one K for all frames is read")
+    try:
+        K = layouts.one_lens(K)
+    except ValueError as error:
+        raise BadSample("depth_shape", f"{name}: {error}") from None
     try:
         return check_lens(K, size)
     except ConfigError as error:  # here K is data, not a choice
@@ -150,29 +166,29 @@ def _in_one_unit(values: np.ndarray, kind: str, name: str) -> np.ndarray:
     return values
 
 
-def _said(archive: zipfile.ZipFile, name: str) -> tuple[str, str, np.ndarray | None, float | None]:
-    """Return (key, kind, K, fps) of an npz. Raises BadSample depth_missing; depth_shape where it unpacks too large."""
+def _said(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dict[str, np.ndarray]]:
+    """Return the layout of an npz, and its small arrays: kind, fps, intrinsics and cameras.
+
+    Raises:
+        BadSample: depth_missing; depth_shape where it unpacks too large.
+    """
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MAX_BYTES:
         raise BadSample("depth_shape", f"unpacks to {unpacked} bytes, more than {MAX_BYTES}")
     there = {member.removesuffix(".npy") for member in archive.namelist()}
-    key = next((key for key in KINDS if key in there), None)
-    if key is None:
+    layout = layouts.of(there)
+    if layout is None:
         found = ", ".join(sorted(there)[:4]) or "nothing"
-        raise BadSample("depth_missing", f"{name} holds {found}, and none of the keys {', '.join(KINDS)}")
+        raise BadSample("depth_missing", f"{name} holds {found}, and none of the keys {', '.join(KEYS)}")
     small = {}
-    for known in sorted(there & {"kind", "K", "fps"}):
+    for known in sorted(there & {"kind", "fps", layout.K, layout.poses}):
         with archive.open(f"{known}.npy") as member:
             shape, _, dtype = _header(member)
             if math.prod(shape) * dtype.itemsize > MAX_SMALL_BYTES:
                 raise ValueError(f"{known} is {dtype} {list(shape)}, too large")
         with archive.open(f"{known}.npy") as member:
             small[known] = np.lib.format.read_array(member, allow_pickle=False)
-    kind = str(small["kind"]) if "kind" in small else KINDS[key]
-    fps = float(small["fps"]) if small.get("fps", np.empty(0)).size == 1 else None
-    if fps is not None and not 0 < fps < math.inf:
-        raise ValueError(f"fps is {fps}, not above 0")
-    return key, kind, np.asarray(small["K"], np.float64) if "K" in small else None, fps
+    return layout, small
 
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:

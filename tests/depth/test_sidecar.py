@@ -237,3 +237,65 @@ def test_a_K_that_is_no_camera_s_in_px_costs_the_clip_alone(tmp_path, focal):
     with pytest.raises(BadSample, match=r"depth_shape.*in px") as caught:
         estimate("sidecar", np.zeros((4, 96, 128, 3), np.uint8), ask(tmp_path, fit=Fit(SIZE, (96, 128), "squeeze")))
     assert caught.value.reason == "depth_shape"
+
+
+def source_path(num_frames: int = 10) -> np.ndarray:
+    """Return w2c [N, 4, 4] of a camera that turns and moves, the first not the identity."""
+    poses = np.tile(np.eye(4), (num_frames, 1, 1))
+    angle = 0.05 * (1 + np.arange(num_frames))
+    poses[:, 0, 0] = poses[:, 2, 2] = np.cos(angle)
+    poses[:, 0, 2], poses[:, 2, 0] = np.sin(angle), -np.sin(angle)
+    poses[:, :3, 3] = np.arange(3 * num_frames).reshape(-1, 3) / 7
+    return poses
+
+
+def points_of(values: np.ndarray) -> np.ndarray:
+    rays = (np.stack(np.meshgrid(np.arange(32) + 0.5, np.arange(24) + 0.5), -1) - K[:2, 2]) / K[[0, 1], [0, 1]]
+    return np.concatenate([rays * values[..., None], values[..., None]], axis=-1)
+
+
+def files_with_cameras() -> dict[str, dict]:
+    """Return what each program writes of one clip, in its own layout."""
+    z, w2c, lens = depth(), source_path(), np.tile(K, (10, 1, 1))
+    c2w = np.linalg.inv(w2c)
+    return {
+        "ours": {"z_depth": z, "K": K, "w2c": w2c},
+        "depth anything 3": {"depth": z, "conf": z, "extrinsics": w2c[:, :3], "intrinsics": lens},
+        "vggt": {"depth": z[..., None], "depth_conf": z, "extrinsic": w2c[:, :3], "intrinsic": lens},
+        "megasam": {"images": np.zeros((10, *SIZE, 3), np.uint8), "depths": z, "intrinsic": K, "cam_c2w": c2w},
+        "pi3x": {"local_points": points_of(z), "camera_poses": c2w, "conf": z[..., None]},
+    }
+
+
+@pytest.mark.parametrize("program", files_with_cameras())
+def test_cameras_of_the_source_come_with_the_depth(tmp_path, program: str):
+    np.savez(tmp_path / "clip.npz", **files_with_cameras()[program])
+    index = np.array([2, 3, 7, 9])
+    result = estimate("sidecar", FRAMES, ask(tmp_path, frame_index=index))
+    truth = source_path()[index] @ np.linalg.inv(source_path()[2])
+    assert result.kind == "z_depth"
+    np.testing.assert_allclose(result.values, depth()[index], rtol=1e-6)
+    np.testing.assert_allclose(result.K, K, rtol=1e-6)
+    np.testing.assert_allclose(result.w2c, truth, atol=1e-6)
+
+
+@pytest.mark.parametrize("w2c", [np.zeros((10, 4, 4)), source_path(3), source_path()[0], np.full((10, 4, 4), "1")])
+def test_cameras_that_are_none_are_refused(tmp_path, w2c: np.ndarray):
+    np.savez(tmp_path / "clip.npz", z_depth=depth(), w2c=w2c)
+    with pytest.raises(BadSample, match="w2c|pose") as caught:
+        estimate("sidecar", FRAMES, ask(tmp_path))
+    assert caught.value.reason == "depth_shape"
+
+
+def test_a_lens_that_zooms_is_refused_and_one_that_trembles_is_taken(tmp_path):
+    file = files_with_cameras()["depth anything 3"]
+    for spread, refused in ((0.02, False), (0.3, True)):
+        scales = np.linspace(1 - spread, 1 + spread, 10)
+        lens = file["intrinsics"] * np.stack([scales, scales, np.ones(10)], axis=1)[:, :, None]
+        lens[:, :2, 2] = K[:2, 2]
+        np.savez(tmp_path / "clip.npz", **{**file, "intrinsics": lens})
+        if refused:
+            with pytest.raises(BadSample, match="zoom"):
+                estimate("sidecar", FRAMES, ask(tmp_path))
+        else:
+            np.testing.assert_allclose(estimate("sidecar", FRAMES, ask(tmp_path)).K, K, rtol=0.01)

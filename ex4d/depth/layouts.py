@@ -1,0 +1,92 @@
+"""What the npz files of depth programs hold: which key is the depth, and which way their cameras are written.
+
+| layout | depth | cameras | intrinsics |
+|---|---|---|---|
+| ours, `ex4d` | `z_depth` or `disparity` | `w2c` [N, 4, 4], OpenCV | `K` [3, 3] |
+| Depth Anything 3 (mini_npz) | `depth`, z-depth | `extrinsics` [N, 3, 4], OpenCV w2c | `intrinsics` [N, 3, 3] |
+| VGGT | `depth` [N, H, W, 1], z-depth | `extrinsic` [N, 3, 4], OpenCV w2c | `intrinsic` [N, 3, 3] |
+| MegaSaM | `depths`, z-depth | `cam_c2w` [N, 4, 4], OpenCV | `intrinsic` [3, 3] |
+| Pi3, Pi3X | z of `local_points` [N, H, W, 3] | `camera_poses` [N, 4, 4], OpenCV c2w | from the points |
+| DepthCrafter | `depth`, disparity, 1 is near | none | none |
+| Video Depth Anything with `--metric` | `depths`, z-depth | none | none |
+
+Intrinsics are in px of the stored maps; the unit of the cameras is that of the z-depth.
+"""
+
+from __future__ import annotations
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from ex4d.geometry.camera import invert, nearest_rigid
+from ex4d.geometry.pose_file import check_poses, squared
+
+MAX_ZOOM = 0.05  # networks say each frame's focal length for itself: so far it may lie from the clip's median
+
+
+@dataclass(frozen=True)
+class Layout:
+    """How one program names its arrays: of depth, kind of it, K, cameras; `c2w`: they go from camera to world."""
+
+    depth: str
+    kind: str
+    K: str = "K"
+    poses: str = ""
+    c2w: bool = False
+
+
+# The first whose depth and cameras are both there is taken.
+LAYOUTS = (
+    Layout("z_depth", "z_depth", poses="w2c"),
+    Layout("disparity", "disparity"),
+    Layout("z_depth", "z_depth"),
+    Layout("depth", "z_depth", "intrinsics", "extrinsics"),
+    Layout("depth", "z_depth", "intrinsic", "extrinsic"),
+    Layout("depths", "z_depth", "intrinsic", "cam_c2w", c2w=True),
+    Layout("local_points", "z_depth", poses="camera_poses", c2w=True),
+    Layout("depth", "disparity"),
+    Layout("depths", "z_depth"),
+)
+
+
+def of(names: set[str]) -> Layout | None:
+    """Return the layout of a file with these arrays; None where no depth is among them."""
+    return next((one for one in LAYOUTS if one.depth in names and one.poses in (names | {""})), None)
+
+
+def cameras(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
+    """Return w2c float64 [T, 4, 4] of the frames `index`, the first the identity. Raises ValueError for other poses."""
+    if poses.dtype.kind not in "fiu" or poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or index.max(initial=0) >= len(poses):
+        raise ValueError(f"{layout.poses} is {list(poses.shape)}, not [N, 4, 4] with a pose for each depth map")
+    chosen = squared(np.asarray(poses, np.float64)[index])
+    check_poses(chosen)
+    w2c = nearest_rigid(chosen)
+    w2c = invert(w2c) if layout.c2w else w2c
+    return w2c @ invert(w2c[0])
+
+
+def one_lens(K: np.ndarray) -> np.ndarray:
+    """Return K [3, 3] of one for each frame, their median. Raises ValueError where they differ: the lens zooms."""
+    if K.ndim != 3 or not len(K):
+        return K
+    middle = np.median(K, axis=0)
+    with np.errstate(divide="ignore", invalid="ignore"):
+        spread = np.abs(K[:, [0, 1], [0, 1]] / middle[[0, 1], [0, 1]] - 1).max()
+    if not spread <= MAX_ZOOM:
+        raise ValueError("K changes along the video (a zoom); one K for all frames is read")
+    return middle
+
+
+def lens_of_points(points: np.ndarray) -> np.ndarray:
+    """Return K [3, 3] px of points [T, H, W, 3] in the axes of their cameras, principal point in the centre."""
+    height, width = points.shape[1:3]
+    x, y, z = np.moveaxis(np.asarray(points, np.float64), -1, 0)
+    good = np.isfinite(points).all(axis=-1) & (z > 0)
+    lens = np.array([[1.0, 0, width / 2], [0, 1, height / 2], [0, 0, 1]])
+    across = np.broadcast_to(np.arange(width) + 0.5 - width / 2, z.shape)[good]
+    down = np.broadcast_to(np.arange(height)[:, None] + 0.5 - height / 2, z.shape)[good]
+    for axis, (offset, side) in enumerate(((across, x), (down, y))):
+        slope = side[good] / z[good]
+        lens[axis, axis] = (offset * slope).sum() / max(float((slope * slope).sum()), 1e-12)
+    return lens
