@@ -11,7 +11,7 @@ import numpy as np
 
 from ex4d import depth as depth_estimators
 from ex4d import isolation, video
-from ex4d.depth import places
+from ex4d.depth import places, source_cameras
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.profiles import profile_of
@@ -92,6 +92,7 @@ def reconstruct(
     source_scale: float | None = None,
     source_motion: str | None = None,
     persistent_frames: int = 0,
+    cameras: str = "auto",
     depth: str = "sidecar",
     depth_path: str | None = None,
     num_frames: int | None = 49,
@@ -114,6 +115,7 @@ def reconstruct(
             depth estimator: "remove" (the path is fixed in the world), "keep" (the path rides on the source camera) or
             "smooth" (on a stabilised one). None: remove; keep where the released profile is given no poses.
         persistent_frames: so many other frames fill holes with the static surfaces that they saw; 0 is the paper's.
+        cameras: where the source's cameras come from without `source_poses`: see depth.source_cameras.
         depth, depth_path: estimator name, and its file or weights where it reads one.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics; None: 54, and parallax
@@ -138,9 +140,10 @@ def reconstruct(
         backend,
         source_motion,
         persistent_frames,
+        cameras,
     )
     backend = choose_backend(backend)
-    clip = read(video_path, depth, depth_path, num_frames, size, fit, fov_deg, profile, seed, device)
+    clip = read(video_path, depth, depth_path, num_frames, size, fit, fov_deg, profile, seed, device, cameras)
     count, radius = len(clip.frames), clip.radius
     moved = clip.source_w2c
     if source_poses is not None:
@@ -160,6 +163,7 @@ def reconstruct(
         "trajectory_options": dict(trajectory_options or {}),
         "source_poses": None if source_poses is None else str(source_poses),
         "source_scale": source_scale,
+        "cameras": clip.provenance.get("cameras") if source_poses is None else "file",
         "source_motion": None if moved is None else motion,
         "persistent_frames": persistent_frames,
         "radius": radius,
@@ -182,13 +186,14 @@ def read(
     profile: str = "default",
     seed: int = 0,
     device: str | None = None,
+    cameras: str = "auto",
 ) -> Clip:
     """Return the first frames of a video with their depth; arguments and errors as in `reconstruct`.
 
     The video is decoded in the sandboxed child: one that hangs or crashes its decoder is a BadSample.
     """
     frames, request, fps = _read(video_path, num_frames, size, fit)
-    request = replace(request, depth_path=depth_path, seed=seed, device=device, fov_deg=fov_deg)
+    request = replace(request, depth_path=depth_path, seed=seed, device=device, fov_deg=fov_deg, cameras=cameras)
     result = depth_estimators.estimate(depth, frames, request)
     K = result.K
     if K is None:
@@ -239,6 +244,7 @@ def check_choices(
     backend: str = "auto",
     source_motion: str | None = None,
     persistent_frames: int = 0,
+    cameras: str = "auto",
     **_: Any,
 ) -> None:
     """Raise ConfigError for what can be known to be wrong before any work; arguments as in `reconstruct`."""
@@ -257,6 +263,9 @@ def check_choices(
         raise ConfigError("source_motion", source_motion, f"one of {', '.join(camera_path.SOURCE_MOTIONS)}")
     if persistent_frames < 0:
         raise ConfigError("persistent_frames", persistent_frames, "0 or more")
+    source_cameras.check(cameras)
+    if cameras != "auto" and source_poses is not None:
+        raise ConfigError("cameras", cameras, "auto where source_poses is set: the poses come from that file")
     profile_of(profile)
     choose_backend(backend)
 

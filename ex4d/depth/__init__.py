@@ -81,6 +81,7 @@ class DepthRequest:
     device: of a network, "cuda" or "cpu"; None is a GPU where there is one.
     batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
     fov_deg: field of view over the longer side, where it is known; None leaves it to the estimator.
+    cameras: where the source's cameras come from: see `source_cameras`.
     """
 
     video_path: str = ""
@@ -97,6 +98,7 @@ class DepthRequest:
     device: str | None = None
     batch_size: int | None = None
     fov_deg: float | None = None
+    cameras: str = "auto"
 
 
 def _late(module: str, frames: np.ndarray, request: DepthRequest, **options: Any) -> Geometry:
@@ -146,7 +148,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
     Raises:
         ConfigError: unknown estimator, or weights that are not there.
         BadSample: depth_missing, depth_ambiguous, depth_length, depth_unit, depth_pickle, depth_shape, depth_nan,
-            depth_nonpositive, depth_constant, depth_fov.
+            depth_nonpositive, depth_constant, depth_fov, cameras_missing.
         Filtered: no_parallax, parallax_certainty, parallax_moving.
     """
     if name not in ESTIMATORS:
@@ -155,7 +157,9 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
         raise BadSample("depth_shape", f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, H, W, 3]")
     result = ESTIMATORS[name](frames, request)
     check(result, frames.shape[:3])
-    return result
+    from ex4d.depth import source_cameras
+
+    return source_cameras.joined(result, frames, request)
 
 
 def check(result: Geometry, shape: tuple[int, ...]) -> None:

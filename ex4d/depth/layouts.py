@@ -57,7 +57,12 @@ def of(names: set[str]) -> Layout | None:
 
 def cameras(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
     """Return w2c float64 [T, 4, 4] of the frames `index`, the first the identity. Raises ValueError for other poses."""
-    if poses.dtype.kind not in "fiu" or poses.ndim != 3 or poses.shape[1:] not in ((3, 4), (4, 4)) or index.max(initial=0) >= len(poses):
+    if (
+        poses.dtype.kind not in "fiu"
+        or poses.ndim != 3
+        or poses.shape[1:] not in ((3, 4), (4, 4))
+        or index.max(initial=0) >= len(poses)
+    ):
         raise ValueError(f"{layout.poses} is {list(poses.shape)}, not [N, 4, 4] with a pose for each depth map")
     chosen = squared(np.asarray(poses, np.float64)[index])
     check_poses(chosen)

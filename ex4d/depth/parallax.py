@@ -47,7 +47,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
         flows = pair_flows(frames, GAPS)
         _check_motion(frames, flows)
         weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
-        found = camera_search.find(_matches(flows, weights), (height, width), request.fov_deg)
+        found = camera_search.find(matches_of(flows, weights), (height, width), request.fov_deg)
         if found.certainty < MIN_CERTAINTY:
             why = "near and far could be exchanged: the clip turns too much for its parallax"
             raise Filtered("parallax_certainty", found.certainty, MIN_CERTAINTY, why)
@@ -91,8 +91,8 @@ def _check_motion(frames: np.ndarray, flows: Flows) -> None:
         raise Filtered("no_parallax", 1 - min(share), 1 - MAX_STILL_SHARE, why)
 
 
-def _matches(flows: Flows, weights: Flows) -> Matches:
-    """Return the flow at a grid of pixels, the same in every frame."""
+def matches_of(flows: Flows, weights: Flows) -> Matches:
+    """Return the flow at a grid of pixels, the same in every frame, with the weights of `flows` where they count."""
     pairs = sorted(flows)
     height, width = flows[pairs[0]].shape[:2]
     step = max(1, min(height, width) // GRID)

@@ -36,6 +36,11 @@ class PathFlags:
     trajectory_option: tuple[str, ...] = setting(
         (), "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file."
     )
+    cameras: str = setting(
+        "auto",
+        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator; parallax: found from "
+        "motion; or a file of poses, whose unit is found.",
+    )
     source_poses: str | None = setting(None, "File with the poses of the source camera, where it moves.")
     source_scale: float | None = setting(
         None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."

@@ -208,7 +208,9 @@ def test_a_camera_that_turns_past_moving_bodies_is_given_no_translation(seed: in
 @pytest.mark.parametrize("moving_bodies", [False, True])
 def test_static_and_turning_cameras_are_given_no_translation_in_twenty_tries(moving_bodies: bool):
     for seed in range(20):
-        config = SyntheticConfig(num_frames=9, size=(128, 128), seed=seed, moving_bodies=moving_bodies, camera_motion="static")
+        config = SyntheticConfig(
+            num_frames=9, size=(128, 128), seed=seed, moving_bodies=moving_bodies, camera_motion="static"
+        )
         still = render_clip(*clip_scene(config, 0), 8.0)[0]
         for frames in (still, turning_past_bodies(seed, 128, moving_bodies)):
             shift = accepted_shift(frames)

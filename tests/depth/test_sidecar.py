@@ -282,7 +282,7 @@ def test_cameras_of_the_source_come_with_the_depth(tmp_path, program: str):
 @pytest.mark.parametrize("w2c", [np.zeros((10, 4, 4)), source_path(3), source_path()[0], np.full((10, 4, 4), "1")])
 def test_cameras_that_are_none_are_refused(tmp_path, w2c: np.ndarray):
     np.savez(tmp_path / "clip.npz", z_depth=depth(), w2c=w2c)
-    with pytest.raises(BadSample, match="w2c|pose") as caught:
+    with pytest.raises(BadSample, match=r"w2c|pose") as caught:
         estimate("sidecar", FRAMES, ask(tmp_path))
     assert caught.value.reason == "depth_shape"
 

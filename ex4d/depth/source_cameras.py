@@ -1,0 +1,166 @@
+"""Where the source's cameras come from, and their unit: depth and cameras of different origin are brought together.
+
+| `cameras` | the source's cameras are |
+|---|---|
+| `auto` | the depth estimator's where it gives them; else the source is taken to stand still |
+| `none` | not used: the source is taken to stand still |
+| `estimator` | the depth estimator's; a clip without is rejected |
+| `parallax` | found from the motion of the picture (`depth.cameras`), a camera that stands or turns included |
+| a file | its poses, as `geometry.trajectory_files` reads them |
+
+Cameras of another origin have a unit of their own. It is found from points that their motion triangulates: one factor
+for z-depth, a factor and a shift for relative disparity, both robust, so that moving bodies do not count. What is left
+is `camera_depth_error`, the weighted median of |log(depth / triangulated depth)|.
+"""
+
+from __future__ import annotations
+
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+
+from ex4d.depth import DepthRequest, Geometry, bundle, cameras, parallax
+from ex4d.errors import BadSample, ConfigError, Filtered
+from ex4d.geometry import trajectory_files
+from ex4d.geometry.camera import FOV_DEG, intrinsics, invert
+from ex4d.geometry.tracks import consistency, one_thread, pair_flows
+
+CHOICES = ("auto", "none", "estimator", "parallax")
+TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
+STILL = 1e-4  # of the median depth: cameras that move less have no unit to find
+MIN_POINTS = 32
+NUM_ROUNDS = 10
+
+
+def check(choice: str) -> None:
+    """Raise ConfigError unless `choice` is a key of CHOICES or a file."""
+    if choice not in CHOICES and not Path(choice).is_file():
+        raise ConfigError("cameras", choice, f"one of {', '.join(CHOICES)}, or a file of poses")
+
+
+def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geometry:
+    """Return the geometry with the source's cameras that `request.cameras` asks for, in the unit of its depth.
+
+    Its `provenance` says `cameras`, and `camera_depth_error` where the unit had to be found.
+
+    Raises:
+        BadSample: cameras_missing: none of the estimator's, too few in the file, or none that agree with the depth.
+        Filtered: no_parallax: parallax finds no camera.
+    """
+    choice = request.cameras
+    check(choice)
+    if choice in ("auto", "estimator"):
+        if result.w2c is None and choice == "estimator":
+            raise BadSample("cameras_missing", "the depth has no cameras: set cameras to parallax, none or a file")
+        return _told(result, "none" if result.w2c is None else "estimator")
+    if choice == "none":
+        return _told(replace(result, w2c=None), "none")
+    if choice == "parallax" and result.provenance.get("estimator") == "parallax":
+        return _told(result, "parallax")
+    size = (frames.shape[1], frames.shape[2])
+    with one_thread():
+        flows = pair_flows(frames, parallax.GAPS) if len(frames) > 1 else {}
+        weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
+        if not flows:
+            return _told(replace(result, w2c=np.eye(4)[None]), choice)
+        matches = parallax.matches_of(flows, weights)
+        if choice == "parallax":
+            w2c, focal = _found(matches, size, request.fov_deg)
+        else:
+            w2c, focal = _of_file(request, len(frames)), None
+    if result.K is None:
+        K = intrinsics(size, request.fov_deg)
+        K[[0, 1], [0, 1]] = focal or K[0, 0]
+        result = replace(result, K=K)
+    return _in_one_unit(replace(result, w2c=w2c), matches, choice, focal)
+
+
+def _told(result: Geometry, choice: str, error: float | None = None) -> Geometry:
+    facts = {"cameras": choice} | ({} if error is None else {"camera_depth_error": error})
+    return replace(result, provenance={**result.provenance, **facts})
+
+
+def _found(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> tuple[np.ndarray, float]:
+    """Return (w2c [T, 4, 4], focal length in px) by parallax; of a camera that stands or turns, without translation.
+
+    The focal length is sought even where depth brings one: flow that is a little too short bends cameras with the true
+    one more than it bends those with the one that fits (docs/decisions/source_cameras.md).
+    """
+    try:
+        found = cameras.find(matches, size, fov_deg)
+        if found.certainty < parallax.MIN_CERTAINTY:
+            raise Filtered("parallax_certainty", found.certainty, parallax.MIN_CERTAINTY, "near and far are unsure")
+        return found.bundle.w2c, found.bundle.focal
+    except Filtered as error:
+        turned = cameras.turning(matches, cameras.focal_of(size, fov_deg or FOV_DEG), fov_deg is None)
+        left = np.sqrt(bundle.squared_residuals(matches, turned)[matches.weights > 0.5])
+        if error.reason != "no_parallax" or not left.size or np.median(left) > TURNS_PX:
+            raise
+        return turned.w2c @ invert(turned.w2c[0]), turned.focal
+
+
+def _of_file(request: DepthRequest, num_frames: int) -> np.ndarray:
+    """Return w2c [T, 4, 4] of the clip's frames, the first the identity."""
+    w2c = trajectory_files.read(request.cameras).w2c
+    index = np.arange(num_frames) if request.frame_index is None else request.frame_index
+    if index.max() >= len(w2c):
+        name = Path(request.cameras).name
+        raise BadSample("cameras_missing", f"{name} has {len(w2c)} poses, the clip needs that of frame {index.max()}")
+    return w2c[index] @ invert(w2c[index[0]])
+
+
+def _in_one_unit(result: Geometry, matches: bundle.Matches, choice: str, focal: float | None) -> Geometry:
+    """Return the geometry with depth and cameras in one unit: that of z-depth, else that of the cameras.
+
+    Args:
+        focal: px, that the cameras were found with; None: that of `result.K`.
+    """
+    assert result.w2c is not None
+    assert result.K is not None
+    start = bundle.Bundle(result.w2c, focal or float(result.K[0, 0]), *np.ones((2, *matches.places.shape[:2])))
+    found = bundle.points_of(matches, start)
+    known = cameras.known_points(found) & (found.inverse > 1e-6)
+    moved = float(np.linalg.norm(invert(result.w2c)[:, :3, 3], axis=1).max())
+    relative = result.kind == "disparity" and not result.metric
+    if moved == 0 or (moved * float(np.median(found.inverse[known])) if known.any() else 0.0) < STILL:
+        w2c = result.w2c.copy()
+        w2c[:, :3, 3] = 0
+        return _told(replace(result, w2c=w2c), choice, 0.0)
+    if known.sum() < MIN_POINTS:
+        raise BadSample("cameras_missing", "too few points can be triangulated to bring cameras and depth together")
+    rows = np.floor(matches.places + np.array(result.values.shape[:0:-1]) / 2).astype(int)
+    values = np.stack([v[at[:, 1], at[:, 0]] for v, at in zip(result.values, rows, strict=True)])[known]
+    inverse, weight = found.inverse[known], np.sqrt(found.information[known])
+    if relative:
+        return _told(*_of_disparity(result, values, inverse, weight, choice))
+    logs = np.log((values if result.kind == "z_depth" else 1 / np.maximum(values, 1e-9)) * inverse)
+    middle = weighted_median(logs, weight)
+    w2c = result.w2c.copy()
+    w2c[:, :3, 3] *= np.exp(middle)
+    return _told(replace(result, w2c=w2c), choice, weighted_median(np.abs(logs - middle), weight))
+
+
+def _of_disparity(
+    result: Geometry, values: np.ndarray, inverse: np.ndarray, weight: np.ndarray, choice: str
+) -> tuple[Geometry, str, float]:
+    """Return (z-depth in the unit of the cameras, choice, error): 1/z = factor · disparity + shift, robustly fitted."""
+    columns, robust = np.stack([values, np.ones_like(values)], axis=1).astype(np.float64), weight
+    for _ in range(NUM_ROUNDS):
+        root = np.sqrt(robust)
+        factor, shift = np.linalg.lstsq(columns * root[:, None], inverse * root, rcond=None)[0]
+        off = np.abs(columns @ (factor, shift) - inverse)
+        robust = weight / np.maximum(off, 1e-3 * np.median(inverse))
+    if factor <= 0:
+        raise BadSample("cameras_missing", "the cameras contradict the depth: what it has near is far")
+    nearest = float(np.percentile(inverse, 1)) / 10  # what the fit sends behind infinity is far
+    z_depth = 1 / np.maximum(factor * result.values.astype(np.float64) + shift, nearest)
+    error = weighted_median(np.abs(np.log(np.maximum(columns @ (factor, shift), nearest) / inverse)), weight)
+    return replace(result, values=z_depth.astype(np.float32), kind="z_depth"), choice, error
+
+
+def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
+    """Return the value at which half of the weight is reached."""
+    order = np.argsort(values, kind="stable")
+    running = np.cumsum(weights[order])
+    return float(values[order][np.searchsorted(running, 0.5 * running[-1])])

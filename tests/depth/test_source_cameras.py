@@ -1,0 +1,102 @@
+"""Cameras of one origin, depth of another: brought into one unit, measured against exact scenes."""
+
+from __future__ import annotations
+
+import dataclasses
+from functools import cache
+
+import numpy as np
+import pytest
+
+from ex4d.depth import DepthRequest, Geometry, source_cameras
+from ex4d.errors import BadSample, ConfigError
+from ex4d.geometry.camera import invert
+from ex4d.geometry.trajectory_files import PoseFile, write
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
+
+NO_POSES = np.tile(np.eye(4), (2, 1, 1))
+
+
+@cache
+def clip(motion: str = "strong", moving_bodies: bool = False):
+    """Return (frames, exact geometry without cameras, true w2c) of seven frames."""
+    config = SyntheticConfig(
+        num_frames=7, size=(96, 96), seed=2, moving_bodies=moving_bodies, camera_motion=motion, supersample=1
+    )
+    scene, cameras = clip_scene(config, 0)
+    frames, z_depth = render_clip(scene, cameras, 8.0)
+    return frames, Geometry(z_depth, "z_depth", cameras[0].K), np.stack([camera.w2c for camera in cameras])
+
+
+def centres(w2c: np.ndarray) -> np.ndarray:
+    return invert(w2c)[:, :3, 3]
+
+
+@pytest.mark.parametrize("moving_bodies", [False, True])
+def test_poses_of_another_unit_are_brought_into_that_of_the_depth(tmp_path, moving_bodies: bool):
+    frames, exact, w2c = clip(moving_bodies=moving_bodies)
+    poses = w2c.copy()
+    poses[:, :3, 3] *= 37.0
+    write(tmp_path / "poses.json", PoseFile(poses), "json")
+    found = source_cameras.joined(exact, frames, DepthRequest(cameras=str(tmp_path / "poses.json")))
+    scale = np.linalg.norm(centres(found.w2c)[-1]) / np.linalg.norm(centres(w2c)[-1])
+    assert abs(scale - 1) < 0.03
+    assert found.provenance["camera_depth_error"] < 0.1
+    assert np.array_equal(found.values, exact.values)
+
+
+def test_relative_disparity_takes_the_unit_of_the_cameras(tmp_path):
+    frames, exact, w2c = clip()
+    write(tmp_path / "poses.json", PoseFile(w2c), "json")
+    relative = dataclasses.replace(exact, values=(3 / exact.values + 0.7).astype(np.float32), kind="disparity")
+    found = source_cameras.joined(relative, frames, DepthRequest(cameras=str(tmp_path / "poses.json")))
+    assert found.kind == "z_depth"
+    assert np.median(np.abs(found.values / exact.values - 1)) < 0.05
+    inverted = dataclasses.replace(relative, values=(4 - relative.values).clip(0))
+    with pytest.raises(BadSample, match="contradict"):
+        source_cameras.joined(inverted, frames, DepthRequest(cameras=str(tmp_path / "poses.json")))
+
+
+def test_wrong_cameras_show_in_the_score(tmp_path):
+    frames, exact, w2c = clip()
+    write(tmp_path / "right.json", PoseFile(w2c), "json")
+    write(tmp_path / "wrong.json", PoseFile(w2c[::-1]), "json")
+    right, wrong = (
+        source_cameras.joined(exact, frames, DepthRequest(cameras=str(tmp_path / f"{name}.json"))).provenance
+        for name in ("right", "wrong")
+    )
+    assert wrong["camera_depth_error"] > 2 * right["camera_depth_error"]
+
+
+def test_parallax_gives_cameras_to_depth_that_has_none():
+    frames, exact, w2c = clip()
+    found = source_cameras.joined(exact, frames, DepthRequest(cameras="parallax"))
+    moved, truth = centres(found.w2c)[-1], centres(w2c)[-1]
+    assert np.linalg.norm(moved - truth) < 0.3 * np.linalg.norm(truth)
+    assert moved @ truth > 0.99 * np.linalg.norm(moved) * np.linalg.norm(truth)
+    assert found.provenance["cameras"] == "parallax"
+
+
+def test_a_camera_that_stands_is_told_to_stand():
+    frames, exact, _ = clip("static", True)
+    found = source_cameras.joined(exact, frames, DepthRequest(cameras="parallax"))
+    assert np.abs(centres(found.w2c)).max() <= 0.01 * np.median(exact.values)
+    assert np.abs(found.w2c - np.eye(4)).max() < 0.01
+
+
+def test_what_the_estimator_gives_is_used_left_or_missed():
+    frames, exact, w2c = clip()
+    told = dataclasses.replace(exact, w2c=w2c)
+    assert source_cameras.joined(told, frames, DepthRequest()).provenance["cameras"] == "estimator"
+    assert source_cameras.joined(exact, frames, DepthRequest()).provenance["cameras"] == "none"
+    assert source_cameras.joined(told, frames, DepthRequest(cameras="none")).w2c is None
+    with pytest.raises(BadSample, match="cameras_missing"):
+        source_cameras.joined(exact, frames, DepthRequest(cameras="estimator"))
+
+
+def test_other_choices_are_refused(tmp_path):
+    with pytest.raises(ConfigError, match="cameras"):
+        source_cameras.joined(clip()[1], clip()[0], DepthRequest(cameras="sfm"))
+    write(tmp_path / "short.json", PoseFile(NO_POSES), "json")
+    with pytest.raises(BadSample, match="2 poses"):
+        source_cameras.joined(clip()[1], clip()[0], DepthRequest(cameras=str(tmp_path / "short.json")))
