@@ -36,8 +36,8 @@ class TrainConfig:
 
     data: str | tuple[WeightedData, ...] = setting(
         "out/dataset",
-        "Dataset folder or URL written by `ex4d preprocess` or `ex4d encode`, or a list of {path, weight}: "
-        "each step then takes its samples from one of them, in turn by weight.",
+        "Folder or URL of a dataset (from `ex4d preprocess` or `ex4d encode`), or a list of {path, weight}: a step "
+        "takes its samples from one of them, in turn by weight.",
         not_empty=True,
     )
     output: str = setting("out/train", "Folder of this run. The same command run again resumes there.")

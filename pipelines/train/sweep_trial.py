@@ -151,7 +151,7 @@ def rungs(records: Iterable[Mapping[str, Any]], sweep: SweepConfig, last: int) -
 @contextmanager
 def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterator[subprocess.Popen]:
     """Yield the training's process; what ends the trial ends it, with a checkpoint where there is time."""
-    environment = os.environ | {PARENT: str(os.getpid())} | place  # killed with this worker
+    environment = os.environ | {PARENT: str(os.getpid()), **place}  # killed with this worker
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
     try:
         yield process
