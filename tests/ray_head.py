@@ -44,6 +44,13 @@ class Head:
         command = [*prefix, str(BIN / "ray"), "start", *words, *_COMMON]
         self.nodes.append(_start(command, self.environment | environment, self.folder / f"node{len(self.nodes)}.log"))
 
+    def wait_for_nodes(self, count: int, prefix: tuple[str, ...] = ()) -> None:
+        """Wait until so many nodes have joined."""
+        script = "import sys, time, ray\nray.init(address=sys.argv[1], log_to_driver=False)\n"
+        script += "while len(ray.nodes()) < int(sys.argv[2]): time.sleep(0.5)"
+        command = [*prefix, sys.executable, "-c", script, self.gcs, str(count)]
+        subprocess.run(command, env=self.environment, check=True, capture_output=True, timeout=120)
+
     def run(self, *words: str, timeout_s: float = 300.0, **environment: str) -> tuple[int, str]:
         """Return (exit status, all output) of `ex4d WORDS` as a user of this cluster."""
         done = subprocess.run(

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from ex4d.errors import ConfigError
 
-CONNECT_TIMEOUT_S = 5.0
+CONNECT_TIMEOUT_S = 15.0  # a head on a busy machine took 3 s
 UNEXPECTED = 2  # NodeDeathInfo.UNEXPECTED_TERMINATION in Ray's gcs.proto; a node that was scaled down has another
 WORKING_DIR = "runtime_resources/working_dir_files"  # where Ray unpacks the working directory of a submitted job
 

@@ -102,6 +102,7 @@ def cluster(tmp_path_factory):
         loose = {"LD_PRELOAD": str(library)}
     with ray_head.head(**loose) as head:
         head.add_node()
+        head.wait_for_nodes(2)
         yield head
 
 
@@ -121,10 +122,8 @@ def failed(rows: list[dict]) -> dict[str, str]:
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_two_nodes_that_are_well_pass_every_check(cluster, tmp_path):
-    for _ in range(20):
-        code, rows, seconds = examine(cluster, "--storage", str(tmp_path), "--weights", "tiny")
-        if len({row["node"] for row in rows}) == 3:  # two and what is between them
-            break
+    code, rows, seconds = examine(cluster, "--storage", str(tmp_path), "--weights", "tiny")
+    assert len({row["node"] for row in rows}) == 3, "two, and what is between them"
     assert (code, failed(rows)) == (0, {})
     reduced = next(row for row in rows if row["check"].startswith("all-reduce"))
     print(f"{seconds:.1f} s, {reduced['found']}")
@@ -179,10 +178,8 @@ def test_a_node_with_other_packages_is_found(cluster, tmp_path):
     (tmp_path / "av").mkdir()
     (tmp_path / "av" / "__init__.py").write_text(WITHOUT_X264)
     cluster.add_node(PYTHONPATH=f"{tmp_path}:{os.environ.get('PYTHONPATH', '')}")
-    for _ in range(20):
-        code, rows, _ = examine(cluster)
-        if len({row["node"] for row in rows}) == 4:
-            break
+    cluster.wait_for_nodes(3)
+    code, rows, _ = examine(cluster)
     found = failed(rows)
     assert code == 1
     assert len({row["node"] for row in rows if row["ok"] is False}) == 1, "the others are well"

@@ -43,10 +43,8 @@ def test_the_doctor_finds_a_blocked_port_between_the_nodes(blocked):
             net.block("b", 29555)
         words = [*net.inside("a"), str(ray_head.BIN / "ex4d"), "doctor", "--cluster", "--address", head.gcs]
         words += ["--min-disk-gb", "0.001", "--port", "29555"]
-        for _ in range(10):
-            done = subprocess.run(words, env=head.environment, capture_output=True, text=True, timeout=300)
-            if ADDRESSES["b"] in done.stdout:
-                break
+        head.wait_for_nodes(2, net.inside("a"))
+        done = subprocess.run(words, env=head.environment, capture_output=True, text=True, timeout=300)
         line = next(line for line in done.stdout.splitlines() if "all-reduce" in line)
         assert done.returncode == int(blocked), done.stdout
         assert ("FAIL" in line) == blocked

@@ -154,7 +154,7 @@ def test_an_address_without_a_job_server_is_one_sentence(here, capsys, address):
 def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_path):
     """Token authentication, the log, Ctrl-C, stop, submit again; no secret of this side on the other."""
     planted = {"WANDB_API_KEY": "planted-wandb-key", "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
-    with kills.bench(tmp_path, num_videos=4, clips_per_video=6) as bench, ray_head.head() as head:
+    with kills.bench(tmp_path, num_videos=6, clips_per_video=8) as bench, ray_head.head() as head:
         whole = bench.finish_here("whole")
         path, output = str(bench.write_config("there")), tmp_path / "there"
         words = ["submit", path, "--job", "preprocess", "--address", head.url]
@@ -169,7 +169,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_
         command = [str(ray_head.BIN / "ex4d"), *words]
         pipes = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
         following = subprocess.Popen(command, env=head.environment | planted, **pipes)
-        _wait_for(lambda: len(list(output.glob("staging/clips/*.tar"))) >= 4 or following.poll() is not None)
+        _wait_for(lambda: len(list(output.glob("staging/clips/*.tar"))) >= 1 or following.poll() is not None)
         following.send_signal(signal.SIGINT)
         text, _ = following.communicate(timeout=60)
         assert following.returncode == 130, text
@@ -177,17 +177,18 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_
         assert "goes on running" in text
         job_id = re.search(r"submitted (\S+) to", text)[1]
 
-        assert "RUNNING" in head.run("jobs", "--address", head.url)[1]
-        assert head.run("jobs", job_id, "--stop", "--address", head.url)[0] == 0
+        code, text = head.run("jobs", job_id, "--stop", "--address", head.url)
+        assert (code, text) == (0, f"{job_id} is being stopped\n"), "it was running"
         code, text = head.run("jobs", job_id, "--follow", "--address", head.url)
         assert code == 75, text
         assert "STOPPED" in head.run("jobs", job_id, "--address", head.url)[1]
         finished = len(list(output.glob("staging/clips/*.tar")))
-        assert 4 <= finished < 24
+        assert 1 <= finished < 48
+        assert not (output / "dataset.json").exists()
 
         code, text = head.run(*words, timeout_s=600, **planted)
         assert code == 0, text
-        assert "24 planned, 24 samples" in text
+        assert "48 planned, 48 samples" in text
         assert bench.checked("there") == whole
 
         script = (

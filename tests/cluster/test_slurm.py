@@ -1,0 +1,173 @@
+"""The rendered batch scripts on a real SLURM of two nodes, both on this machine."""
+
+from __future__ import annotations
+
+import os
+import shutil
+import socket
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from pathlib import Path
+
+import pytest
+import yaml
+
+from ex4d.data.verify import verify
+from ex4d.synthetic import SyntheticConfig, write_corpus
+from pipelines.commands.cluster_config import ClusterConfig
+from pipelines.commands.cluster_render import render
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
+
+PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
+BIN = Path(sys.executable).parent
+CLIPS = {"num_frames": 9, "size": [64, 64], "clips_per_shot": 3, "depth": "sidecar", "masks": {"num_masks": 1}}
+
+pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1200)]
+
+
+def _free_port() -> int:
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        return probe.getsockname()[1]
+
+
+def _configuration(folder: Path) -> str:
+    """Return a slurm.conf of two nodes on this machine; the first has its name, which resolves."""
+    host = socket.gethostname()
+    control, first, second = _free_port(), _free_port(), _free_port()
+    facts = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 Boards=1 Gres=gpu:2 State=UNKNOWN"
+    return f"""ClusterName=test
+SlurmctldHost={host}(127.0.0.1)
+SlurmctldPort={control}
+AuthType=auth/munge
+AuthInfo=socket={folder}/munge.socket
+CredType=cred/munge
+SlurmUser=root
+SlurmdUser=root
+StateSaveLocation={folder}/state
+SlurmdSpoolDir={folder}/spool-%n
+SlurmctldPidFile={folder}/slurmctld.pid
+SlurmdPidFile={folder}/slurmd-%n.pid
+ProctrackType=proctrack/linuxproc
+TaskPlugin=task/none
+SelectType=select/cons_tres
+SelectTypeParameters=CR_CPU
+GresTypes=gpu
+ReturnToService=2
+NodeName={host} Port={first} {facts}
+NodeName=node2 Port={second} {facts}
+PartitionName=all Nodes=ALL Default=YES MaxTime=60 State=UP OverSubscribe=FORCE:4
+"""
+
+
+@pytest.fixture(scope="module")
+def slurm() -> Iterator[dict[str, str]]:
+    """A running SLURM; yields the environment of its users."""
+    lacking = [name for name in PROGRAMS if shutil.which(name, path=os.environ["PATH"] + ":/usr/sbin") is None]
+    if lacking or os.geteuid() != 0:
+        pytest.skip(f"needs root and {', '.join(PROGRAMS)} (slurm-wlm, munge); missing: {', '.join(lacking) or 'root'}")
+    folder = Path(f"/tmp/x4slurm{os.getpid()}")
+    (folder / "state").mkdir(parents=True)
+    folder.chmod(0o755)
+    (folder / "munge.key").write_bytes(os.urandom(1024))
+    (folder / "munge.key").chmod(0o400)
+    (folder / "slurm.conf").write_text(_configuration(folder))
+    for number in range(2):  # devices are files that are there
+        (folder / f"gpu{number}").touch()
+    (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
+    (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
+    environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "HOME": str(folder)}
+    environment |= {"PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin", "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
+    environment = {k: v for k, v in environment.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
+    files = {"key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
+    munge = [f"--{name}={folder}/{file}" for name, file in {**files, "socket": "munge.socket"}.items()]
+    daemons = [
+        ["munged", "-F", "--force", *munge],
+        ["slurmctld", "-D", "-i"],
+        ["slurmd", "-D", "-N", socket.gethostname()],
+        ["slurmd", "-D", "-N", "node2"],
+    ]
+    running = []
+    try:
+        for words in daemons:
+            with open(folder / "daemons.log", "ab") as log:
+                running.append(subprocess.Popen(words, env=environment, stdout=log, stderr=log))
+            time.sleep(2.0)
+        deadline = time.monotonic() + 60
+        while (said := _said(environment, "sinfo", "-h", "-o", "%t %D")).strip() != "idle 2":
+            assert time.monotonic() < deadline, said + (folder / "daemons.log").read_text()[-3000:]
+            time.sleep(1.0)
+        yield environment
+    finally:
+        for process in reversed(running):
+            process.terminate()
+            try:
+                process.wait(20)
+            except subprocess.TimeoutExpired:
+                process.kill()
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _said(environment: dict[str, str], *words: str) -> str:
+    done = subprocess.run(words, env=environment, capture_output=True, text=True)
+    return done.stdout + done.stderr
+
+
+def _batch(environment: dict[str, str], script: Path, *words: str) -> tuple[str, str]:
+    """Return (state, log) of a batch job, once it has ended."""
+    folder = script.parent
+    done = _said(
+        environment, "sbatch", "--parsable", f"--chdir={folder}", f"--output={folder}/log", str(script), *words
+    )
+    job, deadline = done.strip(), time.monotonic() + 900
+    assert job.isdigit(), done
+    while True:
+        told = _said(environment, "scontrol", "show", "job", job)
+        state = told.partition("JobState=")[2].split()[0]
+        if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
+            return state, (folder / "log").read_text(errors="replace")
+        assert time.monotonic() < deadline, told
+        time.sleep(1.0)
+
+
+@pytest.mark.ray
+def test_preprocess_over_two_nodes_has_the_bytes_of_one_process(slurm, tmp_path):
+    write_corpus(tmp_path / "in", SyntheticConfig(num_videos=4, num_frames=27, size=(64, 64), supersample=1))
+    whole = PreprocessConfig(input=str(tmp_path / "in"), output=str(tmp_path / "whole"), **_typed(CLIPS))
+    assert preprocess.run(whole, runner_name="inline").exit_code == 0
+    chosen = {**CLIPS, "input": str(tmp_path / "in"), "output": str(tmp_path / "out")}
+    (tmp_path / "c.yaml").write_text(yaml.safe_dump({"preprocess": chosen}))
+    script = tmp_path / "preprocess.sbatch"
+    script.write_text(render("slurm-preprocess", ClusterConfig(nodes=2, node_cpus=1, time_limit="00:20:00")))
+    state, log = _batch(slurm, script, str(tmp_path / "c.yaml"))
+    assert state == "COMPLETED", log[-3000:]
+    assert "12 planned, 12 samples" in log
+    made, wanted = (verify(str(tmp_path / name), full=False) for name in ("out", "whole"))
+    assert made.ok
+    assert made.tree_sha256 == wanted.tree_sha256
+
+
+def test_train_starts_a_rank_for_each_task(slurm, tmp_path):
+    shown = tmp_path / "shown"
+    program = tmp_path / "ex4d"
+    program.write_text(f'#!/bin/sh\necho "$SLURM_PROCID of $SLURM_STEP_NUM_TASKS $MASTER_ADDR $*" >> {shown}\n')
+    program.chmod(0o755)
+    script = tmp_path / "train.sbatch"
+    chosen = ClusterConfig(gpu_nodes=2, gpus_per_node=2, gpu_node_cpus=2, time_limit="00:20:00")
+    script.write_text(render("slurm-train", chosen))
+    state, log = _batch(slurm | {"EX4D_BIN": str(program)}, script, "c.yaml", "train.num_steps=3")
+    assert state == "COMPLETED", log[-3000:]
+    host = socket.gethostname()
+    lines = sorted(shown.read_text().splitlines())
+    assert [line.split()[:3] for line in lines] == [[str(rank), "of", "4"] for rank in range(4)]
+    assert {line.split()[3] for line in lines} <= {host, "node2"}
+    assert all(line.endswith("train c.yaml train.num_steps=3") for line in lines)
+
+
+def _typed(values: dict) -> dict:
+    from ex4d.geometry.masks import MaskConfig
+
+    return values | {"size": tuple(values["size"]), "masks": MaskConfig(**values["masks"])}
