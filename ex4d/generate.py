@@ -72,7 +72,7 @@ def generate(
     """Return the generated video, uint8 [T, H, W, 3].
 
     Args:
-        cond_video: uint8 [T, H, W, 3], zero where not visible; its frame 0 is the clean first frame.
+        cond_video: uint8 [T, H, W, 3], zero where not visible; in training its frame 0 is the clean first frame.
         visible: bool [T, H, W]; eroded here by config.erosion_px, frame 0 excepted.
         seed: of the starting noise; the same seed, steps and weights give the same video.
         mask_range: what the adapter was trained with; see ModelConfig.
@@ -82,7 +82,6 @@ def generate(
     """
     device = base.device
     visible = masks.erode(visible, config.erosion_px)
-    visible[0] = True
     cond_video = cond_video * visible[..., None]
     pixels = to_pixels(cond_video, device)
     start = to_pixels(first_frame[None], device)[:, :, 0] if first_frame is not None else pixels[:, :, 0]
@@ -221,6 +220,8 @@ def novel_view(
     depth.release()
     loaded, model = load(adapter_path, base, device, config)
     given = source.frames if metadata.source_video else None
+    if not source.starts_at_source:
+        log.warning("the path does not begin at the source camera: the base starts from a picture with holes")
     frames = generate(
         loaded,
         model,
@@ -229,7 +230,8 @@ def novel_view(
         config,
         seed,
         metadata.mask_range,
-        source=given,
+        source.frames[0] if source.starts_at_source else None,
+        given,
         on_step=on_step,
     )
     record = {

@@ -15,7 +15,7 @@ from ex4d.depth import places, source_cameras
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.profiles import profile_of
-from ex4d.geometry.render import choose_backend, persistent, warp_video
+from ex4d.geometry.render import FIRST_FRAMES, choose_backend, persistent, warp_video
 
 MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
 RELEASED_FOCAL_PX = 500.0  # the released code's, at any size
@@ -31,6 +31,7 @@ class Clip:
         profile: how its meshes are made and drawn. provenance: the depth estimator's record.
         source_w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, the first the identity; None: it is
             not known. dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: not known.
+        valid_mask: bool [T, H, W], True where depth is known; None: everywhere.
     """
 
     frames: np.ndarray
@@ -41,6 +42,7 @@ class Clip:
     provenance: dict[str, Any] = field(default_factory=dict)
     source_w2c: np.ndarray | None = None
     dynamic_mask: np.ndarray | None = None
+    valid_mask: np.ndarray | None = None
 
     @property
     def radius(self) -> float:
@@ -66,6 +68,7 @@ class Reconstruction:
         profile: how the meshes are made and drawn.
         choices: what was asked for, JSON-able.
         provenance: the depth estimator's record.
+        valid_mask: bool [T, H, W], True where depth is known; None: everywhere.
     """
 
     frames: np.ndarray
@@ -80,6 +83,14 @@ class Reconstruction:
     profile: str = "default"
     choices: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
+    valid_mask: np.ndarray | None = None
+
+    @property
+    def starts_at_source(self) -> bool:
+        """Whether the new camera of frame 0 is the source camera, so that its true picture is known."""
+        source = np.eye(4) if self.source_w2c is None else self.source_w2c[0]
+        first = self.view_K if self.view_K.ndim == 2 else self.view_K[0]
+        return bool(np.abs(self.w2c[0] - source).max() < 1e-9 and np.allclose(first, self.K, rtol=1e-12))
 
 
 def reconstruct(
@@ -93,8 +104,10 @@ def reconstruct(
     source_motion: str | None = None,
     persistent_frames: int = 0,
     cameras: str = "auto",
+    first_frame: str = "exact",
     depth: str = "sidecar",
     depth_path: str | None = None,
+    depth_fill_px: int = 0,
     num_frames: int | None = 49,
     size: tuple[int, int] | None = (512, 512),
     fit: str = "crop",
@@ -116,7 +129,9 @@ def reconstruct(
             "smooth" (on a stabilised one). None: remove; keep where the released profile is given no poses.
         persistent_frames: so many other frames fill holes with the static surfaces that they saw; 0 is the paper's.
         cameras: where the source's cameras come from without `source_poses`: see depth.source_cameras.
+        first_frame: "exact" shows frame 0 whole where its camera is the source's; "drawn" draws it as the others are.
         depth, depth_path: estimator name, and its file or weights where it reads one.
+        depth_fill_px: holes of measured depth that are no wider are filled, px of the frames.
         num_frames: None takes every frame. size: (H, W), both even; None for the video's own, odd sides less one.
         fov_deg: field of view over the longer side where the estimator gives no intrinsics; None: 54, and parallax
             seeks it.
@@ -141,22 +156,28 @@ def reconstruct(
         source_motion,
         persistent_frames,
         cameras,
+        first_frame,
+        depth_fill_px,
     )
     backend = choose_backend(backend)
-    clip = read(video_path, depth, depth_path, num_frames, size, fit, fov_deg, profile, seed, device, cameras)
+    chosen = (size, fit, fov_deg, profile, seed, device, cameras, depth_fill_px)
+    clip = read(video_path, depth, depth_path, num_frames, *chosen)
     count, radius = len(clip.frames), clip.radius
-    moved = clip.source_w2c
+    moved, world = clip.source_w2c, None
     if source_poses is not None:
         moved = camera_path.source_poses(source_poses, count, source_scale, radius)
+        world = camera_path.first_pose(source_poses, source_scale)
     motion = source_motion or ("keep" if profile == "released" and source_poses is None else "remove")
-    w2c, view_K = camera_path.build(trajectory_name, count, angle_deg, radius, clip.K, trajectory_options)
+    w2c, view_K = camera_path.build(trajectory_name, count, angle_deg, radius, clip.K, trajectory_options, world)
     if moved is not None:
         w2c = camera_path.with_source(w2c, moved, motion, clip.fps)
-    cond_video, visible = warp_video(clip.frames, clip.z_depth, clip.K, w2c, profile, backend, moved, view_K)
+    known = clip.valid_mask
+    drawn = (profile, backend, moved, view_K, known, first_frame)
+    cond_video, visible = warp_video(clip.frames, clip.z_depth, clip.K, w2c, *drawn)
     if persistent_frames:
         still = np.tile(np.eye(4), (count, 1, 1)) if moved is None else moved
-        world = (clip.frames, clip.z_depth, clip.K, w2c, still, persistent_frames, clip.dynamic_mask)
-        cond_video, visible = persistent.fill(cond_video, visible, *world, profile, backend, view_K)
+        seen_by = (clip.frames, clip.z_depth, clip.K, w2c, still, persistent_frames, clip.dynamic_mask)
+        cond_video, visible = persistent.fill(cond_video, visible, *seen_by, profile, backend, view_K, known)
     choices = {
         "trajectory": trajectory_name,
         "angle_deg": angle_deg,
@@ -166,13 +187,14 @@ def reconstruct(
         "cameras": clip.provenance.get("cameras") if source_poses is None else "file",
         "source_motion": None if moved is None else motion,
         "persistent_frames": persistent_frames,
+        "first_frame": first_frame,
         "radius": radius,
         "profile": profile,
         "backend": backend,
         "seed": seed,
     }
     seen = (clip.frames, clip.fps, clip.z_depth, clip.K, w2c, view_K, cond_video, visible, moved, profile)
-    return Reconstruction(*seen, choices, clip.provenance)
+    return Reconstruction(*seen, choices, clip.provenance, known)
 
 
 def read(
@@ -187,6 +209,7 @@ def read(
     seed: int = 0,
     device: str | None = None,
     cameras: str = "auto",
+    depth_fill_px: int = 0,
 ) -> Clip:
     """Return the first frames of a video with their depth; arguments and errors as in `reconstruct`.
 
@@ -194,6 +217,7 @@ def read(
     """
     frames, request, fps = _read(video_path, num_frames, size, fit)
     request = replace(request, depth_path=depth_path, seed=seed, device=device, fov_deg=fov_deg, cameras=cameras)
+    request = replace(request, fill_px=depth_fill_px)
     result = depth_estimators.estimate(depth, frames, request)
     K = result.K
     if K is None:
@@ -201,7 +225,7 @@ def read(
         K = _released_intrinsics(frames.shape) if released else camera.intrinsics(frames.shape[1:3], fov_deg)
     z_depth = depth_estimators.z_depth_of(result, profile)
     w2c = result.w2c if result.kind == "z_depth" or result.metric else None  # else depth was mapped to another unit
-    return Clip(frames, fps, z_depth, K, profile, result.provenance, w2c, result.dynamic_mask)
+    return Clip(frames, fps, z_depth, K, profile, result.provenance, w2c, result.dynamic_mask, result.valid_mask)
 
 
 def _read(
@@ -245,6 +269,8 @@ def check_choices(
     source_motion: str | None = None,
     persistent_frames: int = 0,
     cameras: str = "auto",
+    first_frame: str = "exact",
+    depth_fill_px: int = 0,
     **_: Any,
 ) -> None:
     """Raise ConfigError for what can be known to be wrong before any work; arguments as in `reconstruct`."""
@@ -266,6 +292,10 @@ def check_choices(
     source_cameras.check(cameras)
     if cameras != "auto" and source_poses is not None:
         raise ConfigError("cameras", cameras, "auto where source_poses is set: the poses come from that file")
+    if first_frame not in FIRST_FRAMES:
+        raise ConfigError("first_frame", first_frame, f"one of {', '.join(FIRST_FRAMES)}")
+    if depth_fill_px < 0:
+        raise ConfigError("depth_fill_px", depth_fill_px, "0 or more")
     profile_of(profile)
     choose_backend(backend)
 

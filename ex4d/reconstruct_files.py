@@ -51,7 +51,8 @@ def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = No
         (folder / "mesh").mkdir(exist_ok=True)
         for index, (frame, z_depth) in enumerate(zip(view.frames, view.z_depth, strict=True)):
             paths.append(folder / "mesh" / f"{index:06d}.{mesh_format}")
-            mesh.export(mesh.build(frame, z_depth, view.K, view.profile), paths[-1])
+            valid = None if view.valid_mask is None else view.valid_mask[index]
+            mesh.export(mesh.build(frame, z_depth, view.K, view.profile, valid=valid), paths[-1])
     return paths
 
 

@@ -244,6 +244,34 @@ def test_cameras_of_parallax_take_the_motion_of_the_source_out(tmp_path, capsys)
     assert written["source_motion"] is None
 
 
+def test_what_another_camera_sees_is_asked_by_poses_that_stay_where_they_are(tmp_path):
+    """Cameras A and B in one world: A filmed, B's poses are no path that begins at A (`rebase=false`)."""
+    world = dataclasses.replace(WORLD, seed=33, camera_motion="strong", moving_bodies=False)
+    path = synthetic.write_corpus(tmp_path, world)[0]
+    _, cameras = synthetic.clip_scene(world, 0)
+    source = np.stack([camera.w2c for camera in cameras])
+    radius = reconstruct(path, num_frames=5, size=(64, 64)).choices["radius"]
+    beside = trajectory.build("orbit", 2, 20.0, radius)[-1] @ source[:1].repeat(5, 0)  # 20° beside A's first, still
+    places = [np.linalg.inv(np.diag([1, 1, 1, 1.0])), np.array(trajectory.build("orbit", 2, 50.0, 3.0)[-1])]
+    for world_of in places:  # the same two cameras, told in two worlds
+        a = write_poses(tmp_path / "a.json", source @ world_of)
+        b = write_poses(tmp_path / "b.json", beside @ world_of)
+        asked = {"trajectory_name": b, "source_poses": a, "num_frames": 5, "size": (64, 64)}
+        view = reconstruct(path, trajectory_options={"rebase": False}, **asked)
+        np.testing.assert_allclose(view.w2c, beside @ np.linalg.inv(source[0]), atol=1e-6)
+        assert not view.visible[0].all()
+        assert not view.starts_at_source
+        truth = truth_of(world, view.w2c, view.K)
+        assert psnr(view.cond_video, truth, view.visible) > 23
+        rebased = reconstruct(path, **asked)
+        np.testing.assert_allclose(rebased.w2c[0], np.eye(4), atol=1e-6)
+    own = write_poses(tmp_path / "own.json", beside @ np.linalg.inv(source[0]))  # in the world of A's first picture
+    alone = {"trajectory_name": own, "trajectory_options": {"rebase": False}, "num_frames": 5, "size": (64, 64)}
+    np.testing.assert_allclose(reconstruct(path, **alone).w2c, view.w2c, atol=1e-6)
+    with pytest.raises(ConfigError, match="rebase"):
+        reconstruct(path, **(alone | {"trajectory_options": {"rebase": 1.0}}))
+
+
 def test_source_poses_in_another_unit_are_scaled(tmp_path):
     world = dataclasses.replace(WORLD, seed=33, camera_motion="strong")
     path = synthetic.write_corpus(tmp_path, world)[0]

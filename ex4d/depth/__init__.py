@@ -52,6 +52,8 @@ class Geometry:
             where the estimator does not know them.
         confidence: float32 [T, H, W], larger is surer; None where the estimator gives none.
         dynamic_mask: bool [T, H, W], True where the surface moves in the world; None where it is not known.
+        valid_mask: bool [T, H, W], True where depth was measured; elsewhere `values` only close the mesh, which shows
+            nothing there. None: everywhere.
     """
 
     values: np.ndarray
@@ -62,6 +64,7 @@ class Geometry:
     w2c: np.ndarray | None = None
     confidence: np.ndarray | None = None
     dynamic_mask: np.ndarray | None = None
+    valid_mask: np.ndarray | None = None
 
 
 @dataclass(frozen=True)
@@ -82,6 +85,7 @@ class DepthRequest:
     batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
     fov_deg: field of view over the longer side, where it is known; None leaves it to the estimator.
     cameras: where the source's cameras come from: see `source_cameras`.
+    fill_px: holes of measured depth that are no wider, in px of the frames, are filled.
     """
 
     video_path: str = ""
@@ -99,6 +103,7 @@ class DepthRequest:
     batch_size: int | None = None
     fov_deg: float | None = None
     cameras: str = "auto"
+    fill_px: int = 0
 
 
 def _late(module: str, frames: np.ndarray, request: DepthRequest, **options: Any) -> Geometry:
@@ -148,7 +153,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
     Raises:
         ConfigError: unknown estimator, or weights that are not there.
         BadSample: depth_missing, depth_ambiguous, depth_length, depth_unit, depth_pickle, depth_shape, depth_nan,
-            depth_nonpositive, depth_constant, depth_fov, cameras_missing.
+            depth_nonpositive, depth_constant, depth_fov, depth_holes, cameras_missing.
         Filtered: no_parallax, parallax_certainty, parallax_moving.
     """
     if name not in ESTIMATORS:
@@ -174,6 +179,9 @@ def check(result: Geometry, shape: tuple[int, ...]) -> None:
             raise BadSample("depth_shape", f"K is no matrix of intrinsics in px: {error.allowed}") from None
     if values.shape != tuple(shape) or values.dtype != np.float32:
         raise BadSample("depth_shape", f"{values.dtype} {list(values.shape)} where float32 {list(shape)} is needed")
+    valid = result.valid_mask
+    if valid is not None and (valid.shape != values.shape or valid.dtype != bool):
+        raise BadSample("depth_shape", f"valid_mask is {valid.dtype} {list(valid.shape)}, not bool {list(shape)}")
     bad = ~np.isfinite(values)
     if bad.any():
         raise BadSample("depth_nan", f"{bad.mean():.2%} of the values are not finite")

@@ -6,7 +6,8 @@ source's cameras. Values are [N, H, W], one map for each frame of the whole sour
 
 A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
 disparity as `depths` too, so add it there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as
-depth cameras write them; a folder of 16-bit PNG, one a frame, holds such. Pickles are refused.
+depth cameras write them; a folder of 16-bit PNG, one a frame, holds such. z_depth of 0, NaN or inf, and disparity of
+NaN or inf, is a hole: the sensor has no value there (`holes`). Pickles are refused.
 """
 
 from __future__ import annotations
@@ -17,12 +18,12 @@ import zipfile
 import zlib
 from collections.abc import Callable
 from pathlib import PurePosixPath
-from typing import IO
+from typing import IO, Any
 
 import numpy as np
 
 from ex4d import storage
-from ex4d.depth import DepthRequest, Geometry, layouts, pictures, places
+from ex4d.depth import DepthRequest, Geometry, holes, layouts, pictures, places
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
 
@@ -42,7 +43,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     Raises:
         BadSample: depth_missing (no file, or no known key), sidecar_ambiguous, depth_pickle (objects inside),
             depth_shape (not [N, H, W], another aspect), depth_frames (not one map a frame), depth_unit (values or a K
-            of an implausible unit), depth_nan (a selected value is not finite).
+            of an implausible unit), depth_holes (a frame has no value at all).
     """
     path = places.find(request)
     index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
@@ -51,11 +52,13 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     else:
         values, kind, K, key, w2c = read(path, index, request)
     values = _in_one_unit(values, kind, _name(path))
-    if not np.isfinite(values).all():
-        raise BadSample("depth_nan", f"{(~np.isfinite(values)).mean():.2%} of {_name(path)} is not finite")
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
-    provenance = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": places.sha256(path)}
-    return Geometry(values, kind, K, False, provenance, w2c if kind == "z_depth" else None)
+    measured = holes.valid_mask(values, kind)
+    values, valid = holes.close(values, kind, measured, request.fill_px)
+    facts: dict[str, Any] = {"estimator": "sidecar", "file": _name(path), "key": key, "sha256": places.sha256(path)}
+    facts["measured_share"] = float(measured.mean(dtype=np.float64))
+    cameras = w2c if kind == "z_depth" else None
+    return Geometry(values, kind, K, False, facts, cameras, valid_mask=None if valid.all() else valid)
 
 
 def read(
@@ -158,10 +161,11 @@ def _in_one_unit(values: np.ndarray, kind: str, name: str) -> np.ndarray:
         if values.dtype.itemsize == 1:
             raise BadSample("depth_unit", f"{name}: 8 bits hold no z_depth; call it disparity where near is bright")
         return values.astype(np.float32) / 1000
+    known = values[np.isfinite(values)]
+    middle = float(np.median(known)) if known.size else 1.0
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
-    middle = float(np.nanmedian(values)) if values.size else 1.0
-    if kind == "z_depth" and np.isfinite(middle) and middle > MAX_Z:
+    if kind == "z_depth" and middle > MAX_Z:
         raise BadSample("depth_unit", f"{name}: a middle z_depth of {middle:.3g} is in no unit that is known")
     return values
 

@@ -73,8 +73,9 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
     lost, clip = 3 * (float("nan"),), view.clip
     height, width = frame.shape[:2]
     K = view.view_K[index]
+    valid = None if clip.valid_mask is None else clip.valid_mask[index]
     seen = render(
-        build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile),
+        build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile, valid=valid),
         Camera(K, view.w2c[index], (height, width)),
     )
     # What the generator made of the holes stands in them: there is nothing to compare there.

@@ -66,7 +66,8 @@ def along(clip: Clip, path: Path) -> View:
     count = len(clip.frames)
     w2c, K = camera_path.build(path.name, count, path.angle_deg, clip.radius, clip.K, path.options)
     view_K = np.broadcast_to(K, (count, 3, 3))
-    return View(clip, w2c, view_K, *warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K))
+    drawn = warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K, valid=clip.valid_mask)
+    return View(clip, w2c, view_K, *drawn)
 
 
 def with_truth(view: View, index: int, world: synthetic.SyntheticConfig) -> View:

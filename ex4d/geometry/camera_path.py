@@ -15,7 +15,7 @@ from ex4d.geometry.camera import invert
 
 SOURCE_MOTIONS = ("remove", "keep", "smooth")
 SMOOTH_S = 0.5  # standard deviation of the window that stabilises, seconds
-FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y")
+FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y", "rebase")
 # Of a path's extent in distances of what is looked at. Metres beside millimetres are a thousand times off.
 PLAUSIBLE_EXTENT = (1e-3, 100.0)
 
@@ -27,6 +27,7 @@ def build(
     radius: float,
     K: np.ndarray,
     options: Mapping[str, Any] | None = None,
+    world: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (w2c float64 [T, 4, 4], K float64 [3, 3], or [T, 3, 3] where the focal length changes).
 
@@ -36,6 +37,8 @@ def build(
         radius: distance of the point looked at, in the depth's unit (`trajectory.radius_of`).
         K: [3, 3] px of the source.
         options: what else the path takes (`distance`, `turns`, `zoom`), or the file (`scale`, `format`, …).
+        world: w2c [4, 4] of the source camera of frame 0 in the world that a file with `rebase=false` speaks of, in the
+            depth's unit; None: that world is the source camera's own.
 
     Raises:
         ConfigError: neither a name nor a file, an unknown option, a value out of its range.
@@ -46,7 +49,7 @@ def build(
         w2c = trajectory.build(name, num_frames, angle_deg, radius, **options)
         return w2c, trajectory.zoom_intrinsics(K, num_frames, **options) if name == "zoom" else K
     check_name(name)
-    return from_file(name, num_frames, radius, K, options)
+    return from_file(name, num_frames, radius, K, options, world)
 
 
 def check_name(name: str) -> None:
@@ -57,9 +60,16 @@ def check_name(name: str) -> None:
 
 
 def from_file(
-    path: str | Path, num_frames: int, radius: float, K: np.ndarray, options: Mapping[str, Any]
+    path: str | Path,
+    num_frames: int,
+    radius: float,
+    K: np.ndarray,
+    options: Mapping[str, Any],
+    world: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (w2c [T, 4, 4], K [3, 3] or [T, 3, 3]) of the cameras that a file holds, the first made the source.
+
+    With `rebase` false they stay where the file has them: what does another camera see? `world` is as in `build`.
 
     A JSON file of key poses is a spline through them, in radii, over any number of frames. Another file has one pose a
     frame, times `scale` in the depth's unit; with `resample` its whole path is spread over the frames. Where the focal
@@ -68,13 +78,20 @@ def from_file(
     for key, value in options.items():
         if key not in FILE_OPTIONS:
             raise ConfigError(key, value, f"a file of poses takes {', '.join(FILE_OPTIONS)}")
+    rebase = options.get("rebase", True)
+    if not isinstance(rebase, bool):
+        raise ConfigError("rebase", rebase, "true or false")
     keys = trajectory_files.read_key_poses(path)
     if keys is not None:
-        return trajectory.custom(num_frames, radius, keys), K
-    told = {key: value for key, value in options.items() if key not in ("scale", "resample")}
+        if rebase:
+            return trajectory.custom(num_frames, radius, keys), K
+        keys[:, :3, 3] *= radius
+        return trajectory.interpolate(keys, num_frames), K
+    told = {key: value for key, value in options.items() if key not in ("scale", "resample", "rebase")}
     poses = trajectory_files.read(path, **told)
     count = len(poses.w2c) if options.get("resample", False) else num_frames
-    w2c = _first_frames(path, poses.w2c, count, options.get("scale"), radius)
+    origin = None if rebase else np.eye(4) if world is None else world
+    w2c = _first_frames(path, poses.w2c, count, options.get("scale"), radius, origin=origin)
     if count != num_frames:
         w2c = trajectory.interpolate(w2c, num_frames)
     if poses.K is None or (poses.K[:count] == poses.K[0]).all():
@@ -100,24 +117,40 @@ def source_poses(
     return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale, radius, "source_")
 
 
+def first_pose(path: str | Path, scale: float | None = None) -> np.ndarray:
+    """Return w2c [4, 4] of the source camera of frame 0 in the world of its file, lengths in the depth's unit."""
+    pose = trajectory_files.read(path).w2c[0].copy()
+    pose[:3, 3] *= 1.0 if scale is None else scale
+    return pose
+
+
 def _first_frames(
-    path: str | Path, w2c: np.ndarray, num_frames: int, scale: object, radius: float | None, which: str = ""
+    path: str | Path,
+    w2c: np.ndarray,
+    num_frames: int,
+    scale: object,
+    radius: float | None,
+    which: str = "",
+    origin: np.ndarray | None = None,
 ) -> np.ndarray:
+    """Return the first poses relative to the first of them, or to w2c `origin` [4, 4], in the depth's unit."""
     if scale is not None and (not isinstance(scale, int | float) or not np.isfinite(scale) or scale <= 0):
         raise ConfigError(f"{which}scale", scale, "a finite number above 0")
     key = f"{which}poses" if which else "trajectory"
     if len(w2c) < num_frames:
         raise ConfigError(key, str(path), f"has {len(w2c)} poses, {num_frames} frames need one each")
-    w2c = trajectory.relative_to_first(w2c[:num_frames])
+    w2c, factor = w2c[:num_frames].copy(), 1.0 if scale is None else float(scale)
+    w2c[:, :3, 3] *= factor
+    w2c = trajectory.relative_to_first(w2c) if origin is None else w2c @ invert(origin)
     extent = float(np.linalg.norm(w2c[:, :3, 3], axis=1).max())
-    if scale is None and radius and extent and not PLAUSIBLE_EXTENT[0] <= extent / radius <= PLAUSIBLE_EXTENT[1]:
+    moves = extent > 1e-9 * (radius or 1.0)  # a camera that stands moves by rounding
+    if scale is None and radius and moves and not PLAUSIBLE_EXTENT[0] <= extent / radius <= PLAUSIBLE_EXTENT[1]:
         raise ConfigError(
             key,
             str(path),
             f"its camera moves {extent:.3g}, the depth has the scene {radius:.3g} away: are both in one unit? "
             f"Give {which}scale, the units of the depth for one of the file (1 to take it as it is)",
         )
-    w2c[:, :3, 3] *= 1.0 if scale is None else scale
     return w2c
 
 

@@ -42,6 +42,7 @@ def condition(
     seed: int,
     jitter: float = 0.04,
     blur_px: float = 6.0,
+    valid: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) in the source's pixels; the first frame is clean.
 
@@ -54,6 +55,7 @@ def condition(
         K: float64 [3, 3] px.
         w2c: float64 [T, 4, 4], each relative to its frame's own camera (`MaskSet.w2c`).
         jitter, blur_px: see `degrade`; 0 and 0 give the plain visibility condition, resampled once.
+        valid: bool [T, H, W], True where depth is known; None: everywhere.
 
     Raises:
         BadSample: depth_shape, and what `mesh.build` raises.
@@ -66,11 +68,14 @@ def condition(
     cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
     cond_video[0], visible[0] = frames[0], True
     for t in range(1, len(frames)):
-        novel = render(build(frames[t], wrong[t], K), Camera(K, w2c[t], wrong[t].shape), backend="cpu")
+        known = None if valid is None else valid[t]
+        novel = render(build(frames[t], wrong[t], K, valid=known), Camera(K, w2c[t], wrong[t].shape), backend="cpu")
         u, v, _ = landing(z_depth[t], K, w2c[t])
         at = (u.astype(np.float32) - 0.5, v.astype(np.float32) - 0.5)
         weight = cv2.remap(novel.visible_mask.astype(np.float32), *at, cv2.INTER_LINEAR)  # 0 outside the picture
         colour = cv2.remap(novel.colour.astype(np.float32), *at, cv2.INTER_LINEAR) / np.maximum(weight, 1e-6)[..., None]
         visible[t] = visibility(z_depth[t], build(frames[t], z_depth[t], K), w2c[t]) & (weight > 0.5)
+        if known is not None:
+            visible[t] &= known
         cond_video[t] = np.where(visible[t][..., None], np.clip(np.rint(colour), 0, 255), 0).astype(np.uint8)
     return cond_video, visible

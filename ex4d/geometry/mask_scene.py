@@ -14,9 +14,13 @@ SMALL_PX = 64  # what a path leaves open is searched on pictures of about this s
 
 
 class Scene:
-    """A clip: frames uint8 [T, H, W, 3], z_depth float32 [T, H, W], K float64 [3, 3], and the radius of its orbits."""
+    """A clip: frames uint8 [T, H, W, 3], z_depth float32 [T, H, W], K float64 [3, 3], and the radius of its orbits.
 
-    def __init__(self, frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray):
+    valid: bool [T, H, W], True where depth is known; None: everywhere.
+    """
+
+    def __init__(self, frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, valid: np.ndarray | None = None):
+        self.valid = valid
         self.frames, self.z_depth, self.K = frames, np.ascontiguousarray(z_depth, np.float32), np.asarray(K, np.float64)
         self.radius = trajectory.radius_of(self.z_depth[0])
         self._meshes: dict[int, DWMesh] = {}
@@ -26,7 +30,9 @@ class Scene:
     def mesh(self, t: int) -> DWMesh:
         """The mesh of frame t."""
         if t not in self._meshes:
-            self._meshes[t] = build(self.frames[t], self.z_depth[t], self.K)
+            self._meshes[t] = build(
+                self.frames[t], self.z_depth[t], self.K, valid=None if self.valid is None else self.valid[t]
+            )
         return self._meshes[t]
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
@@ -43,7 +49,8 @@ class Scene:
             K = self.K.copy()
             K[:2, 2] = (K[:2, 2] - step // 2 - 0.5) / step + 0.5
             K[[0, 1], [0, 1]] /= step
-            self._small = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K)
+            valid = None if self.valid is None else self.valid[cut]
+            self._small = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K, valid)
             self._small.radius = self.radius
         return self._small or self
 
@@ -55,4 +62,5 @@ class Scene:
         """Return bool [H, W]: what a mask of a kind keeps of frame t for a novel camera [4, 4]."""
         if kind == "novel_view":
             return novel_view(self.mesh(t), w2c)
-        return visibility(self.z_depth[t], self.mesh(t), w2c, tolerance)
+        kept = visibility(self.z_depth[t], self.mesh(t), w2c, tolerance)
+        return kept if self.valid is None else kept & self.valid[t]

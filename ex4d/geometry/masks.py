@@ -122,13 +122,21 @@ class MaskSet:
     generation: np.ndarray
 
 
-def draw(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, config: MaskConfig, seed: int) -> MaskSet:
+def draw(
+    frames: np.ndarray,
+    z_depth: np.ndarray,
+    K: np.ndarray,
+    config: MaskConfig,
+    seed: int,
+    valid: np.ndarray | None = None,
+) -> MaskSet:
     """Return S masks of a clip; equal arguments give equal bits.
 
     Args:
         frames: uint8 [T, H, W, 3].
         z_depth: float32 [T, H, W], finite and positive (`geometry.depth.to_z_depth`).
         K: float64 [3, 3] px.
+        valid: bool [T, H, W], True where depth is known; None: everywhere. What is not is a hole of every mask.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive, flow_size.
@@ -137,7 +145,7 @@ def draw(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, config: MaskCon
         raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
     count = config.num_masks
     rng = np.random.default_rng([seed, count])
-    scene = Scene(frames, z_depth, K)
+    scene = Scene(frames, z_depth, K, valid)
     generated = hole_share.generation(scene.small(), config.generation)
     places = (rng.permutation(count) + rng.uniform(0, 1, count)) / count
     targets = hole_share.spread(places, *config.hole_share, generated.max(axis=1, initial=0.0))
@@ -306,6 +314,8 @@ def _tracked(
     def made(dropped: float, moments: np.ndarray) -> np.ndarray:
         late = moments / max(1, num_frames - 1) * dropped
         kept = tracking(xy[moments], seen[moments] & (priority >= late[:, None]), spacing, (height, width))
+        if scene.valid is not None:
+            kept &= scene.valid[moments]
         return erode_all(kept, erosion_px)
 
     low, high, best, least = 0.0, 1.0, 0.0, np.inf

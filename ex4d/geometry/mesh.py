@@ -125,6 +125,7 @@ def build(
     K: np.ndarray,
     profile: str | Profile = "default",
     boundary_depth: float | None = None,
+    valid: np.ndarray | None = None,
 ) -> DWMesh:
     """Return the DW-Mesh of one frame.
 
@@ -135,6 +136,8 @@ def build(
         profile: a key of PROFILES, or a Profile.
         boundary_depth: depth of the border ring, beyond every other depth; None leaves it to the profile. A clip whose
             frames shall share it passes 1.5 × the largest depth of the clip.
+        valid: bool [H, W], True where depth is known; None: everywhere. Elsewhere the surface is there, so that the
+            mesh is watertight, and its faces are occluded: they show nothing and have no texture.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive.
@@ -159,7 +162,15 @@ def build(
     occluded = occlusion_flags(depth, K, math.radians(angle_threshold_deg(K[0, 0], profile)), profile.pixel_offset)
     if not profile.vertex_alpha:
         occluded[:, 0], occluded[:, -1], occluded[:, :, 0], occluded[:, :, -1] = (True,) * 4
+    if valid is not None:
+        occluded |= faces_with(~valid)
     return DWMesh(depth, K, frame, occluded, profile)
+
+
+def faces_with(corners: np.ndarray) -> np.ndarray:
+    """Return bool [2, H−1, W−1]: faces of the grid that have a corner in bool [H, W]."""
+    either = corners[:-1, 1:] | corners[1:, :-1]
+    return np.stack([corners[:-1, :-1] | either, corners[1:, 1:] | either])
 
 
 def occlusion_flags(z_depth: np.ndarray, K: np.ndarray, angle: float, offset: float = 0.5) -> np.ndarray:

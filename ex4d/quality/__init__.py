@@ -48,6 +48,9 @@ SCORES: dict[str, Score] = {
     ),
     "depth_drift": Score("change of the depth's scale over the clip, log", 0.0, None, "max", stage="depth_quality"),
     "sky": Score("share of the depth beyond 20 × the near depth", 0.0, 1.0, "max", stage="depth_quality"),
+    "depth_holes": Score(
+        "share of pixels for which a depth camera had no value", 0.0, 1.0, "max", stage="depth_quality"
+    ),
     "holes": Score("mean hole share of the clip's masks", 0.0, 1.0, "max", stage="mask_quality"),
     "generation_holes": Score(
         "mean hole share of the clip along masks.generation, which that of its masks should match",

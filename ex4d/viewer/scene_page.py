@@ -57,8 +57,9 @@ def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
     fit = video.Fit((height, width), size, "squeeze")
     K = fit.apply_K(view.K)
     view_K = [fit.apply_K(one) for one in np.broadcast_to(view.view_K, (len(view.frames), 3, 3))]
-    pairs = zip(view.frames, view.z_depth, strict=True)
-    meshes = [mesh.build(fit.apply_image(frame), fit.apply_depth(z), K, view.profile) for frame, z in pairs]
+    valid = fit.apply_depth(np.ones(view.z_depth.shape, bool) if view.valid_mask is None else view.valid_mask)
+    parts = zip(fit.apply_image(view.frames), fit.apply_depth(view.z_depth), valid, strict=True)
+    meshes = [mesh.build(frame, z, K, view.profile, valid=known) for frame, z, known in parts]
     disparity_max = max(float((1 / one.z_depth).max()) for one in meshes)
     reach = meshes[0].profile.curtain_reach
     still = np.broadcast_to(np.eye(4), view.w2c.shape)

@@ -17,6 +17,7 @@ from ex4d.errors import ConfigError
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.camera_path import SOURCE_MOTIONS
 from ex4d.geometry.profiles import PROFILES
+from ex4d.geometry.render.rendered import FIRST_FRAMES
 from ex4d.geometry.trajectory import TRAJECTORIES
 
 
@@ -31,10 +32,13 @@ class PathFlags:
         choices=CHOICES,
     )
     depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
+    depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
     trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")
     angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
     trajectory_option: tuple[str, ...] = setting(
-        (), "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file."
+        (),
+        "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file, and "
+        "rebase=false, which leaves its poses in the world of --source-poses.",
     )
     cameras: str = setting(
         "auto",
@@ -52,6 +56,12 @@ class PathFlags:
         choices=SOURCE_MOTIONS,
     )
     persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
+    first_frame: str = setting(
+        "exact",
+        "Frame 0, where its camera is the source's; exact: the source's picture, whole; drawn: with holes, as the "
+        "frames after it, so that nothing pops.",
+        choices=FIRST_FRAMES,
+    )
     fov_deg: float | None = fov_setting()
     profile: str | None = setting(
         None,

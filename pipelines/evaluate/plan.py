@@ -66,6 +66,7 @@ class EvaluateConfig:
     )
     depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS)
     depth_path: str | None = setting(None, "Depth file, or weights of a network.")
+    depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
     fov_deg: float | None = fov_setting()
     profile: str | None = setting(None, "Mesh profile; null: what the adapter was trained with.", choices=PROFILES)
     num_frames: int | None = setting(None, "Frames of a clip, 4k+1; null: what the adapter was trained at.", ge=1)
@@ -166,7 +167,7 @@ def _reconstruct_choices(
     config: EvaluateConfig, metadata: weights.AdapterMetadata, num_frames: int, size: tuple[int, int]
 ) -> dict[str, Any]:
     profile = config.profile or ("released" if metadata.mask_range == "released" else "default")
-    chosen = {name: getattr(config, name) for name in ("depth", "depth_path", "fov_deg")}
+    chosen = {name: getattr(config, name) for name in ("depth", "depth_path", "depth_fill_px", "fov_deg")}
     return chosen | {"size": tuple(size), "num_frames": num_frames, "seed": config.seed, "profile": profile}
 
 

@@ -47,6 +47,9 @@ class FilterConfig:
     max_depth_flicker: float | None = setting(None, "Frame-to-frame jitter of log depth.", ge=0)
     max_depth_drift: float | None = setting(None, "Change of the depth's scale over the clip, log.", ge=0)
     max_sky: float | None = setting(None, "Fraction of the depth that is far away.", ge=0, le=1)
+    max_depth_holes: float | None = setting(
+        None, "Fraction of the clip without measured depth, after preprocess.depth_fill_px.", ge=0, le=1
+    )
     min_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
     max_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
     max_warp_error: float | None = setting(

@@ -16,7 +16,7 @@ from pipelines.preprocess.filters import FilterConfig
 METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose unit cameras can share
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
-VIDEO_CODE, CLIP_CODE = 3, 5  # raised when stages change what they write, so that older staging is not taken
+VIDEO_CODE, CLIP_CODE = 3, 6  # raised when stages change what they write, so that older staging is not taken
 
 
 WORKER_MB = 512  # resident memory of a worker and its decoding child at 1080p, without the clip: 230 to 260, measured
@@ -107,6 +107,9 @@ class PreprocessConfig:
         "Depth file or folder for sidecar; weights (hub-id[@revision] or folder) for a network.",
         group="Depth and masks",
     )
+    depth_fill_px: int = setting(
+        0, "Fill holes of measured depth that are no wider than this, px of the clip; wider ones stay holes.", ge=0
+    )
     depth_num_gpus: float = setting(0.0, "Share of a GPU for each depth network; 0: on the CPU.", ge=0)
     depth_batch_size: int | None = setting(
         None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
@@ -192,7 +195,19 @@ def score_fingerprint(config: PreprocessConfig, facts: Mapping[str, Any]) -> str
 
 def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings that every sample depends on, whatever its source; no path of this machine is among them."""
-    names = ("num_frames", "size", "fit", "fps", "stride", "depth", "fov_deg", "profile", "masks", "seed")
+    names = (
+        "num_frames",
+        "size",
+        "fit",
+        "fps",
+        "stride",
+        "depth",
+        "depth_fill_px",
+        "fov_deg",
+        "profile",
+        "masks",
+        "seed",
+    )
     everything = to_dict(config)
     chosen = {name: everything[name] for name in names}
     without_depth = config.score_only or config.depth == AUTO  # auto: before `run` has chosen

@@ -4,9 +4,11 @@ from __future__ import annotations
 
 from dataclasses import replace
 
+import cv2
 import numpy as np
 import pytest
 from geometry_scenes import random_camera, random_scene
+from scipy.spatial.transform import Rotation
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import Camera, intrinsics, look_at, pixel_rays
@@ -236,6 +238,49 @@ def test_warp_video_sets_frame_0_and_compensates_a_moving_source():
     stays = camera.w2c @ path @ np.linalg.inv(camera.w2c)
     still, _ = warp_video(frames, depths, camera.K, stays, backend="cpu")
     assert (np.abs(moved.astype(int) - still) <= 1).mean() > 0.999
+
+
+@pytest.mark.parametrize("zoom", [1.0, 2.0, 0.7])
+@pytest.mark.parametrize("turn_deg", [0.0, 10.0])
+def test_a_camera_that_has_not_moved_sees_all_of_the_picture(zoom, turn_deg):
+    """It needs no depth: what is in the source's picture is visible, of the colours that the lens would see."""
+    frame, z_depth = random_scene(6, SIZE)
+    frame = cv2.GaussianBlur(frame, (0, 0), 2)
+    K, turned = intrinsics(SIZE), np.eye(4)
+    turned[:3, :3] = Rotation.from_euler("y", turn_deg, degrees=True).as_matrix()
+    view_K = K.copy()
+    view_K[[0, 1], [0, 1]] *= zoom
+    path, frames, depths = np.stack([turned] * 2), np.stack([frame] * 2), np.stack([z_depth] * 2)
+    cond_video, visible = warp_video(frames, depths, K, path, backend="cpu", view_K=view_K)
+    rays = pixel_rays(SIZE, view_K) @ turned[:3, :3] @ K.T
+    x, y = rays[..., 0] / rays[..., 2], rays[..., 1] / rays[..., 2]
+    inside = (x > 0) & (x < SIZE[1]) & (y > 0) & (y < SIZE[0])
+    np.testing.assert_array_equal(visible[1], inside)
+    nearest = frame[np.floor(y).astype(int).clip(0, SIZE[0] - 1), np.floor(x).astype(int).clip(0, SIZE[1] - 1)]
+    assert np.abs(cond_video[1].astype(int) - nearest)[inside].mean() < 4
+    assert not cond_video[1][~inside].any()
+
+
+def test_frame_0_is_whole_or_drawn_like_the_next():
+    frame, z_depth = random_scene(7, SIZE)
+    K, camera = intrinsics(SIZE), random_camera(7, SIZE)
+    closer = np.eye(4)
+    closer[:3, 3] = (camera.w2c[:3, 3]) * 1e-4
+    path = np.stack([np.eye(4), closer, camera.w2c])
+    frames, depths = np.stack([frame] * 3), np.stack([z_depth] * 3)
+    shares = {}
+    for first_frame in ("exact", "drawn"):
+        cond_video, visible = warp_video(frames, depths, K, path, backend="cpu", first_frame=first_frame)
+        shares[first_frame] = visible.mean(axis=(1, 2))
+        assert not cond_video[~visible].any()
+    assert shares["exact"][0] == 1
+    assert shares["exact"][1] < 0.95
+    assert abs(shares["drawn"][0] - shares["drawn"][1]) < 0.02
+    np.testing.assert_array_equal(shares["exact"][1:], shares["drawn"][1:])
+    still = warp_video(frames, depths, K, np.stack([np.eye(4)] * 3), backend="cpu", first_frame="drawn")[1]
+    assert still.all()  # a camera that never moves has nothing to pop to
+    with pytest.raises(ConfigError, match="first_frame"):
+        warp_video(frames, depths, K, path, first_frame="last")
 
 
 def source_depth(shown: Rendered, camera: Camera) -> np.ndarray:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import shutil
 from dataclasses import replace
 from fractions import Fraction
 from pathlib import Path
@@ -12,7 +13,10 @@ import pytest
 from small_corpus import choices, inline
 
 from ex4d import video
+from ex4d.data import sample
+from ex4d.data.tar import read_sample
 from ex4d.errors import BadSample, Filtered
+from ex4d.geometry.masks import MaskConfig
 from ex4d.quality import SCORES, clip
 from pipelines.preprocess import clips
 from pipelines.preprocess.filters import FilterConfig, decide
@@ -54,6 +58,27 @@ def test_blank_black_and_tiny_videos_are_filtered_by_default(tmp_path):
     assert {reject["fate"] for reject in result.rejects} == {"filtered"}
     everything = FilterConfig(min_exposure=None, min_texture=None, min_source_side=None)
     assert inline(replace(config, filters=everything)).counts["samples"] == 4
+
+
+def test_holes_of_measured_depth_are_holes_of_the_sample_and_can_be_filtered(corpus, tmp_path):
+    """A hole is False in each mask in the source's pixels; its share is a score; narrow ones may be filled."""
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    for place in folder.glob("*.npz"):
+        arrays = dict(np.load(place))
+        arrays["z_depth"][:, 4:12, 6:16] = 0
+        np.savez(place, **arrays)
+    config = choices(folder, tmp_path / "out", masks=MaskConfig(num_masks=2, novel_view=0), members=("cond",))
+    result = inline(config)
+    assert result.counts["samples"] == 12
+    for path in (tmp_path / "out/staging/clips").glob("*.tar"):
+        one = sample.decode(read_sample(path.read_bytes(), path.name.split(".")[0]))
+        assert not one.visible[:, 1:, 4:12, 6:16].any()
+        assert one.visible[:, 0].all()
+        assert one.provenance["scores"]["depth_holes"] == pytest.approx(80 / 32**2)
+    assert inline(replace(config, filters=FilterConfig(max_depth_holes=0.05))).counts.get("samples", 0) == 0
+    filled = inline(replace(config, filters=FilterConfig(max_depth_holes=0.05), depth_fill_px=8))
+    assert filled.counts["samples"] == 12
 
 
 def test_the_facts_of_hdr_and_interlacing_are_scores_and_can_be_filtered(tmp_path):

@@ -20,9 +20,10 @@ import importlib.util
 import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
-from ex4d.geometry.camera import Camera, check_intrinsics, relative_to
+from ex4d.geometry.camera import Camera, check_intrinsics, pixel_rays, relative_to
 from ex4d.geometry.mesh import DWMesh, Profile, build, profile_of
 from ex4d.geometry.render import cpu, nvdiffrast, reference
+from ex4d.geometry.render.rendered import FIRST_FRAMES as FIRST_FRAMES
 from ex4d.geometry.render.rendered import Rendered
 
 BACKENDS = {"reference": reference.render, "cpu": cpu.render, "nvdiffrast": nvdiffrast.render}
@@ -63,11 +64,14 @@ def warp_video(
     backend: str = "auto",
     source_w2c: np.ndarray | None = None,
     view_K: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
+    first_frame: str = "exact",
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]): each frame's mesh seen from its own camera.
 
-    Frame 0 is set to the source frame and a full mask when its camera is the source camera, as in the released code:
-    drawn, the identity view has holes along depth edges and on the border.
+    A camera that has not moved from the source's, though it may turn or zoom, truly sees all of the source's picture:
+    it is resampled and needs no mesh, which would have holes along depth edges and on the border. The released profile
+    does so for frame 0 alone, as the released code does.
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -79,6 +83,9 @@ def warp_video(
         source_w2c: [T, 4, 4] poses of a source camera that moves, in the same world and unit of length as w2c; None: it
             stands still.
         view_K: [3, 3] or [T, 3, 3] of the target: a zoom.
+        valid: bool [T, H, W], True where depth is known; None: everywhere. What is not is visible in frame 0 alone.
+        first_frame: "exact": as above; "drawn": where the camera moves later, frame 0 is drawn as the others are, so
+            that the picture does not jump from frame 0 to 1.
 
     Raises:
         BadSample: depth that is no depth, or shapes that do not fit.
@@ -97,16 +104,56 @@ def warp_video(
     if view_K.shape not in ((3, 3), (len(frames), 3, 3)):
         raise ConfigError("view_K", list(view_K.shape), f"[3, 3] or [{len(frames)}, 3, 3]")
     view_K = np.broadcast_to(view_K, (len(frames), 3, 3))
+    if first_frame not in FIRST_FRAMES:
+        raise ConfigError("first_frame", first_frame, f"one of {', '.join(FIRST_FRAMES)}")
+    if valid is not None and valid.shape != z_depth.shape:
+        raise BadSample("depth_shape", f"valid {list(valid.shape)}, depth {list(z_depth.shape)}")
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
     if chosen == "nvdiffrast":
-        cond_video, visible = nvdiffrast.warp(frames, z_depth, K, w2c, profile, view_K)
+        cond_video, visible = nvdiffrast.warp(frames, z_depth, K, w2c, profile, view_K, valid)
     else:
         cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
         for t, frame in enumerate(frames):
             camera = Camera(view_K[t], w2c[t], (frame.shape[0], frame.shape[1]))
-            seen = render(build(frame, z_depth[t], K, profile), camera, chosen)
+            known = None if valid is None else valid[t]
+            seen = render(build(frame, z_depth[t], K, profile, valid=known), camera, chosen)
             cond_video[t], visible[t] = seen.colour, seen.visible_mask
-    if len(frames) and np.abs(w2c[0] - np.eye(4)).max() < 1e-9 and np.allclose(view_K[0], K, rtol=1e-12):
-        cond_video[0], visible[0] = frames[0], True
+    for t in _unmoved(w2c, profile, first_frame):
+        known = np.ones(z_depth[t].shape, bool) if valid is None or t == 0 else valid[t]
+        cond_video[t], visible[t] = resampled(frames[t], known, K, Camera(view_K[t], w2c[t], known.shape))
     return cond_video, visible
+
+
+def _unmoved(w2c: np.ndarray, profile: Profile, first_frame: str) -> list[int]:
+    """Return the frames [T] whose camera stands where the source's does, and that are shown whole."""
+    still = np.abs(w2c[:, :3, 3]).max(axis=1, initial=0.0) < 1e-9
+    if profile.vertex_alpha:
+        still[1:] = False
+    if first_frame == "drawn" and not still.all():
+        still[0] = False
+    return [int(t) for t in np.flatnonzero(still)]
+
+
+def resampled(frame: np.ndarray, known: np.ndarray, K: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
+    """Return (colours uint8 [H, W, 3], zero where not visible; visible bool [H, W]) for a camera at the source's place.
+
+    Args:
+        frame: uint8 [H, W, 3]. known: bool [H, W], which of its pixels may be shown. K: [3, 3] of the source.
+        camera: turned, or of another focal length; its translation is not looked at.
+    """
+    import cv2
+
+    height, width = frame.shape[:2]
+    if np.abs(camera.w2c[:3, :3] - np.eye(3)).max() < 1e-9 and np.allclose(camera.K, K, rtol=1e-12):
+        return frame * known[..., None], known.copy()
+    rays = pixel_rays(camera.size, camera.K) @ camera.w2c[:3, :3] @ K.T
+    z = np.where(rays[..., 2] > 0, rays[..., 2], np.inf)
+    x, y = rays[..., 0] / z, rays[..., 1] / z
+    inside = (rays[..., 2] > 0) & (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
+    at = ((x - 0.5).astype(np.float32), (y - 0.5).astype(np.float32))
+    colours = cv2.remap(frame, *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    # Of a pixel that is not known nothing may be mixed in.
+    share = cv2.remap(known.astype(np.float32), *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+    visible = inside & (share > 1 - 1e-3)
+    return colours * visible[..., None], visible

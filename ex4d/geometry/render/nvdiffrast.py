@@ -44,7 +44,13 @@ def render(mesh: DWMesh, camera: Camera) -> Rendered:
 
 
 def warp(
-    frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray, profile: str | Profile, view_K: np.ndarray
+    frames: np.ndarray,
+    z_depth: np.ndarray,
+    K: np.ndarray,
+    w2c: np.ndarray,
+    profile: str | Profile,
+    view_K: np.ndarray,
+    valid: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]); arguments as in render.warp_video.
 
@@ -55,7 +61,7 @@ def warp(
     step = max(1, BATCH_VERTICES // (height * width))
     for start in range(0, len(frames), step):
         span = range(start, min(start + step, len(frames)))
-        meshes = [build(frames[t], z_depth[t], K, profile) for t in span]
+        meshes = [build(frames[t], z_depth[t], K, profile, valid=None if valid is None else valid[t]) for t in span]
         cameras = [Camera(view_K[t], w2c[t], (height, width)) for t in span]
         for t, seen in zip(span, render_batch(meshes, cameras), strict=True):
             cond_video[t], visible[t] = seen.colour, seen.visible_mask

@@ -7,13 +7,11 @@ nearest in time comes first, and gives way only to a surface that lies clearly i
 
 from __future__ import annotations
 
-from dataclasses import replace
-
 import numpy as np
 
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import Camera, relative_to
-from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry.mesh import build
 from ex4d.geometry.profiles import Profile, profile_of
 from ex4d.geometry.render import choose_backend, render
 
@@ -33,6 +31,7 @@ def fill(
     profile: str | Profile = "default",
     backend: str = "auto",
     view_K: np.ndarray | None = None,
+    valid: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) with holes filled by other frames.
 
@@ -43,6 +42,7 @@ def fill(
         num_others: how many other frames each frame may use; spread evenly over the clip.
         dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
         view_K: [3, 3] or [T, 3, 3] of the new cameras.
+        valid: bool [T, H, W], True where depth is known; None: everywhere.
 
     Raises:
         ConfigError: fewer than 0 frames.
@@ -53,19 +53,23 @@ def fill(
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
     views = np.broadcast_to(K if view_K is None else view_K, (count, 3, 3))
+    hidden = dynamic_mask
+    z_known = z_depth
+    if valid is not None:
+        hidden = ~valid if dynamic_mask is None else dynamic_mask | ~valid
+        z_known = np.where(valid, z_depth, 0)  # where depth is not known, nothing is looked past
     shown, seen, made = cond_video.copy(), visible.copy(), {}
     for t in range(count):
         holes = ~visible[t]
         depth = np.full(holes.shape, np.inf, np.float32)
         for s in others(t, count, num_others) if holes.any() else ():
             if s not in made:
-                moves = None if dynamic_mask is None else dynamic_mask[s]
-                made[s] = static_mesh(frames[s], z_depth[s], K, profile, moves)
+                made[s] = build(frames[s], z_depth[s], K, profile, valid=None if hidden is None else ~hidden[s])
             camera = Camera(views[t], relative_to(w2c[t], source_w2c[s]), (holes.shape[0], holes.shape[1]))
             view = render(made[s], camera, chosen)
             better = holes & view.visible_mask & (view.z_depth < IN_FRONT * depth)
             better[better] = ~_seen_through(
-                view.z_depth, better, camera, relative_to(source_w2c[t], source_w2c[s]), K, z_depth[t]
+                view.z_depth, better, camera, relative_to(source_w2c[t], source_w2c[s]), K, z_known[t]
             )
             shown[t][better], seen[t][better], depth[better] = view.colour[better], True, view.z_depth[better]
     return shown, seen
@@ -98,16 +102,3 @@ def others(t: int, count: int, num_others: int) -> list[int]:
     spread = np.unique(np.linspace(0, count - 1, min(num_others + 1, count)).round().astype(int))
     rest = sorted((int(s) for s in spread if s != t), key=lambda s: (abs(s - t), s))
     return rest[:num_others]
-
-
-def static_mesh(
-    frame: np.ndarray, z_depth: np.ndarray, K: np.ndarray, profile: Profile, moves: np.ndarray | None
-) -> DWMesh:
-    """Return a frame's mesh whose faces with a moving corner [H, W] are occluded: they hide, and show nothing."""
-    mesh = build(frame, z_depth, K, profile)
-    if moves is None:
-        return mesh
-    top_left, top_right, bottom_left, bottom_right = moves[:-1, :-1], moves[:-1, 1:], moves[1:, :-1], moves[1:, 1:]
-    either = top_right | bottom_left
-    hidden = np.stack([top_left | either, bottom_right | either])
-    return replace(mesh, face_occluded=mesh.face_occluded | hidden)

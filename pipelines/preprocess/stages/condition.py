@@ -29,7 +29,7 @@ def condition(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     for index in np.flatnonzero(row["kind"] == masks.KINDS.index("visibility")):
         w2c = np.asarray(row["w2c"][index], np.float64)
         seed = row["seed"] * MASKS + int(index)
-        colours, seen = imperfect.condition(frames, row["z_depth"], np.asarray(row["K"]), w2c, seed)
+        colours, seen = imperfect.condition(frames, row["z_depth"], np.asarray(row["K"]), w2c, seed, valid=row["valid"])
         visible[index] &= seen
         made.append(np.where(seen[..., None], colours, frames))
     cond = np.concatenate(made) if made else np.zeros_like(frames)
@@ -39,6 +39,6 @@ def condition(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 STAGE = Stage(
     "condition",
     condition,
-    reads=("frames", "z_depth", "K", "w2c", "kind", "visible", "hole_share", "seed"),
+    reads=("frames", "z_depth", "valid", "K", "w2c", "kind", "visible", "hole_share", "seed"),
     writes=("cond", "visible", "hole_share"),
 )

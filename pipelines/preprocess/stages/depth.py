@@ -16,7 +16,8 @@ if TYPE_CHECKING:
 
 def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance,
-    and `absolute`: whether the depth has a unit, that of its file or the metre.
+    `absolute`: whether the depth has a unit, that of its file or the metre, and `valid`: bool [T,H,W], True where depth
+    was measured, None: everywhere.
 
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
@@ -39,6 +40,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         device="cuda" if config.depth_num_gpus else "cpu",  # Ray hides no GPU from work that asks for none
         batch_size=config.depth_batch_size,
         fov_deg=config.fov_deg,
+        fill_px=config.depth_fill_px,
     )
     result = estimate(config.depth, frames, request)
     z_depth = z_depth_of(result, config.profile)
@@ -46,7 +48,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
     absolute = result.metric or result.kind == "z_depth"
-    return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute}
+    return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute, "valid": result.valid_mask}
 
 
 STAGE = Stage(
@@ -56,5 +58,5 @@ STAGE = Stage(
         *("frames", "path", "depth_file", "frame_index", "size", "box", "seed", "name", "twin", "namesake"),
         *("frame_s", "source_frames", "source_s"),
     ),
-    writes=("z_depth", "K", "depth_facts", "absolute"),
+    writes=("z_depth", "K", "depth_facts", "absolute", "valid"),
 )

@@ -16,7 +16,7 @@ def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """
     from ex4d.geometry import masks as simulated
 
-    drawn = simulated.draw(row["frames"], row["z_depth"], row["K"], config.masks, row["seed"])
+    drawn = simulated.draw(row["frames"], row["z_depth"], row["K"], config.masks, row["seed"], row["valid"])
     return {
         "visible": drawn.visible,
         "kind": drawn.kind,
@@ -29,6 +29,6 @@ def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 STAGE = Stage(
     "masks",
     masks,
-    reads=("frames", "z_depth", "K", "seed"),
+    reads=("frames", "z_depth", "K", "valid", "seed"),
     writes=("visible", "kind", "hole_share", "w2c", "generation_holes"),
 )

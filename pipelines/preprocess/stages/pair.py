@@ -214,7 +214,7 @@ def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     K, other_K, theirs, z_depth = _other_camera(row)
     world = np.broadcast_to(np.eye(4), theirs.shape)  # the clip's camera at each frame
     seen_from = (config.profile, "cpu", theirs, K)
-    colours, visible = warp_video(row["other_frames"], z_depth, other_K, world, *seen_from)
+    colours, visible = warp_video(row["other_frames"], z_depth, other_K, world, *seen_from, row["valid"])
     least, most = config.masks.erosion_px
     visible = masks.erode(visible, int(np.random.default_rng(row["seed"]).integers(least, most + 1)))
     if not visible[1:].any():
@@ -260,7 +260,7 @@ WARP = Stage(
     "warp_pair",
     warp,
     reads=(
-        *("frames", "other_frames", "z_depth", "K", "absolute", "depth_facts"),
+        *("frames", "other_frames", "z_depth", "valid", "K", "absolute", "depth_facts"),
         *("camera", "other_camera", "pair", "seed"),
     ),
     writes=("cond", "visible", "kind", "hole_share", "w2c", "K", "generation_holes", "warp_error", "pair_facts"),

@@ -13,10 +13,14 @@ if TYPE_CHECKING:
 
 
 def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `depth_scores`: flicker, drift and sky of `quality.geometry`. Raises Filtered, before masks are drawn."""
+    """Return `depth_scores`: flicker, drift and sky of `quality.geometry`, and `depth_holes`, the share of pixels whose
+    depth is not known. Raises Filtered, before masks are drawn.
+    """
     from ex4d.quality import geometry
 
+    valid = row["valid"]
     scores = geometry.measure(row["frames"], row["z_depth"])
+    scores["depth_holes"] = 0.0 if valid is None else float(1 - valid.mean(dtype="float64"))
     decide(scores, config.filters)
     return {"depth_scores": scores}
 
@@ -31,6 +35,6 @@ def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     return {"mask_scores": scores}
 
 
-DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth"), writes=("depth_scores",))
+DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth", "valid"), writes=("depth_scores",))
 MASKS = Stage("mask_quality", check_masks, reads=("hole_share", "generation_holes"), writes=("mask_scores",))
 PAIR = replace(MASKS, reads=(*MASKS.reads, "warp_error"))
