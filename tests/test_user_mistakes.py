@@ -16,6 +16,8 @@ BASE = """
 preprocess: {input: in, output: out, num_workers: 1, num_frames: 5, size: [32, 32]}
 synthetic: {num_videos: 1}
 model: {base: tiny}
+encode: {data: data, output: latents}
+evaluate: {adapter: none, output: eval}
 train: {data: data, output: run, num_steps: 1, device: cpu, num_processes: 1}
 """
 JOB = ("preprocess", "c.yaml")
@@ -107,6 +109,23 @@ MISTAKES: dict[str, tuple[tuple[str, ...], str]] = {
     "an override without a value": (job("preprocess.output"), "preprocess.output"),
     "training on a folder that is none": (job(command="train"), "data"),
     "training into the dataset": (job("train.data=set", "train.output=set/run", command="train"), "train.output"),
+    "a preprocess in another dataset": (job("preprocess.output=set/run"), "outside of the dataset"),
+    "a view in a dataset": ((*seen()[:3], "set"), "outside of the dataset"),
+    "a page in a dataset": (("view", "in/a.mp4", "--output", "set/page.html"), "outside of the dataset"),
+    "an export in a dataset": (
+        ("export", "none", "--style", "kohya", "--output", "set/a.safetensors"),
+        "outside of the dataset",
+    ),
+    "a generated video in a dataset": (
+        ("generate", "--video", "in/a.mp4", "--adapter", "none", "--output", "set/b.mp4"),
+        "outside of the dataset",
+    ),
+    "an evaluation in a dataset": (
+        job("evaluate.adapter=none", "evaluate.output=set/e", command="evaluate"),
+        "outside of the dataset",
+    ),
+    "latents over clips": (job("encode.data=set", "encode.output=set", command="encode"), "encode.output"),
+    "latents in a dataset": (job("encode.data=set", "encode.output=set/l", command="encode"), "outside of the dataset"),
     "a learning rate below zero": (job("train.lr=-1", command="train"), "lr"),
     "a video that is not there": (("reconstruct", "in/b.mp4", "--output", "out"), "b.mp4"),
     "a web page for a video": (("reconstruct", "page.mp4", "--output", "out"), "HTML"),

@@ -3,9 +3,8 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
-from pipelines.commands import flags
+from pipelines.runtime.output import writing
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -20,6 +19,6 @@ def run(args: argparse.Namespace) -> int:
     """Do `ex4d export`; return the exit status."""
     from ex4d.models.export import export
 
-    flags.check_output(Path(args.output).parent)
-    print(export(args.adapter, args.style, args.output, args.lora))
+    with writing(args.output, is_file=args.style != "ex4d"):
+        print(export(args.adapter, args.style, args.output, args.lora))
     return 0

@@ -1,12 +1,10 @@
-"""What several commands on one thing share: flags of depth and camera path, and a check of the output."""
+"""What several commands on one thing share: flags of depth and camera path."""
 
 from __future__ import annotations
 
 import argparse
 import dataclasses
-import os
 from dataclasses import dataclass
-from pathlib import Path
 from typing import Any
 
 from ex4d.config import checked, setting
@@ -141,13 +139,6 @@ def size(text: str) -> tuple[int, int]:
     if not x or not height.isdecimal() or not width.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: write HEIGHTxWIDTH, e.g. 512x512")
     return int(height), int(width)
-
-
-def check_output(folder: Path) -> None:
-    """Raise ConfigError unless files can be made in `folder`, which may not be there yet: known before the work."""
-    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
-    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError("output", str(folder), f"{there} is no folder that can be written to")
 
 
 def trust(parser: argparse.ArgumentParser) -> None:

@@ -8,6 +8,7 @@ from pathlib import Path
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
 from pipelines.commands import flags
+from pipelines.runtime.output import writing
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,18 +34,18 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("output", args.output, "the name of an .mp4 file")
     if output.exists() and Path(args.video).exists() and output.samefile(args.video):
         raise ConfigError("output", args.output, "another file than the video, which would be lost")
-    flags.check_output(output.parent)
-    view = generate.novel_view(
-        video_path=args.video,
-        adapter_path=args.adapter,
-        base=args.base,
-        size=args.size,
-        num_frames=args.num_frames,
-        profile=args.profile,
-        config=sampler,
-        device=args.device,
-        **flags.path(args, args.video),
-    )
-    for path in view.write(args.output):
-        print(path)
+    with writing(output, is_file=True):
+        view = generate.novel_view(
+            video_path=args.video,
+            adapter_path=args.adapter,
+            base=args.base,
+            size=args.size,
+            num_frames=args.num_frames,
+            profile=args.profile,
+            config=sampler,
+            device=args.device,
+            **flags.path(args, args.video),
+        )
+        for path in view.write(args.output):
+            print(path)
     return 0

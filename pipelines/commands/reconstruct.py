@@ -3,9 +3,9 @@
 from __future__ import annotations
 
 import argparse
-from pathlib import Path
 
 from pipelines.commands import flags
+from pipelines.runtime.output import writing
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -23,15 +23,15 @@ def run(args: argparse.Namespace) -> int:
     from ex4d import reconstruct_files
     from ex4d.reconstruct import reconstruct
 
-    flags.check_output(Path(args.output))
-    view = reconstruct(
-        args.video,
-        num_frames=args.num_frames,
-        size=args.size,
-        profile=args.profile or "default",
-        **flags.path(args, args.video),
-    )
-    paths = reconstruct_files.write(view, args.output, args.save_mesh)
+    with writing(args.output):
+        view = reconstruct(
+            args.video,
+            num_frames=args.num_frames,
+            size=args.size,
+            profile=args.profile or "default",
+            **flags.path(args, args.video),
+        )
+        paths = reconstruct_files.write(view, args.output, args.save_mesh)
     motion = view.choices["source_motion"]
     print(f"the source camera's motion is known: {motion}" if motion else "the source camera is taken to stand still")
     if view.valid_mask is not None:

@@ -8,6 +8,7 @@ from pathlib import Path
 
 from ex4d.errors import ConfigError
 from pipelines.commands import flags
+from pipelines.runtime.output import writing
 
 MAX_VIEW_FRAMES = 49  # of a page in three dimensions: some 10 MB
 
@@ -26,11 +27,15 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Do `ex4d view`; return the exit status."""
-    from ex4d import storage
-
     if Path(args.output).suffix.lower() != ".html":
         raise ConfigError("output", args.output, "the name of an .html file")
-    flags.check_output(Path(args.output).parent)
+    with writing(args.output, is_file=True):
+        return _write(args)
+
+
+def _write(args: argparse.Namespace) -> int:
+    from ex4d import storage
+
     if storage.exists(storage.join(args.thing, "dataset.json")):
         from ex4d.viewer import page, sample_page
 

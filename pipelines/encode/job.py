@@ -25,7 +25,8 @@ from pipelines.encode import stages
 from pipelines.encode.stages import Encoding
 from pipelines.runtime import runner
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts, Ledger, exclusive
+from pipelines.runtime.ledger import Attempts, Ledger
+from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, logged
@@ -96,6 +97,7 @@ def run(
         ConfigError: a choice is invalid, or the base cannot take these clips; before any work.
         ContractError: no finished dataset of clips.
     """
+    outside_datasets("encode.output", config.output, own="latents")
     dataset = manifest.read_dataset(config.data)
     if "latents" in dataset:
         raise ConfigError("encode.data", config.data, "a dataset of clips; this one holds latents already")

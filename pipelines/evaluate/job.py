@@ -28,7 +28,8 @@ from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
 from pipelines.runtime import runner
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts, Ledger, exclusive
+from pipelines.runtime.ledger import Attempts, Ledger
+from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, logged
@@ -71,6 +72,7 @@ def run(
         ConfigError: a choice is invalid; before any work.
         ContractError: the adapter's file, or a result of an earlier run, is damaged.
     """
+    outside_datasets("evaluate.output", config.output)
     planned = evaluate_plan.plan(config, sampler, world or SyntheticConfig())
     attempts, progress = Attempts(config.output, config.max_attempts), Progress(config.output)
     bugs: list[dict[str, Any]] = []

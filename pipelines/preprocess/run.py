@@ -22,7 +22,8 @@ from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.runtime import runner
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts, exclusive
+from pipelines.runtime.ledger import Attempts
+from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, logged
@@ -67,6 +68,7 @@ def run(
         ConfigError: a choice is invalid; before any work.
         ContractError: an artifact in the folder is not what it claims to be.
     """
+    outside_datasets("preprocess.output", config.output, own="clips")
     settings.check(config)
     if sources is None:
         sources = find_sources(config, synthetic_config)

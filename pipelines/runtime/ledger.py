@@ -14,15 +14,13 @@ A refusal also depends on the limits and thresholds that refused it. Each file i
 
 from __future__ import annotations
 
-import fcntl
 import json
 import logging
 import os
 import time
 from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
 from typing import Any
 
 from ex4d import storage
@@ -273,28 +271,3 @@ class Attempts:
                 storage.write_bytes(self.url, data)
         except OSError as error:  # a store that is away for a moment must not end a run
             logger.warning("attempts are not written down: %s", error)
-
-
-@contextmanager
-def exclusive(output: str) -> Iterator[None]:
-    """Hold the dataset folder for one run; the lock ends with the process, however it ends. Local folders only.
-
-    Raises:
-        ConfigError: another run has it.
-    """
-    if not storage.is_local(output):
-        yield
-        return
-    folder = storage.local_path(output)
-    folder.mkdir(parents=True, exist_ok=True)
-    # Not emptied, and not through a link, which somebody else may have put there.
-    try:
-        fd = os.open(folder / ".lock", os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
-    except OSError as error:
-        raise ConfigError("output", output, f".lock cannot be opened: {error.strerror}") from error
-    with os.fdopen(fd, "r+b") as file:
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-        except OSError as error:
-            raise ConfigError("output", output, "another run is writing there") from error
-        yield

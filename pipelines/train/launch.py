@@ -37,7 +37,7 @@ from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import exclusive
+from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.runner import RayConfig
 
 logger = logging.getLogger(__name__)
@@ -92,10 +92,7 @@ def _check_data(train: TrainConfig) -> None:
             raise ConfigError(
                 "train.data", path, f"no dataset there ({DATASET} is missing): `ex4d preprocess` makes one"
             )
-        if storage.is_local(path):
-            data, output = storage.local_path(path).resolve(), Path(train.output).resolve()
-            if output == data or data in output.parents:
-                raise ConfigError("train.output", train.output, f"a folder outside of the dataset {path}")
+    outside_datasets("train.output", train.output)
 
 
 def _launch(

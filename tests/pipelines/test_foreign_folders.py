@@ -14,7 +14,8 @@ from ex4d.errors import BadSample, ConfigError, ContractError
 from pipelines.preprocess import fetch
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages.shots import unpack_pts
-from pipelines.runtime.ledger import CONFIG, Attempts, Ledger, exclusive
+from pipelines.runtime.ledger import CONFIG, Attempts, Ledger
+from pipelines.runtime.output import exclusive
 
 
 def test_retry_takes_no_choices_from_a_folder_of_another_user(tmp_path):

@@ -24,7 +24,7 @@ from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
 from pipelines.preprocess.stages import decode
 from pipelines.runtime import pool, stream
-from pipelines.runtime.ledger import exclusive
+from pipelines.runtime.output import exclusive
 from pipelines.runtime.stage import chains, pack_row
 
 

@@ -9,7 +9,7 @@ import pytest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.train.config import TrainConfig
-from pipelines.runtime.ledger import exclusive
+from pipelines.runtime.output import exclusive
 from pipelines.train import launch
 
 

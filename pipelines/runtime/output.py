@@ -1,0 +1,111 @@
+"""Who may write an output: one command at a time, and none into a finished dataset."""
+
+from __future__ import annotations
+
+import fcntl
+import json
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+from ex4d import storage
+from ex4d.data.manifest import DATASET
+from ex4d.errors import ConfigError
+
+LOCK = ".lock"
+
+
+@contextmanager
+def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
+    """Hold a folder for one run; the lock ends with the process, however it ends. Local folders only.
+
+    Args:
+        output: the folder, made where it is not there.
+        name: of the file that is locked; it stays.
+
+    Raises:
+        ConfigError: another run has it.
+    """
+    if not storage.is_local(output):
+        yield
+        return
+    folder = storage.local_path(output)
+    folder.mkdir(parents=True, exist_ok=True)
+    # Not emptied, and not through a link, which somebody else may have put there.
+    try:
+        fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
+    except OSError as error:
+        raise ConfigError("output", output, f"{name} cannot be opened: {error.strerror}") from error
+    with os.fdopen(fd, "r+b") as file:
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            now = os.stat(folder / name)  # `writing` removes its lock: one that is no longer there holds nothing
+            if now.st_ino != os.fstat(file.fileno()).st_ino:
+                raise BlockingIOError
+        except OSError as error:
+            raise ConfigError("output", output, "another run is writing there") from error
+        yield
+
+
+@contextmanager
+def writing(output: str | Path, is_file: bool = False) -> Iterator[None]:
+    """Hold what a command on one thing writes: its folder, or the files whose names begin with that of `output`.
+
+    Where nothing was written, because the command failed, nothing is left: neither lock nor new folder.
+
+    Raises:
+        ConfigError: another command has it, it cannot be written to, or it lies in a dataset.
+    """
+    place = str(output)
+    if not storage.is_local(place):
+        yield
+        return
+    outside_datasets("output", place)
+    path = storage.local_path(place)
+    folder, name = (path.parent, f".{path.name}.lock") if is_file else (path, LOCK)
+    there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
+    if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
+        raise ConfigError("output", str(folder), f"{there} is no folder that can be written to")
+    missing = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
+    try:
+        with exclusive(str(folder), name):
+            try:
+                yield
+            finally:
+                (folder / name).unlink(missing_ok=True)
+    finally:
+        for parent in missing:  # the innermost first
+            _remove_empty(parent)
+
+
+def _remove_empty(folder: Path) -> None:
+    try:
+        folder.rmdir()
+    except OSError:  # it holds what was written
+        return
+
+
+def outside_datasets(key: str, output: str, own: str = "") -> None:
+    """Raise ConfigError where an output is a finished dataset, or lies in one.
+
+    Args:
+        key: of the setting.
+        own: "clips" or "latents": the output may be a dataset of that kind, which is brought up to date.
+    """
+    if not storage.is_local(output):
+        return
+    path = storage.local_path(output).resolve()
+    for folder in (path, *path.parents):
+        if not (folder / DATASET).is_file():
+            continue
+        if folder == path and own and own == _kind(folder / DATASET):
+            return
+        raise ConfigError(key, output, f"a folder outside of the dataset {folder}")
+
+
+def _kind(record: Path) -> str:
+    try:
+        return "latents" if "latents" in json.loads(record.read_bytes()) else "clips"
+    except (ValueError, TypeError):
+        return "clips"  # a damaged one is said later
