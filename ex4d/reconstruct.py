@@ -14,8 +14,8 @@ from ex4d import isolation, video
 from ex4d.depth import places, source_cameras
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import camera, camera_path, trajectory
-from ex4d.geometry.profiles import profile_of
-from ex4d.geometry.render import FIRST_FRAMES, choose_backend, persistent, warp_video
+from ex4d.geometry.profiles import FIRST_FRAMES, profile_of
+from ex4d.geometry.render import choose_backend, persistent, warp_video
 
 MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
 RELEASED_FOCAL_PX = 500.0  # the released code's, at any size

@@ -1,21 +1,21 @@
 """The `ex4d` command: one table of subcommands. Work is done elsewhere and imported only when it is asked for.
 
 Jobs with an experiment behind them read a YAML file: `ex4d COMMAND CONFIG.yaml [section.key=value …]`.
-Commands on one thing take flags. Exit status: 0 done, 1 failed, 2 invalid choice, 75 stopped with a checkpoint.
+Commands on one thing take flags. Exit status: 0 done, 1 failed, 2 invalid choice, 75 stopped with a checkpoint, 130
+interrupted.
 """
 
 from __future__ import annotations
 
 import argparse
 import importlib
+import io
 import logging
 import os
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-from ex4d.config import installed_versions
-from ex4d.config_help import help_text
 from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
 from ex4d.redact import printable
 from pipelines.commands.jobs import JOBS
@@ -62,6 +62,8 @@ class JobParser(argparse.ArgumentParser):
 
     def format_help(self) -> str:
         """Return the usage and every setting of the sections that the job reads."""
+        from ex4d.config_help import help_text
+
         return f"{super().format_help()}\n{help_text(importlib.import_module(JOBS[self.job]).SECTIONS, self.job)}"
 
 
@@ -81,6 +83,8 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line; its attribute `command` is a key of COMMANDS. Exits as argparse does."""
+    from ex4d.config import installed_versions  # here, so that Ctrl-C finds `main` at work as soon as can be
+
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
     top = argparse.ArgumentParser(
@@ -115,27 +119,39 @@ class Lines(logging.Formatter):
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status: 0 done, 1 failed, 2 the choice was invalid."""
-    args = parse(argv)
-    logging.basicConfig(level=args.log_level)
-    for handler in logging.getLogger().handlers:
-        handler.setFormatter(Lines("%(levelname)s %(name)s: %(message)s"))
-    os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
-    if args.command in ("demo", "encode", "evaluate"):
-        os.environ.setdefault("TQDM_DISABLE", "1")  # a bar for each file of a model, in every worker; read at import
+    """Run one command; return its exit status: 0 done, 1 failed, 2 the choice was invalid, 130 interrupted."""
+    for stream in (sys.stdout, sys.stderr):
+        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows \u2026 for what it lacks
+            stream.reconfigure(errors="backslashreplace")
+    args = argparse.Namespace(command="")
     try:
+        args = parse(argv)
+        logging.basicConfig(level=args.log_level)
+        for handler in logging.getLogger().handlers:
+            handler.setFormatter(Lines("%(levelname)s %(name)s: %(message)s"))
+        os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
+        if args.command in ("demo", "encode", "evaluate"):
+            os.environ.setdefault("TQDM_DISABLE", "1")  # no bar for each file of a model
         return _run(args)
+    except KeyboardInterrupt:
+        goes_on = "; the same command goes on from there" if args.command in JOBS else ""
+        print(f"{_name(args)}: interrupted{goes_on}", file=sys.stderr)
+        return 130
     except ConfigError as error:
-        print(f"ex4d {args.command}: {error}", file=sys.stderr)
+        print(f"{_name(args)}: {error}", file=sys.stderr)
         return 2
     except (BadSample, Filtered) as error:
         named = [getattr(args, name) for name in ("video", "thing") if name in args]  # reasons themselves name no paths
-        print(f"ex4d {args.command}: {': '.join([*named, str(error)])}", file=sys.stderr)
+        print(f"{_name(args)}: {': '.join([*named, str(error)])}", file=sys.stderr)
         return 1
     except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
         logging.getLogger(__name__).debug("where it was raised", exc_info=True)
-        print(f"ex4d {args.command}: {error}", file=sys.stderr)
+        print(f"{_name(args)}: {error}", file=sys.stderr)
         return 1
+
+
+def _name(args: argparse.Namespace) -> str:
+    return f"ex4d {args.command}".strip()
 
 
 if __name__ == "__main__":

@@ -10,6 +10,7 @@ from ex4d.errors import ConfigError
 # scenes, 0.13 lies in the middle of those that meet both bounds, of colour and of recall, at 30, 60 and 90°; where
 # curtains hide all the way, a fifth of what both cameras see at 60° is refused (docs/decisions/geometry.md).
 CURTAIN_REACH = 0.13
+FIRST_FRAMES = ("exact", "drawn")  # how frame 0 is shown where its camera is the source's
 
 
 @dataclass(frozen=True)

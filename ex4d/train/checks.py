@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import re
 from typing import TYPE_CHECKING
 
@@ -12,6 +13,8 @@ from ex4d.train.config import TrainConfig
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
 
+WANDB_MODES = ("online", "offline", "disabled", "dryrun", "shared", "run")  # of W&B's own variable
+
 
 def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> None:
     """Return nothing, where this machine can do the run.
@@ -20,10 +23,13 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
         num_processes: ranks on this machine.
 
     Raises:
-        ConfigError: float16, whose gradients underflow; a GPU that is not there; a validation without samples, or on a
-            device that is not there or that a rank uses.
+        ConfigError: an unknown W&B mode; float16, whose gradients underflow; a GPU that is not there; a validation
+            without samples, or on a device that is not there or that a rank uses.
         ContractError: no finished dataset.
     """
+    mode = os.environ.get("WANDB_MODE")
+    if train.wandb_mode != "disabled" and mode not in (None, *WANDB_MODES):
+        raise ConfigError("WANDB_MODE", mode, f"one of {', '.join(WANDB_MODES)}; or unset it and set train.wandb_mode")
     if model.dtype == "float16":
         allowed = "bfloat16 or float32 in training: small gradients become zero in float16"
         raise ConfigError("model.dtype", model.dtype, allowed)

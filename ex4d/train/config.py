@@ -300,10 +300,18 @@ class Place:
 
 
 def place_from_environment(environment: dict[str, str] | None = None) -> Place | None:
-    """Return this process's place as torchrun, deepspeed, Ray Train or srun state it; None outside any of them."""
+    """Return this process's place as torchrun, deepspeed, Ray Train or srun state it; None outside any of them.
+
+    Raises:
+        ConfigError: numbers that are none, or a rank outside of the world.
+    """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
-        return Place(int(env["RANK"]), int(env["WORLD_SIZE"]), int(env.get("LOCAL_RANK", 0)))
+        stated = [env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", "0")]
+        if not all(number.isdecimal() for number in stated) or int(stated[0]) >= int(stated[1]):
+            left_over = "numbers that a launcher sets: unset RANK and WORLD_SIZE to start without one"
+            raise ConfigError("RANK", f"{stated[0]} of WORLD_SIZE={stated[1]}", left_over)
+        return Place(*map(int, stated))
     # A batch script itself has SLURM_PROCID=0 too; only a step that srun starts has a step id, and a shell in such a
     # step (`srun --pty bash`) no address of a master.
     if all(name in env for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR")):

@@ -12,7 +12,7 @@ import torch
 
 @contextmanager
 def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM has come; it no longer ends the process while this is open.
+    """Yield a function that says whether SIGTERM or Ctrl-C has come; neither ends the process while this is open.
 
     Args:
         instead: says it already, and is yielded: Ray Train runs the loop in a thread, where signals cannot be taken.
@@ -21,11 +21,12 @@ def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[
         yield instead
         return
     asked = threading.Event()
-    before = signal.signal(signal.SIGTERM, lambda *_: asked.set())
+    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
         yield asked.is_set
     finally:
-        signal.signal(signal.SIGTERM, before)
+        for number, handler in before.items():
+            signal.signal(number, handler)
 
 
 def any_rank(asked: bool, device: torch.device) -> bool:

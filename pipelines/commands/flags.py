@@ -14,8 +14,7 @@ from ex4d.depth import AUTO, CHOICES, DepthRequest
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.camera_path import SOURCE_MOTIONS
-from ex4d.geometry.profiles import PROFILES
-from ex4d.geometry.render.rendered import FIRST_FRAMES
+from ex4d.geometry.profiles import FIRST_FRAMES, PROFILES
 from ex4d.geometry.trajectory import TRAJECTORIES
 
 

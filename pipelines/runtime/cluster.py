@@ -29,7 +29,7 @@ def require_token() -> None:
     RAY_AUTH_MODE that is already set is left as it is: a cluster whose operator turned authentication off stays usable.
 
     Raises:
-        OSError: the token's file cannot be written.
+        ConfigError: the token's file cannot be written.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "ray" in sys.modules:
@@ -39,6 +39,18 @@ def require_token() -> None:
     if os.environ["RAY_AUTH_MODE"] != "token" or {"RAY_AUTH_TOKEN", "RAY_AUTH_TOKEN_PATH"} & os.environ.keys():
         return
     path = token_path()
+    try:
+        _make_token(path)
+    except OSError as error:
+        allowed = (
+            f"a folder that can be written to, for Ray's token ({error.strerror}): set HOME to one, or "
+            "RAY_AUTH_TOKEN_PATH to a file with a secret of yours"
+        )
+        raise ConfigError("HOME", str(path.parent.parent), allowed) from error
+
+
+def _make_token(path: Path) -> None:
+    """Write a token where there is none. Raises OSError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.parent.chmod(0o700)
     descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # 0600; whoever comes second finds a whole token

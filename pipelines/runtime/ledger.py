@@ -27,6 +27,7 @@ from ex4d import storage
 from ex4d.config import to_dict
 from ex4d.errors import ConfigError, ContractError
 from ex4d.redact import SECRET, without_secrets
+from pipelines.runtime.output import exclusive as exclusive
 
 logger = logging.getLogger(__name__)
 

@@ -73,6 +73,9 @@ def run(
         return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
     from ex4d.train.checks import check_run
 
+    if place is not None and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
+        left_over = "unset RANK and WORLD_SIZE, which a launcher left here, or start with torchrun or srun"
+        raise ConfigError("MASTER_ADDR", os.environ.get("MASTER_ADDR"), left_over)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
     check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))
     if place is not None:

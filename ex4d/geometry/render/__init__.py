@@ -22,8 +22,8 @@ import numpy as np
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import Camera, check_intrinsics, pixel_rays, relative_to
 from ex4d.geometry.mesh import DWMesh, Profile, build, profile_of
+from ex4d.geometry.profiles import FIRST_FRAMES
 from ex4d.geometry.render import cpu, nvdiffrast, reference
-from ex4d.geometry.render.rendered import FIRST_FRAMES as FIRST_FRAMES
 from ex4d.geometry.render.rendered import Rendered
 
 BACKENDS = {"reference": reference.render, "cpu": cpu.render, "nvdiffrast": nvdiffrast.render}

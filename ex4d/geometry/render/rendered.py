@@ -7,7 +7,6 @@ from dataclasses import dataclass
 import numpy as np
 
 SUBPIXELS = 256  # vertices are snapped to 1/256 px
-FIRST_FRAMES = ("exact", "drawn")  # how frame 0 is shown where its camera is the source's
 NEAR_RATIO = 1e-3  # near plane / least depth of the mesh (the released code: 1e-3 with the least depth at 2.56)
 
 
