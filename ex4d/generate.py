@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import logging
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -19,7 +19,8 @@ from ex4d.generate_config import GenerateConfig
 from ex4d.geometry import masks
 from ex4d.models import backbone, encoders, lora, provenance, swap, weights, windows
 from ex4d.models.adapter import Ex4dModel, build_model
-from ex4d.reconstruct import Reconstruction, check_choices, reconstruct
+from ex4d.reconstruct import Reconstruction, reconstruct
+from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.reconstruct_files import white
 
 log = logging.getLogger(__name__)
@@ -80,45 +81,53 @@ def generate(
         source: uint8 [T, H, W, 3], the video itself, for an adapter that was trained with it (`source_video`).
         on_step: called with the number of steps done.
     """
-    device = base.device
     visible = masks.erode(visible, config.erosion_px)
     cond_video = cond_video * visible[..., None]
-    pixels = to_pixels(cond_video, device)
-    start = to_pixels(first_frame[None], device)[:, :, 0] if first_frame is not None else pixels[:, :, 0]
+    pixels = to_pixels(cond_video, base.device)
+    start = to_pixels(first_frame[None], base.device)[:, :, 0] if first_frame is not None else pixels[:, :, 0]
     image_condition = base.first_frame_condition(start, num_frames=len(cond_video))
-    cond_latents = base.encode_condition(pixels, torch.from_numpy(visible).to(device)[None], mask_range)
+    cond_latents = base.encode_condition(pixels, torch.from_numpy(visible).to(base.device)[None], mask_range)
     image_embeds = base.encode_image(start)
-    source_latents = None if source is None else base.encode_video(to_pixels(source, device)).float()
-
-    def velocity_under(prompt: str) -> flow.VelocityFn:
-        prompt_embeds = base.encode_text([prompt])
-
-        def velocity(latents: torch.Tensor, timestep: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
-            given = [None if x is None else x[:, :, part] for x in (image_condition, cond_latents, source_latents)]
-            return model(latents, timestep, prompt_embeds, image_embeds, *given)
-
-        if config.window_frames is None:
-            return velocity
-        stride = base.stride[0]
-        return windows.joined(velocity, (config.window_frames - 1) // stride + 1, config.window_overlap // stride)
-
+    source_latents = None if source is None else base.encode_video(to_pixels(source, base.device)).float()
+    conditions = (image_condition, cond_latents, source_latents)
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
-    # Under equal prompts both passes say the same, whatever the scale.
+    # Under equal prompts both passes predict the same, whatever the scale.
     guided = config.guidance_scale != 1.0 and config.prompt != config.negative_prompt
     if config.guidance_scale != 1.0 and not guided:
         log.warning("prompt and negative_prompt are equal: guidance_scale=%g has no effect", config.guidance_scale)
-    asked = velocity_under(config.prompt)
-    avoided = velocity_under(config.negative_prompt) if guided else None
+    positive = _velocity(base, model, config, config.prompt, image_embeds, conditions)
+    negative = _velocity(base, model, config, config.negative_prompt, image_embeds, conditions) if guided else None
     base.bring("transformer")
     latents = flow.sample(
-        asked,
+        positive,
         noise.to(base.device),
         flow.sigmas(config.num_inference_steps, config.shift or flow.DEFAULT_SHIFT),
         guidance_scale=config.guidance_scale if guided else 1.0,
-        negative_velocity_fn=avoided,
+        negative_velocity_fn=negative,
         on_step=on_step,
     )
     return to_frames(base.decode_latents(latents))
+
+
+def _velocity(
+    base: backbone.Base,
+    model: Ex4dModel,
+    config: GenerateConfig,
+    prompt: str,
+    image_embeds: torch.Tensor | None,
+    conditions: Sequence[torch.Tensor | None],
+) -> flow.VelocityFn:
+    """Return the model's velocity under a prompt; `conditions` are its latents [B, C, F, h, w], cut where windowed."""
+    prompt_embeds = base.encode_text([prompt])
+
+    def velocity(latents: torch.Tensor, timestep: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
+        parts = [None if x is None else x[:, :, part] for x in conditions]
+        return model(latents, timestep, prompt_embeds, image_embeds, *parts)
+
+    if config.window_frames is None:
+        return velocity
+    stride = base.stride[0]
+    return windows.joined(velocity, (config.window_frames - 1) // stride + 1, config.window_overlap // stride)
 
 
 def _device(name: str | None) -> str:
@@ -182,16 +191,22 @@ def lora_files(config: GenerateConfig) -> list[tuple[Path, float]]:
     return found
 
 
+def _view_config(metadata: weights.AdapterMetadata, device: str, view: Mapping[str, Any]) -> ReconstructConfig:
+    """Return the settings of a view, with the adapter's own where `view` has none."""
+    own = {
+        "size": metadata.size,
+        "num_frames": metadata.num_frames,
+        "profile": "released" if metadata.mask_range == "released" else "default",
+    }
+    return ReconstructConfig(**{**own, **{name: x for name, x in view.items() if x is not None}}, device=device)
+
+
 def novel_view(
     video_path: str | Path,
     adapter_path: str | Path,
     *,
     base: str | None = None,
-    size: tuple[int, int] | None = None,
-    num_frames: int | None = None,
-    profile: str | None = None,
     config: GenerateConfig = GenerateConfig(),
-    seed: int = 0,
     device: str | None = None,
     on_step: Callable[[int], None] | None = None,
     **view: Any,
@@ -199,27 +214,19 @@ def novel_view(
     """Return a video seen along a camera path: depth, warp, then the model.
 
     Args:
-        size, num_frames: default to what the adapter was trained at; frames 4k+1, sides multiples of the latent patch.
-        profile: of the meshes; None takes "released" for an adapter that was trained with the released masks.
-        view: what else `reconstruct` takes: depth, trajectory_name, angle_deg, …
+        view: settings of ReconstructConfig; `size`, `num_frames` and `profile` default to those of the training.
+            num_frames is 4k+1, the sides are multiples of the latent patch.
     """
     metadata = weights.read_metadata(adapter_path)
-    profile = profile or ("released" if metadata.mask_range == "released" else "default")
     # Everything that can be refused is refused, and depth is done, before gigabytes are loaded.
-    check_choices(profile=profile, **view)
+    seen = _view_config(metadata, _device(device), view)
     lora_files(config)
     config = config.for_adapter(metadata)
-    size = size or metadata.size
-    num_frames = metadata.num_frames if num_frames is None else num_frames
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
-    encoders.check_clip((num_frames, *size, 3), stride)
-    device = _device(device)
-    source = reconstruct(
-        video_path, num_frames=num_frames, size=size, profile=profile, seed=seed, device=device, **view
-    )
+    encoders.check_clip((seen.num_frames, *seen.size, 3), stride)
+    source = reconstruct(video_path, seen)
     depth.release()
-    loaded, model = load(adapter_path, base, device, config)
-    given = source.frames if metadata.source_video else None
+    loaded, model = load(adapter_path, base, seen.device, config)
     if not source.starts_at_source:
         log.warning("the path does not begin at the source camera: the base starts from a picture with holes")
     frames = generate(
@@ -228,10 +235,10 @@ def novel_view(
         source.cond_video,
         source.visible,
         config,
-        seed,
+        seen.seed,
         metadata.mask_range,
         source.frames[0] if source.starts_at_source else None,
-        given,
+        source.frames if metadata.source_video else None,
         on_step=on_step,
     )
     record = {

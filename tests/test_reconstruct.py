@@ -87,18 +87,18 @@ def test_the_command_writes_files_that_say_the_same(clip, tmp_path, capsys):
 def test_a_file_of_poses_is_a_trajectory_too(clip, tmp_path):
     path = trajectory.build("orbit", 5, 20.0, 2.0)
     write(tmp_path / "poses.json", PoseFile(path), "json")
-    view = reconstruct(clip, trajectory_name=str(tmp_path / "poses.json"), num_frames=5, size=(64, 64))
+    view = reconstruct(clip, trajectory=str(tmp_path / "poses.json"), num_frames=5, size=(64, 64))
     np.testing.assert_allclose(view.w2c, path, atol=1e-9)
     write(tmp_path / "short.json", PoseFile(path[:2]), "json")
     with pytest.raises(ConfigError, match="2 poses"):
-        reconstruct(clip, trajectory_name=str(tmp_path / "short.json"), num_frames=5, size=(64, 64))
+        reconstruct(clip, trajectory=str(tmp_path / "short.json"), num_frames=5, size=(64, 64))
 
 
 def test_what_cannot_be_done_is_said(clip, tmp_path, capsys):
     with pytest.raises(BadSample, match="too_short"):
         reconstruct(clip, num_frames=99)
     with pytest.raises(ConfigError, match="orbit"):
-        reconstruct(clip, trajectory_name="sideways", num_frames=5, size=(64, 64))
+        reconstruct(clip, trajectory="sideways", num_frames=5, size=(64, 64))
     assert cli.main(["reconstruct", str(clip), "--depth", "guess", "--output", str(tmp_path)]) == 2
     assert "parallax" in capsys.readouterr().err
     assert cli.main(["reconstruct", str(tmp_path / "none.mp4"), "--output", str(tmp_path)]) == 1
@@ -107,7 +107,7 @@ def test_what_cannot_be_done_is_said(clip, tmp_path, capsys):
 @pytest.mark.parametrize(
     ("flags", "named"),
     [
-        (["--size", "97x97"], "even"),
+        (["--size", "97x97"], "multiple of 2"),
         (["--size", "0x0"], "size"),
         (["--size", "16x100000"], "8192"),
         (["--num-frames", "0"], "at least 1"),
@@ -178,7 +178,7 @@ def test_a_zoom_is_what_the_lens_would_see(clip, tmp_path, zoom):
     assert visible[-1].mean() > 0.3
     assert psnr(cond_video[-1], truth[-1], visible[-1]) > 22
     assert psnr(cond_video[-1], truth[-1], visible[-1]) > psnr(truth[0], truth[-1], visible[-1]) + 5
-    again = reconstruct(clip, trajectory_name=str(tmp_path / "camera.json"), num_frames=5, size=(64, 64))
+    again = reconstruct(clip, trajectory=str(tmp_path / "camera.json"), num_frames=5, size=(64, 64))
     np.testing.assert_allclose(again.view_K, K)  # a zoom that was written is a path like any other
     assert np.array_equal(again.visible, visible)
 
@@ -190,7 +190,7 @@ def test_a_moving_source_camera_is_taken_out(tmp_path):
     _, cameras = synthetic.clip_scene(world, 0)
     poses = write_poses(tmp_path / "source.json", [camera.w2c for camera in cameras])
     size = {"num_frames": 5, "size": (64, 64)}
-    held = {"trajectory_name": "orbit", "angle_deg": 15.0}
+    held = {"trajectory": "orbit", "angle_deg": 15.0}
     view = reconstruct(path, **held, **size, source_poses=poses)
     blind = reconstruct(path, **held, **size, cameras="none")
     known = reconstruct(path, **held, **size)  # the depth file of the corpus has the cameras too
@@ -213,7 +213,7 @@ def test_cameras_of_parallax_take_the_motion_of_the_source_out(tmp_path, capsys)
     """A hand-held clip without poses: fixed in the world, the view is what a still camera would see."""
     world = dataclasses.replace(WORLD, size=(96, 96), num_frames=9, seed=5, camera_motion="strong", moving_bodies=False)
     path = synthetic.write_corpus(tmp_path, world)[0]
-    asked = {"trajectory_name": "orbit", "angle_deg": 15.0, "num_frames": 9, "size": (96, 96)}
+    asked = {"trajectory": "orbit", "angle_deg": 15.0, "num_frames": 9, "size": (96, 96)}
     view = reconstruct(path, depth="parallax", **asked)
     scale = np.median(np.load(path.with_suffix(".depth.npz"))["z_depth"]) / np.median(view.z_depth)
     errors = {}
@@ -305,7 +305,7 @@ def test_key_poses_become_a_smooth_path_in_radii(clip, tmp_path):
     for bad in ([], [{"eye": [0, 0, 0]}], [[1, 2], [3, 4]], [{"eye": [0, 0, 1], "look_at": [0, 0, 1]}], 7):
         (tmp_path / "bad.json").write_text(json.dumps({"axes": "opencv", "key_poses": bad}))
         with pytest.raises(ContractError, match=r"bad\.json"):
-            reconstruct(clip, trajectory_name=str(tmp_path / "bad.json"), num_frames=5, size=(64, 64))
+            reconstruct(clip, trajectory=str(tmp_path / "bad.json"), num_frames=5, size=(64, 64))
 
 
 def zoomed(num_frames: int) -> list:
@@ -315,13 +315,13 @@ def zoomed(num_frames: int) -> list:
 
 def test_options_of_paths_and_files(clip, tmp_path):
     where = {"num_frames": 5, "size": (64, 64)}
-    view = reconstruct(clip, trajectory_name="dolly", trajectory_options={"distance": 0.25}, **where)
+    view = reconstruct(clip, trajectory="dolly", trajectory_options={"distance": 0.25}, **where)
     np.testing.assert_allclose(view.w2c[-1, 2, 3], -0.25 * view.choices["radius"])
     file = write_poses(tmp_path / "poses.json", trajectory.build("orbit", 5, 20.0, 2.0))
-    view = reconstruct(clip, trajectory_name=file, trajectory_options={"scale": 0.5}, **where)
+    view = reconstruct(clip, trajectory=file, trajectory_options={"scale": 0.5}, **where)
     np.testing.assert_allclose(view.w2c, trajectory.build("orbit", 5, 20.0, 1.0), atol=1e-9)
     longer = write_poses(tmp_path / "longer.json", trajectory.build("orbit", 9, 20.0, 1.0), K=zoomed(9))
-    view = reconstruct(clip, trajectory_name=longer, trajectory_options={"resample": True}, **where)
+    view = reconstruct(clip, trajectory=longer, trajectory_options={"resample": True}, **where)
     np.testing.assert_allclose(view.w2c, trajectory.build("orbit", 9, 20.0, 1.0)[::2], atol=1e-9)
     np.testing.assert_allclose(view.view_K[:, 0, 0] / view.K[0, 0], 1 + np.arange(0, 9, 2) / 8)
     for name, options, key in (
@@ -333,7 +333,7 @@ def test_options_of_paths_and_files(clip, tmp_path):
         (file, {"format": "matlab"}, "format"),
     ):
         with pytest.raises(ConfigError) as caught:
-            reconstruct(clip, trajectory_name=name, trajectory_options=options, **where)
+            reconstruct(clip, trajectory=name, trajectory_options=options, **where)
         assert caught.value.key == key
     assert cli.main(["reconstruct", str(clip), "-t", "zoom", "--output", str(tmp_path / "none")]) == 2
 
@@ -362,9 +362,11 @@ def test_metric_depth_keeps_its_scale(tmp_path, monkeypatch):
         z_depth = np.load(path.with_suffix(".depth.npz"))["z_depth"][: len(frames)]
         return depth.Geometry((1 / z_depth).astype(np.float32), "disparity", None, True, {})
 
-    monkeypatch.setitem(depth.ESTIMATORS, "metric", metric)
+    monkeypatch.setitem(depth.ESTIMATORS, "depth-pro", metric)
     exact = reconstruct(path, num_frames=2, size=(64, 64)).z_depth
-    np.testing.assert_allclose(reconstruct(path, depth="metric", num_frames=2, size=(64, 64)).z_depth, exact, rtol=1e-5)
+    np.testing.assert_allclose(
+        reconstruct(path, depth="depth-pro", num_frames=2, size=(64, 64)).z_depth, exact, rtol=1e-5
+    )
 
 
 HOSTILE = {

@@ -86,7 +86,7 @@ def test_the_condition_and_the_mask_mean_the_same_to_both(written, clip):
     colour, mask, _ = as_the_released_generator_reads(
         written / "color_180.mp4", written / "mask_180.mp4", NUM_FRAMES, SIZE
     )
-    view = reconstruct(clip, profile="released", trajectory_name="released-180", size=None)
+    view = reconstruct(clip, profile="released", trajectory="released-180", size=None)
     assert 0.03 < view.visible[1:].mean() < 0.95
     np.testing.assert_array_equal(mask, np.where(view.visible, 1.0, -3.0)[..., None].repeat(3, -1))
     assert (colour[~view.visible] == -1).all()
@@ -106,7 +106,7 @@ def test_the_condition_and_the_mask_mean_the_same_to_both(written, clip):
 
 
 def test_depth_radius_and_focal_length_are_the_released_ones(clip):
-    view = reconstruct(clip, profile="released", trajectory_name="released-180", size=None)
+    view = reconstruct(clip, profile="released", trajectory="released-180", size=None)
     with np.load(clip.parent / "clip.npz") as file:
         depth = file["depth"].astype(np.float64)
     scaled = (depth - depth.min()) / (depth.max() - depth.min())
@@ -114,7 +114,7 @@ def test_depth_radius_and_focal_length_are_the_released_ones(clip):
     np.testing.assert_allclose(view.z_depth, z_depth, rtol=1e-5)
     np.testing.assert_allclose(view.choices["radius"], z_depth[0, 1:-1, 1:-1].min() + 0.15, rtol=1e-6)
     np.testing.assert_array_equal(view.K, [[500, 0, 32], [0, 500, 32], [0, 0, 1]])
-    plain = reconstruct(clip, trajectory_name="released-180", size=None)
+    plain = reconstruct(clip, trajectory="released-180", size=None)
     assert np.abs(plain.z_depth / z_depth - 1).max() > 0.1
     drawn = render(mesh.build(view.frames[9], z_depth[9], view.K, "released"), Camera(view.K, view.w2c[9], SIZE))
     assert (drawn.visible_mask == view.visible[9]).mean() > 0.999
@@ -122,7 +122,7 @@ def test_depth_radius_and_focal_length_are_the_released_ones(clip):
 
 def test_the_cameras_are_those_that_the_method_states(written, clip):
     """OpenGL world-to-camera, rows right, up, back, of a slide that looks at (0, 0, r)."""
-    radius = reconstruct(clip, profile="released", trajectory_name="released-180", size=None).choices["radius"]
+    radius = reconstruct(clip, profile="released", trajectory="released-180", size=None).choices["radius"]
     with np.load(written / "camera_180.npz", allow_pickle=False) as cameras:
         extrinsics, intrinsics = cameras["extrinsics"].astype(np.float64), cameras["intrinsics"]
     phi = np.linspace(0, 2 * np.pi, NUM_FRAMES)

@@ -124,7 +124,7 @@ def _novel_view(settings: Mapping[str, Any], out: Path, adapter: Path) -> Path:
     view = novel_view(
         video_path=source,
         adapter_path=adapter,
-        trajectory_name=trajectory,
+        trajectory=trajectory,
         angle_deg=angle_deg,
         config=settings["generate"],
         seed=chosen.seed,

@@ -4,90 +4,48 @@ from __future__ import annotations
 
 import argparse
 import dataclasses
-from dataclasses import dataclass
+from collections.abc import Collection, Mapping
 from typing import Any
 
-from ex4d.config import checked, setting
 from ex4d.config_help import default_of
 from ex4d.config_settings import choices_of, hints, rule_of
-from ex4d.depth import AUTO, CHOICES, DepthRequest
+from ex4d.depth import AUTO, DepthRequest
 from ex4d.errors import ConfigError
-from ex4d.geometry.camera import fov_setting
-from ex4d.geometry.camera_path import SOURCE_MOTIONS
-from ex4d.geometry.profiles import FIRST_FRAMES, PROFILES
-from ex4d.geometry.trajectory import TRAJECTORIES
+from ex4d.reconstruct_config import ReconstructConfig
+
+# The settings of ReconstructConfig that are flags of `reconstruct`, `generate` and `view`.
+PATH = (
+    *("depth", "depth_path", "depth_fill_px", "trajectory", "angle_deg", "trajectory_options", "cameras"),
+    *("source_poses", "source_scale", "source_motion", "first_frame", "persistent_frames"),
+    *("fov_deg", "profile", "backend", "seed"),
+)
 
 
-@dataclass(frozen=True)
-class PathFlags:
-    """What `reconstruct`, `generate` and `view` share: how depth is found, and where the camera goes."""
+def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ()) -> None:
+    """Add a flag for each setting of a dataclass, or those in `names`: `--num-frames` for `num_frames`.
 
-    depth: str = setting(
-        "sidecar",
-        "Depth estimator; sidecar: a depth file beside the video; auto: the first that works of sidecar, "
-        "depth-anything-v2, parallax.",
-        choices=CHOICES,
-    )
-    depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
-    depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
-    trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")
-    angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
-    trajectory_option: tuple[str, ...] = setting(
-        (),
-        "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file, and "
-        "rebase=false, which leaves its poses in the world of --source-poses.",
-    )
-    cameras: str = setting(
-        "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator; parallax: found from "
-        "motion; or a file of poses, whose unit is found.",
-    )
-    source_poses: str | None = setting(None, "File with the poses of the source camera, where it moves.")
-    source_scale: float | None = setting(
-        None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."
-    )
-    source_motion: str | None = setting(
-        None,
-        "The source camera's own motion, where it is known; remove: path fixed in the world; keep: path rides on the "
-        "source camera; smooth: on a stabilised one. Unset: remove; keep where the released profile is given no poses.",
-        choices=SOURCE_MOTIONS,
-    )
-    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
-    first_frame: str = setting(
-        "exact",
-        "Frame 0, where its camera is the source's; exact: the source's picture, whole; drawn: with holes, as the "
-        "frames after it, so that nothing pops.",
-        choices=FIRST_FRAMES,
-    )
-    fov_deg: float | None = fov_setting()
-    profile: str | None = setting(
-        None,
-        "Mesh profile; released: for published weights. Unset: the adapter's own, or default.",
-        choices=PROFILES,
-    )
-    backend: str = setting("auto", "Renderer.", choices=("auto", "cpu", "reference", "nvdiffrast"))
-    seed: int = setting(0, "Seed of everything that is drawn.", ge=0)
-
-    def __post_init__(self) -> None:
-        checked(self)
-
-
-def add(parser: argparse.ArgumentParser, cls: type) -> None:
-    """Add a flag for each setting of a dataclass: `--num-frames` for `num_frames`."""
+    A list or mapping is a flag that can be repeated; that of the mapping `xs` is `--x KEY=VALUE`.
+    """
     for field in dataclasses.fields(cls):
+        if names and field.name not in names:
+            continue
         rule, default = rule_of(cls, field.name), default_of(field)
         assert rule is not None
         flag, choices = f"--{field.name.replace('_', '-')}", ", ".join(choices_of(cls, field.name))
         notes = (
             f"one of {choices}" if choices else "",
-            "" if default in (None, "", False, ()) else f"default: {default}",
+            "" if default in (None, "", False, (), {}) else f"default: {default}",
         )
         shown = "; ".join(note for note in notes if note)
         help = f"{rule.help}{f' ({shown})' if shown else ''}".replace("%", "%%")
         if isinstance(default, bool):
             parser.add_argument(flag, action="store_true", help=help)
-        elif isinstance(default, tuple):
-            parser.add_argument(flag, f"-{field.name[0]}", action="append", default=[], metavar="VALUE", help=help)
+        elif isinstance(default, tuple | Mapping):
+            flag = flag.removesuffix("s") if isinstance(default, Mapping) else flag
+            names_of_flag = (flag, f"-{field.name[0]}")
+            parser.add_argument(
+                *names_of_flag, action="append", default=[], dest=field.name, metavar="VALUE", help=help
+            )
         else:
             parser.add_argument(flag, type=_type_of(cls, field.name), default=default, help=help)
 
@@ -104,18 +62,19 @@ def _type_of(cls: type, name: str) -> type:
 
 
 def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:
-    """Return the arguments of `reconstruct` for a video that the flags of PathFlags say, except for the profile."""
-    values = {field.name: getattr(args, field.name) for field in dataclasses.fields(PathFlags)}
-    read(args, PathFlags)
-    del values["profile"]
+    """Return the settings of ReconstructConfig that the flags of PATH, `--size` and `--num-frames` say.
+
+    Prints the choice of `--depth auto`, which is made for this video. Raises ConfigError for one out of range.
+    """
+    values = {name: getattr(args, name) for name in (*PATH, "size", "num_frames")}
+    values["trajectory_options"] = dict(_option(text) for text in args.trajectory_options)
+    ReconstructConfig(**values)
     if args.depth == AUTO:
         from ex4d.depth import auto, places
 
         request = DepthRequest(video_path, twin=places.twin_of(video_path))
         values["depth"], choice = auto.choose([request], args.depth_path)
         print(choice)
-    values["trajectory_name"] = values.pop("trajectory")
-    values["trajectory_options"] = dict(_option(text) for text in values.pop("trajectory_option"))
     return values
 
 

@@ -7,6 +7,7 @@ from pathlib import Path
 
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
+from ex4d.reconstruct_config import ReconstructConfig
 from pipelines.commands import flags
 from pipelines.runtime.output import writing
 
@@ -21,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--num-frames", type=int, help="4k+1; default: what the adapter was trained at.")
     parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one.")
     flags.add(parser, GenerateConfig)
-    flags.add(parser, flags.PathFlags)
+    flags.add(parser, ReconstructConfig, flags.PATH)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -39,9 +40,6 @@ def run(args: argparse.Namespace) -> int:
             video_path=args.video,
             adapter_path=args.adapter,
             base=args.base,
-            size=args.size,
-            num_frames=args.num_frames,
-            profile=args.profile,
             config=sampler,
             device=args.device,
             **flags.path(args, args.video),

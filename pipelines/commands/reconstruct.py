@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 
+from ex4d.reconstruct_config import ReconstructConfig
 from pipelines.commands import flags
 from pipelines.runtime.output import writing
 
@@ -15,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=flags.size, help="HEIGHTxWIDTH; default: the video's own.")
     parser.add_argument("--num-frames", type=int, help="Number of frames; default: all.")
     parser.add_argument("--save-mesh", nargs="?", const="ply", choices=("ply", "glb"), help="Write a mesh per frame.")
-    flags.add(parser, flags.PathFlags)
+    flags.add(parser, ReconstructConfig, flags.PATH)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -24,13 +25,7 @@ def run(args: argparse.Namespace) -> int:
     from ex4d.reconstruct import reconstruct
 
     with writing(args.output):
-        view = reconstruct(
-            args.video,
-            num_frames=args.num_frames,
-            size=args.size,
-            profile=args.profile or "default",
-            **flags.path(args, args.video),
-        )
+        view = reconstruct(args.video, **flags.path(args, args.video))
         paths = reconstruct_files.write(view, args.output, args.save_mesh)
     motion = view.choices["source_motion"]
     print(f"the source camera's motion is known: {motion}" if motion else "the source camera is taken to stand still")

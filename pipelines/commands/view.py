@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 
 from ex4d.errors import ConfigError
+from ex4d.reconstruct_config import ReconstructConfig
 from pipelines.commands import flags
 from pipelines.runtime.output import writing
 
@@ -22,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument("--size", type=flags.size, help="Video: HEIGHTxWIDTH; default: its own.")
     parser.add_argument("--num-frames", type=int, help=f"Video: frames; default: all, up to {MAX_VIEW_FRAMES}.")
     flags.trust(parser)
-    flags.add(parser, flags.PathFlags)
+    flags.add(parser, ReconstructConfig, flags.PATH)
 
 
 def run(args: argparse.Namespace) -> int:
@@ -49,12 +50,9 @@ def _write(args: argparse.Namespace) -> int:
 
     if Path(args.thing).is_dir():
         raise ConfigError("THING", args.thing, "a finished dataset (it has no dataset.json) or a video")
-    count = args.num_frames
-    if count is None:
-        count = min(MAX_VIEW_FRAMES, len(isolation.run("frame_pts", (isolation.File(args.thing),))[0]))
-    view = reconstruct(
-        args.thing, num_frames=count, size=args.size, profile=args.profile or "default", **flags.path(args, args.thing)
-    )
+    if args.num_frames is None:
+        args.num_frames = min(MAX_VIEW_FRAMES, len(isolation.run("frame_pts", (isolation.File(args.thing),))[0]))
+    view = reconstruct(args.thing, **flags.path(args, args.thing))
     title = os.fsencode(Path(args.thing).name).decode("utf-8", "backslashreplace")
     print(scene_page.write(view, args.output, title))
     return 0

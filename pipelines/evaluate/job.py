@@ -1,7 +1,7 @@
-"""`ex4d evaluate`: how good an adapter is, over ranges of camera paths, on scenes whose truth is known or on videos.
+"""`ex4d evaluate`: measure an adapter over ranges of camera paths, on scenes with known truth or on videos.
 
-One row is one clip along one path. Its figures, features and videos are staged whole, named by all that they depend
-on, so a run that was killed goes on with what is missing. evaluation.json is written last: it is the commit.
+A row is one clip along one path. Its figures, features and videos are staged together under a name that fingerprints
+everything they depend on, so a killed run resumes. evaluation.json is written last: it is the commit.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ from pipelines.runtime.result import Result, logged
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, is_lasting
 
-SHOWN = 4  # clips a range on the page; the videos of all lie beside it
+SHOWN = 4  # clips of each range on the page; the videos of all are beside it
 RECORD = "evaluation.json"
 SECTIONS = {
     "evaluate": EvaluateConfig,
@@ -62,15 +62,15 @@ def run(
     ray_config: RayConfig | None = None,
     runner_name: str = "ray",
 ) -> Report:
-    """Return how good an adapter is, after making what is missing of it in `config.output`.
+    """Compute the views that `config.output` lacks and return the report.
 
     Args:
-        world: what scenes are made like; size and length are the adapter's. Not used for videos.
-        runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
+        world: settings of the scenes; size and length are the adapter's. Not used for videos.
+        runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
 
     Raises:
-        ConfigError: a choice is invalid; before any work.
-        ContractError: the adapter's file, or a result of an earlier run, is damaged.
+        ConfigError: a setting is invalid; before any work.
+        ContractError: the adapter's file or a result of an earlier run is damaged.
     """
     outside_datasets("evaluate.output", config.output)
     planned = evaluate_plan.plan(config, sampler, world or SyntheticConfig())
@@ -79,7 +79,7 @@ def run(
     how = {"runner": runner_name, "num_workers": config.num_workers}
     with exclusive(config.output), logged(config.output, progress.tallies, bugs, how) as end:
         job = _Job(config, planned)
-        chosen = runner_name if job.missing() else "inline"  # no Ray need start for nothing
+        chosen = runner_name if job.missing() else "inline"  # do not start Ray where nothing is missing
         with runner.runner(chosen, ray_config or RayConfig(), config.num_workers, attempts) as execute:
             passes = Passes("evaluate", execute, progress, config.max_bugs, bugs=bugs)
             try:
@@ -101,14 +101,14 @@ class _Job:
         self.problems: list[str] = []
 
     def missing(self) -> list[Row]:
-        """Return the rows that neither were done nor will be refused again."""
+        """Return the rows that are neither done nor rejected for good."""
         done = self.ledger.names()
         refusals = {row["refusal_artifact"]: row["key"] for row in self.planned.rows if row["refusal_artifact"] in done}
         done -= self.ledger.read_all(refusals)[1]
         return [row for row in self.planned.rows if not done & {row["artifact"], row["refusal_artifact"]}]
 
     def work(self, passes: Passes) -> None:
-        """Bring staging up to date. Raises TooManyBugs."""
+        """Compute the views that staging lacks. Raises TooManyBugs."""
         rows = {row["key"]: row for row in self.missing()}
         chosen = stages.stages(self.config.num_gpus)
         for done in passes.run("views", chosen, list(rows.values()), self.planned.context):
@@ -118,11 +118,11 @@ class _Job:
                 self._reject(rows[done["key"]], done["refusal"])
 
     def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
-        told = {name: refusal[name] for name in ("stage", "reason", "message")}
-        self.rejects.append({"key": row["key"], "name": row["case"]["video"], **told, "views": 1})
+        facts = {name: refusal[name] for name in ("stage", "reason", "message")}
+        self.rejects.append({"key": row["key"], "name": row["case"]["video"], **facts, "views": 1})
 
     def finish(self, passes: Passes) -> Report:
-        """Return the Report, after writing videos, page and evaluation.json, unless too much was bad."""
+        """Write videos, page and evaluation.json, unless too many views are bad; return the Report."""
         done = self.ledger.names()
         there = [row for row in self.planned.rows if row["artifact"] in done]
         for row in self.planned.rows:
@@ -153,8 +153,8 @@ class _Job:
         return storage.join(self.config.output, *parts)
 
     def _write(self, result: Result, rows: list[Row]) -> Report:
-        """Return the Report after writing all that people look at, and deleting what it supersedes."""
-        storage.remove(self._url(RECORD))  # until it is there again, nothing is committed
+        """Write the videos, the page and evaluation.json, and delete older ones; return the Report."""
+        storage.remove(self._url(RECORD))  # until it is written again, nothing is committed
         ranges = {name: Range() for name in self.config.ranges}
         clips: list[dict[str, Any]] = []
         shown: list[View] = []
@@ -174,9 +174,9 @@ class _Job:
         labels = {name: METHODS[name] for name in self.config.compared}
         tables = {name: summary.table(found, labels, distances[name]) for name, found in ranges.items()}
         report = Report(result, tables, ranges, shown, self.planned.facts)
-        subject = "videos of one's own" if self.config.videos else "held-out scenes, whose true novel views are known"
-        told = (f"{report.facts['adapter']} on {subject}. All videos lie in the folder videos beside this page's.",)
-        page.write(report.page("How good the adapter is", told, videos="../videos"), result.report)
+        subject = "own videos" if self.config.videos else "held-out scenes with known novel views"
+        notes = (f"{report.facts['adapter']} on {subject}. All videos are in the folder `videos` next to `report`.",)
+        page.write(report.page("How good the adapter is", notes, videos="../videos"), result.report)
         self._tidy(names)
         record = {
             "facts": report.facts,
@@ -193,14 +193,14 @@ class _Job:
         return report
 
     def _keep(self, name: str, data: bytes) -> str:
-        """Return the name of a video after writing it where it is not there already."""
+        """Write a video unless it exists with these bytes; return its name."""
         url = self._url("videos", name)
         if not storage.exists(url) or storage.read_bytes(url) != data:
             storage.write_bytes(url, data)
         return name
 
     def _tidy(self, videos: set[str]) -> None:
-        """Delete videos that are not of this evaluation, and what was staged of its views by other choices."""
+        """Delete videos of other evaluations, and staged views of the same clips under other settings."""
         for name in storage.list_files(self._url("videos")):
             if name not in videos:
                 storage.remove(self._url("videos", name))

@@ -1,4 +1,4 @@
-"""What an evaluation will look at: its choices, checked, and a row for every clip along every path."""
+"""Plan an evaluation: check the settings, and list a row for each clip along each path."""
 
 from __future__ import annotations
 
@@ -18,13 +18,13 @@ from ex4d.geometry.camera import fov_setting, intrinsics
 from ex4d.geometry.profiles import PROFILES
 from ex4d.geometry.render import choose_backend
 from ex4d.models import backbone, fingerprints, provenance, weights
-from ex4d.reconstruct import check_choices
+from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.synthetic import SyntheticConfig
 from pipelines import inputs
 from pipelines.evaluate.stages import CODEC, METHODS, OTHER, Evaluation
 from pipelines.runtime.stage import Row, new_row
 
-CODE = 1  # raised when stages change what they write, so that older staging is not taken
+CODE = 1  # raise it when stages write something else: older staging is then not reused
 PACKAGES = (  # may change a picture or a figure
     *("ex4d-platform", "torch", "diffusers", "transformers", "peft"),
     *("numpy", "scipy", "numba", "av", "opencv-python-headless"),
@@ -100,13 +100,13 @@ class EvaluateConfig:
 
 @dataclass(frozen=True)
 class Planned:
-    """What will be done.
+    """The plan of an evaluation.
 
     Args:
         rows: one for every clip along every path, with `artifact` and `refusal_artifact`, of which one will be written.
-        rejects: videos that cannot be looked at, each for `views` rows that are not there.
-        context: what all rows are evaluated with.
-        facts: what is evaluated, and how, for people.
+        rejects: videos that cannot be used, each with `views`, the number of rows that it would have had.
+        context: what all rows share.
+        facts: what is evaluated, and how, for the page.
     """
 
     rows: list[Row]
@@ -119,14 +119,14 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     """Return the rows of an evaluation.
 
     Raises:
-        ConfigError: a choice is invalid: known here, before any work.
-        ContractError: the adapter's file is damaged, or a file of poses.
+        ConfigError: a setting is invalid; before any work.
+        ContractError: the adapter's file or a file of poses is damaged.
     """
     metadata = weights.read_metadata(config.adapter)
     size, num_frames = config.size or metadata.size, config.num_frames
     num_frames = metadata.num_frames if num_frames is None else num_frames
     choices = _reconstruct_choices(config, metadata, num_frames, size)
-    check_choices(**choices)
+    ReconstructConfig(**choices)  # refuses what is invalid
     _check_size(num_frames, size)
     scenes = config.videos is None
     if scenes and config.corpus_seed == world.seed:
@@ -156,7 +156,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     rejects: list[dict[str, Any]] = []
     cases = _scenes(config) if scenes else list(_videos(config, rejects))
     if OTHER in config.compared and len(cases) < 2:
-        raise ConfigError("evaluate.methods", OTHER, "needs two clips or more")
+        raise ConfigError("evaluate.methods", OTHER, "needs at least two clips")
     facts = {"adapter": hub.name_of(config.adapter), "adapter sha256": digest}
     facts |= _facts(sampler, metadata, base[0], num_frames, size)
     paths = {name: _path(name, chosen, num_frames, size) for name, chosen in config.ranges.items()}
@@ -174,7 +174,7 @@ def _reconstruct_choices(
 def _facts(
     sampler: GenerateConfig, metadata: weights.AdapterMetadata, base: str, num_frames: int, size: tuple[int, int]
 ) -> dict[str, Any]:
-    """Return what the page says of an evaluation, beside the adapter's name and hash."""
+    """Return the facts for the page, besides the adapter's name and hash."""
     return {
         "adapter step": metadata.step,
         "base": hub.name_of(base),
@@ -192,8 +192,8 @@ def _check_swap(sampler: GenerateConfig, base: tuple[str, str | None]) -> None:
 
 
 def _known_by(config: EvaluateConfig, context: Evaluation) -> list[Any]:
-    """Return what a view's result depends on beside its clip and its path."""
-    # Where weights lie while they do not work changes no result.
+    """Return what a view's result depends on besides its clip and its path."""
+    # Where idle weights are kept changes no result.
     how = to_dict(replace(context.sampler, offload=False, block_swap=0))
     known_by = [CODE, installed_versions(PACKAGES), context.model, how, config.seed, context.device, config.compared]
     known_by += [context.reconstruct, to_dict(context.world) if context.world else None, choose_backend("auto")]
@@ -201,7 +201,7 @@ def _known_by(config: EvaluateConfig, context: Evaluation) -> list[Any]:
 
 
 def _check_size(num_frames: int, size: tuple[int, int]) -> None:
-    """Refuse what no base can take: a family with larger cells says so when it is loaded."""
+    """Raise ConfigError for sizes that no base can take; a family with larger cells raises when it is loaded."""
     if num_frames < 5 or num_frames % 4 != 1:
         raise ConfigError("evaluate.num_frames", num_frames, "4k + 1, at least 5")
     if any(side % 16 for side in size):
@@ -209,7 +209,7 @@ def _check_size(num_frames: int, size: tuple[int, int]) -> None:
 
 
 def _path(name: str, chosen: tuple, num_frames: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Return a range's path, tried: `name`, `angle_deg`, `options`, and the `content` of a file of poses."""
+    """Check a range's path; return `name`, `angle_deg`, `options` and the `content` of a pose file."""
     trajectory, angle_deg = chosen[:2]
     options = dict(chosen[2]) if len(chosen) > 2 else {}
     K = intrinsics(size)
@@ -243,7 +243,7 @@ def _scenes(config: EvaluateConfig) -> list[dict[str, Any]]:
 
 
 def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield a case for every video that can be read, and put the others into `rejects`."""
+    """Yield a case for each readable video; append the others to `rejects`."""
     try:
         with web.rules(private="none"):  # a list may name hosts
             sources = inputs.expand(str(config.videos), exclude=config.output)
@@ -257,7 +257,7 @@ def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[d
         try:
             case = _video(config, source)
             if case["name"] in known:
-                raise BadSample("duplicate", "the same bytes, with the same depth, as another")
+                raise BadSample("duplicate", "has the same content and depth as another video")
         except BadSample as error:
             told = {"key": source.name, "name": source.name, "stage": "plan"}
             views = len(config.ranges) if error.reason != "duplicate" else 0
@@ -271,9 +271,9 @@ def _video(config: EvaluateConfig, source: inputs.Source) -> dict[str, Any]:
     if source.reason:
         raise BadSample(source.reason, source.message)
     if not storage.is_local(source.path):
-        raise ConfigError("evaluate.videos", remote.redacted(source.path), "files of this machine")
+        raise ConfigError("evaluate.videos", remote.redacted(source.path), "must be files on this machine")
     if source.spans and any(span.start_s or span.end_s is not None for span in source.spans):
-        raise ConfigError("evaluate.videos", source.name, "whole files: cut the spans of a list out first")
+        raise ConfigError("evaluate.videos", source.name, "must be whole files: cut out the spans of the list first")
     if not Path(source.path).is_file():
         raise BadSample("not_a_file", "")
     try:
@@ -287,7 +287,7 @@ def _video(config: EvaluateConfig, source: inputs.Source) -> dict[str, Any]:
 
 
 def _networks(config: EvaluateConfig) -> list[str]:
-    """Return what stands for the weights of depth and feature networks by their content."""
+    """Return content hashes of the weights of depth and feature networks."""
     from ex4d.models import features
 
     chosen = [(config.image_features, False), (config.video_features, True)]

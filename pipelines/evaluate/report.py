@@ -1,4 +1,4 @@
-"""What an evaluation says: a table a range on the terminal, and a page with the videos side by side."""
+"""The report of an evaluation: a table for each range, and a page with the videos side by side."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.runtime.result import Result
 
 SHOWN = ("source", "depth", "condition", *METHODS, "truth")
 LABELS = {**METHODS, "truth": "true novel view", "condition": "condition"}
-NOT_SHOWN = ("warp",)  # it is the condition
+NOT_SHOWN = ("warp",)  # it is shown as the condition
 WIDTH = 200  # at most
 
 
@@ -29,10 +29,10 @@ class View:
 
 @dataclass(frozen=True)
 class Report:
-    """What an evaluation found.
+    """The results of an evaluation.
 
     Args:
-        result: counts, rejects and problems, as of every run; `report` is where the page is.
+        result: counts, rejects and problems, as of any run; `report` is the path of the page.
         tables: {range: (columns, rows of text)}.
         ranges: {range: the figures of every view}.
         shown: some views to look at.
@@ -51,7 +51,7 @@ class Report:
         return self.result.exit_code
 
     def table(self) -> str:
-        """Return the text that a user sees at the end."""
+        """Return the tables and problems as text for the terminal."""
         from rich.console import Console
         from rich.table import Table
 
@@ -59,7 +59,7 @@ class Report:
         console = Console(file=text, width=WIDTH)
         for name, (columns, rows) in self.tables.items():
             table = Table(title=f"{name}: {_explained(self.ranges[name])}")
-            # On its side, for terminals: a row a figure, a column a method by the name that the config has for it.
+            # Transposed, to fit terminals: a row per figure, a column per method.
             for head in ("", *(method for method in METHODS if method in self.ranges[name].figures)):
                 table.add_column(head, justify="right" if head else "left", no_wrap=True)
             for figure in zip(columns[1:], *(row[1:] for row in rows), strict=True):
@@ -77,7 +77,7 @@ class Report:
         """Return the page.
 
         Args:
-            videos: folder of the videos as seen from the page; None puts them into it.
+            videos: path of the videos relative to the page; None embeds them.
             more: `losses` of a training; `facts` beside those of the evaluation.
         """
         facts = {**self.facts, **more.pop("facts", {})}
@@ -97,7 +97,7 @@ class Report:
 def _explained(views: Range) -> str:
     count = views.count
     clips = "1 clip" if count == 1 else f"{count} clips"
-    return f"mean ± standard deviation over {clips}; frame 0, which is given, is left out"
+    return f"mean ± standard deviation over {clips}; frame 0, which the model is given, is left out"
 
 
 def _clips(view: View, videos: str | None) -> list[page.Clip]:

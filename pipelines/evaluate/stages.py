@@ -1,4 +1,4 @@
-"""One view of one clip: what each method makes of it, and how good that is. The model stays loaded between rows."""
+"""Render one view of one clip with each method and measure it. The model stays loaded between rows."""
 
 from __future__ import annotations
 
@@ -38,14 +38,14 @@ class Evaluation:
     """What every row is evaluated with.
 
     Args:
-        output: folder that the results lie in.
-        adapter, base: as `generate.load` takes them; model: what stands for the content of both.
+        output: folder of the results.
+        adapter, base: as in `generate.load`; model: content hashes of both.
         sampler: how videos are sampled; seed: of the noise.
         methods: keys of METHODS.
-        world: of the procedural scenes; None where videos are looked at.
-        reconstruct: what else `reconstruct` takes for videos: depth, size, num_frames, profile, …
+        world: settings of the procedural scenes; None for videos.
+        reconstruct: settings of ReconstructConfig for videos: depth, size, num_frames, profile, …
         image_features, video_features: weights of networks; None for none.
-        mask_range, source_video: what the adapter was trained with.
+        mask_range, source_video: as the adapter was trained.
         device: cuda or cpu.
     """
 
@@ -67,10 +67,10 @@ class Evaluation:
 
 @lru_cache(maxsize=1)
 def loaded(adapter: str, base: str | None, model: str, device: str, sampler: GenerateConfig) -> tuple[Base, Ex4dModel]:
-    """Return the base and its adapter, kept by this process until others are asked for.
+    """Return the base and its adapter; this process keeps them until it needs others.
 
     Args:
-        model: what stands for the content of both, so that a file that was replaced is read again.
+        model: content hashes of both, so that a replaced file is read again.
     """
     import torch
 
@@ -86,7 +86,7 @@ def _loaded(context: Evaluation) -> tuple[Base, Ex4dModel]:
 
 
 def load_model(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return nothing; the model is loaded: once a process, so that its time is not the first view's."""
+    """Load the model, once per process; a stage of its own, so that no view is charged for the time."""
     _loaded(context)
     return {}
 
@@ -101,12 +101,13 @@ def _scene(index: int, world: SyntheticConfig, profile: str) -> Clip:
 @lru_cache(maxsize=2)
 def _video(path: str, content: tuple[str, ...], device: str, choices: tuple[tuple[str, Any], ...]) -> Clip:
     from ex4d.reconstruct import read
+    from ex4d.reconstruct_config import ReconstructConfig
 
-    return read(path, device=device, **dict(choices))
+    return read(path, ReconstructConfig(device=device, **dict(choices)))
 
 
 def view_of(row: Row, which: str, context: Evaluation) -> View:
-    """Return the row's `case`, or the `other` one, seen along its path; its depth is kept for the next path."""
+    """Return the row's `case`, or the `other` one, along its path; its depth is cached for the next path."""
     from ex4d.evaluate import views
 
     case, path = row[which], row["path"]
@@ -127,9 +128,9 @@ def make_view(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the eroded mask that all of them were given.
+    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the eroded mask that all of them used.
 
-    A method is left out where it cannot be: another clip's condition, of a clip that is bad.
+    A method that cannot run is left out: another clip's condition, where that clip is bad.
     """
     from ex4d.evaluate.metrics import inpaint
     from ex4d.generate import generate, to_frames, to_pixels
@@ -176,9 +177,9 @@ def measure(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return `features`: {"METHOD.image" or "METHOD.video": float32 [N, D]}, with those of "real" beside them.
+    """Return `features`: {"METHOD.image" or "METHOD.video": float32 [N, D]}, and those of "real".
 
-    Real is the true novel view where it is known, else the source.
+    "real" is the true novel view where it is known, else the source.
     """
     from ex4d.models import features
 
@@ -193,7 +194,7 @@ def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def write_view(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return nothing; figures, features and videos lie in staging afterwards, written atomically."""
+    """Write figures, features and videos to staging, atomically."""
     from ex4d import video
     from ex4d.data.tar import sample_tar
     from ex4d.data.tensors import encode_tensors
@@ -229,5 +230,5 @@ STAGES = (
 
 
 def stages(num_gpus: float) -> tuple[Stage, ...]:
-    """Return the stages with a share of a GPU each: one process does a row, so that no picture travels."""
+    """Return the stages, all with the same share of a GPU, so that one process does a whole row."""
     return tuple(replace(stage, num_gpus=num_gpus) for stage in STAGES)

@@ -92,18 +92,12 @@ def warp_video(
         ConfigError: unknown profile or backend, bad cameras.
     """
     frames, z_depth = np.asarray(frames), np.asarray(z_depth)
-    w2c = np.asarray(w2c, np.float64)
     if frames.ndim != 4 or frames.shape[:3] != z_depth.shape:
         raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
-    if w2c.shape != (len(frames), 4, 4):
-        raise ConfigError("w2c", list(w2c.shape), f"[{len(frames)}, 4, 4], one pose a frame")
+    K = check_intrinsics(K)
+    w2c, view_K = _checked_cameras(len(frames), w2c, K if view_K is None else view_K)
     if source_w2c is not None:
         w2c = relative_to(w2c, source_w2c)
-    K = check_intrinsics(K)
-    view_K = np.asarray(K if view_K is None else view_K, np.float64)
-    if view_K.shape not in ((3, 3), (len(frames), 3, 3)):
-        raise ConfigError("view_K", list(view_K.shape), f"[3, 3] or [{len(frames)}, 3, 3]")
-    view_K = np.broadcast_to(view_K, (len(frames), 3, 3))
     if first_frame not in FIRST_FRAMES:
         raise ConfigError("first_frame", first_frame, f"one of {', '.join(FIRST_FRAMES)}")
     if valid is not None and valid.shape != z_depth.shape:
@@ -123,6 +117,16 @@ def warp_video(
         known = np.ones(z_depth[t].shape, bool) if valid is None or t == 0 else valid[t]
         cond_video[t], visible[t] = resampled(frames[t], known, K, Camera(view_K[t], w2c[t], known.shape))
     return cond_video, visible
+
+
+def _checked_cameras(num_frames: int, w2c: np.ndarray, view_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return (w2c [T, 4, 4], view_K [T, 3, 3]), float64, one of each a frame. Raises ConfigError for other shapes."""
+    w2c, view_K = np.asarray(w2c, np.float64), np.asarray(view_K, np.float64)
+    if w2c.shape != (num_frames, 4, 4):
+        raise ConfigError("w2c", list(w2c.shape), f"[{num_frames}, 4, 4], one pose a frame")
+    if view_K.shape not in ((3, 3), (num_frames, 3, 3)):
+        raise ConfigError("view_K", list(view_K.shape), f"[3, 3] or [{num_frames}, 3, 3]")
+    return w2c, np.broadcast_to(view_K, (num_frames, 3, 3))
 
 
 def _unmoved(w2c: np.ndarray, profile: Profile, first_frame: str) -> list[int]:

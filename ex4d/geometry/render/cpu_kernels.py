@@ -106,6 +106,13 @@ def _turned(x, y, rotation):
 
 
 @kernel
+def _mix(wa, a, wb, b, wc, c, out):
+    """Enter the weighted mean of three colours, rounded."""
+    for k in range(3):
+        out[k] = np.uint8(wa * a[k] + wb * b[k] + wc * c[k] + 0.5)
+
+
+@kernel
 def shade(
     keys, z, rays_x, rays_y, rotation, eye, camera, colours, alpha, occluded, cap, two_sided, vertex_alpha,
     colour, z_depth, visible, face_id,
@@ -155,6 +162,4 @@ def shade(
                 if (wa + wb + wc) * 255 <= 125:
                     continue
             visible[i, j] = True
-            for k in range(3):
-                mixed = wa * colours[ai, aj, k] + wb * colours[bi, bj, k] + wc * colours[ci, cj, k]
-                colour[i, j, k] = np.uint8(mixed + 0.5)
+            _mix(wa, colours[ai, aj], wb, colours[bi, bj], wc, colours[ci, cj], colour[i, j])

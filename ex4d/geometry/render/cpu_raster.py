@@ -280,6 +280,16 @@ def _fill_exact(n, half, lane, inverse, depth_a, depth_b, depth_c, reach, face, 
 
 
 @kernel
+def _draw_cap(cap, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, cull, keys):
+    """Enter the faces of the cap, whose ids follow those of the grid."""
+    first, width = 2 * (z.shape[0] - 1) * (z.shape[1] - 1), z.shape[1]
+    for k in range(len(cap)):
+        a, b, c = np.int64(cap[k, 0]), np.int64(cap[k, 1]), np.int64(cap[k, 2])
+        corners = (divmod(a, width), divmod(b, width), divmod(c, width))
+        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, first + k, cull, keys)
+
+
+@kernel
 def rasterise(
     z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, centre, cull, draw_occluded, reach, keys
 ):  # fmt: skip
@@ -329,7 +339,5 @@ def rasterise(
                     if not _fill_exact(n, half, lane, inverse, za, zb, zc, end, face, cull, keys):
                         corners = ((i - 1, j + half), (i, j), (i - 1 + half, j + 1))
                         _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, end, face, cull, keys)
-    for k in range(len(cap) if draw_occluded else 0):
-        a, b, c = np.int64(cap[k, 0]), np.int64(cap[k, 1]), np.int64(cap[k, 2])
-        face, corners = 2 * rows * columns + k, (divmod(a, columns + 1), divmod(b, columns + 1), divmod(c, columns + 1))
-        _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, face, cull, keys)
+    if draw_occluded:
+        _draw_cap(cap, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, cull, keys)

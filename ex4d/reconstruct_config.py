@@ -1,0 +1,93 @@
+"""The settings of `reconstruct`; `reconstruct`, `generate` and `view` have a flag for most of them."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Literal
+
+from ex4d.config import checked, setting
+from ex4d.depth import CHOICES
+from ex4d.geometry import camera_path
+from ex4d.geometry.camera import fov_setting
+from ex4d.geometry.profiles import FIRST_FRAMES, PROFILES
+from ex4d.geometry.trajectory import TRAJECTORIES
+
+MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
+
+
+@dataclass(frozen=True, kw_only=True)
+class ReconstructConfig:
+    """How a video is seen along a camera path.
+
+    Raises:
+        ConfigError: a setting is out of its range, or a file does not exist.
+    """
+
+    depth: str = setting(
+        "sidecar",
+        "Depth estimator; sidecar: a depth file beside the video; auto: the first that works of sidecar, "
+        "depth-anything-v2, parallax.",
+        choices=CHOICES,
+    )
+    depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
+    depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
+    trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")
+    angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
+    trajectory_options: Mapping[str, Any] = setting(
+        {},
+        "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file, and "
+        "rebase=false, which leaves its poses in the world of --source-poses.",
+    )
+    cameras: str = setting(
+        "auto",
+        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator; parallax: found from "
+        "motion; or a file of poses, whose unit is found.",
+    )
+    source_poses: str | Path | None = setting(None, "File with the poses of the source camera, where it moves.")
+    source_scale: float | None = setting(
+        None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."
+    )
+    source_motion: str | None = setting(
+        None,
+        "The source camera's own motion, where it is known; remove: path fixed in the world; keep: path rides on the "
+        "source camera; smooth: on a stabilised one. Unset: remove; keep where the released profile is given no poses.",
+        choices=camera_path.SOURCE_MOTIONS,
+    )
+    first_frame: str = setting(
+        "exact",
+        "Frame 0, where its camera is the source's; exact: the source's picture, whole; drawn: with holes, as the "
+        "frames after it, so that nothing pops.",
+        choices=FIRST_FRAMES,
+    )
+    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
+    fov_deg: float | None = fov_setting()
+    profile: str | None = setting(
+        None,
+        "Mesh profile; released: for published weights. Unset: the adapter's own, or default.",
+        choices=PROFILES,
+    )
+    backend: str = setting("auto", "Renderer.", choices=("auto", "cpu", "reference", "nvdiffrast"))
+    seed: int = setting(0, "Seed of everything that is drawn.", ge=0)
+    num_frames: int | None = setting(49, "Number of frames, from the first; null: all.", ge=1)
+    size: tuple[int, int] | None = setting(
+        (512, 512),
+        "(height, width), px, both even; null: the video's own, rounded down to even.",
+        ge=MIN_SIDE_PX,
+        le=MAX_SIDE_PX,
+        multiple_of=2,
+    )
+    fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
+    device: str | None = setting(None, "Device of a depth network; null: a GPU where there is one.")
+
+    def __post_init__(self) -> None:
+        need = checked(self)
+        camera_path.check_name(self.trajectory)
+        need(self.source_poses is None or Path(self.source_poses).is_file(), "source_poses", "no such file of poses")
+        if self.cameras != "auto":
+            from ex4d.depth import source_cameras  # imports OpenCV
+
+            source_cameras.check(self.cameras)
+        alone = self.cameras == "auto" or self.source_poses is None
+        need(alone, "cameras", "must be auto where source_poses is set: the poses come from that file")
