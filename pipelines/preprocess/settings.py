@@ -174,7 +174,7 @@ def versions() -> dict[str, str]:
 def video_fingerprints(config: PreprocessConfig) -> tuple[str, str]:
     """Return the fingerprints of a video's record and of its refusal; the content hash stands in the name beside."""
     made = ("video", VIDEO_CODE, versions())
-    return fingerprint(*made), fingerprint(*made, config.limits)
+    return fingerprint(*made), fingerprint(*made, differing(to_dict(config.limits), to_dict(type(config)().limits)))
 
 
 def clip_fingerprints(config: PreprocessConfig, facts: Mapping[str, Any]) -> tuple[str, str]:
@@ -183,8 +183,25 @@ def clip_fingerprints(config: PreprocessConfig, facts: Mapping[str, Any]) -> tup
     Args:
         facts: what of the source and of the plan reaches the sample's bytes.
     """
-    made = ("clip", CLIP_CODE, versions(), sample_settings(config), dict(facts))
-    return fingerprint(*made), fingerprint(*made, config.limits, config.filters)
+    usual = type(config)()
+    chosen = differing(sample_settings(config), sample_settings(usual))
+    limits = differing(to_dict(config.limits), to_dict(usual.limits))
+    filters = differing(to_dict(config.filters), to_dict(usual.filters))
+    made = ("clip", CLIP_CODE, versions(), chosen, dict(facts))
+    return fingerprint(*made), fingerprint(*made, limits, filters)
+
+
+def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that differ from their defaults.
+
+    A fingerprint holds these alone, so that staged work stays valid when a setting is added. Where a default changes,
+    raise CLIP_CODE.
+    """
+    inner = {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
+    return {
+        name: differing(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+        for name, (value, default) in inner.items()
+    }
 
 
 def score_fingerprint(config: PreprocessConfig, facts: Mapping[str, Any]) -> str:

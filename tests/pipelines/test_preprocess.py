@@ -7,7 +7,7 @@ import os
 import shutil
 import subprocess
 import sys
-from dataclasses import replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +15,9 @@ import pyarrow.parquet as pq
 import pytest
 from small_corpus import CORPUS, inline
 
+from ex4d import config as config_file
 from ex4d import video
+from ex4d.config import setting
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
@@ -53,7 +55,7 @@ def test_one_and_two_workers_give_the_same_bytes(config, tmp_path):
     for workers in (1, 2):
         output = str(tmp_path / f"workers-{workers}")
         script = (
-            "import sys, json; from pipelines import preprocess; from ex4d import config;"
+            "import sys, json; from pipelines.preprocess import run as preprocess; from ex4d import config;"
             "c = config.validate(preprocess.PreprocessConfig, json.loads(sys.argv[1]), 'preprocess');"
             "sys.exit(preprocess.run(c).exit_code)"
         )
@@ -61,6 +63,29 @@ def test_one_and_two_workers_give_the_same_bytes(config, tmp_path):
         subprocess.run([sys.executable, "-c", script, settings], check=True, timeout=200)
         found.add(tree(replace(config, output=output)))
     assert len(found) == 1
+
+
+@dataclass(frozen=True)
+class LaterMaskConfig(MaskConfig):
+    """Masks with a setting that a later version adds."""
+
+    feather_px: int = setting(0, "Soften the edges of masks.")
+
+
+@dataclass(frozen=True)
+class LaterConfig(PreprocessConfig):
+    """The settings of a later version."""
+
+    masks: LaterMaskConfig = setting(LaterMaskConfig(), "How masks are simulated.")
+    patience_s: float = setting(1.0, "How long to wait.")
+
+
+def test_work_that_was_staged_before_a_setting_existed_is_taken(config):
+    assert inline(config).worked["clip"] == 12
+    later = config_file.validate(LaterConfig, config_file.to_dict(config), "preprocess")  # new keys are missing
+    assert later.masks.feather_px == 0
+    assert inline(later).worked == {"hash": 4, "split": 0, "clip": 0}
+    assert inline(replace(later, masks=replace(later.masks, feather_px=2))).worked["clip"] == 12
 
 
 def test_running_again_does_nothing_and_leaves_the_same_bytes(config):
