@@ -13,6 +13,7 @@ export TOKENIZERS_PARALLELISM ?= false
 setup: $(STAMP)
 
 $(STAMP): pyproject.toml constraints/cpu.txt
+	@echo "installing PyTorch and the project into $(VENV): 3 GB; minutes, by the speed of the network"
 	$(PYTHON) -m venv $(VENV)
 	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt torch
 	$(BIN)/python -m pip install --quiet -c constraints/cpu.txt -e '.[dev,decord]'

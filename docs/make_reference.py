@@ -66,7 +66,7 @@ def _table(parser: argparse.ArgumentParser) -> str:
 
 
 if __name__ == "__main__":
-    folder = Path(sys.argv[1])
+    folder = Path(sys.argv[1] if sys.argv[1:] else "docs/reference")
     folder.mkdir(parents=True, exist_ok=True)
     (folder / "settings.md").write_text(settings_page(), encoding="utf-8")
     (folder / "commands.md").write_text(commands_page(), encoding="utf-8")

@@ -9,16 +9,20 @@ import shlex
 import shutil
 import subprocess
 import sys
+import sysconfig
+import venv
 from pathlib import Path
 
 import pytest
 
 from ex4d import config
 from ex4d.errors import ConfigError
+from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import cli
 from pipelines.commands.jobs import JOBS
 
 ROOT = Path(__file__).resolve().parent.parent
+DEVELOPERS = ("make check", "make test", "make bench")  # the tests themselves
 PAGES = [ROOT / "README.md", ROOT / "cluster" / "README.md", *sorted((ROOT / "docs").glob("**/*.md"))]
 
 
@@ -62,6 +66,55 @@ def test_a_misspelt_setting_in_a_page_is_found(tmp_path):
     page.write_text("```bash\nex4d preprocess configs/tiny.yaml preprocess.depht=parralax\n```\n")
     with pytest.raises(ConfigError, match=r"Did you mean preprocess\.depth=parallax\?"):
         _check(*_commands(page))
+
+
+def _split(page: Path) -> tuple[list[str], list[str]]:
+    """Return (commands of a page's code blocks that run anywhere, those that are marked `# needs …`)."""
+    blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
+    lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
+    ours = [
+        line for line in lines if line.startswith(("ex4d ", "make ", ". ")) and not _is_template(line.split("#")[0])
+    ]
+    marked = [line.split("#")[0].strip() for line in ours if "# needs " in line]
+    return [line for line in ours if "# needs " not in line and not line.startswith(DEVELOPERS)], marked
+
+
+def _fresh_checkout(folder: Path) -> Path:
+    """Return a copy of the repository with an environment of its own, as `make setup` leaves it, and two videos."""
+    checkout = folder / "ex4d"
+    unwanted = (".git", ".venv", "out", "build", "site", "__pycache__", ".*_cache", "*.egg-info")
+    shutil.copytree(ROOT, checkout, ignore=shutil.ignore_patterns(*unwanted))
+    venv.create(checkout / ".venv", symlinks=True)
+    (packages,) = (checkout / ".venv" / "lib").glob("python*/site-packages")
+    # The packages are those of this Python, so that no network is needed; the project is the copy.
+    (packages / "checkout.pth").write_text(f"{checkout}\n{sysconfig.get_path('purelib')}\n")
+    program = checkout / ".venv" / "bin" / "ex4d"
+    program.write_text(f"#!{checkout}/.venv/bin/python\nimport sys\nfrom pipelines.cli import main\nsys.exit(main())\n")
+    program.chmod(0o755)
+    (checkout / ".venv" / ".installed").touch()
+    world = SyntheticConfig(num_videos=2, num_frames=24, size=(144, 256), fps=8.0)
+    clip, *_ = write_corpus(checkout / "videos", world)
+    for file in (checkout / "videos").glob(f"{clip.stem}.*"):  # the pages name one video, whose depth lies beside it
+        file.rename(file.with_name(file.name.replace(clip.stem, "clip", 1)))
+    return checkout
+
+
+@pytest.mark.heavy
+def test_commands_that_need_nothing_special_run_as_written(tmp_path):
+    checkout = _fresh_checkout(tmp_path)
+    env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
+    env |= {"HF_HUB_OFFLINE": "1", "WANDB_MODE": "offline"}
+    docs, done = checkout / "docs", []
+    for page in (checkout / "README.md", docs / "tutorial.md", *sorted((docs / "how-to").glob("*.md"))):
+        run, marked = _split(page)
+        trainings = [f"{line} train.dry_run=true" for line in marked if line.startswith("ex4d train ")]
+        script = "\n".join(["set -euo pipefail", ". .venv/bin/activate", "set -x", *run, *trainings])
+        ended = subprocess.run(["bash", "-c", script], cwd=checkout, env=env, capture_output=True, text=True)
+        assert ended.returncode == 0, f"{page}\n{ended.stdout[-3000:]}\n{ended.stderr[-5000:]}"
+        done += [*run, *trainings]
+    assert len(done) > 20
+    assert (checkout / "out" / "side.mp4").is_file()
+    assert (checkout / "out" / "tutorial" / "run" / "adapter" / "adapter.safetensors").is_file()
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
