@@ -39,10 +39,10 @@ def choose(requests: Iterable[DepthRequest], depth_path: str | None = None) -> t
     from ex4d.depth.transformers import NETWORKS
 
     return "parallax", (
-        f"depth={AUTO}: parallax, which needs a moving camera, {why} and the weights of {NETWORK} are not here and "
-        "cannot be fetched. Other ways: depth=sidecar with NAME.depth.npz beside each video; or "
-        f"`hf download {NETWORKS[NETWORK].hub_id} --local-dir FOLDER` where there is a network, then depth={NETWORK} "
-        "and depth_path=FOLDER"
+        f"depth={AUTO}: parallax, {why} and the weights of {NETWORK} cannot be fetched. Parallax needs a camera that "
+        "moves sideways. Other choices: depth=sidecar with NAME.depth.npz beside each video, or "
+        f"`hf download {NETWORKS[NETWORK].hub_id} --local-dir FOLDER` on a machine with a network, then "
+        f"depth={NETWORK} depth_path=FOLDER"
     )
 
 

@@ -1,1 +1,1 @@
-"""How good a result is: image metrics, and the comparison on scenes whose true novel views are known."""
+"""Measure results: image metrics, and comparisons on scenes with known novel views."""

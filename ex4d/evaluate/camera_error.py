@@ -1,8 +1,8 @@
-"""Where the camera of a generated video really is: asked for one path, how far from it was the picture taken?
+"""Measure how far the camera of a generated video is from the requested path.
 
-The mesh says where each visible point lies and where the asked camera would show it. Optical flow from that picture to
-the generated one says where it is shown instead; the pose that explains this (PnP with RANSAC) is the camera's error.
-Nothing is learned, so it works on any video, at any size that flow works at.
+The mesh gives the position of each visible point and where the requested camera would show it. Optical flow from that
+picture to the generated one tells where the point is shown; the pose that explains this (PnP with RANSAC) gives the
+error. No network is used, so it works on any video at any size that suits optical flow.
 """
 
 from __future__ import annotations
@@ -19,24 +19,24 @@ from ex4d.geometry.mesh import build
 from ex4d.geometry.render import render
 
 NEAR_DEG = 2.0
-MIN_POINTS = 30  # of known place must agree on a pose
-MIN_SHARE = 0.4  # of the visible ones, too: fewer do where flow took one texture for another
+MIN_POINTS = 30  # points that must agree on a pose
+MIN_SHARE = 0.4  # of the visible points must agree, too: fewer do where flow confuses textures
 MAX_POINTS = 2000
-# Generated pictures are soft. Of the demo's (96 px, orbit 30°, six scenes) these find 65 % of the cameras with the
-# adapter, 100 % with the codec alone, 6 % with the base alone, none under another clip's condition or in noise (38 %
-# there without the likeness). Cameras that are off by 2, 5, 10° are measured as 1.7–1.9, 4.6–4.9, 9.7–9.9°.
+# Generated pictures are soft. In the demo (96 px, orbit 30°, six scenes) these find 65 % of the cameras with
+# the adapter, 100 % with the codec, 6 % with the base, none under another clip's condition or in noise (38 % without
+# the check of similarity). Cameras that are off by 2, 5, 10° are measured as 1.7–1.9, 4.6–4.9, 9.7–9.9°.
 TOLERANCE_PX = 1.5  # up to 384 px; beyond that in proportion to the size
 MIN_LIKENESS, WINDOW_PX = 0.5, 21
-MARGIN_PX = 9  # at 512: flow this near to a hole follows the hole
+MARGIN_PX = 9  # at 512: closer to a hole than this, flow follows the hole
 
 
 @dataclass(frozen=True)
 class CameraError:
-    """How far the camera of each frame from the second on is from the one asked for; NaN where none was found.
+    """Error of the camera of each frame from the second on; NaN where no pose was found.
 
     Attributes:
-        rotation_deg: float64 [T-1], the angle between the two.
-        translation: float64 [T-1], the distance of their centres as a share of the radius.
+        rotation_deg: float64 [T-1], angle between the found and the requested camera.
+        translation: float64 [T-1], distance of their centres as a share of the radius.
         flow_px: float64 [T-1], median distance of a visible point from where it should be shown.
     """
 
@@ -45,10 +45,10 @@ class CameraError:
     flow_px: np.ndarray
 
     def summary(self) -> dict[str, float | None]:
-        """Return `cameras_found` and `cameras_near`, shares of all frames, and medians over those that were found.
+        """Return `cameras_found` and `cameras_near`, shares of all frames, and medians over the found ones.
 
-        A camera far off is seldom found, so the medians alone flatter: the shares say how many they are of. Near is
-        found and within NEAR_DEG.
+        A camera with a large error is seldom found, so read the medians with the shares. Near means found and within
+        NEAR_DEG.
         """
         if not len(self.rotation_deg):
             return dict.fromkeys(("cameras_near", "cameras_found", "rotation_deg", "translation", "flow_px"))
@@ -78,7 +78,7 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
         build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile, valid=valid),
         Camera(K, view.w2c[index], (height, width)),
     )
-    # What the generator made of the holes stands in them: there is nothing to compare there.
+    # Holes hold generated content: there is nothing to compare.
     shown = np.where(seen.visible_mask[..., None], seen.colour, frame)
     flows = tracks.pair_flows(np.stack([shown, frame]))
     tolerance_px = TOLERANCE_PX * max(1.0, min(height, width) / 384)
@@ -92,7 +92,7 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
     if len(rows) < MIN_POINTS:
         return lost
     moved = flows[0, 1][rows, columns].astype(np.float64)
-    points = unproject(seen.z_depth, K)[rows, columns]  # in the axes of the camera that was asked for
+    points = unproject(seen.z_depth, K)[rows, columns]  # in the axes of the requested camera
     places = np.stack([columns, rows], axis=-1) + 0.5 + moved
     cv2.setRNGSeed(0)
     found, turn, shift, inliers = cv2.solvePnPRansac(
@@ -110,10 +110,10 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
 def _likeness(a: np.ndarray, b: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Return float32 [H, W] in [-1, 1]: the correlation of two pictures uint8 [H, W, 3] around each pixel; 0 if flat.
 
-    Flow between pictures that have nothing in common is small, smooth and consistent: it must not pass for a camera.
+    Flow between unrelated pictures is small, smooth and consistent: it must not be taken for a camera.
 
     Args:
-        counted: bool [H, W], the pixels that are compared.
+        counted: bool [H, W], pixels to compare.
     """
     import cv2
 

@@ -1,4 +1,4 @@
-"""How far estimated depth is from the truth, where its scale and shift are free."""
+"""Measure the error of estimated depth up to scale and shift."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ def abs_rel(z_depth: np.ndarray, truth: np.ndarray) -> float:
         z_depth, truth: [T, H, W] > 0.
     """
     scale, shift = align_scale_shift(1 / z_depth, 1 / truth, positive_scale=False)
-    if scale < 0:  # near and far are exchanged: nothing was learned beyond a constant
+    if scale < 0:  # near and far are exchanged: no better than a constant
         scale, shift = 0.0, float(np.mean(1 / truth))
     aligned = 1 / np.maximum(scale / z_depth + shift, 0.5 / truth.max())
     return float(np.mean(np.abs(aligned - truth) / truth))
 
 
 def abs_rel_of_constant(truth: np.ndarray) -> float:
-    """Return the same of the constant that is best in this measure: the median weighted with 1 / truth."""
+    """Return the same for the best constant depth: the median weighted by 1 / truth."""
     values = np.sort(truth, axis=None)
     weight = np.cumsum(1 / values.astype(np.float64))
     constant = values[np.searchsorted(weight, weight[-1] / 2)]

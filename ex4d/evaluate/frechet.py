@@ -1,4 +1,4 @@
-"""How far apart two sets of pictures or videos are, by a network's features: the distance behind FID and FVD."""
+"""Compute the Fréchet distance of two sets of pictures or videos by a network's features, as in FID and FVD."""
 
 from __future__ import annotations
 
@@ -6,20 +6,20 @@ import numpy as np
 
 
 class Gaussian:
-    """Mean and covariance of feature rows that come in parts, exactly, in the memory of 2 D rows at most.
+    """Exact running mean and covariance of feature rows, in the memory of at most 2 D rows.
 
     Attributes:
         count: rows so far.
         mean: float64 [D].
-        factor: float64 [at most 2 D, D]; factorᵀ factor is the scatter, (count - 1) × the covariance. So fewer rows
-            than features stay as exact as they are, where a D × D matrix would be singular.
+        factor: float64 [at most 2 D, D]; factorᵀ factor is the scatter, (count - 1) × the covariance. This
+            stays exact with fewer rows than features, where a D × D matrix would be singular.
     """
 
     def __init__(self) -> None:
         self.count, self.mean, self.factor = 0, np.zeros(0), np.zeros((0, 0))
 
     def add(self, rows: np.ndarray) -> None:
-        """Take rows [N, D] of finite numbers, N at least 1."""
+        """Add rows [N, D] of finite numbers, N at least 1."""
         rows = np.asarray(rows, np.float64)
         mean = rows.mean(axis=0)
         if not self.count:
@@ -38,10 +38,12 @@ def frechet_distance(a: Gaussian, b: Gaussian) -> float:
     """Return the squared Fréchet distance of two Gaussians, each of two rows or more.
 
     |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) (Dowson and Landau 1982; Heusel et al. 2017, eq. 6). It falls
-    with the number of samples, so only sets of equal size compare: the number belongs beside the figure.
+    with the number of samples, so compare sets of equal size only and state the number.
     """
     if a.mean.shape != b.mean.shape or min(a.count, b.count) < 2:
-        raise ValueError(f"two rows of equal width, not {a.count} of {a.mean.shape} and {b.count} of {b.mean.shape}")
+        raise ValueError(
+            f"needs two rows of equal width, not {a.count} of {a.mean.shape} and {b.count} of {b.mean.shape}"
+        )
     mean = a.mean - b.mean
     # tr (C_a C_b)^½ is the sum of the singular values of A Bᵀ where C = Aᵀ A.
     rows_a, rows_b = (one.factor / np.sqrt(one.count - 1) for one in (a, b))

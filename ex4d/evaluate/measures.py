@@ -1,7 +1,7 @@
-"""The figures of one generated video: against the true novel view where it is known, and against what was asked for.
+"""Measure one generated video against the true novel view where it is known, and against the requested path.
 
-Frame 0, which is given, is left out of every figure. None stands where there is nothing to measure: a clip without
-holes, a view whose truth nobody knows.
+Frame 0, which the model is given, is left out. A figure is None where there is nothing to measure: a clip without
+holes, a view without known truth.
 """
 
 from __future__ import annotations
@@ -20,7 +20,7 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure: its column's name, and the digits that mean something."""
+    """One figure: the name of its column, and its number of digits."""
 
     label: str
     digits: int
@@ -46,8 +46,8 @@ def measure(view: View, frames: np.ndarray, seen: np.ndarray) -> Figures:
     """Return {key of MEASURES: figure} of a generated video.
 
     Args:
-        frames: uint8 [T, H, W, 3], what a method made of the view.
-        seen: bool [T, H, W], the eroded mask: what the method was given of the condition. The rest are its holes.
+        frames: uint8 [T, H, W, 3], a method's result.
+        seen: bool [T, H, W], the eroded mask of the condition, as the method got it; False in holes.
     """
     made, given = frames[1:], view.cond_video[1:]
     figures: Figures = {"psnr_seen": _known(psnr(made, given, seen[1:])), **camera_error(view, frames).summary()}

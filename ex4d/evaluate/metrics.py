@@ -1,11 +1,11 @@
-"""Image metrics on uint8 frames, with masks. Masked figures come with their coverage: a score over nothing is NaN."""
+"""Image metrics on uint8 frames, with masks. Over an empty mask a figure is NaN."""
 
 from __future__ import annotations
 
 import cv2
 import numpy as np
 
-PSNR_CAP_DB = 100.0  # identical pixels: a finite ceiling keeps means finite
+PSNR_CAP_DB = 100.0  # for identical pixels: keeps means finite
 
 
 def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
@@ -13,7 +13,7 @@ def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) 
 
     Args:
         frames, truth: uint8 [..., H, W, 3], equal shapes.
-        mask: bool [..., H, W], True = counted.
+        mask: bool [..., H, W], True where a pixel counts.
 
     Returns:
         10 log10(255² / mean squared error), at most PSNR_CAP_DB; NaN where the mask is empty.

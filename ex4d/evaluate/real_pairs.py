@@ -1,4 +1,4 @@
-"""Warps between real pictures whose depth was measured: frame i drawn from where frame j was taken.
+"""Evaluate warps between real pictures with measured depth: frame i rendered from the camera of frame j.
 
 Two data sets of slambook2: ICL-NUIM (ray-traced, exact depth, given poses; fy < 0, so that y is flipped) and a pair of
 TUM RGB-D (Kinect; holes in the depth, no poses there: found by PnP from matched features and measured depth).
@@ -20,7 +20,7 @@ from ex4d.geometry.render import render
 ICL_K = np.array([[481.2, 0, 320.0], [0, 480.0, 240.0], [0, 0, 1]])  # centres at integers there: +0.5
 TUM_K = np.array([[520.9, 0, 325.6], [0, 521.0, 250.2], [0, 0, 1]])
 DEPTH_SCALE = 5000.0  # both: png value / metre
-AGREE = 0.02  # of depth: what lies farther apart is another surface
+AGREE = 0.02  # of depth; beyond it, two points lie on different surfaces
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
 
 
@@ -36,11 +36,11 @@ class View:
 
 @dataclass(frozen=True)
 class PairScore:
-    """How well a warp shows the other picture.
+    """Figures of a warp against the other picture.
 
-    psnr: dB over the pixels marked visible; psnr_still: the same pixels, source picture left as it is.
+    psnr: dB over the pixels marked visible; psnr_still: the same pixels, for the unwarped source picture.
     psnr_same_surface: dB over those of them whose drawn depth is within 2 % of the measured.
-    coverage: share of the picture marked visible. recall: of what the source truly sees too, by the measured depth of
+    coverage: share of the picture marked visible. recall: of what the source sees too, by the measured depth of
     both, the share that is marked visible. depth_error: median |drawn − measured| / measured over the visible pixels.
     """
 
@@ -79,7 +79,7 @@ def _read(picture: Path, depth: Path) -> tuple[np.ndarray, np.ndarray]:
 
     frame, values = cv2.imread(str(picture)), cv2.imread(str(depth), cv2.IMREAD_UNCHANGED)
     if frame is None or values is None:
-        raise BadSample("image_missing", f"{picture.name} or {depth.name} is no picture")
+        raise BadSample("image_missing", f"{picture.name} or {depth.name} is not a picture")
     return np.ascontiguousarray(frame[..., ::-1]), (values / DEPTH_SCALE).astype(np.float32)
 
 
@@ -109,7 +109,7 @@ def relative_pose(frame: np.ndarray, z_depth: np.ndarray, other: np.ndarray, K: 
 
 
 def score(source: View, target: View, profile: str = "default") -> PairScore:
-    """Return the figures of `source` drawn from where `target` was taken. Raises BadSample `no_overlap`."""
+    """Return the figures of `source` rendered from the camera of `target`. Raises BadSample `no_overlap`."""
     z_depth, known = _filled(source.z_depth)
     pose = target.w2c @ invert(source.w2c)
     camera = Camera(target.K, pose, (target.frame.shape[0], target.frame.shape[1]))
@@ -117,7 +117,7 @@ def score(source: View, target: View, profile: str = "default") -> PairScore:
     sure = render(build(np.repeat(known[..., None] * np.uint8(255), 3, -1), z_depth, source.K, profile), camera, "cpu")
     visible = seen.visible_mask & (sure.colour[..., 0] == 255)
     if not visible.any():
-        raise BadSample("no_overlap", "nothing of the source is seen from there")
+        raise BadSample("no_overlap", "the target camera sees nothing of the source")
     measured = target.z_depth > 0
     error = np.abs(seen.z_depth / np.where(measured, target.z_depth, np.nan) - 1)
     truly = _truly_seen(source, target, pose)
@@ -132,7 +132,7 @@ def score(source: View, target: View, profile: str = "default") -> PairScore:
 
 
 def _filled(z_depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (z_depth with every unknown pixel given its nearest known neighbour's, known bool [H, W])."""
+    """Return (z_depth with unknown pixels filled from their nearest known neighbour, known bool [H, W])."""
     from scipy.ndimage import distance_transform_edt
 
     known = z_depth > 0
@@ -143,7 +143,7 @@ def _filled(z_depth: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 
 
 def _truly_seen(source: View, target: View, pose: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: pixels of the target whose measured point the source has measured, too."""
+    """Return bool [H, W]: pixels of the target whose measured point the source measured too."""
     points = unproject(target.z_depth, target.K)
     uv, z = project(points, Camera(source.K, invert(pose), source.z_depth.shape))
     inside = (z > 0) & (target.z_depth > 0)

@@ -1,4 +1,4 @@
-"""From the figures of many views to one table a range."""
+"""Summarise the figures of many views in one table per range."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ class Range:
     features: dict[str, Gaussian] = field(default_factory=dict)
 
     def add(self, figures: Mapping[str, Figures], features: Mapping[str, np.ndarray]) -> None:
-        """Take one more view."""
+        """Add one view."""
         for method, values in figures.items():
             self.figures.setdefault(method, []).append(dict(values))
         for name, rows in features.items():
@@ -33,7 +33,7 @@ class Range:
         return max(map(len, self.figures.values()), default=0)
 
     def distances(self) -> dict[str, dict[str, float]]:
-        """Return {method: {"image" or "video": Fréchet distance to the real ones}}, of kinds with two samples."""
+        """Return {method: {"image" or "video": Fréchet distance to the real ones}} where two samples exist."""
         found: dict[str, dict[str, float]] = {}
         for name, made in self.features.items():
             method, _, kind = name.rpartition(".")
@@ -44,7 +44,7 @@ class Range:
 
 
 def spread(values: Sequence[float | None], digits: int = 2, percent: bool = False) -> str:
-    """Return "mean ± standard deviation" of the values that are there, and how many where some are not; "" of none."""
+    """Return "mean ± standard deviation" of the known values, with their number where some are missing; "" for none."""
     known = np.array([value for value in values if value is not None], np.float64) * (100 if percent else 1)
     if not len(known):
         return ""
@@ -55,7 +55,7 @@ def spread(values: Sequence[float | None], digits: int = 2, percent: bool = Fals
 def table(
     views: Range, labels: Mapping[str, str], distances: Mapping[str, Mapping[str, float]]
 ) -> tuple[list[str], list[list[str]]]:
-    """Return (columns, rows) of text: a row a method, in the order of `labels`, without columns that nobody has.
+    """Return (columns, rows) of text: a row per method, in the order of `labels`, without empty columns.
 
     Args:
         distances: of `views.distances`.
@@ -78,7 +78,7 @@ def table(
 
 
 def lead(views: Range, method: str, over: str, name: str) -> float | None:
-    """Return by how much a method's figure is above another's, the mean of paired differences; None of no pair."""
+    """Return the mean paired difference of a figure between two methods; None without pairs."""
     ours, theirs = ([row[name] for row in views.figures.get(of, [])] for of in (method, over))
     found = [a - b for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
     return float(np.mean(found)) if found else None

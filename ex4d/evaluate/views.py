@@ -1,4 +1,4 @@
-"""What is evaluated: a clip and a new camera, with the true picture of that camera where somebody knows it."""
+"""Views to evaluate: a clip and a new camera, with the true picture of that camera where it is known."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ex4d.reconstruct import Clip
 
 @dataclass(frozen=True)
 class Path:
-    """Where a new camera goes: as `camera_path.build` takes it.
+    """The path of a new camera, as `camera_path.build` takes it.
 
     Attributes:
-        name: of a trajectory, or a file of poses or key poses. angle_deg: the extent of one that turns.
-        options: what else it takes: a zoom's `zoom`, a file's `scale`, …
+        name: of a trajectory, or a file of poses or key poses. angle_deg: the extent of a path that turns.
+        options: further arguments: `zoom` of a zoom, `scale` of a file, …
     """
 
     name: str
@@ -37,7 +37,7 @@ class View:
         clip: the source.
         w2c: float64 [T, 4, 4] of the new cameras, world = the source camera of the same frame; view_K: [T, 3, 3].
         cond_video: uint8 [T, H, W, 3], zero where not visible; visible: bool [T, H, W].
-        truth: uint8 [T, H, W, 3], what the new camera sees; None where nobody knows.
+        truth: uint8 [T, H, W, 3], what the new camera sees; None where it is not known.
     """
 
     clip: Clip
@@ -49,14 +49,14 @@ class View:
 
 
 def scene_clip(index: int, world: synthetic.SyntheticConfig, profile: str = "default") -> Clip:
-    """Return scene `index` of a procedural corpus as its source camera sees it, with its exact depth."""
+    """Return scene `index` of a procedural corpus from its source camera, with exact depth."""
     scene, cameras = synthetic.clip_scene(world, index)
     frames, z_depth = synthetic.render_clip(scene, cameras, world.fps, world.supersample)
     return Clip(frames, world.fps, z_depth, cameras[0].K, profile, {"estimator": "exact"})
 
 
 def along(clip: Clip, path: Path) -> View:
-    """Return a clip seen along a path; the truth is not known.
+    """Return a clip along a path, without known truth.
 
     The new camera keeps its pose relative to the source camera of the same frame, as the mesh of each frame does.
 
@@ -71,7 +71,7 @@ def along(clip: Clip, path: Path) -> View:
 
 
 def with_truth(view: View, index: int, world: synthetic.SyntheticConfig) -> View:
-    """Return the view of scene `index` with what its new camera truly sees."""
+    """Return the view of scene `index` with its true novel view."""
     scene, cameras = synthetic.clip_scene(world, index)
     places = zip(view.view_K, view.w2c, cameras, strict=True)
     moved = [Camera(K, step @ source.w2c, world.size) for K, step, source in places]

@@ -1,4 +1,4 @@
-"""How true a warp is: the mesh's picture against the exact novel view of a procedural scene."""
+"""Evaluate a warp: the mesh's picture against the exact novel view of a procedural scene."""
 
 from __future__ import annotations
 
@@ -16,19 +16,19 @@ from ex4d.geometry.render import render
 from ex4d.geometry.trajectory import build as build_path
 from ex4d.geometry.trajectory import radius_of
 
-# Where "visible" is a matter of a pixel: surfaces within so many pixels of a depth edge, in either picture.
+# Closer to a depth edge than this, in either picture, visibility is a matter of single pixels.
 BAND_PX = 3
 EDGE_JUMP = 0.046  # the depth jump between neighbours that 2.5° means at f = 500 (docs/method.md, 1)
 
 
 @dataclass(frozen=True)
 class Pair:
-    """One scene seen twice, exactly: source and novel view of one size at one time.
+    """Source and novel view of one scene at one time, both exact.
 
     Attributes:
         frame, truth: uint8 [H, W, 3], supersampled. z_depth: float32 [H, W] of the source.
         K: float64 [3, 3]. camera: the novel one.
-        seen: bool [H, W] of the novel picture: its surface point is truly visible from the source, too.
+        seen: bool [H, W] of the novel picture: its surface point is visible from the source too.
         ceiling: uint8 [H, W, 3]: the source sampled (Lanczos) at the exact correspondences; meaningful where seen.
         band: bool [H, W] of the novel picture: within BAND_PX of a depth edge of either picture.
     """
@@ -45,12 +45,12 @@ class Pair:
 
 @dataclass(frozen=True)
 class WarpScore:
-    """One warp against the truth.
+    """Figures of one warp against the truth.
 
     Attributes:
         psnr: dB over the pixels that are marked visible. coverage: their share of the picture.
-        recall: of the surface that both cameras truly see, outside the band, the share that is marked visible.
-        false_share: of the pixels marked visible, outside the band, the share that the source does not truly see.
+        recall: of the surface that both cameras see, outside the band, the share that is marked visible.
+        false_share: of the pixels marked visible, outside the band, the share that the source does not see.
     """
 
     psnr: float
@@ -98,14 +98,14 @@ def _edge_band(z_depth: np.ndarray) -> np.ndarray:
 
 
 def score(pair: Pair, profile: str | Profile = "default", mesh: DWMesh | None = None) -> WarpScore:
-    """Return how the mesh of the source frame does; `mesh` replaces the one that `profile` would make."""
+    """Return the figures of the source frame's mesh; `mesh` replaces the one of `profile`."""
     made = mesh or build(pair.frame, pair.z_depth, pair.K, profile)
     shown = render(made, pair.camera, "cpu")
     return _score(pair, shown.colour, shown.visible_mask)
 
 
 def score_ceiling(pair: Pair) -> WarpScore:
-    """Return how exact correspondences do: what no warp of this source picture can beat."""
+    """Return the figures of exact correspondences, the upper bound for any warp of this source picture."""
     return _score(pair, pair.ceiling, pair.seen)
 
 

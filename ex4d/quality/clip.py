@@ -10,16 +10,16 @@ from ex4d.quality.pictures import gradient, luma, shrink, spread
 
 SIDE, TEXT_SIDE = 128, 256
 SHARP_FRAMES = 7
-TEXTURE_LEVELS = 2.0  # of 255 a pixel: above the noise of a flat wall, below its plaster
-REPEAT_LEVELS = 1.0  # what a P frame without new content may change in a block of 8 × 8; of 255
+TEXTURE_LEVELS = 2.0  # of 255 per pixel: above the noise of a flat wall, below its plaster
+REPEAT_LEVELS = 1.0  # of 255: the most that a P frame without new content changes in a block of 8 × 8
 
 
 def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
-    """Return {name: score} of the clip's scores in SCORES.
+    """Measure a clip; return {name of SCORES: score}.
 
     Args:
         frames: uint8 [T,H,W,3] RGB, T at least 1.
-        fps: frames a second.
+        fps: frames per second.
     """
     medium = shrink(frames, TEXT_SIDE)
     small = shrink(medium, SIDE)
@@ -40,9 +40,9 @@ def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
 
 
 def sharpness(image: np.ndarray) -> float:
-    """Return the share of the gradient that a blur over 9 pixels takes away, in [0, 1]; 0 for a flat picture.
+    """Return the share of the gradient that a blur over 9 pixels removes, in [0, 1]; 0 for a flat picture.
 
-    A picture that is blurred already has little to lose. Contrast and exposure cancel out (Crete et al., "The blur
+    A blurred picture loses little. Contrast and exposure cancel out (Crete et al., "The blur
     effect", SPIE 2007; 1 − their score).
 
     Args:
@@ -62,14 +62,14 @@ def sharpness(image: np.ndarray) -> float:
 
 
 def texture(grey: np.ndarray) -> float:
-    """Return the share of a small picture, uint8 [h,w] luma, with a gradient of TEXTURE_LEVELS a pixel and more."""
+    """Return the share of a small picture, uint8 [h,w] luma, with a gradient of at least TEXTURE_LEVELS per pixel."""
     return float((np.hypot(*gradient(grey)) >= TEXTURE_LEVELS).mean())
 
 
 def still_share(grey: np.ndarray) -> float:
-    """Return the share of frames, the first apart, that repeat the one before: no block of 8 × 8 px changes.
+    """Return the share of frames, without the first, that repeat the one before: no block of 8 × 8 px changes.
 
-    Near 0 for video, even of a static camera, whose noise moves; 0.2 for 24 frames a second shown at 30; near 1 for a
+    Near 0 for video, even of a static camera, whose noise moves; 0.2 for 24 frames per second shown at 30; near 1 for a
     slide-show.
 
     Args:

@@ -1,4 +1,4 @@
-"""Scores of a clip's depth: does it jitter, does its scale drift, how much of it is sky."""
+"""Score a clip's depth: its jitter, the drift of its scale, and its share of sky."""
 
 from __future__ import annotations
 
@@ -9,8 +9,8 @@ from ex4d.quality.pictures import shrink, spread
 
 SIDE = 128
 TRIPLES = 6
-AGREE_PX = 0.5  # flow and the flow back: beyond it a pixel is not followed
-MIN_SHARE = 0.05  # of the picture must be followed
+AGREE_PX = 0.5  # forward and backward flow must agree to this, else a pixel is not tracked
+MIN_SHARE = 0.05  # of the picture must be tracked
 MEDIAN_OF_SECOND = 1.652  # median of |a − 2 b + c| of three normal numbers, 0.6745 · √6, in their standard deviations
 SKY_RATIO = 20.0
 
@@ -19,9 +19,9 @@ def measure(frames: np.ndarray, z_depth: np.ndarray) -> dict[str, float]:
     """Return {"depth_flicker", "depth_drift", "sky"} of a clip.
 
     depth_flicker: about the standard deviation of the noise in log depth from frame to frame: the median over
-    pixels of the second difference of log depth along the flow, so that bodies and cameras that move evenly do not
-    count. depth_drift: by how much (log) the scale of the depth moves over the clip against what the picture shows:
-    where a surface comes nearer by a share, the flow around it spreads by the same share. sky: share of pixels
+    pixels of the second difference of log depth along the flow, so that even motion of
+    bodies and cameras does not count. depth_drift: the change (log) of the depth's scale over the clip relative to the
+    picture: where a surface comes nearer by some share, the flow around it expands by the same. sky: share of pixels
     farther than SKY_RATIO × the near depth (1st percentile of the clip).
 
     Args:
@@ -51,7 +51,7 @@ def _log_depth(z_depth: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
 
 
 def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
-    """Return (flicker, drift a frame) of three frames, seen from the middle one; None where nothing is followed."""
+    """Return (flicker, drift a frame) of three frames, seen from the middle one; None where nothing is tracked."""
     flows = pair_flows(frames)
     back, forth = flows[1, 0], flows[1, 2]
     followed = (consistency(back, flows[0, 1]) < AGREE_PX) & (consistency(forth, flows[2, 1]) < AGREE_PX)
@@ -59,7 +59,7 @@ def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
         return None
     before, after = sample(logs[0], back), sample(logs[2], forth)
     second = np.abs(before + after - 2 * logs[1])[followed]
-    # From the middle to the last, and from the first to the middle: the same motion seen twice.
+    # From the middle to the last and from the first to the middle: two measurements of the same motion.
     grown = after - logs[1] + _spreading(forth)
     shrunk = before - logs[1] + _spreading(back)
     drift = (np.median(grown[followed]) - np.median(shrunk[followed])) / 2
@@ -67,7 +67,7 @@ def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
 
 
 def _spreading(flow: np.ndarray) -> np.ndarray:
-    """Return half the divergence of flow [h,w,2], float32 [h,w]: by which share the picture grows there."""
+    """Return half the divergence of flow [h,w,2], float32 [h,w]: the share by which the picture grows there."""
     import cv2
 
     smooth = cv2.GaussianBlur(flow, (0, 0), 2.0)

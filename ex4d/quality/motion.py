@@ -1,4 +1,4 @@
-"""How the camera moves and what moves besides: one affine motion of the whole picture, and what it leaves over."""
+"""Score camera and object motion: one affine motion of the whole picture, and its residual."""
 
 from __future__ import annotations
 
@@ -8,9 +8,9 @@ from ex4d.geometry.tracks import pair_flows
 from ex4d.quality.pictures import gradient, luma, spread
 
 PAIRS = 6
-GAP_S = 0.1  # between the two frames of a pair: enough to stand out of the flow's noise, little enough to be found
+GAP_S = 0.1  # between the two frames of a pair: above the flow's noise, and small enough for flow to find
 RESIDUAL_PX = 0.75  # on the small picture; three times the flow's median error
-START_PX = 4.0  # what turns and zooms add to the middle's motion
+START_PX = 4.0  # what rotation and zoom add to the motion of the centre
 GRID = 4  # every fourth pixel is enough for six numbers
 
 
@@ -18,12 +18,12 @@ def motions(small: np.ndarray, fps: float) -> tuple[float, float]:
     """Return (camera_motion, object_motion), medians over pairs of frames; (0, 0) for a single frame.
 
     camera_motion: mean speed of the picture under the affine motion that explains most of its texture, in longer sides
-    a second. object_motion: share of the texture, in [0, 1], that is more than RESIDUAL_PX away from it: moving
+    per second. object_motion: share of the texture, in [0, 1], that is more than RESIDUAL_PX away from it: moving
     bodies, and the parallax of near ones.
 
     Args:
         small: uint8 [T,h,w,3] RGB, longer side about 128.
-        fps: frames a second.
+        fps: frames per second.
     """
     gap = max(1, min(len(small) - 1, round(fps * GAP_S)))
     if len(small) < 2:
@@ -34,7 +34,7 @@ def motions(small: np.ndarray, fps: float) -> tuple[float, float]:
 
 
 def _pair(pair: np.ndarray) -> tuple[float, float]:
-    """Return (mean length of the global motion in px, share of the texture that leaves it) of two frames."""
+    """Return (mean length of the global motion in px, share of the texture that does not follow it) of two frames."""
     flow = pair_flows(pair)[0, 1][GRID // 2 :: GRID, GRID // 2 :: GRID].astype(np.float64)
     slope = np.hypot(*gradient(luma(pair[:1])[0]))[GRID // 2 :: GRID, GRID // 2 :: GRID]
     textured = slope >= max(1.0, float(np.median(slope)))
@@ -55,7 +55,7 @@ def affine(flow: np.ndarray, textured: np.ndarray, rounds: int = 8) -> np.ndarra
     height, width = flow.shape[:2]
     y, x = np.mgrid[0:height, 0:width]
     basis = np.stack([np.ones_like(x), 2 * x / width - 1, 2 * y / height - 1], axis=-1).astype(np.float64)
-    middle = np.median(flow[textured], axis=0)  # a start that a body of less than half the picture does not pull
+    middle = np.median(flow[textured], axis=0)  # a start that a body in less than half the picture does not bias
     weight = textured / (1 + np.square(np.linalg.norm(flow - middle, axis=-1) / START_PX))
     for _ in range(rounds):
         normal = np.einsum("hwi,hwj,hw->ij", basis, basis, weight) + 1e-9 * np.eye(3)

@@ -1,25 +1,22 @@
-"""Text that was laid over the picture, without weights: thin strokes that stay where they are and form lines."""
+"""Find overlaid text without a network: thin, static strokes that form lines."""
 
 from __future__ import annotations
 
 import numpy as np
 
 STROKE_PX = 5  # strokes are thinner than this at 256 px
-CONTRAST = 40  # levels of 255 by which a stroke stands out of what is around it
-STAYS = 0.75  # share of the looked-at frames in which a stroke is there
+CONTRAST = 40  # of 255: contrast of a stroke to its surroundings
+STAYS = 0.75  # share of the sampled frames in which a stroke is present
 STEADY_LEVELS = 14.0  # standard deviation over time of a stroke's brightness
-RISES = (
-    1.2  # strokes along a line for each of its heights; letters have about two, and what is left of scenes under one
-)
+RISES = 1.2  # strokes per line height; letters have about two, scene edges less than one
 
 
 def text_share(grey: np.ndarray) -> float:
     """Return the share of the picture, in [0, 1], under boxes around lines of overlaid text.
 
-    A line is a row of strokes thinner than STROKE_PX, all brighter or all darker than what is around them, that stay
-    where they are, at least as wide as three letters and with as many strokes along it as letters have. Writing in the
-    scene counts while the camera rests; what comes late in the clip, or rolls, does not; nor do letters over 0.2 of the
-    height, or with strokes too near in luma to their ground.
+    A line is a row of strokes thinner than STROKE_PX, all brighter or all darker than their surroundings and
+    static, at least as wide as three letters, with a letter-like density of strokes. Writing in the scene counts while
+    the camera is static. Not found: text that appears late or scrolls, letters over 0.2 of the height, low contrast.
 
     Args:
         grey: uint8 [K,h,w] luma of frames spread over the clip, longer side about 256.

@@ -1,4 +1,4 @@
-"""Small pictures that scores are taken on, so that a threshold means the same at any size of clip."""
+"""Scale frames down for scoring, so that a threshold means the same at any clip size."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def spread(count: int, limit: int) -> list[int]:
 
 
 def gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (d/dx, d/dy), float32 [H,W], of luma in [0, 255], levels a pixel (Sobel)."""
+    """Return (d/dx, d/dy), float32 [H,W], of luma in [0, 255], levels per pixel (Sobel)."""
     import cv2
 
     image = image.astype(np.float32)

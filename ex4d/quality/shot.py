@@ -1,6 +1,6 @@
-"""Scores of a shot from the small frames that cuts are looked for in: black bars around the picture, and a logo in it.
+"""Score a shot from the small frames of the cut detection: black bars around the picture, and a logo in a corner.
 
-Both need many frames, more than one clip has: a bar is black whatever is shown, a logo stays while the picture moves.
+Both need more frames than a clip has: a bar is black in all of them, a logo is static while the picture moves.
 """
 
 from __future__ import annotations
@@ -13,20 +13,20 @@ import numpy as np
 from ex4d.quality.pictures import gradient
 
 MAX_SAMPLES = 64
-BLACK = 24.0  # luma of 255: video black, its noise and its rounding stay under it
-LIT = 40.0  # a frame is looked at where its brightest parts are above
-STEP = 16.0  # by so much a picture is brighter than a bar in most of the columns at its edge
+BLACK = 24.0  # luma of 255: above video black with its noise and rounding
+LIT = 40.0  # a frame is used where its brightest parts are above this
+STEP = 16.0  # the picture is brighter than the bar by this in most columns at the edge
 MIN_BAR_LINES = 2
-MIN_KEPT = 0.25  # bars that would leave less than this of a side are a dark picture
-EDGE = 6.0  # levels a pixel: an edge that counts
-STAYS = 0.75  # |mean gradient| / mean |gradient|: 1 for what never moves
+MIN_KEPT = 0.25  # bars that would leave less than this of a side are a dark picture, not bars
+EDGE = 6.0  # levels per pixel of an edge that counts
+STAYS = 0.75  # |mean gradient| / mean |gradient|: 1 for static edges
 CORNER = 0.3  # of each side
-MAX_RESTING = 0.12  # share of the other edges that stay; beyond it the camera rests and nothing can be said of a logo
+MAX_RESTING = 0.12  # share of the other edges that are static; above it the camera is static and no logo can be told
 
 
 @dataclass
 class Samples:
-    """At most MAX_SAMPLES frames of a shot of any length, evenly spread: every 2ⁿ-th, n growing as the shot does."""
+    """Keep at most MAX_SAMPLES evenly spread frames of a shot of unknown length: every 2ⁿ-th, with n growing."""
 
     stride: int = 1
     kept: list[tuple[int, np.ndarray]] = field(default_factory=list)
@@ -36,7 +36,7 @@ class Samples:
         return index % self.stride == 0
 
     def add(self, index: int, grey: np.ndarray) -> None:
-        """Take frame `index` (rising), uint8 [h,w] luma, where it is wanted."""
+        """Add frame `index` (rising), uint8 [h,w] luma, if it is one to keep."""
         if self.wants(index):
             self.kept.append((index, grey))
         while len(self.kept) > MAX_SAMPLES:
@@ -44,17 +44,17 @@ class Samples:
             self.kept = [(index, grey) for index, grey in self.kept if index % self.stride == 0]
 
     def split(self, cut: int) -> np.ndarray:
-        """Return uint8 [K,h,w] of the frames before `cut`, and go on with those after it."""
+        """Return uint8 [K,h,w] of the frames before `cut`, and continue with those after it."""
         before = [grey for index, grey in self.kept if index < cut]
         self.kept, self.stride = [(index, grey) for index, grey in self.kept if index >= cut], 1
         return np.stack(before) if before else np.zeros((0, 1, 1), np.uint8)
 
 
 def find_box(grey: np.ndarray) -> tuple[int, int, int, int]:
-    """Return (y, x, height, width) of what lies inside black bars, in px of the small frames; all of it without any.
+    """Return the box (y, x, height, width) inside black bars, in px of the small frames; all of it without bars.
 
-    A bar is a run of lines from the border that are black in every lit frame, but for a tenth of their pixels, and ends
-    at a straight edge: in most of its columns the picture begins there. So a dark sky is no bar.
+    A bar is a run of lines from the border that are black in every lit frame, but for a tenth of their pixels, and that
+    ends at a straight edge: the picture begins there in most columns. So a dark sky is not a bar.
 
     Args:
         grey: uint8 [K,h,w] luma, K frames of one shot.
@@ -77,7 +77,7 @@ def _bars(lit: np.ndarray) -> tuple[int, int]:
     first, last = (run if _ends_straight(run, *side) else 0 for run, side in zip(runs, sides, strict=True))
     count = max(first, last)
     if first != last and _ends_straight(count, *sides[0 if last == count else 1]):
-        first = last = count  # bars come in pairs of one height, and a subtitle hides one of the edges
+        first = last = count  # bars come in pairs of equal height; a subtitle may hide one edge
     return (first, last) if len(level) - first - last >= MIN_KEPT * len(level) else (0, 0)
 
 
@@ -91,7 +91,7 @@ def _ends_straight(count: int, black: np.ndarray, lit: np.ndarray) -> bool:
 
 
 def source_box(box: Sequence[int], small: Sequence[int], size: Sequence[int]) -> list[int]:
-    """Return a box of the small frames in px of the source, a small line further in: its edge is blurred there.
+    """Return a box of the small frames in px of the source, one small line further in, since its edge is blurred.
 
     Args:
         box: (y, x, height, width) of `find_box`.
@@ -107,11 +107,11 @@ def source_box(box: Sequence[int], small: Sequence[int], size: Sequence[int]) ->
 
 
 def logo_share(grey: np.ndarray, box: Sequence[int]) -> float:
-    """Return the share of a corner, in [0, 1], under edges that stay where they are while the rest moves.
+    """Return the share of a corner, in [0, 1], under edges that are static while the rest moves.
 
-    The gradient's mean over time keeps its length where an edge stays and loses it where the picture moves. The most
-    covered corner counts, times how far the share of edges elsewhere that stay is below MAX_RESTING: with a static
-    camera everything stays, nothing can be said, and the score is 0.
+    The mean gradient over time keeps its length at static edges and loses it where the picture moves. The score is that
+    of the most covered corner, scaled down to 0 as the share of static edges elsewhere approaches MAX_RESTING: with a
+    static camera nothing can be told.
 
     Args:
         grey: uint8 [K,h,w] luma, frames spread over the shot.

@@ -1,4 +1,4 @@
-"""The second decoder, used only where timestamps prove that a frame is the one asked for."""
+"""Decode with decord, only where timestamps prove that each frame is the requested one."""
 
 from __future__ import annotations
 
@@ -22,8 +22,8 @@ def decode_decord(
     """Return uint8 [T,H,W,3] RGB like `frames.decode`, by decord.
 
     decord numbers the packets by pts, seeks to a key frame and then *counts* frames. The count is right where every
-    packet is one shown frame and no frame is shown before the key frame that it follows (closed GOPs); so that, its
-    frame count and its timestamps are compared with the stream's own pts, and anything else is refused.
+    packet is one shown frame and no frame is shown before the key frame that it follows (closed GOPs); so this,
+    its frame count and its timestamps are checked against the stream's pts; anything else is rejected.
 
     Raises:
         BadSample: `decord_inexact`, `decord_error`, and the reasons of `source.opened`.
@@ -38,14 +38,14 @@ def decode_decord(
     info = probe(path)
     unlike = {"mirrored", "non_square_pixels", "several_video_streams", "interlaced", "hdr_pq", "hdr_hlg"}
     if unlike & set(info.notes) or info.turn:
-        raise BadSample("decord_inexact", f"not proved for {', '.join(info.notes)}")
+        raise BadSample("decord_inexact", f"decord is not exact for {', '.join(info.notes)}")
     pts = _closed_gop_pts(path)
     try:
         reader = decord.VideoReader(str(path), num_threads=1)
         _prove(reader, pts, info.time_base)
         index = np.searchsorted(pts, wanted)
         if (pts[np.minimum(index, len(pts) - 1)] != wanted).any():
-            raise BadSample("decode_short", "a frame that was asked for is not there")
+            raise BadSample("decode_short", "a requested frame is missing")
         frames = reader.get_batch(index.tolist()).asnumpy()
     except (decord.DECORDError, RuntimeError) as error:
         raise BadSample("decord_error", str(error).splitlines()[0]) from error
@@ -63,14 +63,14 @@ def _closed_gop_pts(path: str | Path) -> np.ndarray:
             if not packet.size:
                 continue
             if packet.pts is None or packet.is_discard:
-                raise BadSample("decord_inexact", "packets without a pts, or hidden by an edit list")
+                raise BadSample("decord_inexact", "packets have no pts, or an edit list hides them")
             if packet.is_keyframe:
                 key_pts = packet.pts
             elif key_pts is None or packet.pts < key_pts:
                 raise BadSample("decord_inexact", f"open GOP: a frame at pts {packet.pts} is shown before its key")
             pts.append(packet.pts)
     if len(set(pts)) != len(pts):
-        raise BadSample("decord_inexact", "two packets with one pts")
+        raise BadSample("decord_inexact", "two packets have the same pts")
     return np.array(sorted(pts), np.int64)
 
 
@@ -79,7 +79,7 @@ def _prove(reader: Any, pts: np.ndarray, time_base: tuple[int, int]) -> None:
         raise BadSample("decord_inexact", f"decord counts {len(reader)} frames, the stream has {len(pts)}")
     shown_s = reader.get_frame_timestamp(np.arange(len(pts)))[:, 0].astype(np.float64)
     true_s = pts * (time_base[0] / time_base[1])
-    # decord's seconds are float32; half of the smallest spacing still tells neighbours apart
+    # decord's seconds are float32: a tolerance of half the smallest spacing still separates neighbours
     tolerance = np.diff(true_s).min() / 2 if len(pts) > 1 else 1e-3
     if np.abs(shown_s - true_s).max() >= tolerance:
-        raise BadSample("decord_inexact", "decord's timestamps are not those of the stream")
+        raise BadSample("decord_inexact", "decord's timestamps differ from the stream's")

@@ -1,4 +1,4 @@
-"""Frames to bytes and back, for files of our own: deterministic, tagged, and complete or not there."""
+"""Encode and decode our own files: deterministic bytes, tagged colours, written atomically."""
 
 from __future__ import annotations
 
@@ -23,9 +23,9 @@ def encode(frames: np.ndarray, fps: float | Fraction, crf: int = 12, lossless: b
 
     Args:
         frames: uint8 [T,H,W,3] RGB. With `lossless` also uint8 or uint16 [T,H,W].
-        fps: frames a second; a float is taken as the nearest fraction with a denominator up to 1001.
+        fps: frames per second; a float becomes the nearest fraction with a denominator up to 1001.
         crf: x264's quality, 0–51, smaller is better.
-        lossless: FFV1 in Matroska instead of H.264 in mp4: what `read` gives back is equal bit for bit.
+        lossless: FFV1 in Matroska instead of H.264 in mp4: `read` returns equal bits.
 
     H.264 is yuv420p, limited range, converted with the BT.709 matrix and tagged so.
 
@@ -35,7 +35,7 @@ def encode(frames: np.ndarray, fps: float | Fraction, crf: int = 12, lossless: b
     rate = Fraction(fps).limit_denominator(1001)
     _check(frames, rate, crf, lossless)
     suffix = ".mkv" if lossless else ".mp4"
-    # The muxer writes the index first by reading its own file again, which it can only do on a disk.
+    # To write the index first, the muxer rereads its own file, so it needs a file on disk.
     with tempfile.TemporaryDirectory(prefix="ex4d-encode-") as folder:
         path = Path(folder) / f"video{suffix}"
         _encode_to(path, frames, rate, crf, lossless)
@@ -69,7 +69,7 @@ def _encode_to(path: Path, frames: np.ndarray, rate: Fraction, crf: int, lossles
             context.options = {"level": "3", "slices": "4", "slicecrc": "1"}
         else:
             context.pix_fmt = "yuv420p"
-            # x264's macroblock tree reads memory that nobody wrote where the width is no multiple of 128 (seen with its
+            # x264's macroblock tree reads uninitialised memory where the width is not a multiple of 128 (seen with its
             # AVX-512 code: 96 x 96 gave other bytes in 50 of 80 tries); without it the bytes are the same.
             context.options = {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
             context.color_primaries = context.color_trc = context.colorspace = _BT709
@@ -115,11 +115,11 @@ def read(
     """Return (all frames, fps) of a file that `encode` made: uint8 [T,H,W,3] RGB, or [T,H,W] uint8 or uint16 if grey.
 
     Args:
-        into: an array of the frames' shape and type that they are written to; it is what comes back, then.
-        limit: most frames, H and W; None: MAX_READ_BYTES in all.
+        into: an array of the frames' shape and dtype to write them to and return.
+        limit: largest number of frames, H and W; None: MAX_READ_BYTES in total.
 
     Raises:
-        BadSample: it does not decode from end to end, or to other frames than `into` takes.
+        BadSample: it does not decode completely, or its frames do not fit `into`.
     """
     if not isinstance(source, bytes):
         source = storage.read_bytes(source)

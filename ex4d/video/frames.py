@@ -1,4 +1,4 @@
-"""Frames by presentation time: which there are, and exactly those that were asked for."""
+"""List the presentation times of frames, and decode exactly the requested frames."""
 
 from __future__ import annotations
 
@@ -16,14 +16,14 @@ from ex4d.video.source import Source, ffmpeg_errors, opened, orientation, square
 
 BACKENDS = ("pyav", "decord")
 
-# Between two wanted frames further apart than this, seeking again is cheaper than decoding what lies between.
+# Across a gap longer than this, seeking is cheaper than decoding.
 _RESEEK_S = 5.0
 
 
 def frame_pts(path: Source) -> tuple[np.ndarray, Fraction]:
     """Return (int64 [N] sorted pts of every frame that is shown, seconds of one tick), without decoding.
 
-    Packets that an edit list hides are left out. Where packets alone do not tell (no pts, or two with the same),
+    Packets hidden by an edit list are left out. Where packets are not enough (no pts, or equal ones),
     the stream is decoded instead.
 
     Raises:
@@ -44,7 +44,7 @@ def frame_pts(path: Source) -> tuple[np.ndarray, Fraction]:
 
 
 def frame_pts_by_decoding(path: Source) -> tuple[np.ndarray, Fraction]:
-    """Return what `frame_pts` does, the slow and certain way: by decoding every frame."""
+    """Return the same as `frame_pts`, by decoding every frame: slow, but always right."""
     with opened(path) as (container, stream, _):
         pts = sorted({_pts_of(frame) for frame in decoded(container, stream, wanted=())})
         time_base = stream.time_base
@@ -61,19 +61,19 @@ def decode(
     backend: str = "pyav",
     box: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB: exactly the frames whose pts are asked for, in that order, upright.
+    """Return uint8 [T,H,W,3] RGB: the frames with exactly these pts, in that order, upright.
 
     HDR (PQ, HLG) is tone-mapped to BT.709 (`hdr`), interlaced frames are deinterlaced (bwdif).
 
     Args:
-        pts: ticks of the stream's clock, as `frame_pts` gives them; any order, repeats allowed.
+        pts: ticks of the stream's clock, as from `frame_pts`; any order, repeats allowed.
         size: (H, W) px of the result; None keeps the video's.
         fit: Fit mode that leads to `size`.
         backend: "pyav", or "decord" where its own timestamps prove each frame.
-        box: (y, x, height, width) px of the upright picture that `size` is made of; None is all of it.
+        box: (y, x, height, width) px of the upright picture to scale to `size`; None is all of it.
 
     Raises:
-        BadSample: `decode_short` (a frame is not there), `decode_error`, `decode_corrupt` (the decoder concealed
+        BadSample: `decode_short` (a frame is missing), `decode_error`, `decode_corrupt` (the decoder concealed
             damage), `resolution_changed`, `decord_inexact`, and the reasons of `source.opened`.
         ConfigError: unknown backend or fit.
     """
@@ -81,7 +81,7 @@ def decode(
         raise ConfigError("backend", backend, f"allowed: {', '.join(BACKENDS)}")
     wanted = [int(value) for value in pts]
     if not wanted:
-        raise ConfigError("pts", [], "at least one frame must be asked for")
+        raise ConfigError("pts", [], "must name at least one frame")
     if backend == "decord":
         from ex4d.video.decord_backend import decode_decord
 
@@ -98,8 +98,8 @@ def decode(
 def iter_decimated(path: Source, max_height: int = 144, stride: int = 1) -> Iterator[tuple[int, np.ndarray]]:
     """Yield (pts, uint8 [h,w,3] RGB upright, h ≤ `max_height`) for every `stride`-th frame: for finding cuts.
 
-    Everything is decoded, since skipped references would show; frames with concealed damage come too. Only what is
-    yielded is scaled and converted, by a fast bilinear filter, so the pixels are for statistics and not for training.
+    Every frame is decoded, since others refer to it; damaged frames are yielded too. Only yielded frames are scaled and
+    converted, by a fast bilinear filter: the pixels are good for statistics, not for training.
 
     Raises:
         BadSample: `decode_error`, `resolution_changed`, and the reasons of `source.opened`.
@@ -112,7 +112,7 @@ def iter_decimated(path: Source, max_height: int = 144, stride: int = 1) -> Iter
 
 
 class Converter:
-    """A decoded frame becomes upright RGB: square pixels, colour matrix, range, rotation, then the resize."""
+    """Convert decoded frames to upright RGB: square pixels, colour matrix, range, rotation, then the resize."""
 
     def __init__(
         self,
@@ -162,10 +162,9 @@ class Converter:
 
 
 def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False) -> np.ndarray:
-    """Return uint8 [H,W,3] RGB, full range, by the matrix and range that the frame is tagged with; HDR tone-mapped.
+    """Return uint8 [H,W,3] RGB, full range, by the frame's tagged matrix and range; HDR is tone-mapped.
 
-    Untagged frames are taken as BT.709 from 720 lines or 1280 columns up and BT.601 below, limited range, as
-    players do.
+    As in players, untagged frames count as limited-range BT.709 from 720 lines or 1280 columns, else BT.601.
 
     Args:
         size: (H, W) px of the result; None keeps the frame's.
@@ -178,13 +177,13 @@ def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False)
         matrix = Colorspace.ITU709 if frame.height >= 720 or frame.width >= 1280 else Colorspace.ITU601
     full = frame.color_range == ColorRange.JPEG or frame.format.name.startswith("yuvj")
     height, width = size or (frame.height, frame.width)
-    # Without the last two swscale's short cut darkens every channel by one to two levels (docs/decisions/video.md).
+    # Without the last two, swscale's fast path darkens every channel by one to two levels (docs/decisions/video.md).
     exact = Interpolation.BILINEAR | Interpolation.BITEXACT | Interpolation.ACCURATE_RND | Interpolation.FULL_CHR_H_INT
     is_hdr = frame.color_trc in hdr.NAMES
     picture = frame.reformat(
         width=width,
         height=height,
-        format="gbrp16le" if is_hdr else "rgb24",  # not rgb48le: with FULL_CHR_H_INT swscale mixes its channels up
+        format="gbrp16le" if is_hdr else "rgb24",  # not rgb48le: with FULL_CHR_H_INT swscale mixes up its channels
         src_colorspace=matrix,
         src_color_range=ColorRange.JPEG if full else ColorRange.MPEG,
         dst_color_range=ColorRange.JPEG,
@@ -207,24 +206,24 @@ def _decode_group(path: Source, group: list[int], to_rgb: Converter) -> dict[int
     first, frames, wanted = group[0], decoded, set(group)
     while True:
         try:
-            for by_seeking in (True, False):  # a file without an index cannot be sought in, but it can be read
+            for by_seeking in (True, False):  # a file without an index can be read but not sought
                 with opened(path) as (container, stream, _):
                     if not by_seeking or _seek_before(container, stream, first):
                         return _collect(frames(container, stream, wanted), wanted, stream, to_rgb)
         except _Interlaced:
-            # The filter needs the frame before the first one as well, so the key frame must be an earlier one.
+            # The filter also needs the frame before the first, so it needs an earlier key frame.
             first, frames = group[0] - 1, deinterlaced
 
 
 class _Interlaced(Exception):
-    """A frame that is wanted has two moments in its lines."""
+    """A requested frame is interlaced."""
 
 
 def _seek_before(container: Any, stream: Any, target: int) -> bool:
     """Place the demuxer on a key frame whose own pts is ≤ target; False where that cannot be done.
 
     A seek may land on a key frame that is shown after the target (open GOP: its leading frames need the group
-    before), so the key's pts is looked at and the search goes back until it fits.
+    before), so the search goes back until the key's pts is early enough.
     """
     import av
 
@@ -259,11 +258,11 @@ def _collect(frames: Iterator[Any], wanted: set[int], stream: Any, to_rgb: Conve
         if pts > last:
             break
     missing = sorted(wanted - set(found))
-    raise BadSample("decode_short", f"{len(missing)} of {len(wanted)} frames are not there, first at pts {missing[0]}")
+    raise BadSample("decode_short", f"{len(missing)} of {len(wanted)} frames are missing, first at pts {missing[0]}")
 
 
 def deinterlaced(container: Any, stream: Any, wanted: Container[int] | None = None) -> Iterator[Any]:
-    """Yield what `decoded` does, interlaced frames as one moment of full height (by bwdif), others as they are."""
+    """Yield the frames of `decoded`, interlaced ones deinterlaced by bwdif, the others unchanged."""
     import av
 
     graph = av.filter.Graph()
@@ -272,9 +271,7 @@ def deinterlaced(container: Any, stream: Any, wanted: Container[int] | None = No
     source.link_to(bwdif)
     bwdif.link_to(sink)
     graph.configure()
-    for frame in itertools.chain(
-        decoded(container, stream, wanted), [None]
-    ):  # None: the end, which lets the last one out
+    for frame in itertools.chain(decoded(container, stream, wanted), [None]):  # None flushes the filter
         with ffmpeg_errors("decode_error", "deinterlacing"):
             graph.push(frame)
             while True:
@@ -292,8 +289,8 @@ def decoded(container: Any, stream: Any, wanted: Container[int] | None = None) -
     """Yield PyAV's frames of an opened stream.
 
     Args:
-        wanted: pts of the frames that must be whole; None: all of them. Where the decoder concealed damage, the frames
-            up to the next key frame may be made of it, though it marks the first alone.
+        wanted: pts of the frames that must be undamaged; None: all. After concealed damage, every frame up to the next
+            key frame may be affected, though the decoder marks only the first.
 
     Raises:
         BadSample: `decode_corrupt`, `decode_error`.

@@ -1,4 +1,4 @@
-"""From HDR (PQ or HLG, BT.2020) to what an SDR display of BT.709 shows: the EETF of ITU-R BT.2390-11, section 5.4.1.
+"""Tone-map HDR (PQ or HLG, BT.2020) to SDR (BT.709) by the EETF of ITU-R BT.2390-11, section 5.4.1.
 
 The brightest channel of a pixel is brought from 1000 cd/m² to the 203 cd/m² that BT.2408 gives diffuse white, in PQ's
 own scale; up to about 87 cd/m² nothing changes, above it a Hermite spline rolls off. All three channels are scaled by
@@ -17,7 +17,7 @@ PEAK, WHITE = 1000.0, 203.0  # cd/m²: of the source, brighter is clipped; of th
 TO_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
 LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
 HLG_GAMMA = 1.2  # of the system, at a peak of 1000 cd/m²
-ROWS = 256  # at once: a frame of 4K has 100 MB in float32
+ROWS = 256  # rows at a time: a 4K frame takes 100 MB in float32
 
 _M1, _M2 = 2610 / 16384, 2523 / 32
 _C1, _C2, _C3 = 3424 / 4096, 2413 / 128, 2392 / 128
@@ -77,6 +77,6 @@ def _light(transfer: int) -> np.ndarray:
 
 @cache
 def _tone() -> tuple[np.ndarray, np.ndarray]:
-    """Return (light in cd/m², factor that makes SDR light in [0, 1] of it): the EETF as a table to interpolate in."""
+    """Return (light in cd/m², factor to SDR light in [0, 1]): the EETF as a table for interpolation."""
     light = light_of_pq(np.linspace(0, 1, 4097))[1:]
     return light, light_of_pq(eetf(pq_of(light))) / WHITE / light

@@ -1,4 +1,4 @@
-"""The one geometric resize: the same crop, scale and padding for pixels, depth and intrinsics."""
+"""Resize pixels, depth and intrinsics with the same crop, scale and padding."""
 
 from __future__ import annotations
 
@@ -15,14 +15,14 @@ MODES = ("crop", "pad", "squeeze")
 
 @dataclass(frozen=True)
 class Fit:
-    """How a picture of `source_size` becomes one of `size`.
+    """A resize of pictures from `source_size` to `size`.
 
     Args:
         source_size: (H, W) in px.
         size: (H, W) in px.
-        mode: "crop" keeps the aspect and cuts the longer side about the centre, "pad" keeps the aspect and adds
-            black bars, "squeeze" scales the sides apart.
-        box: (y, x, height, width) in source px of what the modes see of the source, e.g. inside its black bars; None is
+        mode: "crop" keeps the aspect and crops the longer side, "pad" keeps the aspect and adds
+            black bars, both centred; "squeeze" scales the sides independently.
+        box: (y, x, height, width) in source px of the part of the source to use, e.g. inside its black bars; None:
             all of it.
 
     Raises:
@@ -46,11 +46,11 @@ class Fit:
 
     @property
     def source_box(self) -> tuple[int, int, int, int]:
-        """(y, x, height, width) in source px of what the modes see."""
+        """(y, x, height, width) in source px of the part of the source that is used."""
         return self.box or (0, 0, *self.source_size)
 
     def scaled_to(self, source_size: tuple[int, int]) -> Fit:
-        """Return the same fit for a map of the source that is stored at another size; a box goes to its nearest px."""
+        """Return the same fit for a map of the source that is stored at another size; the box is rounded to px."""
         if self.box is None:
             return replace(self, source_size=source_size)
         edges = []
@@ -109,10 +109,10 @@ class Fit:
         return out
 
     def apply_depth(self, depth: np.ndarray) -> np.ndarray:
-        """Return depth, disparity or a mask [..., h, w] at `size`, each value the one whose pixel holds the centre.
+        """Return depth, disparity or a mask [..., h, w] at `size`, by nearest neighbour.
 
-        Nearest, since the mean of a near and a far surface is a surface that is not there. Bars of "pad" repeat
-        the edge, so that they stay finite.
+        Not interpolated, since the mean of a near and a far surface is no surface. Bars of "pad" repeat the edge, so
+        that they stay finite.
 
         Raises:
             BadSample: the map is not of `source_size`.

@@ -1,7 +1,7 @@
-"""What a file is, by its first bytes, before any demuxer sees it.
+"""Recognise a file by its first bytes, before any demuxer reads it.
 
-FFmpeg opens far more than videos: a text file can be a script that makes it read *other* files (ffconcat, HLS), and
-a picture or a subtitle is a stream to it as well. So the format is decided here, from a list, and FFmpeg is told it.
+FFmpeg opens more than videos: a text file can be a script that makes it read *other* files (ffconcat, HLS), and
+pictures and subtitles are streams too. So the format is decided here, from a list, and passed to FFmpeg.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ from ex4d.errors import BadSample
 # format name -> FFmpeg demuxer of the same name
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif")
 
-# Decoders that a file may reach, by FFmpeg's names; it has some three hundred, many of games and of one vendor.
+# Allowed decoders, by FFmpeg's names. FFmpeg has about three hundred, many for games or one vendor's files.
 CODECS = (
     *("h264", "hevc", "vp8", "vp9", "av1", "libdav1d", "mpeg1video", "mpeg2video", "mpegvideo", "mpeg4"),
     *("msmpeg4v1", "msmpeg4v2", "msmpeg4", "h263", "h263p", "wmv1", "wmv2", "wmv3", "vc1", "mjpeg", "prores", "dnxhd"),
@@ -41,12 +41,12 @@ _OTHERS = (
     (b"WEBVTT", "subtitles"),
     (b"[Script Info]", "subtitles"),
 )
-MAX_SIDE_PX = 8192  # 8K UHD in either orientation; beyond it stand only mistakes and bombs
+MAX_SIDE_PX = 8192  # 8K UHD in either orientation; larger sizes are mistakes or attacks
 _MAX_MOOV_BYTES = 256 * 2**20
 
 
 def codecs() -> tuple[str, ...]:
-    """Return the decoders that may be used: CODECS, and what the variable EX4D_CODECS names beside, with commas."""
+    """Return the allowed decoders: CODECS and those in the comma-separated variable EX4D_CODECS."""
     more = os.environ.get("EX4D_CODECS", "").replace(" ", "").split(",")
     return (*CODECS, *(name for name in more if name))
 
@@ -110,11 +110,11 @@ def _refusal(head: bytes) -> BadSample:
     if head.startswith(b"RIFF") or head[4:8] in _MOV_BOXES:
         detected = head[8:12].decode("ascii", "replace").strip().lower()
         return BadSample("container_not_allowed", f"detected {detected}; allowed: {', '.join(CONTAINERS)}")
-    return BadSample("unknown_container", f"first bytes {head[:8].hex()} are of no container that is allowed")
+    return BadSample("unknown_container", f"first bytes {head[:8].hex()} are not those of an allowed container")
 
 
 def check_mov(file: IO[bytes]) -> None:
-    """Return nothing for an mp4 or mov with a header that can be decoded (ISO/IEC 14496-12, 23001-7).
+    """Check that an mp4 or mov has a header that can be decoded (ISO/IEC 14496-12, 23001-7).
 
     Raises:
         BadSample: `no_moov`, `truncated` (the header ends early), `timescale_zero`, `encrypted` (a sample entry
@@ -129,7 +129,7 @@ def check_mov(file: IO[bytes]) -> None:
             file.seek(start)
             _check_moov(memoryview(file.read(end - start)))
             return
-    raise BadSample("no_moov", "an mp4 without its header (moov): an interrupted recording or download")
+    raise BadSample("no_moov", "the mp4 has no header (moov): an interrupted recording or download")
 
 
 def _boxes_of_file(file: IO[bytes], size: int) -> Iterator[tuple[bytes, int, int]]:

@@ -1,4 +1,4 @@
-"""Opening a file for reading, and what is in it. FFmpeg gets an explicit format and may open nothing else."""
+"""Open a video and read its properties. FFmpeg gets an explicit format and may open no other file."""
 
 from __future__ import annotations
 
@@ -16,27 +16,27 @@ from ex4d.errors import BadSample
 from ex4d.video import hdr, sniff
 from ex4d.video.sniff import MAX_SIDE_PX
 
-# A path, a file's bytes, or a file that is open for reading and can be sought in
+# A path, a file's bytes, or an open, seekable file
 Source = str | Path | bytes | IO[bytes]
 
 
 @dataclass(frozen=True)
 class VideoInfo:
-    """What is known of a video after its header was read and its first frame decoded.
+    """Properties of a video, from its header and its first frame.
 
     Attributes:
         container: demuxer, one of sniff.CONTAINERS.
         codec, pix_fmt: FFmpeg's names.
-        size: (H, W) px as a viewer sees it, rotation applied.
+        size: (H, W) px as displayed, rotation applied.
         coded_size: (H, W) px as stored.
-        turn: quarter turns counter-clockwise that make the stored picture upright, 0–3.
+        turn: counter-clockwise quarter turns that make the stored picture upright, 0–3.
         mirrored: True where it is flipped left to right after the turn.
         time_base: seconds of one pts tick, (numerator, denominator).
-        fps: mean frame rate that the container declares; 0.0 where it does not.
-        duration_s: declared, not to be trusted; 0.0 where it is not.
-        num_frames: declared, not to be trusted; 0 where it is not.
+        fps: mean frame rate that the container declares; 0.0 where it declares none.
+        duration_s: declared, so perhaps wrong; 0.0 where it is not declared.
+        num_frames: declared, so perhaps wrong; 0 where it is not declared.
         stream_index: the video stream that is read.
-        num_video_streams: pictures attached as covers are not counted.
+        num_video_streams: without attached cover pictures.
         notes: facts that a user may want to filter by, e.g. "hdr_pq".
     """
 
@@ -63,7 +63,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
     Raises:
         BadSample: all of `sniff.container_of`, and `codec_unknown`, `codec_not_allowed`, `no_video_stream`,
             `size_limit`, `no_size`, `encrypted`,
-            `timescale_zero`, `truncated`, `open_error`, `unreadable` (the system gives no file: it may later).
+            `timescale_zero`, `truncated`, `open_error`, `unreadable` (an error of the system, perhaps a passing one).
     """
     import av
 
@@ -71,9 +71,9 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
         name = sniff.container_of(raw)
         num_bytes = raw.seek(0, os.SEEK_END)
         raw.seek(0)
-        # FFmpeg reads through our handle, so that no file name is ever parsed as a URL; the empty whitelist
-        # forbids it to open anything by itself.
-        # Probing opens decoders already, so the list of those that are allowed goes to the container.
+        # FFmpeg reads through our handle, so that no file name is parsed as a URL; the empty whitelist
+        # keeps it from opening other files.
+        # Probing already opens decoders, so the list of allowed ones goes to the container.
         options = {"protocol_whitelist": "", "max_streams": "64", "codec_whitelist": ",".join(sniff.codecs())}
         with ffmpeg_errors("open_error", f"{name} header"):
             container = av.open(raw, format=name, container_options=options, buffer_size=1 << 18)
@@ -89,9 +89,9 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
 
 @contextmanager
 def ffmpeg_errors(reason: str, doing: str) -> Iterator[None]:
-    """Turn FFmpeg's errors into BadSample(reason); running out of memory stays what it is.
+    """Turn FFmpeg's errors into BadSample(reason), except MemoryError.
 
-    The message is FFmpeg's sentence without file names, so that it is the same on every machine.
+    The message is FFmpeg's, without file names, so that it is the same on every machine.
     """
     import av
 
@@ -101,14 +101,14 @@ def ffmpeg_errors(reason: str, doing: str) -> Iterator[None]:
         raise
     except av.FFmpegError as error:
         raise BadSample(reason, f"{doing}: {error.strerror}") from error
-    except ValueError as error:  # PyAV's own refusals
+    except ValueError as error:  # PyAV's own checks
         raise BadSample(reason, f"{doing}: {error}") from error
 
 
 @contextmanager
 def _binary(source: Source) -> Iterator[IO[bytes]]:
     if not isinstance(source, str | Path | bytes):
-        yield source  # whoever opened it closes it
+        yield source  # the caller closes it
         return
     with _file(source) as file:
         yield file
@@ -117,8 +117,8 @@ def _binary(source: Source) -> Iterator[IO[bytes]]:
 def _file(source: str | Path | bytes) -> IO[bytes]:
     if isinstance(source, bytes):
         return io.BytesIO(source)
-    if Path(source).is_fifo() or Path(source).is_socket():  # opening one waits for a writer, perhaps for ever
-        raise BadSample("open_error", "a pipe or socket cannot be sought in")
+    if Path(source).is_fifo() or Path(source).is_socket():  # opening one could block for ever
+        raise BadSample("open_error", "a pipe or socket is not seekable")
     try:
         return Path(source).open("rb")
     except OSError as error:
@@ -126,7 +126,7 @@ def _file(source: str | Path | bytes) -> IO[bytes]:
 
 
 def video_streams(container: Any) -> list[Any]:
-    """Return the video streams that are no attached cover picture."""
+    """Return the video streams, without attached cover pictures."""
     import av
 
     attached = av.stream.Disposition.attached_pic

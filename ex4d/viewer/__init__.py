@@ -1,1 +1,1 @@
-"""Pages and pictures that show what was made."""
+"""HTML pages of datasets, evaluations, sweeps and meshes."""

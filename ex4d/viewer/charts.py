@@ -1,6 +1,6 @@
 """Small charts as SVG: a histogram with a threshold in it, the share kept at each threshold, a split bar, lines.
 
-Each is Markup: its texts are escaped here, and a template shows it as it is.
+Each is Markup: its text is escaped here, and templates insert it unchanged.
 """
 
 from __future__ import annotations
@@ -18,7 +18,7 @@ BINS = 36
 
 
 def number(value: float) -> str:
-    """Return a number in three significant digits, as a reader expects it."""
+    """Return a number with three significant digits."""
     if value == 0:
         return "0"
     return f"{value:.3g}" if 1e-3 <= abs(value) < 1e4 else f"{value:.1e}"

@@ -1,7 +1,7 @@
-"""The one place that writes HTML: Jinja2 templates with autoescape, assets inlined, and a policy against the rest.
+"""Render HTML: Jinja2 templates with autoescape, inlined assets, and a Content-Security-Policy.
 
-A page is one file. Its Content-Security-Policy allows the styles and the script that are in it, by their hashes, and
-pictures and videos that are in it or lie beside it; whatever else a hostile name might bring in does not run or load.
+A page is one file. Its policy allows the styles and the script in it, by their hashes, and pictures and videos in it or
+beside it; nothing else runs or loads, whatever a hostile name injects.
 """
 
 from __future__ import annotations
@@ -55,7 +55,7 @@ def policy(style: str, script: str) -> str:
         "style-src": _hash(style),
         "script-src": _hash(script) if script else "'none'",
         "img-src": "data:",
-        "media-src": "data: 'self' file:",  # videos beside the page; a page opened from disk is no origin
+        "media-src": "data: 'self' file:",  # videos beside the page; a page opened from disk has no origin
         "connect-src": "data:",  # the mesh page reads its own pictures
         "base-uri": "'none'",
         "form-action": "'none'",

@@ -17,7 +17,7 @@ from ex4d.viewer.html import document
 
 @dataclass(frozen=True)
 class Clip:
-    """One labelled video of a row: where it is, a path beside the page or what `embedded` gives."""
+    """One labelled video of a row: a path relative to the page, or the result of `embedded`."""
 
     label: str
     src: str
@@ -44,7 +44,7 @@ class Table:
 
 @dataclass(frozen=True)
 class Page:
-    """Everything that stands on the page, from top to bottom."""
+    """The content of the page, from top to bottom."""
 
     title: str
     summary: Sequence[str]
@@ -64,12 +64,12 @@ def depth_colours(z_depth: np.ndarray) -> np.ndarray:
 
 
 def embedded(mp4: bytes) -> str:
-    """Return a video as the `src` of a Clip, so that it lies in the page itself."""
+    """Return a video as the `src` of a Clip that embeds it in the page."""
     return f"data:video/mp4;base64,{base64.b64encode(mp4).decode()}"
 
 
 def write(page: Page, path: str | Path) -> str:
-    """Write the page as one HTML file, to a path or URL; return where it is."""
+    """Write the page as one HTML file, to a path or URL; return that."""
     data = document(
         "results.html",
         page.title,

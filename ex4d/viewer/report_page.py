@@ -1,6 +1,6 @@
-"""The pages of a dataset: what it holds and what was refused; and, before it is made, what thresholds would keep.
+"""The pages of a dataset: its content and its rejects; and, before it is made, what thresholds would keep.
 
-Everything that is shown is escaped: names of files come from outside. Equal data give equal bytes.
+All text is escaped, since file names come from outside. Equal data give equal bytes.
 """
 
 from __future__ import annotations
@@ -63,7 +63,7 @@ def dataset_page(
         rejects: rows of rejects.parquet.
         scores: {score: of every sample}.
         thresholds: {score: {"min" or "max": threshold}} of the filters that are on.
-        facts: what stands at the end.
+        facts: the table at the end.
         problems: sentences, where the run failed.
     """
     clip_parts = [("samples", counts["samples"]), ("filtered", counts["clips_filtered"]), ("bad", counts["clips_bad"])]

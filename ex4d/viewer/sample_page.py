@@ -1,4 +1,4 @@
-"""Samples of a dataset to look at: the clip, the other camera's where there is one, and what each mask shows."""
+"""A page of samples of a dataset: the clip, the other camera's video if any, and the clip under each mask."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ex4d.viewer import page
 
 
 def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: str = "auto") -> page.Page:
-    """Return a page of samples of a dataset of clips, their videos in it.
+    """Return a page of samples of a dataset of clips, with embedded videos.
 
     Args:
         dataset: folder or URL of a finished dataset.
-        trust: whose the dataset is; a stranger's samples are decoded in a sandbox (`ex4d.data.foreign`).
+        trust: whose the dataset is; foreign samples are decoded in a sandbox (`ex4d.data.foreign`).
         keys: which samples; none: `count` of them, evenly spread over the manifest.
 
     Raises:
@@ -30,7 +30,7 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: 
     """
     facts = manifest.read_dataset(dataset)
     if "latents" in facts:
-        raise ConfigError("THING", dataset, "a dataset of clips; this one holds latents, which nobody can look at")
+        raise ConfigError("THING", dataset, "must be a dataset of clips; this one holds latents, which cannot be shown")
     foreign.spec_of(facts)
     table = manifest.read_manifest(dataset, facts["sha256"].get(manifest.MANIFEST, ""))
     places = [pa.compute.index(table["key"], key).as_py() for key in keys]
@@ -42,8 +42,8 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: 
     return page.Page(
         title=f"Samples of {dataset.rstrip('/').rpartition('/')[2]}",
         summary=(
-            f"{len(chosen)} of {counts['samples']} samples. Left the clip, which training shall give back; beside it "
-            "what each mask leaves of it, with the share of holes.",
+            f"{len(chosen)} of {counts['samples']} samples. Left: the clip, which the model learns to reconstruct. "
+            "Beside it: the clip under each mask, with its share of holes.",
         ),
         rows=[_row(dataset, fields, facts, foreign.is_foreign(dataset, trust)) for fields in chosen],
         facts={name: str(value) for name, value in {**facts["sample"], **counts}.items()},
@@ -65,5 +65,5 @@ def _row(dataset: str, fields: dict, facts: Mapping[str, Any], is_foreign: bool)
         colours = sample.shown(clip.frames, clip.cond, is_visibility, index) * visible[..., None]
         label = f"{kinds[clip.kind[index]]}, {clip.hole_share[index].mean():.0%} holes"
         clips.append(page.Clip(label, page.embedded(video.encode(colours, clip.fps))))
-    told = f"{fields['key']} · {fields['split']}" + (f" · {clip.caption.strip()}" if clip.caption.strip() else "")
-    return page.Row(told, clips)
+    heading = f"{fields['key']} · {fields['split']}" + (f" · {clip.caption.strip()}" if clip.caption.strip() else "")
+    return page.Row(heading, clips)

@@ -1,7 +1,7 @@
-"""A page with the depth watertight mesh of a clip and its cameras in three dimensions: one file, no server, no network.
+"""A page with the depth watertight mesh of a clip and its cameras in 3D: one file, no server, no network.
 
-The mesh is drawn from the depth picture itself, by WebGL 2, with the occlusion flag of every face. What the new camera
-sees there is the condition, up to the browser's own rasteriser.
+WebGL 2 draws the mesh from the depth picture, with the occlusion flag of every face. The new camera's view there is the
+condition, up to the browser's rasteriser.
 """
 
 from __future__ import annotations
@@ -23,10 +23,10 @@ MAX_SIDE_PX = 320  # 49 frames of 320 × 320 make a page of about 10 MB
 
 
 def write(view: Reconstruction, path: str | Path, title: str, max_side_px: int = MAX_SIDE_PX) -> str:
-    """Write the page of a reconstruction, to a path or URL; return where it is.
+    """Write the page of a reconstruction to a path or URL; return that.
 
     Args:
-        max_side_px: pictures and meshes are made smaller until no side is longer.
+        max_side_px: pictures and meshes are scaled down to this side.
     """
     chosen = view.choices
     about = (

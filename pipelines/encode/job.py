@@ -1,7 +1,7 @@
 """`ex4d encode`: a dataset of clips to a dataset of latents, with the same keys and the same guarantees.
 
-Two passes, each over what the ledger lacks: the samples, then each distinct caption of those that were encoded. What is
-staged is named by its key and by the fingerprint of all that it depends on, the encoders' weights included.
+Two passes, each over what the ledger lacks: the samples, then each distinct caption of the encoded samples. A staged
+file is named by its key and by a fingerprint of everything that it depends on, including the encoders' weights.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ from pipelines.runtime.result import Result, logged
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, Stage, new_row
 
-CODE = 1  # raised when stages change what they write, so that older staging is not taken
+CODE = 1  # raise it when stages write something else: older staging is then not reused
 PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")  # may change a latent
 TEXTS = "texts"
 SAMPLE_STAGES = (stages.READ, stages.LOAD_MODELS, stages.ENCODE_VIDEO, stages.ENCODE_IMAGE, stages.WRITE_LATENTS)
@@ -86,23 +86,23 @@ def command(config_path: str, overrides: Sequence[str]) -> int:
 def run(
     config: EncodeConfig, model: ModelConfig, ray_config: RayConfig | None = None, runner_name: str = "ray"
 ) -> Result:
-    """Return what happened, after bringing the latent dataset `config.output` up to date with `config.data`.
+    """Bring the latent dataset `config.output` up to date with `config.data` and return the result.
 
-    Run again, it goes on with what is missing. Its `exit_code` is 1, and nothing is committed, where too much was bad.
+    A second run resumes. `exit_code` is 1, and nothing is committed, where too many samples are bad.
 
     Args:
-        runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
+        runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
 
     Raises:
-        ConfigError: a choice is invalid, or the base cannot take these clips; before any work.
-        ContractError: no finished dataset of clips.
+        ConfigError: a setting is invalid, or the base cannot take these clips; before any work.
+        ContractError: `config.data` is not a finished dataset of clips.
     """
     outside_datasets("encode.output", config.output, own="latents")
     dataset = manifest.read_dataset(config.data)
     if "latents" in dataset:
-        raise ConfigError("encode.data", config.data, "a dataset of clips; this one holds latents already")
+        raise ConfigError("encode.data", config.data, "must be a dataset of clips; this one already holds latents")
     if model.family is not None:
-        transformer_config(model.base, model.revision, model.family)  # refuses another
+        transformer_config(model.base, model.revision, model.family)  # raises for another family
     models = of_components(model.base, model.revision, ENCODERS)
     bugs: list[dict[str, Any]] = []
     how = {"runner": runner_name, "num_workers": config.num_workers}
@@ -153,7 +153,7 @@ class _Job:
         self.context = Encoding(*places, self.model, self.config.dtype, device, kinds)
 
     def work(self) -> None:
-        """Bring staging up to date: afterwards every sample is encoded or refused, and every caption of the former."""
+        """Encode every sample that staging lacks, or reject it; then the captions of the encoded samples."""
         table = manifest.read_table(
             self.config.data, manifest.MANIFEST, sha256=self.dataset["sha256"][manifest.MANIFEST]
         )
@@ -171,7 +171,7 @@ class _Job:
         self._texts(captions if self.config.captions else {})
 
     def _sample_row(self, fields: Mapping[str, Any]) -> Row:
-        made = fingerprint(
+        digest = fingerprint(
             *("latents", CODE, self.versions, self.config.dtype, fields["sha256"]),
             *({name: self.models.get(name) for name in ("vae", "image_encoder")}, self._numbers()),
             self.model.mask_range,
@@ -181,38 +181,38 @@ class _Job:
         return new_row(
             **{name: fields[name] for name in names},
             caption={name: caption[name] for name in ("offset", "length", "sha256")},
-            fingerprint=made,
-            artifact=f"clips/{fields['key']}.{made}.tar",
+            fingerprint=digest,
+            artifact=f"clips/{fields['key']}.{digest}.tar",
             video_s=fields["end_s"] - fields["start_s"],
         )
 
     def _numbers(self) -> dict[str, Any]:
-        """Return in which numbers the models compute; "auto" is another type on another device."""
+        """Return the dtypes and the device of the models; "auto" is another dtype on another device."""
         return {"dtype": self.model.dtype, "vae_dtype": self.model.vae_dtype, "device": self.context.device}
 
     def _texts(self, places: Mapping[str, Mapping[str, Any]]) -> None:
         """Fill `texts`: {sha256 of the text: where its embeddings lie}."""
-        made = fingerprint(
+        digest = fingerprint(
             "text", CODE, self.versions, self.config.dtype, self.models.get("text_encoder"), self._numbers()
         )
-        said = {texts.text_key(text): text for text in ("", *self.config.prompts)}
+        prompts = {texts.text_key(text): text for text in ("", *self.config.prompts)}
         rows = [
-            new_row(key, text=said.get(key), place=places.get(key), artifact=f"{TEXTS}/{key}.{made}.safetensors")
-            for key in sorted({*said, *places})
+            new_row(key, text=prompts.get(key), place=places.get(key), artifact=f"{TEXTS}/{key}.{digest}.safetensors")
+            for key in sorted({*prompts, *places})
         ]
         refused = self._pass("texts", TEXT_STAGES, rows)
         self.problems += [f"the text {key}: {refusal['message']}" for key, refusal in refused.items()]
         self.texts = {row["key"]: self.ledger.url(row["artifact"]) for row in rows if row["key"] not in refused}
 
     def _pass(self, name: str, todo: tuple[Stage, ...], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-        """Return {key: refusal} of the rows that were refused, after working on all that the ledger lacks."""
+        """Work on the rows that the ledger lacks; return {key: refusal} of those that were rejected."""
         missing = [row for row in rows if row["artifact"] not in self.done]
         done = self.passes.run(name, stages.with_gpu(todo, self.config.num_gpus), missing, self.context)
         return {row["key"]: row["refusal"] for row in done if row["refusal"] is not None}
 
     def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
-        named = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
-        self.rejects.append({**named, "key": row["key"], "unit": "clip"})
+        facts = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
+        self.rejects.append({**facts, "key": row["key"], "unit": "clip"})
 
     def judge(self) -> None:
         """Commit the dataset, unless too much was bad."""
@@ -261,7 +261,7 @@ class _Job:
         }
 
     def finish(self) -> Result:
-        """Return the Result, its counts those of the dataset that was read and of what became of its samples."""
+        """Return the Result: the counts of the input dataset, less the samples that were rejected."""
         counts = dict(self.dataset["counts"])
         counts["samples"] -= len(self.rejects)
         counts["clips_bad"] += len(self.rejects)
@@ -270,12 +270,12 @@ class _Job:
 
 
 def throughput(result: Result) -> str:
-    """Return a line on this run: clips a second of work, and the share that each stage had of it; loading apart."""
+    """Return one line: clips per second of work, and the share of each stage; loading is listed separately."""
     spent = {name: tally.worker_s for name, tally in result.stages.items() if tally.done}
     loading = sum(spent.pop(name, 0.0) for name in (stages.LOAD_MODELS.name, stages.LOAD_TEXT_MODEL.name))
     whole = sum(spent.values())
     if not whole:
-        return "nothing was left to encode"
+        return "nothing to encode: everything was done already"
     shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items())
     rate = f"{result.worked['samples'] / whole:.2f} clips/s for each worker"
     return f"{rate}, loading models {loading:.1f} s; of {whole:.1f} s of work: {shares}"

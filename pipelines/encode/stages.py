@@ -1,4 +1,4 @@
-"""What the frozen base makes of a finished sample and of a text; the base stays loaded between rows."""
+"""Encode finished samples and texts with the frozen base, which stays loaded between rows."""
 
 from __future__ import annotations
 
@@ -25,8 +25,8 @@ class Encoding:
     """What every row is encoded with.
 
     Args:
-        data, output: the dataset that is read and the one that is made.
-        model: which base, and in which numbers it computes.
+        data, output: the dataset to read and the one to write.
+        model: the base and its dtypes.
         dtype: of the stored tensors.
         device: cuda or cpu.
         mask_kinds: of the dataset that is read.
@@ -49,24 +49,24 @@ def _dataset(folder: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def loaded(model: ModelConfig, device: str, components: tuple[str, ...]) -> Base:
-    """Return the base with these components, kept by this process until others are asked for."""
+    """Return the base with these components; this process keeps it until it needs others."""
     import torch
 
     from ex4d.models.backbone import load_base
 
     if device == "cpu":
-        torch.set_num_threads(1)  # sums depend on the number of threads, and bytes are promised
+        torch.set_num_threads(1)  # sums depend on the number of threads, and the bytes must not
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return load_base(model.base, model.revision, model.dtype, device, components, model.vae_dtype)
 
 
 def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return the sample's pictures and masks, and its members that go on as they are (as text).
+    """Return the sample's frames and masks, and the members that are copied unchanged (as text).
 
-    `first_shown` uint8 [U,H,W,3] are the distinct first frames that its masks show, `first_index` uint8 [S] which.
+    `first_shown` uint8 [U,H,W,3] are its distinct first frames under the masks; `first_index` uint8 [S]: which.
 
     Raises:
-        BadSample: damaged_sample: its bytes are not those of the manifest, or not a sample.
+        BadSample: damaged_sample: its bytes differ from the manifest, or are not a sample.
     """
     import hashlib
 
@@ -104,19 +104,19 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def load_models(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return nothing; the models of clips are loaded: once a process, so that its time is not the first clip's."""
+    """Load the models for clips, once per process; a stage of its own, so that no clip is charged for the time."""
     loaded(context.model, context.device, VIDEO_MODELS)
     return {}
 
 
 def load_text_model(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return nothing; the model of texts is loaded."""
+    """Load the text encoder."""
     loaded(context.model, context.device, TEXT_MODELS)
     return {}
 
 
 def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return `target`, `condition`, `hole`, `first_frame` and `source` as data.latents has them, float32.
+    """Return `target`, `condition`, `hole`, `first_frame` and `source` as in data.latents, float32.
 
     Raises:
         ConfigError: the base cannot take clips of this size or length.
@@ -142,12 +142,12 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
     if base.has_first_frame:
         firsts = to_pixels(torch.from_numpy(row["first_shown"])[:, None].to(base.device))[:, :, 0]
         whole: list[Any] = [base.first_frame_condition(first[None], len(frames)) for first in firsts]
-        written["first_frame"] = torch.cat(whole)[:, base.first_frame_channels :]  # the mask can be made again
+        written["first_frame"] = torch.cat(whole)[:, base.first_frame_channels :]  # the loader recomputes the mask
     if row["source_frames"] is not None:
         written["source"] = base.encode_video(_pixels(row["source_frames"], base))[0]
     arrays = {name: value.float().cpu().numpy() for name, value in written.items()}
     if not all(np.isfinite(array).all() for array in arrays.values()):
-        raise BadSample("not_finite", "the base made numbers that are not finite")
+        raise BadSample("not_finite", "the base returned values that are not finite")
     return {"first_frame": None, "source": None, **arrays}
 
 
@@ -166,7 +166,7 @@ def encode_image(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return nothing; the finished latent sample lies in staging afterwards, written atomically."""
+    """Write the finished latent sample to staging, atomically."""
     from ex4d.data import latents
     from ex4d.data.tar import sample_tar
 
@@ -179,10 +179,10 @@ def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def encode_text(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return `text`, read from the dataset where the row does not say it, and `embeds` float32 [n, d].
+    """Return `text`, read from the dataset where the row does not hold it, and `embeds` float32 [n, d].
 
     Raises:
-        ContractError: the text in the dataset is not the one that its manifest names.
+        ContractError: the text in the dataset differs from its sha256 in the manifest.
     """
     from ex4d.data.texts import text_key, trimmed
 
@@ -198,7 +198,7 @@ def encode_text(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def write_text(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return nothing; the embeddings lie in staging afterwards, written atomically."""
+    """Write the embeddings to staging, atomically."""
     from ex4d.data.tensors import encode_tensors, store_as
 
     written = np.frombuffer(row["text"].encode("utf-8"), np.uint8)
@@ -244,6 +244,6 @@ WRITE_TEXT = Stage("write_text", write_text, reads=("text", "embeds", "artifact"
 
 
 def with_gpu(stages: tuple[Stage, ...], num_gpus: float) -> tuple[Stage, ...]:
-    """Return the stages with a share of a GPU from the one that loads a model on: pictures travel once, latents not."""
+    """Return the stages; from the first that loads a model on, they share one GPU actor, so frames travel only once."""
     first = next(index for index, stage in enumerate(stages) if stage in (LOAD_MODELS, LOAD_TEXT_MODEL))
     return (*stages[:first], *(replace(stage, num_gpus=num_gpus) for stage in stages[first:]))

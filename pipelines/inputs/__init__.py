@@ -1,9 +1,9 @@
-"""From `preprocess.input` to the list of files, each of which must be accounted for at the end.
+"""From `preprocess.input` to a list of sources; a run counts what becomes of each.
 
-A folder gives every file under it: a video by its suffix or by having none that we know; what is certainly no video
-by its name is named as such, what links lead out to and folders that cannot be opened are counted (`walk`), and the
-sidecars of a video (depth, caption, cameras) belong to it. A list gives what its rows name; see `lists`. Folders, files
-and lists lie on this machine or in any store of `storage.SCHEMES`.
+A folder yields every file under it. A file is taken for a video unless its suffix says otherwise; then it is counted as
+not a video. Links out of the folder and folders that cannot be opened are counted too (`walk`). Sidecars of a video
+(depth, caption, cameras) belong to the video. A list yields what its rows name; see `lists`. Folders, files and lists
+are on this machine or in any store of `storage.SCHEMES`.
 """
 
 from __future__ import annotations
@@ -33,17 +33,17 @@ KEY = "preprocess.input"
 
 @dataclass(frozen=True)
 class Source:
-    """One input file, or a row of a list that names none.
+    """One input file, or a row of a list that names no file.
 
     Args:
-        path: where it is, a path or URL; may hold bytes that are no UTF-8, as Python's surrogates. "" for a bad row.
-        name: the path relative to the input root, forward slashes, always valid Unicode; unique in a run. It holds
-            neither user, password nor query of a URL. A bad row is `LIST:NUMBER`.
-        spans: what lists say of it, in their order; () is the whole file, of which nothing is said.
-        twin, namesake: another video of the same stem in the same folder, or anywhere; a depth file or caption that is
-            named by the stem could be that one's. "" where there is none.
-        reason, message: why it will not be opened; "" where it will.
-        root: the folder or URL that it was found under, which links of its sidecars may not lead out of.
+        path: path or URL; bytes that are not UTF-8 are Python's surrogates. "" for a bad row.
+        name: the path relative to the input root, forward slashes, always valid Unicode; unique in a run. It never
+            holds the user, password or query of a URL. A bad row is `LIST:NUMBER`.
+        spans: its spans in lists, in their order; () is the whole file.
+        twin, namesake: another video with the same stem, in the same folder or anywhere: a depth file or caption
+            named by the stem could belong to it. "" where there is none.
+        reason, message: why it is not opened; "" where it is.
+        root: the folder or URL that it was found under; links of its sidecars may not leave it.
     """
 
     path: str
@@ -57,12 +57,12 @@ class Source:
 
     @property
     def is_video(self) -> bool:
-        """False where the name, or the list, tells that there is none."""
+        """False where the name or the list shows that this is not a video."""
         return not self.reason
 
     @property
     def fate(self) -> str:
-        """How a source that is no video is counted: a file that is none is no fault, a row that names none is."""
+        """How a source that is not a video is counted: a stray file is filtered, a row that names no video is bad."""
         return "filtered" if self.reason in ("not_a_video", "symlink_outside", "symlink_again") else "bad"
 
 
@@ -72,17 +72,17 @@ def expand(
     root: str | None = None,
     follow_links: bool = False,
 ) -> list[Source]:
-    """Return every input file, sorted by name, once each, and every row of a list and every place that cannot be used.
+    """Return each input file once, sorted by name, and each row or place that cannot be used.
 
     Args:
-        given: a file, a folder, a glob, a list (`lists.SUFFIXES`), several of them with commas between, or a list of
-            them; on this machine or in a store.
-        exclude: files under this folder (the output) are left out.
-        root: folder that names in lists start from; None: each list's own.
-        follow_links: take what links lead to outside of the folder that is named.
+        given: a file, folder, glob or list (`lists.SUFFIXES`), several of them separated by commas, or a Python
+            list of them; on this machine or in a store.
+        exclude: skip files under this folder (the output).
+        root: folder that names in lists are relative to; None: each list's own.
+        follow_links: follow links that lead out of the input folder.
 
     Raises:
-        ConfigError: something that is named does not exist or may not be opened, or nothing was found.
+        ConfigError: an input does not exist or cannot be opened, or nothing was found.
     """
     parts = _split(given) if isinstance(given, str) else list(given)
     found = [entry for part in parts for entry in _expand_one(part, root, follow_links)]
@@ -91,7 +91,7 @@ def expand(
         outside = _folder(str(exclude))
         kept = [entry for entry in found if not entry.path.startswith(outside)]
     if not kept:
-        inside = "every file there lies in the output, which is no input" if found else "no file there"
+        inside = "every file there is in the output folder, which is not read" if found else "there is no file"
         raise ConfigError(KEY, given, inside)
     spans: dict[str, list[Span]] = {}
     for entry in kept:
@@ -141,7 +141,7 @@ def _split(given: str) -> list[str]:
 
 def _expand_one(given: str, root: str | None, follow_links: bool) -> list[Entry]:
     if not given.strip():
-        raise ConfigError(KEY, given, "is empty; write . for the working folder")
+        raise ConfigError(KEY, given, "is empty; write . for the current folder")
     if not storage.is_local(given):
         return _expand_remote(given, root, follow_links)
     path = os.path.abspath(os.path.expanduser(storage.local_path(given)))
@@ -161,14 +161,14 @@ def _expand_one(given: str, root: str | None, follow_links: bool) -> list[Entry]
                 entries.append(walk.file(fixed, match, follow_links))
         if entries:
             return list({entry.path: entry for entry in entries}.values())
-    raise ConfigError(KEY, given, "is no file, folder, or glob that matches anything")
+    raise ConfigError(KEY, given, "is not a file, a folder, or a glob that matches a file")
 
 
 def _expand_remote(url: str, root: str | None, follow_links: bool) -> list[Entry]:
     shown, plain = remote.redacted(url), without_query(url)
     storage.check_url(url)
     if lists.is_page(url):
-        raise ConfigError(KEY, shown, "is a page that shows a video, not a file; download it first")
+        raise ConfigError(KEY, shown, "is a web page that shows a video; download the file first")
     is_web = url.startswith(("http://", "https://"))
     try:
         if "*" in plain or (glob.has_magic(plain) and not is_web):
@@ -182,12 +182,12 @@ def _expand_remote(url: str, root: str | None, follow_links: bool) -> list[Entry
     except OSError as error:
         raise ConfigError(KEY, shown, f"cannot be read: {error.strerror}") from None
     if not entries:
-        raise ConfigError(KEY, shown, "is no file, folder, or glob that matches anything")
+        raise ConfigError(KEY, shown, "is not a file, a folder, or a glob that matches a file")
     return entries
 
 
 def _expand_list(path: str, root: str | None, follow_links: bool) -> list[Entry]:
-    """Return what the rows of a list name; folders and globs in a text list stand for the files there."""
+    """Return what the rows of a list name; folders and globs in a text list are expanded."""
     found = []
     for entry in lists.read(path, root):
         is_several = entry.span is None and not entry.reason and _is_several(entry.path)
@@ -196,7 +196,7 @@ def _expand_list(path: str, root: str | None, follow_links: bool) -> list[Entry]
 
 
 def _is_several(path: str) -> bool:
-    """A file that is missing is one bad row of a long list, not an error of the list."""
+    """Return the entry, as a bad row where its file is missing: a long list must not fail for one file."""
     if not storage.is_local(path):
         return without_query(path).endswith("/") or "*" in without_query(path)
     return os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))
@@ -219,13 +219,13 @@ def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
 
 
 def _names(entries: Sequence[Entry]) -> dict[str, str]:
-    """Return {path: name}: relative to the deepest folder that holds all roots, unique."""
+    """Return {path: name}: unique names relative to the deepest folder above all roots."""
     files = [entry for entry in entries if not entry.reason or entry.is_place]
     roots: dict[bool, list[str]] = {}
     for entry in files:
         roots.setdefault(storage.is_local(entry.path), []).append(_as_path(entry.root))
     common = {is_local: posixpath.commonpath(found) for is_local, found in roots.items()}
-    if len(common) == 2:  # a store's file then is named with its host or bucket
+    if len(common) == 2:  # a name of a store's file then begins with its host or bucket
         common[False] = "/"
     names = {
         entry.path: _unicode(posixpath.relpath(_as_path(entry.path), common[storage.is_local(entry.path)]))
@@ -244,7 +244,7 @@ def _names(entries: Sequence[Entry]) -> dict[str, str]:
 
 
 def _as_path(place: str) -> str:
-    """Return an absolute path for a path or URL: /BUCKET/KEY or /HOST/PATH, without what may be secret."""
+    """Return an absolute path for a path or URL: /BUCKET/KEY or /HOST/PATH, without secrets."""
     if storage.is_local(place):
         return place.replace(os.sep, "/")
     plain = without_query(place).partition("://")[2]

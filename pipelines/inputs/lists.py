@@ -1,20 +1,19 @@
-"""What a list of videos says: text with a path a line, or a table with captions, licences and spans of time.
+"""Lists of videos: a text file with one path per line, or a table with captions, licences and time spans.
 
 A table is CSV (with commas, semicolons or tabs), TSV, Parquet, JSON (a list of objects) or JSON lines; its columns are
-known by name, whatever their order, case and neighbours (`rows.COLUMNS`). Columns that are not used are named in a
-warning:
+recognised by name, in any order and case (`rows.COLUMNS`). A warning names unused columns:
 
 | what | columns |
 |---|---|
 | file | `path`, `video` (OpenVid-1M, DiffSynth), `file_path` (VideoX-Fun), `file_name` (Hugging Face); else `url` |
-| caption | `caption`, `text`, `prompt`, `description`, the first of these that there is |
+| caption | `caption`, `text`, `prompt`, `description`, the first of these that exists |
 | licence | `licence`, `license` |
-| span | `start_s`, `end_s`; or `timestamp`: [start, end] (Koala-36M), or a list of such (Panda-70M) |
-| its name at the site | `videoID`: where `url` is a page, NAME.mp4 and the like in the list's folder is the file |
+| span | `start_s`, `end_s`; or `timestamp`: [start, end] (Koala-36M), or a list of these (Panda-70M) |
+| name at the site | `videoID`: where `url` is a page, NAME.mp4 and the like in the list's folder is the file |
 
-Times are seconds or H:MM:SS. Where `timestamp` is a list, `caption` may be one too, one text for each span; both may be
-written as Python or JSON. Each row is one span of a file, or several, or the whole of it; a file may stand in several
-rows. A row that cannot be used is an Entry with a reason: `bad_row`, `not_a_file_url` (a page that shows a video),
+Times are seconds or H:MM:SS. Where `timestamp` is a list, `caption` may be a list with one text for each span; both may
+be written as Python or JSON. A row names one or more spans of a file, or the whole file; a file may appear in several
+rows. A row that cannot be used becomes an Entry with a reason: `bad_row`, `not_a_file_url` (a page that shows a video),
 `url_not_allowed`.
 """
 
@@ -50,7 +49,7 @@ VIDEO_SUFFIXES = (
     ".flv",
     ".ogv",
 )
-# Names that tell us there is no video to look for; all other suffixes are opened and judged by content.
+# Suffixes of files that are not videos; files with any other suffix are opened and judged by content.
 OTHER_SUFFIXES = (
     *(".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv"),
     *(".parquet", ".srt", ".vtt", ".ass", ".log", ".sha256", ".md5", ".npy", ".npz", ".pt", ".safetensors", ".ckpt"),
@@ -62,13 +61,13 @@ PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.co
 
 
 def may_be_video(path: str) -> bool:
-    """Return False where a name tells that this is no video."""
+    """Return False where the name shows that this is not a video."""
     name = without_query(path).rpartition("/")[2].lower()
     return not name.startswith(".") and not name.endswith(OTHER_SUFFIXES)
 
 
 def is_page(url: str) -> bool:
-    """Return True for the address of a page that shows a video."""
+    """Return True for the URL of a web page that shows a video."""
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2].partition(":")[0].lower()
     return url.startswith(("http://", "https://")) and any(host == page or host.endswith("." + page) for page in PAGES)
 
@@ -78,7 +77,7 @@ def read(path: str, root: str | None = None) -> Iterator[Entry]:
 
     Args:
         path: absolute path or URL of the list.
-        root: folder that relative names start from; None: the list's own.
+        root: folder that names are relative to; None: the list's own.
 
     Raises:
         ConfigError: the list cannot be read, or no column names files.
@@ -96,14 +95,14 @@ def read(path: str, root: str | None = None) -> Iterator[Entry]:
         columns = _columns(list(next(table)), shown)
         for number, row in enumerate(table, start=1):
             yield from resolver.of_row(number, row if isinstance(row, str) else rows.chosen(row, columns))
-    except UnicodeError:  # UTF-16 or -32 by its mark, and damaged
-        raise ConfigError("preprocess.input", shown, "is not the text that its first bytes announce") from None
+    except UnicodeError:  # its byte order mark says UTF-16 or UTF-32, and it is damaged
+        raise ConfigError("preprocess.input", shown, "does not decode as its byte order mark says") from None
     except OSError as error:
         raise ConfigError("preprocess.input", shown, f"cannot be read: {error.strerror}") from None
 
 
 def _columns(names: list[Any], shown: str) -> dict[str, str]:
-    """Return {what: column}. Raises ConfigError where none names files, or two have one name."""
+    """Return {what: column}. Raises ConfigError where no column names files, or two have the same name."""
     columns = rows.known(names)
     if "path" not in columns and "url" not in columns:
         wanted = (*rows.COLUMNS["path"], *rows.COLUMNS["url"])
@@ -111,16 +110,16 @@ def _columns(names: list[Any], shown: str) -> dict[str, str]:
         what = f"needs a column of {', '.join(wanted)}; its first line has {there}"
         raise ConfigError("preprocess.input", shown, what)
     if twice := [name for name in columns.values() if names.count(name) > 1]:
-        raise ConfigError("preprocess.input", shown, f"has two columns of the name {twice[0]}")
+        raise ConfigError("preprocess.input", shown, f"has two columns named {twice[0]}")
     if unused := [str(name) for name in names if name not in columns.values()]:
-        logger.warning("%s: columns that are not used: %s", shown, ", ".join(name[:40] for name in unused[:20]))
+        logger.warning("%s: unused columns: %s", shown, ", ".join(name[:40] for name in unused[:20]))
     return columns
 
 
 def _read_text(resolver: _Resolver) -> Iterator[Entry]:
     data = storage.read_bytes(resolver.listing)
     encoding = text.encoding_of(data)
-    # Names of files may hold any bytes, which a UTF-8 list has as they are.
+    # File names may hold any bytes; a UTF-8 list holds them unchanged.
     lines = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict").splitlines()
     for number, line in enumerate(lines, start=1):
         name = line.strip()
@@ -130,7 +129,7 @@ def _read_text(resolver: _Resolver) -> Iterator[Entry]:
 
 
 class _Resolver:
-    """Turns rows of one list into entries."""
+    """Convert the rows of one list to entries."""
 
     def __init__(self, listing: str, folder: str):
         self.listing, self.folder = listing, folder
@@ -139,7 +138,7 @@ class _Resolver:
     def of_line(self, number: int, name: str) -> Iterator[Entry]:
         """Yield the entry of a line of text."""
         if without_query(name).endswith(SUFFIXES):
-            raise ConfigError("preprocess.input", remote.redacted(name), f"a list inside the list {self.listing}")
+            raise ConfigError("preprocess.input", remote.redacted(name), f"is a list inside the list {self.listing}")
         try:
             path = self._place(name)
         except BadSample as error:
@@ -176,7 +175,7 @@ class _Resolver:
         if is_page(place):
             downloaded = self._by_stem(str(row.get("id", "")), place)
             if downloaded is None:
-                raise BadSample("not_a_file_url", "a page that shows a video; no file of its name lies by the list")
+                raise BadSample("not_a_file_url", "a page that shows a video, without its file beside the list")
             return downloaded
         return self._place(place)
 
@@ -186,11 +185,11 @@ class _Resolver:
             return os.path.abspath(os.path.join(self.folder, name))
         if "://" not in name:
             if name.startswith("/"):
-                raise BadSample("url_not_allowed", "a list in a store names a path of this machine")
+                raise BadSample("url_not_allowed", "a list in a store must not name a path on this machine")
             name = storage.join(self.folder, name)
         elif storage.is_local(name):
             if not storage.is_local(self.listing):
-                raise BadSample("url_not_allowed", "a list in a store names a path of this machine")
+                raise BadSample("url_not_allowed", "a list in a store must not name a path on this machine")
             return os.path.abspath(storage.local_path(name))
         try:
             storage.check_url(name)
@@ -199,7 +198,7 @@ class _Resolver:
         return name
 
     def _by_stem(self, name: str, url: str) -> str | None:
-        """Return the file in the list's folder that is named after a site's video."""
+        """Return the file in the list's folder whose name is the video's id at its site."""
         if self._stems is None:
             files = sorted(name for name in self._beside() if name.lower().endswith(VIDEO_SUFFIXES))
             self._stems = {os.path.splitext(name)[0]: name for name in reversed(files)}

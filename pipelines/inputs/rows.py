@@ -1,4 +1,4 @@
-"""What a row of a list says of its file: spans of time with their captions, and a licence."""
+"""Parse a row of a list: time spans with their captions, and a licence."""
 
 from __future__ import annotations
 
@@ -27,11 +27,11 @@ MAX_CAPTION_CHARS, MAX_LICENCE_CHARS = 65536, 200
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file, and what a list says of it.
+    """A part of a file, with its facts from a list.
 
     Args:
         start_s, end_s: seconds from the first frame; None: to the end.
-        caption: None: it says nothing.
+        caption: None where the list has none.
         licence: "" where it is not known.
     """
 
@@ -43,14 +43,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Entry:
-    """One file that was named, with one of its spans; or a row of a list, or a place, that cannot be used.
+    """A file with one of its spans; or a row of a list, or a place, that cannot be used.
 
     Args:
         root: folder that the file's name is relative to.
         path: absolute path or URL; of a bad row `LIST:NUMBER`.
-        span: None where nothing is said.
+        span: None for the whole file.
         reason, message: why a row, or a place, cannot be used.
-        is_place: what cannot be used is a file or folder of this path, and no row.
+        is_place: what cannot be used is the file or folder at this path, not a row.
     """
 
     root: str
@@ -61,12 +61,12 @@ class Entry:
     is_place: bool = False
 
 
-MAX_LIST_CHARACTERS = 100_000  # of a list that is written as text
+MAX_LIST_CHARACTERS = 100_000  # of a list written as text
 
 
 def known(names: Iterable[Any]) -> dict[str, str]:
-    """Return {what: column} of a table with columns of these names, for what there is of COLUMNS: of several that say
-    the same, the one that stands first there.
+    """Return {what: column} for the COLUMNS that a table with these column names has; of synonyms, the first in
+    COLUMNS.
     """
     there = {str(name).strip().lower().replace(" ", "_"): name for name in names}
     found = {what: next((there[name] for name in given if name in there), None) for what, given in COLUMNS.items()}
@@ -74,7 +74,7 @@ def known(names: Iterable[Any]) -> dict[str, str]:
 
 
 def chosen(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return {what: value} of a row, without what is empty."""
+    """Return {what: value} of a row, without empty values."""
     return {what: row[name] for what, name in columns.items() if row[name] not in (None, "")}
 
 
@@ -87,7 +87,7 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
         return [make(start, end, _caption(caption))]
     pairs = _parsed(row["timestamp"])
     if not isinstance(pairs, list | tuple) or not pairs:
-        raise BadSample("bad_row", "timestamp is no list")
+        raise BadSample("bad_row", "timestamp is not a list")
     nested = isinstance(pairs[0], list | tuple)
     pairs = pairs if nested else [pairs]
     captions = _parsed(caption) if nested else caption  # a caption of one span may begin with a bracket
@@ -98,36 +98,36 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
     found = []
     for pair, text in zip(pairs, captions, strict=True):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
-            raise BadSample("bad_row", "timestamp is no list of [start, end]")
+            raise BadSample("bad_row", "timestamp is not a list of [start, end]")
         found.append(make(*_span(*pair), _caption(text)))
     return found
 
 
 def _parsed(value: Any) -> Any:
-    """Return a list that is written as text, as JSON or as Python's literal, or the value itself."""
+    """Parse a list written as text, in JSON or Python; return any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "(")):
         return value
-    if len(value) > MAX_LIST_CHARACTERS:  # Python's reader makes some hundred bytes of each
-        raise BadSample("bad_row", f"a list of more than {MAX_LIST_CHARACTERS} characters")
+    if len(value) > MAX_LIST_CHARACTERS:  # Python's parser needs about a hundred bytes for each
+        raise BadSample("bad_row", f"a list has more than {MAX_LIST_CHARACTERS} characters")
     try:
         return json.loads(value)
     except (ValueError, RecursionError):
-        pass  # then it is Python's, or none
+        pass  # not JSON: try Python
     try:
         return ast.literal_eval(value.strip())
     except (ValueError, SyntaxError, TypeError, MemoryError, RecursionError):
-        raise BadSample("bad_row", "a list that is none") from None
+        raise BadSample("bad_row", "not a valid list") from None
 
 
 def _span(start: Any, end: Any) -> tuple[float, float | None]:
     start_s, end_s = seconds(start), None if end is None else seconds(end)
     if end_s is not None and end_s <= start_s:
-        raise BadSample("bad_row", f"ends at {end_s:g} s, starts at {start_s:g} s")
+        raise BadSample("bad_row", f"the span ends at {end_s:g} s, before it starts at {start_s:g} s")
     return start_s, end_s
 
 
 def seconds(value: Any) -> float:
-    """Return the seconds that a number or [[H:]MM:]SS[.fff] stands for. Raises BadSample(`bad_row`)."""
+    """Parse a number of seconds or [[H:]MM:]SS[.fff]. Raises BadSample(`bad_row`)."""
     parts = str(value).strip().split(":")
     try:
         numbers = [float(part) for part in parts]
@@ -135,7 +135,7 @@ def seconds(value: Any) -> float:
         numbers = []
     total = sum(number * 60**power for power, number in enumerate(reversed(numbers)))
     if not 1 <= len(numbers) <= 3 or min(numbers) < 0 or not math.isfinite(total):
-        raise BadSample("bad_row", "a time that is none")
+        raise BadSample("bad_row", "not a valid time")
     return total
 
 
@@ -144,15 +144,15 @@ def _caption(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """Return a text of valid Unicode; halves of characters that JSON escapes apart become one.
+    """Return a text as valid Unicode; surrogate pairs that JSON escapes become one character.
 
     Raises:
-        BadSample: bad_row: what is written there is not UTF-8, or holds NUL.
+        BadSample: bad_row: the text is not UTF-8, or holds NUL.
     """
     try:
         text = str(value).encode("utf-16", "surrogatepass").decode("utf-16").strip()
     except UnicodeDecodeError:
-        raise BadSample("bad_row", "a text that is not UTF-8: save the list as UTF-8") from None
+        raise BadSample("bad_row", "the text is not UTF-8: save the list as UTF-8") from None
     if "\0" in text:
-        raise BadSample("bad_row", "a text with NUL characters")
+        raise BadSample("bad_row", "the text holds NUL characters")
     return text

@@ -1,4 +1,4 @@
-"""Tables in files, row by row: CSV, TSV, Parquet, JSON and JSON lines, in any Unicode encoding."""
+"""Read tables row by row: CSV, TSV, Parquet, JSON and JSON lines, in any Unicode encoding."""
 
 from __future__ import annotations
 
@@ -16,13 +16,13 @@ MAX_FIELD_BYTES = 16 * 2**20
 
 
 def without_query(url: str) -> str:
-    """Return a web address without what follows `?` or `#`; anything else as it is."""
+    """Return a web URL without its query and fragment; any other path unchanged."""
     is_web = url.startswith(("http://", "https://"))
     return url.partition("?")[0].partition("#")[0] if is_web else url
 
 
 def read(path: str) -> Iterator[Any]:
-    """Yield the names of a table's columns, then each row as a mapping, or a sentence where it is none."""
+    """Yield a table's column names, then each row as a mapping, or an error message for a malformed row."""
     plain = without_query(path)
     with storage.open_read(path) as file:
         if plain.endswith(".parquet"):
@@ -36,7 +36,7 @@ def read(path: str) -> Iterator[Any]:
 def _csv_table(file: Any, is_tabs: bool) -> Iterator[Any]:
     encoding = text.encoding_of(file.read(4))
     file.seek(0)
-    # Names of files may hold any bytes; captions are checked later.
+    # File names may hold any bytes; captions are checked later.
     lines = io.TextIOWrapper(file, encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict", newline="")
     csv.field_size_limit(MAX_FIELD_BYTES)
     first = lines.readline()
@@ -54,22 +54,22 @@ def _csv_table(file: Any, is_tabs: bool) -> Iterator[Any]:
             return
         except csv.Error as error:
             what = "a quote that is not closed" if "end of data" in str(error) else error
-            yield f"is no row ({what})"
+            yield f"is malformed ({what})"
             continue
-        yield "has more fields than there are columns" if None in row else row
+        yield "has more fields than the header has columns" if None in row else row
 
 
 def _json_table(file: Any, path: str) -> Iterator[Any]:
-    """Yield the names in all objects of a JSON list, or of JSON lines, then each object."""
+    """Yield the keys of all objects of a JSON list or JSON lines, then each object."""
     try:
         data = text.decode(file.read())
         found = json.loads(data) if without_query(path).endswith(".json") else None
     except (ValueError, RecursionError) as error:
-        raise ConfigError("preprocess.input", remote.redacted(path), f"is no JSON list: {error}"[:200]) from None
+        raise ConfigError("preprocess.input", remote.redacted(path), f"is not a JSON list: {error}"[:200]) from None
     if found is None:
         found = [_json_row(line) for line in data.split("\n") if line.strip()]
     if not isinstance(found, list):
-        raise ConfigError("preprocess.input", remote.redacted(path), "is no JSON list of objects, one for each video")
+        raise ConfigError("preprocess.input", remote.redacted(path), "is not a JSON list of objects, one per video")
     names = dict.fromkeys(name for row in found if isinstance(row, Mapping) for name in row)
     yield list(names)
     empty = dict.fromkeys(names)
@@ -96,5 +96,5 @@ def _parquet_table(file: Any, path: str) -> Iterator[Any]:
         for batch in table.iter_batches(batch_size=4096, columns=list(rows.known(names).values())):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
-        what = f"is no Parquet ({type(error).__name__})"
+        what = f"is not a Parquet file ({type(error).__name__})"
         raise ConfigError("preprocess.input", remote.redacted(path), what) from None

@@ -1,8 +1,8 @@
-"""Every file under a folder, and what becomes of links and of folders that cannot be opened: all of it is counted.
+"""List every file under a folder, and every link and folder that is not entered, so that all are counted.
 
-A link to a file or folder within the input is followed; each folder is entered once, under its own name before that of
-a link, so that loops end. What a link leads out of the input to is counted as `symlink_outside`, or taken where
-`preprocess.follow_links` says so. The `blobs` folder of a hub's cache belongs to each of its snapshots.
+Links within the input are followed. Each folder is entered once, under its own name before that of a link, so loops
+end. A link that leads out of the input is counted as `symlink_outside`, or followed with `preprocess.follow_links`. The
+`blobs` folder of a hub's cache counts as part of each of its snapshots.
 """
 
 from __future__ import annotations
@@ -14,17 +14,17 @@ from pathlib import Path
 
 from pipelines.inputs.rows import Entry
 
-OUTSIDE = "a link that leads out of the input: preprocess.follow_links=true takes it"
+OUTSIDE = "a link that leads out of the input: preprocess.follow_links=true follows it"
 
 
 def files(folder: str, follow_links: bool = False, root: str | None = None) -> Iterator[Entry]:
-    """Yield an entry for each file under a folder, and for each link or folder that is not gone into, with a reason.
+    """Yield an entry for each file under a folder, and for each link or folder that is not entered, with a reason.
 
     Args:
-        root: the input that the folder belongs to, which links may not lead out of; None: the folder itself.
+        root: the input that the folder belongs to, which links may not leave; None: the folder itself.
 
-    Reasons: `unreadable` (a folder that cannot be opened), `symlink_outside`, `symlink_again` (a folder that has been
-    entered: a loop, or a second name).
+    Reasons: `unreadable` (a folder that cannot be opened), `symlink_outside`, `symlink_again` (a folder that was
+    entered before: a loop, or a second name).
     """
     root = root or folder
     inside = _inside(root)

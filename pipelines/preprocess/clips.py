@@ -1,4 +1,4 @@
-"""Which clips a video gives: a pure function of its record, run on the driver, so that the plan comes before work."""
+"""Plan the clips of a video: a pure function of its record, run on the driver before any work on clips."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.preprocess.stages.shots import unpack_pts
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
-GAP = 2.5  # usual steps from one frame to the next: one dropped frame is none, a pause is
+GAP = 2.5  # usual frame steps; longer is a gap, so that a dropped frame is not one and a pause is
 
 
 @dataclass(frozen=True)
@@ -25,14 +25,14 @@ class Clip:
     """A fixed number of frames of one shot.
 
     Args:
-        key: from content hash and span; names the frames that were taken, whatever else the settings are.
+        key: from content hash and span; identifies the frames, whatever the other settings.
         frame_index: positions in the source's order of presentation.
         pts: of those frames, ticks of time_base.
         time_base: seconds of a tick, (numerator, denominator).
         fps: frames a second of the clip, mean.
-        box: [y, x, height, width] px of the source that its frames are made of: the shot inside black bars.
+        box: [y, x, height, width] px of the source that the frames show: the shot inside black bars.
         shot_scores: {name: score} of its shot.
-        caption: what a list says of its span; None: nothing.
+        caption: of its span in a list; None where there is none.
         licence: "" where it is not known.
     """
 
@@ -52,8 +52,8 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
 
     Args:
         record: `info`, `pts_runs`, `cuts` and `shots` of the probe and shots stages.
-        spans: clips lie within one of these, and within a shot; () is the whole video. Of spans that give the same clip
-            the first has it.
+        spans: each clip lies within one of these and within a shot; () is the whole video. A clip that two spans yield
+            belongs to the first.
 
     Raises:
         BadSample: span_outside (the video ends before any span begins).
@@ -96,12 +96,12 @@ def in_source(clip: Clip, record: Mapping[str, Any]) -> dict[str, Any]:
 def _within(
     span: Span, shots: Sequence[tuple[tuple[int, int], Any]], seconds: np.ndarray
 ) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Yield the part of each shot, as frames [start, stop), that a span of time covers, with what is known of it.
+    """Yield the part of each shot, as frames [start, stop), that a time span covers, with its facts.
 
     Args:
         seconds: of each frame, from the first one.
     """
-    half_frame = 0.5 * float(seconds[-1]) / max(1, len(seconds) - 1)  # lists round their times
+    half_frame = 0.5 * float(seconds[-1]) / max(1, len(seconds) - 1)  # times in lists are rounded
     first = int(np.searchsorted(seconds, span.start_s - half_frame))
     last = len(seconds) if span.end_s is None else int(np.searchsorted(seconds, span.end_s - half_frame))
     for (start, stop), look in shots:
@@ -121,7 +121,7 @@ def _of_shot(
     runs = [run for run in _runs(ticks, time_base, config) if len(run) >= length]
     counts = [0] * len(runs)
     for _ in range(min(sum(len(run) // length for run in runs), config.clips_per_shot)):
-        # The next clip lies where it has most room.
+        # The next clip goes where there is most room.
         room = [
             len(run) / (count + 1) if (count + 1) * length <= len(run) else 0.0
             for run, count in zip(runs, counts, strict=True)
@@ -137,8 +137,8 @@ def _of_shot(
 def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> list[np.ndarray]:
     """Return runs of positions in the shot: every stride-th frame, or the frame nearest to each wanted time.
 
-    A run ends where time does not go on evenly: at a gap of GAP usual steps; or, where a rate is asked for, where a
-    frame would be shown twice or more than half a step from its time.
+    A run ends where time is not even: at a gap of GAP usual steps or, where a rate is set, where a frame would be
+    shown twice or more than half a step from its time.
     """
     if config.fps is None:
         steps = np.diff(ticks)
@@ -150,7 +150,7 @@ def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> l
     before = after - 1
     grid = np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
     near = np.abs(seconds[grid] - wanted) <= (0.5 + 1e-6) / config.fps
-    # A frame that is shown twice would be a still in the clip.
+    # A frame shown twice would be a still in the clip.
     breaks = np.flatnonzero((np.diff(grid) <= 0) | ~near[1:] | ~near[:-1]) + 1
     return np.split(grid, breaks)
 
@@ -190,7 +190,7 @@ def _clip(
 
 def _why_none(spans: list[tuple[int, int]], pts: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> Filtered:
     start, stop = max(spans, key=lambda span: pts[span[1] - 1] - pts[span[0]])
-    # The last frame is shown for about as long as the mean of the others.
+    # Take the mean duration of the others for the last frame.
     span_s = float((pts[stop - 1] - pts[start]) * time_base) * (stop - start) / max(1, stop - start - 1)
     rate = (stop - start) / span_s if span_s else 0.0
     needed_s = config.num_frames / config.fps if config.fps else config.num_frames * config.stride / rate if rate else 0

@@ -1,4 +1,4 @@
-"""Which videos show nearly the same: copies that were encoded again, scaled, brightened or slightly cropped.
+"""Find near duplicates: copies of a video that were re-encoded, scaled, brightened or slightly cropped.
 
 Each frame has a perceptual hash: the signs, about their median, of the 8 × 8 lowest cosine frequencies of its 32 × 32
 luma (as ImageHash's phash). Two videos are near duplicates where most of `NUM_FRAMES` frames at the same shares of
@@ -17,13 +17,13 @@ NUM_FRAMES = 8
 # A crop of 2 % of each side costs up to 12, mostly 4; unrelated videos are 18 or more apart: docs/decisions/data.md.
 MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
-FLAT_LEVELS = 4.0  # standard deviation of luma; below it signs are noise, and all such frames look the same
-UNSEEN = [""] * NUM_FRAMES  # hashes of a video that is near to none
-WINDOW = 64  # of videos that share a key of the index, each is compared with so many at most
+FLAT_LEVELS = 4.0  # standard deviation of luma; below it the signs are noise, and all such frames look alike
+UNSEEN = [""] * NUM_FRAMES  # hashes of a video that has no near duplicate
+WINDOW = 64  # compare each video with at most so many of those that share a key of the index
 
 
 def frame_hash(image: np.ndarray) -> int | None:
-    """Return the 64-bit perceptual hash of a frame, uint8 [H,W,3] RGB; None where there is nothing to see."""
+    """Return the 64-bit perceptual hash of a frame, uint8 [H,W,3] RGB; None for a flat frame."""
     import cv2
 
     small = cv2.resize(cv2.cvtColor(image, cv2.COLOR_RGB2GRAY), (32, 32), interpolation=cv2.INTER_AREA)
@@ -53,11 +53,11 @@ def sampled(hashes: Sequence[int | None], pts: Sequence[int]) -> list[str]:
 def groups(videos: Mapping[str, Sequence[str]], together: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
     """Return {sha256: the smallest sha256 of its group}, whatever the order of the videos.
 
-    A group is what near duplicates connect, so its ends may differ more than its neighbours.
+    Groups are connected components, so two members may differ more than neighbours do.
 
     Args:
         videos: {sha256: `sampled` hashes}.
-        together: two of them each, in one group whatever they show.
+        together: pairs that are in one group whatever they show.
     """
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
@@ -77,7 +77,7 @@ def of_videos(rows: Sequence[Mapping[str, Any]], how: str) -> tuple[dict[str, st
     """Return ({sha256: its group, which goes to one split}, {sha256: the sha256 that is taken in its place}).
 
     Args:
-        rows: of videos, with their records; those that were refused, or are not named in the answers, stand alone.
+        rows: of videos, with their records; rejected ones are in no group.
         how: preprocess.near_duplicates.
     """
     kept = [row for row in rows if row["record"]["refusal"] is None]
@@ -88,7 +88,7 @@ def of_videos(rows: Sequence[Mapping[str, Any]], how: str) -> tuple[dict[str, st
     paired = [row for row in kept if row["pair"]]
     if not paired:
         return near, taken
-    # What one model is given, another must not be asked for: a clip and its source are of one group.
+    # A clip and its source belong to one group: what is a source in training must not be a target in validation.
     others = {row["other_sha256"]: row["record"]["other"]["hashes"] for row in paired}
     everything = {sha256: looks.get(sha256, UNSEEN) for sha256 in good}
     everything |= others if looks else dict.fromkeys(others, UNSEEN)
@@ -96,7 +96,7 @@ def of_videos(rows: Sequence[Mapping[str, Any]], how: str) -> tuple[dict[str, st
 
 
 def best(groups: Mapping[str, str], records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return {sha256: the sha256 of its group's best}: the largest picture, then the longest, then the smallest hash.
+    """Return {sha256: sha256 of the best of its group}: the largest frame, then the longest, then the smallest hash.
 
     Args:
         groups: of `groups`.
@@ -114,7 +114,7 @@ def best(groups: Mapping[str, str], records: Mapping[str, Mapping[str, Any]]) ->
 
 
 def distance(first: Sequence[str], second: Sequence[str]) -> int | None:
-    """Return within how many bits most frames of two videos agree; None where too many frames are flat."""
+    """Return in how many bits most frames of two videos differ at most; None where too many frames are flat."""
     values, seen = _arrays([first, second])
     bits = _bits(values[:1], values[1:], seen[:1] & seen[1:])[0]
     found = int(np.sort(bits)[MAJORITY - 1])
@@ -135,8 +135,8 @@ def _bits(first: np.ndarray, second: np.ndarray, seen: np.ndarray) -> np.ndarray
 def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
     """Return the pairs of near duplicates, found by an index.
 
-    Of a hash in eight bytes that differs in few bits, two bytes are equal, mostly: so each pair of bytes of each
-    second frame is a key, and only videos that share one are compared. Up to 6 bits in one such frame that is certain.
+    Two hashes of eight bytes that differ in few bits mostly have two equal bytes: so each pair of bytes of every second
+    frame is a key, and only videos that share a key are compared. This finds all pairs with up to 6 different bits.
     """
     found: set[tuple[int, int]] = set()
     for frame in range(0, NUM_FRAMES, 2):

@@ -1,4 +1,4 @@
-"""What a run leaves to look at, in the dataset folder's `report/`, outside its tree hash."""
+"""Write the pages of a run to `report/` in the dataset folder, outside its tree hash."""
 
 from __future__ import annotations
 
@@ -19,16 +19,16 @@ from pipelines.runtime.stage import Row
 FOLDER = "report"
 PREVIEWS = 12
 THUMBNAIL_PX = 192
-EXAMPLES = 20_000  # values of a score that a histogram is made of; more change no bar by a pixel
+EXAMPLES = 20_000  # values per histogram; more change no bar by a pixel
 
 
 def write(config: PreprocessConfig, scored: Sequence[Row], result: Result) -> str:
-    """Return where the page of a run is, after writing it."""
+    """Write the page of a run; return its path."""
     return write_scores(config, scored, result) if config.score_only else write_report(config, result)
 
 
 def write_scores(config: PreprocessConfig, scored: Sequence[Row], result: Result) -> str:
-    """Return where the page of scores is, after writing it, scores.parquet and scores.json beside it.
+    """Write the page of scores, with scores.parquet and scores.json beside it; return its path.
 
     Args:
         scored: rows of clips with `scores`.
@@ -63,7 +63,7 @@ def write_scores(config: PreprocessConfig, scored: Sequence[Row], result: Result
 
 
 def write_report(config: PreprocessConfig, result: Result) -> str:
-    """Return where the page of the dataset is, after writing it. Without a commit it shows what was refused alone."""
+    """Write the page of the dataset; return its path. Without a commit it shows only the rejects."""
     from ex4d.data import manifest
     from ex4d.viewer import report_page
 
@@ -106,7 +106,7 @@ def _preview(config: PreprocessConfig, row: Mapping[str, Any]) -> Any:
     masked = np.stack([masked_picture(frames[-1], visible[-1]) for visible in one.visible])
     facts = one.provenance
     kinds = [masks.KINDS[int(kind)] for kind in one.kind]
-    labels = [f"{kind}, {share:.0%} hole" for kind, share in zip(kinds, one.hole_share[:, -1], strict=True)]
+    labels = [f"{kind}, {share:.0%} holes" for kind, share in zip(kinds, one.hole_share[:, -1], strict=True)]
     return Preview(
         f"{one.key} · {facts['source_path']} · {facts['start_s']:.2f} to {facts['end_s']:.2f} s",
         (one.caption,),

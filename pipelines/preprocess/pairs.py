@@ -1,4 +1,4 @@
-"""Videos of one scene from two cameras, by the names of their files.
+"""Find the files of a scene that was filmed from two cameras, by name.
 
 | beside `NAME.mp4` | what |
 |---|---|
@@ -6,8 +6,8 @@
 | `NAME.source.depth.npz` | its z_depth, where `preprocess.depth` is sidecar (`ex4d.depth.sidecar`) |
 | `NAME.camera.json`, `NAME.source.camera.json` | the cameras of either: a pose for each frame |
 
-NAME is what a model learns to make, the other video what it is given. The cameras are `camera.json` files of
-`ex4d.geometry.trajectory_files`: both in one world, in the unit of the depth; where they say no K, it is the depth's.
+NAME is the target of training, the other video its input. The cameras are `camera.json` files of
+`ex4d.geometry.trajectory_files`: both in one world, in the unit of the depth; without a K, the depth's K is used.
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ class PairFiles(NamedTuple):
 
 
 def files_of(path: str) -> PairFiles:
-    """Return where the further files of the video at a path or URL must lie."""
+    """Return the expected paths of the other files of the video at a path or URL."""
     stem, suffix = os.path.splitext(without_query(path))
     return PairFiles(f"{stem}.source{suffix}", f"{stem}.camera.json", f"{stem}.source.camera.json")
 
 
 def without_sources(found: Sequence[Source]) -> list[Source]:
-    """Return the sources without those that are the other camera of one that stays."""
+    """Return the sources without those that are the other camera of another one."""
     others: set[str] = set()
-    # The name of another camera is longer than that of its video, so that one comes first.
+    # The other camera has the longer name, so its video comes first.
     for source in sorted(found, key=lambda source: len(source.path)):
         if source.is_video and without_query(source.path) not in others:
             others.add(files_of(source.path).source)
@@ -45,10 +45,10 @@ def without_sources(found: Sequence[Source]) -> list[Source]:
 
 
 def other_of(video: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a video's row that say where the other camera's is and what it is by its bytes.
+    """Return the columns of a video's row on the other camera's video: its path and its content hash.
 
     Args:
-        video: a row after the stage `identify`; {} where no pair is asked for.
+        video: a row after the stage `identify`. Returns {} where the dataset has no pairs.
     """
     pair = video["pair"]
     if pair is None:
@@ -59,10 +59,10 @@ def other_of(video: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content(sha256: str, pair: Mapping[str, Any] | None) -> str:
-    """Return what a video is known by: its sha256, or one of it and of its pair.
+    """Return the key of a video: its sha256, or a hash of its own and its pair's.
 
     Args:
-        pair: of the stage `identify`: None where no pair is asked for, {} where a file is missing.
+        pair: of the stage `identify`: None where the dataset has no pairs, {} where a file is missing.
     """
     if pair is None:
         return sha256

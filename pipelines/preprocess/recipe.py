@@ -36,7 +36,7 @@ class Stages:
     clip: tuple[Stage, ...] = (
         decode.STAGE,
         score.MEASURE,
-        score.STAGE,
+        score.FILTER,
         depth.STAGE,
         caption.STAGE,
         qc.DEPTH,
@@ -59,7 +59,7 @@ class Stages:
     clip_pair: tuple[Stage, ...] = (
         decode.STAGE,
         score.MEASURE,
-        score.STAGE,
+        score.FILTER,
         pair.CAMERAS,
         decode.STAGE.over(pair.OTHER, "other_decode"),
         depth.STAGE.over(pair.OTHER),

@@ -95,7 +95,7 @@ def test_nothing_given_is_not_the_working_folder(given, tmp_path, monkeypatch):
 
 
 def test_an_output_that_holds_every_input_is_named(folder):
-    with pytest.raises(ConfigError, match="lies in the output"):
+    with pytest.raises(ConfigError, match="is in the output"):
         expand(str(folder), exclude=folder)
 
 

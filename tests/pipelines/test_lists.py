@@ -125,7 +125,7 @@ def test_panda_and_koala(folder):
 
 BAD = {
     "an end before the start": {"start_s": "3", "end_s": "2"},
-    "a time that is none": {"start_s": "soon"},
+    "not a valid time": {"start_s": "soon"},
     "a time without end": {"end_s": "inf"},
     "code": {"timestamp": "[__import__('os').system('true'), 1]"},
     "a deep list": {"timestamp": "[" * 5000},
@@ -304,7 +304,7 @@ def test_lines_of_text_have_their_encoding_too(folder, encoding):
 def test_columns_that_are_not_used_are_named(folder, caplog):
     (folder / "list.csv").write_text("path,aesthetic score,prompt,caption\na.mp4,5,x,one\n")
     assert told(expand(str(folder / "list.csv"))) == {"a.mp4": (Span(caption="one"),)}
-    assert "columns that are not used: aesthetic score, prompt" in caplog.text
+    assert "unused columns: aesthetic score, prompt" in caplog.text
 
 
 BAD_ROWS = {
@@ -331,15 +331,15 @@ def test_a_bad_row_costs_itself_alone(folder, name):
 @pytest.mark.parametrize(
     ("name", "data", "named"),
     [
-        ("a.json", b"{", "no JSON list"),
-        ("a.json", b'{"path": "a.mp4"}', "no JSON list of objects"),
-        ("a.json", b"[" * 100_000, "no JSON list"),
+        ("a.json", b"{", "not a JSON list"),
+        ("a.json", b'{"path": "a.mp4"}', "not a JSON list of objects"),
+        ("a.json", b"[" * 100_000, "not a JSON list"),
         ("a.json", "[]".encode("latin-1") + b"\xff", "UTF-8"),
         ("a.csv", b"", "first line has nothing"),
         ("a.csv", b"a.mp4,a cat\n", "first line has a.mp4, a cat"),
-        ("a.csv", b"path,caption,caption\na.mp4,x,y\n", "two columns of the name caption"),
-        ("a.csv", b"\xff\xfep\0a\0t\0h\0\n", "first bytes"),
-        ("a.txt", b"\xff\xfea", "first bytes"),
+        ("a.csv", b"path,caption,caption\na.mp4,x,y\n", "two columns named caption"),
+        ("a.csv", b"\xff\xfep\0a\0t\0h\0\n", "byte order mark"),
+        ("a.txt", b"\xff\xfea", "byte order mark"),
     ],
 )
 def test_what_is_no_list_is_said_before_work(folder, name, data, named):

@@ -1,4 +1,4 @@
-"""What a clip shows, in words: what its list or the file beside it says, else what a captioner sees, if one is set."""
+"""The caption of a clip: from its list or the file beside it, else from a captioner where one is set."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ NO_MODEL = {"model": "", "revision": "", "weights_sha256": ""}
 
 
 def caption(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `caption`, and `caption_facts`: `source` (list, sidecar, model or none), and which model it was."""
+    """Return `caption`, and `caption_facts`: `source` (list, sidecar, model or none), and the model."""
     captioner = config.captioner
     if row["caption"] or captioner is None:
         return {"caption": row["caption"], "caption_facts": {"source": row["caption_source"], **NO_MODEL}}

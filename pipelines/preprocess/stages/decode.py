@@ -1,4 +1,4 @@
-"""The frames of a clip, exactly those that were planned, cut and scaled to the clip's size."""
+"""Decode the planned frames of a clip, cropped and scaled to the clip's size."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What stages run in a child process, since it touches bytes from outside, and under which limits."""
+"""Run what touches bytes from outside in a child process, under limits."""
 
 from __future__ import annotations
 
@@ -22,10 +22,10 @@ FUNCTIONS = {
 
 
 def call(config: PreprocessConfig, function: str, *args: Any, needs_s: float = 0.0) -> Any:
-    """Return what the named function of FUNCTIONS returns, run in this process's child.
+    """Run the named function of FUNCTIONS in this process's child; return its result.
 
     Args:
-        needs_s: seconds that the work may honestly take; the limits of time grow to them.
+        needs_s: seconds that an honest file may take; the time limits are raised to it.
 
     Raises:
         BadSample: decode_timeout, decode_cpu, decode_memory, decode_crash, or what the function raised.
@@ -38,6 +38,6 @@ def call(config: PreprocessConfig, function: str, *args: Any, needs_s: float = 0
     except BadSample as error:
         if error.reason != "decode_crash":
             raise
-        # What a dying process wrote holds addresses; rejects.parquet must be the same bytes on every run.
+        # The output of a crash holds addresses; rejects.parquet must have the same bytes on every run.
         logger.warning("%s", error)
         raise BadSample(error.reason, error.message.partition(". ")[0]) from None

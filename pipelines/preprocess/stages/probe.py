@@ -1,4 +1,4 @@
-"""What a video is: container, codec, size, clock; refused here where it is none."""
+"""Read a video's container, codec, size and clock; reject files that are not videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a clip looks like in numbers, and the decision on them before the dear stages run."""
+"""Score the picture of a clip, and filter by the scores before the expensive stages."""
 
 from __future__ import annotations
 
@@ -12,18 +12,18 @@ if TYPE_CHECKING:
 
 
 def measure(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `scores` of the clip and of its shot: those that the ledger had, or measured now."""
+    """Return `scores` of the clip and of its shot, from the ledger or measured now."""
     from ex4d.quality import clip
 
     known = row["known_scores"]
     return {"scores": known or clip.measure(row["frames"], row["fps"]) | row["shot_scores"]}
 
 
-def filtered(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return nothing. Raises Filtered."""
+def apply_filters(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Raise Filtered if a score misses its threshold."""
     decide(row["scores"], config.filters)
     return {}
 
 
 MEASURE = Stage("measure", measure, reads=("frames", "fps", "shot_scores", "known_scores"), writes=("scores",))
-STAGE = Stage("score", filtered, reads=("scores",), writes=())
+FILTER = Stage("score", apply_filters, reads=("scores",), writes=())

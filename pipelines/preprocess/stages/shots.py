@@ -1,6 +1,6 @@
-"""Where a video is cut: every frame is decoded once, small, and PySceneDetect looks for cuts and fades.
+"""Find the shots of a video: decode every frame once, small, and let PySceneDetect find cuts and fades.
 
-The same decode gives what is known of each shot: black bars around its picture, and a logo in a corner.
+The same pass finds black bars around each shot's picture, and a logo in a corner.
 """
 
 from __future__ import annotations
@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_HEIGHT = 144
 MAX_FRAMES = 20_000_000  # of one video: four days at 60 frames a second
-# A file cannot hold honest video below this rate, so a header that declares hours in a few kB gets no hours.
+# No honest video has a lower rate, so a header that declares hours in a few kB is not given hours.
 MIN_BYTES_PER_S = 2000
 
 
@@ -55,8 +55,8 @@ def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]]
 
     Looks of a shot: `box` [y, x, height, width] and `size` [h, w], both in px of the small frames, and `logo`.
 
-    PySceneDetect's adaptive detector (a frame differs from its neighbourhood, not only from the one before, so that a
-    moving camera is no cut) and its fade detector, both with their defaults.
+    Uses PySceneDetect's adaptive detector (a cut differs from its whole neighbourhood, so a moving camera is not a
+    cut) and its fade detector, both with their defaults.
     """
     import cv2
     from scenedetect import AdaptiveDetector, FrameTimecode, ThresholdDetector
@@ -85,10 +85,10 @@ def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]]
     if not pts:
         raise BadSample("no_frames", "nothing decodes")
     if any(later <= earlier for earlier, later in itertools.pairwise(pts)):
-        raise BadSample("timestamps_disordered", "frames do not come with rising timestamps")
+        raise BadSample("timestamps_disordered", "the timestamps of the frames do not rise")
     segments.append((start, len(pts), _looks(samples.split(len(pts)), image.shape[:2])))
     cuts = sorted(cut for cut in found if 0 < cut < len(pts))
-    # A fade is known late and may lie in a segment that is closed already: its halves then share what that one says.
+    # A fade is reported late and may lie in a closed segment: both halves then share that segment's facts.
     shots = [
         max(segments, key=lambda segment: min(stop, segment[1]) - max(first, segment[0]))[2]
         for first, stop in itertools.pairwise([0, *cuts, len(pts)])
@@ -107,13 +107,13 @@ def _looks(grey: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def pack_pts(pts: Sequence[int]) -> list[Any]:
-    """Return rising pts as [first, [step, count], …]: a line for a video of constant rate, however long."""
+    """Return rising pts as [first, [step, count], …]: short at a constant rate, however long the video."""
     steps = (later - earlier for earlier, later in itertools.pairwise(pts))
     return [pts[0], *([step, sum(1 for _ in group)] for step, group in itertools.groupby(steps))]
 
 
 def unpack_pts(runs: Sequence[Any]) -> list[int]:
-    """Return the pts of `pack_pts`. Raises ContractError for more than MAX_FRAMES: few bytes stand for any number."""
+    """Return the pts of `pack_pts`. Raises ContractError for more than MAX_FRAMES: a few bytes can claim any."""
     if sum(count for _, count in runs[1:]) > MAX_FRAMES:
         raise ContractError(f"pts_runs stand for more than {MAX_FRAMES} frames")
     steps = (step for step, count in runs[1:] for _ in range(count))
