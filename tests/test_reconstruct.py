@@ -256,7 +256,7 @@ def test_what_another_camera_sees_is_asked_by_poses_that_stay_where_they_are(tmp
     for world_of in places:  # the same two cameras, told in two worlds
         a = write_poses(tmp_path / "a.json", source @ world_of)
         b = write_poses(tmp_path / "b.json", beside @ world_of)
-        asked = {"trajectory_name": b, "source_poses": a, "num_frames": 5, "size": (64, 64)}
+        asked = {"trajectory": b, "source_poses": a, "num_frames": 5, "size": (64, 64)}
         view = reconstruct(path, trajectory_options={"rebase": False}, **asked)
         np.testing.assert_allclose(view.w2c, beside @ np.linalg.inv(source[0]), atol=1e-6)
         assert not view.visible[0].all()
@@ -266,7 +266,7 @@ def test_what_another_camera_sees_is_asked_by_poses_that_stay_where_they_are(tmp
         rebased = reconstruct(path, **asked)
         np.testing.assert_allclose(rebased.w2c[0], np.eye(4), atol=1e-6)
     own = write_poses(tmp_path / "own.json", beside @ np.linalg.inv(source[0]))  # in the world of A's first picture
-    alone = {"trajectory_name": own, "trajectory_options": {"rebase": False}, "num_frames": 5, "size": (64, 64)}
+    alone = {"trajectory": own, "trajectory_options": {"rebase": False}, "num_frames": 5, "size": (64, 64)}
     np.testing.assert_allclose(reconstruct(path, **alone).w2c, view.w2c, atol=1e-6)
     with pytest.raises(ConfigError, match="rebase"):
         reconstruct(path, **(alone | {"trajectory_options": {"rebase": 1.0}}))
