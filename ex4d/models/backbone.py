@@ -16,9 +16,9 @@ import torch
 from ex4d import hub
 from ex4d.config import checked, setting
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import families
+from ex4d.models import families, streaming
 from ex4d.models.encoders import Base
-from ex4d.models.quantize import quantize_blocks
+from ex4d.models.quantize import STYLES
 
 log = logging.getLogger(__name__)
 
@@ -76,6 +76,7 @@ def load_base(
     quantize: str | None = None,
     transformer_device: str | torch.device | None = None,
     offload: bool = False,
+    shared: bool = False,
 ) -> Base:
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
@@ -85,6 +86,7 @@ def load_base(
         quantize: of the transformer; see ModelConfig.
         transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
         offload: everything stays in the host's memory until it works; see Base.
+        shared: every rank of the process group calls; rank 0 alone reads the transformer, the others receive it.
 
     Raises:
         ConfigError: the base is not there and cannot be fetched; says what to download and where to put it.
@@ -93,6 +95,8 @@ def load_base(
     unknown = set(components) - set(COMPONENTS)
     if unknown:
         raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
+    if quantize is not None and quantize not in STYLES:
+        raise ConfigError("model.quantize", quantize, f"allowed: {', '.join(STYLES)} or null")
     folder = resolve(base, revision, components)
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
@@ -107,7 +111,10 @@ def load_base(
         style = quantize if name == "transformer" else None
         if style is not None:
             places[name] = device  # it is quantised there, a layer at a time
-        loaded[name] = _load(name, folder, vae if name == "vae" else main, places[name], style)
+        if name == "transformer":
+            loaded[name] = _load_transformer(folder, main, device, places[name], style, shared)
+        else:
+            loaded[name] = _load(name, folder, vae if name == "vae" else main, places[name])
     return Base(
         name=base,
         revision=hub.revision_of(folder) if not _is_local(base) else revision,
@@ -168,37 +175,41 @@ def read_config(folder: Path, component: str) -> dict[str, Any]:
     return config
 
 
-def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device, style: str | None) -> Any:
+def _load_transformer(
+    folder: Path, dtype: torch.dtype, device: torch.device, place: torch.device, style: str | None, shared: bool
+) -> Any:
+    """Return the frozen transformer in eval mode; see streaming.load_transformer."""
+    from diffusers import WanTransformer3DModel
+
+    config = read_config(folder, "transformer")
+    where = (folder / "transformer", dtype, device, place)
+    model = streaming.load_transformer(WanTransformer3DModel, config, *where, style, shared)
+    log.info("loaded the transformer in %s", style or dtype)
+    return model.eval().requires_grad_(False)
+
+
+def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
     """Return one frozen component in eval mode; None for an image encoder that the base does not have."""
     if component == "image_encoder" and not (folder / component / "config.json").is_file():
         return None
     cls = _class_of(component, read_config(folder, component))
-    kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True}
-    if component in ("transformer", "vae"):
+    kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}
+    if component == "vae":
         kwargs["torch_dtype"] = dtype
     else:  # the classes of diffusers never run code of a folder, and take no word of it
         kwargs |= {"dtype": dtype, "trust_remote_code": False}
-    # Straight to the device, shard by shard, so that eight ranks of a machine do not each hold 33 GB of its memory.
-    # What is to be quantised stays behind and goes over layer by layer.
-    kwargs["device_map"] = {"": "cpu" if style is not None else device}
     try:
         model = cls.from_pretrained(folder / component, **kwargs)
     except (OSError, ValueError, RuntimeError, KeyError) as error:
         raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
     if hasattr(model, "enable_slicing"):
         model.enable_slicing()  # a clip at a time: less memory, and latents that do not depend on their batch
-    if style is not None:
-        quantize_blocks(model, style, device)
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
     return model.to(device).eval().requires_grad_(False)
 
 
 def _class_of(component: str, config: Mapping[str, Any]) -> Any:
     """Return the class of a component; the VAE's by the `_class_name` of its config.json."""
-    if component == "transformer":
-        from diffusers import WanTransformer3DModel
-
-        return WanTransformer3DModel
     if component == "text_encoder":
         from transformers import UMT5EncoderModel
 

@@ -70,7 +70,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         start = warm_start.read(config.init_from, chosen)
     if chosen.family is not None:
         backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # refuses another before loading it
-    base = _load_base(config, chosen, device, ("transformer",) if data.texts else backbone.COMPONENTS)
+    base = _load_base(config, chosen, device, ("transformer",) if data.texts else backbone.COMPONENTS, place)
     costs = data.costs(base, chosen.lora_rank, chosen.adapter_hidden)
     model, recompute = _build_model(config, chosen, base, device)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
@@ -92,7 +92,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
 
 
 def _load_base(
-    config: TrainConfig, chosen: backbone.ModelConfig, device: torch.device, components: Sequence[str]
+    config: TrainConfig, chosen: backbone.ModelConfig, device: torch.device, components: Sequence[str], place: Place
 ) -> backbone.Base:
     return backbone.load_base(
         chosen.base,
@@ -104,6 +104,7 @@ def _load_base(
         quantize=chosen.quantize,
         # Full weights that are to be swapped need not fit on the device.
         transformer_device="cpu" if config.block_swap and not chosen.quantize else None,
+        shared=place.world_size > 1,
     )
 
 

@@ -216,7 +216,7 @@ def test_damaged_folders_are_refused(wan_folder: Path, tmp_path: Path) -> None:
     shutil.copytree(wan_folder, folder)
     weights = folder / "transformer" / "diffusion_pytorch_model.safetensors"
     weights.write_bytes(weights.read_bytes()[:1000])
-    with pytest.raises(ContractError, match="cannot be loaded as WanTransformer3DModel"):
+    with pytest.raises(ContractError, match="cannot be loaded"):
         backbone.load_base(str(folder), components=("transformer",))
     settings = json.loads((folder / "vae" / "config.json").read_text())
     (folder / "vae" / "config.json").write_text(json.dumps(settings | {"_class_name": "Other"}))

@@ -1,0 +1,187 @@
+"""The transformer's weights, a tensor at a time: read by one rank for all, quantised as they come, never whole on the
+host beside their destination.
+
+Plain reads instead of mapped files: a mapped file counts as the process's memory as far as it was read, and every rank
+of a node would read all of it.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+import os
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from ex4d.errors import ContractError
+from ex4d.models.quantize import QuantizedLinear
+
+log = logging.getLogger(__name__)
+
+WEIGHTS = "diffusion_pytorch_model.safetensors"
+MAX_HEADER_BYTES = 2**27
+_DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Stored:
+    """Where a tensor lies: file, first byte, dtype and shape."""
+
+    path: Path
+    start: int
+    dtype: torch.dtype
+    shape: tuple[int, ...]
+
+    def read(self) -> Tensor:
+        """Return the tensor. Raises ContractError where the file is too short."""
+        data = torch.empty(math.prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
+        with open(self.path, "rb", buffering=0) as file:
+            file.seek(self.start)
+            view, done = memoryview(data.numpy()), 0
+            while done < len(view):
+                count = file.readinto(view[done:])
+                if not count:
+                    raise ContractError(f"{self.path} ends within a tensor")
+                done += count
+        return data.view(self.dtype).view(self.shape)
+
+
+def index(folder: Path) -> dict[str, Stored]:
+    """Return {name: where it lies} of the safetensors of a component in diffusers layout.
+
+    Raises:
+        ContractError: no such file, or one that is not safetensors.
+    """
+    listing = folder / f"{WEIGHTS}.index.json"
+    try:
+        names = {WEIGHTS}
+        if listing.is_file():
+            names = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
+        found: dict[str, Stored] = {}
+        for name in sorted(names):
+            if Path(name).name != name:
+                raise ContractError(f"{listing} names {name!r}, which is not a file of its folder")
+            found |= _header(folder / name)
+        return found
+    except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
+        raise ContractError(f"the weights of {folder} cannot be read: {error}") from error
+
+
+def _header(path: Path) -> dict[str, Stored]:
+    with open(path, "rb") as file:
+        length = int.from_bytes(file.read(8), "little")
+        if length > MAX_HEADER_BYTES:
+            raise ValueError(f"{path.name} is not safetensors")
+        header = json.loads(file.read(length))
+        size = os.fstat(file.fileno()).st_size - 8 - length
+    header.pop("__metadata__", None)
+    found = {}
+    for name, facts in header.items():
+        start, end = facts["data_offsets"]
+        stored = Stored(path, 8 + length + start, _DTYPES[facts["dtype"]], tuple(facts["shape"]))
+        if not 0 <= start <= end <= size or end - start != math.prod(stored.shape) * stored.dtype.itemsize:
+            raise ValueError(f"{path.name}: the place of {name} is impossible")
+        found[name] = stored
+    return found
+
+
+class _Source:
+    """Hands out tensors by name: read from their files, or received from rank 0, which reads for all."""
+
+    def __init__(self, folder: Path, device: torch.device, shared: bool):
+        self.device, self.shared = device, shared
+        self.reads = not shared or torch.distributed.get_rank() == 0
+        self.stored: dict[str, Stored] = {}
+        problem = None
+        if self.reads:
+            try:
+                self.stored = index(folder)
+            except ContractError as error:
+                problem = f"{folder} cannot be loaded: {error}"
+        # What stops rank 0 stops all, with the same words.
+        self.shapes, problem = self._said(({name: at.shape for name, at in self.stored.items()}, problem))
+        if problem:
+            raise ContractError(problem)
+
+    def _said(self, value: Any) -> Any:
+        if not self.shared:
+            return value
+        said = [value]
+        torch.distributed.broadcast_object_list(said, src=0, device=self.device)
+        return said[0]
+
+    def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
+        """Return a tensor in a dtype on a device."""
+        if not self.shared:
+            return self.stored[name].read().to(dtype).to(device)
+        if self.reads:
+            value = self.stored[name].read().to(dtype).to(self.device).contiguous()
+        else:
+            value = torch.empty(self.shapes[name], dtype=dtype, device=self.device)
+        if value.numel():
+            torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)
+        return value.to(device)
+
+
+def load_transformer(
+    cls: Any,
+    config: Mapping[str, Any],
+    folder: Path,
+    dtype: torch.dtype,
+    device: torch.device,
+    place: torch.device,
+    style: str | None = None,
+    shared: bool = False,
+) -> Any:
+    """Return a transformer with the weights of a folder, as `cls.from_pretrained` would, on `place`.
+
+    Args:
+        cls: of diffusers; its `_keep_in_fp32_modules` stay float32.
+        device: where the process group communicates and weights are quantised.
+        style: quantise the linear layers of the blocks so (quantize.STYLES), each as soon as it is there.
+        shared: every rank calls; rank 0 alone reads the files.
+
+    Raises:
+        ContractError: weights are missing, damaged, or of another shape; names them.
+    """
+    from accelerate import init_empty_weights
+
+    try:
+        with init_empty_weights(include_buffers=False):  # the tables of positions are computed, not stored
+            model = cls.from_config(dict(config))
+    except (TypeError, ValueError) as error:
+        raise ContractError(f"{folder} cannot be loaded as {cls.__name__}: {error}") from error
+    source = _Source(folder, device, shared)
+    expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
+    _check(f"{folder} cannot be loaded as {cls.__name__}", source.shapes, expected)
+    kept = set(cls._keep_in_fp32_modules or ())
+    for path, module in list(model.named_modules()):
+        for name in [*module._parameters]:
+            whole = f"{path}.{name}" if path else name
+            if whole in expected:
+                own = torch.float32 if kept & set(whole.split(".")) else dtype
+                value = source.take(whole, own, place)
+                module._parameters[name] = nn.Parameter(value, requires_grad=False)
+        if style is not None and path.startswith("blocks.") and type(module) is nn.Linear:
+            owner, _, attribute = path.rpartition(".")
+            setattr(model.get_submodule(owner), attribute, QuantizedLinear(module, style, device))
+    return model.to(place)
+
+
+def _check(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+    """Raise ContractError, which begins with `what`, unless every expected tensor was found in its shape."""
+    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    if wrong:
+        there = found.get(wrong[0])
+        why = "is missing" if there is None else f"has the shape {[*there]}, not {[*expected[wrong[0]]]}"
+        raise ContractError(f"{what}: {wrong[0]} {why} ({len(wrong)} such tensors)")
+    if surplus := sorted(found.keys() - expected.keys()):
+        log.warning(
+            "%d tensors of the file are not of the model and are left out, the first %s", len(surplus), surplus[0]
+        )
