@@ -101,7 +101,7 @@ def load_base(
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
-    main, vae = _dtype(dtype, device), _dtype(vae_dtype, device)
+    main, vae = dtype_of(dtype, device), dtype_of(vae_dtype, device)
     host = torch.device("cpu")
     places = dict.fromkeys(components, host if offload else device)
     if transformer_device is not None:
@@ -127,7 +127,8 @@ def load_base(
     )
 
 
-def _dtype(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
+    """Return the dtype that a setting means on a device."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":

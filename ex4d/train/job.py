@@ -15,7 +15,7 @@ from torch import Tensor, nn
 from ex4d import config as configs
 from ex4d.models import adapter, attention, backbone, blocks, encoders, lora, swap, warm_start, weights
 from ex4d.redact import without_secrets
-from ex4d.train import checkpoint, flops
+from ex4d.train import checkpoint, flops, prompts
 from ex4d.train.config import Place, TrainConfig, identity
 from ex4d.train.datasets import Datasets, fingerprint
 from ex4d.train.objective import Encoder, LatentEncoder
@@ -70,7 +70,12 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         start = warm_start.read(config.init_from, chosen)
     if chosen.family is not None:
         backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # refuses another before loading it
-    base = _load_base(config, chosen, device, ("transformer",) if data.texts else backbone.COMPONENTS, place)
+    known: dict[str, Tensor] = {}
+    if not data.texts and config.prompt is not None:
+        known = prompts.fixed(config, chosen, place, device)
+    unneeded = {name for name in backbone.COMPONENTS if data.texts and name != "transformer"}
+    unneeded |= {"text_encoder"} if known else set()
+    base = _load_base(config, chosen, device, place, [name for name in backbone.COMPONENTS if name not in unneeded])
     costs = data.costs(base, chosen.lora_rank, chosen.adapter_hidden)
     model, recompute = _build_model(config, chosen, base, device)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
@@ -84,15 +89,14 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     if data.texts:
         encoder: Encoder = LatentEncoder(base, data.texts, config.prompt)
     else:
-        encoder = Encoder(base, chosen.mask_range, config.prompt)
-        encoder.release_text_encoder()
+        encoder = Encoder(base, chosen.mask_range, config.prompt, known)
     who = identity(config, chosen, data.fingerprint)
     facts = _facts(config, chosen, base, device) | {"dataset": data.fingerprint, "world_size": place.world_size}
     return Job(encoder, model, data.open, who, write_adapter, facts, costs, recompute)
 
 
 def _load_base(
-    config: TrainConfig, chosen: backbone.ModelConfig, device: torch.device, components: Sequence[str], place: Place
+    config: TrainConfig, chosen: backbone.ModelConfig, device: torch.device, place: Place, components: Sequence[str]
 ) -> backbone.Base:
     return backbone.load_base(
         chosen.base,

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any
 
@@ -60,11 +61,12 @@ class Encoder:
         base: models.backbone.Base, or what offers its encode_* methods.
         mask_range: "unit" or "released": what the mask video is scaled to before it is encoded.
         prompt: one prompt for all clips, or None for their captions.
+        known: {text: embeddings [1, 512, d]} of prompts that need not be encoded.
     """
 
-    def __init__(self, base: Any, mask_range: str, prompt: str | None):
+    def __init__(self, base: Any, mask_range: str, prompt: str | None, known: Mapping[str, Tensor] | None = None):
         self.base, self.mask_range, self.prompt = base, mask_range, prompt
-        self._known: dict[str, Tensor] = {}
+        self._known = dict(known or {})
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], noises: list[NamedNoise], shift: float, sampling: str) -> Inputs:
@@ -122,12 +124,6 @@ class Encoder:
     def text(self, prompt: str) -> Tensor:
         """Return the embeddings [1, 512, d] of a prompt."""
         return self.base.encode_text([prompt])
-
-    def release_text_encoder(self) -> None:
-        """Where the prompts are known, embed them and let the text encoder go: for 14B 11 GB on each GPU."""
-        if self.prompt is not None:
-            self._prompt_embeds(["", self.prompt])
-            self.base.text_encoder = None
 
     def _prompt_embeds(self, prompts: list[str]) -> Tensor:
         fixed = {"", self.prompt}

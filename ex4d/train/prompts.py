@@ -1,0 +1,53 @@
+"""The embeddings of a run's one prompt, computed once by rank 0 and kept in the run's folder.
+
+So the text encoder, 11 GB for 14B, is never loaded beside the transformer, by no other rank, and not by a restart.
+"""
+
+from __future__ import annotations
+
+from pathlib import Path
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from ex4d import config as configs
+from ex4d.models import backbone
+from ex4d.train.config import Place, TrainConfig
+
+
+def fixed(config: TrainConfig, model: backbone.ModelConfig, place: Place, device: torch.device) -> dict[str, Tensor]:
+    """Return {text: embeddings [1, 512, d] on the device} of `train.prompt` and the empty prompt. Every rank calls."""
+    found: list[Any] = [_read_or_compute(config, model, device) if place.rank == 0 else None]
+    if place.world_size > 1:
+        torch.distributed.broadcast_object_list(found, src=0)
+    return {text: embeds.to(device) for text, embeds in found[0].items()}
+
+
+def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    from safetensors import SafetensorError
+    from safetensors.torch import load_file, save_file
+
+    texts = {"empty": "", "prompt": str(config.prompt)}
+    path = Path(config.output) / "prompts" / f"{_digest(config, model, device)}.safetensors"
+    try:
+        kept = load_file(path)
+        return {text: kept[name] for name, text in texts.items()}
+    except (OSError, KeyError, SafetensorError):  # not there, or written in part
+        pass
+    component = ("text_encoder",)
+    base = backbone.load_base(model.base, model.revision, model.dtype, device, components=component)
+    embeds = {name: base.encode_text([text]).cpu() for name, text in texts.items()}
+    path.parent.mkdir(parents=True, exist_ok=True)
+    partial = path.with_suffix(".tmp")
+    save_file(embeds, partial)
+    partial.replace(path)
+    return {text: embeds[name] for name, text in texts.items()}
+
+
+def _digest(config: TrainConfig, model: backbone.ModelConfig, device: torch.device) -> str:
+    """Return what the embeddings depend on, in short: prompt, dtype, and the files of the text encoder."""
+    folder = backbone.resolve(model.base, model.revision, ("text_encoder",))
+    files = [path for name in backbone.FOLDERS["text_encoder"] for path in sorted((folder / name).glob("*"))]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    return configs.fingerprint(config.prompt, str(backbone.dtype_of(model.dtype, device)), facts)
