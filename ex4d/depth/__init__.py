@@ -162,9 +162,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
         raise BadSample("depth_shape", f"frames are {frames.dtype} {list(frames.shape)}, not uint8 [T, H, W, 3]")
     result = ESTIMATORS[name](frames, request)
     check(result, frames.shape[:3])
-    from ex4d.depth import source_cameras
-
-    return source_cameras.joined(result, frames, request)
+    return importlib.import_module("ex4d.depth.source_cameras").joined(result, frames, request)
 
 
 def check(result: Geometry, shape: tuple[int, ...]) -> None:

@@ -8,7 +8,7 @@ from __future__ import annotations
 from ex4d.video.encoder import encode, read, write
 from ex4d.video.frames import decode, frame_pts, frame_pts_by_decoding, iter_decimated
 from ex4d.video.resize import Fit
-from ex4d.video.source import VideoInfo, probe
+from ex4d.video.source import VideoInfo, missing_decoders, probe
 
 __all__ = [
     "Fit",
@@ -18,6 +18,7 @@ __all__ = [
     "frame_pts",
     "frame_pts_by_decoding",
     "iter_decimated",
+    "missing_decoders",
     "probe",
     "read",
     "write",

@@ -5,7 +5,7 @@ from __future__ import annotations
 import io
 import os
 import struct
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
 from fractions import Fraction
@@ -85,6 +85,13 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
             stream.codec_context.thread_count = 1
             stream.codec_context.thread_type = "SLICE"
             yield container, stream, name
+
+
+def missing_decoders(names: Sequence[str]) -> list[str]:
+    """Return those of FFmpeg's codec names that the installed PyAV does not bring."""
+    import av
+
+    return [name for name in names if name not in av.codecs_available]
 
 
 @contextmanager

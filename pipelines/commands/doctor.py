@@ -13,6 +13,7 @@ import sys
 from ex4d.config import installed_versions
 from ex4d.isolation import sandbox
 from pipelines.commands import cluster_doctor
+from pipelines.commands.node_checks import video_works
 
 # Distribution, needed for, and whether the base install must have it.
 PACKAGES = (
@@ -63,19 +64,6 @@ def _gpus() -> list[str]:
     import torch
 
     return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
-
-
-def video_works() -> bool:
-    """Return True where a video can be written and read back: what every shard needs of the installed FFmpeg."""
-    if importlib.util.find_spec("av") is None:
-        return False
-    import numpy as np
-
-    from ex4d import video
-
-    frames = np.full((3, 32, 32, 3), 128, np.uint8)
-    shown, _ = video.read(video.encode(frames, 8.0))
-    return shown.shape == frames.shape and int(np.abs(shown.astype(int) - 128).max()) <= 4
 
 
 def run(args: argparse.Namespace) -> int:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import importlib.util
 import os
 import platform
 import shutil
@@ -17,6 +18,7 @@ from importlib import metadata
 from pathlib import Path
 from urllib.parse import urlsplit
 
+from ex4d import video
 from ex4d.config import installed_versions
 
 OWN = "ex4d-platform"
@@ -123,18 +125,25 @@ def _attention(asked: Asked) -> Iterator[Finding]:
     yield Finding(f"attention on {device}", name, not is_slow, remedy)
 
 
-def _codecs(asked: Asked) -> Iterator[Finding]:
-    from pipelines.commands.doctor import video_works
+def video_works() -> bool:
+    """Return True where a video can be written and read back: what every shard needs of the installed FFmpeg."""
+    if importlib.util.find_spec("av") is None:
+        return False
+    import numpy as np
 
+    frames = np.full((3, 32, 32, 3), 128, np.uint8)
+    shown, _ = video.read(video.encode(frames, 8.0))
+    return shown.shape == frames.shape and int(np.abs(shown.astype(int) - 128).max()) <= 4
+
+
+def _codecs(asked: Asked) -> Iterator[Finding]:
     remedy = "install PyAV from its wheel (pip install --force-reinstall av), which brings its codecs"
     try:
         works = video_works()
         yield Finding("H.264 round trip", "works" if works else "fails", works, "" if works else remedy)
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         yield Finding("H.264 round trip", f"fails: {error}", False, remedy)
-    import av
-
-    missing = [name for name in DECODERS if name not in av.codecs_available]
+    missing = video.missing_decoders(DECODERS)
     found = f"{', '.join(missing)} missing" if missing else ", ".join(DECODERS)
     yield Finding("decoders", found, not missing, remedy if missing else "")
 
