@@ -14,6 +14,8 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "train"))
 
+# Ray gives its workers a low priority, with which they do not get to start on a machine that is busy otherwise.
+ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
 PLANTED = {"num_steps": 9, "micro_batch_size": 2, "lr": 1e-3}
 
 
@@ -41,8 +43,7 @@ def start(path: Path, *overrides: str) -> subprocess.Popen:
     """Start `ex4d sweep`; what it prints can be read."""
     command = [sys.executable, "-m", "pipelines.cli", "sweep", str(path), *overrides]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
-    return subprocess.Popen(command, cwd=ROOT, env=environment, start_new_session=True, **options)
+    return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, start_new_session=True, **options)
 
 
 def finish(process: subprocess.Popen, timeout_s: float = 1500) -> tuple[int, str]:

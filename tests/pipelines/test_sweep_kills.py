@@ -128,7 +128,7 @@ def test_a_trial_of_two_ranks_over_two_nodes_is_done_again_where_a_node_dies(ben
     path = write(bench, "nodes", train, **section, grace_steps=3, repeat_seeds=1)
     command = [sys.executable, "-c", TWO_NODES, str(path), str(bench / "nodes" / "trials")]
     folder = tempfile.mkdtemp(prefix="ex4d-")
-    environment = os.environ | {"RAY_TMPDIR": folder, "PYTHONPATH": str(sweep_bench.ROOT), "OMP_NUM_THREADS": "1"}
+    environment = os.environ | sweep_bench.ENVIRONMENT | {"RAY_TMPDIR": folder}
     try:
         done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=1700)
     finally:
