@@ -81,7 +81,7 @@ def write(
     write_json(rows, noise, said, sweep)
     _print_table(rows, sweep)
     if not rows or rows[0]["state"] == "failed":
-        print("every trial failed; see train.log in each trial's folder")
+        print(f"every trial failed; see train.log in the folders of {output / 'trials'}")
         return 1
     best = with_values(tree, {**rows[0]["point"], "train.output": str(output / "best")})
     best = with_values(best, {"train.seed": value_in(best, "train.seed")})
@@ -120,6 +120,10 @@ def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
         cells = (short(row["point"].get(key, "-")) for key in keys)
         table.add_row(*cells, value, str(row["step"] or "-"), row["state"])
     Console().print(table)
+    for row in rows:
+        if row["state"] == "failed":
+            point = ", ".join(f"{key}={short(value)}" for key, value in row["point"].items())
+            print(f"failed: {point}: {row['error'] or 'its value is not a finite number'}")
 
 
 def write_page(

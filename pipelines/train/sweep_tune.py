@@ -4,10 +4,12 @@ from __future__ import annotations
 
 import dataclasses
 import functools
+import logging
 import math
 import os
 import random
 import time
+import warnings
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -40,6 +42,9 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what is proposed must survive a kill
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner; the table is ours
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
+    # A trial that fails is one line of the table and one at the end, with its reason.
+    logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
+    warnings.filterwarnings("ignore", module="ray.tune")
     before = _before(sweep, tree)
     if before is not None:
         return _rows(before.fit())
