@@ -78,16 +78,19 @@ class Bundle:
         return SCALE_PX * float(np.sqrt(np.expm1(self.cost)))
 
 
-def adjust(matches: Matches, start: Bundle, num_steps: int = 20, usual_focal: float | None = None) -> Bundle:
-    """Return the bundle after Levenberg–Marquardt from `start`, whose points are kept.
+def adjust(
+    matches: Matches, start: Bundle, num_steps: int = 20, usual_focal: float | None = None, fixed_points: bool = False
+) -> Bundle:
+    """Return the bundle after Levenberg–Marquardt from `start`.
 
     Args:
         num_steps: at most so many steps that lower the cost.
         usual_focal: px; the focal length is sought around it, and what it is off counts in the cost. None: it is kept.
+        fixed_points: keep the inverse depths of `start`, and seek the cameras alone.
     """
     current, damping = replace(start, cost=cost_of(matches, start, usual_focal)), 1e-3
     for _ in range(num_steps):
-        system = _system(matches, current, usual_focal)
+        system = _system(matches, current, usual_focal, fixed_points)
         for _ in range(6):
             trial = _stepped(matches, current, system, damping, usual_focal is not None)
             trial = replace(trial, cost=cost_of(matches, trial, usual_focal))
@@ -222,12 +225,14 @@ def _adjoints(motions: np.ndarray) -> np.ndarray:
     return adjoint
 
 
-def _system(matches: Matches, bundle: Bundle, usual_focal: float | None) -> _System:
+def _system(matches: Matches, bundle: Bundle, usual_focal: float | None, fixed_points: bool) -> _System:
     num_frames, num = matches.places.shape[:2]
     size = 6 * num_frames + 1
     J, by_q, residual, weight = _jacobians(matches, bundle)
     if usual_focal is None:
         J[..., 12] = 0
+    if fixed_points:
+        by_q = np.zeros_like(by_q)
     weighted = J * weight[..., None, None]
     flat = weighted.reshape(len(J), -1, 13).swapaxes(1, 2)
     blocks = flat @ J.reshape(len(J), -1, 13)

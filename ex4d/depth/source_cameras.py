@@ -5,8 +5,11 @@
 | `auto` | the depth estimator's where it gives them; else the source is taken to stand still |
 | `none` | not used: the source is taken to stand still |
 | `estimator` | the depth estimator's; a clip without is rejected |
-| `parallax` | found from the motion of the picture (`depth.cameras`), a camera that stands or turns included |
+| `parallax` | found from the motion of the picture, a camera that stands or turns included |
 | a file | its poses, as `geometry.trajectory_files` reads them |
+
+Where the depth is z-depth, parallax finds the cameras that explain the flow with that depth: none of the ambiguities of
+depth and motion is left, and nothing moves that stands. Elsewhere it finds them alone (`depth.cameras`).
 
 Cameras of another origin have a unit of their own. It is found from points that their motion triangulates: one factor
 for z-depth, a factor and a shift for relative disparity, both robust, so that moving bodies do not count. What is left
@@ -28,9 +31,13 @@ from ex4d.geometry.tracks import consistency, one_thread, pair_flows
 
 CHOICES = ("auto", "none", "estimator", "parallax")
 TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
+MOVES = 0.01  # of the median depth: cameras that move less triangulate nothing that depth could be compared with
 STILL = 1e-4  # of the median depth: cameras that move less have no unit to find
 MIN_POINTS = 32
 NUM_ROUNDS = 10
+GAPS = (1, 2, 4, 8)
+# After each round but the last, flow is left out that is off by so many times the median, and so many px: bodies.
+NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
 
 
 def check(choice: str) -> None:
@@ -60,11 +67,13 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
         return _told(result, "parallax")
     size = (frames.shape[1], frames.shape[2])
     with one_thread():
-        flows = pair_flows(frames, parallax.GAPS) if len(frames) > 1 else {}
+        flows = pair_flows(frames, GAPS) if len(frames) > 1 else {}
         weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
         if not flows:
             return _told(replace(result, w2c=np.eye(4)[None]), choice)
         matches = parallax.matches_of(flows, weights)
+        if choice == "parallax" and not relative(result):
+            return _of_depth(result, matches, size, request.fov_deg)
         if choice == "parallax":
             w2c, focal = _found(matches, size, request.fov_deg)
         else:
@@ -79,6 +88,37 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
 def _told(result: Geometry, choice: str, error: float | None = None) -> Geometry:
     facts = {"cameras": choice} | ({} if error is None else {"camera_depth_error": error})
     return replace(result, provenance={**result.provenance, **facts})
+
+
+def relative(result: Geometry) -> bool:
+    """Return whether the depth is known up to a scale and a shift only."""
+    return result.kind == "disparity" and not result.metric
+
+
+def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> Geometry:
+    """Return the geometry with the cameras that explain the flow with its z-depth, robustly; in its unit."""
+    values = _at_points(result.values, matches).astype(np.float64)
+    inverse = 1 / values if result.kind == "z_depth" else np.maximum(values, 1e-9)
+    known = fov_deg is not None or result.K is not None
+    usual = cameras.focal_of(size, fov_deg or FOV_DEG) if result.K is None else float(result.K[0, 0])
+    found = replace(cameras.turning(matches, usual, not known), inverse=inverse, information=np.ones_like(inverse))
+    kept = matches
+    for trim in range(NUM_TRIMS + 1):
+        found = bundle.adjust(kept, found, 30, None if known else usual, fixed_points=True)
+        if trim < NUM_TRIMS:
+            residual = np.sqrt(bundle.squared_residuals(matches, found))
+            limit = max(TRIM_PX, TRIM_RATIO * float(np.median(residual[matches.weights > 0])))
+            kept = replace(matches, weights=matches.weights * (residual < limit))
+    w2c = found.w2c @ invert(found.w2c[0])
+    K = result.K if result.K is not None else intrinsics(size, fov_deg)
+    if not known:
+        K[[0, 1], [0, 1]] = found.focal
+    points = bundle.points_of(matches, replace(found, w2c=w2c))
+    seen = cameras.known_points(points) & (points.inverse > 1e-6)
+    error = 0.0
+    if float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse)) > MOVES and seen.any():
+        error = weighted_median(np.abs(np.log(inverse[seen] / points.inverse[seen])), np.sqrt(points.information[seen]))
+    return _told(replace(result, w2c=w2c, K=K), "parallax", error)
 
 
 def _found(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> tuple[np.ndarray, float]:
@@ -122,23 +162,27 @@ def _in_one_unit(result: Geometry, matches: bundle.Matches, choice: str, focal: 
     found = bundle.points_of(matches, start)
     known = cameras.known_points(found) & (found.inverse > 1e-6)
     moved = float(np.linalg.norm(invert(result.w2c)[:, :3, 3], axis=1).max())
-    relative = result.kind == "disparity" and not result.metric
     if moved == 0 or (moved * float(np.median(found.inverse[known])) if known.any() else 0.0) < STILL:
         w2c = result.w2c.copy()
         w2c[:, :3, 3] = 0
         return _told(replace(result, w2c=w2c), choice, 0.0)
     if known.sum() < MIN_POINTS:
         raise BadSample("cameras_missing", "too few points can be triangulated to bring cameras and depth together")
-    rows = np.floor(matches.places + np.array(result.values.shape[:0:-1]) / 2).astype(int)
-    values = np.stack([v[at[:, 1], at[:, 0]] for v, at in zip(result.values, rows, strict=True)])[known]
+    values = _at_points(result.values, matches)[known]
     inverse, weight = found.inverse[known], np.sqrt(found.information[known])
-    if relative:
+    if relative(result):
         return _told(*_of_disparity(result, values, inverse, weight, choice))
     logs = np.log((values if result.kind == "z_depth" else 1 / np.maximum(values, 1e-9)) * inverse)
     middle = weighted_median(logs, weight)
     w2c = result.w2c.copy()
     w2c[:, :3, 3] *= np.exp(middle)
     return _told(replace(result, w2c=w2c), choice, weighted_median(np.abs(logs - middle), weight))
+
+
+def _at_points(values: np.ndarray, matches: bundle.Matches) -> np.ndarray:
+    """Return [T, N]: the values [T, H, W] at the points of the matches."""
+    places = np.floor(matches.places + np.array(values.shape[:0:-1]) / 2).astype(int)
+    return np.stack([one[at[:, 1], at[:, 0]] for one, at in zip(values, places, strict=True)])
 
 
 def _of_disparity(

@@ -7,6 +7,7 @@ from functools import cache
 
 import numpy as np
 import pytest
+from scipy.spatial.transform import Rotation
 
 from ex4d.depth import DepthRequest, Geometry, source_cameras
 from ex4d.errors import BadSample, ConfigError
@@ -68,20 +69,33 @@ def test_wrong_cameras_show_in_the_score(tmp_path):
     assert wrong["camera_depth_error"] > 2 * right["camera_depth_error"]
 
 
-def test_parallax_gives_cameras_to_depth_that_has_none():
-    frames, exact, w2c = clip()
+@pytest.mark.parametrize("moving_bodies", [False, True])
+def test_parallax_gives_cameras_to_depth_that_has_none(moving_bodies: bool):
+    frames, exact, w2c = clip(moving_bodies=moving_bodies)
     found = source_cameras.joined(exact, frames, DepthRequest(cameras="parallax"))
     moved, truth = centres(found.w2c)[-1], centres(w2c)[-1]
-    assert np.linalg.norm(moved - truth) < 0.3 * np.linalg.norm(truth)
-    assert moved @ truth > 0.99 * np.linalg.norm(moved) * np.linalg.norm(truth)
+    assert np.linalg.norm(moved - truth) < 0.05 * np.linalg.norm(truth)
+    turned = Rotation.from_matrix(found.w2c[:, :3, :3].swapaxes(1, 2) @ w2c[:, :3, :3]).magnitude()
+    assert np.degrees(turned.max()) < 2  # at 96 px, where flow is coarse; benchmarks/source_cameras.py has 256
     assert found.provenance["cameras"] == "parallax"
+    assert found.provenance["camera_depth_error"] < 0.3
 
 
-def test_a_camera_that_stands_is_told_to_stand():
+def test_relative_disparity_gets_cameras_and_becomes_depth():
+    frames, exact, w2c = clip()
+    relative = Geometry((3 / exact.values + 0.7).astype(np.float32), "disparity")
+    found = source_cameras.joined(relative, frames, DepthRequest(cameras="parallax"))
+    moved, truth = centres(found.w2c)[-1], centres(w2c)[-1]
+    assert moved @ truth > 0.99 * np.linalg.norm(moved) * np.linalg.norm(truth)
+    assert np.corrcoef(found.values.ravel(), exact.values.ravel())[0, 1] > 0.8
+    assert abs(2 * np.degrees(np.arctan(48 / found.K[0, 0])) - 54) < 12
+
+
+def test_a_camera_that_stands_among_moving_bodies_is_said_to_stand():
     frames, exact, _ = clip("static", True)
     found = source_cameras.joined(exact, frames, DepthRequest(cameras="parallax"))
     assert np.abs(centres(found.w2c)).max() <= 0.01 * np.median(exact.values)
-    assert np.abs(found.w2c - np.eye(4)).max() < 0.01
+    assert np.abs(found.w2c[:, :3, :3] - np.eye(3)).max() < 0.01
 
 
 def test_what_the_estimator_gives_is_used_left_or_missed():
