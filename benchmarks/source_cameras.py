@@ -1,9 +1,9 @@
 """Cameras found from a clip's own motion, and views with them: writes results/source_cameras.{json,md}.
 
 Synthetic clips of 9 frames at 256 × 256, with exact depth and without poses. Cameras: rotation and translation error,
-the latter after the similarity that fits the centres best, in shares of the path's length. Views: an orbit by 30 degrees
-that is fixed in the world, its last frame against the exact novel view, over the visible pixels: with true cameras, with
-those that are found, and with a source taken to stand still. Beside them the cameras that are found without any depth.
+the latter after the similarity that fits the centres best, in shares of the path's length. Views: an orbit by 30°
+that is fixed in the world, its last frame against the exact novel view, over the visible pixels: with true cameras,
+with those that are found, and with a source taken to stand still. Beside them cameras that are found without depth.
 """
 
 from __future__ import annotations

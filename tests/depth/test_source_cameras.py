@@ -69,12 +69,12 @@ def test_wrong_cameras_show_in_the_score(tmp_path):
     assert wrong["camera_depth_error"] > 2 * right["camera_depth_error"]
 
 
-@pytest.mark.parametrize("moving_bodies", [False, True])
-def test_parallax_gives_cameras_to_depth_that_has_none(moving_bodies: bool):
+@pytest.mark.parametrize(("moving_bodies", "limit"), [(False, 0.05), (True, 0.2)])
+def test_parallax_gives_cameras_to_depth_that_has_none(moving_bodies: bool, limit: float):
     frames, exact, w2c = clip(moving_bodies=moving_bodies)
     found = source_cameras.joined(exact, frames, DepthRequest(cameras="parallax"))
     moved, truth = centres(found.w2c)[-1], centres(w2c)[-1]
-    assert np.linalg.norm(moved - truth) < 0.05 * np.linalg.norm(truth)
+    assert np.linalg.norm(moved - truth) < limit * np.linalg.norm(truth)
     turned = Rotation.from_matrix(found.w2c[:, :3, :3].swapaxes(1, 2) @ w2c[:, :3, :3]).magnitude()
     assert np.degrees(turned.max()) < 2  # at 96 px, where flow is coarse; benchmarks/source_cameras.py has 256
     assert found.provenance["cameras"] == "parallax"
