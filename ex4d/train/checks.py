@@ -33,11 +33,12 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
     if model.dtype == "float16":
         allowed = "bfloat16 or float32 in training: small gradients become zero in float16"
         raise ConfigError("model.dtype", model.dtype, allowed)
-    counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
-    if train.validate_every and not any(count["samples_val"] for count in counts):
-        paths = ", ".join(data.path for data in train.datasets)
-        allowed = f"null, or a dataset with a val split: {paths} has no samples there"
-        raise ConfigError("train.validate_every", train.validate_every, allowed)
+    if train.validate_every:
+        counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
+        if not any(count["samples_val"] for count in counts):
+            paths = ", ".join(data.path for data in train.datasets)
+            allowed = f"null, or a dataset with a val split: {paths} has no samples there"
+            raise ConfigError("train.validate_every", train.validate_every, allowed)
     if train.launcher == "ray":  # the GPUs are other machines'
         return
     import torch

@@ -76,6 +76,7 @@ def run(
     if place is not None and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         left_over = "unset RANK and WORLD_SIZE, which a launcher left here, or start with torchrun or srun"
         raise ConfigError("MASTER_ADDR", os.environ.get("MASTER_ADDR"), left_over)
+    _check_data(train)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
     check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))
     if place is not None:
@@ -83,7 +84,6 @@ def run(
         alone = exclusive(train.output) if place.rank == 0 and PARENT not in os.environ else nullcontext()
         with alone:
             return _be_rank(train, model, place)
-    _check_data(train)
     with exclusive(train.output):
         return _launch(train, model, config_path, overrides, ray)
 
