@@ -80,7 +80,7 @@ def head(address: str = "127.0.0.1", prefix: tuple[str, ...] = (), cpus: int = 2
         **{"RAY_AUTH_MODE": "token", "RAY_AUTH_TOKEN_PATH": str(token), "RAY_TMPDIR": str(folder)},
         **{"PATH": f"{BIN}:{os.environ['PATH']}", "RAY_worker_niceness": "0", "RAY_USAGE_STATS_ENABLED": "0"},
     }
-    ports = [_free_port() for _ in range(5)]
+    ports = [free_port() for _ in range(5)]
     names = ("port", "dashboard-port", "ray-client-server-port", "dashboard-agent-listen-port", "metrics-export-port")
     words = [f"--{name}={port}" for name, port in zip(names, ports, strict=True)]
     if address != "127.0.0.1":
@@ -128,7 +128,8 @@ def end(process: subprocess.Popen) -> None:
     process.wait(30)
 
 
-def _free_port() -> int:
+def free_port() -> int:
+    """Return a TCP port of the loopback address that nobody uses."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]

@@ -13,6 +13,7 @@ from pathlib import Path
 
 import pytest
 import yaml
+from ray_head import free_port
 
 from ex4d.data.verify import verify
 from ex4d.synthetic import SyntheticConfig, write_corpus
@@ -28,16 +29,10 @@ CLIPS = {"num_frames": 9, "size": [64, 64], "clips_per_shot": 3, "depth": "sidec
 pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1200)]
 
 
-def _free_port() -> int:
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
-
-
 def _configuration(folder: Path) -> str:
     """Return a slurm.conf of two nodes on this machine; the first has its name, which resolves."""
     host = socket.gethostname()
-    control, first, second = _free_port(), _free_port(), _free_port()
+    control, first, second = free_port(), free_port(), free_port()
     facts = f"NodeHostname={host} NodeAddr=127.0.0.1 CPUs=2 Boards=1 Gres=gpu:2 State=UNKNOWN"
     return f"""ClusterName=test
 SlurmctldHost={host}(127.0.0.1)
@@ -80,6 +75,7 @@ def slurm() -> Iterator[dict[str, str]]:
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "HOME": str(folder)}
+    environment |= {"RAY_worker_niceness": "0"}  # else 15, and they starve on a busy machine
     environment |= {"PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin", "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in environment.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     files = {"key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}

@@ -14,6 +14,7 @@ from pathlib import Path
 import pytest
 import yaml
 from make_run import make_base, make_config, make_dataset
+from ray_head import free_port
 from run_command import PLAIN, ROOT, start
 
 from ex4d.errors import ConfigError
@@ -21,7 +22,6 @@ from ex4d.train import progress as train_progress
 from ex4d.train.config import TrainConfig
 from ex4d.train.report import NonFinite
 from pipelines.runtime import progress
-from pipelines.train.launch import _free_port
 
 MONITORING = ROOT / "cluster" / "monitoring"
 STEP = {
@@ -67,7 +67,7 @@ def scrape(port: int) -> str:
 
 def test_the_dashboard_and_the_rules_ask_for_what_is_served(monkeypatch):
     monkeypatch.setattr("pipelines.runtime.cluster.count_nodes", lambda: {"alive": 2, "lost": 0})  # no Ray for this
-    port, other = _free_port(), _free_port()
+    port, other = free_port(), free_port()
     jobs = progress.Progress(None, port)
     jobs.tallies["pair"] = progress.Tally(1.0, 0.0, done=3, rejected=1)
     jobs.passes.append(progress.Pass("clips", 4))
@@ -83,7 +83,7 @@ def test_the_dashboard_and_the_rules_ask_for_what_is_served(monkeypatch):
 
 
 def test_a_loss_that_is_not_finite_is_served_before_the_run_ends(monkeypatch):
-    port, heard = _free_port(), []
+    port, heard = free_port(), []
     monkeypatch.setattr(train_progress.time, "sleep", lambda seconds: heard.append((seconds, scrape(port))))
     shown = train_progress.Progress(TrainConfig(metrics_port=port))
     shown.__enter__()(STEP)
@@ -95,7 +95,7 @@ def test_a_loss_that_is_not_finite_is_served_before_the_run_ends(monkeypatch):
 
 
 def test_a_port_that_is_taken_does_not_end_a_training(caplog):
-    port = _free_port()
+    port = free_port()
     with progress.Progress(None, port).serving():
         with pytest.raises(ConfigError, match="metrics_port"), progress.Progress(None, port).serving():
             pass
@@ -131,7 +131,7 @@ def test_every_query_is_answered_from_the_metrics_of_real_runs(tmp_path):
     """A preprocess on Ray and a training with ports; a real Prometheus asks and answers where one is installed."""
     make_dataset(tmp_path)
     make_base(tmp_path)
-    ports = (_free_port(), _free_port())
+    ports = (free_port(), free_port())
     config = make_config(
         tmp_path, num_steps=60, num_processes=1, validate_every=5, output=str(tmp_path / "run"), metrics_port=ports[1]
     )
@@ -141,7 +141,9 @@ def test_every_query_is_answered_from_the_metrics_of_real_runs(tmp_path):
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"synthetic": corpus, "preprocess": clips}))
     server = _Prometheus(tmp_path, ports) if shutil.which("prometheus") else None
     began = time.time()
-    jobs = [start(config), start(tmp_path / "p.yaml", launcher=("-m", "pipelines.cli", "preprocess"))]
+    quick = {"RAY_worker_niceness": "0"}  # else 15, and they starve on a busy machine
+    preprocess = ("-m", "pipelines.cli", "preprocess")
+    jobs = [start(config), start(tmp_path / "p.yaml", launcher=preprocess, environment=quick)]
     best = ["", ""]
     try:
         while any(job.poll() is None for job in jobs):
@@ -173,7 +175,7 @@ class _Prometheus:
         given["rule_files"] = [str(MONITORING / "alerts.yml")]
         given["scrape_configs"][0]["static_configs"] = [{"targets": [f"127.0.0.1:{port}" for port in ports]}]
         (folder / "prometheus.yml").write_text(yaml.safe_dump(given))
-        self.url = f"127.0.0.1:{_free_port()}"
+        self.url = f"127.0.0.1:{free_port()}"
         words = [f"--config.file={folder}/prometheus.yml", f"--web.listen-address={self.url}"]
         words.append(f"--storage.tsdb.path={folder}/tsdb")
         self.process = subprocess.Popen(["prometheus", *words], env=PLAIN, stderr=subprocess.DEVNULL)
