@@ -223,7 +223,7 @@ def novel_view(
     lora_files(config)
     config = config.for_adapter(metadata)
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
-    encoders.check_clip((seen.num_frames, *seen.size, 3), stride)
+    encoders.check_clip((seen.num_frames or 0, *(seen.size or metadata.size), 3), stride)
     source = reconstruct(video_path, seen)
     depth.release()
     loaded, model = load(adapter_path, base, seen.device, config)
@@ -241,8 +241,13 @@ def novel_view(
         source.frames if metadata.source_video else None,
         on_step=on_step,
     )
-    record = {
-        "video": Path(video_path).name,
+    record = {"video": Path(video_path).name, **_record(source), "base": base or metadata.base, **asdict(config)}
+    return NovelView(source, frames, record)
+
+
+def _record(source: Reconstruction) -> dict[str, Any]:
+    """Return what repeats a reconstruction, JSON-able."""
+    return {
         **source.choices,
         "depth": source.provenance,
         "K": source.view_K.tolist(),
@@ -250,7 +255,4 @@ def novel_view(
         "source_w2c": None if source.source_w2c is None else source.source_w2c.tolist(),
         "axes": "opencv",
         "visible_share": float(source.visible.mean()),
-        "base": base or metadata.base,
-        **asdict(config),
     }
-    return NovelView(source, frames, record)

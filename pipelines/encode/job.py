@@ -23,13 +23,12 @@ from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.models.fingerprints import ENCODERS, of_components
 from pipelines.encode import stages
 from pipelines.encode.stages import Encoding
-from pipelines.runtime import runner
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts, Ledger
-from pipelines.runtime.output import exclusive, outside_datasets
-from pipelines.runtime.passes import Passes, TooManyBugs
-from pipelines.runtime.progress import Progress
-from pipelines.runtime.result import Result, logged
+from pipelines.runtime.job import complete, opened
+from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.output import outside_datasets
+from pipelines.runtime.passes import Passes
+from pipelines.runtime.result import Result
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, Stage, new_row
 
@@ -104,25 +103,9 @@ def run(
     if model.family is not None:
         transformer_config(model.base, model.revision, model.family)  # raises for another family
     models = of_components(model.base, model.revision, ENCODERS)
-    bugs: list[dict[str, Any]] = []
-    how = {"runner": runner_name, "num_workers": config.num_workers}
-    progress = Progress(config.output, config.metrics_port, config.metrics_host)
-    attempts = Attempts(config.output, config.max_attempts)
-    with (
-        exclusive(config.output),
-        progress.serving(),
-        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
-        logged(config.output, progress.tallies, bugs, how) as end,
-    ):
-        passes = Passes("encode", execute, progress, config.max_bugs, bugs=bugs)
+    with opened("encode", config, ray_config, runner_name) as (passes, end):
         job = _Job(config, model, dataset, models, passes)
-        try:
-            job.work()
-        except TooManyBugs as error:
-            job.problems.append(str(error))
-        else:
-            job.judge()
-        result = job.finish()
+        result = complete(job, job.work)
         end(result)
     return result
 

@@ -8,7 +8,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 from dataclasses import replace
-from typing import Any
+from functools import partial
 
 from ex4d import config as config_file
 from ex4d import storage
@@ -20,13 +20,10 @@ from pipelines.preprocess import fetch, pages, pairs, settings
 from pipelines.preprocess.job import Job
 from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.runtime import runner
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts
-from pipelines.runtime.output import exclusive, outside_datasets
-from pipelines.runtime.passes import Passes, TooManyBugs
-from pipelines.runtime.progress import Progress
-from pipelines.runtime.result import Result, logged
+from pipelines.runtime.job import complete, opened
+from pipelines.runtime.output import outside_datasets
+from pipelines.runtime.result import Result
 from pipelines.runtime.runner import RayConfig
 
 __all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
@@ -53,19 +50,19 @@ def run(
     sources: Sequence[inputs.Source] | None = None,
     retry: Sequence[str] = (),
 ) -> Result:
-    """Return what happened, after bringing the dataset folder `config.output` up to date with the input.
+    """Bring the dataset folder `config.output` up to date with the input and return the result.
 
-    Run again, it goes on with what is missing. Its `exit_code` is 1, and nothing is committed, where too much was bad.
+    A second run resumes. `exit_code` is 1, and nothing is committed, where too many videos or clips are bad.
 
     Args:
-        synthetic_config: the corpus that stands in where `config.input` is None; written to `OUTPUT/source`.
-        runner_name: "ray", or "inline": in this process, row after row, where unexpected errors propagate.
-        stages: instead of the usual ones.
-        sources: instead of all that `config.input` names.
-        retry: reasons; refusals of this input and these choices that have one of them are forgotten and tried again.
+        synthetic_config: the corpus to use where `config.input` is None; it is written to `OUTPUT/source`.
+        runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
+        stages: in place of `stages_of(config)`.
+        sources: in place of all that `config.input` names.
+        retry: reasons; rejects of this input under these settings with one of them are tried again.
 
     Raises:
-        ConfigError: a choice is invalid; before any work.
+        ConfigError: a setting is invalid; before any work.
         ContractError: an artifact in the folder is not what it claims to be.
     """
     outside_datasets("preprocess.output", config.output, own="clips")
@@ -73,26 +70,10 @@ def run(
     if sources is None:
         sources = find_sources(config, synthetic_config)
     config = with_depth(config, sources)
-    bugs: list[dict[str, Any]] = []
-    how = {"runner": runner_name, "num_workers": config.num_workers}
-    shown = Progress(config.output, config.metrics_port, config.metrics_host)
-    attempts = Attempts(config.output, config.max_attempts)
-    with (
-        exclusive(config.output),
-        shown.serving(),
-        runner.runner(runner_name, ray_config or RayConfig(), config.num_workers, attempts) as execute,
-        logged(config.output, shown.tallies, bugs, how) as end,
-    ):
-        passes = Passes("preprocess", execute, shown, config.max_bugs, bugs=bugs)
+    with opened("preprocess", config, ray_config, runner_name) as (passes, end):
         job = Job(config, passes, stages or stages_of(config), frozenset(retry))
         job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
-        try:
-            job.work(sources)
-        except TooManyBugs as error:
-            job.problems.append(str(error))
-        else:
-            job.judge()
-        result = job.finish()
+        result = complete(job, partial(job.work, sources))
         result = replace(result, report=pages.write(config, job.scored, result))
         end(result)
     return result

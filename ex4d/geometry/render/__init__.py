@@ -69,54 +69,70 @@ def warp_video(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]): each frame's mesh seen from its own camera.
 
-    A camera that has not moved from the source's, though it may turn or zoom, truly sees all of the source's picture:
-    it is resampled and needs no mesh, which would have holes along depth edges and on the border. The released profile
-    does so for frame 0 alone, as the released code does.
+    A camera at the source's place, though it may turn or zoom, sees the source's whole picture: it is resampled, as a
+    mesh would have holes along depth edges. As in the released code, the released profile does so for frame 0 only.
 
     Args:
-        frames: uint8 [T, H, W, 3].
-        z_depth: [T, H, W], finite and positive.
+        frames: uint8 [T, H, W, 3]. z_depth: [T, H, W], finite and positive.
         K: [3, 3] of the source, and of the target unless `view_K` is given.
         w2c: [T, 4, 4], world = the source camera of frame 0.
         profile: a key of mesh.PROFILES, or a Profile.
         backend: a key of BACKENDS or "auto".
-        source_w2c: [T, 4, 4] poses of a source camera that moves, in the same world and unit of length as w2c; None: it
-            stands still.
+        source_w2c: [T, 4, 4] poses of a source camera that moves, in the world and unit of w2c; None: it stands still.
         view_K: [3, 3] or [T, 3, 3] of the target: a zoom.
         valid: bool [T, H, W], True where depth is known; None: everywhere. What is not is visible in frame 0 alone.
-        first_frame: "exact": as above; "drawn": where the camera moves later, frame 0 is drawn as the others are, so
-            that the picture does not jump from frame 0 to 1.
+        first_frame: "exact": as above; "drawn": render frame 0 as the others where the camera moves later.
 
     Raises:
         BadSample: depth that is no depth, or shapes that do not fit.
         ConfigError: unknown profile or backend, bad cameras.
     """
     frames, z_depth = np.asarray(frames), np.asarray(z_depth)
-    if frames.ndim != 4 or frames.shape[:3] != z_depth.shape:
-        raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
+    _check_shapes(frames, z_depth, valid)
     K = check_intrinsics(K)
     w2c, view_K = _checked_cameras(len(frames), w2c, K if view_K is None else view_K)
     if source_w2c is not None:
         w2c = relative_to(w2c, source_w2c)
     if first_frame not in FIRST_FRAMES:
         raise ConfigError("first_frame", first_frame, f"one of {', '.join(FIRST_FRAMES)}")
-    if valid is not None and valid.shape != z_depth.shape:
-        raise BadSample("depth_shape", f"valid {list(valid.shape)}, depth {list(z_depth.shape)}")
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
     if chosen == "nvdiffrast":
         cond_video, visible = nvdiffrast.warp(frames, z_depth, K, w2c, profile, view_K, valid)
     else:
-        cond_video, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
-        for t, frame in enumerate(frames):
-            camera = Camera(view_K[t], w2c[t], (frame.shape[0], frame.shape[1]))
-            known = None if valid is None else valid[t]
-            seen = render(build(frame, z_depth[t], K, profile, valid=known), camera, chosen)
-            cond_video[t], visible[t] = seen.colour, seen.visible_mask
+        cond_video, visible = _draw(frames, z_depth, K, w2c, profile, view_K, valid, chosen)
     for t in _unmoved(w2c, profile, first_frame):
         known = np.ones(z_depth[t].shape, bool) if valid is None or t == 0 else valid[t]
         cond_video[t], visible[t] = resampled(frames[t], known, K, Camera(view_K[t], w2c[t], known.shape))
     return cond_video, visible
+
+
+def _draw(
+    frames: np.ndarray,
+    z_depth: np.ndarray,
+    K: np.ndarray,
+    w2c: np.ndarray,
+    profile: Profile,
+    view_K: np.ndarray,
+    valid: np.ndarray | None,
+    backend: str,
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (colours uint8 [T, H, W, 3], visible bool [T, H, W]) of each frame's mesh; view_K [T, 3, 3]."""
+    colours, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
+    for t, frame in enumerate(frames):
+        camera = Camera(view_K[t], w2c[t], (frame.shape[0], frame.shape[1]))
+        known = None if valid is None else valid[t]
+        view = render(build(frame, z_depth[t], K, profile, valid=known), camera, backend)
+        colours[t], visible[t] = view.colour, view.visible_mask
+    return colours, visible
+
+
+def _check_shapes(frames: np.ndarray, z_depth: np.ndarray, valid: np.ndarray | None) -> None:
+    """Raise BadSample unless frames [T, H, W, 3], z_depth [T, H, W] and valid [T, H, W] fit together."""
+    if frames.ndim != 4 or frames.shape[:3] != z_depth.shape:
+        raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
+    if valid is not None and valid.shape != z_depth.shape:
+        raise BadSample("depth_shape", f"valid {list(valid.shape)}, depth {list(z_depth.shape)}")
 
 
 def _checked_cameras(num_frames: int, w2c: np.ndarray, view_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

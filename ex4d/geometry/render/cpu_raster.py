@@ -298,8 +298,7 @@ def rasterise(
     Args:
         z: float32 [rows + 1, columns + 1]; rays_x, rays_y: float64, K⁻¹ (u, v, 1) of its columns and rows.
         rotation, shift: float64 [9], row by row, and [3], from the source's to the target's axes.
-        camera: float64 [4]: fx, fy, cx, cy of the target; near: its near plane.
-        occluded: bool [2, rows, columns] flags of the grid's faces.
+        camera: float64 [4]: fx, fy, cx, cy of the target; near: its near plane. occluded: bool [2, rows, columns].
         cap: int32 [C, 3] faces of the cap; centre: float64 [3], its centre in the source's axes.
         cull: leave out back faces; draw_occluded: else leave out occluded faces and the cap.
         reach: an occluded face ends at (1 + reach) × its least depth; negative: it does not end.

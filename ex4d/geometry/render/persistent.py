@@ -39,40 +39,45 @@ def fill(
         cond_video, visible: what `warp_video` gave for the same clip and path.
         frames: uint8 [T, H, W, 3]. z_depth: [T, H, W]. K: [3, 3] of the source.
         w2c, source_w2c: [T, 4, 4] of the new cameras and of the source, in one world and unit.
-        num_others: how many other frames each frame may use; spread evenly over the clip.
+        num_others: number of other frames that each frame may use, spread evenly over the clip.
         dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
-        view_K: [3, 3] or [T, 3, 3] of the new cameras.
-        valid: bool [T, H, W], True where depth is known; None: everywhere.
+        view_K: [3, 3] or [T, 3, 3] of the new cameras. valid: bool [T, H, W], True where depth is known; None: all.
 
     Raises:
         ConfigError: fewer than 0 frames.
     """
     if num_others < 0:
-        raise ConfigError("persistent_frames", num_others, "0 or more")
+        raise ConfigError("persistent_frames", num_others, "must be at least 0")
     count = len(frames)
     chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
     views = np.broadcast_to(K if view_K is None else view_K, (count, 3, 3))
-    hidden = dynamic_mask
-    z_known = z_depth
-    if valid is not None:
-        hidden = ~valid if dynamic_mask is None else dynamic_mask | ~valid
-        z_known = np.where(valid, z_depth, 0)  # where depth is not known, nothing is looked past
-    shown, seen, made = cond_video.copy(), visible.copy(), {}
+    hidden, z_known = _known(z_depth, dynamic_mask, valid)
+    shown, seen, meshes = cond_video.copy(), visible.copy(), {}
     for t in range(count):
         holes = ~visible[t]
         depth = np.full(holes.shape, np.inf, np.float32)
         for s in others(t, count, num_others) if holes.any() else ():
-            if s not in made:
-                made[s] = build(frames[s], z_depth[s], K, profile, valid=None if hidden is None else ~hidden[s])
+            if s not in meshes:
+                meshes[s] = build(frames[s], z_depth[s], K, profile, valid=None if hidden is None else ~hidden[s])
             camera = Camera(views[t], relative_to(w2c[t], source_w2c[s]), (holes.shape[0], holes.shape[1]))
-            view = render(made[s], camera, chosen)
+            view = render(meshes[s], camera, chosen)
             better = holes & view.visible_mask & (view.z_depth < IN_FRONT * depth)
             better[better] = ~_seen_through(
                 view.z_depth, better, camera, relative_to(source_w2c[t], source_w2c[s]), K, z_known[t]
             )
             shown[t][better], seen[t][better], depth[better] = view.colour[better], True, view.z_depth[better]
     return shown, seen
+
+
+def _known(
+    z_depth: np.ndarray, dynamic_mask: np.ndarray | None, valid: np.ndarray | None
+) -> tuple[np.ndarray | None, np.ndarray]:
+    """Return (bool [T, H, W] of the surfaces that show nothing elsewhere, or None; z_depth, 0 where not known)."""
+    if valid is None:
+        return dynamic_mask, z_depth
+    hidden = ~valid if dynamic_mask is None else dynamic_mask | ~valid
+    return hidden, np.where(valid, z_depth, 0)  # where depth is not known, nothing is looked past
 
 
 def _seen_through(
