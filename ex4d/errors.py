@@ -1,4 +1,4 @@
-"""The three kinds of failure, and the one kind of decision. Everything else that is raised is a bug."""
+"""The errors of this project: three kinds of failure, and one filter decision. Any other exception is a bug."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ class ConfigError(Ex4dError):
 
 
 class BadSample(Ex4dError):
-    """One video or clip cannot be used. It becomes a row of rejects.parquet and the run goes on.
+    """One video or clip cannot be used. It becomes a row of rejects.parquet and the run continues.
 
     Args:
         reason: short snake_case code that can be counted, e.g. "decode_timeout".
@@ -40,7 +40,7 @@ class BadSample(Ex4dError):
 
 
 class Filtered(Ex4dError):
-    """A clip was scored and a threshold decided against it: not a failure, but it is recorded like one.
+    """A score of a clip misses a threshold. Not a failure, but recorded like one.
 
     Args:
         reason: the filter's name, e.g. "motion".

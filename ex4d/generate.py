@@ -1,4 +1,4 @@
-"""Video + trajectory + adapter -> the video seen from there. The whole of inference in one file."""
+"""Generate a novel view from a video, a trajectory and an adapter: all of inference in one file."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NovelView:
-    """What `ex4d generate` made: the reconstruction it started from, the result, and what is needed to repeat it."""
+    """A generated video, the reconstruction it started from, and a record that repeats it."""
 
     reconstruction: Reconstruction
     frames: np.ndarray
@@ -175,7 +175,7 @@ def load(
 
 
 def lora_files(config: GenerateConfig) -> list[tuple[Path, float]]:
-    """Return (file, scale) of each of `config.lora`. Raises ConfigError where a file or number is none."""
+    """Return (file, scale) of each of `config.lora`. Raises ConfigError for a missing file or an invalid scale."""
     found = []
     for text in config.lora:
         path, colon, number = text.rpartition(":")
@@ -218,7 +218,7 @@ def novel_view(
             num_frames is 4k+1, the sides are multiples of the latent patch.
     """
     metadata = weights.read_metadata(adapter_path)
-    # Everything that can be refused is refused, and depth is done, before gigabytes are loaded.
+    # All checks, and depth, come before gigabytes of weights are loaded.
     seen = _view_config(metadata, _device(device), view)
     lora_files(config)
     config = config.for_adapter(metadata)

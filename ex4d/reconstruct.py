@@ -1,4 +1,4 @@
-"""One video and a camera path -> what that camera would see of it: condition video and visible mask."""
+"""Warp a video to a camera path: condition video and visible mask."""
 
 from __future__ import annotations
 
@@ -69,7 +69,7 @@ class Reconstruction:
         visible: bool [T, H, W], True where the source shows what the new camera sees.
         source_w2c: float64 [T, 4, 4] of the source camera where it is known; None: it is taken to stand still.
         profile: how the meshes are made and drawn.
-        choices: what was asked for, JSON-able.
+        choices: the settings of the view, JSON-able.
         provenance: the depth estimator's record.
         valid_mask: bool [T, H, W], True where depth is known; None: everywhere.
     """

@@ -64,7 +64,7 @@ def join(url: str | Path, *parts: str) -> str:
 
 
 def check_url(url: str) -> None:
-    """Return nothing where a remote URL may be opened.
+    """Check that a remote URL may be opened.
 
     Raises:
         ConfigError: another scheme than SCHEMES, a chain of them (`zip::s3://…`), or `..` among its folders.

@@ -1,1 +1,1 @@
-"""Training samples: the contract of one, shards of many, their check, and the loader that reads them."""
+"""Training samples: the format of one, shards of many, verification, and the loader."""

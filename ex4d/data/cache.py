@@ -20,13 +20,13 @@ _OURS = re.compile(r"[0-9a-f]{64}(\.range)?|\.tmp-[0-9a-f].*|" + re.escape(MARKE
 
 
 def claim(folder: Path, key: str) -> Path:
-    """Return `folder` after making it a cache that only this user can reach; what others wrote is never touched.
+    """Make `folder` a cache that only this user can read; never touch files of others. Return it.
 
     Args:
         key: the setting that named it.
 
     Raises:
-        ConfigError: a link, a folder of another user, or one that holds what no cache wrote.
+        ConfigError: a link, a folder of another user, or one that holds foreign files.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     facts = folder.lstat()
@@ -44,7 +44,7 @@ def claim(folder: Path, key: str) -> Path:
 
 
 def least_used_first(folder: Path) -> list[tuple[int, Path]]:
-    """Return (bytes, path) of the files that a cache may evict, by when they were touched last.
+    """Return (bytes, path) of the files that a cache may evict, oldest access first.
 
     They are the regular files named by 64 hexadecimal digits, or within a folder of such a name; links are neither
     counted nor followed.
@@ -63,14 +63,14 @@ def least_used_first(folder: Path) -> list[tuple[int, Path]]:
 
 
 class RangeCache:
-    """Reads of byte ranges, kept in a folder until it is full; then the least recently used go.
+    """A cache of byte ranges in a folder; when it is full, the least recently used are evicted.
 
-    Threads that want the same range at the same time wait for the one that reads it: where one epoch ends and the next
-    begins, a sample may be asked for twice within a few places. Processes do not wait for each other.
+    Threads that need the same range at the same time share one read: a sample may be needed twice where one epoch ends
+    and the next begins. Processes do not wait for each other.
 
     Args:
         folder: made when it is not there; see `claim`.
-        max_bytes: kept at most, save for a hundredth that each process may add between two looks at the folder.
+        max_bytes: size limit; each process may exceed it by a hundredth between two checks.
         identity: of the dataset, so that another dataset at the same URL is not mistaken for this one.
     """
 
@@ -103,7 +103,7 @@ class RangeCache:
         return data
 
     def forget(self, url: str, offset: int, length: int) -> None:
-        """Drop a range whose bytes turned out to be wrong."""
+        """Delete a range whose bytes were wrong."""
         self._path(url, offset, length).unlink(missing_ok=True)
 
     def _path(self, url: str, offset: int, length: int) -> Path:

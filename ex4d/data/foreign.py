@@ -1,7 +1,7 @@
-"""Samples of a dataset that somebody else made are decoded in the sandboxed child; one's own are not, which is faster.
+"""Decode samples of foreign datasets in the sandboxed child, and own ones in this process, which is faster.
 
-`trust` says whose a dataset is: "own", "foreign", or "auto", which takes local folders of this user and buckets (`s3://`,
-`gs://`) for one's own, and what comes from the web or a hub, or belongs to another user, for foreign.
+`trust` is "own", "foreign", or "auto": local folders of this user and buckets (`s3://`, `gs://`) are own; datasets from
+the web or a hub, or of another user, are foreign.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""THE CONTRACT of a latent sample: what a frozen base makes of a clip and of each of its masks, worked out once.
+"""THE CONTRACT of a latent sample: a clip and its masks, encoded once by the frozen base.
 
 | member | what |
 |---|---|
@@ -40,7 +40,7 @@ EXACT = ("hole",)  # float32 whatever the dataset stores
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What every sample of one latent dataset agrees on; the mapping `latents` of dataset.json, with more beside it.
+    """What all samples of a latent dataset have in common; the mapping `latents` of dataset.json, with more beside it.
 
     Args:
         dtype: of the stored tensors, of tensors.STORED.

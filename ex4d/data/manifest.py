@@ -103,7 +103,7 @@ def read_table(folder: str, name: str, columns: list[str] | None = None, sha256:
         sha256: what dataset.json says of the file; not compared when None.
 
     Raises:
-        ContractError: the file is missing, is no such table, or is another one than dataset.json names.
+        ContractError: the file is missing, is not such a table, or differs from its sha256 in dataset.json.
     """
     try:
         data = storage.read_bytes(storage.join(folder, name), 0, MAX_TABLE_BYTES + 1)
@@ -163,7 +163,7 @@ def read_manifest(folder: str, sha256: str | None = None) -> pa.Table:
 
 
 def check_shard_names(table: pa.Table) -> None:
-    """Return nothing; raise ContractError where a manifest's `shard` is not a name that `shard_name` gives."""
+    """Raise ContractError where a manifest's `shard` is not a name from `shard_name`."""
     if foreign := [name for name in table["shard"].unique().to_pylist() if not SHARD.fullmatch(name or "")]:
         raise ContractError(f"{MANIFEST}: shard {foreign[0]!r} is not a name of ours")
 
@@ -254,7 +254,7 @@ def read_index(folder: str) -> list[dict[str, Any]]:
 
 
 def identities(counts: Mapping[str, int]) -> list[str]:
-    """Return a sentence for each count that does not add up; [] when nothing was lost and nothing invented."""
+    """Return a sentence for each count that does not add up; [] where all do."""
     videos = ("videos_in", ("videos_split", "videos_rejected"))
     clips = ("clips_planned", ("samples", "clips_filtered", "clips_bad"))
     wrong = []

@@ -1,4 +1,4 @@
-"""THE CONTRACT of a training sample: five members, their types, shapes and ranges; bytes out, bytes in, and the check.
+"""THE CONTRACT of a training sample: its members with types, shapes and ranges; encoding, decoding and checks.
 
 A sample is one clip with S simulated masks. The condition that a model is shown is `frames * visible[s]`, or, where the
 dataset has conditions of imperfect geometry, their colours for visibility masks (`shown`).
@@ -76,7 +76,7 @@ PROVENANCE: dict[str, type] = {
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What every sample of one dataset agrees on.
+    """What all samples of a dataset have in common.
 
     Args:
         num_frames: T.
@@ -100,7 +100,7 @@ class Sample:
     Args:
         key: stable id from content hash and span, `[a-z0-9_-]`, at most 80 characters.
         frames: uint8 [T,H,W,3] RGB.
-        fps: frames a second, > 0.
+        fps: frames per second, > 0.
         visible: bool [S,T,H,W], True = seen.
         kind: uint8 [S], index into the dataset's mask_kinds.
         hole_share: float32 [S,T], share of False in `visible`.
@@ -275,7 +275,7 @@ def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = N
 def require_members(
     members: Mapping[str, bytes], wanted: tuple[str, ...] = MEMBERS, optional: tuple[str, ...] = ()
 ) -> None:
-    """Return nothing; raise ContractError naming the members that are missing or not known."""
+    """Raise ContractError with the names of missing and unknown members."""
     missing, unknown = set(wanted) - set(members), set(members) - set(wanted) - set(optional)
     if missing or unknown:
         raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")

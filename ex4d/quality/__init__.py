@@ -1,7 +1,7 @@
-"""What a shot, a clip and its depth look like in a few numbers: scores, always kept, that thresholds may decide on.
+"""Scores of a shot, a clip and its depth, which are always recorded and may be filtered by thresholds.
 
-A score is one float, finite, the same on every run. Those of a shot come from the decode that finds the cuts, those of
-a clip from its frames, made small; so the dear stages never see what a threshold refuses.
+A score is one finite float, the same on every run. Scores of a shot come from the cut detection, those of a clip from
+its downscaled frames, so that clips are filtered before the expensive stages.
 """
 
 from __future__ import annotations
@@ -11,7 +11,7 @@ from dataclasses import dataclass
 
 @dataclass(frozen=True)
 class Score:
-    """What a number means, for docs and pages.
+    """The meaning of a score, for docs and pages.
 
     Args:
         meaning: one sentence.

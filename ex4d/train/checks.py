@@ -17,7 +17,7 @@ WANDB_MODES = ("online", "offline", "disabled", "dryrun", "shared", "run")  # of
 
 
 def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> None:
-    """Return nothing, where this machine can do the run.
+    """Check that this machine can do the run.
 
     Args:
         num_processes: ranks on this machine.

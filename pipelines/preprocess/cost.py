@@ -1,8 +1,8 @@
-"""`ex4d plan`: what a preprocess run will cost, measured on a few of its videos before it starts.
+"""`ex4d plan`: estimate the cost of a preprocess run from a few of its videos.
 
-A sample of the corpus, spread over its file sizes, goes through the real stages in this process, each video by itself;
-the means are scaled to the whole corpus and laid out on the cluster that is stated. How far earlier plans of this
-machine were from the runs that followed is said beside the new figures.
+A sample of the corpus, spread over its file sizes, goes through the real stages in this process, one video at a time.
+The means are scaled to the whole corpus and to the stated cluster. The errors of earlier plans of this machine are
+reported beside the new figures.
 """
 
 from __future__ import annotations

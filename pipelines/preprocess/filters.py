@@ -61,7 +61,7 @@ class FilterConfig:
 
 
 def decide(scores: Mapping[str, float], filters: FilterConfig) -> None:
-    """Raise Filtered, named after the first score that misses its threshold, if one does."""
+    """Raise Filtered with the name of the first score that misses its threshold, if any."""
     for name in SCORES:
         score = scores.get(name)
         low: float | None = getattr(filters, f"min_{name}", None)

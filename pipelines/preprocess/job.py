@@ -1,4 +1,4 @@
-"""One run of `ex4d preprocess`: what the ledger lacks is worked on, everything is counted, the rest is packed."""
+"""One run of `ex4d preprocess`: do what the ledger lacks, count every video and clip, pack the samples."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ if TYPE_CHECKING:
 
 @dataclass
 class Job:
-    """One run. Filled in order: videos (with their records), clips, then what became of each."""
+    """One run. Filled in order: videos (with their records), clips, then the outcome of each."""
 
     config: PreprocessConfig
     passes: Passes
@@ -49,7 +49,7 @@ class Job:
         self.done = self.ledger.names()
 
     def work(self, sources: Sequence[inputs.Source]) -> None:
-        """Bring staging up to date: afterwards every clip has a sample or a refusal."""
+        """Do what staging lacks, so that every clip has a sample or is rejected."""
         self.counts["videos_in"] = len(sources)
         planned = self._plan(self._records(self._unique(sources)))
         if self.config.score_only:

@@ -29,7 +29,7 @@ from pipelines.runtime.runner import RayConfig
 __all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
 
 SECTIONS = {"preprocess": PreprocessConfig, "ray": RayConfig, "synthetic": SyntheticConfig}
-OPTIONAL = ("synthetic",)  # who does not ask for a corpus gets none
+OPTIONAL = ("synthetic",)  # no synthetic corpus by default
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
@@ -80,7 +80,7 @@ def run(
 
 
 def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> PreprocessConfig:
-    """Return the configuration with an estimator in place of `depth: auto`, and say which in one line."""
+    """Return the configuration with an estimator in place of `depth: auto`; print the choice in one line."""
     if config.depth != AUTO or config.score_only:  # scores need no depth
         return config
     videos = (source for source in sources if source.is_video)
@@ -92,7 +92,7 @@ def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> Pr
 
 
 def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:
-    """Return every input file; where `config.input` is None, of a synthetic corpus that is written first."""
+    """Return every input file; where `config.input` is None, write a synthetic corpus and return its files."""
     if config.input is not None:
         with fetch.reach(config):
             found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)

@@ -1,1 +1,1 @@
-"""What every job stands on: stages, runners, the ledger, progress, isolation. Knows no job."""
+"""The base of all jobs: stages, passes, runners, the ledger, progress. Imports no job."""

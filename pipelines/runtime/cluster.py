@@ -1,6 +1,6 @@
-"""Start a Ray here or join one: the only place that does either, so that what protects a Ray stands in one place.
+"""Start a Ray here or join one, with token authentication. No other module does either.
 
-Every Ray demands a token: its ports listen on all addresses, and whoever may speak to them may run code. The token is
+Every Ray requires a token: its ports listen on all addresses, and anyone who can reach them can run code. The token is
 Ray's own: RAY_AUTH_TOKEN or the file RAY_AUTH_TOKEN_PATH where one of them is set, else ~/.ray/auth_token, which is
 made here, for its owner alone.
 """
@@ -24,9 +24,9 @@ WORKING_DIR = "runtime_resources/working_dir_files"  # where Ray unpacks the wor
 
 
 def require_token() -> None:
-    """Make this process and all that it starts use token authentication; create the token where there is none.
+    """Make this process and its children use token authentication; create the token where there is none.
 
-    RAY_AUTH_MODE that is already set is left as it is: a cluster whose operator turned authentication off stays usable.
+    A RAY_AUTH_MODE that is already set stays, so that a cluster without authentication remains usable.
 
     Raises:
         ConfigError: the token's file cannot be written.
@@ -53,7 +53,7 @@ def _make_token(path: Path) -> None:
     """Write a token where there is none. Raises OSError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.parent.chmod(0o700)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # 0600; whoever comes second finds a whole token
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # 0600; a second process finds a complete token
     try:
         with open(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
@@ -65,7 +65,7 @@ def _make_token(path: Path) -> None:
 
 
 def token_path() -> Path:
-    """Return the file of the token that clusters of this user demand."""
+    """Return the file of this user's token."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
@@ -78,12 +78,12 @@ def connected(
 ) -> Iterator[None]:
     """Join the Ray at `address`, or start one on this machine; leave or stop it at the end.
 
-    A Ray that this process is connected to already is used as it is and left alone.
+    A Ray that this process is already connected to is used and not stopped.
 
     Args:
         address: "auto", "host:port"; None starts a Ray, whatever other Rays run on this machine.
         num_cpus, object_store_mb: of a Ray that is started here; None lets Ray choose.
-        show_workers: print here what the workers print.
+        show_workers: print the output of workers here.
 
     Raises:
         ConfigError: nothing answers at the address, or it refuses the token.

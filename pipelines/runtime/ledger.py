@@ -1,15 +1,15 @@
-"""The ledger of a preprocess run is a folder: what lies in `staging/` is done, what does not is to do.
+"""The ledger of a job is its folder `staging/`: work whose file is there is done.
 
 | file | what |
 |---|---|
 | `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
-| `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
+| `clips/KEY.FP.tar` | a finished sample, with the bytes that the shard will hold |
 | `clips/KEY.FP.json` | why a clip was refused |
-| `packed.json` | of what the dataset was packed last, so that a run with nothing to do reads no sample |
+| `packed.json` | what the dataset was packed from, so that a run with nothing to do reads no sample |
 | `attempts.json` | rows in work, and how often work on them ended with the process |
 
-FP is the fingerprint of all that the file depends on, so a changed setting makes other names and redoes only those.
-A refusal also depends on the limits and thresholds that refused it. Each file is written once, whole.
+FP is the fingerprint of everything that the file depends on, so a changed setting gives other names and only affected
+work is redone. A reject also depends on the limits and thresholds. Each file is written once, atomically.
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ VIDEOS, CLIPS, SCORES = "staging/videos", "staging/clips", "staging/scores"
 ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
 DAMAGED = "staging/damaged"
-PACKED = "packed.json"  # in staging: of what the dataset was packed last
+PACKED = "packed.json"  # in staging: what the dataset was packed from
 NUM_READERS = 32  # threads that read records: an object store answers many at once
 
 
@@ -57,15 +57,15 @@ class Ledger:
             }
 
     def url(self, name: str) -> str:
-        """Return where an artifact of `names` lies."""
+        """Return the URL of an artifact of `names`."""
         return storage.join(self.output, "staging", name)
 
     def write_video(self, name: str, record: Mapping[str, Any]) -> None:
-        """Write down what is known of a video."""
+        """Write a video's record."""
         self._write_json(name, record)
 
     def write_refusal(self, name: str, refusal: Mapping[str, Any]) -> None:
-        """Write down why a clip was refused."""
+        """Write why a clip was rejected."""
         self._write_json(name, refusal)
 
     def write_sample(self, name: str, blob: bytes) -> None:
@@ -73,14 +73,14 @@ class Ledger:
         storage.write_bytes(self.url(name), blob)
 
     def write_scores(self, name: str, scores: Mapping[str, float]) -> None:
-        """Write down the scores of a clip that was looked at and not yet made."""
+        """Write the scores of a clip without a sample."""
         self._write_json(name, scores)
 
     def read(self, name: str) -> dict[str, Any]:
         """Return a video's record or a clip's refusal.
 
         Raises:
-            ContractError: it is no JSON mapping, so somebody else wrote it.
+            ContractError: it is not a JSON mapping.
         """
         try:
             value = json.loads(storage.read_bytes(self.url(name)))
@@ -99,7 +99,7 @@ class Ledger:
     def read_all(self, keys: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
         """Return ({name: record, or the scores of a sample}, names that were damaged), read in parallel.
 
-        A damaged artifact is moved to `staging/damaged`, so that its row is done again and nobody's data is lost.
+        A damaged artifact is moved to `staging/damaged`, so that its row is redone and no data is lost.
 
         Args:
             keys: {name of an artifact: key of its row}.
@@ -128,14 +128,11 @@ class Ledger:
         logger.warning("%s is damaged and will be made again; what was there is kept as %s", self.url(name), place)
 
     def remove(self, name: str) -> None:
-        """Delete an artifact; the next run makes it again."""
+        """Delete an artifact; the next run redoes it."""
         storage.remove(self.url(name))
 
     def write_config(self, sections: Mapping[str, Any]) -> None:
-        """Keep a run's choices, and the folder that its relative paths start from, for `ex4d retry`.
-
-        What a URL says of passwords or signatures is not kept.
-        """
+        """Write a run's settings and working folder for `ex4d retry`, without secrets in URLs."""
         plain = {name: to_dict(section) for name, section in sections.items() if section is not None}
         text = json.dumps(without_secrets({"folder": os.getcwd(), "sections": plain}), sort_keys=True)
         storage.write_bytes(storage.join(self.output, CONFIG), text.encode())
@@ -144,7 +141,7 @@ class Ledger:
         """Return (folder, {section: mapping}) of the last run.
 
         Raises:
-            ConfigError: nothing was run there, or its choices held a secret.
+            ConfigError: no run was there, or its settings held a secret.
         """
         url = storage.join(self.output, CONFIG)
         if not storage.exists(url):
@@ -159,7 +156,7 @@ class Ledger:
         return kept["folder"], kept["sections"]
 
     def sweep(self) -> None:
-        """Delete what killed processes left unfinished: temporary files, and the account of attempts.
+        """Delete what killed processes left: temporary files, and the record of attempts.
 
         Only for a run that holds the folder and has nothing left to do. Object stores have no temporary files.
         """
@@ -169,7 +166,7 @@ class Ledger:
                 path.unlink(missing_ok=True)
 
     def prune(self, used: Iterable[str]) -> int:
-        """Return how many artifacts were deleted: superseded ones, of a source of which others are `used` now."""
+        """Delete superseded artifacts, those of sources with other artifacts in `used`; return their number."""
         used = set(used)
         sources = {_source(name) for name in used}
         superseded = [name for name in sorted(self.names() - used) if _source(name) in sources]
@@ -182,7 +179,7 @@ class Ledger:
 
 
 def _is_record(name: str, body: Mapping[str, Any]) -> bool:
-    """Return True where a record has what its kind must have; another program may have written something else."""
+    """Return True where a record has the keys of its kind."""
     kind = name.partition("/")[0]
     if kind == "scores" and "reason" not in body:
         return all(isinstance(value, int | float) for value in body.values())
@@ -199,11 +196,11 @@ def _source(name: str) -> str:
 
 
 class Attempts:
-    """Which rows kill the process that works on them, so that none is tried for ever.
+    """Counts how often work on each row killed its process, so that no row is retried for ever.
 
-    A row is given up after `limit` deaths in one run. A run that dies itself takes every row in work with it, and most
-    of those are innocent; a row that brings down the whole machine is only seen so. Such ends count too, but only up to
-    `RUNS_LIMIT` times as many. The driver alone keeps the account, in one file of the ledger.
+    A row is rejected after `limit` deaths in one run. When the run itself dies, every row in work counts as one more,
+    since a row may bring down the whole machine; as most are innocent, `RUNS_LIMIT` times as many such deaths are
+    allowed. Only the driver keeps the count, in one file of the ledger.
 
     Args:
         output: the dataset folder.
@@ -260,7 +257,7 @@ class Attempts:
         counts = self.earlier + self.deaths + Counter(dict.fromkeys(self.working - self.deaths.keys(), 1))
         data = json.dumps(counts, sort_keys=True).encode()
         try:
-            if is_local:  # not flushed: it must outlive a process, not the machine, and it is written for every task
+            if is_local:  # not flushed: it must survive a process, not the machine, and is written for every task
                 path = storage.local_path(self.url)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 half = path.with_name(".tmp-attempts")
@@ -270,5 +267,5 @@ class Attempts:
                 half.replace(path)
             else:
                 storage.write_bytes(self.url, data)
-        except OSError as error:  # a store that is away for a moment must not end a run
+        except OSError as error:  # a passing failure of a store must not end a run
             logger.warning("attempts are not written down: %s", error)

@@ -1,4 +1,4 @@
-"""The one loop over a pass: rows go through stages, each finished row is counted, and too many bugs stop the run."""
+"""Run a pass: send rows through stages, count each finished row, and stop the run after too many bugs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from pipelines.runtime.stage import Row, Stage, is_bug
 
 
 class TooManyBugs(Ex4dError):
-    """More rows than `max_bugs` ended in an error that nobody raised on purpose."""
+    """More rows than `max_bugs` ended in an unexpected error."""
 
 
 @dataclass
@@ -47,11 +47,11 @@ class Passes:
         """Yield each finished row, in any order, with its `keep` columns.
 
         Args:
-            rows: where they have a column `video_s`, the seconds of video that a row is about, these are counted too.
-            context: what every stage gets.
+            rows: seconds of video are counted too, where rows have a column `video_s`.
+            context: passed to every stage.
 
         Raises:
-            TooManyBugs: the job had more than `max_bugs`; what was finished before is kept by the ledger.
+            TooManyBugs: the job had more than `max_bugs`; the ledger keeps finished work.
         """
         self.worked[name] = len(rows)
         with self.progress.watch(name, stages, len(rows)) as count:
@@ -67,7 +67,7 @@ class Passes:
                 yield row
 
     def problems(self) -> list[str]:
-        """Return sentences on rows that ended in bugs, and on broken machines: the run then fails after its commit."""
+        """Return sentences on bugs and broken machines; with any, the run fails after its commit."""
         count = len(self.bugs)
         bugs = [f"{count} rows ended in unexpected errors; their tracebacks are in run.jsonl"] if count else []
         return [*bugs, *self.execute.problems]

@@ -1,6 +1,6 @@
-"""What a long run shows while it runs: bars on a terminal, log lines elsewhere, and the same figures for machines.
+"""Show the progress of a run: bars on a terminal, log lines elsewhere, and the same figures for machines.
 
-Every sink reads one set of tallies, a `Tally` a stage: the bars, `OUTPUT/progress.jsonl` (a line every few seconds),
+Every sink reads the same tallies, one `Tally` per stage: the bars, `OUTPUT/progress.jsonl` (a line every few seconds),
 Prometheus on 127.0.0.1 where a port is given, and `run.jsonl` at the end.
 """
 
@@ -28,11 +28,11 @@ _LOG_EVERY_S = 30.0
 
 @dataclass
 class Tally:
-    """What one stage did in this run.
+    """Figures of one stage in this run.
 
     Args:
-        num_cpus, num_gpus: what each call reserves.
-        done: rows that it worked on; rejected: those of them that it refused.
+        num_cpus, num_gpus: reserved by each call.
+        done: rows that it worked on; rejected: those among them that it rejected.
         worker_s: seconds on the clock inside the stage, summed over workers.
         video_s: seconds of video in those rows.
     """
@@ -45,7 +45,7 @@ class Tally:
     video_s: float = 0.0
 
     def figures(self) -> dict[str, float | int | None]:
-        """Return the tally with hours of video an hour of reserved CPU and GPU; None where there is nothing to say."""
+        """Return the tally with hours of video per reserved CPU hour and GPU hour; None where there was none."""
         figures: dict[str, float | int | None] = asdict(self)
         for unit, share in (("cpu", self.num_cpus), ("gpu", self.num_gpus)):
             hours = self.worker_s * share
@@ -55,7 +55,7 @@ class Tally:
 
 @dataclass
 class Pass:
-    """One pass over rows: how many there are, are finished and were refused."""
+    """One pass over rows: their number, and how many are finished and rejected."""
 
     name: str
     total: int
@@ -65,7 +65,7 @@ class Pass:
 
     @property
     def rate(self) -> float:
-        """Finished rows a second."""
+        """Finished rows per second."""
         return self.done / max(1e-6, time.monotonic() - self.started)
 
     @property
@@ -75,7 +75,7 @@ class Pass:
 
 
 class Progress:
-    """The tallies of one run and those who show them.
+    """The tallies of one run, and their display.
 
     Args:
         output: folder whose progress.jsonl gets a line every 10 s and at the end of a pass; None writes none.
@@ -118,7 +118,7 @@ class Progress:
 
     @contextmanager
     def watch(self, name: str, stages: Sequence[Stage], total: int) -> Iterator[Callable[[Row, float], None]]:
-        """Yield what counts one finished row of a pass: (row, seconds of video in it) -> nothing."""
+        """Yield a function that counts one finished row of a pass: (row, seconds of video in it)."""
         current = Pass(name, total)
         self.passes.append(current)
         for stage in stages:
@@ -170,7 +170,7 @@ class Progress:
             else:  # object stores cannot append
                 self._lines.append(text)
                 storage.write_bytes(url, "".join(self._lines).encode())
-        except OSError as error:  # the next line takes this one along
+        except OSError as error:  # the next line includes this one
             logger.warning("%s is not written: %s", FILE, error)
 
 
@@ -196,7 +196,7 @@ def _log_of(current: Pass) -> Callable[[], None]:
 
 @contextmanager
 def _bars(current: Pass, stages: Sequence[Stage], tallies: dict[str, Tally]) -> Iterator[Callable[[], None]]:
-    """Yield what redraws a bar for the pass and one for each of its stages."""
+    """Yield a function that redraws the bars of the pass and of its stages."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars

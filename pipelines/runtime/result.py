@@ -1,4 +1,4 @@
-"""What a preprocess run says at the end: counts, reasons, exit status; and its line in run.jsonl."""
+"""The result of a run: counts, reasons, exit status; and its line in run.jsonl."""
 
 from __future__ import annotations
 
@@ -25,20 +25,20 @@ logger = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class Result:
-    """The end of a run.
+    """The result of a run.
 
     Args:
         output: the dataset folder.
         counts: videos_in, videos_split, videos_rejected, clips_planned, samples, clips_filtered, clips_bad.
         rejects: rows of rejects.parquet.
-        problems: sentences; none means that the run succeeded.
+        problems: sentences; without any the run succeeded.
         committed: True where the dataset folder now holds this run's dataset.
         stages: {stage: Tally} of the rows that were worked on now.
-        worked: {pass: rows} that were worked on now; the rest lay in the ledger.
+        worked: {pass: rows} that were worked on now; the ledger had the rest.
         scored: clips whose scores were measured, where that was all; else None.
-        stands: True where the folder still holds the dataset of an earlier run.
-        report: where the page of the run is; "" for none.
-        retried: {key: (its reason before, "done" or its reason now)} of refusals that were tried again.
+        stands: True where the folder holds the dataset of an earlier run.
+        report: path of the run's page; "" for none.
+        retried: {key: (its reason before, "done" or its reason now)} of rejects that were tried again.
     """
 
     output: str
@@ -65,7 +65,7 @@ class Result:
         return sorted(((*key, count) for key, count in found.items()), key=lambda row: (-row[-1], row))  # type: ignore
 
     def table(self) -> str:
-        """Return the text that a user sees at the end: the table of reasons, the counts, and what went wrong."""
+        """Return the text for the terminal: the table of reasons, the counts, and the problems."""
         from rich.console import Console
         from rich.table import Table
 
@@ -102,9 +102,9 @@ class Result:
 def logged(
     output: str, tallies: Mapping[str, Tally], bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> Iterator[Callable[[Result], None]]:
-    """Append a line to run.jsonl when the block ends, however it ends; yield what takes the run's Result.
+    """Append a line to run.jsonl when the block ends, however it ends; yield a function that takes the Result.
 
-    The line says when, where and how long, what each stage cost, what went wrong, and the traceback of each bug.
+    The line holds time, machine and duration, the figures of each stage, the problems, and the traceback of each bug.
     """
     started = time.time()
     results: list[Result] = []

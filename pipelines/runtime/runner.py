@@ -1,4 +1,4 @@
-"""The two ways to run a list of stages: one after another in this process, or on a Ray cluster. Same rows come out."""
+"""Run a list of stages on rows, in this process or on a Ray cluster, with the same results."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ RUNNERS = ("ray", "inline")
 
 
 class Runner(Protocol):
-    """(stages, rows, context, columns that must come out) -> finished rows, in any order.
+    """(stages, rows, context, columns to return) -> finished rows, in any order.
 
     problems: sentences on what went wrong with machines; the run fails with them, after its commit.
     """
@@ -74,7 +74,7 @@ def runner(name: str, ray_config: RayConfig, num_workers: int, attempts: Attempt
 
 
 class Inline:
-    """Runs rows in this process, one after another. Bugs propagate."""
+    """Run rows in this process, one after another. Bugs propagate."""
 
     problems: tuple[str, ...] = ()
 
@@ -89,10 +89,10 @@ class Inline:
 
 
 class OnRay:
-    """Runs rows on the cluster. A bug refuses its row, and so do deaths of the processes that work on it.
+    """Run rows on the cluster. A bug rejects its row, and so do repeated deaths of the processes that work on it.
 
     Args:
-        ray_config: where Ray is. attempts: when a row whose processes die is given up.
+        ray_config: where Ray is. attempts: when to reject a row whose processes die.
     """
 
     def __init__(self, ray_config: RayConfig, attempts: Attempts | None):
@@ -102,7 +102,7 @@ class OnRay:
     def __call__(
         self, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
     ) -> Iterator[Row]:
-        """Yield each finished row as it comes.
+        """Yield each row when it is finished.
 
         Raises:
             ConfigError, ContractError: raised by a stage; the run stops.

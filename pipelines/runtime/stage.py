@@ -1,8 +1,8 @@
-"""What a stage is, and the Guard that decides the fate of a row when its stage fails.
+"""Stages, and the Guard that decides what becomes of a row when its stage fails.
 
-A row is one video or one clip: a dict of columns. A stage is a plain function of the columns that it declares to read;
-what it returns are exactly the columns that it declares to write. So a list of stages can be checked before any work, a
-column is dropped as soon as no later stage reads it, and every stage can be tested without a runner.
+A row is one video or one clip: a dict of columns. A stage is a function of the columns that it declares to read, and
+returns exactly the columns that it declares to write. So a list of stages is checked before any work, a column is
+dropped once no later stage reads it, and every stage can be tested without a runner.
 """
 
 from __future__ import annotations
@@ -26,12 +26,12 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# Columns of every row, beside those that stages declare: its name in logs and tables, how it was refused
+# Columns of every row, besides those that stages declare: its name in logs and tables, how it was rejected
 # ({"fate", "stage", "reason", "message"} or None), and the seconds that each stage took.
 ROW_COLUMNS = ("key", "refusal", "seconds")
-# A store, a network or a disk may be well again at the next run: refusals for these reasons are not written down.
+# Stores, networks and disks recover: rejects for these reasons are not kept for the next run.
 PASSING = ("unreadable", "truncated_download", "private_host")
-# Nothing is wrong with the video: another way of making depth would take it.
+# The video is good, but not for this depth estimator.
 NO_FAULT = ("no_parallax",)
 
 
@@ -43,9 +43,9 @@ class Stage:
         name: stands in rejects and tables.
         function: (columns read, context) -> columns written. The context is the job's settings, the same for all rows.
         reads, writes: names of columns. A stage may read `key` and `refusal` as well.
-        takes_rejected: it also gets rows that were refused, their missing columns as None; others pass it untouched.
-        num_cpus, num_gpus, memory_mb: what one call needs. Neighbours with equal needs run in one task, so that
-            frames do not travel between them.
+        takes_rejected: it also gets rejected rows, with missing columns as None.
+        num_cpus, num_gpus, memory_mb: resources of one call. Neighbours with equal resources run in one task, so that
+            frames are not moved between them.
     """
 
     name: str
@@ -66,7 +66,7 @@ class Stage:
         """Return the same stage for other columns of the row.
 
         Args:
-            columns: {what the stage calls it: what the row calls it}; others keep their names.
+            columns: {name in the stage: name in the row}; others keep their names.
             name: of the new stage; None keeps it.
         """
         reads, writes = (tuple(columns.get(own, own) for own in names) for names in (self.reads, self.writes))
@@ -83,44 +83,44 @@ def _renamed(
 
 
 def new_row(key: str, **columns: Any) -> Row:
-    """Return a row that no stage has seen."""
+    """Return a new row."""
     return {"key": key, "refusal": None, "seconds": {}, **columns}
 
 
 def refuse(row: Row, stage: str, error: BadSample | Filtered) -> Row:
-    """Return the row marked as refused by a stage (or by the driver) for the reason of `error`."""
+    """Return the row marked as rejected by a stage (or by the driver) for the reason of `error`."""
     is_fault = not isinstance(error, Filtered) and error.reason not in NO_FAULT
     return refused(row, "bad" if is_fault else "filtered", stage, error.reason, error.message)
 
 
 def is_bug(row: Row) -> bool:
-    """Return True where a row was refused by an error that nobody raised on purpose."""
+    """Return True where a row was rejected for an unexpected error."""
     return row["refusal"] is not None and row["refusal"]["reason"].startswith("bug:")
 
 
 def is_lasting(row: Row) -> bool:
-    """Return True where the same choices will refuse a row again, so that it need not be tried."""
+    """Return True where the same settings will reject a row again, so that it need not be retried."""
     return row["refusal"] is not None and row["refusal"]["reason"] not in PASSING and not is_bug(row)
 
 
 def refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: str) -> Row:
-    """Return the row marked as refused."""
+    """Return the row marked as rejected."""
     return row | {"refusal": {"fate": fate, "stage": stage, "reason": reason, "message": message, **more}}
 
 
 @dataclass(frozen=True)
 class Guard:
-    """Runs one stage on one row and turns what it raises into the row's fate.
+    """Run one stage on one row and turn what it raises into the row's fate.
 
     BadSample: bad. Filtered: filtered. ConfigError, ContractError: the run stops. Anything else is a bug: with
-    `propagate` it is raised, else the row is refused as `bug:<Type>`, its traceback kept, and the run goes on.
+    `propagate` it is raised, else the row is rejected as `bug:<Type>` with its traceback, and the run continues.
     """
 
     stage: Stage
     propagate: bool
 
     def __call__(self, row: Row, context: Any) -> Row:
-        """Return the row with the stage's columns, or the row refused, its declared columns then None."""
+        """Return the row with the stage's columns; rejected, with these columns None, where the stage failed."""
         stage = self.stage
         empty = dict.fromkeys(stage.writes)
         if row["refusal"] is not None and not stage.takes_rejected:
@@ -150,7 +150,7 @@ class Guard:
 
 
 def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
-    """Return nothing where each stage reads only columns that rows start with or an earlier stage writes.
+    """Check that each stage reads only columns that rows start with or an earlier stage writes.
 
     Raises:
         ContractError: the list cannot work; names the stage and the column.
@@ -168,12 +168,12 @@ def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages that run one after another in one process; a column goes as soon as nobody reads it any more.
+    """Stages that run one after another in one process; a column is dropped after its last reader.
 
     Args:
         stages: in order.
-        keep: columns that must come out, beside ROW_COLUMNS.
-        propagate: let bugs through, instead of refusing their rows.
+        keep: columns to return besides ROW_COLUMNS.
+        propagate: raise bugs instead of rejecting their rows.
     """
 
     stages: tuple[Stage, ...]

@@ -1,4 +1,4 @@
-"""The last stages: what was made, or why it was refused, is written to the ledger, whole, before the row goes on."""
+"""The last stages: write the sample, or why it was rejected, to the ledger, atomically."""
 
 from __future__ import annotations
 
@@ -16,8 +16,8 @@ if TYPE_CHECKING:
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `record`, what is known of the video now (its columns, or a refusal), after writing it down, and
-    `video_s`, its length.
+    """Write the video's record to the ledger (its columns, or why it was rejected); return `record`, and `video_s`, its
+    length.
     """
     names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
     record = {name: row[name] for name in names if name in row}
@@ -29,10 +29,10 @@ def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return nothing; the finished sample lies in staging afterwards, written atomically.
+    """Write the finished sample to staging, atomically.
 
     Raises:
-        ContractError: the stages before did not make a sample.
+        ContractError: the columns do not form a valid sample.
     """
     from ex4d.data import sample
     from ex4d.data.tar import sample_tar
@@ -59,7 +59,7 @@ def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def provenance(row: Row) -> dict[str, Any]:
-    """Return what KEY.json says of a sample; see sample.PROVENANCE."""
+    """Return the contents of KEY.json; see sample.PROVENANCE."""
     time_base = Fraction(*row["time_base"])
     return {
         "source_sha256": row["sha256"],
@@ -83,14 +83,14 @@ def provenance(row: Row) -> dict[str, Any]:
 
 
 def _unicode(value: Any) -> Any:
-    """Return a text, e.g. a file's name with bytes that are no UTF-8, as one that JSON can hold; all else as it is."""
+    """Return a text, e.g. a file's name with bytes that are no UTF-8, escaped for JSON; any other value unchanged."""
     if not isinstance(value, str):
         return value
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return nothing; a clip that was refused for good has a record in staging afterwards."""
+    """Write why a clip was rejected to staging, where a retry would not help."""
     if is_lasting(row):
         scores = {} if row["scores"] is None else {"scores": row["scores"]}
         Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"] | scores)
@@ -98,7 +98,7 @@ def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def record_scores(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return nothing; the scores of the clip lie in the ledger afterwards."""
+    """Write the clip's scores to the ledger."""
     Ledger(config.output).write_scores(row["artifact"], row["scores"])
     return {}
 

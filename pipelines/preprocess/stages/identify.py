@@ -1,4 +1,4 @@
-"""What a source is, by its content: the hashes that everything later is keyed by, and its caption."""
+"""Identify a source by its content: hash the file and its sidecars, and read its caption."""
 
 from __future__ import annotations
 

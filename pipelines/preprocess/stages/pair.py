@@ -1,4 +1,4 @@
-"""A clip from two cameras: the other video is what a model is given, its warp to the clip's camera the condition.
+"""Clips from two cameras: the other video is the model's input, its warp to the clip's camera the condition.
 
 The other video goes through the same stages as the clip's, under other names of columns (`OTHER`).
 """
@@ -33,7 +33,7 @@ FAR = 100.0  # times the farthest depth that cameras may be apart: more is anoth
 
 
 def need(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return nothing. Raises BadSample pair_missing: a file of `pairs.files_of` is not there."""
+    """Raise BadSample pair_missing where a file of `pairs.files_of` does not exist."""
     if not row["pair"]:
         names = ", ".join(path.rpartition("/")[2] for path in pairs.files_of(row["path"]))
         raise BadSample("pair_missing", f"needs {names}")

@@ -1,4 +1,4 @@
-"""Is the geometry of a clip fit to learn from: scores of its depth and of its masks, and the thresholds on them."""
+"""Score the depth and the masks of a clip, and filter by these scores."""
 
 from __future__ import annotations
 
