@@ -43,7 +43,7 @@ class Stored:
         data = torch.empty(math.prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
-            view, done = memoryview(data.numpy()), 0
+            view, done = data.numpy().data, 0
             while done < len(view):
                 count = file.readinto(view[done:])
                 if not count:
