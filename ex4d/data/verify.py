@@ -183,16 +183,20 @@ def _count(
 ) -> tuple[dict[str, int], list[str]]:
     """Return the counts made again from the rows, and where dataset.json or the identities disagree with them."""
     by_split = Counter(table["split"].to_pylist())
-    made = {"samples": len(table), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}, **rejected}
+    own_counts = {
+        "samples": len(table),
+        **{f"samples_{split}": by_split[split] for split in manifest.SPLITS},
+        **rejected,
+    }
     wanted = ("videos_in", "videos_split", "clips_planned")
     if not all(isinstance(claimed.get(name), int) for name in wanted):
         return {}, [f"{manifest.DATASET}: counts must hold {wanted} as whole numbers"]
     problems = [
         f"{manifest.DATASET}: counts.{name} is {claimed.get(name)}, the rows say {value}"
-        for name, value in made.items()
+        for name, value in own_counts.items()
         if claimed.get(name) != value
     ]
-    counts = {**claimed, **made}
+    counts = {**claimed, **own_counts}
     return counts, problems + manifest.identities(counts)
 
 

@@ -30,19 +30,19 @@ def find(request: DepthRequest) -> str:
     Raises:
         BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
     """
-    given = None if request.depth_path is None else str(request.depth_path)
-    if given and given.lower().endswith((".npz", ".npy")):
-        if not storage.exists(given):
-            raise BadSample("depth_missing", f"no depth file {PurePosixPath(given).name}")
-        return given
+    chosen = None if request.depth_path is None else str(request.depth_path)
+    if chosen and chosen.lower().endswith((".npz", ".npy")):
+        if not storage.exists(chosen):
+            raise BadSample("depth_missing", f"no depth file {PurePosixPath(chosen).name}")
+        return chosen
     video = PurePosixPath(request.video_path)
     own = PurePosixPath(request.name or video.name)
-    if not given:
+    if not chosen:
         folders = [request.video_path.rpartition("/")[0] or "."]
     elif str(own.parent) == ".":
-        folders = [given]
+        folders = [chosen]
     else:
-        folders = [storage.join(given, str(own.parent)), given]
+        folders = [storage.join(chosen, str(own.parent)), chosen]
     if request.twin:
         whole = _first([storage.join(folder, own.name + suffix) for folder in folders for suffix in SUFFIXES])
         if whole:
@@ -54,8 +54,8 @@ def find(request: DepthRequest) -> str:
             raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(found).name, own, other, bool(request.twin)))
         if found:
             return found
-    if given and not request.name and _has_pictures(given):
-        return given
+    if chosen and not request.name and _has_pictures(chosen):
+        return chosen
     raise BadSample("depth_missing", _what_is_missing(folders, own))
 
 

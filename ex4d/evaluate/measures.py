@@ -49,16 +49,19 @@ def measure(view: View, frames: np.ndarray, seen: np.ndarray) -> Figures:
         frames: uint8 [T, H, W, 3], a method's result.
         seen: bool [T, H, W], the eroded mask of the condition, as the method got it; False in holes.
     """
-    made, given = frames[1:], view.cond_video[1:]
-    figures: Figures = {"psnr_seen": _known(psnr(made, given, seen[1:])), **camera_error(view, frames).summary()}
+    generated, condition = frames[1:], view.cond_video[1:]
+    figures: Figures = {
+        "psnr_seen": _known(psnr(generated, condition, seen[1:])),
+        **camera_error(view, frames).summary(),
+    }
     if view.truth is None:
         return {name: figures.get(name) for name in MEASURES}
     truth = view.truth[1:]
-    pasted = np.where(seen[1:, ..., None], given, made)
-    figures["psnr"] = _known(psnr(made, truth))
-    figures["psnr_holes"] = _known(psnr(made, truth, ~seen[1:]))
+    pasted = np.where(seen[1:, ..., None], condition, generated)
+    figures["psnr"] = _known(psnr(generated, truth))
+    figures["psnr_holes"] = _known(psnr(generated, truth, ~seen[1:]))
     figures["psnr_pasted"] = _known(psnr(pasted, truth))
-    figures["ssim"] = float(np.mean([ssim(*pair) for pair in zip(made, truth, strict=True)]))
+    figures["ssim"] = float(np.mean([ssim(*pair) for pair in zip(generated, truth, strict=True)]))
     return {name: figures.get(name) for name in MEASURES}
 
 

@@ -99,8 +99,8 @@ def _edge_band(z_depth: np.ndarray) -> np.ndarray:
 
 def score(pair: Pair, profile: str | Profile = "default", mesh: DWMesh | None = None) -> WarpScore:
     """Return the figures of the source frame's mesh; `mesh` replaces the one of `profile`."""
-    made = mesh or build(pair.frame, pair.z_depth, pair.K, profile)
-    shown = render(made, pair.camera, "cpu")
+    drawn = mesh or build(pair.frame, pair.z_depth, pair.K, profile)
+    shown = render(drawn, pair.camera, "cpu")
     return _score(pair, shown.colour, shown.visible_mask)
 
 
@@ -122,9 +122,9 @@ def _score(pair: Pair, colour: np.ndarray, visible: np.ndarray) -> WarpScore:
 
 def with_threshold(pair: Pair, angle_deg: float) -> DWMesh:
     """Return the pair's default mesh under another occlusion threshold, degrees at f = 500 px (the method's: 2.5)."""
-    made = build(pair.frame, pair.z_depth, pair.K)
+    own = build(pair.frame, pair.z_depth, pair.K)
     focal = float(pair.K[0, 0])
     angle = math.atan(math.tan(math.radians(angle_deg)) * 500.0 / focal)
-    flags = occlusion_flags(made.z_depth, pair.K, angle)
+    flags = occlusion_flags(own.z_depth, pair.K, angle)
     flags[:, 0], flags[:, -1], flags[:, :, 0], flags[:, :, -1] = (True,) * 4  # the border ring, as build does
-    return replace(made, face_occluded=flags)
+    return replace(own, face_occluded=flags)

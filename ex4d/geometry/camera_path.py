@@ -87,8 +87,8 @@ def from_file(
             return trajectory.custom(num_frames, radius, keys), K
         keys[:, :3, 3] *= radius
         return trajectory.interpolate(keys, num_frames), K
-    told = {key: value for key, value in options.items() if key not in ("scale", "resample", "rebase")}
-    poses = trajectory_files.read(path, **told)
+    reader_options = {key: value for key, value in options.items() if key not in ("scale", "resample", "rebase")}
+    poses = trajectory_files.read(path, **reader_options)
     count = len(poses.w2c) if options.get("resample", False) else num_frames
     origin = None if rebase else np.eye(4) if world is None else world
     w2c = _first_frames(path, poses.w2c, count, options.get("scale"), radius, origin=origin)

@@ -231,5 +231,5 @@ def _matrices(path: str | Path, key: str) -> np.ndarray:
 def contents(path: str | Path) -> tuple[set[str], tuple[int, ...]]:
     """Return (names of an npz's arrays, shape of an npy). A name of "axes=opencv" says that `axes` says so."""
     arrays = _arrays(path)
-    said = str(arrays.get("axes", "")).lower() == "opencv"
-    return set(arrays) - {""} | ({"axes=opencv"} if said else set()), arrays.get("", np.empty(0)).shape
+    is_opencv = str(arrays.get("axes", "")).lower() == "opencv"
+    return set(arrays) - {""} | ({"axes=opencv"} if is_opencv else set()), arrays.get("", np.empty(0)).shape

@@ -43,10 +43,10 @@ def caption(
     model, processor, tokenizer, digest = _load(str(folder), device)
     pixels = processor(images=frames[len(frames) // 2], return_tensors="pt")["pixel_values"].to(device, model.dtype)
     inputs = tokenizer(prompt, return_tensors="pt").to(device) if prompt else {}
-    given = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
+    fields = {name: inputs[name] for name in ("input_ids", "attention_mask") if name in inputs}
     with torch.inference_mode():
         tokens = model.generate(
-            pixel_values=pixels, **given, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
+            pixel_values=pixels, **fields, max_new_tokens=max_new_tokens, do_sample=False, num_beams=1
         )
     ids = model.config.text_config
     marks = {ids.bos_token_id, ids.eos_token_id, ids.sep_token_id, ids.pad_token_id}  # unknown to some tokenizers

@@ -22,10 +22,10 @@ USE = {
 
 def render(kind: str, cluster: ClusterConfig) -> str:
     """Return the text of a file. `kind`: one of KINDS."""
-    made = KINDS[kind](cluster)
-    if isinstance(made, str):
-        return made
-    return HEADER.format(kind=kind) + USE[kind] + config.to_yaml(made)
+    contents = KINDS[kind](cluster)
+    if isinstance(contents, str):
+        return contents
+    return HEADER.format(kind=kind) + USE[kind] + config.to_yaml(contents)
 
 
 # ---------------------------------------------------------------- Kubernetes

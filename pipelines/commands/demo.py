@@ -104,10 +104,10 @@ def _shards(settings: Mapping[str, Any]) -> int:
     from ex4d.data.verify import verify
     from pipelines.preprocess import run as preprocess
 
-    made = preprocess.run(settings["preprocess"], settings["ray"], settings["synthetic"])
-    print(made.table())
-    if made.exit_code:
-        return made.exit_code
+    result = preprocess.run(settings["preprocess"], settings["ray"], settings["synthetic"])
+    print(result.table())
+    if result.exit_code:
+        return result.exit_code
     checked = verify(settings["preprocess"].output, full=True)
     print(checked)
     return 0 if checked.ok else 1
@@ -140,18 +140,18 @@ def _print_leads(report: Report) -> None:
         for other in (BASE, OTHER):
             whole, holes = (summary.lead(views, ADAPTER, other, figure) for figure in ("psnr", "psnr_holes"))
             if whole is not None and holes is not None:
-                told = f"{whole:+.2f} dB whole frame, {holes:+.2f} dB in the holes"
-                print(f"{name}: {METHODS[ADAPTER]} over {METHODS[other]}: {told}")
+                lead = f"{whole:+.2f} dB whole frame, {holes:+.2f} dB in the holes"
+                print(f"{name}: {METHODS[ADAPTER]} over {METHODS[other]}: {lead}")
 
 
 def _page(settings: dict[str, Any], report: Report, run_folder: Path, seconds: dict[str, float]) -> Page:
     """Return the evaluation's page with the training beside it, in one file with its videos."""
     losses = [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
-    told = (
+    notes = (
         "Training pairs were made from single-view videos alone. The scenes below were not among them, and the "
         "true novel view of each is known exactly.",
         f"{settings['generate'].num_inference_steps} steps of the sampler.",
     )
     times = {f"{name}, seconds": f"{value:.0f}" for name, value in seconds.items()}
     facts = {**times, "training steps": str(len(losses))}
-    return report.page("EX-4D: the whole way, on a CPU", told, losses=losses, facts=facts)
+    return report.page("EX-4D: the whole way, on a CPU", notes, losses=losses, facts=facts)

@@ -259,9 +259,9 @@ def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[d
             if case["name"] in known:
                 raise BadSample("duplicate", "has the same content and depth as another video")
         except BadSample as error:
-            told = {"key": source.name, "name": source.name, "stage": "plan"}
+            origin = {"key": source.name, "name": source.name, "stage": "plan"}
             views = len(config.ranges) if error.reason != "duplicate" else 0
-            rejects.append({**told, "reason": error.reason, "message": error.message, "views": views})
+            rejects.append({**origin, "reason": error.reason, "message": error.message, "views": views})
             continue
         known.add(case["name"])
         yield case

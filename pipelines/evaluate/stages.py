@@ -164,16 +164,16 @@ def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
         INPAINT: lambda: inpaint(given, seen),
         CODEC: lambda: to_frames(base.decode_latents(base.encode_video(to_pixels(view.truth, base.device)))),
     }
-    made = {method: makers[method]() for method in context.methods}
-    return {"made": {method: frames for method, frames in made.items() if frames is not None}, "seen": seen}
+    videos = {method: makers[method]() for method in context.methods}
+    return {"made": {method: frames for method, frames in videos.items() if frames is not None}, "seen": seen}
 
 
 def measure(row: Row, context: Evaluation) -> dict[str, Any]:
     """Return `figures`: {method: {key of evaluate.measures.MEASURES: figure or None}}."""
     from ex4d.evaluate import measures
 
-    made = {method: measures.measure(row["view"], frames, row["seen"]) for method, frames in row["made"].items()}
-    return {"figures": {method: made.get(method, measures.NOTHING) for method in context.methods}}
+    figures = {method: measures.measure(row["view"], frames, row["seen"]) for method, frames in row["made"].items()}
+    return {"figures": {method: figures.get(method, measures.NOTHING) for method in context.methods}}
 
 
 def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:

@@ -144,8 +144,8 @@ class Plan:
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d plan`; return the exit status."""
-    made, earlier = write(config_file.load(config_path, SECTIONS, overrides, OPTIONAL))
-    print(made.table(), judgement(earlier), sep="\n")
+    estimate, earlier = write(config_file.load(config_path, SECTIONS, overrides, OPTIONAL))
+    print(estimate.table(), judgement(earlier), sep="\n")
     return 0
 
 

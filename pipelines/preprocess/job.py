@@ -95,11 +95,11 @@ class Job:
         missing = self._missing(rows)
         fresh = {row["key"]: row for row in self._run("split", self.stages.split, missing, ("record",))}
         for row in rows:
-            made = fresh.get(row["key"])
-            if made is None:
+            worked = fresh.get(row["key"])
+            if worked is None:
                 row["record"] = self.known[self._finished(row)]
             else:  # without a record where writing it failed
-                row["record"] = made["record"] or {"refusal": made["refusal"]}
+                row["record"] = worked["record"] or {"refusal": worked["refusal"]}
             self._note(row["key"], row["record"]["refusal"])
         return list(rows)
 
@@ -145,7 +145,7 @@ class Job:
         if video["pair"] is not None:
             facts["pair"] = video["pair"]
             other = pairs.other_of(video) | pair.columns(video["record"], clip, self.config.crop_bars)
-        made, refusal = settings.clip_fingerprints(self.config, facts)
+        sample, refusal = settings.clip_fingerprints(self.config, facts)
         return new_row(
             **facts,
             **other,
@@ -156,8 +156,8 @@ class Job:
             size=video["record"]["info"]["size"],
             seed=int(fingerprint(self.config.seed, clip.key)[:8], 16),
             versions=settings.versions(),
-            fingerprint=made,
-            artifact=f"clips/{clip.key}.{made}.tar",
+            fingerprint=sample,
+            artifact=f"clips/{clip.key}.{sample}.tar",
             refusal_artifact=f"clips/{clip.key}.{refusal}.json",
             score_artifact=f"scores/{clip.key}.{settings.score_fingerprint(self.config, facts)}.json",
             known_scores=None,

@@ -173,8 +173,8 @@ def versions() -> dict[str, str]:
 
 def video_fingerprints(config: PreprocessConfig) -> tuple[str, str]:
     """Return the fingerprints of a video's record and of its refusal; the content hash stands in the name beside."""
-    made = ("video", VIDEO_CODE, versions())
-    return fingerprint(*made), fingerprint(*made, differing(to_dict(config.limits), to_dict(type(config)().limits)))
+    parts = ("video", VIDEO_CODE, versions())
+    return fingerprint(*parts), fingerprint(*parts, differing(to_dict(config.limits), to_dict(type(config)().limits)))
 
 
 def clip_fingerprints(config: PreprocessConfig, facts: Mapping[str, Any]) -> tuple[str, str]:
