@@ -24,6 +24,7 @@ from pydantic import TypeAdapter, ValidationError
 from ex4d import text
 from ex4d.config_settings import check_keys, checked, keys, must_be, nested, setting
 from ex4d.errors import ConfigError
+from ex4d.redact import SECRET, without_secrets
 
 __all__ = ["checked", "dump", "fingerprint", "load", "merged", "read_yaml", "setting", "to_dict", "validate"]
 
@@ -71,7 +72,17 @@ def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] =
             raise ConfigError(str(name), body, f"a section of {path} must be a mapping of keys to values")
     for override in overrides:
         _apply_override(tree, override, allowed=tuple(sections))
+    _check_kept({name: tree.get(name) for name in sections})
     return tree
+
+
+def _check_kept(tree: Any, path: str = "") -> None:
+    """Raise ConfigError for a URL whose password or signature was left out when a run wrote its choices down."""
+    if isinstance(tree, dict | list):
+        for name, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+            _check_kept(child, f"{path}.{name}".removeprefix("."))
+    elif isinstance(tree, str) and SECRET in tree:
+        raise ConfigError(path, tree, f"its password or signature was not kept; give the URL again, as {path}=…")
 
 
 def _nearest(word: str, allowed: Sequence[str]) -> str:
@@ -237,9 +248,9 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def dump(config: Mapping[str, Any], path: str | Path) -> None:
-    """Write {section: dataclass or mapping} as YAML that `load` reads back."""
+    """Write {section: dataclass or mapping} as YAML that `load` reads back; no passwords of URLs."""
     plain = {name: to_dict(body) if dataclasses.is_dataclass(body) else body for name, body in config.items()}
-    Path(path).write_text(to_yaml(plain), encoding="utf-8")
+    Path(path).write_text(to_yaml(without_secrets(plain)), encoding="utf-8")
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:

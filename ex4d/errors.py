@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+from ex4d.redact import without_secrets
+
 
 class Ex4dError(Exception):
     """Root of every error that this project raises on purpose."""
@@ -15,7 +17,7 @@ class ConfigError(Ex4dError):
 
     def __init__(self, key: str, value: object, allowed: str):
         self.key, self.value, self.allowed = key, value, allowed
-        shown = repr(value)
+        shown = repr(without_secrets(value))
         shown = shown if len(shown) <= 200 else f"{shown[:200]}…"
         super().__init__(f"{key}={shown}: {allowed}")
 

@@ -3,7 +3,10 @@
 from __future__ import annotations
 
 import re
-from typing import Any
+import sys
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any, TextIO
 
 SECRET = "(not kept)"
 # C0 but tab and newline, C1, and what changes the direction or the line of text: they can hide or fake output.
@@ -16,6 +19,47 @@ _NEXT = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 def printable(text: str) -> str:
     """Return text with control and bidirectional characters written as escapes, for terminals and logs."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
+
+
+def shown(text: str) -> str:
+    """Return text as it may reach a terminal or a log: `printable`, and its URLs `without_secrets`."""
+    return printable(without_secrets(text))
+
+
+class Shown:
+    """A text stream that writes what `shown` returns; the cursor's return to the start of a line passes.
+
+    Args:
+        raw: the stream below, for a terminal's own control sequences.
+    """
+
+    def __init__(self, raw: TextIO):
+        self.raw = raw
+
+    def write(self, text: str) -> int:
+        """Write text; return its length."""
+        lead = "\r" if text.startswith("\r") else ""  # of a progress line
+        self.raw.write(lead + shown(text.removeprefix(lead)))
+        return len(text)
+
+    def __getattr__(self, name: str) -> Any:
+        return getattr(self.raw, name)
+
+
+@contextmanager
+def shown_output() -> Iterator[None]:
+    """Let everything that is printed inside go through `shown`."""
+    before = sys.stdout, sys.stderr
+    sys.stdout, sys.stderr = (Shown(terminal(stream)) for stream in before)  # type: ignore[assignment]
+    try:
+        yield
+    finally:
+        sys.stdout, sys.stderr = before
+
+
+def terminal(stream: Any) -> TextIO:
+    """Return the stream below a Shown, for a library that draws with control sequences and is given no foreign text."""
+    return stream.raw if isinstance(stream, Shown) else stream
 
 
 def redacted(url: str) -> str:

@@ -19,7 +19,7 @@ from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.parse import unquote
+from urllib.parse import unquote, urlsplit
 
 import fsspec
 
@@ -73,6 +73,10 @@ def check_url(url: str) -> None:
     shown = remote.redacted(url)
     if scheme not in SCHEMES:
         raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
+    try:
+        urlsplit(url).port  # noqa: B018 (reading it parses it)
+    except ValueError:
+        raise ConfigError("url", shown, "no valid URL: its host or port cannot be read") from None
     if "::" in rest or "://" in rest.partition("?")[0]:
         raise ConfigError("url", shown, "one scheme, not a chain of them")
     if ".." in unquote(unquote(rest)).replace("\\", "/").partition("?")[0].split("/"):

@@ -17,7 +17,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
-from ex4d.redact import printable
+from ex4d.redact import shown, shown_output, without_secrets
 from pipelines.commands.jobs import JOBS
 
 
@@ -111,11 +111,11 @@ def _run(args: argparse.Namespace) -> int:
 
 
 class Lines(logging.Formatter):
-    """Log lines without control characters: names and messages of strangers are in them."""
+    """Log lines without control characters and passwords: names and messages of strangers are in them."""
 
     def format(self, record: logging.LogRecord) -> str:
         """Return the line to write."""
-        return printable(super().format(record))
+        return shown(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -123,9 +123,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows \u2026 for what it lacks
             stream.reconfigure(errors="backslashreplace")
+    with shown_output():
+        return _main(argv)
+
+
+def _main(argv: Sequence[str] | None) -> int:
     args = argparse.Namespace(command="")
     try:
         args = parse(argv)
+        sys.argv[1:] = [without_secrets(word) for word in sys.argv[1:]]  # W&B writes them down
         logging.basicConfig(level=args.log_level)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(Lines("%(levelname)s %(name)s: %(message)s"))

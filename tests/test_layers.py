@@ -17,8 +17,8 @@ ROOT = Path(__file__).resolve().parent.parent
 FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video", "web", "metrics"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
-    "errors": set(),
-    "config": {"errors", "text"},
+    "errors": {"redact"},
+    "config": {"errors", "redact", "text"},
     "redact": set(),
     "remote": {"redact", "web"},
     "storage": {"errors", "remote", "web"},

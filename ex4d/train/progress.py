@@ -11,6 +11,7 @@ from typing import Any
 
 from ex4d import metrics
 from ex4d.errors import ConfigError
+from ex4d.redact import terminal
 from ex4d.train.config import TrainConfig
 from ex4d.train.report import NonFinite
 
@@ -44,11 +45,12 @@ class Progress:
 
     def __enter__(self) -> Callable[[dict[str, Any]], None]:
         if sys.stdout.isatty():
-            from rich import progress
+            from rich import console, progress
 
             words = (progress.TextColumn("train"), progress.TextColumn("{task.description}"))
+            drawn = console.Console(file=terminal(sys.stdout))
             counts = (progress.BarColumn(), progress.MofNCompleteColumn())
-            self._bar = progress.Progress(words[0], *counts, words[1], progress.TimeRemainingColumn())
+            self._bar = progress.Progress(words[0], *counts, words[1], progress.TimeRemainingColumn(), console=drawn)
         return self.show
 
     def __exit__(self, kind: type | None, error: BaseException | None, *_: object) -> None:

@@ -15,7 +15,7 @@ from dataclasses import asdict, replace
 from typing import Any
 
 from ex4d.errors import ConfigError
-from ex4d.redact import printable
+from ex4d.redact import printable, terminal
 from pipelines.commands import job_server, node_checks, node_pairs
 from pipelines.commands.node_checks import Asked, Finding
 from pipelines.runtime.cluster import connected
@@ -251,6 +251,6 @@ def _print_table(rows: Sequence[tuple[str, Finding]]) -> None:
         texts = (escape(printable(text)) for text in (node, finding.check, finding.found, finding.remedy))
         name, what, found, remedy = texts
         table.add_row(name, what, results[finding.ok], found, remedy)
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 200).print(table)
+    Console(file=terminal(sys.stdout), width=None if sys.stdout.isatty() else 200).print(table)
     failed = sum(finding.ok is False for _, finding in rows)
     print(f"{failed} of {len(rows)} checks failed" if failed else f"all {len(rows)} checks passed")

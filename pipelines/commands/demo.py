@@ -5,6 +5,7 @@ from __future__ import annotations
 import argparse
 import dataclasses
 import json
+import sys
 import time
 from collections.abc import Mapping
 from importlib.resources import files
@@ -12,6 +13,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ex4d import config, synthetic
+from ex4d.redact import terminal
 
 if TYPE_CHECKING:
     from ex4d.viewer.page import Page
@@ -55,7 +57,7 @@ def main(config_path: str, output: str) -> int:
     from pipelines.evaluate import job as evaluate
     from pipelines.train import launch as train
 
-    console, started = Console(), time.monotonic()
+    console, started = Console(file=terminal(sys.stdout)), time.monotonic()
     out = Path(output)
     dataset, run_folder = out / "dataset", out / "train"
     places = {

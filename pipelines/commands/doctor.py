@@ -12,6 +12,7 @@ import sys
 
 from ex4d.config import installed_versions
 from ex4d.isolation import sandbox
+from ex4d.redact import terminal
 from pipelines.commands import cluster_doctor
 from pipelines.commands.node_checks import video_works
 
@@ -91,5 +92,5 @@ def run(args: argparse.Namespace) -> int:
     lacking = escape("; ".join(found["sandbox_lacks"]))
     table.add_row("sandbox", f"[red]lacks {lacking}[/red]" if lacking else "complete", "decoding files from strangers")
     table.add_row("W&B", "key found" if found["wandb_key"] else "no key: runs are kept offline", "run tracking")
-    Console(file=sys.stdout).print(table)
+    Console(file=terminal(sys.stdout)).print(table)
     return 0 if found["video_works"] and not found["missing"] else 1

@@ -8,7 +8,7 @@ import time
 from typing import Any
 
 from ex4d.errors import ConfigError
-from ex4d.redact import printable
+from ex4d.redact import printable, terminal
 from pipelines.commands import job_server
 
 
@@ -55,4 +55,4 @@ def _print_table(jobs: list[Any]) -> None:
         message = (job.message or "").strip().split("\n")[0]
         cells = (job.submission_id, what, str(job.status.value), started, message)
         table.add_row(*(escape(printable(cell)) for cell in cells))
-    Console(file=sys.stdout, width=None if sys.stdout.isatty() else 160).print(table)
+    Console(file=terminal(sys.stdout), width=None if sys.stdout.isatty() else 160).print(table)

@@ -5,7 +5,6 @@ from __future__ import annotations
 import argparse
 import sys
 
-from ex4d.redact import printable
 from pipelines.commands import flags
 
 
@@ -21,5 +20,5 @@ def run(args: argparse.Namespace) -> int:
     from ex4d.data.verify import verify
 
     report = verify(args.dataset, full=not args.quick, trust=args.trust)
-    print(printable(str(report)), file=sys.stdout if report.ok else sys.stderr)
+    print(str(report), file=sys.stdout if report.ok else sys.stderr)
     return 0 if report.ok else 1

@@ -56,7 +56,7 @@ class Report:
         from rich.table import Table
 
         text = io.StringIO()
-        console = Console(file=text, width=WIDTH)
+        console = Console(file=text, width=WIDTH, markup=False)
         for name, (columns, rows) in self.tables.items():
             table = Table(title=f"{name}: {_explained(self.ranges[name])}")
             # Transposed, to fit terminals: a row per figure, a column per method.

@@ -12,6 +12,7 @@ import glob
 import hashlib
 import os
 import posixpath
+import re
 from collections import Counter, defaultdict
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, replace
@@ -29,6 +30,7 @@ __all__ = ["Entry", "Source", "Span", "expand", "without_query"]
 
 SIDECAR_SUFFIXES = (".camera.json", ".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
 KEY = "preprocess.input"
+_ONE = re.compile(r"\s*(?:[A-Za-z][\w+.-]*://[^/]*@)?[^,]*")  # of several: a comma in a password is not between them
 
 
 @dataclass(frozen=True)
@@ -136,7 +138,7 @@ def _folder(path: str) -> str:
 def _split(given: str) -> list[str]:
     if "," not in given or os.path.lexists(given):
         return [given]
-    return [part.strip() for part in given.split(",") if part.strip()]
+    return [part.strip() for part in _ONE.findall(given) if part.strip()]
 
 
 def _expand_one(given: str, root: str | None, follow_links: bool) -> list[Entry]:

@@ -121,7 +121,7 @@ class Plan:
         from rich.table import Table
 
         text = io.StringIO()
-        console = Console(file=text, width=100)
+        console = Console(file=text, width=100, markup=False)
         table = Table("stage", "seconds a video", "share", title=f"measured on {self.sample_videos} videos")
         whole = sum(mean.value for mean in self.stage_s.values()) or 1.0
         for name, mean in self.stage_s.items():

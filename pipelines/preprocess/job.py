@@ -13,6 +13,7 @@ from ex4d.data import shards
 from ex4d.data.manifest import DATASET
 from ex4d.errors import BadSample, Filtered
 from ex4d.quality import SCORES
+from ex4d.redact import without_secrets
 from pipelines import inputs
 from pipelines.preprocess import clips, duplicates, pairs, settings
 from pipelines.preprocess.filters import decide
@@ -261,7 +262,7 @@ class Job:
         message = refusal["message"].replace(folder, "") if folder else refusal["message"]
         if unit == "clip":
             message = f"{row['name']}: {message}"
-        message = message.encode("utf-8", "backslashreplace").decode()
+        message = without_secrets(message.encode("utf-8", "backslashreplace").decode())
         self.rejects.append({**refusal, "key": row["key"], "unit": unit, "message": message})
         self.counts["videos_rejected" if unit == "video" else f"clips_{refusal['fate']}"] += 1
 

@@ -89,6 +89,7 @@ def connected(
         ConfigError: nothing answers at the address, or it refuses the token.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what workers print is shown without control characters
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     require_token()
     import ray

@@ -16,6 +16,7 @@ from dataclasses import asdict, dataclass, field
 from typing import Any
 
 from ex4d import metrics, storage
+from ex4d.redact import terminal
 from pipelines.runtime import cluster
 from pipelines.runtime.stage import Row, Stage
 
@@ -210,7 +211,9 @@ def _bars(current: Pass, stages: Sequence[Stage], tallies: dict[str, Tally]) -> 
         TimeRemainingColumn(),
     )
     before = {stage.name: asdict(tallies[stage.name]) for stage in stages}
-    with Bars(*columns, console=Console(stderr=True)) as bars:
+    with Bars(
+        *columns, redirect_stdout=False, redirect_stderr=False, console=Console(file=terminal(sys.stderr))
+    ) as bars:
         whole = bars.add_task(current.name, total=current.total, rejected=0, rate="")
         tasks = {
             stage.name: bars.add_task(f"  {stage.name}", total=current.total, rejected=0, rate="") for stage in stages

@@ -17,7 +17,7 @@ from datetime import UTC, datetime
 from typing import Any
 
 from ex4d import storage
-from ex4d.redact import printable
+from ex4d.redact import printable, without_secrets
 from pipelines.runtime.progress import Tally
 
 logger = logging.getLogger(__name__)
@@ -139,10 +139,11 @@ def _append(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], s
         "committed": result.committed,
         "bugs": list(bugs),
     }
+    text = json.dumps(without_secrets(line)) + "\n"
     url = storage.join(result.output, "run.jsonl")
     if storage.is_local(url):
         with open(storage.local_path(url), "a") as file:
-            file.write(json.dumps(line) + "\n")
+            file.write(text)
         return
     before = storage.read_bytes(url) if storage.exists(url) else b""
-    storage.write_bytes(url, before + json.dumps(line).encode() + b"\n")
+    storage.write_bytes(url, before + text.encode())

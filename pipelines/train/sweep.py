@@ -22,6 +22,7 @@ from ex4d import config
 from ex4d.data import manifest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
+from ex4d.redact import without_secrets
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import check_output, connected
 from pipelines.runtime.ledger import exclusive
@@ -39,6 +40,10 @@ def command(path: str, overrides: Sequence[str]) -> int:
     sweep, train = loaded["sweep"], loaded["train"]
     check_output("sweep.output", sweep.output)
     tree = trial_tree(sweep, train, config.read_yaml(path), overrides)
+    whole = config.to_plain({"sweep": config.to_dict(sweep), **tree})
+    if without_secrets(whole) != whole:
+        allowed = "URLs without password and signature: trials are started from files, in which they would stand"
+        raise ConfigError("sweep", path, allowed)
     _check_data(sweep, train)
     output = Path(sweep.output).resolve()
     output.mkdir(parents=True, exist_ok=True)

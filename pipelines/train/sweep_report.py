@@ -119,7 +119,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
         value = "-" if row["value"] is None else f"{row['value']:.5f}"
         cells = (short(row["point"].get(key, "-")) for key in keys)
         table.add_row(*cells, value, str(row["step"] or "-"), row["state"])
-    Console().print(table)
+    Console(force_terminal=False, markup=False).print(table)
     for row in rows:
         if row["state"] == "failed":
             point = ", ".join(f"{key}={short(value)}" for key, value in row["point"].items())
