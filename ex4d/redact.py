@@ -50,7 +50,7 @@ class Shown:
 def shown_output() -> Iterator[None]:
     """Let everything that is printed inside go through `shown`."""
     before = sys.stdout, sys.stderr
-    sys.stdout, sys.stderr = (Shown(terminal(stream)) for stream in before)  # type: ignore[assignment]
+    sys.stdout, sys.stderr = (Shown(terminal(stream)) for stream in before)
     try:
         yield
     finally:
