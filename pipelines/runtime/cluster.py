@@ -166,7 +166,8 @@ def _check_head(address: str, head: str) -> None:
                 "mode 0600, or set RAY_AUTH_TOKEN_PATH"
             )
         else:
-            allowed = "a running Ray; none answers there. Start it, or leave ray.address out to start one here"
+            why = error.code().name.lower().replace("_", " ")
+            allowed = f"a running Ray; none answers there ({why}). Start it, or leave ray.address out to start one here"
         raise ConfigError("ray.address", address, allowed) from error
     finally:
         channel.close()

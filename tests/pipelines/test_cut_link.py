@@ -19,6 +19,7 @@ def test_a_cut_link_and_a_killed_node_change_no_byte(tmp_path):
         whole, path, output = bench.finish_here("whole"), bench.write_config("cut"), tmp_path / "cut"
         with ray_head.head(ADDRESSES["a"], net.inside("a"), cpus=1) as head:
             head.add_node(net.inside("b"), ADDRESSES["b"], cpus=1)
+            head.wait_for_nodes(2, net.inside("a"))
             command = [*net.inside("a"), str(ray_head.BIN / "ex4d"), "preprocess", str(path), f"ray.address={head.gcs}"]
             with open(tmp_path / "log", "wb") as log:
                 job = subprocess.Popen(command, env=head.environment, stdout=log, stderr=log)
