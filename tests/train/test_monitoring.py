@@ -133,9 +133,9 @@ def test_every_query_is_answered_from_the_metrics_of_real_runs(tmp_path):
     make_base(tmp_path)
     ports = (free_port(), free_port())
     config = make_config(
-        tmp_path, num_steps=60, num_processes=1, validate_every=5, output=str(tmp_path / "run"), metrics_port=ports[1]
+        tmp_path, num_steps=30, num_processes=1, validate_every=5, output=str(tmp_path / "run"), metrics_port=ports[1]
     )
-    corpus = {"num_videos": 8, "num_frames": 27, "size": [64, 64]}
+    corpus = {"num_videos": 5, "num_frames": 27, "size": [64, 64]}
     clips = {"num_frames": 9, "size": [64, 64], "clips_per_shot": 3, "output": str(tmp_path / "shards")}
     clips |= {"metrics_port": ports[0], "depth": "sidecar"}
     (tmp_path / "p.yaml").write_text(yaml.safe_dump({"synthetic": corpus, "preprocess": clips}))
@@ -148,7 +148,7 @@ def test_every_query_is_answered_from_the_metrics_of_real_runs(tmp_path):
     try:
         while any(job.poll() is None for job in jobs):
             for index, port in enumerate(ports):
-                best[index] = scrape(port) or best[index]
+                best[index] = max(scrape(port), best[index], key=len)  # at the end Ray, and its nodes, are gone
             time.sleep(0.2)
         assert [job.returncode for job in jobs] == [0, 0], [job.communicate()[0][-2000:] for job in jobs]
         assert missing("".join(best)) == []
