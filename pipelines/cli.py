@@ -8,6 +8,7 @@ interrupted.
 from __future__ import annotations
 
 import argparse
+import errno
 import importlib
 import io
 import logging
@@ -152,8 +153,16 @@ def _main(argv: Sequence[str] | None) -> int:
         return 1
     except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
         logging.getLogger(__name__).debug("where it was raised", exc_info=True)
-        print(f"{_name(args)}: {error}", file=sys.stderr)
+        print(f"{_name(args)}: {_told(error)}", file=sys.stderr)
         return 1
+
+
+def _told(error: ContractError | OSError) -> str:
+    """Return what an error says, with a remedy where the system's own words have none."""
+    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+        where = f" ({error.filename})" if error.filename else ""
+        return f"the disk is full{where}: free some space, then run the same command again"
+    return str(error)
 
 
 def _name(args: argparse.Namespace) -> str:

@@ -15,6 +15,8 @@ from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError, ContractError
 from ex4d.viewer import page
 
+HATCH = (255, 0, 160)  # rare in pictures
+
 
 def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: str = "auto") -> page.Page:
     """Return a page of samples of a dataset of clips, with embedded videos.
@@ -43,11 +45,22 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: 
         title=f"Samples of {dataset.rstrip('/').rpartition('/')[2]}",
         summary=(
             f"{len(chosen)} of {counts['samples']} samples. Left: the clip, which the model learns to reconstruct. "
-            "Beside it: the clip under each mask, with its share of holes.",
+            "Beside it: the clip under each mask, with its share of holes (hatched here, black in training).",
         ),
         rows=[_row(dataset, fields, facts, foreign.is_foreign(dataset, trust)) for fields in chosen],
         facts={name: str(value) for name, value in {**facts["sample"], **counts}.items()},
     )
+
+
+def hatched(frames: np.ndarray, visible: np.ndarray) -> np.ndarray:
+    """Return uint8 [T, H, W, 3] whose holes are black with lines across, so that they can be told from what is dark.
+
+    Args:
+        frames: uint8 [T, H, W, 3]. visible: bool [T, H, W].
+    """
+    height, width = visible.shape[1:]
+    line = (np.arange(height)[:, None] + np.arange(width)) % max(12, min(height, width) // 16) < max(1, width // 256)
+    return np.where(visible[..., None], frames, (line[..., None] * np.array(HATCH)).astype(np.uint8))
 
 
 def _row(dataset: str, fields: dict, facts: Mapping[str, Any], is_foreign: bool) -> page.Row:
@@ -62,8 +75,8 @@ def _row(dataset: str, fields: dict, facts: Mapping[str, Any], is_foreign: bool)
     if "source.mp4" in members:
         clips.append(page.Clip("the other camera", page.embedded(members["source.mp4"])))
     for index, visible in enumerate(clip.visible):
-        colours = sample.shown(clip.frames, clip.cond, is_visibility, index) * visible[..., None]
+        colours = hatched(sample.shown(clip.frames, clip.cond, is_visibility, index), visible)
         label = f"{kinds[clip.kind[index]]}, {clip.hole_share[index].mean():.0%} holes"
         clips.append(page.Clip(label, page.embedded(video.encode(colours, clip.fps))))
-    heading = f"{fields['key']} · {fields['split']}" + (f" · {clip.caption.strip()}" if clip.caption.strip() else "")
-    return page.Row(heading, clips)
+    told = [fields["key"], clip.provenance["source_path"], fields["split"], clip.caption.strip()]
+    return page.Row(" · ".join(part for part in told if part), clips)

@@ -14,6 +14,7 @@ import pytest
 from ex4d import synthetic, video
 from ex4d.data import manifest, sample
 from ex4d.data.tar import read_sample
+from ex4d.viewer import sample_page
 from pipelines import cli
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
@@ -35,6 +36,7 @@ def test_samples_are_shown_under_their_masks(dataset, tmp_path, capsys):
     clips = [video.read(base64.b64decode(data))[0] for data in re.findall(r"base64,([^\"]+)", text)]
     blob = (dataset / row["shard"]).read_bytes()[row["offset"] : row["offset"] + row["length"]]
     clip = sample.decode(read_sample(blob, row["key"]))
+    assert clip.provenance["source_path"] in text
     assert len(clips) == 1 + len(clip.visible)
     for shown, visible in zip(clips[1:], clip.visible, strict=True):
         wanted = clip.frames * visible[..., None]
@@ -42,6 +44,15 @@ def test_samples_are_shown_under_their_masks(dataset, tmp_path, capsys):
         assert np.abs(shown.astype(int) - wanted).mean() < np.abs(shown.astype(int) - clip.frames).mean()
     assert cli.main(["view", str(dataset), "--samples", "3", "--output", str(output)]) == 0
     assert output.read_text().count("<h2>") == 3 + 1  # and the facts
+
+
+def test_holes_of_a_dark_clip_can_be_seen():
+    frames, visible = np.full((1, 48, 48, 3), 8, np.uint8), np.ones((1, 48, 48), bool)
+    visible[:, 10:40, 10:40] = False
+    shown = sample_page.hatched(frames, visible)
+    assert (shown[visible] == 8).all()
+    assert 0.05 < (shown[~visible] == sample_page.HATCH).all(axis=-1).mean() < 0.2
+    assert (shown[~visible].max(axis=-1) == 0).mean() > 0.8
 
 
 def test_a_video_is_shown_in_three_dimensions(tmp_path):
