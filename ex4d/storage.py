@@ -16,6 +16,7 @@ import re
 import stat
 import uuid
 from collections.abc import Iterator
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -25,26 +26,12 @@ import fsspec
 
 from ex4d import remote, web
 from ex4d.errors import ConfigError
-from ex4d.remote import TooLarge, Truncated
-
-__all__ = [
-    *("SCHEMES", "TooLarge", "Truncated", "atomic_path", "check_url", "exists", "glob", "is_file", "is_local", "join"),
-    *(
-        "list_files",
-        "local_path",
-        "move_file",
-        "open_read",
-        "read_bytes",
-        "remove",
-        "sha256",
-        "size",
-        "tag",
-        "write_bytes",
-    ),
-]
+from ex4d.remote import TooLarge as TooLarge
+from ex4d.remote import Truncated as Truncated
 
 SHA256 = re.compile(r"[0-9a-f]{64}")  # a path part is made of some hashes, so they are checked to be hashes
 SCHEMES = ("file", "s3", "gs", "gcs", "hf", "http", "https", "memory")
+BUCKETS = ("s3://", "gs://", "gcs://")  # stores that list names by a prefix
 BLOCK_BYTES = 4 * 2**20  # of one ranged read where a file is read from end to end
 
 
@@ -176,12 +163,10 @@ def size(url: str | Path) -> int:
     """Return a file's number of bytes. Raises FileNotFoundError; OSError where a server does not tell."""
     if is_local(url):
         return local_path(url).stat().st_size
-    info = _info(url)
-    if info is None:
-        raise FileNotFoundError(2, "No such file", remote.redacted(str(url)))
-    if info["size"] is None:
+    found, _ = size_and_tag(str(url))
+    if found is None:
         raise OSError(95, "The server does not tell the size", remote.redacted(str(url)))
-    return int(info["size"])
+    return int(found)
 
 
 def tag(url: str) -> str:
@@ -189,7 +174,34 @@ def tag(url: str) -> str:
 
     Two contents of one URL have two tags: an ETag that is not weak, or a hub's or bucket's hash of the bytes.
     """
-    info = _info(url) or {}
+    return _tag_of(_info(url) or {})
+
+
+def size_and_tag(url: str) -> tuple[int | None, str]:
+    """Return a file's bytes, None where a server does not tell, and its `tag`. Raises FileNotFoundError."""
+    info = _info(url)
+    if info is None:
+        raise FileNotFoundError(2, "No such file", remote.redacted(str(url)))
+    return info["size"], _tag_of(info)
+
+
+def beside(url: str) -> dict[str, tuple[int, str]] | None:
+    """Return {name: (bytes, tag)} of the files in the folder of a remote one that are named as it is up to its suffix,
+    itself among them; by one request. None where the store cannot list so.
+    """
+    stem, suffix = os.path.splitext(url.rpartition("/")[2])
+    if not str(url).startswith(BUCKETS) or not suffix:
+        return None
+    filesystem, path = _filesystem(url)
+    folder = path.rpartition("/")[0]
+    try:
+        found = remote.call(lambda: filesystem.find(folder, prefix=f"{stem}.", detail=True), url)
+    except FileNotFoundError:
+        return {}
+    return {name.rpartition("/")[2]: (info["size"], _tag_of(info)) for name, info in found.items()}
+
+
+def _tag_of(info: dict[str, Any]) -> str:
     found = next((str(info[key]) for key in ("ETag", "etag", "md5Hash", "blob_id") if info.get(key)), "")
     return "" if found.startswith("W/") or info.get("size") is None else f"{found} {info['size']}"
 
@@ -220,8 +232,9 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
     if length == 0:
         return b""
     end = None if length is None else offset + length
-    # A hub's reader would read ahead, and throw that away.
-    options = {"cache_type": "none"} if str(url).startswith("hf://") else {}
+    # A hub's reader would read ahead, and throw that away; S3's would ask for the size first.
+    odd: dict[str, dict[str, Any]] = {"hf://": {"cache_type": "none"}, "s3://": {} if end else {"max_concurrency": 1}}
+    options = odd.get(str(url)[:5], {})
     data = remote.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end, **options), str(url))
     if length is not None and len(data) > length:  # a web server that knows no ranges sent everything
         return data[offset : offset + length]
@@ -274,20 +287,38 @@ def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
     Args:
         suffixes: keep only names ending so, lower case with the dot; () keeps all.
     """
+    return sorted(name for name in list_sizes(url) if not suffixes or name.lower().endswith(suffixes))
+
+
+def list_sizes(url: str | Path, first_letters: str = "") -> dict[str, int]:
+    """Return {name: bytes} of every file under a folder, named as by `list_files`; 0 where a server does not tell.
+
+    Args:
+        first_letters: that names begin with; a bucket is then asked for all of them at once, since it lists a thousand
+            names at a time, one after another. "": it is asked once.
+    """
     filesystem, path = _filesystem(url)
+    if first_letters and str(url).startswith(BUCKETS):
+        with ThreadPoolExecutor(32) as pool:
+            parts = pool.map(lambda letter: _sizes(filesystem, path, url, prefix=letter), first_letters)
+            return {name: size for part in parts for name, size in part.items()}
+    return _sizes(filesystem, path, url)
+
+
+def _sizes(filesystem: Any, path: str, url: str | Path, **options: Any) -> dict[str, int]:
     # A web server's folders are walked page by page, and without on_error a page that breaks is an empty one.
-    options = {"on_error": "raise"} if _is_web(url) else {}
+    options |= {"on_error": "raise"} if _is_web(url) else {}
     root = PurePosixPath(path.replace(os.sep, "/"))
     try:
-        names = [PurePosixPath(name.replace(os.sep, "/")) for name in _call(filesystem.find, path, url, **options)]
+        found = _call(filesystem.find, path, url, detail=True, **options)
     except FileNotFoundError:
-        return []
-    found = [str(name.relative_to(root)) for name in names if name.is_relative_to(root) and name != root]
-    return sorted(
-        name
-        for name in found
-        if (not suffixes or name.lower().endswith(suffixes)) and not name.rpartition("/")[2].startswith(".tmp-")
-    )
+        return {}
+    sizes = {PurePosixPath(name.replace(os.sep, "/")): facts.get("size") or 0 for name, facts in found.items()}
+    return {
+        str(name.relative_to(root)): size
+        for name, size in sizes.items()
+        if name.is_relative_to(root) and name != root and not name.name.startswith(".tmp-")
+    }
 
 
 def glob(url: str) -> list[str]:
@@ -320,7 +351,7 @@ def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None =
 
     Args:
         copy_to: a local file that gets the content as well.
-        max_bytes: what is longer is not read to its end, which may not exist.
+        max_bytes: what is longer is not read to its end, which may not exist; S3 has no such files.
 
     Raises:
         TooLarge: it has more than `max_bytes`.
@@ -330,6 +361,11 @@ def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None =
 
     def once() -> str:
         digest, count = hashlib.sha256(), 0
+        if copy_to is not None and str(url).startswith("s3://"):  # one request, where blocks would be one each
+            filesystem, path = _filesystem(url)
+            filesystem.get_file(path, str(copy_to), max_concurrency=1)
+            with open(copy_to, "rb") as copy:
+                return hashlib.file_digest(copy, "sha256").hexdigest()
         with open(copy_to or os.devnull, "wb") as copy:
             for block in _blocks(url):
                 count += len(block)

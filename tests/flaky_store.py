@@ -7,6 +7,7 @@ that a short run meets every kind too.
 from __future__ import annotations
 
 import threading
+import time
 from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
@@ -27,12 +28,14 @@ class Flaky:
         share: of the requests that fail.
         seed: of the draw.
 
-    `refuse` holds kinds of requests of which all fail; `read` the paths that were asked for.
+    `refuse` holds kinds of requests of which all fail; `read` the paths that were asked for; `delay_s` is what each
+    answer takes.
     """
 
     def __init__(self, app: Any, share: float, seed: int):
         self.app, self.share, self.seed = app, share, seed
         self.refuse: set[str] = set()
+        self.delay_s = 0.0
         self.asked: Counter[str] = Counter()
         self.failed: Counter[str] = Counter()
         self.read: list[str] = []
@@ -42,6 +45,7 @@ class Flaky:
     def __call__(self, environ: dict[str, Any], start_response: Any) -> Any:
         kind = _kind(environ)
         fault = self._fault(kind)
+        time.sleep(self.delay_s)
         if kind == "get":
             self.read.append(environ["PATH_INFO"])
         if fault == "cut":

@@ -13,6 +13,7 @@ from __future__ import annotations
 
 import hashlib
 import os
+from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ex4d import hub, storage
@@ -24,15 +25,18 @@ SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 PICTURES = ("_depth.mp4", ".depth.mp4", "_vis.mp4", ".depth.exr", ".depth.png", ".depth.avi", ".depth.mkv")
 
 
-def find(request: DepthRequest) -> str:
+def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) -> str:
     """Return the path of the clip's depth file, or of its folder of PNG.
+
+    Args:
+        exists: says whether a file or folder is there.
 
     Raises:
         BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
     """
     chosen = None if request.depth_path is None else str(request.depth_path)
     if chosen and chosen.lower().endswith((".npz", ".npy")):
-        if not storage.exists(chosen):
+        if not exists(chosen):
             raise BadSample("depth_missing", f"no depth file {PurePosixPath(chosen).name}")
         return chosen
     video = PurePosixPath(request.video_path)
@@ -44,12 +48,12 @@ def find(request: DepthRequest) -> str:
     else:
         folders = [storage.join(chosen, str(own.parent)), chosen]
     if request.twin:
-        whole = _first([storage.join(folder, own.name + suffix) for folder in folders for suffix in SUFFIXES])
+        whole = _first([storage.join(folder, own.name + suffix) for folder in folders for suffix in SUFFIXES], exists)
         if whole:
             return whole
     for depth, folder in enumerate(folders):
         other = request.twin or (request.namesake if depth else "")
-        found = _first([storage.join(folder, own.stem + suffix) for suffix in (*SUFFIXES, ".depth")])
+        found = _first([storage.join(folder, own.stem + suffix) for suffix in (*SUFFIXES, ".depth")], exists)
         if found and other:
             raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(found).name, own, other, bool(request.twin)))
         if found:
@@ -88,12 +92,12 @@ def sha256(path: str) -> str:
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
 
 
-def _first(candidates: list[str]) -> str:
+def _first(candidates: list[str], exists: Callable[[str], bool]) -> str:
     for candidate in candidates:
         if candidate.endswith(".depth"):
             if storage.is_local(candidate) and storage.local_path(candidate).is_dir():
                 return candidate
-        elif storage.exists(candidate):
+        elif exists(candidate):
             return candidate
     return ""
 

@@ -86,6 +86,8 @@ def run(
                 job.work(passes)
             except TooManyBugs as error:
                 job.problems.append(str(error))
+            finally:
+                job.ledger.records.flush()
         report = job.finish(passes)
         end(report.result)
     return report
@@ -102,19 +104,21 @@ class _Job:
 
     def missing(self) -> list[Row]:
         """Return the rows that are neither done nor rejected for good."""
+        refusals = ((row["refusal_artifact"], row["key"]) for row in self.planned.rows)
+        self.ledger.take({name: key for name, key in refusals if name in self.ledger})
         done = self.ledger.names()
-        refusals = {row["refusal_artifact"]: row["key"] for row in self.planned.rows if row["refusal_artifact"] in done}
-        done -= self.ledger.read_all(refusals)[1]
         return [row for row in self.planned.rows if not done & {row["artifact"], row["refusal_artifact"]}]
 
     def work(self, passes: Passes) -> None:
         """Compute the views that staging lacks. Raises TooManyBugs."""
         rows = {row["key"]: row for row in self.missing()}
         chosen = stages.stages(self.config.num_gpus)
-        for done in passes.run("views", chosen, list(rows.values()), self.planned.context):
-            if is_lasting(done):
-                self.ledger.write_refusal(rows[done["key"]]["refusal_artifact"], done["refusal"])
-            elif done["refusal"] is not None:
+        for done in passes.run("views", chosen, list(rows.values()), self.planned.context, ("staged",)):
+            if done["refusal"] is None:
+                self.ledger.finished(rows[done["key"]]["artifact"], done["staged"])
+            elif is_lasting(done):
+                self.ledger.records.add(rows[done["key"]]["refusal_artifact"], done["refusal"])
+            else:
                 self._reject(rows[done["key"]], done["refusal"])
 
     def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
@@ -127,7 +131,7 @@ class _Job:
         there = [row for row in self.planned.rows if row["artifact"] in done]
         for row in self.planned.rows:
             if row["refusal_artifact"] in done and row["artifact"] not in done:
-                self._reject(row, self.ledger.read(row["refusal_artifact"]))
+                self._reject(row, self.ledger.records.get(row["refusal_artifact"]) or {})
         bad = sum(reject["views"] for reject in self.rejects)
         planned = len(self.planned.rows) + sum(reject["views"] for reject in self.planned.rejects)
         if not self.problems and bad > self.config.max_bad_fraction * planned:

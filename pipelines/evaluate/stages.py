@@ -194,7 +194,7 @@ def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def write_view(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Write figures, features and videos to staging, atomically."""
+    """Write figures, features and videos to staging, atomically; return the size and hash of what was written."""
     from ex4d import video
     from ex4d.data.tar import sample_tar
     from ex4d.data.tensors import encode_tensors
@@ -210,8 +210,7 @@ def write_view(row: Row, context: Evaluation) -> dict[str, Any]:
     members["json"] = json.dumps(facts, sort_keys=True).encode()
     if row["features"]:
         members["features.safetensors"] = encode_tensors(row["features"])
-    Ledger(context.output).write_sample(row["artifact"], sample_tar(row["key"], members))
-    return {}
+    return {"staged": Ledger(context.output).write_sample(row["artifact"], sample_tar(row["key"], members))}
 
 
 STAGES = (
@@ -224,7 +223,7 @@ STAGES = (
         "write_view",
         write_view,
         reads=("key", "artifact", "view", "made", "figures", "features"),
-        writes=(),
+        writes=("staged",),
     ),
 )
 

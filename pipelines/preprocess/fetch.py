@@ -6,19 +6,18 @@ from __future__ import annotations
 
 import errno
 import fcntl
-import json
 import os
 import tempfile
 import threading
 import time
 import uuid
 from collections.abc import Callable, Mapping
-from contextlib import AbstractContextManager, suppress
+from contextlib import AbstractContextManager, nullcontext, suppress
+from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import IO, TYPE_CHECKING, Any
 
 from ex4d import remote, storage, web
-from ex4d.config import fingerprint
 from ex4d.data.cache import claim, least_used_first
 from ex4d.errors import BadSample
 from pipelines.inputs import without_query
@@ -28,8 +27,6 @@ if TYPE_CHECKING:
     from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
 
-SOURCES = "staging/sources"  # one note for each remote file that was hashed, named by its URL and its store's tag
-MAX_NOTE_BYTES = 10_000
 OLD_S = 86400  # nothing is written to for a day without an end
 MAX_TRIES = 10  # to hold a file before other processes take its room
 MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
@@ -71,46 +68,80 @@ def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
     """Return what an estimator shall take as `depth_path`: `config.depth_path`, or the copy of a remote sidecar.
 
     Raises:
-        BadSample: as `video`; depth_missing where the file has gone since it was hashed.
+        BadSample: as `video`.
     """
-    if not row["depth_file"]:
-        return config.depth_path
-    from ex4d.depth import places
-
-    try:
-        found = places.find(depth_request(row, config, row["path"]))
-    except OSError as error:
-        raise unreadable(error) from None
-    if storage.is_local(found):
+    if not row["depth_file"] or storage.is_local(row["depth_place"]):
         return config.depth_path
     name, _, digest = row["depth_file"].rpartition(":")
-    return str(_cache(config).get(found, digest, name))
+    return str(_cache(config).get(row["depth_place"], digest, name))
 
 
-def digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
-    """Return (sha256, bytes) of a remote file, from an earlier run where its store says that it is the same still.
+@dataclass(frozen=True)
+class Remote:
+    """What is known of the files of one remote video, so that each is asked for as seldom as can be.
 
-    Else the file is read, and lies in the cache afterwards. Raises OSError.
+    Args:
+        there: of `storage.beside`.
+        known: {kind: what `digest` returned in an earlier run}.
+        fetched: {kind: what `digest` returns now}.
     """
-    with web.rules(same_host=False):
-        return _digest(url, config)
+
+    url: str
+    there: Mapping[str, tuple[int, str]] | None
+    known: Mapping[str, Any]
+    fetched: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def exists(self, url: str) -> bool:
+        """Return True where a file is there: one beside the video by what its store listed."""
+        folder, _, name = url.rpartition("/")
+        if self.there is None or folder != self.url.rpartition("/")[0]:
+            return storage.exists(url)
+        return name in self.there
+
+    def digest(self, url: str, config: PreprocessConfig, kind: str) -> tuple[str, int]:
+        """Return (sha256, bytes) of a file, from an earlier run where its store says that it is the same still.
+
+        Else the file is read, and lies in the cache afterwards. Raises OSError.
+        """
+        known = self.known.get(kind)
+        with _redirects(kind):
+            size, tag = self._facts(url)
+            if not (tag and _is_note(known) and (known["url"], known["tag"]) == (url, tag)):
+                name = "video" if kind == "video" else url.rpartition("/")[2]
+                sha256, size_bytes = _cache(config).add(url, name, size)
+                known = {"url": url, "tag": tag, "sha256": sha256, "size_bytes": size_bytes}
+        self.fetched[kind] = known
+        return known["sha256"], known["size_bytes"]
+
+    def lasting(self) -> dict[str, dict[str, Any]]:
+        """Return {kind: what is worth to be known to the next run}: nothing of a file that was replaced meanwhile."""
+        fresh = {kind: found for kind, found in self.fetched.items() if found is not self.known.get(kind)}
+        now = Remote(self.url, storage.beside(self.url), {}) if fresh else self
+        for kind, found in fresh.items():
+            with _redirects(kind):
+                if not found["tag"] or now._facts(found["url"])[1] != found["tag"]:
+                    del self.fetched[kind]
+        return self.fetched
+
+    def _facts(self, url: str) -> tuple[int | None, str]:
+        folder, _, name = url.rpartition("/")
+        if self.there is None or folder != self.url.rpartition("/")[0]:
+            return storage.size_and_tag(url)
+        if name not in self.there:
+            raise FileNotFoundError(errno.ENOENT, "No such file", remote.redacted(url))
+        return self.there[name]
 
 
-def _digest(url: str, config: PreprocessConfig) -> tuple[str, int]:
-    tag = storage.tag(url)
-    note = storage.join(config.output, SOURCES, f"{fingerprint(url, tag)}.json")
-    if tag and storage.exists(note):
-        try:
-            known = json.loads(storage.read_bytes(note, 0, MAX_NOTE_BYTES))
-            if storage.SHA256.fullmatch(known["sha256"]) and type(known["size_bytes"]) is int:
-                return known["sha256"], known["size_bytes"]
-        except (ValueError, KeyError, TypeError, RecursionError):
-            pass  # no note of ours: the file is read again
-    sha256, size_bytes = _cache(config).add(url, "video")
-    # Of a file that was replaced while it was read, nothing is kept.
-    if tag and storage.tag(url) == tag:
-        storage.write_bytes(note, json.dumps({"sha256": sha256, "size_bytes": size_bytes}).encode())
-    return sha256, size_bytes
+def _redirects(kind: str) -> AbstractContextManager[None]:
+    """Return a context in which a video's redirects may lead to another host; those of sidecars may not."""
+    return web.rules(same_host=False) if kind == "video" else nullcontext()
+
+
+def _is_note(known: Any) -> bool:
+    """Return True where a record is one of ours; its hash becomes a part of a path."""
+    if not isinstance(known, dict) or type(known.get("size_bytes")) is not int:
+        return False
+    return isinstance(known.get("sha256"), str) and bool(storage.SHA256.fullmatch(known["sha256"]))
 
 
 def unreadable(error: OSError) -> BadSample:
@@ -164,11 +195,11 @@ class FileCache:
             "unreadable", "other processes dropped it before it could be used; give preprocess.cache_mb more"
         )
 
-    def add(self, url: str, name: str) -> tuple[str, int]:
-        """Return (sha256, bytes) of a file after copying it here. Raises OSError."""
+    def add(self, url: str, name: str, announced: int | None = None) -> tuple[str, int]:
+        """Return (sha256, bytes) of a file after copying it here; `announced` bytes, None: ask. Raises OSError."""
         claim(self.folder, "preprocess.cache_dir")  # somebody may have tidied up
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        announced = _size_or_none(url) or 0
+        announced = announced if announced is not None else _size_or_none(url) or 0
         if announced > self.max_file_bytes:
             raise storage.TooLarge(errno.EFBIG, f"more than {self.max_file_bytes} bytes", remote.redacted(url))
         self._make_room(announced)

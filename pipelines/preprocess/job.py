@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -22,10 +22,15 @@ from pipelines.preprocess.stages import pair
 from pipelines.runtime.ledger import PACKED, Ledger
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.result import Result
-from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
+from pipelines.runtime.stage import Row, Stage, is_lasting, new_row, refuse, refused
 
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
+
+ARTIFACTS = (
+    "artifact",
+    "refusal_artifact",
+)  # columns: what the ledger calls a row that is done, or refused
 
 
 @dataclass
@@ -47,7 +52,6 @@ class Job:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.config.output)
-        self.done = self.ledger.names()
 
     def work(self, sources: Sequence[inputs.Source]) -> None:
         """Do what staging lacks, so that every clip has a sample or is rejected."""
@@ -64,6 +68,7 @@ class Job:
             new_row(
                 source.name,
                 spans=[asdict(span) for span in source.spans],
+                known_source=self._known_source(source.path),
                 **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
             )
             for source in sources
@@ -73,9 +78,16 @@ class Job:
             if not source.is_video:
                 row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
                 self._reject("video", row)
-        keep = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "depth_file", "caption", "pair")
+        keep = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair")
+        keep += ("depth_file", "depth_place", "known_source", "fetched")
         first: dict[str, Row] = {}
-        for row in sorted(self._run("hash", self.stages.hash, rows, keep), key=lambda row: row["name"]):
+        done = []
+        for row in self._run("hash", self.stages.hash, rows, keep):
+            fetched, known = row.pop("fetched"), row.pop("known_source")
+            if fetched and fetched != known:
+                self.ledger.records.add(_source_name(row["path"]), fetched)
+            done.append(row)
+        for row in sorted(done, key=lambda row: row["name"]):
             if row["refusal"] is not None:
                 self._reject("video", row)
                 continue
@@ -87,20 +99,21 @@ class Job:
                 first[content] = row | {"content": content, "seconds": {}, **pairs.other_of(row)}  # seconds are counted
         return list(first.values())
 
+    def _known_source(self, path: str) -> dict[str, Any] | None:
+        return None if storage.is_local(path) else self.ledger.records.get(_source_name(path))
+
     def _records(self, rows: Sequence[Row]) -> list[Row]:
         """Return the rows with the `record` of each video, from the ledger or worked out now."""
         finished, refusal = settings.video_fingerprints(self.config)
         for row in rows:
             row["artifact"] = f"videos/{row['content']}.{finished}.json"
             row["refusal_artifact"] = f"videos/{row['content']}.{refusal}.json"
-        missing = self._missing(rows)
-        fresh = {row["key"]: row for row in self._run("split", self.stages.split, missing, ("record",))}
+        fresh = {}
+        for made in self._run("split", self.stages.split, self._missing(rows), ("record", *ARTIFACTS)):
+            fresh[made["key"]] = made["record"] or {"refusal": made["refusal"]}  # without one after a bug in making it
+            self._write(made, fresh[made["key"]], fresh[made["key"]])
         for row in rows:
-            worked = fresh.get(row["key"])
-            if worked is None:
-                row["record"] = self.known[self._finished(row)]
-            else:  # without a record where writing it failed
-                row["record"] = worked["record"] or {"refusal": worked["refusal"]}
+            row["record"] = fresh.get(row["key"]) or self.ledger.records.get(self._finished(row))
             self._note(row["key"], row["record"]["refusal"])
         return list(rows)
 
@@ -151,6 +164,7 @@ class Job:
             **facts,
             **other,
             path=video["path"],
+            depth_place=video["depth_place"],
             twin=video["twin"],
             namesake=video["namesake"],
             **clips.in_source(clip, video["record"]),
@@ -168,12 +182,15 @@ class Job:
     def _score(self, rows: Sequence[Row]) -> None:
         """Fill `scored` and `rejects`, from the ledger or by measuring now."""
         rows = [row | {"artifact": row["score_artifact"]} for row in rows]
-        fresh = {row["key"]: row for row in self._run("score", self.stages.score, self._missing(rows), ("scores",))}
+        fresh = {}
+        for made in self._run("score", self.stages.score, self._missing(rows), ("scores", *ARTIFACTS)):
+            fresh[made["key"]] = made
+            self._write(made, made["scores"], _with_scores(made))
         for row in rows:
             if row["key"] in fresh:
                 refusal, scores = fresh[row["key"]]["refusal"], fresh[row["key"]]["scores"]
             else:
-                known = self.known[self._finished(row)]
+                known = self.ledger.records.get(self._finished(row)) or {}
                 refusal, scores = (known, known.get("scores")) if "reason" in known else (None, known)
             self._note(row["key"], refusal)
             if scores is None:
@@ -186,15 +203,16 @@ class Job:
         missing = self._missing(rows)
         for row in rows:
             self.used.add(row["score_artifact"])
-        measured = {row["score_artifact"]: row["key"] for row in missing if row["score_artifact"] in self.done}
-        scores, damaged = self.ledger.read_all(measured)
-        self.done -= damaged
+        self.ledger.take({row["score_artifact"]: row["key"] for row in missing if row["score_artifact"] in self.ledger})
         for row in missing:
-            row["known_scores"] = scores.get(row["score_artifact"])
+            row["known_scores"] = self.ledger.records.get(row["score_artifact"])
         passing = [row for row in missing if self._judged(row, row["known_scores"] or row["shot_scores"]) is None]
-        fresh = {row["key"]: row for row in self._run("clip", self.stages.clip, passing, ())}
+        fresh = {}
+        for made in self._run("clip", self.stages.clip, passing, ("scores", "staged", *ARTIFACTS)):
+            fresh[made["key"]] = made["refusal"]
+            self._write(made, made["staged"], _with_scores(made))
         for row in rows:
-            refusal = fresh[row["key"]]["refusal"] if row["key"] in fresh else self._known_refusal(row)
+            refusal = fresh[row["key"]] if row["key"] in fresh else self._known_refusal(row)
             self._note(row["key"], refusal)
             if refusal is None:
                 split = shards.split_of(row["source_group"], self.config.val_fraction)
@@ -209,24 +227,27 @@ class Job:
             self.used |= {row["artifact"], row["refusal_artifact"]}
             name = self._finished(row) if self.retry else ""
             if name == row["refusal_artifact"]:
-                body = self.known[name]
+                body: Any = self.ledger.records.get(name)
                 reason = (body["refusal"] if name.startswith("videos/") else body)["reason"]
                 if reason in self.retry:
                     self.ledger.remove(name)
-                    self.done.remove(name)
                     self.retried[row["key"]] = (reason, "")
         return [row for row in rows if not self._finished(row)]
 
     def _load(self, rows: Sequence[Row]) -> None:
-        """Fill `known` with what the ledger has of these rows; where it is damaged, they count as missing."""
-        self.known: dict[str, dict[str, Any]] = {}
-        wanted = {self._finished(row): row["key"] for row in rows}
-        while wanted := {name: key for name, key in wanted.items() if name}:
-            found, damaged = self.ledger.read_all(wanted)
-            self.known |= found
-            self.done -= damaged
-            again = (row for row in rows if {row["artifact"], row["refusal_artifact"]} & damaged)
-            wanted = {self._finished(row): row["key"] for row in again}
+        """Read what the ledger has of these rows and no part says; where it is damaged, they count as missing."""
+        todo = rows
+        while damaged := self.ledger.take({name: row["key"] for row in todo if (name := self._finished(row))}):
+            todo = [row for row in todo if damaged & {row[name] for name in ARTIFACTS}]
+
+    def _write(self, row: Row, made: Any, refused: Any) -> None:
+        """Write down how work on a row ended: what it made, or why it is refused for good."""
+        if row["refusal"] is None and row["artifact"].endswith(".tar"):
+            self.ledger.finished(row["artifact"], made)
+        elif row["refusal"] is None:
+            self.ledger.records.add(row["artifact"], made)
+        elif is_lasting(row):
+            self.ledger.records.add(row["refusal_artifact"], refused)
 
     def _note(self, key: str, refusal: dict[str, Any] | None) -> None:
         if key in self.retried:
@@ -234,14 +255,15 @@ class Job:
 
     def _finished(self, row: Row) -> str:
         """Return the name of what the ledger has of a row, "" for nothing."""
-        return next((row[name] for name in ("artifact", "refusal_artifact") if row[name] in self.done), "")
+        return next((row[name] for name in ARTIFACTS if row[name] in self.ledger), "")
 
     def _known_refusal(self, row: Row) -> dict[str, Any] | None:
         """Return how a clip of the ledger was refused; a sample made under other thresholds is judged by today's."""
         name = self._finished(row)
         if name == row["refusal_artifact"]:
-            return self.known[name]
-        known = self.known[name] if name else row["known_scores"]
+            return self.ledger.records.get(name)
+        record = self.ledger.records.get(name) if name else None
+        known = record["scores"] if record else row["known_scores"]
         return self._judged(row, known or row["shot_scores"])
 
     def _judged(self, row: Row, scores: dict[str, float]) -> dict[str, Any] | None:
@@ -252,8 +274,8 @@ class Job:
             return refuse(row, SCORES[error.reason].stage, error)["refusal"]
         return None
 
-    def _run(self, name: str, stages: Sequence[Stage], rows: Sequence[Row], keep: tuple[str, ...]) -> list[Row]:
-        return list(self.passes.run(name, stages, rows, self.config, keep))
+    def _run(self, name: str, stages: Sequence[Stage], rows: Sequence[Row], keep: tuple[str, ...]) -> Iterator[Row]:
+        return self.passes.run(name, stages, rows, self.config, keep)
 
     def _reject(self, unit: str, row: Row) -> None:
         refusal = {name: row["refusal"][name] for name in ("fate", "stage", "reason", "message")}
@@ -310,3 +332,13 @@ class Job:
             len(self.scored) if self.config.score_only else None,
             stands=not self.committed and storage.exists(storage.join(self.config.output, DATASET)),
         )
+
+
+def _with_scores(row: Row) -> dict[str, Any] | None:
+    """Return a clip's refusal with its scores, where they were measured before."""
+    return row["refusal"] and row["refusal"] | ({} if row["scores"] is None else {"scores": row["scores"]})
+
+
+def _source_name(url: str) -> str:
+    """Return the name of the ledger's record of a remote file and its sidecars."""
+    return f"sources/{fingerprint(url)}"

@@ -44,7 +44,6 @@ class Stages:
         condition.STAGE,
         qc.MASKS,
         commit.STAGE_SAMPLE,
-        commit.RECORD_REFUSAL,
     )
     # with the member `source`, in place of `split` and `clip`: depth is the other camera's, the mask is its warp's
     split_pair: tuple[Stage, ...] = (
@@ -68,11 +67,10 @@ class Stages:
         pair.WARP,
         qc.PAIR,
         commit.STAGE_PAIR,
-        commit.RECORD_REFUSAL,
     )
     # on the driver: shards.pack
     # with `score_only`, in place of `clip`
-    score: tuple[Stage, ...] = (decode.STAGE, score.MEASURE, commit.RECORD_SCORES, commit.RECORD_REFUSAL)
+    score: tuple[Stage, ...] = (decode.STAGE, score.MEASURE)
 
 
 def stages_of(config: PreprocessConfig) -> Stages:

@@ -73,7 +73,10 @@ def run(
     with opened("preprocess", config, ray_config, runner_name) as (passes, end):
         job = Job(config, passes, stages or stages_of(config), frozenset(retry))
         job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
-        result = complete(job, partial(job.work, sources))
+        try:
+            result = complete(job, partial(job.work, sources))
+        finally:
+            job.ledger.records.flush()
         result = replace(result, report=pages.write(config, job.scored, result))
         end(result)
     return result

@@ -2,25 +2,39 @@
 
 | file | what |
 |---|---|
-| `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
-| `clips/KEY.FP.tar` | a finished sample, with the bytes that the shard will hold |
-| `clips/KEY.FP.json` | why a clip was refused |
-| `packed.json` | what the dataset was packed from, so that a run with nothing to do reads no sample |
+| `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
+| `records/NUMBER.records` | what else is known, many records to a file: see `records.py` |
+| `packed.json` | of what the dataset was packed last, so that a run with nothing to do reads no sample |
 | `attempts.json` | rows in work, and how often work on them ended with the process |
 
-FP is the fingerprint of everything that the file depends on, so a changed setting gives other names and only affected
-work is redone. A reject also depends on the limits and thresholds. Each file is written once, atomically.
+A record has a name, of which no other is ever made:
+
+| record | what |
+|---|---|
+| `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
+| `clips/KEY.FP.json` | why a clip was refused |
+| `clips/KEY.FP.tar` | scores, size and hash of the finished sample |
+| `scores/KEY.FP.json` | scores of a clip that was looked at and not yet made |
+| `sources/FP` | hash and size of a remote file, for the tag that its store gives it |
+
+FP is the fingerprint of all that the artifact depends on, so a changed setting makes other names and redoes only those.
+A refusal also depends on the limits and thresholds that refused it. Samples are written by the workers, records by the
+driver alone. Before 2026-11-26 each record but the last kind was a file under its name; these are still read.
 """
 
 from __future__ import annotations
 
+import hashlib
 import json
 import logging
 import os
+import sqlite3
+import string
 import time
 from collections import Counter
 from collections.abc import Iterable, Mapping
 from concurrent.futures import ThreadPoolExecutor
+from functools import cached_property
 from typing import Any
 
 from ex4d import storage
@@ -28,108 +42,136 @@ from ex4d.config import to_dict
 from ex4d.errors import ConfigError, ContractError
 from ex4d.redact import SECRET, without_secrets
 from pipelines.runtime.output import exclusive as exclusive
+from pipelines.runtime.records import NUM_READERS, Records
 
 logger = logging.getLogger(__name__)
 
-VIDEOS, CLIPS, SCORES = "staging/videos", "staging/clips", "staging/scores"
+FOLDERS = ("videos", "clips", "scores")
 ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
 DAMAGED = "staging/damaged"
-PACKED = "packed.json"  # in staging: what the dataset was packed from
-NUM_READERS = 32  # threads that read records: an object store answers many at once
+RECORDS = "staging/records"
+MANY = 5000  # records from which a listing is split by first letters
+LETTERS = string.ascii_lowercase + string.digits  # that keys of samples begin with
+PACKED = "packed.json"  # in staging: of what the dataset was packed last
 
 
 class Ledger:
-    """The staging folder of the dataset folder `output`, local or in an object store."""
+    """The staging folder of the dataset folder `output`, local or in an object store.
+
+    What lies there is listed and read once, when it is first asked for, into a scratch database of this machine.
+    """
 
     def __init__(self, output: str):
         self.output = output
 
+    @cached_property
+    def _scratch(self) -> sqlite3.Connection:
+        scratch = sqlite3.connect("", isolation_level=None)  # a temporary file, which goes with the connection
+        scratch.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER) WITHOUT ROWID")
+        return scratch
+
+    @cached_property
+    def records(self) -> Records:
+        """The records in parts; of files of their own, those that `take` has read."""
+        scratch, folder, damaged = self._scratch, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
+        records = Records(scratch, folder, damaged)
+        letters = LETTERS if len(records) > MANY else ""
+        for folder in FOLDERS:
+            sizes = storage.list_sizes(storage.join(self.output, "staging", folder), letters)
+            rows = sorted((f"{folder}/{name}", size) for name, size in sizes.items())
+            scratch.executemany("INSERT INTO file VALUES (?, ?)", rows)
+        return records
+
     def names(self) -> set[str]:
         """Return the names of everything that is done, e.g. `clips/KEY.FP.tar`."""
-        folders = (VIDEOS, CLIPS, SCORES)
-        with ThreadPoolExecutor(len(folders)) as pool:
-            listed = pool.map(lambda folder: storage.list_files(storage.join(self.output, folder)), folders)
-            return {
-                f"{folder.rpartition('/')[2]}/{name}"
-                for folder, names in zip(folders, listed, strict=True)
-                for name in names
-            }
+        records = {name for name in self.records if name.partition("/")[0] in FOLDERS and not name.endswith(".tar")}
+        return records | {name for (name,) in self._scratch.execute("SELECT name FROM file")}
+
+    def __contains__(self, name: str) -> bool:
+        """Return True where an artifact is done; a sample is where its file is."""
+        return (not name.endswith(".tar") and name in self.records) or self._size(name) is not None
+
+    def _size(self, name: str) -> int | None:
+        """Return the bytes of an artifact that is a file of its own, None where it is none."""
+        self.records  # noqa: B018 (with them come the files)
+        found = self._scratch.execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
+        return None if found is None else int(found[0])
 
     def url(self, name: str) -> str:
-        """Return the URL of an artifact of `names`."""
+        """Return where an artifact that is a file of its own lies."""
         return storage.join(self.output, "staging", name)
 
-    def write_video(self, name: str, record: Mapping[str, Any]) -> None:
-        """Write a video's record."""
-        self._write_json(name, record)
-
-    def write_refusal(self, name: str, refusal: Mapping[str, Any]) -> None:
-        """Write why a clip was rejected."""
-        self._write_json(name, refusal)
-
-    def write_sample(self, name: str, blob: bytes) -> None:
-        """Write a finished sample's tar blocks."""
+    def write_sample(self, name: str, blob: bytes) -> dict[str, Any]:
+        """Return size and sha256 of a finished sample's tar blocks, after writing them."""
         storage.write_bytes(self.url(name), blob)
+        return {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
-    def write_scores(self, name: str, scores: Mapping[str, float]) -> None:
-        """Write the scores of a clip without a sample."""
-        self._write_json(name, scores)
+    def finished(self, name: str, record: Mapping[str, Any]) -> None:
+        """Note on the driver that a worker has written a sample."""
+        self.records.add(name, record)
+        self._scratch.execute("INSERT OR REPLACE INTO file VALUES (?, ?)", (name, record["size"]))
 
-    def read(self, name: str) -> dict[str, Any]:
-        """Return a video's record or a clip's refusal.
-
-        Raises:
-            ContractError: it is not a JSON mapping.
-        """
-        try:
-            value = json.loads(storage.read_bytes(self.url(name)))
-        except ValueError as error:
-            raise ContractError(f"{self.url(name)}: is not JSON ({error})") from error
-        if not isinstance(value, dict):
-            raise ContractError(f"{self.url(name)}: is not a mapping")
-        return value
-
-    def read_scores(self, name: str, key: str) -> dict[str, float]:
-        """Return the scores of a finished sample."""
-        from ex4d.data.tar import read_sample
-
-        return json.loads(read_sample(storage.read_bytes(self.url(name)), key)["json"])["scores"]
-
-    def read_all(self, keys: Mapping[str, str]) -> tuple[dict[str, dict[str, Any]], set[str]]:
-        """Return ({name: record, or the scores of a sample}, names that were damaged), read in parallel.
+    def take(self, keys: Mapping[str, str]) -> set[str]:
+        """Return the names that were damaged, after reading what has no record in a part, in parallel.
 
         A damaged artifact is moved to `staging/damaged`, so that its row is redone and no data is lost.
 
         Args:
             keys: {name of an artifact: key of its row}.
         """
+        sizes = {name: self._size(name) for name in keys}
+        known = {name: self.records.get(name) for name in keys}
+        damaged = {
+            name for name, body in known.items() if name.endswith(".tar") and body and body["size"] != sizes[name]
+        }
+        unknown = [name for name, body in known.items() if body is None]
 
         def read(name: str) -> dict[str, Any] | None:
             try:
-                body = self.read_scores(name, keys[name]) if name.endswith(".tar") else self.read(name)
+                return self._read(name, keys[name])
             except (ContractError, KeyError, ValueError, FileNotFoundError) as error:
                 logger.warning("%s: %s", name, error)
                 return None
-            return body if name.endswith(".tar") or _is_record(name, body) else None
 
         with ThreadPoolExecutor(NUM_READERS) as pool:
-            bodies = dict(zip(keys, pool.map(read, keys), strict=True))
-        damaged = {name for name, body in bodies.items() if body is None}
+            for name, body in zip(unknown, pool.map(read, unknown), strict=True):
+                if body is None:
+                    damaged.add(name)
+                else:
+                    self.records.add(name, body)
         for name in sorted(damaged):
-            self._set_aside(name)
-        return {name: body for name, body in bodies.items() if body is not None}, damaged
+            self.set_aside(name)
+        return damaged
 
-    def _set_aside(self, name: str) -> None:
+    def _read(self, name: str, key: str) -> dict[str, Any]:
+        """Return the record of an artifact that is a file of its own. Raises ContractError, KeyError, ValueError."""
+        from ex4d.data.tar import read_sample
+
+        data = storage.read_bytes(self.url(name))
+        if name.endswith(".tar"):
+            scores = json.loads(read_sample(data, key)["json"])["scores"]
+            return {"scores": scores, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+        body = json.loads(data)
+        if not isinstance(body, dict) or not _is_record(name, body):
+            raise ContractError("is not a record of its kind")
+        return body
+
+    def set_aside(self, name: str) -> None:
+        """Move a damaged artifact to `staging/damaged`; the next run makes it again."""
         place = storage.join(self.output, DAMAGED, name.replace("/", "-"))
         if storage.exists(self.url(name)):
             storage.write_bytes(place, storage.read_bytes(self.url(name)))
-            storage.remove(self.url(name))
+        self.remove(name)
         logger.warning("%s is damaged and will be made again; what was there is kept as %s", self.url(name), place)
 
     def remove(self, name: str) -> None:
-        """Delete an artifact; the next run redoes it."""
-        storage.remove(self.url(name))
+        """Delete an artifact; the next run makes it again."""
+        if self._size(name) is not None:
+            storage.remove(self.url(name))
+            self._scratch.execute("DELETE FROM file WHERE name = ?", (name,))
+        if name in self.records:
+            self.records.forget(name)
 
     def write_config(self, sections: Mapping[str, Any]) -> None:
         """Write a run's settings and working folder for `ex4d retry`, without secrets in URLs."""
@@ -169,13 +211,13 @@ class Ledger:
         """Delete superseded artifacts, those of sources with other artifacts in `used`; return their number."""
         used = set(used)
         sources = {_source(name) for name in used}
-        superseded = [name for name in sorted(self.names() - used) if _source(name) in sources]
+        known = self.names()
+        superseded = [name for name in sorted(known - used) if _source(name) in sources]
         for name in superseded:
-            storage.remove(self.url(name))
+            self.remove(name)
+        if superseded:
+            self.records.keep_only(list(self.records))
         return len(superseded)
-
-    def _write_json(self, name: str, value: Mapping[str, Any]) -> None:
-        storage.write_bytes(self.url(name), json.dumps(value, sort_keys=True).encode())
 
 
 def _is_record(name: str, body: Mapping[str, Any]) -> bool:

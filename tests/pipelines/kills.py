@@ -66,8 +66,9 @@ class Run:
 
     def staged(self) -> int:
         """Return how many artifacts are finished."""
-        folders = (self.output / "staging" / name for name in ("videos", "clips"))
-        return sum(not path.name.startswith(".") for folder in folders for path in folder.glob("*"))
+        staging = self.output / "staging"
+        records = sum(path.read_bytes().count(b" videos/") for path in staging.glob("records/*.records"))
+        return records + len(list(staging.glob("clips/[!.]*.tar")))
 
 
 def _name(process: psutil.Process) -> str:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import http.server
-import json
 import os
 import threading
 
@@ -53,16 +52,18 @@ def test_an_attempt_is_not_written_through_a_link(tmp_path, name):
     assert Attempts(str(tmp_path), 3).earlier == {"decode key": 1}
 
 
-def test_a_note_s_hash_must_be_one(tmp_path, monkeypatch):
-    """It becomes a part of a path: a note of somebody else must not say ../../.ssh."""
+def test_a_note_s_hash_must_be_one(tmp_path):
+    """It becomes a part of a path: a record of somebody else must not say ../../.ssh."""
     config = PreprocessConfig(output=str(tmp_path / "out"), cache_dir=str(tmp_path / "cache"))
+    url = str(tmp_path / "a.mp4")
     (tmp_path / "a.mp4").write_bytes(b"video")
-    monkeypatch.setattr(storage, "tag", lambda url: "tag")
-    note = tmp_path / "out" / fetch.SOURCES / f"{fetch.fingerprint(str(tmp_path / 'a.mp4'), 'tag')}.json"
-    note.parent.mkdir(parents=True)
     for claimed in ("../../.ssh", "A" * 64, None, 5):
-        note.write_text(json.dumps({"sha256": claimed, "size_bytes": 5}))
-        assert fetch.digest(str(tmp_path / "a.mp4"), config)[0] == storage.sha256(tmp_path / "a.mp4")
+        note = {"url": url, "tag": "tag", "sha256": claimed, "size_bytes": 5}
+        remote = fetch.Remote(url, {"a.mp4": (5, "tag")}, {"video": note})
+        assert remote.digest(url, config, "video")[0] == storage.sha256(tmp_path / "a.mp4")
+    good = "ab" * 32
+    remote = fetch.Remote(url, {"a.mp4": (5, "tag")}, {"video": note | {"sha256": good}})
+    assert remote.digest(url, config, "video") == (good, 5)
 
 
 def test_runs_of_timestamps_stand_for_no_more_frames_than_a_video_has():

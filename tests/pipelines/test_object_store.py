@@ -117,6 +117,30 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
     assert "secret-that-nobody-may-see" not in caplog.text + storage.read_bytes("s3://bucket/out/run.jsonl").decode()
 
 
+def test_a_video_costs_few_requests_and_a_resume_next_to_none(config, corpus, local, store):
+    """Of every kind of file a run reads each once; what a resume must know comes in parts and listings."""
+    upload(corpus, "s3://bucket/in")
+    stored = replace(config, input="s3://bucket/in", output="s3://bucket/out", max_bad_fraction=1.0)
+    store.asked.clear()
+    result = inline(stored)
+    num_videos, num_clips = result.counts["videos_in"] - 1, result.counts["samples"]  # one is no video by its name
+    asked = store.asked.total()
+    print("\nfirst", dict(store.asked), num_videos, num_clips)
+    assert all(store.read.count(path) == 1 for path in store.read if path.startswith("/bucket/in/"))
+    fixed = 60  # of a run, whatever its size
+    assert asked < fixed + 6 * num_videos + 3 * num_clips
+    for name in storage.list_files("s3://bucket/out"):
+        if not name.startswith("staging/"):
+            storage.remove(f"s3://bucket/out/{name}")
+    store.asked.clear()
+    store.read.clear()
+    again = inline(stored)
+    print("resumed", dict(store.asked))
+    assert again.worked["clip"] == again.worked["split"] == 0
+    read = {path for path in store.read if path.endswith((".mp4", ".npz"))}
+    assert read == {"/bucket/in/empty.mp4"}  # what cannot be used is looked at again
+
+
 def assert_equal_batches(config, stored):
     """The loader reads the same from both, in the same order."""
     make = partial(ShardLoader, split="train", micro_batch_size=2, seed=0, config=LoaderConfig(num_threads=1))
@@ -134,7 +158,7 @@ def test_each_remote_file_is_fetched_once_by_a_run(config, corpus, tmp_path, mon
         inline(replace(config, input=f"{site.url}/", output=str(tmp_path / "web")))
     videos = [request for request in site.asked if request.startswith("GET") and request.endswith(".mp4")]
     assert len(videos) == len(set(videos)) == 7
-    assert max(site.asked.count(f"GET /{path.name}") for path in corpus.glob("*.depth.npz")) == 2  # hashed, then taken
+    assert max(site.asked.count(f"GET /{path.name}") for path in corpus.glob("*.depth.npz")) == 1
 
 
 def test_a_full_cache_drops_what_nobody_works_with(tmp_path):
@@ -161,7 +185,8 @@ def test_a_full_cache_drops_what_nobody_works_with(tmp_path):
 
 def test_a_changed_file_is_named(config, corpus, store, tmp_path):
     storage.write_bytes("s3://bucket/a.mp4", b"one")
-    digest, size_bytes = fetch.digest("s3://bucket/a.mp4", config)
+    url = "s3://bucket/a.mp4"
+    digest, size_bytes = fetch.Remote(url, storage.beside(url), {}).digest(url, config, "video")
     assert size_bytes == 3
     storage.write_bytes("s3://bucket/a.mp4", b"two")
     row = {"path": "s3://bucket/a.mp4", "sha256": digest}

@@ -1,4 +1,4 @@
-"""The last stages: write the sample, or why it was rejected, to the ledger, atomically."""
+"""The last stages: a finished sample is written to the ledger, whole, before its row goes on to the driver."""
 
 from __future__ import annotations
 
@@ -9,27 +9,21 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from pipelines.runtime.ledger import Ledger
-from pipelines.runtime.stage import Row, Stage, is_lasting
+from pipelines.runtime.stage import Row, Stage
 
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Write the video's record to the ledger (its columns, or why it was rejected); return `record`, and `video_s`, its
-    length.
-    """
+    """Return `record`, what is known of the video now (its columns, or a refusal), and `video_s`, its length."""
     names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
     record = {name: row[name] for name in names if name in row}
-    if row["refusal"] is None:
-        Ledger(config.output).write_video(row["artifact"], record)
-    elif is_lasting(row):
-        Ledger(config.output).write_video(row["refusal_artifact"], record)
     return {"record": record, "video_s": row["info"]["duration_s"] if row["info"] else 0.0}
 
 
 def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Write the finished sample to staging, atomically.
+    """Return what the ledger's record says of the finished sample, after writing it to staging, atomically.
 
     Raises:
         ContractError: the columns do not form a valid sample.
@@ -54,8 +48,12 @@ def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             source=row.get("other_frames"),
         )
     )
-    Ledger(config.output).write_sample(row["artifact"], sample_tar(row["key"], members))
-    return {}
+    written = Ledger(config.output).write_sample(row["artifact"], sample_tar(row["key"], members))
+    return {"staged": {**written, "scores": _scores(row)}}
+
+
+def _scores(row: Row) -> dict[str, float]:
+    return {**row["scores"], **row["depth_scores"], **row["mask_scores"]}
 
 
 def provenance(row: Row) -> dict[str, Any]:
@@ -73,7 +71,7 @@ def provenance(row: Row) -> dict[str, Any]:
         "end_s": float(row["pts"][-1] * time_base),
         "crop_box": row["box"],
         "caption": row["caption_facts"],
-        "scores": {**row["scores"], **row["depth_scores"], **row["mask_scores"]},
+        "scores": _scores(row),
         "seeds": {"clip": row["seed"]},
         "depth": {name: _unicode(value) for name, value in row["depth_facts"].items()},
         "versions": row["versions"],
@@ -89,24 +87,10 @@ def _unicode(value: Any) -> Any:
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
-def record_refusal(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Write why a clip was rejected to staging, where a retry would not help."""
-    if is_lasting(row):
-        scores = {} if row["scores"] is None else {"scores": row["scores"]}
-        Ledger(config.output).write_refusal(row["refusal_artifact"], row["refusal"] | scores)
-    return {}
-
-
-def record_scores(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Write the clip's scores to the ledger."""
-    Ledger(config.output).write_scores(row["artifact"], row["scores"])
-    return {}
-
-
 RECORD_VIDEO = Stage(
     "record_video",
     record_video,
-    reads=("refusal", "info", "pts_runs", "cuts", "shots", "hashes", "artifact", "refusal_artifact"),
+    reads=("refusal", "info", "pts_runs", "cuts", "shots", "hashes"),
     writes=("record", "video_s"),
     takes_rejected=True,
 )
@@ -134,15 +118,7 @@ STAGE_SAMPLE = Stage(
             "fingerprint",
         ),
     ),
-    writes=(),
+    writes=("staged",),
 )
 RECORD_PAIR = replace(RECORD_VIDEO, reads=(*RECORD_VIDEO.reads, "other"))
 STAGE_PAIR = replace(STAGE_SAMPLE, reads=(*STAGE_SAMPLE.reads, "other_frames", "pair_facts"))
-RECORD_REFUSAL = Stage(
-    "record_refusal",
-    record_refusal,
-    reads=("refusal", "refusal_artifact", "scores"),
-    writes=(),
-    takes_rejected=True,
-)
-RECORD_SCORES = Stage("record_scores", record_scores, reads=("artifact", "scores"), writes=())

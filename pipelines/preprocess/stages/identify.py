@@ -21,7 +21,8 @@ MAX_CAPTION_BYTES = 64 * 1024
 
 
 def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), and the caption beside it.
+    """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), where that lies, and the
+    caption beside it; of a remote file `fetched`, what the next run needs to know so that it does not read it again.
 
     With the member `source`, `pair` is the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first, {}
     where one is missing, and the depth file is that video's; else None.
@@ -36,13 +37,20 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         if "source" in config.members:
             _check_inside(pairs.files_of(path), row, config)
             pair, filmed = _pair(path, config), pairs.files_of(path).source
-        sha256, size_bytes = _local(path) if storage.is_local(path) else _remote(path, config)
+        if storage.is_local(path):
+            remote, (sha256, size_bytes) = None, _local(path)
+        else:
+            remote = fetch.Remote(path, storage.beside(path), row["known_source"] or {})
+            sha256, size_bytes = _remote(path, remote, config)
+        depth_file, place = _depth_file(row, config, filmed, remote) if config.depth == "sidecar" else ("", "")
         return {
             "sha256": sha256,
             "size_bytes": size_bytes,
-            "depth_file": _depth_file(row, config, filmed) if config.depth == "sidecar" else "",
-            "caption": _caption(row, config),
+            "depth_file": depth_file,
+            "depth_place": place,
+            "caption": _caption(row, config, remote),
             "pair": pair,
+            "fetched": remote.lasting() if remote else None,
         }
     except OSError as error:
         raise fetch.unreadable(error) from error
@@ -57,9 +65,9 @@ def _local(path: str) -> tuple[str, int]:
     return storage.sha256(path), size_bytes
 
 
-def _remote(url: str, config: PreprocessConfig) -> tuple[str, int]:
+def _remote(url: str, remote: fetch.Remote, config: PreprocessConfig) -> tuple[str, int]:
     try:
-        sha256, size_bytes = fetch.digest(url, config)
+        sha256, size_bytes = remote.digest(url, config, "video")
     except FileNotFoundError:
         raise BadSample("not_a_file", "is missing, or no regular file") from None
     if size_bytes == 0:
@@ -73,7 +81,8 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
         return {}  # the stage that looks for them refuses the video
     source, *cameras = files
     try:
-        sha256, size_bytes = _local(source) if storage.is_local(source) else _remote(source, config)
+        alone = fetch.Remote(source, None, {})
+        sha256, size_bytes = _local(source) if storage.is_local(source) else _remote(source, alone, config)
     except BadSample as error:
         raise BadSample(error.reason, f"{source.rpartition('/')[2]} {error.message}") from error
     return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
@@ -88,32 +97,36 @@ def _check_inside(files: Sequence[str], row: Row, config: PreprocessConfig) -> N
             raise BadSample("symlink_outside", f"{file.rpartition('/')[2]} is {walk.OUTSIDE}")
 
 
-def _depth_file(row: Row, config: PreprocessConfig, filmed: str) -> str:
+def _depth_file(row: Row, config: PreprocessConfig, filmed: str, remote: fetch.Remote | None) -> tuple[str, str]:
+    """Return (NAME:SHA256 of the depth file, where it lies); ("", "") for none."""
     from ex4d.depth import places
 
     try:
-        found = places.find(fetch.depth_request(row, config, filmed))
+        found = places.find(fetch.depth_request(row, config, filmed), remote.exists if remote else storage.exists)
     except BadSample as error:
         if error.reason == "sidecar_ambiguous":
             raise
-        return ""  # the depth stage refuses each clip that misses it
+        return "", ""  # the depth stage refuses each clip that misses it
     if found != config.depth_path:  # a file that the settings name may lie anywhere
         _check_inside([found, *glob(os.path.join(escape(found), "*.png"))], row, config)
-    return f"{found.rpartition('/')[2]}:{places.sha256(found)}"
+    is_here = remote is None or storage.is_local(found)
+    digest = places.sha256(found) if is_here else remote.digest(found, config, "depth")[0]
+    return f"{found.rpartition('/')[2]}:{digest}", found
 
 
-def _caption(row: Row, config: PreprocessConfig) -> str:
+def _caption(row: Row, config: PreprocessConfig, remote: fetch.Remote | None) -> str:
     """Return the text beside a video. Raises BadSample: sidecar_ambiguous, symlink_outside, caption_encoding."""
     from ex4d.depth import places
 
+    is_file = storage.is_file if remote is None or remote.there is None else remote.exists
     path, own = without_query(row["path"]), PurePosixPath(row["name"])
     file = os.path.splitext(path)[0] + ".txt"
     if row["twin"]:
-        if storage.is_file(f"{path}.txt"):
+        if is_file(f"{path}.txt"):
             file = f"{path}.txt"
-        elif storage.is_file(file):
+        elif is_file(file):
             raise BadSample("sidecar_ambiguous", places.ambiguous(f"{own.stem}.txt", own, row["twin"], True))
-    if not storage.is_file(file):
+    if not is_file(file):
         return ""
     _check_inside([file], row, config)
     data = storage.read_bytes(file, 0, MAX_CAPTION_BYTES)
@@ -126,6 +139,6 @@ def _caption(row: Row, config: PreprocessConfig) -> str:
 STAGE = Stage(
     "identify",
     identify,
-    reads=("path", "name", "root", "twin", "namesake"),
-    writes=("sha256", "size_bytes", "depth_file", "caption", "pair"),
+    reads=("path", "name", "root", "twin", "namesake", "known_source"),
+    writes=("sha256", "size_bytes", "depth_file", "depth_place", "caption", "pair", "fetched"),
 )

@@ -1,0 +1,167 @@
+"""Records of a ledger, many to a file: `staging/records/NUMBER.records`, written by the driver alone.
+
+A line is `CRC NAME JSON`; CRC, 8 hex digits, is the CRC-32 of the rest. A later line of a name replaces an earlier one,
+and `null` forgets it. On a local disk a run appends to one part, line by line, so that what it knew outlives its
+process; in an object store, where nothing can be appended to, it writes a part every few seconds.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import sqlite3
+import time
+import zlib
+from collections.abc import Iterable, Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ex4d import storage
+
+logger = logging.getLogger(__name__)
+
+SUFFIX = ".records"
+NUM_READERS = 32  # threads that read parts: an object store answers many at once
+PART_EVERY_S = 10.0  # between two parts in an object store
+PART_RECORDS = 5000  # of a part at most
+
+
+class Records:
+    """The records of one ledger: {name: mapping}.
+
+    They lie in a scratch database of this machine and not in memory: a million videos have gigabytes of them.
+
+    Args:
+        scratch: the database. folder: where the parts are, local or in an object store.
+        damaged: folder that gets what cannot be read.
+    """
+
+    def __init__(self, scratch: sqlite3.Connection, folder: str, damaged: str):
+        self.folder, self.damaged, self._scratch = folder, damaged, scratch
+        self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID")
+        self._waiting: list[bytes] = []
+        self._file: int | None = None
+        self._written = time.monotonic()
+        self._parts = storage.list_files(folder, (SUFFIX,))
+        self._number = 1 + max((int(name[: -len(SUFFIX)]) for name in self._parts), default=0)
+        self._load()
+
+    def __contains__(self, name: str) -> bool:
+        return self._scratch.execute("SELECT 1 FROM record WHERE name = ?", (name,)).fetchone() is not None
+
+    def __len__(self) -> int:
+        return int(self._scratch.execute("SELECT COUNT(*) FROM record").fetchone()[0])
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names, sorted."""
+        return (name for (name,) in self._scratch.execute("SELECT name FROM record ORDER BY name"))
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """Return a record, None where there is none."""
+        found = self._scratch.execute("SELECT body FROM record WHERE name = ?", (name,)).fetchone()
+        return None if found is None else json.loads(found[0])
+
+    def add(self, name: str, body: Mapping[str, Any]) -> None:
+        """Write a record down; in an object store perhaps some seconds later, see `flush`."""
+        text = json.dumps(body, sort_keys=True)
+        self._scratch.execute("INSERT OR REPLACE INTO record VALUES (?, ?)", (name, text))
+        self._append(_line(name, text))
+
+    def forget(self, name: str) -> None:
+        """Delete a record."""
+        self._scratch.execute("DELETE FROM record WHERE name = ?", (name,))
+        self._append(_line(name, "null"))
+
+    def flush(self) -> None:
+        """Write what waits, and end the part."""
+        if self._waiting:
+            self._write_part(b"".join(self._waiting))
+            self._waiting = []
+        if self._file is not None:
+            os.fsync(self._file)
+            os.close(self._file)
+            self._file = None
+
+    def keep_only(self, wanted: Iterable[str]) -> None:
+        """Forget all other records, and write what is left as one new part in place of all."""
+        self.flush()
+        self._scratch.execute("CREATE TEMP TABLE wanted (name TEXT PRIMARY KEY) WITHOUT ROWID")
+        self._scratch.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((name,) for name in wanted))
+        self._scratch.execute("DELETE FROM record WHERE name NOT IN (SELECT name FROM wanted)")
+        self._scratch.execute("DROP TABLE wanted")
+        old = list(self._parts)
+        rows = self._scratch.execute("SELECT name, body FROM record ORDER BY name")
+        self._write_part(b"".join(_line(name, body) for name, body in rows))
+        for name in old:  # the oldest first: what was forgotten must not come back where this is interrupted
+            storage.remove(storage.join(self.folder, name))
+        self._parts = [name for name in self._parts if name not in old]
+
+    def _load(self) -> None:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for name, blob in zip(self._parts, pool.map(self._read, self._parts), strict=True):
+                self._take(name, blob)
+
+    def _read(self, name: str) -> bytes:
+        return storage.read_bytes(storage.join(self.folder, name))
+
+    def _take(self, part: str, blob: bytes) -> None:
+        """Put the lines of a part into the scratch database; set the part aside where one is damaged."""
+        lines = blob.splitlines(keepends=True)
+        good = [_parsed(line) for line in lines]
+        self._scratch.execute("BEGIN")
+        self._scratch.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", (pair for pair in good if pair))
+        self._scratch.executemany(
+            "DELETE FROM record WHERE name = ?", ((pair[0],) for pair in good if pair and pair[1] == "null")
+        )
+        self._scratch.execute("COMMIT")
+        if None in good:
+            url, place = storage.join(self.folder, part), storage.join(self.damaged, part)
+            numbers = [number for number, pair in enumerate(good, 1) if pair is None]
+            logger.warning(
+                "%s: lines %s are damaged; what they said is made again. The part is kept as %s", url, numbers, place
+            )
+            storage.write_bytes(place, blob)
+            whole = (line for line, pair in zip(lines, good, strict=True) if pair)
+            storage.write_bytes(url, b"".join(whole))
+
+    def _append(self, line: bytes) -> None:
+        if storage.is_local(self.folder):
+            if self._file is None:
+                self._file = self._open()
+            os.write(self._file, line)
+            return
+        self._waiting.append(line)
+        if len(self._waiting) >= PART_RECORDS or time.monotonic() - self._written >= PART_EVERY_S:
+            self.flush()
+
+    def _open(self) -> int:
+        """Return the descriptor of a new local part; not through a link, which somebody else may have put there."""
+        folder = storage.local_path(self.folder)
+        folder.mkdir(parents=True, exist_ok=True)
+        flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
+        return os.open(folder / self._next_name(), flags, 0o644)
+
+    def _write_part(self, blob: bytes) -> None:
+        storage.write_bytes(storage.join(self.folder, self._next_name()), blob)
+        self._written = time.monotonic()
+
+    def _next_name(self) -> str:
+        name = f"{self._number:06d}{SUFFIX}"
+        self._number += 1
+        self._parts.append(name)
+        return name
+
+
+def _line(name: str, text: str) -> bytes:
+    rest = f"{name} {text}".encode()
+    return b"%08x %s\n" % (zlib.crc32(rest), rest)
+
+
+def _parsed(line: bytes) -> tuple[str, str] | None:
+    """Return (name, JSON) of a line, None where it is damaged."""
+    crc, _, rest = line.rstrip(b"\n").partition(b" ")
+    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(rest):
+        return None
+    name, _, text = rest.decode().partition(" ")
+    return name, text
