@@ -350,7 +350,7 @@ def test_a_gpu_that_is_not_there_is_not_waited_for(folder, tmp_path):
 def test_lists_with_spans_and_secrets(folder, tmp_path):
     video_path = sorted((folder / "videos").glob("*.mp4"))[0]
     (tmp_path / "list.csv").write_text(f"path,start_s,end_s\n{video_path},0.1,0.4\n")
-    with pytest.raises(ConfigError, match="cut the spans"):
+    with pytest.raises(ConfigError, match="cut out the spans"):
         scenes(folder, tmp_path / "out", videos=str(tmp_path / "list.csv"), methods=None)
     report = scenes(folder, "memory://user:hunter2@there/out", methods=("warp",), ranges={"a": ("orbit", 5.0)})
     assert report.exit_code == 0
