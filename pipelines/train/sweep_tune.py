@@ -178,10 +178,10 @@ def _scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
             synch=True,  # all are compared at the same step
         )
     if sweep.scheduler == "asha":
-        asha = _remembering(schedulers.ASHAScheduler, sweep, tree)
+        asha = _remembering(schedulers.ASHAScheduler, sweep, space, tree)
         return asha(time_attr="step", max_t=num_steps, grace_period=grace, reduction_factor=sweep.reduction_factor)
     if sweep.scheduler == "median":
-        median = _remembering(schedulers.MedianStoppingRule, sweep, tree)
+        median = _remembering(schedulers.MedianStoppingRule, sweep, space, tree)
         # No time slices: a trial that is set aside for another has to load its model again.
         return median(time_attr="step", grace_period=grace, min_samples_required=3, min_time_slice=math.inf)
     return schedulers.FIFOScheduler()
@@ -193,7 +193,7 @@ def _inside(space: Space, point: dict[str, Any]) -> dict[str, Any]:
     return point | {key: min(max(point[key], low), high) for key, (low, high) in ranges.items()}
 
 
-def _remembering(base: Any, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
+def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
     """Return a scheduler class that knows after a restart what trials reported before: Ray Tune does not keep that."""
     last = int(tree["train"]["num_steps"])
 
@@ -205,7 +205,7 @@ def _remembering(base: Any, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
             super().on_trial_add(tune_controller, trial)
             until = (trial.last_result or {}).get("step", 0)
-            log = _folder(trial, sweep, tree) / "train" / "metrics.jsonl"
+            log = _folder(trial, sweep, space, tree) / "train" / "metrics.jsonl"
             before = [found for found in rungs(runlog.read(log), sweep, last) if found["step"] <= until]
             for found in before:
                 self.on_trial_result(tune_controller, trial, found)
@@ -221,8 +221,8 @@ def _remembering(base: Any, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     return Remembering
 
 
-def _folder(trial: Any, sweep: SweepConfig, tree: dict[str, Any]) -> Path:
-    point = Space.of(sweep.space).whole(trial.config.get("point", trial.config), tree)
+def _folder(trial: Any, sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Path:
+    point = space.whole(trial.config.get("point", trial.config), tree)
     return trial_folder(sweep, point, tree, trial.trial_id)
 
 
@@ -256,7 +256,8 @@ class Board(_callback()):  # type: ignore[misc]
 
     def __init__(self, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]):
         self.title, self.total, self.sweep, self.tree = title, total, sweep, tree
-        self.last = int(tree["train"]["num_steps"])
+        self.space, self.last = Space.of(sweep.space), int(tree["train"]["num_steps"])
+        self.folders: dict[str, Path] = {}
         self.display: Display | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
@@ -277,9 +278,11 @@ class Board(_callback()):  # type: ignore[misc]
 
     def rows(self, trials: Sequence[Any]) -> list[sweep_board.Row]:
         """Return a row a trial, in the order in which they were proposed."""
-        space, found = Space.of(self.sweep.space), []
+        found = []
         for number, trial in enumerate(trials, 1):
-            point = space.whole(trial.config.get("point", trial.config), self.tree)
-            log = _folder(trial, self.sweep, self.tree) / "train" / "metrics.jsonl"
+            if trial.trial_id not in self.folders:
+                self.folders[trial.trial_id] = _folder(trial, self.sweep, self.space, self.tree)
+            log = self.folders[trial.trial_id] / "train" / "metrics.jsonl"
+            point = self.space.whole(trial.config.get("point", trial.config), self.tree)
             found.append(sweep_board.row(number, trial.status, point, trial.last_result or {}, log, self.last))
         return found
