@@ -52,7 +52,7 @@ def _check(command: str) -> None:
             sections = importlib.import_module(JOBS[parsed.command]).SECTIONS
             config.load(ROOT / parsed.config, sections, parsed.overrides)
     else:
-        assert arguments[0] in (*cli.COMMANDS, "COMMAND"), command
+        assert arguments[0] in (*cli.COMMANDS, "COMMAND", "--version", "--help"), command
 
 
 @pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
