@@ -133,6 +133,12 @@ class Scene:
             depth = self.cast(*_pixel_rays(camera, 1), time_s)[0].reshape(height, width)
         return frame, depth.astype(np.float32)
 
+    def moving(self, camera: Camera, time_s: float) -> np.ndarray:
+        """Return bool [H, W], True where a pixel centre sees a body that moves in the world."""
+        _, index, _ = self.cast(*_pixel_rays(camera, 1), time_s)
+        moves = np.array([bool(np.any(body.sway)) or body.spin[0] != 0 for body in self.bodies])
+        return moves[index].reshape(camera.size)
+
     def _shade(self, index: np.ndarray, local: np.ndarray, time_s: float) -> np.ndarray:
         colours = np.empty((len(index), 3), dtype=np.float32)
         for number, body in enumerate(self.bodies):

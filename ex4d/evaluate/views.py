@@ -10,8 +10,8 @@ import numpy as np
 
 from ex4d import synthetic
 from ex4d.geometry import camera_path
-from ex4d.geometry.camera import Camera
-from ex4d.geometry.render import warp_video
+from ex4d.geometry.camera import Camera, relative_to
+from ex4d.geometry.render import persistent, warp_video
 from ex4d.reconstruct import Clip
 
 
@@ -52,21 +52,32 @@ def scene_clip(index: int, world: synthetic.SyntheticConfig, profile: str = "def
     """Return scene `index` of a procedural corpus from its source camera, with exact depth."""
     scene, cameras = synthetic.clip_scene(world, index)
     frames, z_depth = synthetic.render_clip(scene, cameras, world.fps, world.supersample)
-    return Clip(frames, world.fps, z_depth, cameras[0].K, profile, {"estimator": "exact"})
+    source_w2c = np.stack([relative_to(camera.w2c, cameras[0].w2c) for camera in cameras])
+    moves = np.stack([scene.moving(camera, t / world.fps) for t, camera in enumerate(cameras)])
+    facts = {"estimator": "exact"}
+    return Clip(frames, world.fps, z_depth, cameras[0].K, profile, facts, source_w2c=source_w2c, dynamic_mask=moves)
 
 
-def along(clip: Clip, path: Path) -> View:
+def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames: int = 0) -> View:
     """Return a clip along a path, without known truth.
 
-    The new camera keeps its pose relative to the source camera of the same frame, as the mesh of each frame does.
+    Args:
+        source_motion: "keep": the new camera keeps its pose beside the source camera of the same frame; others as in
+            `camera_path.with_source`. A source whose cameras are not known stands still.
+        persistent_frames: so many other frames fill holes with the static surfaces that they saw.
 
     Raises:
         ConfigError, ContractError: as `camera_path.build`.
     """
     count = len(clip.frames)
     w2c, K = camera_path.build(path.name, count, path.angle_deg, clip.radius, clip.K, path.options)
-    view_K = np.broadcast_to(K, (count, 3, 3))
+    view_K, source = np.broadcast_to(K, (count, 3, 3)), clip.source_w2c
+    w2c = camera_path.beside_source(w2c, source, source_motion, clip.fps)
     drawn = warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K, valid=clip.valid_mask)
+    if persistent_frames:
+        source = np.tile(np.eye(4), (count, 1, 1)) if source is None else source
+        seen_by = (clip.frames, clip.z_depth, clip.K, w2c @ source, source, persistent_frames, clip.dynamic_mask)
+        drawn = persistent.fill(*drawn, *seen_by, clip.profile, view_K=view_K, valid=clip.valid_mask)
     return View(clip, w2c, view_K, *drawn)
 
 

@@ -11,7 +11,7 @@ from scipy.spatial.transform import Rotation
 
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory, trajectory_files
-from ex4d.geometry.camera import invert
+from ex4d.geometry.camera import invert, relative_to
 
 SOURCE_MOTIONS = ("remove", "keep", "smooth")
 SMOOTH_S = 0.5  # standard deviation of the window that stabilises, seconds
@@ -171,6 +171,16 @@ def with_source(path: np.ndarray, source_w2c: np.ndarray, motion: str, fps: floa
     if motion == "remove":
         return path
     return path @ (source_w2c if motion == "keep" else stabilised(source_w2c, fps))
+
+
+def beside_source(path: np.ndarray, source_w2c: np.ndarray | None, motion: str, fps: float) -> np.ndarray:
+    """Return w2c [T, 4, 4] of the new cameras, each in the world of the source camera of its own frame.
+
+    Args: as for `with_source`; source_w2c None: the source stands still.
+    """
+    if source_w2c is None or motion == "keep":  # the path as it is, to the bit
+        return path
+    return relative_to(with_source(path, source_w2c, motion, fps), source_w2c)
 
 
 def stabilised(w2c: np.ndarray, fps: float) -> np.ndarray:

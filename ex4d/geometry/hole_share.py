@@ -23,7 +23,7 @@ def generation(scene: Scene, paths: Paths) -> np.ndarray:
     num_frames = len(scene.frames)
     shares = np.zeros((len(paths), num_frames), np.float32)
     for row, (name, angle_deg) in zip(shares, paths, strict=True):
-        w2c = trajectory.build(name, num_frames, angle_deg, scene.radius)
+        w2c = scene.path(trajectory.build(name, num_frames, angle_deg, scene.radius))
         row[1:] = 1 - kept_share(scene.views(range(1, num_frames), w2c, "novel_view", 0.0))
     return shares
 

@@ -3,13 +3,37 @@
 from __future__ import annotations
 
 from collections.abc import Iterable
+from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ex4d.geometry import tracks, trajectory
+from ex4d.geometry import camera_path, tracks, trajectory
+from ex4d.geometry.camera import Camera, relative_to
 from ex4d.geometry.mesh import DWMesh, build
+from ex4d.geometry.profiles import profile_of
+from ex4d.geometry.render import cpu, persistent
 from ex4d.geometry.visibility import novel_view, visibility
 
+
+@dataclass(frozen=True)
+class SourceMotion:
+    """How the camera that took a clip moves, and what the masks make of it, as generation does.
+
+    Attributes:
+        w2c: float64 [T, 4, 4] in the unit of the depth; None: it is not known, and taken to stand still.
+        motion: what becomes of it, a key of camera_path.SOURCE_MOTIONS. fps: of the clip, for "smooth".
+        persistent_frames: other frames whose static surfaces a mask keeps where the novel path sees them in theirs.
+        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
+    """
+
+    w2c: np.ndarray | None = None
+    motion: str = "keep"
+    fps: float = 24.0
+    persistent_frames: int = 0
+    dynamic_mask: np.ndarray | None = None
+
+
+STANDS = SourceMotion()
 SMALL_PX = 64  # what a path leaves open is searched on pictures of about this size
 
 
@@ -19,12 +43,22 @@ class Scene:
     valid: bool [T, H, W], True where depth is known; None: everywhere.
     """
 
-    def __init__(self, frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, valid: np.ndarray | None = None):
-        self.valid = valid
+    def __init__(
+        self,
+        frames: np.ndarray,
+        z_depth: np.ndarray,
+        K: np.ndarray,
+        valid: np.ndarray | None = None,
+        source: SourceMotion = STANDS,
+    ):
+        self.valid, self.source = valid, source
         self.frames, self.z_depth, self.K = frames, np.ascontiguousarray(z_depth, np.float32), np.asarray(K, np.float64)
         self.radius = trajectory.radius_of(self.z_depth[0])
         self._meshes: dict[int, DWMesh] = {}
         self._small: Scene | None = None
+        still = np.tile(np.eye(4), (len(frames), 1, 1)) if source.w2c is None else source.w2c
+        others = (source.persistent_frames, source.dynamic_mask, valid, profile_of("default"), "cpu")
+        self._world = persistent.World(frames, self.z_depth, self.K, still, *others)
         self._dense: tuple[np.ndarray, np.ndarray] | None = None
 
     def mesh(self, t: int) -> DWMesh:
@@ -50,17 +84,34 @@ class Scene:
             K[:2, 2] = (K[:2, 2] - step // 2 - 0.5) / step + 0.5
             K[[0, 1], [0, 1]] /= step
             valid = None if self.valid is None else self.valid[cut]
-            self._small = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K, valid)
+            moves = self.source.dynamic_mask
+            source = replace(self.source, dynamic_mask=None if moves is None else moves[cut])
+            self._small = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K, valid, source)
             self._small.radius = self.radius
         return self._small or self
 
+    def path(self, w2c: np.ndarray) -> np.ndarray:
+        """Return a path [T, 4, 4] of a camera beside one that stands still, beside the source camera of each frame."""
+        return camera_path.beside_source(w2c, self.source.w2c, self.source.motion, self.source.fps)
+
     def views(self, moments: Iterable[int], w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
         """Return `view` of each of these frames, bool [len(moments), H, W]; w2c [T, 4, 4] is of all frames."""
-        return np.stack([self.view(t, w2c[t], kind, tolerance) for t in moments])
+        return np.stack([self.view(t, w2c, kind, tolerance) for t in moments])
 
     def view(self, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
-        """Return bool [H, W]: what a mask of a kind keeps of frame t for a novel camera [4, 4]."""
+        """Return bool [H, W]: what a mask of a kind keeps of frame t for a novel path [T, 4, 4], as `path` gives it."""
         if kind == "novel_view":
-            return novel_view(self.mesh(t), w2c)
-        kept = visibility(self.z_depth[t], self.mesh(t), w2c, tolerance)
-        return kept if self.valid is None else kept & self.valid[t]
+            kept = novel_view(self.mesh(t), w2c[t])
+            return kept | self._world.fill(t, ~kept, w2c[t] @ self._world.source_w2c[t], self.K)[1]
+        kept = visibility(self.z_depth[t], self.mesh(t), w2c[t], tolerance)
+        return kept | self._seen_later(t, ~kept, w2c, tolerance)
+
+    def _seen_later(self, t: int, hidden: np.ndarray, w2c: np.ndarray, tolerance: float) -> np.ndarray:
+        """Return bool [H, W]: hidden static pixels of frame t that the path sees at the time of another frame."""
+        seen, moves, source = np.zeros_like(hidden), self.source.dynamic_mask, self._world.source_w2c
+        static = hidden if moves is None else hidden & ~moves[t]
+        for s in persistent.others(t, len(self.frames), self.source.persistent_frames):
+            drawn = cpu.render_depth(self.mesh(s), Camera(self.K, w2c[s], self.mesh(s).size))
+            there = relative_to(w2c[s] @ source[s], source[t])
+            seen |= static & visibility(self.z_depth[t], self.mesh(t), there, tolerance, drawn)
+        return seen

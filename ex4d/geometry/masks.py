@@ -22,7 +22,7 @@ from ex4d.config import checked, setting
 from ex4d.errors import BadSample
 from ex4d.geometry import hole_share, tracks, trajectory
 from ex4d.geometry.hole_share import Paths
-from ex4d.geometry.mask_scene import Scene
+from ex4d.geometry.mask_scene import STANDS, Scene, SourceMotion
 from ex4d.geometry.visibility import erode, erode_all, kept_share, novel_view, tracking, visibility
 
 __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tracking", "visibility"]
@@ -129,6 +129,7 @@ def draw(
     config: MaskConfig,
     seed: int,
     valid: np.ndarray | None = None,
+    source: SourceMotion = STANDS,
 ) -> MaskSet:
     """Return S masks of a clip; equal arguments give equal bits.
 
@@ -137,6 +138,7 @@ def draw(
         z_depth: float32 [T, H, W], finite and positive (`geometry.depth.to_z_depth`).
         K: float64 [3, 3] px.
         valid: bool [T, H, W], True where depth is known; None: everywhere. What is not is a hole of every mask.
+        source: how the source's camera moves, and whether its static surfaces persist.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive, flow_size.
@@ -145,7 +147,7 @@ def draw(
         raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
     count = config.num_masks
     rng = np.random.default_rng([seed, count])
-    scene = Scene(frames, z_depth, K, valid)
+    scene = Scene(frames, z_depth, K, valid, source)
     generated = hole_share.generation(scene.small(), config.generation)
     places = (rng.permutation(count) + rng.uniform(0, 1, count)) / count
     targets = hole_share.spread(places, *config.hole_share, generated.max(axis=1, initial=0.0))
@@ -230,7 +232,7 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
 
         def path(extent: float, name: str = name) -> np.ndarray:
             keywords = PATHS[name](extent, sign, config.max_angle_deg)
-            return trajectory.build(name, num_frames, radius=scene.radius, **keywords)
+            return scene.path(trajectory.build(name, num_frames, radius=scene.radius, **keywords))
 
         aim = target
         for correction in range(CORRECTIONS):

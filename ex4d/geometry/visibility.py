@@ -17,7 +17,9 @@ def novel_view(mesh: DWMesh, w2c: np.ndarray) -> np.ndarray:
     return cpu.render_visible(mesh, Camera(mesh.K, w2c, mesh.size))
 
 
-def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: float = 0.02) -> np.ndarray:
+def visibility(
+    z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: float = 0.02, drawn: np.ndarray | None = None
+) -> np.ndarray:
     """Return bool [H, W], in the source's pixels: whose surface a novel camera sees.
 
     A pixel is kept when it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
@@ -30,8 +32,10 @@ def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: fl
         mesh: the DW-Mesh of that frame.
         w2c: [4, 4] of the novel camera; world = the frame's own camera.
         tolerance: share of its depth that a point may lie behind the drawn surface.
+        drawn: float32 [H, W], what the novel camera has before it; None: the mesh.
     """
-    drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
+    if drawn is None:
+        drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
     depth = np.ascontiguousarray(z_depth, np.float32)
     # Torn is judged by the real depth, the border not pushed. Without the test of where faces turn, the pixels just
     # behind a limb pass for seen, being hardly deeper.

@@ -51,6 +51,11 @@ SCORES: dict[str, Score] = {
     "depth_holes": Score(
         "share of pixels for which a depth camera had no value", 0.0, 1.0, "max", stage="depth_quality"
     ),
+    "camera_depth_error": Score(
+        "median log ratio of the depth and of what the source's cameras triangulate, where these are found from motion",
+        *(0.0, None, "max"),
+        stage="depth",
+    ),
     "holes": Score("mean hole share of the clip's masks", 0.0, 1.0, "max", stage="mask_quality"),
     "generation_holes": Score(
         "mean hole share of the clip along masks.generation, which that of its masks should match",

@@ -15,6 +15,7 @@ from ex4d.errors import BadSample, ConfigError
 from ex4d.generate import GenerateConfig
 from ex4d.geometry import camera_path
 from ex4d.geometry.camera import fov_setting, intrinsics
+from ex4d.geometry.camera_path import SOURCE_MOTIONS
 from ex4d.geometry.profiles import PROFILES
 from ex4d.geometry.render import choose_backend
 from ex4d.models import backbone, fingerprints, provenance, weights
@@ -68,6 +69,17 @@ class EvaluateConfig:
     depth_path: str | None = setting(None, "Depth file, or weights of a network.")
     depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
     fov_deg: float | None = fov_setting()
+    cameras: str = setting(
+        "auto",
+        "Source's cameras; auto: the depth estimator's, if any; none; estimator; or parallax: found from motion.",
+    )
+    source_motion: str = setting(
+        "keep",
+        "Source's own motion, where its cameras are known; keep: the path rides on it; remove: fixed in the world; "
+        "smooth: on a stabilised one. As the masks of the training data.",
+        choices=SOURCE_MOTIONS,
+    )
+    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
     profile: str | None = setting(None, "Mesh profile; null: what the adapter was trained with.", choices=PROFILES)
     num_frames: int | None = setting(None, "Frames of a clip, 4k+1; null: what the adapter was trained at.", ge=1)
     size: tuple[int, int] | None = setting(None, "[height, width], px; null: what the adapter was trained at.")
@@ -152,6 +164,8 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         mask_range=metadata.mask_range,
         source_video=metadata.source_video,
         device="cuda" if config.num_gpus else "cpu",
+        source_motion=config.source_motion,
+        persistent_frames=config.persistent_frames,
     )
     rejects: list[dict[str, Any]] = []
     cases = _scenes(config) if scenes else list(_videos(config, rejects))
@@ -167,7 +181,7 @@ def _reconstruct_choices(
     config: EvaluateConfig, metadata: weights.AdapterMetadata, num_frames: int, size: tuple[int, int]
 ) -> dict[str, Any]:
     profile = config.profile or ("released" if metadata.mask_range == "released" else "default")
-    chosen = {name: getattr(config, name) for name in ("depth", "depth_path", "depth_fill_px", "fov_deg")}
+    chosen = {name: getattr(config, name) for name in ("depth", "depth_path", "depth_fill_px", "fov_deg", "cameras")}
     return chosen | {"size": tuple(size), "num_frames": num_frames, "seed": config.seed, "profile": profile}
 
 
@@ -196,6 +210,7 @@ def _known_by(config: EvaluateConfig, context: Evaluation) -> list[Any]:
     # Where idle weights are kept changes no result.
     how = to_dict(replace(context.sampler, offload=False, block_swap=0))
     known_by = [CODE, installed_versions(PACKAGES), context.model, how, config.seed, context.device, config.compared]
+    known_by += [config.source_motion, config.persistent_frames]
     known_by += [context.reconstruct, to_dict(context.world) if context.world else None, choose_backend("auto")]
     return [*known_by, _networks(config)]
 

@@ -47,6 +47,7 @@ class Evaluation:
         image_features, video_features: weights of networks; None for none.
         mask_range, source_video: as the adapter was trained.
         device: cuda or cpu.
+        source_motion, persistent_frames: as in `ex4d.evaluate.views.along`.
     """
 
     output: str
@@ -63,6 +64,8 @@ class Evaluation:
     mask_range: Any
     device: str
     source_video: bool = False
+    source_motion: str = "keep"
+    persistent_frames: int = 0
 
 
 @lru_cache(maxsize=1)
@@ -116,7 +119,8 @@ def view_of(row: Row, which: str, context: Evaluation) -> View:
     else:
         choices = tuple(sorted(context.reconstruct.items()))
         clip = _video(case["path"], tuple(case["content"]), context.device, choices)
-    return views.along(clip, views.Path(path["name"], path["angle_deg"], path["options"]))
+    how = (context.source_motion, context.persistent_frames)
+    return views.along(clip, views.Path(path["name"], path["angle_deg"], path["options"]), *how)
 
 
 def make_view(row: Row, context: Evaluation) -> dict[str, Any]:

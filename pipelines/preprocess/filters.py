@@ -50,6 +50,9 @@ class FilterConfig:
     max_depth_holes: float | None = setting(
         None, "Fraction of the clip without measured depth, after preprocess.depth_fill_px.", ge=0, le=1
     )
+    max_camera_depth_error: float | None = setting(
+        None, "Disagreement of depth and cameras that are found from motion, log.", ge=0
+    )
     min_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
     max_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
     max_warp_error: float | None = setting(

@@ -115,6 +115,21 @@ class PreprocessConfig:
         None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
     )
     fov_deg: float | None = fov_setting()
+    cameras: Literal["auto", "none", "estimator", "parallax"] = setting(
+        "auto",
+        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator: reject clips without; "
+        "parallax: found from motion.",
+    )
+    source_motion: Literal["remove", "keep", "smooth"] = setting(
+        "keep",
+        "Source's own motion in masks, where its cameras are known; keep: paths ride on it; remove: they are fixed in "
+        "the world, as `ex4d generate` has it; smooth: on a stabilised one.",
+    )
+    persistent_frames: int = setting(
+        0,
+        "Masks keep static surfaces that the path sees in so many other frames, as in generate.",
+        ge=0,
+    )
     profile: Literal["default", "released"] = setting(
         "default", "How meshes are built from depth; released: as for the published weights."
     )
@@ -219,6 +234,9 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
         "fps",
         "stride",
         "depth",
+        "cameras",
+        "source_motion",
+        "persistent_frames",
         "depth_fill_px",
         "fov_deg",
         "profile",

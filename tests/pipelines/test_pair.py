@@ -74,7 +74,7 @@ def test_frames_cameras_and_mask_are_those_of_the_scene(done, corpus):
         assert sample.provenance["pair"]["source_sha256"] == files[0]
         assert sample.provenance["pair"]["cameras_sha256"] == files[1:]
         assert 0 < sample.provenance["scores"]["warp_error"] < 0.03
-        assert set(sample.provenance["scores"]) == set(SCORES) - {"generation_holes"}
+        assert set(sample.provenance["scores"]) == set(SCORES) - {"generation_holes", "camera_depth_error"}
         assert sample.kind.tolist() == [KINDS.index("visibility")]
         for t in range(5):
             time_s = float((pts[first + t] - pts[0]) * time_base)

@@ -7,11 +7,13 @@ nearest in time comes first, and gives way only to a surface that lies clearly i
 
 from __future__ import annotations
 
+from dataclasses import dataclass, field
+
 import numpy as np
 
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import Camera, relative_to
-from ex4d.geometry.mesh import build
+from ex4d.geometry.mesh import DWMesh, build
 from ex4d.geometry.profiles import Profile, profile_of
 from ex4d.geometry.render import choose_backend, render
 
@@ -49,35 +51,59 @@ def fill(
     if num_others < 0:
         raise ConfigError("persistent_frames", num_others, "must be at least 0")
     count = len(frames)
-    chosen = choose_backend(backend)
     profile = profile_of(profile) if isinstance(profile, str) else profile
+    masks = (dynamic_mask, valid)
+    world = World(frames, z_depth, K, source_w2c, num_others, *masks, profile, choose_backend(backend))
     views = np.broadcast_to(K if view_K is None else view_K, (count, 3, 3))
-    hidden, z_known = _known(z_depth, dynamic_mask, valid)
-    shown, seen, meshes = cond_video.copy(), visible.copy(), {}
+    shown, seen = cond_video.copy(), visible.copy()
     for t in range(count):
-        holes = ~visible[t]
-        depth = np.full(holes.shape, np.inf, np.float32)
-        for s in others(t, count, num_others) if holes.any() else ():
-            if s not in meshes:
-                meshes[s] = build(frames[s], z_depth[s], K, profile, valid=None if hidden is None else ~hidden[s])
-            camera = Camera(views[t], relative_to(w2c[t], source_w2c[s]), (holes.shape[0], holes.shape[1]))
-            view = render(meshes[s], camera, chosen)
-            better = holes & view.visible_mask & (view.z_depth < IN_FRONT * depth)
-            better[better] = ~_seen_through(
-                view.z_depth, better, camera, relative_to(source_w2c[t], source_w2c[s]), K, z_known[t]
-            )
-            shown[t][better], seen[t][better], depth[better] = view.colour[better], True, view.z_depth[better]
+        colour, added = world.fill(t, ~visible[t], w2c[t], views[t])
+        shown[t][added], seen[t][added] = colour[added], True
     return shown, seen
 
 
-def _known(
-    z_depth: np.ndarray, dynamic_mask: np.ndarray | None, valid: np.ndarray | None
-) -> tuple[np.ndarray | None, np.ndarray]:
-    """Return (bool [T, H, W] of the surfaces that show nothing elsewhere, or None; z_depth, 0 where not known)."""
-    if valid is None:
-        return dynamic_mask, z_depth
-    hidden = ~valid if dynamic_mask is None else dynamic_mask | ~valid
-    return hidden, np.where(valid, z_depth, 0)  # where depth is not known, nothing is looked past
+@dataclass(frozen=True)
+class World:
+    """A clip whose static surfaces persist; the meshes of its frames are made once. Fields as in `fill`."""
+
+    frames: np.ndarray
+    z_depth: np.ndarray
+    K: np.ndarray
+    source_w2c: np.ndarray
+    num_others: int
+    dynamic_mask: np.ndarray | None
+    valid: np.ndarray | None
+    profile: Profile
+    backend: str
+    meshes: dict[int, DWMesh] = field(default_factory=dict)
+
+    def fill(self, t: int, holes: np.ndarray, w2c: np.ndarray, view_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """Return (colour uint8 [H, W, 3], added bool [H, W]): what other frames show in the holes of frame t's view.
+
+        Args:
+            holes: bool [H, W]. w2c: [4, 4] of the new camera, in the world of `source_w2c`. view_K: [3, 3] of it.
+        """
+        # Where depth is not known, nothing is looked past.
+        known = self.z_depth[t] if self.valid is None else np.where(self.valid[t], self.z_depth[t], 0)
+        depth = np.full(holes.shape, np.inf, np.float32)
+        colour, added = np.zeros((*holes.shape, 3), np.uint8), np.zeros_like(holes)
+        for s in others(t, len(self.frames), self.num_others) if holes.any() else ():
+            camera = Camera(view_K, relative_to(w2c, self.source_w2c[s]), (holes.shape[0], holes.shape[1]))
+            view = render(self.mesh(s), camera, self.backend)
+            better = holes & view.visible_mask & (view.z_depth < IN_FRONT * depth)
+            present = relative_to(self.source_w2c[t], self.source_w2c[s])
+            better[better] = ~_seen_through(view.z_depth, better, camera, present, self.K, known)
+            colour[better], added[better], depth[better] = view.colour[better], True, view.z_depth[better]
+        return colour, added
+
+    def mesh(self, s: int) -> DWMesh:
+        """Return the mesh of frame s, on which what moves shows nothing."""
+        if s not in self.meshes:
+            moves = np.zeros(self.z_depth[s].shape, bool) if self.dynamic_mask is None else self.dynamic_mask[s]
+            shows = ~moves if self.valid is None else self.valid[s] & ~moves
+            valid = None if shows.all() else shows
+            self.meshes[s] = build(self.frames[s], self.z_depth[s], self.K, self.profile, valid=valid)
+        return self.meshes[s]
 
 
 def _seen_through(

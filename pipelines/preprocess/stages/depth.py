@@ -17,7 +17,8 @@ if TYPE_CHECKING:
 def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance,
     `absolute`: whether the depth has a unit, that of its file or the metre, and `valid`: bool [T,H,W], True where depth
-    was measured, None: everywhere.
+    was measured, None: everywhere; `source_w2c` float64 [T,4,4] in the unit of the depth, and
+    `dynamic_mask` bool [T,H,W], None where they are not known.
 
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
@@ -41,6 +42,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         batch_size=config.depth_batch_size,
         fov_deg=config.fov_deg,
         fill_px=config.depth_fill_px,
+        cameras=config.cameras,
     )
     result = estimate(config.depth, frames, request)
     z_depth = z_depth_of(result, config.profile)
@@ -48,7 +50,9 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
     absolute = result.metric or result.kind == "z_depth"
-    return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute, "valid": result.valid_mask}
+    w2c = result.w2c if absolute else None  # else depth was mapped to another unit
+    told = {"source_w2c": w2c, "dynamic_mask": result.dynamic_mask, "valid": result.valid_mask}
+    return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute, **told}
 
 
 STAGE = Stage(
@@ -70,5 +74,5 @@ STAGE = Stage(
         ),
         *("frame_s", "source_frames", "source_s"),
     ),
-    writes=("z_depth", "K", "depth_facts", "absolute", "valid"),
+    writes=("z_depth", "K", "depth_facts", "absolute", "valid", "source_w2c", "dynamic_mask"),
 )

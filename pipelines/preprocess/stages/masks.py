@@ -15,8 +15,11 @@ def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     `generation_holes`: the mean hole share of the clip's warps along `masks.generation`, None where that is empty.
     """
     from ex4d.geometry import masks as simulated
+    from ex4d.geometry.mask_scene import SourceMotion
 
-    drawn = simulated.draw(row["frames"], row["z_depth"], row["K"], config.masks, row["seed"], row["valid"])
+    moved = (row["source_w2c"], config.source_motion, float(row["fps"]))
+    source = SourceMotion(*moved, config.persistent_frames, row["dynamic_mask"])
+    drawn = simulated.draw(row["frames"], row["z_depth"], row["K"], config.masks, row["seed"], row["valid"], source)
     return {
         "visible": drawn.visible,
         "kind": drawn.kind,
@@ -29,6 +32,6 @@ def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 STAGE = Stage(
     "masks",
     masks,
-    reads=("frames", "z_depth", "K", "valid", "seed"),
+    reads=("frames", "z_depth", "K", "valid", "seed", "source_w2c", "dynamic_mask", "fps"),
     writes=("visible", "kind", "hole_share", "w2c", "generation_holes"),
 )

@@ -20,6 +20,8 @@ def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
     valid = row["valid"]
     scores = geometry.measure(row["frames"], row["z_depth"])
+    if "camera_depth_error" in row["depth_facts"]:
+        scores["camera_depth_error"] = row["depth_facts"]["camera_depth_error"]
     scores["depth_holes"] = 0.0 if valid is None else float(1 - valid.mean(dtype="float64"))
     decide(scores, config.filters)
     return {"depth_scores": scores}
@@ -35,6 +37,8 @@ def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     return {"mask_scores": scores}
 
 
-DEPTH = Stage("depth_quality", check_depth, reads=("frames", "z_depth", "valid"), writes=("depth_scores",))
+DEPTH = Stage(
+    "depth_quality", check_depth, reads=("frames", "z_depth", "valid", "depth_facts"), writes=("depth_scores",)
+)
 MASKS = Stage("mask_quality", check_masks, reads=("hole_share", "generation_holes"), writes=("mask_scores",))
 PAIR = replace(MASKS, reads=(*MASKS.reads, "warp_error"))
