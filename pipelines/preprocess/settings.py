@@ -117,8 +117,8 @@ class PreprocessConfig:
     fov_deg: float | None = fov_setting()
     cameras: Literal["auto", "none", "estimator", "parallax"] = setting(
         "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator: reject clips without; "
-        "parallax: found from motion.",
+        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator: reject clips without "
+        "any; parallax: found from motion.",
     )
     source_motion: Literal["remove", "keep", "smooth"] = setting(
         "keep",
