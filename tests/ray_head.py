@@ -99,8 +99,15 @@ def head(address: str = "127.0.0.1", prefix: tuple[str, ...] = (), cpus: int = 2
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
-    with open(log, "ab") as file:
-        return subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+    """Start a node; Ray gives up where one takes more than 30 s, as it may on a busy machine, so it is tried again."""
+    for _ in range(3):
+        with open(log, "wb") as file:
+            process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
+        while process.poll() is None and "Ray runtime started" not in log.read_text(errors="replace"):
+            time.sleep(0.2)
+        if process.poll() is None:
+            return process
+    raise AssertionError(f"the node did not start: {log.read_text(errors='replace')[-2000:]}")
 
 
 def _await(url: str, prefix: tuple[str, ...]) -> None:
