@@ -25,7 +25,7 @@ from ex4d.models.backbone import ModelConfig
 from ex4d.redact import without_secrets
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import check_output, connected
-from pipelines.runtime.ledger import exclusive
+from pipelines.runtime.output import exclusive
 from pipelines.runtime.runner import RayConfig
 from pipelines.train import sweep_report
 from pipelines.train.sweep_config import SweepConfig

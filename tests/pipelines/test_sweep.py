@@ -12,7 +12,7 @@ import pytest
 
 from ex4d import config
 from ex4d.errors import ConfigError, ContractError
-from pipelines.runtime.ledger import exclusive
+from pipelines.runtime.output import exclusive
 from pipelines.train import sweep, sweep_board, sweep_report, sweep_trial
 from pipelines.train.sweep_space import Space, with_values
 
