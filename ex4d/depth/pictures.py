@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import os
 import struct
 from pathlib import Path
 
@@ -11,6 +12,8 @@ from ex4d import storage, text
 from ex4d.errors import BadSample
 
 MAX_SIDE_PX = 16384
+MAX_PIXELS = 2**30  # of a clip's maps together: 129 of 4K; 4 GiB as float32
+MAX_EXTRA_BYTES = 2**20  # of a PNG's text and colour profile
 HEADER_BYTES = 26  # signature, and IHDR up to its colour type
 
 
@@ -34,18 +37,29 @@ def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.nda
         )
     if index.max(initial=0) >= len(files):
         raise BadSample("depth_frames", f"{len(files)} PNG, the clip needs that of frame {index.max()}")
-    maps = [_picture(files[int(number)]) for number in index]
-    if len({one.shape for one in maps}) > 1:
+    chosen = [files[int(number)] for number in index]
+    sizes = {_size(file) for file in dict.fromkeys(chosen)}
+    if len(sizes) > 1:
         raise BadSample("depth_shape", f"the PNG of {Path(folder).name} have several sizes")
-    return np.stack(maps), "z_depth"
-
-
-def _picture(file: Path) -> np.ndarray:
-    """Return uint16 [H, W] of one PNG; what it is is read off its header before anything is decoded."""
-    import cv2
-
+    height, width = sizes.pop()
     try:
-        data = file.read_bytes()
+        check_pixels(len(chosen) * height * width)
+    except ValueError as error:
+        raise BadSample("depth_shape", f"{Path(folder).name}: {error}") from None
+    return np.stack([_picture(file, (height, width)) for file in chosen]), "z_depth"
+
+
+def check_pixels(count: int) -> None:
+    """Raise ValueError where the maps of a clip have more than MAX_PIXELS together; before they are read."""
+    if count > MAX_PIXELS:
+        raise ValueError(f"the maps of the clip have {count} pixels together, more than {MAX_PIXELS}")
+
+
+def _size(file: Path) -> tuple[int, int]:
+    """Return (height, width) of a 16-bit PNG by its header alone, and check that its bytes can be no more than it."""
+    try:
+        with storage.open_read(file) as opened:
+            data, num_bytes = opened.read(HEADER_BYTES), opened.seek(0, os.SEEK_END)
     except OSError as error:
         raise BadSample("unreadable", f"{file.name}: {error.strerror}") from error
     if len(data) < HEADER_BYTES or data[:8] != b"\x89PNG\r\n\x1a\n":
@@ -57,7 +71,16 @@ def _picture(file: Path) -> np.ndarray:
         raise BadSample(
             "depth_shape", f"{file.name} is no 16-bit grey PNG of millimetres, but of {bits} bits a channel"
         )
-    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
-    if image is None or image.dtype != np.uint16 or image.shape != (height, width):
+    if num_bytes > 4 * height * width + MAX_EXTRA_BYTES:
+        raise BadSample("depth_shape", f"{file.name} has {num_bytes} bytes for {width} × {height} px")
+    return height, width
+
+
+def _picture(file: Path, size: tuple[int, int]) -> np.ndarray:
+    """Return uint16 [H, W] of one PNG of a known size."""
+    import cv2
+
+    image = cv2.imdecode(np.frombuffer(file.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    if image is None or image.dtype != np.uint16 or image.shape != size:
         raise BadSample("depth_shape", f"{file.name} cannot be decoded")
     return image

@@ -225,6 +225,7 @@ def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]
             f"{dtype} {list(shape)}: {MAX_SIDE_PX} px a side are the most, and in columns {MAX_WHOLE_BYTES} bytes"
         )
     index = choose(shape[0])
+    pictures.check_pixels(len(index) * math.prod(shape[1:]))
     if by_columns:
         file.seek(0)
         return np.lib.format.read_array(file, allow_pickle=False)[index]
