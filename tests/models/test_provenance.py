@@ -2,12 +2,14 @@
 
 from __future__ import annotations
 
+import json
 import os
+import tracemalloc
 from dataclasses import replace
 
 import pytest
 
-from ex4d.errors import ConfigError
+from ex4d.errors import ConfigError, ContractError
 from ex4d.models import backbone, weights
 from ex4d.models.adapter import build_model
 from ex4d.models.provenance import base_of
@@ -82,3 +84,16 @@ def test_commands_refuse_before_any_work(write, changes, tmp_path, capsys, monke
     (tmp_path / "config.yaml").write_text(f"evaluate: {{adapter: {adapter}, output: {tmp_path / 'out'}}}\n")
     assert cli.main(["evaluate", str(tmp_path / "config.yaml")]) == 2
     assert "evaluate.base=None: must be set" in capsys.readouterr().err
+
+
+@pytest.mark.parametrize(("count", "axes"), [(1, 10**6), (50_001, 1)])
+def test_empty_tensors_of_many_axes_are_refused_by_the_header(tmp_path, count, axes):
+    """Each axis would become an object of the library; the files have two megabytes."""
+    header = {f"t{index}": {"dtype": "F32", "shape": [0] * axes, "data_offsets": [0, 0]} for index in range(count)}
+    data = json.dumps(header).encode()
+    (tmp_path / "adapter.safetensors").write_bytes(len(data).to_bytes(8, "little") + data)
+    tracemalloc.start()
+    with pytest.raises(ContractError, match="axes"):
+        weights.read_adapter(tmp_path)
+    assert tracemalloc.get_traced_memory()[1] < 100 << 20
+    tracemalloc.stop()
