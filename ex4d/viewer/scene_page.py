@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import base64
 import json
+from collections.abc import Sequence
 from pathlib import Path
 
 import cv2
@@ -63,8 +64,11 @@ def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
     disparity_max = max(float((1 / one.z_depth).max()) for one in meshes)
     reach = meshes[0].profile.curtain_reach
     still = np.broadcast_to(np.eye(4), view.w2c.shape)
+    centre, extent = bounds(meshes, view.w2c)
     return {
         "shape": [len(meshes), *size],
+        "centre": centre.tolist(),
+        "extent": extent,
         "fps": view.fps,
         "radius": view.choices["radius"],
         "farthest": max(one.boundary_depth for one in meshes),
@@ -77,6 +81,20 @@ def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
         "visible": view.visible.mean(axis=(1, 2)).tolist(),
         "frames": [[_png(geometry(one, disparity_max)), _jpeg(one.colours)] for one in meshes],
     }
+
+
+def bounds(meshes: Sequence[mesh.DWMesh], w2c: np.ndarray) -> tuple[np.ndarray, float]:
+    """Return (centre [3], radius) of a ball around scene and cameras, so that the page first shows all of it.
+
+    Of the surface, its border left out, the 5th to the 95th percentile counts: sky would make the rest too small.
+    """
+    step = max(1, len(meshes) // 5)
+    grids = [one.vertices[: one.z_depth.size].reshape(*one.size, 3) for one in meshes[::step]]
+    inner = np.concatenate([grid[1:-1:4, 1:-1:4].reshape(-1, 3) for grid in grids])
+    low, high = np.percentile(inner, [5, 95], axis=0)
+    eyes = np.linalg.inv(w2c)[:, :3, 3]
+    low, high = np.minimum(low, eyes.min(axis=0)), np.maximum(high, eyes.max(axis=0))
+    return (low + high) / 2, float(np.linalg.norm(high - low)) / 2
 
 
 def geometry(one: mesh.DWMesh, disparity_max: float) -> np.ndarray:

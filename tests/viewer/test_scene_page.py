@@ -46,6 +46,16 @@ def test_the_pictures_hold_depth_flags_and_colours(view):
         assert np.abs(picture(colours).astype(int) - view.frames[index]).mean() < 4  # JPEG
 
 
+def test_the_first_view_holds_the_scene_and_its_cameras(view):
+    scene = scene_page.scene(view)
+    centre, extent = np.array(scene["centre"]), scene["extent"]
+    points = mesh.build(view.frames[0], view.z_depth[0], view.K).vertices[: 64 * 96].reshape(64, 96, 3)[1:-1, 1:-1]
+    inside = np.linalg.norm(points - centre, axis=-1) <= extent
+    assert inside.mean() > 0.8
+    assert (np.linalg.norm(np.linalg.inv(view.w2c)[:, :3, 3] - centre, axis=-1) <= extent + 1e-9).all()
+    assert extent < 3 * np.linalg.norm(points.reshape(-1, 3).max(0) - points.reshape(-1, 3).min(0))
+
+
 def test_a_large_clip_is_made_smaller_with_its_cameras(view):
     scene = scene_page.scene(view, max_side_px=48)
     assert scene["shape"] == [3, 32, 48]

@@ -63,7 +63,7 @@ function inverse(m) { // of a rotation and a shift
   return [...r.map(row => [...row, -(row[0] * m[0][3] + row[1] * m[1][3] + row[2] * m[2][3])]), [0, 0, 0, 1]];
 }
 function projection(K, width, height) { // OpenCV's camera axes to clip space
-  const near = scene.radius / 200, far = 4 * scene.farthest, a = (far + near) / (far - near), b = -2 * far * near / (far - near);
+  const near = scene.radius / 200, far = 8 * scene.farthest, a = (far + near) / (far - near), b = -2 * far * near / (far - near);
   return [[2 * K[0] / width, 0, 2 * K[2] / width - 1, 0], [0, -2 * K[1] / height, 1 - 2 * K[3] / height, 0],
           [0, 0, a, b], [0, 0, 1, 0]];
 }
@@ -82,7 +82,7 @@ const textures = [0, 1].map(unit => {
     ["WRAP_S", gl.CLAMP_TO_EDGE], ["WRAP_T", gl.CLAMP_TO_EDGE]]) gl.texParameteri(gl.TEXTURE_2D, gl["TEXTURE_" + name], value);
   return texture;
 });
-const buffer = gl.createBuffer(), free = {yaw: -0.5, pitch: 0.25, distance: 3 * scene.radius};
+const buffer = gl.createBuffer(), free = {yaw: -0.5, pitch: 0.25, distance: 2.4 * scene.extent};
 let pictures = [], shown = -1, frame = 0, playing = true;
 
 function frustum(w2c, K, size) {
@@ -102,7 +102,7 @@ function draw() {
   const from = control("from").value;
   let view, K;
   if (from === "free") {
-    const target = [0, 0, scene.radius], d = free.distance, c = Math.cos(free.pitch);
+    const target = scene.centre, d = free.distance, c = Math.cos(free.pitch);
     view = lookAt([target[0] + d * c * Math.sin(free.yaw), target[1] - d * Math.sin(free.pitch), target[2] - d * c * Math.cos(free.yaw)], target);
     const focal = 1.5 * Math.min(width, height); K = [focal, focal, width / 2, height / 2];
   } else {
