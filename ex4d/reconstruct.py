@@ -174,7 +174,8 @@ def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()
     """
     frames, request, fps = _read(video_path, config.num_frames, config.size, config.fit)
     names = ("depth_path", "seed", "device", "fov_deg", "cameras")
-    request = replace(request, fill_px=config.depth_fill_px, **{name: getattr(config, name) for name in names})
+    chosen = {name: getattr(config, name) for name in names}
+    request = replace(request, fill_px=config.depth_fill_px, python=config.depth_python, **chosen)
     depth = auto.choose([request], config.depth_path)[0] if config.depth == AUTO else config.depth
     result = depth_estimators.estimate(depth, frames, request)
     profile = config.profile or "default"

@@ -31,6 +31,9 @@ class ReconstructConfig:
         "depth-anything-v2, parallax.",
         choices=CHOICES,
     )
+    depth_python: str | None = setting(
+        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
+    )
     depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
     depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
     trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")

@@ -32,6 +32,8 @@ def release() -> None:
         module = sys.modules.get(f"ex4d.depth.{name}")
         if module is not None:
             module._load.cache_clear()
+    if "ex4d.depth.foreign" in sys.modules:
+        sys.modules["ex4d.depth.foreign"].release()
     gc.collect()
     torch = sys.modules.get("torch")
     if torch is not None and torch.cuda.is_initialized():
@@ -85,6 +87,7 @@ class DepthRequest:
     batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
     fov_deg: field of view over the longer side, where it is known; None leaves it to the estimator.
     cameras: where the source's cameras come from: see `source_cameras`.
+    python: the interpreter of a foreign estimator's environment.
     fill_px: holes of measured depth that are no wider, in px of the frames, are filled.
     """
 
@@ -104,6 +107,7 @@ class DepthRequest:
     fov_deg: float | None = None
     cameras: str = "auto"
     fill_px: int = 0
+    python: str | None = None
 
 
 def _late(module: str, frames: np.ndarray, request: DepthRequest, **options: Any) -> Geometry:
@@ -118,8 +122,12 @@ ESTIMATORS: dict[str, Estimator] = {
     "depth-pro": partial(_late, "transformers", name="depth-pro"),
     "zoedepth": partial(_late, "transformers", name="zoedepth"),
     "depthcrafter": partial(_late, "depthcrafter"),
+    "da3": partial(_late, "foreign", name="da3"),
+    "video-depth-anything": partial(_late, "foreign", name="video-depth-anything"),
+    "own": partial(_late, "foreign", name="own"),
 }
-WITHOUT_WEIGHTS = ("sidecar", "parallax")
+FOREIGN = ("da3", "video-depth-anything", "own")  # in a Python environment of their own, `depth_python`
+WITHOUT_WEIGHTS = ("sidecar", "parallax", *FOREIGN)
 AUTO = "auto"  # a setting may say so in place of a key of ESTIMATORS: `depth.auto` chooses one
 CHOICES = (AUTO, *ESTIMATORS)
 

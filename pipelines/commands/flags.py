@@ -15,8 +15,17 @@ from ex4d.reconstruct_config import ReconstructConfig
 
 # The settings of ReconstructConfig that are flags of `reconstruct`, `generate` and `view`.
 PATH = (
-    *("depth", "depth_path", "depth_fill_px", "trajectory", "angle_deg", "trajectory_options", "cameras"),
-    *("source_poses", "source_scale", "source_motion", "first_frame", "persistent_frames"),
+    *(
+        "depth",
+        "depth_path",
+        "depth_python",
+        "depth_fill_px",
+        "trajectory",
+        "angle_deg",
+        "trajectory_options",
+        "cameras",
+    ),
+    *("cameras", "source_poses", "source_scale", "source_motion", "first_frame", "persistent_frames"),
     *("fov_deg", "profile", "backend", "seed"),
 )
 

@@ -10,7 +10,7 @@ from typing import Any
 
 from ex4d import hub, remote, storage, web
 from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
-from ex4d.depth import ESTIMATORS, DepthRequest, places, weight_folders
+from ex4d.depth import ESTIMATORS, FOREIGN, DepthRequest, places, weight_folders
 from ex4d.errors import BadSample, ConfigError
 from ex4d.generate import GenerateConfig
 from ex4d.geometry import camera_path
@@ -66,6 +66,9 @@ class EvaluateConfig:
         900_000, "Seed of the scenes; no training corpus may use it.", ge=0, group="Videos and scenes"
     )
     depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS)
+    depth_python: str | None = setting(
+        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
+    )
     depth_path: str | None = setting(None, "Depth file, or weights of a network.")
     depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
     fov_deg: float | None = fov_setting()
@@ -181,7 +184,10 @@ def _reconstruct_choices(
     config: EvaluateConfig, metadata: weights.AdapterMetadata, num_frames: int, size: tuple[int, int]
 ) -> dict[str, Any]:
     profile = config.profile or ("released" if metadata.mask_range == "released" else "default")
-    chosen = {name: getattr(config, name) for name in ("depth", "depth_path", "depth_fill_px", "fov_deg", "cameras")}
+    chosen = {
+        name: getattr(config, name)
+        for name in ("depth", "depth_path", "depth_python", "depth_fill_px", "fov_deg", "cameras")
+    }
     return chosen | {"size": tuple(size), "num_frames": num_frames, "seed": config.seed, "profile": profile}
 
 
@@ -307,5 +313,9 @@ def _networks(config: EvaluateConfig) -> list[str]:
 
     chosen = [(config.image_features, False), (config.video_features, True)]
     found = [hub.fingerprint([features.folder_of(given, kind)]) if given else "" for given, kind in chosen]
+    if config.videos is not None and config.depth in FOREIGN:
+        from ex4d.depth import foreign
+
+        return [*found, foreign.identity(config.depth, config.depth_path)]
     folders = weight_folders(config.depth, config.depth_path) if config.videos is not None else []
     return [*found, hub.fingerprint(folders) if folders else ""]

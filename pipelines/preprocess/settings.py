@@ -8,7 +8,7 @@ from functools import cache
 from typing import Any, Literal
 
 from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
-from ex4d.depth import AUTO, CHOICES
+from ex4d.depth import AUTO, CHOICES, FOREIGN
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
 from pipelines.preprocess.filters import FilterConfig
@@ -102,6 +102,9 @@ class PreprocessConfig:
     filters: FilterConfig = setting(FilterConfig(), "Thresholds on scores that decide which clips are kept.")
     captioner: CaptionerConfig | None = setting(None, "Network that describes clips without a caption; null: none.")
 
+    depth_python: str | None = setting(
+        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
+    )
     depth_path: str | None = setting(
         None,
         "Depth file or folder for sidecar; weights (hub-id[@revision] or folder) for a network.",
@@ -160,6 +163,8 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         need = checked(self, "preprocess")
+        alone = self.depth not in FOREIGN or self.depth_python is not None
+        need(alone, "depth_python", f"must be the Python of an environment that depth={self.depth} can run in")
         need(self.fps is None or self.stride == 1, "stride", "must be 1 where preprocess.fps is set")
         if "source" in self.members:
             alone = "must be [source]: samples of two cameras have no other extra members"
@@ -260,8 +265,12 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
 def _depth_weights(depth: str, depth_path: str | None) -> str:
     """Return what stands for the weights of an estimator by their content; a sidecar is known by the clip's facts."""
     from ex4d import hub
-    from ex4d.depth import weight_folders
+    from ex4d.depth import FOREIGN, weight_folders
 
+    if depth in FOREIGN:
+        from ex4d.depth import foreign
+
+        return foreign.identity(depth, depth_path)
     folders = weight_folders(depth, depth_path)
     return hub.fingerprint(folders) if folders else ""
 

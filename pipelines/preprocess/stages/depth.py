@@ -43,6 +43,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         fov_deg=config.fov_deg,
         fill_px=config.depth_fill_px,
         cameras=config.cameras,
+        python=config.depth_python,
     )
     result = estimate(config.depth, frames, request)
     z_depth = z_depth_of(result, config.profile)

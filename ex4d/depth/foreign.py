@@ -1,0 +1,228 @@
+"""Depth by a network in a Python environment of its own, since its pins contradict ours: a worker process over pipes.
+
+The worker (`foreign_worker`, whose docstring is the protocol) loads the network once and serves clip after clip. It is
+killed, and another started for the next clip, when it takes too long, dies, or answers what is no answer: each costs
+one clip. It ends with this process: the kernel closes its pipe.
+"""
+
+from __future__ import annotations
+
+import atexit
+import contextlib
+import json
+import math
+import os
+import select
+import signal
+import subprocess
+import threading
+import time
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+from ex4d import hub
+from ex4d.config import fingerprint
+from ex4d.depth import DepthRequest, Geometry
+from ex4d.errors import BadSample, ConfigError
+
+ADAPTERS = Path(__file__).with_name("adapters")
+OWN = "own"  # the estimator whose adapter is the user's own file
+START_S, CLIP_S = 600.0, 900.0  # weights from a slow disk; a long clip on a CPU
+MAX_BYTES = 8 * 2**30  # of an answer
+MAX_LINE = 2**16
+KINDS = ("z_depth", "disparity")
+# Keys and tokens of this process's environment do not reach the worker; what finds GPUs, libraries and caches does.
+ENVIRONMENT = (
+    *("HOME", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "CUDA_VISIBLE_DEVICES", "CUDA_HOME"),
+    *("HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "XDG_CACHE_HOME"),
+)
+
+
+class Failure(BadSample):
+    """No depth of a worker: depth_worker_timeout, depth_worker_died, depth_worker_answer or depth_worker_error."""
+
+
+def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
+    """Return what the adapter `name` says of the frames; arguments and errors as in `depth.estimate`.
+
+    Raises:
+        ConfigError: no Python environment is given, it or the adapter is not there, or the network does not load.
+        BadSample: the reasons of Failure.
+    """
+    python, adapter, weights = _paths(request, name)
+    options = {"weights": weights, "device": request.device, "batch_size": request.batch_size}
+    with _LOCK:
+        worker = _workers.get((python, adapter, json.dumps(options)))
+        if worker is None or worker.process.poll() is not None:
+            worker = _workers[(python, adapter, json.dumps(options))] = _Worker(python, adapter, options)
+        try:
+            message, arrays = worker.call({}, {"frames": frames}, CLIP_S)
+        except BaseException:
+            worker.kill()
+            raise
+        if "error" in message:  # the adapter's own: the worker lives on
+            raise Failure("depth_worker_error", str(message["error"]))
+    return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
+
+
+def identity(name: str, depth_path: str | None) -> str:
+    """Return what stands for an adapter and its weights by their content; a hub id stands for itself."""
+    adapter = Path(depth_path) if name == OWN and depth_path else _adapter(name)
+    if name == OWN and not adapter.is_file():
+        raise ConfigError("depth_path", depth_path, "with depth=own your adapter, a file NAME.py")
+    weights = depth_path or ""
+    if name != OWN and Path(weights).is_file():
+        weights = hub.file_sha256(Path(weights))
+    elif name != OWN and weights and Path(weights).is_dir():
+        weights = hub.fingerprint([Path(weights)])
+    return fingerprint(name, hub.file_sha256(adapter), "" if name == OWN else weights)
+
+
+def _adapter(name: str) -> Path:
+    return ADAPTERS / f"{name.replace('-', '_')}.py"
+
+
+def _paths(request: DepthRequest, name: str) -> tuple[str, str, str | None]:
+    python = request.python
+    if python is None or not os.access(python, os.X_OK):
+        raise ConfigError("depth_python", python, f"the python of an environment that depth={name} can run in")
+    if name != OWN:
+        return python, str(_adapter(name)), request.depth_path
+    if request.depth_path is None or not Path(request.depth_path).is_file():
+        raise ConfigError("depth_path", request.depth_path, "with depth=own your adapter, a file NAME.py")
+    return python, str(Path(request.depth_path).resolve()), None
+
+
+def _geometry(
+    message: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...], facts: dict[str, Any]
+) -> Geometry:
+    """Return the checked answer; `depth.check` looks at the numbers themselves."""
+    expected = {"values": shape, "confidence": shape, "K": (3, 3), "w2c": (shape[0], 4, 4)}
+    for key, array in arrays.items():
+        if key not in expected or array.shape != tuple(expected[key]):
+            raise Failure("depth_worker_answer", f"{key[:40]} is {list(array.shape)}, not {expected.get(key)}")
+    if "values" not in arrays or message.get("kind") not in KINDS:
+        raise Failure("depth_worker_answer", f"no values, or a kind that is none of {', '.join(KINDS)}")
+    K, w2c = (arrays[key].astype(np.float64) if key in arrays else None for key in ("K", "w2c"))
+    if w2c is not None:
+        from ex4d.geometry.camera import invert, nearest_rigid
+        from ex4d.geometry.pose_file import check_poses
+
+        try:
+            check_poses(w2c)
+        except ValueError as error:
+            raise Failure("depth_worker_answer", f"w2c: {error}") from None
+        w2c = nearest_rigid(w2c)
+        w2c = w2c @ invert(w2c[0])
+    confidence = arrays["confidence"].astype(np.float32) if "confidence" in arrays else None
+    values = arrays["values"].astype(np.float32)
+    return Geometry(values, message["kind"], K, bool(message.get("metric")), facts, w2c, confidence)
+
+
+class _Worker:
+    """One process of a foreign Python, with its network loaded."""
+
+    def __init__(self, python: str, adapter: str, options: dict[str, Any]):
+        kept = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
+        self.process = subprocess.Popen(
+            [python, "-I", str(Path(__file__).with_name("foreign_worker.py")), adapter],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            env=kept,
+            start_new_session=True,
+        )
+        try:
+            message, _ = self.call({"options": options}, {}, START_S)
+        except BadSample as error:
+            self.kill()
+            raise ConfigError("depth_python", python, f"its worker did not start: {error}") from None
+        if "error" in message:
+            self.kill()
+            raise ConfigError("depth_python", python, f"{Path(adapter).name} did not load: {message['error']}")
+
+    def call(
+        self, message: dict[str, Any], arrays: dict[str, np.ndarray], limit_s: float
+    ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        """Return the worker's answer to a message. Raises Failure; the worker is of no use then."""
+        deadline = time.monotonic() + limit_s
+        heads = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
+        line = json.dumps({**message, "arrays": heads}).encode() + b"\n"
+        parts = [line, *(np.ascontiguousarray(array).tobytes() for array in arrays.values())]
+        # Written beside reading: a worker that dies or answers early must not block us.
+        writer = threading.Thread(target=self._write, args=(parts,), daemon=True)
+        writer.start()
+        try:
+            return self._receive(deadline)
+        finally:
+            if self.process.poll() is not None:
+                writer.join(timeout=1)
+
+    def _write(self, parts: list[bytes]) -> None:
+        assert self.process.stdin is not None
+        try:
+            for part in parts:
+                self.process.stdin.write(part)
+            self.process.stdin.flush()
+        except (OSError, ValueError):  # it died; who reads finds out
+            return
+
+    def _receive(self, deadline: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+        try:
+            line = bytearray()
+            while not line.endswith(b"\n"):
+                if len(line) > MAX_LINE:
+                    raise ValueError("a line without an end")
+                line += self._read(1, deadline)
+            message = json.loads(line)
+            found, total = {}, 0
+            for name, kind, shape in message["arrays"]:
+                dtype = np.dtype(kind)
+                if dtype.kind not in "fiu" or not all(type(side) is int and side > 0 for side in shape):
+                    raise ValueError(f"an array of {kind} {shape}")
+                total += math.prod(shape) * dtype.itemsize
+                if total > MAX_BYTES:
+                    raise ValueError(f"an answer of {total} bytes")
+                found[str(name)] = np.frombuffer(self._read(math.prod(shape) * dtype.itemsize, deadline), dtype)
+                found[str(name)] = found[str(name)].reshape(shape)
+        except (ValueError, TypeError, KeyError, RecursionError) as error:
+            raise Failure("depth_worker_answer", f"the worker's answer cannot be read: {error}"[:300]) from None
+        return message, found
+
+    def _read(self, num_bytes: int, deadline: float) -> bytearray:
+        """Return exactly so many bytes of the answer."""
+        assert self.process.stdout is not None
+        pipe, data = self.process.stdout.fileno(), bytearray()
+        while len(data) < num_bytes:
+            left = deadline - time.monotonic()
+            if left <= 0 or not select.select([pipe], [], [], left)[0]:
+                raise Failure("depth_worker_timeout", "the worker took too long")
+            chunk = os.read(pipe, min(num_bytes - len(data), 1 << 20))
+            if not chunk:
+                status = self.process.wait()
+                how = f"signal {-status}" if status < 0 else f"exit code {status}"
+                raise Failure("depth_worker_died", f"the worker died of {how}")
+            data += chunk
+        return data
+
+    def kill(self) -> None:
+        """End the worker and whatever it started."""
+        with contextlib.suppress(ProcessLookupError):
+            os.killpg(self.process.pid, signal.SIGKILL)
+        self.process.wait()
+        for pipe in (self.process.stdin, self.process.stdout):
+            with contextlib.suppress(OSError):  # unwritten frames of a dead worker
+                if pipe is not None:
+                    pipe.close()
+
+
+_workers: dict[tuple[str, str, str], _Worker] = {}
+_LOCK = threading.Lock()
+
+
+@atexit.register
+def release() -> None:
+    """End all workers, and free the memory that their networks hold."""
+    while _workers:
+        _workers.popitem()[1].kill()

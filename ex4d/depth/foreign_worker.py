@@ -1,0 +1,82 @@
+"""The other side of `ex4d.depth.foreign`: runs under a foreign Python, with the standard library and numpy alone.
+
+    python foreign_worker.py ADAPTER.py
+
+ADAPTER.py has `load(options) -> model`, called once, and `estimate(model, frames) -> dict`, called for each clip with
+uint8 [T, H, W, 3]. The dict holds `values` [T, H, W] and `kind` ("z_depth" or "disparity"); it may hold `metric`
+(bool), `K` [3, 3], `w2c` [T, 4, 4] and `confidence` [T, H, W].
+
+A message is a line of JSON, {"arrays": [[name, dtype, shape], …], …}, and after it the bytes of the arrays in that
+order. Requests come on standard input; answers go to what was standard output, which is kept clear of prints.
+"""
+
+import importlib.util
+import json
+import os
+import sys
+import traceback
+
+import numpy as np
+
+ARRAYS = ("values", "K", "w2c", "confidence")
+MAX_ERROR = 4000  # characters
+
+
+def receive(stream):
+    """Return (the object, {name: array}) of the next message; None at the end."""
+    line = stream.readline()
+    if not line:
+        return None
+    message = json.loads(line)
+    arrays = {}
+    for name, dtype, shape in message["arrays"]:
+        count = int(np.prod(shape))
+        data = stream.read(count * np.dtype(dtype).itemsize)
+        arrays[name] = np.frombuffer(data, dtype).reshape(shape)
+    return message, arrays
+
+
+def send(stream, message, arrays):
+    """Write one message."""
+    parts = {name: np.ascontiguousarray(array) for name, array in arrays.items()}
+    message = dict(message, arrays=[[name, part.dtype.str, list(part.shape)] for name, part in parts.items()])
+    stream.write(json.dumps(message).encode() + b"\n")
+    for part in parts.values():
+        stream.write(part.tobytes())
+    stream.flush()
+
+
+def said(error):
+    """Return what an error says, for the caller; its trace goes to standard error."""
+    traceback.print_exc()
+    return f"{type(error).__name__}: {error}"[:MAX_ERROR]
+
+
+def main():
+    answers = os.fdopen(os.dup(1), "wb")
+    os.dup2(2, 1)  # what libraries print must not reach the answers
+    spec = importlib.util.spec_from_file_location("adapter", sys.argv[1])
+    adapter = importlib.util.module_from_spec(spec)
+    model = None
+    try:
+        options = receive(sys.stdin.buffer)[0]["options"]
+        spec.loader.exec_module(adapter)
+        model = adapter.load(options)
+        send(answers, {"ready": True}, {})
+    except Exception as error:  # noqa: BLE001 (it crosses to the caller, who decides)
+        send(answers, {"error": said(error)}, {})
+        return
+    while True:
+        request = receive(sys.stdin.buffer)
+        if request is None:
+            return
+        try:
+            result = adapter.estimate(model, request[1]["frames"])
+            arrays = {name: np.asarray(result[name]) for name in ARRAYS if result.get(name) is not None}
+            send(answers, {"kind": result["kind"], "metric": bool(result.get("metric", False))}, arrays)
+        except Exception as error:  # noqa: BLE001 (it crosses to the caller, who decides)
+            send(answers, {"error": said(error)}, {})
+
+
+if __name__ == "__main__":
+    main()
