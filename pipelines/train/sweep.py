@@ -25,7 +25,7 @@ from ex4d.models.backbone import ModelConfig
 from ex4d.redact import without_secrets
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import check_output, connected
-from pipelines.runtime.output import exclusive
+from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.runner import RayConfig
 from pipelines.train import sweep_report
 from pipelines.train.sweep_config import SweepConfig
@@ -39,6 +39,7 @@ def command(path: str, overrides: Sequence[str]) -> int:
     loaded = config.load(path, SECTIONS, overrides)
     sweep, train = loaded["sweep"], loaded["train"]
     check_output("sweep.output", sweep.output)
+    outside_datasets("sweep.output", sweep.output)
     tree = trial_tree(sweep, train, config.read_yaml(path), overrides)
     whole = config.to_plain({"sweep": config.to_dict(sweep), **tree})
     if without_secrets(whole) != whole:
