@@ -104,7 +104,8 @@ class Scene:
             kept = novel_view(self.mesh(t), w2c[t])
             return kept | self._world.fill(t, ~kept, w2c[t] @ self._world.source_w2c[t], self.K)[1]
         kept = visibility(self.z_depth[t], self.mesh(t), w2c[t], tolerance)
-        return kept | self._seen_later(t, ~kept, w2c, tolerance)
+        kept |= self._seen_later(t, ~kept, w2c, tolerance)
+        return kept if self.valid is None else kept & self.valid[t]
 
     def _seen_later(self, t: int, hidden: np.ndarray, w2c: np.ndarray, tolerance: float) -> np.ndarray:
         """Return bool [H, W]: hidden static pixels of frame t that the path sees at the time of another frame."""
