@@ -65,17 +65,47 @@ def list_contents(folder: str) -> list[str]:
     return [name for name in names if SHARD.fullmatch(name) or MORE.fullmatch(name)]
 
 
-def write_manifest(path: Path, rows: Iterable[Mapping[str, Any]], scores: Iterable[str]) -> int:
-    """Write manifest.parquet to a local path, a group of rows at a time, and return the number of rows.
+def table(rows: Iterable[Mapping[str, Any]], scores: Iterable[str]) -> pa.Table:
+    """Return rows of a manifest as an Arrow table.
 
     Args:
         rows: mappings of the columns above; their `scores` become a float64 column `score_NAME` each.
         scores: the names of all scores.
     """
-    names = sorted(scores)
-    schema = pa.schema([*_COLUMNS, *((f"score_{name}", pa.float64()) for name in names)])
+    names, schema = sorted(scores), schema_of(scores)
     flat = ({**row, **{f"score_{name}": row["scores"][name] for name in names}} for row in rows)
-    return write_table(path, flat, schema)
+    return pa.Table.from_pylist([{name: row[name] for name in schema.names} for row in flat], schema=schema)
+
+
+def schema_of(scores: Iterable[str]) -> pa.Schema:
+    """Return the schema of a manifest with these scores."""
+    return pa.schema([*_COLUMNS, *((f"score_{name}", pa.float64()) for name in sorted(scores))])
+
+
+def write_manifest(path: Path, tables: Iterable[pa.Table]) -> int:
+    """Write manifest.parquet to a local path, a group of rows at a time, and return the number of rows.
+
+    Args:
+        tables: of `table`, in the order of their rows; at least one, which may be empty.
+    """
+    rest = iter(tables)
+    waiting = next(rest)
+    count = 0
+    with _writer(path, waiting.schema) as writer:
+        for following in rest:
+            waiting = pa.concat_tables([waiting, following])
+            while len(waiting) >= ROWS_PER_GROUP:
+                writer.write_table(waiting.slice(0, ROWS_PER_GROUP).combine_chunks())
+                waiting, count = waiting.slice(ROWS_PER_GROUP), count + ROWS_PER_GROUP
+        while len(waiting):
+            writer.write_table(waiting.slice(0, ROWS_PER_GROUP).combine_chunks())
+            count, waiting = count + min(len(waiting), ROWS_PER_GROUP), waiting.slice(ROWS_PER_GROUP)
+    return count
+
+
+def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
+    # Every setting that reaches the bytes is stated: a default may move between versions of the library.
+    return pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6")
 
 
 def write_rejects(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
@@ -86,9 +116,8 @@ def write_rejects(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:
     """Write rows as Parquet to a local path, a group at a time; return their number. Equal rows give equal bytes."""
-    # Every setting that reaches the bytes is stated: a default may move between versions of the library.
     count, rest = 0, iter(rows)
-    with pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6") as writer:
+    with _writer(path, schema) as writer:
         while batch := [{name: row[name] for name in schema.names} for row in islice(rest, ROWS_PER_GROUP)]:
             writer.write_table(pa.Table.from_pylist(batch, schema=schema))
             count += len(batch)
@@ -143,7 +172,7 @@ def _unpacked(data: bytes, name: str, columns: list[str] | None) -> pa.Table:
 
 
 def read_manifest(folder: str, sha256: str | None = None) -> pa.Table:
-    """Return manifest.parquet, its columns as `write_manifest` makes them.
+    """Return manifest.parquet, its columns as `table` makes them.
 
     Args:
         sha256: as for `read_table`.

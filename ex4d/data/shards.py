@@ -1,7 +1,9 @@
 """Staged samples become a dataset folder: shards, index, manifest, rejects, and last dataset.json, the commit.
 
 Packing is concatenation in the order of the keys, so the same staged samples give the same bytes whatever the order
-in which they were made. A folder has a dataset.json only while everything that it names is in place.
+in which they were made and whoever builds which shard. Keys and sizes say which sample goes into which shard before
+any is read, so shards are built by many workers at once (`building`), and only those whose samples have changed.
+A folder has a dataset.json only while everything that it names is in place.
 """
 
 from __future__ import annotations
@@ -10,24 +12,36 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections import Counter, deque
+from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import chain
 from pathlib import Path
 from typing import Any
 
+import pyarrow as pa
+import pyarrow.compute as pc
+
 from ex4d import storage
-from ex4d.data import manifest
-from ex4d.data.members import decode_json, type_tree
-from ex4d.data.tar import END, entries, sample_tar
+from ex4d.data import building, manifest
+from ex4d.data.tar import END, sample_tar
 from ex4d.errors import ContractError
 
-__all__ = ["Staged", "pack", "sample_tar", "split_of"]
+__all__ = ["Build", "DamagedSamples", "Staged", "pack", "sample_tar", "split_of"]
 
 SHARD_SIZE_BYTES = 256 * 2**20
+# (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines.
+Build = Callable[[Iterable[Mapping[str, Any]], str, str, str | None], Iterator[dict[str, Any]]]
+
+
+class DamagedSamples(ContractError):
+    """Staged samples that are missing, or are not what was written; `keys` of them."""
+
+    def __init__(self, keys: Sequence[str]):
+        self.keys = sorted(keys)
+        super().__init__(f"{len(keys)} staged samples are missing or damaged: {', '.join(self.keys[:5])}")
 
 
 @dataclass(frozen=True)
@@ -38,11 +52,14 @@ class Staged:
         key: the sample's key.
         split: "train" or "val".
         url: a file holding exactly what `sample_tar` returned.
+        size, sha256: of that file, where they are known; they are compared then.
     """
 
     key: str
     split: str
     url: str
+    size: int | None = None
+    sha256: str = ""
 
 
 def split_of(source_group: str, val_fraction: float) -> str:
@@ -63,7 +80,8 @@ def pack(
     rejects: Iterable[Mapping[str, str]],
     shard_size_bytes: int = SHARD_SIZE_BYTES,
     write_more: Callable[[Path], Sequence[str]] | None = None,
-    record: str | None = None,
+    tables: str | None = None,
+    build: Build = building.here,
 ) -> dict[str, Any]:
     """Write a dataset folder and return the contents of its dataset.json.
 
@@ -77,118 +95,163 @@ def pack(
         shard_size_bytes: a shard is closed before it would grow over this; one sample alone may.
         write_more: writes further files of the dataset under the local folder that it is given and returns their names,
             of manifest.MORE; dataset.json seals them like the tables.
-        record: file that says of what the last pack was made: where that is the same, and nothing in the folder was
-            written since, no sample is read. Not with `write_more`. None: everything is compared.
+        tables: folder that keeps the manifest rows of each shard: a shard whose samples are the same, and which nobody
+            has written to since, is not built again, and where nothing at all has changed nothing is read. Not with
+            `write_more`. None: every shard is built and compared.
+        build: builds shards.
 
     Raises:
+        DamagedSamples: staged files are missing, or are not what was written.
         ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
             provenance, a source is in both splits, or the counts do not add up. Nothing is committed then.
     """
-    items = sorted(staged, key=lambda item: (item.split, item.key))
+    items = sorted(_with_sizes(staged), key=lambda item: (item.split, item.key))
     rejected = [dict(row) for row in rejects]
     counts = {**facts["counts"], **manifest.reject_counts(rejected), **_sample_counts(items)}
     _check_keys(items, rejected)
     if wrong := manifest.identities(counts):
         raise ContractError("the counts do not add up: " + "; ".join(wrong))
-    plan = _plan(items, facts, rejected, shard_size_bytes) if record else None
-    if record and plan and _is_packed(output, record, plan):
+    plans = list(_plans(items, shard_size_bytes))
+    whole = _digest([plan["digest"] for plan in plans], facts, sorted(rejected, key=json.dumps))
+    record = storage.join(tables, "packed.json") if tables else None
+    if record and all(plan["digest"] for plan in plans) and _is_packed(output, record, whole):
         return manifest.read_json(output, manifest.DATASET)
     with _work_folder(output) as work:
-        folder = _Folder(output, work)
-        shards: list[dict[str, Any]] = []
-        rows = _write_shards(items, folder, shards, shard_size_bytes)
-        first = next(rows, None)
-        scores = sorted(first["scores"]) if first else []
-        manifest.write_manifest(work / manifest.MANIFEST, _check_rows(first, rows), scores)
+        kept = tables or str(work / "tables")
+        found = _build_all(plans, output, kept, work, build if tables else building.here)
+        shards = [found[plan["name"]] for plan in plans]
+        _check_across(shards)
+        rows = (building.read_rows(kept, shard["url"]) for shard in shards)
+        manifest.write_manifest(work / manifest.MANIFEST, _checked(rows) if shards else [manifest.table([], [])])
         manifest.write_rejects(work / manifest.REJECTS, rejected)
-        manifest.write_index(work / manifest.INDEX, shards)
+        names = ("url", "nsamples", "filesize", "sha256")
+        manifest.write_index(work / manifest.INDEX, [{name: shard[name] for name in names} for shard in shards])
         more = [*write_more(work)] if write_more else []
         dataset = {
             **facts,
             "format": manifest.FORMAT,
             "format_version": manifest.FORMAT_VERSION,
             "counts": counts,
-            "members": [member["name"] for member in first["members"]] if first else [],
-            "sha256": {name: folder.put(name) for name in (*manifest.TABLES, *more)},
+            "members": shards[0]["members"] if shards else [],
+            "sha256": {name: building.place(work / name, output, name) for name in (*manifest.TABLES, *more)},
         }
-        folder.remove_stale({*(shard["url"] for shard in shards), *more})
+        _remove_stale(output, {*found, *more})
         (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        folder.put(manifest.DATASET)
-    if record and plan:
-        names = [*(shard["url"] for shard in shards), *manifest.TABLES, manifest.DATASET]
-        stamps = {name: _stamp(storage.join(output, name)) for name in names}
-        storage.write_bytes(record, json.dumps({"plan": plan, "stamps": stamps}).encode())
+        building.place(work / manifest.DATASET, output, manifest.DATASET)
+    if record and tables:
+        _remember(output, tables, record, whole, list(found))
     return dataset
 
 
-def _plan(
-    items: list[Staged], facts: Mapping[str, Any], rejected: list[dict[str, str]], shard_size_bytes: int
-) -> str | None:
-    """Return the hash of all that a dataset follows from, None where a staged file is not known without reading it.
+def _with_sizes(staged: Iterable[Staged]) -> list[Staged]:
+    """Return the samples with their sizes, asked for where they are not known; -1 of a file that is missing."""
+    items = list(staged)
+    unknown = [index for index, item in enumerate(items) if item.size is None]
 
-    A file on this machine is known by its size and time, one in a store by a fingerprint in its name.
+    def size(index: int) -> int:
+        try:
+            return storage.size(items[index].url)
+        except FileNotFoundError:
+            return -1
+
+    with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
+        for index, found in zip(unknown, pool.map(size, unknown), strict=True):
+            items[index] = Staged(items[index].key, items[index].split, items[index].url, found, items[index].sha256)
+    return items
+
+
+def _plans(items: Sequence[Staged], shard_size_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the plan of each shard, as `building.build` takes it; `digest`: of all that its bytes follow from."""
+    for split in manifest.SPLITS:
+        number = size = 0
+        group: list[Staged] = []
+        for item in chain((item for item in items if item.split == split), [None]):
+            if group and (item is None or size + (item.size or 0) + len(END) > shard_size_bytes):
+                yield _plan(manifest.shard_name(split, number), split, group)
+                number, size, group = number + 1, 0, []
+            if item is not None:
+                size += item.size or 0
+                group.append(item)
+
+
+def _plan(name: str, split: str, group: Sequence[Staged]) -> dict[str, Any]:
+    known = [item.sha256 or _known_as(item) for item in group]
+    digest = _digest(manifest.FORMAT_VERSION, name, [[item.key, mark] for item, mark in zip(group, known, strict=True)])
+    items = [[item.key, item.url, item.size, item.sha256] for item in group]
+    return {"name": name, "split": split, "items": items, "digest": digest if all(known) else ""}
+
+
+def _known_as(item: Staged) -> str:
+    """Return what a staged file is known by without reading it, "" for nothing: on this machine its time beside its
+    name, in a store a fingerprint in its name.
     """
-    names = []
-    for item in items:
-        name = item.url.rpartition("/")[2]
-        has_fingerprint = "." in name.removeprefix(f"{item.key}.")
-        stamp = _stamp(item.url) if storage.is_local(item.url) else ""
-        if not stamp and not has_fingerprint:
-            return None
-        names.append((item.key, item.split, name, stamp))
-    plan = (manifest.FORMAT_VERSION, names, facts, sorted(rejected, key=json.dumps), shard_size_bytes)
-    return hashlib.sha256(json.dumps(plan, sort_keys=True).encode()).hexdigest()
+    name = item.url.rpartition("/")[2]
+    if storage.is_local(item.url):
+        return f"{name} {building.stamp(item.url)}"
+    return name if "." in name.removeprefix(f"{item.key}.") else ""
 
 
-def _is_packed(output: str, record: str, plan: str) -> bool:
-    """Return True where the folder holds what a pack of that plan left, by the sizes, times or tags of its files."""
+def _digest(*parts: Any) -> str:
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def _build_all(
+    plans: Sequence[Mapping[str, Any]], output: str, tables: str, work: Path, build: Build
+) -> dict[str, dict[str, Any]]:
+    """Return {name: facts} of all shards, after building those that are not in place as their plan says."""
+
+    def in_place(plan: Mapping[str, Any]) -> dict[str, Any] | None:
+        facts = building.read_facts(tables, plan["name"]) if plan["digest"] else None
+        is_same = facts and facts["digest"] == plan["digest"] and facts["stamp"]
+        return facts if is_same and facts["stamp"] == building.stamp(storage.join(output, plan["name"])) else None
+
+    with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
+        known = dict(zip((plan["name"] for plan in plans), pool.map(in_place, plans), strict=True))
+    found = {name: facts for name, facts in known.items() if facts}
+    missing = [plan for plan in plans if not known[plan["name"]]]
+    damaged: list[str] = []
+    for facts in build(missing, output, tables, str(work) if storage.is_local(output) else None):
+        damaged += facts.get("damaged", [])
+        if "url" in facts:
+            found[facts["url"]] = facts
+    if damaged:
+        raise DamagedSamples(damaged)
+    return found
+
+
+def _is_packed(output: str, record: str, whole: str) -> bool:
+    """Return True where the folder holds what a pack of that digest left, by the sizes, times or tags of its files."""
     if not storage.exists(record):
         return False
     try:
         known = json.loads(storage.read_bytes(record))
-        stamps = known["stamps"] if known["plan"] == plan else {}
-        return bool(stamps) and all(
-            stamp and _stamp(storage.join(output, name)) == stamp for name, stamp in stamps.items()
-        )
+        stamps = known["stamps"] if known["plan"] == whole else {}
+        with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
+            now = pool.map(lambda name: building.stamp(storage.join(output, name)), stamps)
+            return bool(stamps) and all(was and was == now for was, now in zip(stamps.values(), now, strict=True))
     except (ValueError, KeyError, TypeError, AttributeError):
         return False  # damaged: everything is compared
 
 
-def _stamp(url: str) -> str:
-    """Return what changes whenever a file is written, "" where there is none or its store does not tell."""
-    if not storage.is_local(url):
-        return storage.tag(url)
-    path = storage.local_path(url)
-    if not path.is_file():
-        return ""
-    facts = path.stat()
-    return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+def _remember(output: str, tables: str, record: str, whole: str, names: Sequence[str]) -> None:
+    """Write down of what the dataset was packed; delete the rows of shards that are no longer part of it."""
+    files = [*names, *manifest.TABLES, manifest.DATASET]
+    with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
+        stamps = pool.map(lambda name: building.stamp(storage.join(output, name)), files)
+        known = {"plan": whole, "stamps": dict(zip(files, stamps, strict=True))}
+    storage.write_bytes(record, json.dumps(known).encode())
+    used = {building.table_url(tables, name) for name in names}
+    for name in storage.list_files(tables, (".parquet",)):
+        if storage.join(tables, name) not in used:
+            storage.remove(storage.join(tables, name))
 
 
-class _Folder:
-    """The dataset folder while it is written: takes finished files in, and is uncommitted before it first changes."""
-
-    def __init__(self, output: str, work: Path):
-        self.output, self.work = output, work
-
-    def put(self, name: str) -> str:
-        """Move the finished file `name` from the work folder to its place; return its sha256."""
-        source, target = self.work / name, storage.join(self.output, name)
-        digest = storage.sha256(source)
-        if not (storage.exists(target) and storage.sha256(target) == digest):
-            self._uncommit()
-            storage.move_file(source, target)
-        return digest
-
-    def remove_stale(self, names: set[str]) -> None:
-        """Delete the shards, and the files of manifest.MORE, of an earlier pack that are not among `names`."""
-        for url in manifest.list_contents(self.output):
-            if url not in names:
-                self._uncommit()
-                storage.remove(storage.join(self.output, url))
-
-    def _uncommit(self) -> None:
-        storage.remove(storage.join(self.output, manifest.DATASET))
+def _remove_stale(output: str, names: set[str]) -> None:
+    """Delete the shards, and the files of manifest.MORE, of an earlier pack that are not among `names`."""
+    for url in manifest.list_contents(output):
+        if url not in names:
+            storage.remove(storage.join(output, manifest.DATASET))
+            storage.remove(storage.join(output, url))
 
 
 @contextmanager
@@ -197,98 +260,40 @@ def _work_folder(output: str) -> Iterator[Path]:
     if storage.is_local(output):
         work = storage.local_path(output) / ".tmp-pack"
         shutil.rmtree(work, ignore_errors=True)  # left by a pack that was killed
+        work.mkdir(parents=True)
     else:
         work = Path(tempfile.mkdtemp(prefix="ex4d-pack-"))
     try:
-        (work / "shards").mkdir(parents=True, exist_ok=True)
         yield work
     finally:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _write_shards(
-    items: list[Staged], folder: _Folder, shards: list[dict[str, Any]], shard_size_bytes: int
-) -> Iterator[dict[str, Any]]:
-    """Yield a manifest row a sample while the shards are written; a finished shard is appended to `shards`."""
-    for split in manifest.SPLITS:
-        source = _read_ahead([item for item in items if item.split == split])
-        number, next_one = 0, next(source, None)
-        while next_one is not None:
-            name = manifest.shard_name(split, number)
-            size = count = 0
-            with open(folder.work / name, "wb") as file:
-                while next_one and (not count or size + len(next_one[1]) + len(END) <= shard_size_bytes):
-                    item, blob = next_one
-                    file.write(blob)
-                    yield _row(item, blob, name, size)
-                    size, count, next_one = size + len(blob), count + 1, next(source, None)
-                file.write(END)
-            digest = folder.put(name)
-            shards.append({"url": name, "nsamples": count, "filesize": size + len(END), "sha256": digest})
-            number += 1
+def _check_across(shards: Sequence[Mapping[str, Any]]) -> None:
+    """Raise ContractError where samples of two shards differ in members or in the types of their provenance."""
+    for shard in shards[1:]:
+        for what in ("members", "types"):
+            if shard[what] != shards[0][what]:
+                first = shards[0]
+                raise ContractError(f"{shard['url']}: {what} are {shard[what]}, unlike {first['url']}: {first[what]}")
 
 
-def _read_ahead(items: list[Staged], num_threads: int = 8) -> Iterator[tuple[Staged, bytes]]:
-    """Yield (item, its bytes) in order; an object store is asked for the next few meanwhile."""
-    with ThreadPoolExecutor(num_threads) as pool:
-        ahead: deque[tuple[Staged, Future[bytes]]] = deque()
-        for item in items:
-            ahead.append((item, pool.submit(storage.read_bytes, item.url)))
-            if len(ahead) > num_threads:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for item, future in ahead:
-            yield item, future.result()
-
-
-def _row(item: Staged, blob: bytes, shard: str, offset: int) -> dict[str, Any]:
-    members, contents = [], {}
-    for entry in entries(blob, item.key):
-        contents[entry.name] = content = blob[entry.offset : entry.offset + entry.length]
-        digest = hashlib.sha256(content).hexdigest()
-        members.append({"name": entry.name, "offset": offset + entry.offset, "length": entry.length, "sha256": digest})
-    if "json" not in contents:
-        raise ContractError(f"sample {item.key}: has no json member")
-    facts = decode_json(contents["json"], f"sample {item.key}, json")
-    missing = [name for name in (*manifest.PROVENANCE_COLUMNS, "scores") if name not in facts]
-    if missing or facts.get("key") != item.key:
-        raise ContractError(f"sample {item.key}: json lacks {missing} or holds another key ({facts.get('key')!r})")
-    return {
-        "key": item.key,
-        "split": item.split,
-        "shard": shard,
-        "offset": offset,
-        "length": len(blob),
-        "sha256": hashlib.sha256(blob).hexdigest(),
-        "members": members,
-        "scores": facts["scores"],
-        "types": type_tree(facts),
-        **{name: facts[name] for name in manifest.PROVENANCE_COLUMNS},
-    }
-
-
-def _check_rows(first: dict[str, Any] | None, rest: Iterator[dict[str, Any]]) -> Iterator[dict[str, Any]]:
-    """Yield all rows after checking that samples have equal members and types, and that no source is in both splits."""
-    if first is None:
-        return
-    names = [member["name"] for member in first["members"]]
-    split_by_source: dict[str, str] = {}
-    for row in chain([first], rest):
-        if [member["name"] for member in row["members"]] != names:
-            raise ContractError(f"sample {row['key']}: members differ from sample {first['key']}, which has {names}")
-        if row["types"] != first["types"]:
-            raise ContractError(
-                f"sample {row['key']}: json has keys or types {row['types']}, unlike {first['key']}: {first['types']}"
-            )
-        for source in (row["source_sha256"], row["source_group"]):
-            if split_by_source.setdefault(source, row["split"]) != row["split"]:
-                raise ContractError(f"sample {row['key']}: source {source} is in both train and val")
-        yield row
+def _checked(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
+    """Yield the tables after checking that no source is in both splits; the splits come one after the other."""
+    seen: dict[str, list[pa.Array]] = {split: [] for split in manifest.SPLITS}
+    for table in tables:
+        sources = pa.concat_arrays([pc.unique(table[name]) for name in ("source_sha256", "source_group")])
+        seen[table["split"][0].as_py()].append(sources)
+        yield table
+    train, val = (pc.unique(pa.concat_arrays(parts)) if parts else pa.array([], pa.string()) for parts in seen.values())
+    both = val.filter(pc.is_in(val, value_set=train))
+    if len(both):
+        raise ContractError(f"source {both[0].as_py()} is in both train and val")
 
 
 def _sample_counts(items: list[Staged]) -> dict[str, int]:
-    by_split = {split: sum(item.split == split for item in items) for split in manifest.SPLITS}
-    return {"samples": len(items), **{f"samples_{split}": count for split, count in by_split.items()}}
+    by_split = Counter(item.split for item in items)
+    return {"samples": len(items), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}}
 
 
 def _check_keys(items: list[Staged], rejected: list[dict[str, str]]) -> None:

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass, field
 from typing import TYPE_CHECKING, Any
 
@@ -11,14 +11,14 @@ from ex4d import storage
 from ex4d.config import fingerprint
 from ex4d.data import shards
 from ex4d.data.manifest import DATASET
-from ex4d.errors import BadSample, Filtered
+from ex4d.errors import BadSample, ContractError, Filtered
 from ex4d.quality import SCORES
 from ex4d.redact import without_secrets
 from pipelines import inputs
 from pipelines.preprocess import clips, duplicates, pairs, settings
 from pipelines.preprocess.filters import decide
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.preprocess.stages import pair
+from pipelines.preprocess.stages import commit, pair
 from pipelines.runtime.ledger import PACKED, Ledger
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.result import Result
@@ -216,7 +216,9 @@ class Job:
             self._note(row["key"], refusal)
             if refusal is None:
                 split = shards.split_of(row["source_group"], self.config.val_fraction)
-                self.staged.append(shards.Staged(row["key"], split, self.ledger.url(row["artifact"])))
+                record: Any = self.ledger.records.get(row["artifact"])
+                url = self.ledger.url(row["artifact"])
+                self.staged.append(shards.Staged(row["key"], split, url, record["size"], record["sha256"]))
             else:
                 self._reject("clip", row | {"refusal": refusal})
 
@@ -308,13 +310,34 @@ class Job:
             return
         facts = settings.facts(self.config, self.counts)
         size = self.config.shard_size_mb << 20
-        record = self.ledger.url(PACKED)
-        shards.pack(self.staged, self.config.output, facts, self.rejects, size, record=record)
+        tables = self.ledger.url(PACKED)
+        try:
+            shards.pack(self.staged, self.config.output, facts, self.rejects, size, tables=tables, build=self._build)
+        except shards.DamagedSamples as error:
+            for key in error.keys:
+                self.ledger.set_aside(
+                    next(item.url for item in self.staged if item.key == key).partition("/staging/")[2]
+                )
+            self.problems.append(f"{error}; they were set aside, and the same command makes them again")
+            return
         self.committed = True
         self.ledger.sweep()
         if self.config.keep_staging == "current":
             self.ledger.prune(self.used)
         self.problems += self.passes.problems()
+
+    def _build(
+        self, plans: Iterable[Mapping[str, Any]], output: str, tables: str, work: str | None
+    ) -> Iterator[dict[str, Any]]:
+        """Yield the facts of each shard; they are built by the workers. Raises ContractError."""
+        rows = [new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans]
+        stages = (commit.BUILD_SHARD,)
+        with self.passes.progress.watch("pack", stages, len(rows)) as count:
+            for row in self.passes.execute(stages, rows, self.config, ("built",)) if rows else ():
+                count(row, 0.0)
+                if row["refusal"] is not None:
+                    raise ContractError(f"{row['key']} could not be built: {row['refusal']['message']}")
+                yield row["built"]
 
     def finish(self) -> Result:
         """Return the Result, its counts complete."""

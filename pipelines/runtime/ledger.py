@@ -4,7 +4,7 @@
 |---|---|
 | `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
 | `records/NUMBER.records` | what else is known, many records to a file: see `records.py` |
-| `packed.json` | of what the dataset was packed last, so that a run with nothing to do reads no sample |
+| `packed/` | what each shard was built from, so that only changed ones are built |
 | `attempts.json` | rows in work, and how often work on them ended with the process |
 
 A record has a name, of which no other is ever made:
@@ -53,7 +53,7 @@ DAMAGED = "staging/damaged"
 RECORDS = "staging/records"
 MANY = 5000  # records from which a listing is split by first letters
 LETTERS = string.ascii_lowercase + string.digits  # that keys of samples begin with
-PACKED = "packed.json"  # in staging: of what the dataset was packed last
+PACKED = "packed"  # in staging: what the dataset was packed from
 
 
 class Ledger:

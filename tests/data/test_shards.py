@@ -14,8 +14,9 @@ import pytest
 from make_data import REJECTS, facts, make_sample, stage
 
 from ex4d import storage
+from ex4d.data import building
 from ex4d.data.sample import MEMBERS, encode
-from ex4d.data.shards import Staged, pack, split_of
+from ex4d.data.shards import DamagedSamples, Staged, pack, split_of
 from ex4d.data.tar import END, read_sample, sample_tar
 from ex4d.errors import ContractError
 
@@ -100,7 +101,7 @@ def test_a_killed_pack_leaves_no_commit_that_lies(staged16, tmp_path, monkeypatc
     pack(staged16, str(tmp_path / "old"), facts(16), REJECTS, shard_size_bytes=100_000)
     old, new, move = tree(tmp_path / "old"), tree(tmp_path / "new"), storage.move_file
     survived = 0
-    for allowed in range(20):
+    for allowed in range(40):
         folder, moves = tmp_path / f"killed{allowed}", iter(range(allowed))
         pack(staged16, str(folder), facts(16), REJECTS, shard_size_bytes=100_000)
 
@@ -175,7 +176,7 @@ def test_split_is_by_source_and_near_its_share():
 
 def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_path, monkeypatch):
     staged, output = stage(tmp_path / "staged", 8), str(tmp_path / "out")
-    record, read = str(tmp_path / "packed.json"), []
+    tables, read = str(tmp_path / "tables"), []
     plain = storage.read_bytes
 
     def watched(url, *where):
@@ -184,7 +185,7 @@ def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_pa
 
     def again(items=staged, rejects=REJECTS, size=100_000):
         read.clear()
-        dataset = pack(items, output, facts(8), rejects, size, record=record)
+        dataset = pack(items, output, facts(8), rejects, size, tables=tables)
         return dataset, sum(name.startswith(str(tmp_path / "staged")) for name in read)
 
     monkeypatch.setattr(storage, "read_bytes", watched)
@@ -194,15 +195,77 @@ def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_pa
     assert again() == (first, 0)
     assert again(list(reversed(staged)))[1] == 0
     shard = tmp_path / "out" / "shards" / "train-000000.tar"
+    inside = pq.read_table(tmp_path / "out" / "manifest.parquet")["shard"].to_pylist().count("shards/train-000000.tar")
+    assert 0 < inside < 8
     for damage in (lambda: shard.unlink(), lambda: shard.write_bytes(bytes(shard.stat().st_size))):
         damage()
-        assert again() == (first, 8)
+        assert again() == (first, inside)
         assert tree(output) == whole
         assert again()[1] == 0
     os.utime(staged[0].url)  # written anew, perhaps with other bytes
-    assert again()[1] == 8
-    assert again(size=50_000)[1] == 8
-    (tmp_path / "packed.json").write_text("[]")
-    assert again()[1] == 8
-    (tmp_path / "out" / "dataset.json").unlink()
-    assert again()[1] == 8
+    assert 0 < again()[1] < 8
+    assert again(size=50_000)[1] >= inside
+    assert again()[1] >= inside
+    for name in ("tables/packed.json", "tables/train-000000.parquet", "out/dataset.json", "out/manifest.parquet"):
+        (tmp_path / name).write_text("[]")
+        (tmp_path / "tables/packed.json").write_text("[]")
+        assert again()[1] == (inside if "train" in name else 0)
+        assert tree(output) == whole
+
+
+def known(staged):
+    """The same samples with what a ledger knows of them."""
+    return [
+        dataclasses.replace(item, size=os.path.getsize(item.url), sha256=storage.sha256(item.url)) for item in staged
+    ]
+
+
+def test_one_sample_more_builds_only_the_shards_that_it_changes(tmp_path, dataset16, staged16):
+    built, tables = [], str(tmp_path / "tables")
+
+    def build(plans, *where):
+        plans = list(plans)
+        built.append([plan["name"] for plan in plans])
+        return building.here(reversed(plans), *where)  # in any order
+
+    items = sorted(known(staged16), key=lambda item: (item.split, item.key))
+    last = next(item for item in reversed(items) if item.split == "val")  # its source has another clip in the dataset
+    few = [item for item in items if item is not last]
+    for some, count in ((few, 15), (items, 16), (items, 16)):
+        pack(some, str(tmp_path / "out"), facts(count), REJECTS, 100_000, tables=tables, build=build)
+    assert len(built) == 2  # the third had nothing to do
+    assert len(built[0]) > len(built[1]) == 1
+    assert tree(tmp_path / "out") == tree(dataset16)
+
+
+def test_a_pack_that_died_between_two_shards_goes_on_with_the_second(tmp_path, dataset16, staged16):
+    built = []
+
+    def build(plans, *where):
+        for plan in plans:
+            if len(built) == 2:
+                raise KeyboardInterrupt
+            built.append(plan["name"])
+            yield building.build(plan, *where)
+
+    choices = (known(staged16), str(tmp_path / "out"), facts(16), REJECTS, 100_000)
+    with pytest.raises(KeyboardInterrupt):
+        pack(*choices, tables=str(tmp_path / "tables"), build=build)
+    assert not (tmp_path / "out" / "dataset.json").exists()
+    first = built.copy()
+    built[:] = ["begun anew"] * 3
+    pack(*choices, tables=str(tmp_path / "tables"), build=build)
+    assert not set(first) & set(built)
+    assert tree(tmp_path / "out") == tree(dataset16)
+
+
+def test_samples_that_are_not_what_was_written_are_named(tmp_path):
+    items = known(stage(tmp_path / "staged", 8))
+    os.unlink(items[2].url)
+    with open(items[5].url, "r+b") as file:
+        file.seek(700)
+        file.write(b"?")
+    with pytest.raises(DamagedSamples) as caught:
+        pack(items, str(tmp_path / "out"), facts(8), REJECTS, 100_000)
+    assert caught.value.keys == sorted([items[2].key, items[5].key])
+    assert not (tmp_path / "out" / "dataset.json").exists()

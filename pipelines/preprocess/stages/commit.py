@@ -87,6 +87,13 @@ def _unicode(value: Any) -> Any:
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
+def build_shard(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return the facts of a shard, after building it. Raises ContractError."""
+    from ex4d.data import building
+
+    return {"built": building.build(row["plan"], row["output"], row["tables"], row["work"])}
+
+
 RECORD_VIDEO = Stage(
     "record_video",
     record_video,
@@ -122,3 +129,4 @@ STAGE_SAMPLE = Stage(
 )
 RECORD_PAIR = replace(RECORD_VIDEO, reads=(*RECORD_VIDEO.reads, "other"))
 STAGE_PAIR = replace(STAGE_SAMPLE, reads=(*STAGE_SAMPLE.reads, "other_frames", "pair_facts"))
+BUILD_SHARD = Stage("build_shard", build_shard, reads=("plan", "output", "tables", "work"), writes=("built",))

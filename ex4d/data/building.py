@@ -1,0 +1,188 @@
+"""One shard out of its staged samples: what a worker does, while the driver of the pack waits for the facts of each.
+
+What a shard will hold follows from its plan alone, so any worker can build any shard, and one that was built from the
+same samples before is known by the plan's digest.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import shutil
+import tempfile
+from collections import deque
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+import pyarrow as pa
+import pyarrow.parquet as pq
+
+from ex4d import storage
+from ex4d.data import manifest
+from ex4d.data.members import decode_json, type_tree
+from ex4d.data.tar import END, entries
+from ex4d.errors import ContractError
+
+NUM_READERS = 8
+FACTS = b"ex4d"  # of a shard, in the metadata of its table
+
+
+def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -> dict[str, Any]:
+    """Return the facts of a shard, after putting it into its place and its manifest rows beside the others.
+
+    Args:
+        plan: `name`, `split`, `digest`, and `items`: [key, url, bytes, sha256 or ""] of each sample, in order.
+        output: the dataset folder. tables: folder of the rows; see `read_facts` and `read_rows`.
+        work: folder for unfinished files on the disk of a local output; None: one of this machine.
+
+    Returns:
+        `url`, `nsamples`, `filesize`, `sha256`, `digest`, `stamp`, `members` and `types` that all samples share; or
+        `damaged` alone: keys of staged files that are missing, or are not what was written.
+
+    Raises:
+        ContractError: a staged file is not a sample, or samples differ in members or in the types of their provenance.
+    """
+    with _work_folder(work) as folder:
+        path, rows = folder / plan["name"].rpartition("/")[2], []
+        damaged, position = [], 0
+        with open(path, "wb") as file:
+            for (key, _, _, sha256), blob in _read_ahead(plan["items"]):
+                if blob is None or (sha256 and hashlib.sha256(blob).hexdigest() != sha256):
+                    damaged.append(key)
+                    continue
+                file.write(blob)
+                rows.append(_row(key, plan["split"], blob, plan["name"], position))
+                _check_alike(rows[0], rows[-1])
+                position += len(blob)
+            file.write(END)
+        if damaged:
+            return {"damaged": damaged}
+        facts = {"url": plan["name"], "nsamples": len(rows), "filesize": path.stat().st_size}
+        facts |= {"sha256": place(path, output, plan["name"]), "digest": plan["digest"]}
+        facts |= {"stamp": stamp(storage.join(output, plan["name"])), "types": rows[0]["types"]}
+        facts |= {"members": [member["name"] for member in rows[0]["members"]]}
+        text = json.dumps(facts)
+        table = manifest.table(rows, rows[0]["scores"]).replace_schema_metadata({FACTS: text})
+        pq.write_table(table, folder / "rows", compression="zstd")
+        storage.move_file(folder / "rows", table_url(tables, plan["name"]))
+    return json.loads(text)  # as `read_facts` will give them
+
+
+def table_url(tables: str, name: str) -> str:
+    """Return where the manifest rows of a shard lie."""
+    return storage.join(tables, name.rpartition("/")[2].removesuffix(".tar") + ".parquet")
+
+
+def read_facts(tables: str, name: str) -> dict[str, Any] | None:
+    """Return the facts of a shard as they were when its rows were written; None where they are missing or damaged."""
+    try:
+        with storage.open_read(table_url(tables, name)) as file:
+            return json.loads(pq.read_schema(file).metadata[FACTS])
+    except (OSError, pa.ArrowException, KeyError, ValueError, TypeError):
+        return None
+
+
+def read_rows(tables: str, name: str) -> pa.Table:
+    """Return the manifest rows of a shard. Raises OSError, ArrowException."""
+    with storage.open_read(table_url(tables, name)) as file:
+        table = pq.read_table(file).replace_schema_metadata(None)
+    # Parquet calls the elements of lists by another name.
+    return table.cast(manifest.schema_of(name[6:] for name in table.column_names if name.startswith("score_")))
+
+
+def place(source: Path, output: str, name: str) -> str:
+    """Move a finished local file to its place in the dataset folder; return its sha256.
+
+    Where the folder holds another one, it is uncommitted first.
+    """
+    target = storage.join(output, name)
+    digest = storage.sha256(source)
+    if not (storage.exists(target) and storage.sha256(target) == digest):
+        storage.remove(storage.join(output, manifest.DATASET))
+        storage.move_file(source, target)
+    return digest
+
+
+def stamp(url: str) -> str:
+    """Return what changes whenever a file is written, "" where there is none or its store does not tell."""
+    if not storage.is_local(url):
+        return storage.tag(url)
+    path = storage.local_path(url)
+    if not path.is_file():
+        return ""
+    facts = path.stat()
+    return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
+
+
+@contextmanager
+def _work_folder(work: str | None) -> Iterator[Path]:
+    folder = Path(tempfile.mkdtemp(prefix="shard-" if work else "ex4d-shard-", dir=work))
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+
+
+def _read_ahead(items: Sequence[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], bytes | None]]:
+    """Yield (item, its bytes; None where it is missing) in order; the next few are read meanwhile."""
+
+    def read(item: Sequence[Any]) -> bytes | None:
+        try:
+            return storage.read_bytes(item[1])
+        except FileNotFoundError:
+            return None
+
+    with ThreadPoolExecutor(NUM_READERS) as pool:
+        ahead: deque[tuple[Sequence[Any], Future[bytes | None]]] = deque()
+        for item in items:
+            ahead.append((item, pool.submit(read, item)))
+            if len(ahead) > NUM_READERS:
+                first, future = ahead.popleft()
+                yield first, future.result()
+        for item, future in ahead:
+            yield item, future.result()
+
+
+def _row(key: str, split: str, blob: bytes, shard: str, offset: int) -> dict[str, Any]:
+    members, contents = [], {}
+    for entry in entries(blob, key):
+        contents[entry.name] = content = blob[entry.offset : entry.offset + entry.length]
+        digest = hashlib.sha256(content).hexdigest()
+        members.append({"name": entry.name, "offset": offset + entry.offset, "length": entry.length, "sha256": digest})
+    if "json" not in contents:
+        raise ContractError(f"sample {key}: has no json member")
+    facts = decode_json(contents["json"], f"sample {key}, json")
+    missing = [name for name in (*manifest.PROVENANCE_COLUMNS, "scores") if name not in facts]
+    if missing or facts.get("key") != key:
+        raise ContractError(f"sample {key}: json lacks {missing} or holds another key ({facts.get('key')!r})")
+    return {
+        "key": key,
+        "split": split,
+        "shard": shard,
+        "offset": offset,
+        "length": len(blob),
+        "sha256": hashlib.sha256(blob).hexdigest(),
+        "members": members,
+        "scores": facts["scores"],
+        "types": type_tree(facts),
+        **{name: facts[name] for name in manifest.PROVENANCE_COLUMNS},
+    }
+
+
+def _check_alike(first: Mapping[str, Any], row: Mapping[str, Any]) -> None:
+    """Raise ContractError where two samples differ in members or in the types of their provenance."""
+    names, others = ([member["name"] for member in one["members"]] for one in (row, first))
+    if names != others:
+        raise ContractError(f"sample {row['key']}: members differ from sample {first['key']}, which has {others}")
+    if row["types"] != first["types"]:
+        raise ContractError(
+            f"sample {row['key']}: json has keys or types {row['types']}, unlike {first['key']}: {first['types']}"
+        )
+
+
+def here(plans: Iterable[Mapping[str, Any]], output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
+    """Yield the facts of each shard, built in this process, one after another."""
+    return (build(plan, output, tables, work) for plan in plans)
