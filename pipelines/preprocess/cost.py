@@ -236,7 +236,10 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
         num_videos=num_videos,
         sample_videos=len(sample),
         video_h=num_videos * statistics.fmean(one.video_s for one in sample) / 3600,
-        stage_s={name: mean([one.worker_s.get(name, 0.0) for one in sample]) for name in sample[0].worker_s},
+        stage_s={
+            name: mean([one.worker_s.get(name, 0.0) for one in sample])
+            for name in {name: 0 for one in sample for name in one.worker_s}
+        },
         cpu_s=cpu_s,
         gpu_s=gpu_s,
         samples=round(num_videos * statistics.fmean(one.samples for one in sample)),
