@@ -7,6 +7,8 @@
 | `nerfstudio` | transforms.json (of Blender's NeRF scenes too) or the viewer's camera_path.json | OpenGL c2w | px |
 | `ex4d` | npz: `extrinsics` float32 [T, 4, 4], `intrinsics` [3, 3] | **OpenGL** w2c (x right, y up, z back) | px |
 | `llff` | npy: poses_bounds [T, 17] | c2w (x down, y right, z back) | px |
+| `da3`, `vggt` | npz of Depth Anything 3 (`extrinsics`), of VGGT (`extrinsic`): [T, 3, 4] | OpenCV w2c | none |
+| `pi3`, `vipe` | npz of Pi3X (`camera_poses`), ViPE (`pose/NAME.npz`: `data`, `inds`): [T, 4, 4] | OpenCV c2w | none |
 | `w2c`, `c2w` | npy [T, 4, 4] or [T, 3, 4]; npz with that key; text of 12 or 16 columns | OpenCV | none |
 """
 
@@ -214,6 +216,36 @@ def read_w2c(path: str | Path) -> PoseFile:
 
 def read_c2w(path: str | Path) -> PoseFile:
     return PoseFile(world_to_camera(_matrices(path, "c2w")))
+
+
+def read_da3(path: str | Path) -> PoseFile:
+    return PoseFile(_named(path, "extrinsics"))
+
+
+def read_vggt(path: str | Path) -> PoseFile:
+    return PoseFile(_named(path, "extrinsic"))
+
+
+def read_pi3(path: str | Path) -> PoseFile:
+    return PoseFile(world_to_camera(_named(path, "camera_poses")))
+
+
+def _named(path: str | Path, key: str) -> np.ndarray:
+    """Return the poses [T, 4, 4] under one key of an npz."""
+    arrays = _arrays(path)
+    if key not in arrays or arrays[key].ndim != 3 or arrays[key].shape[1:] not in ((3, 4), (4, 4)):
+        raise ValueError(f"has no {key} [T, 3, 4], but {', '.join(sorted(arrays)) or 'nothing'}")
+    return squared(arrays[key].astype(np.float64))
+
+
+def read_vipe(path: str | Path) -> PoseFile:
+    """Read `pose/NAME.npz`, whose frames are numbered by `inds`."""
+    arrays = _arrays(path)
+    if "data" not in arrays or "inds" not in arrays or arrays["inds"].shape != arrays["data"].shape[:1]:
+        raise ValueError("has no data and inds of the same length")
+    if (np.diff(arrays["inds"].astype(np.int64)) != 1).any():
+        raise ValueError("inds has a gap: every frame needs a pose")
+    return PoseFile(world_to_camera(arrays["data"].astype(np.float64)))
 
 
 def _matrices(path: str | Path, key: str) -> np.ndarray:

@@ -44,6 +44,10 @@ READERS: dict[str, Callable[[str | Path, str], PoseFile]] = {
     "nerfstudio": lambda path, camera: pose_trees.read_nerfstudio(path),
     "ex4d": lambda path, camera: pose_trees.read_ex4d(path),
     "llff": lambda path, camera: pose_trees.read_llff(path),
+    "da3": lambda path, camera: pose_trees.read_da3(path),
+    "vggt": lambda path, camera: pose_trees.read_vggt(path),
+    "pi3": lambda path, camera: pose_trees.read_pi3(path),
+    "vipe": lambda path, camera: pose_trees.read_vipe(path),
     "w2c": lambda path, camera: pose_trees.read_w2c(path),
     "c2w": lambda path, camera: pose_trees.read_c2w(path),
 }
@@ -187,6 +191,14 @@ def _guess_json(path: str | Path) -> str:
 
 def _guess_arrays(path: str | Path) -> str:
     keys, shape = pose_trees.contents(path)
+    of_networks = {
+        "da3": {"extrinsics", "depth"},
+        "vggt": {"extrinsic"},
+        "pi3": {"camera_poses"},
+        "vipe": {"data", "inds"},
+    }
+    if network := next((name for name, arrays in of_networks.items() if arrays <= keys), None):
+        return network
     if "extrinsics" in keys:
         return "ex4d"
     if "cam_c2w" in keys:  # MegaSaM's, in OpenCV axes

@@ -320,3 +320,21 @@ def test_lengths_of_another_unit_are_refused_unless_the_scale_is_said(tmp_path):
     still = np.tile(np.eye(4), (5, 1, 1))
     write(tmp_path / "still.txt", PoseFile(still), "tum")
     camera_path.build(str(tmp_path / "still.txt"), 5, 0, 2000.0, K)
+
+
+@pytest.mark.parametrize("network", ["da3", "vggt", "pi3", "vipe"])
+def test_poses_of_networks_that_estimate_cameras(tmp_path, network: str):
+    from scipy.spatial.transform import Rotation
+
+    w2c = np.tile(np.eye(4), (5, 1, 1))
+    w2c[:, :3, :3] = Rotation.from_euler("yx", [[3 * t, t] for t in range(5)], degrees=True).as_matrix()
+    w2c[:, :3, 3] = [[t, 0.1 * t * t, -t] for t in range(5)]
+    c2w, depth = np.linalg.inv(w2c), np.ones((5, 4, 4), np.float32)
+    arrays = {
+        "da3": {"depth": depth, "extrinsics": w2c[:, :3], "intrinsics": np.tile(np.eye(3), (5, 1, 1))},
+        "vggt": {"depth": depth[..., None], "extrinsic": w2c[:, :3], "intrinsic": np.tile(np.eye(3), (5, 1, 1))},
+        "pi3": {"camera_poses": c2w, "local_points": np.ones((5, 4, 4, 3), np.float32)},
+        "vipe": {"data": c2w, "inds": np.arange(5)},
+    }
+    np.savez(tmp_path / "poses.npz", **arrays[network])
+    np.testing.assert_allclose(read(tmp_path / "poses.npz").w2c, w2c, atol=1e-6)
