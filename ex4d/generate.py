@@ -163,7 +163,10 @@ def load(
         offload=config.offload,
     )
     shape = backbone.ModelConfig(
-        lora_rank=metadata.lora_rank, lora_alpha=metadata.lora_alpha, adapter_hidden=metadata.adapter_hidden
+        lora_rank=metadata.lora_rank,
+        lora_alpha=metadata.lora_alpha,
+        adapter_hidden=metadata.adapter_hidden,
+        residual_fp32=metadata.residual_fp32,
     )
     model = build_model(loaded.transformer, shape)
     weights.load_adapter(adapter_path, model, allow_other_base=base not in (None, metadata.base))

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from ex4d.errors import ConfigError
 from ex4d.models import lora
-from ex4d.models.blocks import Recompute
+from ex4d.models.blocks import Recompute, keep_residual_float32
 
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
@@ -184,6 +184,8 @@ def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dMod
             raise ConfigError(f"model.{key}", getattr(config, key), "must be at least 1")
     if not 0 < config.lora_alpha < math.inf:
         raise ConfigError("model.lora_alpha", config.lora_alpha, "must be finite and greater than 0")
+    if config.residual_fp32:  # before the hook that adds the geometry, which is float32 too
+        keep_residual_float32(transformer)
     scale = (config.lora_rank, config.lora_alpha)
     lora.add_lora(transformer, *scale, seed, config.lora_dropout, config.lora_rslora)
     shape = transformer.config

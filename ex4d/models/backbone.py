@@ -60,6 +60,9 @@ class ModelConfig:
         None, "Store the frozen blocks as int8, fp8 (1 byte a weight) or nf4 (half a byte); null: as dtype."
     )
     vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Data type of the VAE.")
+    residual_fp32: bool = setting(
+        False, "Keep the sum of the blocks' outputs in float32 over a bfloat16 base, as the published weights expect."
+    )
     source_video: bool = setting(False, "Give the source video to the model as a second condition (beyond the paper).")
 
     def __post_init__(self) -> None:

@@ -104,6 +104,24 @@ def _tensors(values: Any) -> list[Tensor]:
     return [values] if isinstance(values, Tensor) else []
 
 
+def keep_residual_float32(transformer: Any) -> None:
+    """Keep the residual stream in float32 from the patch embedding on, in place; each layer still works in its dtype.
+
+    What a block adds is then rounded once and not the sum with it, as the released network does under autocast. Costs
+    twice the memory of the inputs that recomputing blocks keep; nothing changes for a float32 base.
+    """
+    dtype = transformer.patch_embedding.weight.dtype
+
+    def narrow(module: nn.Module, args: tuple[Any, ...]) -> tuple[Any, ...]:
+        return (args[0].to(dtype), *args[1:])
+
+    transformer.patch_embedding.register_forward_hook(lambda module, args, output: output.float())
+    for block in transformer.blocks:
+        for layer in (block.attn1, block.attn2, block.ffn):
+            layer.register_forward_pre_hook(narrow)
+    transformer.proj_out.register_forward_pre_hook(narrow)
+
+
 def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks' forward pass once for all of them, in place; the first pass then takes a minute or so.
 

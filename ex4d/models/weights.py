@@ -2,71 +2,27 @@
 
 from __future__ import annotations
 
-import json
-import math
 import pickle
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, fields
 from pathlib import Path
-from typing import Any, Literal
 
 import torch
 from torch import Tensor
 
-from ex4d import config, storage
+from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import formats, lora, lora_dialects
+from ex4d.models import adapter_header, formats, lora, lora_dialects
 from ex4d.models.adapter import Ex4dModel
+from ex4d.models.adapter_header import AdapterMetadata
 from ex4d.models.encoders import base_fingerprint
 
-DEFAULT_SHIFT = 5.0  # of the release
 FILE_NAME = "adapter.safetensors"
-FORMAT_VERSION = 1
-_HEADER = "ex4d"
-MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # of a file that may be a stranger's
 RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
 # What torch's reader of pickles raises on bytes that are none, or that hold more than tensors.
 _UNPICKLABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
     *(LookupError, AttributeError, TypeError, OverflowError, MemoryError),
 )
-CONVENTIONS = (
-    "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
-    "VAE(mask); residual added to the patch embedding; LoRA scaled by alpha / rank; timestep = 1000 sigma"
-)
-
-
-@dataclass(frozen=True)
-class AdapterMetadata:
-    """What an adapter file says of itself, in the header of its safetensors.
-
-    Args:
-        base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
-        base_fingerprint: of `encoders.base_fingerprint`; None where it is not known (the released file).
-        lora_rank, lora_alpha, adapter_hidden, mask_range, source_video: as in ModelConfig.
-        shift: of the noise schedule that it was trained with, and is sampled with unless another is asked for.
-        num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
-        dataset_fingerprint: tree hash of the dataset; None where it is not known.
-        step: training step it was taken from.
-        conventions: for people.
-        format_version: of this layout.
-    """
-
-    base: str
-    base_revision: str | None
-    base_fingerprint: str | None
-    lora_rank: int
-    lora_alpha: float
-    adapter_hidden: int
-    mask_range: Literal["unit", "released"] = "unit"
-    source_video: bool = False
-    shift: float = DEFAULT_SHIFT
-    num_frames: int = 49
-    size: tuple[int, int] = (512, 512)
-    dataset_fingerprint: str | None = None
-    step: int = 0
-    conventions: str = CONVENTIONS
-    format_version: int = FORMAT_VERSION
 
 
 def adapter_state(model: Ex4dModel) -> dict[str, Tensor]:
@@ -83,8 +39,7 @@ def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], me
     from safetensors.torch import save
 
     state = adapter_state(model) if isinstance(model, Ex4dModel) else dict(model)
-    # One entry only: the order of several in a safetensors header is not fixed.
-    data = save(state, metadata={_HEADER: json.dumps(asdict(metadata), sort_keys=True)})
+    data = save(state, metadata=adapter_header.write(metadata))
     path = Path(folder) / FILE_NAME
     storage.write_bytes(path, data)
     return path
@@ -93,7 +48,7 @@ def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], me
 def read_metadata(path: str | Path) -> AdapterMetadata:
     """Return what an adapter says of itself without reading its tensors; `path` as in `read_adapter`."""
     file = adapter_file(path)
-    return read_adapter(file)[1] if is_released(file) else _header_of(file)
+    return read_adapter(file)[1] if is_released(file) else adapter_header.read(file)
 
 
 def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
@@ -112,31 +67,9 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
         return _from_released(tensors, file), _released_metadata(tensors)
     from safetensors.torch import load_file
 
-    check_header(file)
-    metadata = _header_of(file)
+    adapter_header.check(file)
+    metadata = adapter_header.read(file)
     return load_file(file), metadata
-
-
-def check_header(file: Path) -> None:
-    """Raise ContractError unless a safetensors file's header is small and its tensors are of few dimensions.
-
-    Tensors without numbers may have a million dimensions each, for which the library makes gigabytes of objects.
-    """
-    with storage.open_read(file) as opened:
-        length = int.from_bytes(opened.read(8), "little")
-        if not 2 <= length <= MAX_HEADER_BYTES:
-            reason = _what_it_is(file) or f"its header has {length} bytes, 2 to {MAX_HEADER_BYTES} are allowed"
-            raise ContractError(f"{file}: {reason}")
-        try:
-            header = json.loads(opened.read(length))
-            shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
-            fits = all(len(shape) <= MAX_DIMENSIONS and 0 not in shape for shape in shapes)
-        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-            raise ContractError(f"{file}: its header is damaged ({type(error).__name__})") from error
-    if not fits or len(shapes) > MAX_TENSORS:
-        raise ContractError(
-            f"{file}: more than {MAX_TENSORS} tensors, an empty one, or one of over {MAX_DIMENSIONS} axes"
-        )
 
 
 def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = False) -> AdapterMetadata:
@@ -247,25 +180,16 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
     from safetensors.torch import load_file
 
     try:
-        check_header(Path(path))
+        adapter_header.check(Path(path))
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
-        raise ContractError(f"{path} is no safetensors file: {_what_it_is(Path(path)) or error}") from error
+        raise ContractError(
+            f"{path} is no safetensors file: {adapter_header.what_it_is(Path(path)) or error}"
+        ) from error
     try:
         return lora_dialects.read(tensors)
     except ContractError as error:
         raise ContractError(f"{path}: {error}") from None
-
-
-def _what_it_is(file: Path) -> str:
-    """Return what a file is that was downloaded in place of another, "" where that is not known."""
-    with open(file, "rb") as opened:
-        head = opened.read(200).lstrip().lower()
-    if head.startswith((b"<!doctype html", b"<html")):
-        return "it is a web page, a failed download"
-    if head.startswith(b"version https://git-lfs"):
-        return "it is a Git LFS pointer; fetch the real file (git lfs pull)"
-    return "" if head else "it is empty"
 
 
 def adapter_file(path: str | Path) -> Path:
@@ -312,51 +236,5 @@ def _released_metadata(tensors: Mapping[str, Tensor]) -> AdapterMetadata:
         lora_alpha=float(rank),  # generate.py of the release: lora_rank=16, lora_alpha=16.0
         adapter_hidden=tensors["latent_encoder.0.weight"].shape[0],
         mask_range="released",
+        residual_fp32=True,
     )
-
-
-def _header_of(file: Path) -> AdapterMetadata:
-    from safetensors import SafetensorError, safe_open
-
-    try:
-        with safe_open(file, framework="pt") as opened:
-            header: Any = json.loads((opened.metadata() or {}).get(_HEADER, "null"))
-            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it cannot be iterated itself)
-    except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ContractError(f"{file} is no safetensors file: {_what_it_is(file) or error}") from error
-    if header is None:
-        raise ContractError(f"{file} {_of_another_program(shapes)}")
-    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
-        version = header.get("format_version") if isinstance(header, dict) else None
-        raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
-    header.setdefault("shift", DEFAULT_SHIFT)  # adapters from before 2026-11-23 do not say it
-    names = {field.name for field in fields(AdapterMetadata)}
-    if set(header) != names:
-        raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
-    try:
-        metadata = config.validate(AdapterMetadata, header, "adapter")
-    except ConfigError as error:
-        raise ContractError(f"{file}: its header says {error}") from error
-    _check_header(metadata, shapes, file)
-    return metadata
-
-
-def _of_another_program(names: Mapping[str, Any]) -> str:
-    if any("lora" in name or name.endswith(".alpha") for name in names):
-        advice = "`ex4d export ADAPTER --from THIS_FILE --style ex4d` puts it into an adapter"
-        return f"is a LoRA of another program, whole as it may be, and no adapter with geometry: {advice}"
-    return f"holds no adapter of this project, but {len(names)} tensors such as {sorted(names)[:2]}"
-
-
-def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], file: Path) -> None:
-    """Raise ContractError unless the header's sizes can be, and are those of the tensors: a model is built by them."""
-    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A" in name and shape}
-    hidden = next(iter(shapes.get("geometry_adapter.latent_encoder.0.weight", [])), 0)
-    if ranks != {metadata.lora_rank} or hidden != metadata.adapter_hidden:
-        raise ContractError(
-            f"{file}: its header says rank {metadata.lora_rank} and {metadata.adapter_hidden} channels, "
-            f"its tensors have {sorted(ranks)} and {hidden}"
-        )
-    sizes = (metadata.lora_alpha, metadata.shift, metadata.num_frames, *metadata.size)
-    if not all(0 < value < math.inf for value in sizes):
-        raise ContractError(f"{file}: its header says alpha, shift, frames and size {sizes}")

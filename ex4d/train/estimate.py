@@ -94,7 +94,7 @@ def memory(
         "average": 4.0 * trainable if train.ema_decay is not None else 0.0,  # on rank 0
         "latents and text": plan.micro_size * _input_bytes(shape, latents, model.source_video),
         "geometry adapter": 4.0 * _KEPT_ADAPTER * model.adapter_hidden * math.prod(latents) * plan.micro_size,
-        **_activations(shape, tokens * plan.micro_size, plan.micro_size, dtype, train),
+        **_activations(shape, tokens * plan.micro_size, plan.micro_size, dtype, train, model.residual_fp32),
     }
     if over[3] > 1:
         parts["gathered weights"] = dtype * min(_GATHERED, parameters["base"] * (1 - 1 / over[3]))
@@ -110,7 +110,7 @@ def memory(
 
 
 def _activations(
-    shape: Mapping[str, Any], tokens: int, samples: int, dtype: float, train: TrainConfig
+    shape: Mapping[str, Any], tokens: int, samples: int, dtype: float, train: TrainConfig, residual_fp32: bool
 ) -> dict[str, float]:
     """Return what blocks keep for the backward pass, at the moment at which most is held.
 
@@ -126,7 +126,7 @@ def _activations(
     if kept:
         backward = width * (4 * _BACKWARD_FLOAT32 + dtype * _BACKWARD_DTYPE) + ffn * dtype * _BACKWARD_FFN
     parts = {
-        "block inputs": dtype * width * tokens * recomputed,
+        "block inputs": (4.0 if residual_fp32 else dtype) * width * tokens * recomputed,
         "block activations": one * max(1, kept),
         "backward": backward * tokens,
     }

@@ -142,6 +142,7 @@ def _metadata(
         adapter_hidden=chosen.adapter_hidden,
         mask_range=chosen.mask_range,
         source_video=chosen.source_video,
+        residual_fp32=chosen.residual_fp32,
         shift=config.shift,
         num_frames=sample["num_frames"],
         size=tuple(sample["size"]),

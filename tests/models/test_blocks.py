@@ -122,6 +122,37 @@ def test_compiled_blocks_are_one_graph(swapped: int, keep: bool) -> None:
     assert len(graphs) == 1
 
 
+def test_a_float32_residual_lowers_the_error_of_a_bfloat16_base() -> None:
+    def output(dtype: str, residual_fp32: bool) -> torch.Tensor:
+        base = backbone.load_base("tiny", dtype=dtype, components=("transformer",))
+        config = backbone.ModelConfig(lora_rank=2, adapter_hidden=8, residual_fp32=residual_fp32)
+        model, generator = adapter.build_model(base.transformer, config), torch.Generator().manual_seed(3)
+        z, size = base.shape["out_channels"], (3, 8, 8)
+        shapes = [(1, 512, base.shape["text_dim"]), (1, 17, base.shape["image_dim"])]
+        shapes += [(1, base.shape["in_channels"] - z, *size), (1, 2 * z, *size)]
+        noisy = torch.randn(1, z, *size, generator=generator)
+        with torch.no_grad():
+            return model(noisy, torch.tensor([500.0]), *(torch.randn(shape, generator=generator) for shape in shapes))
+
+    exact = output("float32", False)
+    assert torch.equal(output("float32", True), exact)
+    plain, kept = ((output("bfloat16", on) - exact).norm() / exact.norm() for on in (False, True))
+    print(float(plain), float(kept))
+    assert kept < 0.75 * plain
+
+
+def test_a_float32_residual_over_bfloat16_recomputes_and_swaps_to_the_same_bits() -> None:
+    found = []
+    for swapped in (0, 2):
+        transformer = tiny.new_transformer(8, num_layers=4, num_attention_heads=2, ffn_dim=64).to(torch.bfloat16)
+        config = backbone.ModelConfig(lora_rank=4, residual_fp32=True, adapter_hidden=16)
+        model = adapter.build_model(transformer, config)
+        swap.swap_blocks(model.transformer, swapped, CPU)
+        model.set_gradient_checkpointing(swapped > 0, keep_attention=True)
+        found.append(step(model))
+    assert all(torch.equal(a, b) for a, b in zip(*found, strict=True))
+
+
 def test_the_kernel_that_runs_is_named() -> None:
     assert attention.kernel_that_runs(CPU, torch.float32, 32, 64) == "flash"
     with attention.kernel("math"):

@@ -1,0 +1,146 @@
+"""What an adapter file says of itself, in the header of its safetensors, and how it is checked."""
+
+from __future__ import annotations
+
+import json
+import math
+from collections.abc import Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any, Literal
+
+from ex4d import config, storage
+from ex4d.errors import ConfigError, ContractError
+
+DEFAULT_SHIFT = 5.0  # of the release
+FORMAT_VERSION = 1
+_HEADER = "ex4d"
+MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # of a file that may be a stranger's
+CONVENTIONS = (
+    "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
+    "VAE(mask); residual added to the patch embedding; LoRA scaled by alpha / rank; timestep = 1000 sigma"
+)
+
+
+@dataclass(frozen=True)
+class AdapterMetadata:
+    """What an adapter file says of itself, in the header of its safetensors.
+
+    Args:
+        base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
+        base_fingerprint: of `encoders.base_fingerprint`; None where it is not known (the released file).
+        lora_rank, lora_alpha, adapter_hidden, mask_range, source_video, residual_fp32: as in ModelConfig.
+        shift: of the noise schedule that it was trained with, and is sampled with unless another is asked for.
+        num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
+        dataset_fingerprint: tree hash of the dataset; None where it is not known.
+        step: training step it was taken from.
+        conventions: for people.
+        format_version: of this layout.
+    """
+
+    base: str
+    base_revision: str | None
+    base_fingerprint: str | None
+    lora_rank: int
+    lora_alpha: float
+    adapter_hidden: int
+    mask_range: Literal["unit", "released"] = "unit"
+    source_video: bool = False
+    residual_fp32: bool = False
+    shift: float = DEFAULT_SHIFT
+    num_frames: int = 49
+    size: tuple[int, int] = (512, 512)
+    dataset_fingerprint: str | None = None
+    step: int = 0
+    conventions: str = CONVENTIONS
+    format_version: int = FORMAT_VERSION
+
+
+def write(metadata: AdapterMetadata) -> dict[str, str]:
+    """Return the header of a file: one entry only, since the order of several is not fixed in safetensors."""
+    said = asdict(metadata)
+    if not metadata.residual_fp32:
+        del said["residual_fp32"]  # so that earlier versions read the file
+    return {_HEADER: json.dumps(said, sort_keys=True)}
+
+
+def read(file: Path) -> AdapterMetadata:
+    """Return what a safetensors file says of itself. Raises ContractError where it is no adapter, or not this one."""
+    from safetensors import SafetensorError, safe_open
+
+    try:
+        with safe_open(file, framework="pt") as opened:
+            header: Any = json.loads((opened.metadata() or {}).get(_HEADER, "null"))
+            shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it cannot be iterated itself)
+    except (SafetensorError, OSError, ValueError, RecursionError) as error:
+        raise ContractError(f"{file} is no safetensors file: {what_it_is(file) or error}") from error
+    if header is None:
+        raise ContractError(f"{file} {_of_another_program(shapes)}")
+    if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
+        version = header.get("format_version") if isinstance(header, dict) else None
+        raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
+    header.setdefault("shift", DEFAULT_SHIFT)  # adapters from before 2026-11-23 do not say it
+    header.setdefault("residual_fp32", False)
+    names = {field.name for field in fields(AdapterMetadata)}
+    if set(header) != names:
+        raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
+    try:
+        metadata = config.validate(AdapterMetadata, header, "adapter")
+    except ConfigError as error:
+        raise ContractError(f"{file}: its header says {error}") from error
+    _check_header(metadata, shapes, file)
+    return metadata
+
+
+def check(file: Path) -> None:
+    """Raise ContractError unless a safetensors file's header is small and its tensors are of few dimensions.
+
+    Tensors without numbers may have a million dimensions each, for which the library makes gigabytes of objects.
+    """
+    with storage.open_read(file) as opened:
+        length = int.from_bytes(opened.read(8), "little")
+        if not 2 <= length <= MAX_HEADER_BYTES:
+            reason = what_it_is(file) or f"its header has {length} bytes, 2 to {MAX_HEADER_BYTES} are allowed"
+            raise ContractError(f"{file}: {reason}")
+        try:
+            header = json.loads(opened.read(length))
+            shapes = [entry["shape"] for name, entry in header.items() if name != "__metadata__"]
+            fits = all(len(shape) <= MAX_DIMENSIONS and 0 not in shape for shape in shapes)
+        except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
+            raise ContractError(f"{file}: its header is damaged ({type(error).__name__})") from error
+    if not fits or len(shapes) > MAX_TENSORS:
+        raise ContractError(
+            f"{file}: more than {MAX_TENSORS} tensors, an empty one, or one of over {MAX_DIMENSIONS} axes"
+        )
+
+
+def _of_another_program(names: Mapping[str, Any]) -> str:
+    if any("lora" in name or name.endswith(".alpha") for name in names):
+        advice = "`ex4d export ADAPTER --from THIS_FILE --style ex4d` puts it into an adapter"
+        return f"is a LoRA of another program, whole as it may be, and no adapter with geometry: {advice}"
+    return f"holds no adapter of this project, but {len(names)} tensors such as {sorted(names)[:2]}"
+
+
+def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], file: Path) -> None:
+    """Raise ContractError unless the header's sizes can be, and are those of the tensors: a model is built by them."""
+    ranks = {shape[0] for name, shape in shapes.items() if ".lora_A" in name and shape}
+    hidden = next(iter(shapes.get("geometry_adapter.latent_encoder.0.weight", [])), 0)
+    if ranks != {metadata.lora_rank} or hidden != metadata.adapter_hidden:
+        raise ContractError(
+            f"{file}: its header says rank {metadata.lora_rank} and {metadata.adapter_hidden} channels, "
+            f"its tensors have {sorted(ranks)} and {hidden}"
+        )
+    sizes = (metadata.lora_alpha, metadata.shift, metadata.num_frames, *metadata.size)
+    if not all(0 < value < math.inf for value in sizes):
+        raise ContractError(f"{file}: its header says alpha, shift, frames and size {sizes}")
+
+
+def what_it_is(file: Path) -> str:
+    """Return what a file is that was downloaded in place of another, "" where that is not known."""
+    with open(file, "rb") as opened:
+        head = opened.read(200).lstrip().lower()
+    if head.startswith((b"<!doctype html", b"<html")):
+        return "it is a web page, a failed download"
+    if head.startswith(b"version https://git-lfs"):
+        return "it is a Git LFS pointer; fetch the real file (git lfs pull)"
+    return "" if head else "it is empty"
