@@ -202,8 +202,9 @@ def _build_all(
 
     def in_place(plan: Mapping[str, Any]) -> dict[str, Any] | None:
         facts = building.read_facts(tables, plan["name"]) if plan["digest"] else None
-        is_same = facts and facts["digest"] == plan["digest"] and facts["stamp"]
-        return facts if is_same and facts["stamp"] == building.stamp(storage.join(output, plan["name"])) else None
+        if not facts or facts["digest"] != plan["digest"] or not facts["stamp"]:
+            return None
+        return facts if facts["stamp"] == building.stamp(storage.join(output, plan["name"])) else None
 
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
         known = dict(zip((plan["name"] for plan in plans), pool.map(in_place, plans), strict=True))

@@ -103,7 +103,7 @@ class Remote:
 
         Else the file is read, and lies in the cache afterwards. Raises OSError.
         """
-        known = self.known.get(kind)
+        known: Any = self.known.get(kind)
         with _redirects(kind):
             size, tag = self._facts(url)
             if not (tag and _is_note(known) and (known["url"], known["tag"]) == (url, tag)):

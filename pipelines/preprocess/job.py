@@ -78,7 +78,7 @@ class Job:
             if not source.is_video:
                 row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
                 self._reject("video", row)
-        keep = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair")
+        keep: tuple[str, ...] = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair")
         keep += ("depth_file", "depth_place", "known_source", "fetched")
         first: dict[str, Row] = {}
         done = []

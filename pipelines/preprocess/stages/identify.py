@@ -109,8 +109,10 @@ def _depth_file(row: Row, config: PreprocessConfig, filmed: str, remote: fetch.R
         return "", ""  # the depth stage refuses each clip that misses it
     if found != config.depth_path:  # a file that the settings name may lie anywhere
         _check_inside([found, *glob(os.path.join(escape(found), "*.png"))], row, config)
-    is_here = remote is None or storage.is_local(found)
-    digest = places.sha256(found) if is_here else remote.digest(found, config, "depth")[0]
+    if remote is None or storage.is_local(found):
+        digest = places.sha256(found)
+    else:
+        digest, _ = remote.digest(found, config, "depth")
     return f"{found.rpartition('/')[2]}:{digest}", found
 
 
