@@ -79,7 +79,7 @@ class EvaluateConfig:
     source_motion: str = setting(
         "keep",
         "Source's own motion, where its cameras are known; keep: the path rides on it; remove: fixed in the world; "
-        "smooth: on a stabilised one. As the masks of the training data.",
+        "smooth: on a stabilised one.",
         choices=SOURCE_MOTIONS,
     )
     persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)

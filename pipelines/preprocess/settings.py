@@ -125,8 +125,8 @@ class PreprocessConfig:
     )
     source_motion: Literal["remove", "keep", "smooth"] = setting(
         "keep",
-        "Source's own motion in masks, where its cameras are known; keep: paths ride on it; remove: they are fixed in "
-        "the world, as `ex4d generate` has it; smooth: on a stabilised one.",
+        "Source's own motion in masks, where its cameras are known; keep: paths ride on it; remove: fixed in the "
+        "world, as in generate; smooth: stabilised.",
     )
     persistent_frames: int = setting(
         0,
