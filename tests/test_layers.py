@@ -48,6 +48,7 @@ GATES = {
     "decord": ("ex4d/video",),
     "fsspec": ("ex4d/storage.py",),
     "yaml": ("ex4d/config.py",),
+    "jinja2": ("ex4d/viewer/html.py",),
     "deepspeed": ("ex4d/train/engine.py",),
     "wandb": ("ex4d/train/runlog.py",),
     "peft": ("ex4d/models/lora.py",),

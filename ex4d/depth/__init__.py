@@ -127,7 +127,6 @@ ESTIMATORS: dict[str, Estimator] = {
     "own": partial(_late, "foreign", name="own"),
 }
 FOREIGN = ("da3", "video-depth-anything", "own")  # in a Python environment of their own, `depth_python`
-WITHOUT_WEIGHTS = ("sidecar", "parallax", *FOREIGN)
 AUTO = "auto"  # a setting may say so in place of a key of ESTIMATORS: `depth.auto` chooses one
 CHOICES = (AUTO, *ESTIMATORS)
 
@@ -142,12 +141,12 @@ def weight_folders(name: str, depth_path: str | None) -> list[Path]:
     Raises:
         ConfigError: not here and not to be had: it says what to get.
     """
-    if name in WITHOUT_WEIGHTS:
-        return []
     if name == "depthcrafter":
         unet, base = importlib.import_module("ex4d.depth.depthcrafter_weights").folders(depth_path)
         return [Path(unet), Path(base) / "vae", Path(base) / "image_encoder", Path(base) / "scheduler"]
     networks = importlib.import_module("ex4d.depth.transformers")
+    if name not in networks.NETWORKS:
+        return []
     return [hub.resolve(depth_path or networks.NETWORKS[name].hub_id, networks.FILES, "depth_path")]
 
 
