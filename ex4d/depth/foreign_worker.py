@@ -10,11 +10,12 @@ A message is a line of JSON, {"arrays": [[name, dtype, shape], …], …}, and a
 order. Requests come on standard input; answers go to what was standard output, which is kept clear of prints.
 """
 
-import importlib.util
+import importlib.machinery
 import json
 import os
 import sys
 import traceback
+import types
 
 import numpy as np
 
@@ -55,12 +56,12 @@ def said(error):
 def main():
     answers = os.fdopen(os.dup(1), "wb")
     os.dup2(2, 1)  # what libraries print must not reach the answers
-    spec = importlib.util.spec_from_file_location("adapter", sys.argv[1])
-    adapter = importlib.util.module_from_spec(spec)
+    loader = importlib.machinery.SourceFileLoader("adapter", sys.argv[1])
+    adapter = types.ModuleType("adapter")
     model = None
     try:
         options = receive(sys.stdin.buffer)[0]["options"]
-        spec.loader.exec_module(adapter)
+        loader.exec_module(adapter)
         model = adapter.load(options)
         send(answers, {"ready": True}, {})
     except Exception as error:  # noqa: BLE001 (it crosses to the caller, who decides)

@@ -76,8 +76,19 @@ def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames
     drawn = warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K, valid=clip.valid_mask)
     if persistent_frames:
         source = np.tile(np.eye(4), (count, 1, 1)) if source is None else source
-        seen_by = (clip.frames, clip.z_depth, clip.K, w2c @ source, source, persistent_frames, clip.dynamic_mask)
-        drawn = persistent.fill(*drawn, *seen_by, clip.profile, view_K=view_K, valid=clip.valid_mask)
+        drawn = persistent.fill(
+            *drawn,
+            frames=clip.frames,
+            z_depth=clip.z_depth,
+            K=clip.K,
+            w2c=w2c @ source,
+            source_w2c=source,
+            num_others=persistent_frames,
+            dynamic_mask=clip.dynamic_mask,
+            profile=clip.profile,
+            view_K=view_K,
+            valid=clip.valid_mask,
+        )
     return View(clip, w2c, view_K, *drawn)
 
 

@@ -163,8 +163,8 @@ class PreprocessConfig:
 
     def __post_init__(self) -> None:
         need = checked(self, "preprocess")
-        alone = self.depth not in FOREIGN or self.depth_python is not None
-        need(alone, "depth_python", f"must be the Python of an environment that depth={self.depth} can run in")
+        has_python = self.depth not in FOREIGN or self.depth_python is not None
+        need(has_python, "depth_python", f"must be the Python of an environment that depth={self.depth} can run in")
         need(self.fps is None or self.stride == 1, "stride", "must be 1 where preprocess.fps is set")
         if "source" in self.members:
             alone = "must be [source]: samples of two cameras have no other extra members"
