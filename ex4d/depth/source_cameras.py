@@ -97,7 +97,10 @@ def relative(result: Geometry) -> bool:
 
 def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> Geometry:
     """Return the geometry with the cameras that explain the flow with its z-depth, robustly; in its unit."""
-    values = _at_points(result.values, matches).astype(np.float64)
+    values, valid = _at_points(result.values, matches).astype(np.float64), _measured(result, matches)
+    matches = replace(matches, weights=matches.weights * valid[matches.pairs[:, 0]])
+    if np.count_nonzero(matches.weights) < MIN_POINTS:
+        raise BadSample("cameras_missing", "too few points with depth are followed to find cameras")
     inverse = 1 / values if result.kind == "z_depth" else np.maximum(values, 1e-9)
     known = fov_deg is not None or result.K is not None
     usual = cameras.focal_of(size, fov_deg or FOV_DEG) if result.K is None else float(result.K[0, 0])
@@ -114,9 +117,9 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
     if not known:
         K[[0, 1], [0, 1]] = found.focal
     points = bundle.points_of(matches, replace(found, w2c=w2c))
-    seen = cameras.known_points(points) & (points.inverse > 1e-6)
+    seen = cameras.known_points(points) & (points.inverse > 1e-6) & valid
     error = 0.0
-    if float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse)) > MOVES and seen.any():
+    if float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse[valid])) > MOVES and seen.any():
         error = weighted_median(np.abs(np.log(inverse[seen] / points.inverse[seen])), np.sqrt(points.information[seen]))
     return _told(replace(result, w2c=w2c, K=K), "parallax", error)
 
@@ -166,6 +169,7 @@ def _in_one_unit(result: Geometry, matches: bundle.Matches, choice: str, focal: 
         w2c = result.w2c.copy()
         w2c[:, :3, 3] = 0
         return _told(replace(result, w2c=w2c), choice, 0.0)
+    known &= _measured(result, matches)
     if known.sum() < MIN_POINTS:
         raise BadSample("cameras_missing", "too few points can be triangulated to bring cameras and depth together")
     values = _at_points(result.values, matches)[known]
@@ -183,6 +187,13 @@ def _at_points(values: np.ndarray, matches: bundle.Matches) -> np.ndarray:
     """Return [T, N]: the values [T, H, W] at the points of the matches."""
     places = np.floor(matches.places + np.array(values.shape[:0:-1]) / 2).astype(int)
     return np.stack([one[at[:, 1], at[:, 0]] for one, at in zip(values, places, strict=True)])
+
+
+def _measured(result: Geometry, matches: bundle.Matches) -> np.ndarray:
+    """Return bool [T, N]: points whose depth is not that of a closed hole."""
+    if result.valid_mask is None:
+        return np.ones(matches.places.shape[:2], bool)
+    return _at_points(result.valid_mask, matches)
 
 
 def _of_disparity(

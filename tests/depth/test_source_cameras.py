@@ -58,6 +58,32 @@ def test_relative_disparity_takes_the_unit_of_the_cameras(tmp_path):
         source_cameras.joined(inverted, frames, DepthRequest(cameras=str(tmp_path / "poses.json")))
 
 
+@pytest.mark.parametrize("kind", ["z_depth", "disparity"])
+@pytest.mark.parametrize("cameras", ["a file", "parallax"])
+def test_filled_holes_have_no_say_in_the_unit(tmp_path, kind, cameras):
+    frames, exact, w2c = clip()
+    if cameras == "a file":
+        write(tmp_path / "poses.json", PoseFile(w2c), "json")
+        cameras = str(tmp_path / "poses.json")
+    values = exact.values if kind == "z_depth" else (3 / exact.values + 0.7).astype(np.float32)
+    valid = np.ones(values.shape, bool)
+    valid[:, :, :60] = False  # most of the picture: a median over all would be that of the holes
+    results = [
+        source_cameras.joined(
+            dataclasses.replace(exact, values=np.where(valid, values, filler), kind=kind, valid_mask=valid),
+            frames,
+            DepthRequest(cameras=cameras),
+        )
+        for filler in np.array([1.5, 50.0], np.float32)
+    ]
+    np.testing.assert_array_equal(results[0].w2c, results[1].w2c)
+    np.testing.assert_array_equal(results[0].values[valid], results[1].values[valid])
+    assert results[0].provenance == results[1].provenance
+    nowhere = dataclasses.replace(exact, kind=kind, valid_mask=np.zeros(values.shape, bool))
+    with pytest.raises(BadSample, match="cameras_missing"):
+        source_cameras.joined(nowhere, frames, DepthRequest(cameras=cameras))
+
+
 def test_wrong_cameras_show_in_the_score(tmp_path):
     frames, exact, w2c = clip()
     write(tmp_path / "right.json", PoseFile(w2c), "json")
