@@ -9,11 +9,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from ex4d.geometry.camera import FOV_DEG
+
 NUM_WAVES = 8
 HIT_EPSILON = 1e-9
 FACES_PER_BODY = 6
 SKY_SCALE = 60.0
-USUAL_FOV_DEG = 54.0  # of the cameras for which the textures' band is stated
 ROOM_DISTANCE = 3.0  # usual distance of walls, in scales
 PALETTE = {
     "red": (0.78, 0.22, 0.18),
@@ -221,7 +222,7 @@ def paint(
     rng: np.random.Generator, bodies: list[Body], scale: float, max_frequency: float, sky: bool
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return base colours [S,3] and highest frequencies [S] (cycles per unit length) of all faces."""
-    focal_heights = 0.5 / np.tan(np.radians(USUAL_FOV_DEG) / 2)
+    focal_heights = 0.5 / np.tan(np.radians(FOV_DEG) / 2)
     bases, cycles = [], []
     for body in bodies:
         if body.kind == "room":

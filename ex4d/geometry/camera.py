@@ -11,16 +11,16 @@ import numpy as np
 from ex4d.config import setting
 from ex4d.errors import ConfigError
 
-# Of the longer side. Lenses have 0.2 to 60; far beyond, a picture takes for ever to draw, or numbers overflow.
+# In units of the longer side. Lenses have 0.2 to 60; far outside that, drawing takes too long or numbers overflow.
 FOCAL, CENTRE = (0.01, 1000.0), 100.0
 LENS_CENTRE = (0.1, 0.9)  # of a side; shift lenses reach 0.17 to 0.83
-FOV_DEG = 54.0  # over the longer side, where nothing is known of a camera
+FOV_DEG = 54.0  # default over the longer side, when the camera is unknown
 
 
 def fov_setting() -> Any:
     """Return the setting `fov_deg` of videos, which several sections have."""
     help = (
-        "Field of view over the longer side where depth brings no intrinsics, degrees; null: 54, and parallax seeks it."
+        "Field of view over the longer side, degrees, if depth has no intrinsics; null: 54, and parallax estimates it."
     )
     return setting(None, help, ge=1, le=170)
 
@@ -35,8 +35,8 @@ class Camera:
         size: (H, W) in pixels.
 
     Raises:
-        ConfigError: wrong shapes, non-finite values, focal lengths that are not positive or no camera's for pictures of
-            this size (FOCAL, CENTRE), or w2c that is not rigid.
+        ConfigError: wrong shapes, non-finite values, focal lengths or a principal point outside FOCAL or CENTRE for
+            this size, or w2c that is not rigid.
     """
 
     K: np.ndarray
@@ -83,8 +83,8 @@ def check_intrinsics(K: np.ndarray) -> np.ndarray:
 def check_lens(K: np.ndarray, size: tuple[int, int]) -> np.ndarray:
     """Return K as float64 [3, 3]. Raises ConfigError unless it is plausible for whole pictures of `size` (H, W).
 
-    A whole picture has its principal point well inside: one that has not is in fractions of the sides, or speaks of
-    pictures of another size.
+    The principal point of an uncropped picture lies well inside it. If it does not, K is in fractions of the sides or
+    belongs to pictures of another size.
     """
     camera = Camera(K, np.eye(4), size)
     share = camera.K[:2, 2] / (size[1], size[0])
@@ -104,7 +104,7 @@ def check_rigid(w2c: np.ndarray) -> np.ndarray:
     if not is_rigid(w2c):
         allowed = "a rotation and a translation, last row 0 0 0 1"
         if is_rigid(w2c * np.array([-1, 1, 1, 1])):
-            allowed = "determinant +1: this one mirrors, convert its axes to OpenCV first"
+            allowed = "determinant +1; this matrix mirrors: convert its axes to OpenCV first"
         raise ConfigError("camera.w2c", w2c.tolist(), allowed)
     return w2c
 

@@ -1,4 +1,4 @@
-"""From a user's choice, a path's name or a file, to the cameras of a clip: poses and intrinsics."""
+"""Build the cameras of a clip, poses and intrinsics, from the name of a path or a file of poses."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from ex4d.geometry.camera import invert, relative_to
 SOURCE_MOTIONS = ("remove", "keep", "smooth")
 SMOOTH_S = 0.5  # standard deviation of the window that stabilises, seconds
 FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y", "rebase")
-# Of a path's extent in distances of what is looked at. Metres beside millimetres are a thousand times off.
+# Extent of a path / distance of the scene. Metres mixed with millimetres are off by a factor of 1000.
 PLAUSIBLE_EXTENT = (1e-3, 100.0)
 
 
@@ -32,16 +32,16 @@ def build(
     """Return (w2c float64 [T, 4, 4], K float64 [3, 3], or [T, 3, 3] where the focal length changes).
 
     Args:
-        name: a key of trajectory.TRAJECTORIES, or a file: see `from_file`.
+        name: a key of trajectory.TRAJECTORIES, or a file (`from_file`).
         angle_deg: the extent of a named path that turns.
         radius: distance of the point looked at, in the depth's unit (`trajectory.radius_of`).
         K: [3, 3] px of the source.
-        options: what else the path takes (`distance`, `turns`, `zoom`), or the file (`scale`, `format`, …).
-        world: w2c [4, 4] of the source camera of frame 0 in the world that a file with `rebase=false` speaks of, in the
-            depth's unit; None: that world is the source camera's own.
+        options: the path's other options (`distance`, `turns`, `zoom`), or the file (`scale`, `format`, …).
+        world: w2c [4, 4] of the source camera of frame 0 in the world of a file with `rebase=false`, in the depth's
+            unit; None: the source camera defines that world.
 
     Raises:
-        ConfigError: neither a name nor a file, an unknown option, a value out of its range.
+        ConfigError: `name` is neither a path nor a file, an option is unknown, or a value is out of range.
         ContractError: the file does not hold what its format says.
     """
     options = dict(options or {})
@@ -67,17 +67,18 @@ def from_file(
     options: Mapping[str, Any],
     world: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (w2c [T, 4, 4], K [3, 3] or [T, 3, 3]) of the cameras that a file holds, the first made the source.
+    """Return (w2c [T, 4, 4], K [3, 3] or [T, 3, 3]) of the cameras that a file holds, moved so that the first is the
+    source camera.
 
-    With `rebase` false they stay where the file has them: what does another camera see? `world` is as in `build`.
+    With `rebase` false the poses stay in the file's world, to show what another camera sees. `world` is as in `build`.
 
-    A JSON file of key poses is a spline through them, in radii, over any number of frames. Another file has one pose a
-    frame, times `scale` in the depth's unit; with `resample` its whole path is spread over the frames. Where the focal
-    length changes along the file, K is scaled as it does.
+    A JSON file of key poses gives a spline through them, in radii, for any number of frames. Other files have one pose
+    per frame; `scale` converts their lengths to the depth's unit, and `resample` spreads the whole path over the
+    frames. K follows the focal length of the file.
     """
     for key, value in options.items():
         if key not in FILE_OPTIONS:
-            raise ConfigError(key, value, f"a file of poses takes {', '.join(FILE_OPTIONS)}")
+            raise ConfigError(key, value, f"unknown option for a file of poses; allowed: {', '.join(FILE_OPTIONS)}")
     rebase = options.get("rebase", True)
     if not isinstance(rebase, bool):
         raise ConfigError("rebase", rebase, "true or false")
@@ -105,14 +106,14 @@ def from_file(
 def source_poses(
     path: str | Path, num_frames: int, scale: float | None = None, radius: float | None = None
 ) -> np.ndarray:
-    """Return w2c [T, 4, 4] of the camera that took the video: one pose a frame of a file, the first the identity.
+    """Return w2c [T, 4, 4] of the camera that took the video: one pose per frame from a file, the first the identity.
 
     Args:
-        scale: units of the depth for one unit of the file; None is 1, where that is plausible.
-        radius: distance of the point looked at, in the depth's unit, to judge by; None does not judge.
+        scale: depth units per unit of the file; None: 1, if that is plausible.
+        radius: distance of the point looked at, in the depth's unit, for the plausibility check; None skips it.
 
     Raises:
-        ConfigError: too few poses, or lengths that are of another unit than the depth's.
+        ConfigError: too few poses, or lengths in a unit that differs from the depth's.
     """
     return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale, radius, "source_")
 
@@ -135,21 +136,21 @@ def _first_frames(
 ) -> np.ndarray:
     """Return the first poses relative to the first of them, or to w2c `origin` [4, 4], in the depth's unit."""
     if scale is not None and (not isinstance(scale, int | float) or not np.isfinite(scale) or scale <= 0):
-        raise ConfigError(f"{which}scale", scale, "a finite number above 0")
+        raise ConfigError(f"{which}scale", scale, "must be a finite number greater than 0")
     key = f"{which}poses" if which else "trajectory"
     if len(w2c) < num_frames:
-        raise ConfigError(key, str(path), f"has {len(w2c)} poses, {num_frames} frames need one each")
+        raise ConfigError(key, str(path), f"has {len(w2c)} poses, but {num_frames} frames need one each")
     w2c, factor = w2c[:num_frames].copy(), 1.0 if scale is None else float(scale)
     w2c[:, :3, 3] *= factor
     w2c = trajectory.relative_to_first(w2c) if origin is None else w2c @ invert(origin)
     extent = float(np.linalg.norm(w2c[:, :3, 3], axis=1).max())
-    moves = extent > 1e-9 * (radius or 1.0)  # a camera that stands moves by rounding
+    moves = extent > 1e-9 * (radius or 1.0)  # a fixed camera still moves by rounding errors
     if scale is None and radius and moves and not PLAUSIBLE_EXTENT[0] <= extent / radius <= PLAUSIBLE_EXTENT[1]:
         raise ConfigError(
             key,
             str(path),
-            f"its camera moves {extent:.3g}, the depth has the scene {radius:.3g} away: are both in one unit? "
-            f"Give {which}scale, the units of the depth for one of the file (1 to take it as it is)",
+            f"its camera moves by {extent:.3g}, but the scene is {radius:.3g} away: the units probably differ. "
+            f"Set {which}scale to the number of depth units per unit of the file (1 keeps the lengths as they are)",
         )
     return w2c
 
@@ -158,13 +159,13 @@ def with_source(path: np.ndarray, source_w2c: np.ndarray, motion: str, fps: floa
     """Return w2c [T, 4, 4] of the new cameras in the world of the first source camera.
 
     Args:
-        path: [T, 4, 4], told from a source camera that stands still.
+        path: [T, 4, 4], relative to a source camera that does not move.
         source_w2c: [T, 4, 4] of the source camera, the first the identity.
-        motion: "remove": the path is fixed in the world; "keep": it rides on the source camera; "smooth": on that
-            camera, stabilised.
+        motion: "remove": the path is fixed in the world; "keep": it follows the source camera; "smooth": it
+            follows the stabilised source camera.
 
     Raises:
-        ConfigError: another word.
+        ConfigError: unknown `motion`.
     """
     if motion not in SOURCE_MOTIONS:
         raise ConfigError("source_motion", motion, f"one of {', '.join(SOURCE_MOTIONS)}")
@@ -178,18 +179,18 @@ def beside_source(path: np.ndarray, source_w2c: np.ndarray | None, motion: str, 
 
     Args: as for `with_source`; source_w2c None: the source stands still.
     """
-    if source_w2c is None or motion == "keep":  # the path as it is, to the bit
+    if source_w2c is None or motion == "keep":  # unchanged, bit for bit
         return path
     return relative_to(with_source(path, source_w2c, motion, fps), source_w2c)
 
 
 def stabilised(w2c: np.ndarray, fps: float) -> np.ndarray:
-    """Return poses [T, 4, 4] without what shakes: centres and turns by a Gaussian in time; the first and last stay.
+    """Return poses [T, 4, 4] smoothed by a Gaussian over time, centres and rotations; the first and last stay.
 
-    Beyond its ends the path goes on as its mirror through the end, so that neither is pulled inwards.
+    The path is extended by point reflection at both ends, so that the ends are not pulled inwards.
     """
     c2w = invert(w2c)
-    turns = Rotation.from_matrix(c2w[:, :3, :3]).as_rotvec()  # no source turns by half a circle within a clip
+    turns = Rotation.from_matrix(c2w[:, :3, :3]).as_rotvec()  # assumes that no source turns by 180° within a clip
     values = np.concatenate([c2w[:, :3, 3], turns], axis=1)
     reach = min(len(values) - 1, round(3 * SMOOTH_S * fps))
     if reach < 1:

@@ -1,6 +1,6 @@
-"""CoTracker3 (Karaev et al. 2024) as a tracker: code and weights are the user's own copy, for neither may be shipped.
+"""CoTracker3 (Karaev et al. 2024) as a tracker. Users bring their own copy of code and weights; we may not ship them.
 
-No package index has it. What `folder` must hold is said by `FETCH`. Its licence forbids commercial use.
+It is not on a package index. `FETCH` says what `folder` must hold. Its licence forbids commercial use.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ def track(frames: np.ndarray, points: np.ndarray, folder: str | None) -> tuple[n
         folder: see FETCH.
 
     Raises:
-        ConfigError: masks.tracker_path, where code or weights are missing or not what they should be.
+        ConfigError: masks.tracker_path: code or weights are missing, or the weights are of another model.
     """
     import torch
 

@@ -1,4 +1,4 @@
-"""From what an estimator gives (z-depth or disparity) to one bounded, positive z_depth for a clip; alignment."""
+"""Convert an estimator's z-depth or disparity to one bounded, positive z_depth for a clip; align frames."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""How much of a picture is open: what generation will leave open on a clip, and how near training comes to it."""
+"""Measure shares of holes: those of generation on a clip, and how closely training masks match them."""
 
 from __future__ import annotations
 
@@ -17,8 +17,8 @@ def generation(scene: Scene, paths: Paths) -> np.ndarray:
     """Return the share of holes of the clip's warp along each path, float32 [len(paths), T]; frame 0 is complete.
 
     Args:
-        scene: small, for speed; its meshes are kept.
-        paths: what generation is asked for, as `reconstruct --trajectory NAME --angle-deg ANGLE` would be.
+        scene: a small one, for speed; its meshes are cached.
+        paths: the paths of generation, as in `reconstruct --trajectory NAME --angle-deg ANGLE`.
     """
     num_frames = len(scene.frames)
     shares = np.zeros((len(paths), num_frames), np.float32)
@@ -31,8 +31,8 @@ def generation(scene: Scene, paths: Paths) -> np.ndarray:
 def spread(place: np.ndarray, least: float, most: float, peaks: np.ndarray) -> np.ndarray:
     """Return a share in [least, most] for each place in [0, 1]: quantiles of the mixture of `peaks` [G] of generation.
 
-    Each peak stands for 1/G of the masks and is reached in the middle of its part; between them, and down to `least`
-    before the first, the share rises evenly, so that nothing in between is never seen. No peaks: uniform.
+    Each peak stands for 1/G of the masks and is reached in the middle of its part. Between peaks, and from `least` to
+    the first, the share rises linearly, so that all shares in between occur. No peaks: uniform.
     """
     if not len(peaks):
         return least + (most - least) * place
@@ -47,7 +47,7 @@ class Comparison:
     Attributes:
         edges: float64 [B + 1], shares from 0 to 1.
         training, generation: float64 [B], each of sum 1.
-        distance: the Wasserstein distance of the two samples: by how much a share must move on average.
+        distance: the Wasserstein distance of the two samples: the mean distance by which a share must move.
         percentiles: of training and of generation, float64 [2, 3]: 10, 50 and 90.
     """
 

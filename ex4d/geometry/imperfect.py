@@ -1,4 +1,4 @@
-"""Conditions with the errors of real depth: for training on what generation will meet (docs/method.md, 4)."""
+"""Build conditions with the errors of estimated depth, which generation will meet (docs/method.md, 4)."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ex4d.geometry.mesh import build
 from ex4d.geometry.render import render
 from ex4d.geometry.visibility import landing, visibility
 
-CELLS = 8  # of the distortion's field along a side
+CELLS = 8  # per side of the grid of the distortion
 
 
 def degrade(z_depth: np.ndarray, rng: np.random.Generator, jitter: float = 0.04, blur_px: float = 6.0) -> np.ndarray:
@@ -18,9 +18,9 @@ def degrade(z_depth: np.ndarray, rng: np.random.Generator, jitter: float = 0.04,
 
     Args:
         z_depth: float32 [T, H, W], positive.
-        rng: draws the distortion, one for the clip, so that it does not flicker.
+        rng: draws one distortion for the whole clip, so that it does not flicker.
         jitter: its standard deviation, as a share of the disparity.
-        blur_px: standard deviation, in px at 512, of the blur of the disparity: it hangs points between near and far.
+        blur_px: standard deviation, in px at 512, of the disparity's blur, which creates points between near and far.
     """
     import cv2
 

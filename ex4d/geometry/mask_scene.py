@@ -1,4 +1,4 @@
-"""A clip as its masks see it: meshes, tracks and a small twin of it, each made once and shared by several masks."""
+"""The data of a clip that its masks share: meshes, tracks and a downscaled copy, each computed once."""
 
 from __future__ import annotations
 
@@ -17,11 +17,11 @@ from ex4d.geometry.visibility import novel_view, visibility
 
 @dataclass(frozen=True)
 class SourceMotion:
-    """How the camera that took a clip moves, and what the masks make of it, as generation does.
+    """How the source camera of a clip moves, and how the masks treat that motion; the same as in generation.
 
     Attributes:
-        w2c: float64 [T, 4, 4] in the unit of the depth; None: it is not known, and taken to stand still.
-        motion: what becomes of it, a key of camera_path.SOURCE_MOTIONS. fps: of the clip, for "smooth".
+        w2c: float64 [T, 4, 4] in the unit of the depth; None: unknown, assumed not to move.
+        motion: how that motion is treated, a key of camera_path.SOURCE_MOTIONS. fps: of the clip, for "smooth".
         persistent_frames: other frames whose static surfaces a mask keeps where the novel path sees them in theirs.
         dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
     """
@@ -34,7 +34,7 @@ class SourceMotion:
 
 
 STANDS = SourceMotion()
-SMALL_PX = 64  # what a path leaves open is searched on pictures of about this size
+SMALL_PX = 64  # the holes of a path are searched on pictures of about this size
 
 
 class Scene:
@@ -70,13 +70,13 @@ class Scene:
         return self._meshes[t]
 
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
-        """What `tracks.follow` gives."""
+        """The result of `tracks.follow`."""
         if self._dense is None:
             self._dense = tracks.follow(self.frames)
         return self._dense
 
     def small(self) -> Scene:
-        """The clip with every n-th pixel, or itself where it is small."""
+        """The clip with every n-th pixel, or the clip itself if it is small."""
         step = max(1, min(self.z_depth.shape[1:]) // SMALL_PX)
         if self._small is None and step > 1:
             cut = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
@@ -99,7 +99,7 @@ class Scene:
         return np.stack([self.view(t, w2c, kind, tolerance) for t in moments])
 
     def view(self, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
-        """Return bool [H, W]: what a mask of a kind keeps of frame t for a novel path [T, 4, 4], as `path` gives it."""
+        """Return bool [H, W]: the pixels of frame t that a mask keeps for a novel path [T, 4, 4] of `path`."""
         if kind == "novel_view":
             kept = novel_view(self.mesh(t), w2c[t])
             return kept | self._world.fill(t, ~kept, w2c[t] @ self._world.source_w2c[t], self.K)[1]

@@ -6,9 +6,9 @@
 | `novel_view` | what the warp to the novel camera fills: the holes of generation | the novel picture |
 | `tracking` | what is covered by tracked, visible points of frame 0 | the source's pixels |
 
-Every mask aims at its own share of holes; together they are spread as generation's are on this very clip. The extent of
-the camera path, or the number of points that are tracked, is searched for it. The share of a mask is that of its
-fullest frame. Frame 0 is complete. Everything follows from (seed, index of the mask).
+Every mask has its own target share of holes; the targets are distributed as generation's shares on the same clip. The
+extent of the camera path, or the number of tracked points, is searched to reach the target. The share of a mask is that
+of the frame with the most holes. Frame 0 is complete. Masks are a function of (seed, index of the mask).
 """
 
 from __future__ import annotations
@@ -29,15 +29,15 @@ __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tra
 
 KINDS = ("visibility", "novel_view", "tracking")
 TRACKING = KINDS.index("tracking")
-# Where a kind cannot reach a share of holes on a clip, the next one of its row is taken, and recorded.
+# If a kind cannot reach its share of holes on a clip, the next kind of its row is used and recorded.
 INSTEAD = {"visibility": ("novel_view",), "novel_view": ("visibility",), "tracking": ("visibility", "novel_view")}
 SEARCH_STEPS = 6
-CLOSE_ENOUGH = 0.03  # to the wanted share of holes; the search goes on where it ends farther off
-MET = 0.045  # the promise is 5 points
+CLOSE_ENOUGH = 0.03  # to the target share of holes; the search continues while it is farther off
+MET = 0.045  # largest accepted miss; docs promise 5 percentage points
 CORRECTIONS = 4  # of the search on small pictures by what the clip gives at full size
-PROBES = 3  # frames, those with the most holes, that stand for the whole clip until the search has come close
+PROBES = 3  # frames with the most holes; the search looks at these alone until it is close
 REDRAWS = 3  # of a tracking mask's grid and erosion
-DRIFT_CELLS = 4  # the field that decides which points are dropped has so many cells along a side: holes are blobs
+DRIFT_CELLS = 4  # cells per side of the noise that decides which points are dropped, so that holes are blobs
 
 # extent in (0, 1], sign ±1, largest angle → keywords of trajectory.build
 PATHS: dict[str, Callable[[float, float, float], dict[str, float]]] = {
@@ -70,7 +70,7 @@ class MaskConfig:
     max_angle_deg: float = setting(90.0, "Largest angle of a path that turns.", gt=0, le=90)
     generation: Paths = setting(
         (("orbit", 30.0), ("orbit", 60.0), ("orbit", 90.0), ("full", 90.0)),
-        "[trajectory, degrees] of the paths to generate later: masks follow their fractions of holes. []: even spread.",
+        "[trajectory, degrees] of the paths to generate later; masks match their fractions of holes. []: uniform.",
     )
     hole_share: tuple[float, float] = setting(
         (0.1, 0.97), "[least, most] fraction of holes in a mask's fullest frame.", ge=0, lt=1
@@ -108,9 +108,9 @@ class MaskConfig:
 class MaskSet:
     """The masks of one clip.
 
-    visible: bool [S, T, H, W], True = kept. kind: uint8 [S], index into KINDS. w2c: for each mask float64 [T, 4, 4]
+    visible: bool [S, T, H, W]. kind: uint8 [S], index into KINDS. w2c: for each mask float64 [T, 4, 4]
     relative to each frame's own camera, None for tracking. hole_share: float32 [S, T]. target: float32 [S], the
-    share of holes that was aimed at in the fullest frame. generation: float32 [G, T], the shares of holes that the
+    target share of holes in the frame with the most. generation: float32 [G, T], the shares of holes that the
     clip's warp along each path of `MaskConfig.generation` has, on a small picture.
     """
 
@@ -137,7 +137,7 @@ def draw(
         frames: uint8 [T, H, W, 3].
         z_depth: float32 [T, H, W], finite and positive (`geometry.depth.to_z_depth`).
         K: float64 [3, 3] px.
-        valid: bool [T, H, W], True where depth is known; None: everywhere. What is not is a hole of every mask.
+        valid: bool [T, H, W], True where depth is known; None: everywhere. Unknown depth is a hole in every mask.
         source: how the source's camera moves, and whether its static surfaces persist.
 
     Raises:
@@ -169,7 +169,7 @@ def draw(
 
 
 def _give_tracking_what_it_can_reach(kinds: np.ndarray, targets: np.ndarray, floor: float) -> None:
-    """Exchange targets, in place, where tracks lose more of the picture (`floor`) than a tracking mask's target.
+    """Swap targets in place where tracks lose more of the picture (`floor`) than the target of a tracking mask.
 
     With fast motion few points survive. A tracking mask then takes the smallest target above the floor from a rendered
     mask; where none has one, it becomes a visibility mask.
@@ -218,9 +218,9 @@ def _missed(visible: np.ndarray, target: float) -> float:
 def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
     """Return the mask of a random path whose extent makes its share of holes the target.
 
-    Paths are tried in random order until one reaches it; after them all once more with the least erosion. What a path
-    gives is searched on small pictures at four moments, and the search corrected by what the fullest frames give at
-    full size. All frames are drawn once that is close, or after the last correction.
+    Paths are tried in random order until one reaches the target, then all once more with the least erosion. The extent
+    is searched on four frames of small pictures and corrected by the frames with the most holes at full size. All
+    frames are drawn once that is close, or after the last correction.
     """
     erosion = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
     sign = rng.choice([-1.0, 1.0])
@@ -259,7 +259,7 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
 def _search(
     small: Scene, path: Callable[[float], np.ndarray], kind: str, aim: float, erosion_px: int, tolerance: float
 ) -> tuple[np.ndarray, float]:
-    """Return (w2c [T, 4, 4], how far off its share of holes is) of the extent that comes closest to the aim."""
+    """Return (w2c [T, 4, 4], how far off its share of holes is) of the extent that comes closest to the target."""
     last = len(small.frames) - 1
     moments = sorted({(last + 1) // 4, (last + 1) // 2, 3 * (last + 1) // 4, last})
     best, least = path(1.0), np.inf
@@ -283,7 +283,7 @@ def _fullest(small: Scene, w2c: np.ndarray, kind: str, erosion_px: int, toleranc
 
 
 def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
-    """Return the mask of tracked points, so many of them dropped over time that its share of holes is the target."""
+    """Return the mask of tracked points, where points are dropped over time until its share of holes is the target."""
     best = NOTHING
     for attempt in range(REDRAWS + 1):
         count = int(rng.integers(config.grid[0], config.grid[1] + 1))

@@ -27,7 +27,7 @@ BOUNDARY_RATIO = 1.5  # border ring at this × the largest depth
 
 @dataclass(frozen=True, eq=False)
 class DWMesh:
-    """One frame's mesh in the axes of its source camera, kept as the depth grid it is.
+    """One frame's mesh in the axes of its source camera, stored as its depth grid.
 
     Args:
         z_depth: float32 [H, W], border ring pushed back to the boundary depth.
@@ -134,10 +134,10 @@ def build(
         z_depth: real [H, W], finite and positive, any unit.
         K: [3, 3] intrinsics in pixels.
         profile: a key of PROFILES, or a Profile.
-        boundary_depth: depth of the border ring, beyond every other depth; None leaves it to the profile. A clip whose
-            frames shall share it passes 1.5 × the largest depth of the clip.
-        valid: bool [H, W], True where depth is known; None: everywhere. Elsewhere the surface is there, so that the
-            mesh is watertight, and its faces are occluded: they show nothing and have no texture.
+        boundary_depth: depth of the border ring, beyond every other depth; None leaves it to the profile. To share
+            it between the frames of a clip, pass 1.5 × the largest depth of the clip.
+        valid: bool [H, W], True where depth is known; None: everywhere. Elsewhere the mesh stays watertight,
+            but its faces are occluded: they show nothing and have no texture.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive.
@@ -157,7 +157,7 @@ def build(
         raise BadSample("depth_nonpositive", f"least z_depth {least:.6g}; use geometry.depth.to_z_depth")
     boundary = boundary_depth or profile.boundary_depth or BOUNDARY_RATIO * largest
     if profile.boundary_depth is None and boundary <= largest:
-        raise ConfigError("boundary_depth", boundary, f"beyond the largest depth {largest:.6g}")
+        raise ConfigError("boundary_depth", boundary, f"must be greater than the largest depth {largest:.6g}")
     depth[0], depth[-1], depth[:, 0], depth[:, -1] = (boundary,) * 4
     occluded = occlusion_flags(depth, K, math.radians(angle_threshold_deg(K[0, 0], profile)), profile.pixel_offset)
     if not profile.vertex_alpha:
@@ -186,7 +186,7 @@ def occlusion_flags(z_depth: np.ndarray, K: np.ndarray, angle: float, offset: fl
 
 
 def smallest_angles(mesh: DWMesh) -> np.ndarray:
-    """Return the smallest angle in radians of every grid face, float64 [2, H−1, W−1], by arccos: the slow twin."""
+    """Return the smallest angle in radians of every grid face, float64 [2, H−1, W−1], by arccos: the slow reference."""
     corners = mesh.vertices[mesh.faces[: mesh.face_occluded.size]]
     angles = []
     for k in range(3):
@@ -225,7 +225,7 @@ def export(mesh: DWMesh, path: str | Path) -> None:
     PLY: one mesh in OpenCV axes; each face has the property `occluded` (0 or 1).
 
     Raises:
-        ConfigError: another suffix.
+        ConfigError: the suffix is neither .ply nor .glb.
     """
     import trimesh
 

@@ -14,8 +14,8 @@ from ex4d.geometry.camera import is_rigid
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 # Text formats round their numbers; a quaternion of three decimals has a length within 2e-3 of 1.
 ROTATION_TOLERANCE, QUATERNION_TOLERANCE = 1e-3, 5e-3
-MAX_FOCAL_SHARE = 100.0  # of the picture's side; no lens has more
-MAX_LENGTH = 1e12  # of a translation, in whatever unit: beyond, products overflow
+MAX_FOCAL_SHARE = 100.0  # focal length / side of the picture; no lens has more
+MAX_LENGTH = 1e12  # of a translation, in any unit; products of larger ones overflow
 
 
 @dataclass(frozen=True)
@@ -26,7 +26,7 @@ class PoseFile:
     K: float64 [T, 3, 3], px with pixel centres at +0.5; or, where `size` is None and the format is re10k, in fractions
         of the width and the height; None where the format has none.
     times: float64 [T] as written (re10k: microseconds, tum: seconds), or None.
-    size: (H, W) of the pictures that K speaks of, or None.
+    size: (H, W) of the pictures that K belongs to, or None.
     source: re10k's first line, a URL; "" elsewhere.
     """
 
@@ -38,7 +38,7 @@ class PoseFile:
 
 
 def checked(poses: PoseFile) -> PoseFile:
-    """Return `poses`. Raises ValueError unless each is a rigid motion, each K a camera's, and times are finite."""
+    """Return `poses`. Raises ValueError unless each is a rigid motion, each K is valid, and times are finite."""
     check_poses(poses.w2c)
     if poses.K is not None:
         _check_intrinsics(poses.K)
@@ -82,13 +82,13 @@ def _check_intrinsics(K: np.ndarray) -> None:
 
 
 def world_to_camera(c2w: np.ndarray) -> np.ndarray:
-    """Return w2c [T, 4, 4] of c2w. Raises ValueError as `check_poses`: what is no rigid motion is not inverted."""
+    """Return w2c [T, 4, 4] of c2w. Raises ValueError as `check_poses` does: only rigid motions can be inverted."""
     check_poses(c2w)
     return np.linalg.inv(c2w)
 
 
 def squared(matrices: np.ndarray) -> np.ndarray:
-    """Return [T, 4, 4] of [T, 3, 4], or of [T, 4, 4] as they are."""
+    """Return [T, 4, 4] of [T, 3, 4], or [T, 4, 4] unchanged."""
     if matrices.shape[1:] == (4, 4):
         return matrices
     full = np.tile(np.eye(4), (len(matrices), 1, 1))
@@ -97,7 +97,7 @@ def squared(matrices: np.ndarray) -> np.ndarray:
 
 
 def numbers(value: Any, what: str) -> np.ndarray:
-    """Return nested lists of plain numbers as float64. Raises ValueError where they are ragged, text or booleans."""
+    """Return nested lists of plain numbers as float64. Raises ValueError for ragged lists, text or booleans."""
     try:
         array = np.array(value)
     except ValueError:
@@ -108,7 +108,7 @@ def numbers(value: Any, what: str) -> np.ndarray:
 
 
 def tree_of(data: bytes) -> dict[str, Any]:
-    """Return the object that JSON holds. Raises ValueError where it holds none, RecursionError where it is too deep."""
+    """Return the object that JSON holds. Raises ValueError if there is none, RecursionError for deep nesting."""
     tree = json.loads(data)
     if not isinstance(tree, dict):
         raise ValueError("the file holds no JSON object")

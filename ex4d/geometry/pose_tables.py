@@ -1,4 +1,4 @@
-"""Poses in text tables: a row a pose, so many columns, checked row by row.
+"""Poses in text tables: one pose per row, with a fixed number of columns, checked row by row.
 
 | format | columns | pose |
 |---|---|---|
@@ -30,14 +30,14 @@ from ex4d.geometry.pose_file import (
 
 TUM_COLUMNS = ("time", "tx", "ty", "tz", "qx", "qy", "qz", "qw")
 _NAMES = {"timestamp": "time", "t": "time", "x": "tx", "y": "ty", "z": "tz", "px": "tx", "py": "ty", "pz": "tz"}
-EPOCH_NS = 1e15  # a time above is nanoseconds since 1970, as EuRoC has, and its quaternion starts with w
+EPOCH_NS = 1e15  # larger times are nanoseconds since 1970 as in EuRoC, whose quaternions start with w
 
 
 def lines_of(path: str | Path, num_bytes: int | None = None) -> list[str]:
-    """Return the lines of a text file, stripped, empty ones and comments too."""
+    """Return the stripped lines of a text file, including empty lines and comments."""
     data = storage.read_bytes(path, 0, num_bytes)
     if num_bytes is not None and len(data) == num_bytes:
-        data = data[: data.rfind(b"\n") + 1]  # the last line, and perhaps its last character, is cut
+        data = data[: data.rfind(b"\n") + 1]  # the data is truncated, so its last line may be incomplete
     return [line.strip() for line in text.decode(data).splitlines()]
 
 
@@ -52,13 +52,13 @@ def table(rows: list[list[str]], columns: tuple[int, ...]) -> np.ndarray:
         raise ValueError("holds no rows of numbers")
     width = len(rows[0])
     if width not in columns:
-        raise ValueError(f"row 1 has {width} columns where {' or '.join(map(str, columns))} belong")
+        raise ValueError(f"row 1 has {width} columns, expected {' or '.join(map(str, columns))}")
     for number, row in enumerate(rows, 1):
         if len(row) != width:
-            raise ValueError(f"row {number} has {len(row)} columns, those before it {width}")
+            raise ValueError(f"row {number} has {len(row)} columns, but the rows before it have {width}")
         for cell in row:
             if not _is_number(cell):
-                raise ValueError(f"row {number} has {cell[:40]!r} where a finite number belongs")
+                raise ValueError(f"row {number} has {cell[:40]!r} where a finite number is expected")
     return np.array(rows, np.float64)
 
 
@@ -123,12 +123,12 @@ def read_tum(path: str | Path) -> PoseFile:
     if named:
         cells = cells[:, [named.index(name) for name in TUM_COLUMNS]]
     elif cells[:, 0].max() > EPOCH_NS:
-        raise ValueError("its times are nanoseconds and no line names its columns: say format=euroc where qw is first")
+        raise ValueError("times are in nanoseconds and no line names the columns: set format=euroc if qw comes first")
     return _from_centres(cells[:, 0], cells[:, 1:4], cells[:, 4:])
 
 
 def _column_names(lines: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the names of the columns where a first line, a comment or not, says all of TUM_COLUMNS; else []."""
+    """Return the column names if the first line, a comment or not, names all of TUM_COLUMNS; else []."""
     header = [line for line in lines[:3] if line.startswith("#")] or [" ".join(rows[0])]
     for line in header:
         words = re.sub(r"\[[^\]]*\]", " ", line.lstrip("#")).lower().replace(",", " ").split()
@@ -176,7 +176,7 @@ def read_colmap(path: str | Path) -> PoseFile:
     lines = [line for line in lines_of(path) if not line.startswith("#")]
     while lines and not lines[-1]:
         lines.pop()
-    # Each image has a second line, its points, which is empty where it has none.
+    # The second line of an image lists its points; it is empty if there are none.
     images = [line.split(maxsplit=9) for line in lines[::2]]
     if any(len(image) != 10 for image in images):
         number = next(index for index, image in enumerate(images, 1) if len(image) != 10)

@@ -88,17 +88,17 @@ def read_recammaster(path: str | Path, camera: str) -> PoseFile:
     tree = tree_of(storage.read_bytes(path))
     names = [name for name in tree if re.fullmatch(r"frame\d+", name)]
     if len(names) != len(tree) or {int(name[5:]) for name in names} != set(range(len(names))):
-        raise ValueError("its frames are not frame0, frame1, … without a gap")
+        raise ValueError("its frames must be frame0, frame1, … without a gap")
     frames = [tree[name] for name in sorted(names, key=lambda name: int(name[5:]))]
     if not all(isinstance(cameras, dict) for cameras in frames):
-        raise ValueError("a frame holds no cameras")
+        raise ValueError("a frame has no cameras")
     if camera not in frames[0]:
         raise ConfigError("camera", camera, f"{Path(str(path)).name} has {', '.join(map(str, frames[0]))}")
     rows = []
     for index, cameras in enumerate(frames):
-        said = str(cameras.get(camera))
-        found = re.findall(NUMBER, said)
-        if len(found) != 16 or re.sub(NUMBER, "", said).strip("[] \n\t").replace("[", "").replace("]", "").strip():
+        text = str(cameras.get(camera))
+        found = re.findall(NUMBER, text)
+        if len(found) != 16 or re.sub(NUMBER, "", text).strip("[] \n\t").replace("[", "").replace("]", "").strip():
             raise ValueError(f"frame{index} has no 16 numbers for {camera}")
         rows.append(found)
     c2w = np.array(rows, np.float64).reshape(-1, 4, 4).transpose(0, 2, 1).copy()
@@ -122,7 +122,7 @@ def read_nerfstudio(path: str | Path) -> PoseFile:
         return _camera_path(tree)
     frames = _objects(tree.get("frames"), "frames", "transform_matrix")
     names = [str(frame.get("file_path", "")) for frame in frames]
-    if len(set(names)) == len(names):  # a reconstruction lists pictures in the order in which it placed them
+    if len(set(names)) == len(names):  # reconstructions list pictures in the order of their registration
         frames = [frames[index] for index in text.in_natural_order(names)]
     c2w = squared(numbers([frame["transform_matrix"] for frame in frames], "transform_matrix"))
     return PoseFile(world_to_camera(c2w @ OPENGL), *_lens(tree, frames))
@@ -130,12 +130,12 @@ def read_nerfstudio(path: str | Path) -> PoseFile:
 
 def _objects(value: Any, name: str, key: str) -> list[dict[str, Any]]:
     if not isinstance(value, list) or not value or not all(isinstance(one, dict) and key in one for one in value):
-        raise ValueError(f"{name!r} is no list of objects with {key!r} each")
+        raise ValueError(f"{name!r} must be a list of objects that each have {key!r}")
     return value
 
 
 def _lens(tree: dict[str, Any], frames: list[dict[str, Any]]) -> tuple[np.ndarray | None, None, tuple[int, int] | None]:
-    """Return (K, times, size) of a transforms.json: of each frame where it says them, else of the file."""
+    """Return (K, times, size) of a transforms.json: per frame where given, else of the whole file."""
     lens = [{**tree, **frame} for frame in frames]
     if not all({"fl_x", "cx", "cy"} <= set(one) for one in lens):
         return None, None, None
@@ -157,7 +157,7 @@ def _camera_path(tree: dict[str, Any]) -> PoseFile:
         return PoseFile(w2c)
     fov = numbers([camera["fov"] for camera in cameras], "fov")
     if not ((fov > 0) & (fov < 180)).all():
-        raise ValueError("a fov is not between 0 and 180 degrees")
+        raise ValueError("a field of view is not between 0 and 180 degrees")
     focal = 0.5 * size[0] / np.tan(fov * math.pi / 360)
     K = np.tile(np.array([[1.0, 0, size[1] / 2], [0, 1, size[0] / 2], [0, 0, 1]]), (len(fov), 1, 1))
     K[:, 0, 0] = K[:, 1, 1] = focal
@@ -168,7 +168,7 @@ def read_ex4d(path: str | Path) -> PoseFile:
     arrays = _arrays(path)
     if "extrinsics" not in arrays or "intrinsics" not in arrays:
         raise ValueError(
-            f"has the keys {', '.join(sorted(arrays))}; extrinsics and intrinsics, or w2c or c2w, are read"
+            f"has the keys {', '.join(sorted(arrays))}; expected extrinsics and intrinsics, or w2c, or c2w"
         )
     extrinsics = arrays["extrinsics"].astype(np.float64)
     check_poses(OPENGL @ extrinsics if extrinsics.ndim == 3 and extrinsics.shape[1:] == (4, 4) else extrinsics)
@@ -193,7 +193,7 @@ def _arrays(path: str | Path) -> dict[str, np.ndarray]:
         loaded = np.load(file, allow_pickle=False)
         arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
     if odd := [key for key, array in arrays.items() if key != "axes" and array.dtype.kind not in "iuf"]:
-        raise ValueError(f"{odd[0] or 'the array'} is {arrays[odd[0]].dtype}, no array of numbers")
+        raise ValueError(f"{odd[0] or 'the array'} is {arrays[odd[0]].dtype}, not an array of numbers")
     return arrays
 
 
@@ -234,7 +234,7 @@ def _named(path: str | Path, key: str) -> np.ndarray:
     """Return the poses [T, 4, 4] under one key of an npz."""
     arrays = _arrays(path)
     if key not in arrays or arrays[key].ndim != 3 or arrays[key].shape[1:] not in ((3, 4), (4, 4)):
-        raise ValueError(f"has no {key} [T, 3, 4], but {', '.join(sorted(arrays)) or 'nothing'}")
+        raise ValueError(f"has no {key} [T, 3, 4]; its keys are {', '.join(sorted(arrays)) or 'nothing'}")
     return squared(arrays[key].astype(np.float64))
 
 
@@ -255,13 +255,13 @@ def _matrices(path: str | Path, key: str) -> np.ndarray:
     arrays = _arrays(path)
     found = next((arrays[name] for name in (key, f"cam_{key}", "") if name in arrays), None)
     if found is None:
-        raise ValueError(f"has the keys {', '.join(sorted(arrays))}, no {key}")
+        raise ValueError(f"has the keys {', '.join(sorted(arrays))}, but not {key}")
     found = found.astype(np.float64)
     return squared(found) if found.ndim == 3 and found.shape[1:] == (3, 4) else found
 
 
 def contents(path: str | Path) -> tuple[set[str], tuple[int, ...]]:
-    """Return (names of an npz's arrays, shape of an npy). A name of "axes=opencv" says that `axes` says so."""
+    """Return (names of an npz's arrays, shape of an npy). The name "axes=opencv" is an array `axes` of that value."""
     arrays = _arrays(path)
     is_opencv = str(arrays.get("axes", "")).lower() == "opencv"
     return set(arrays) - {""} | ({"axes=opencv"} if is_opencv else set()), arrays.get("", np.empty(0)).shape

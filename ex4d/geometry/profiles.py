@@ -1,4 +1,4 @@
-"""How a mesh is made and drawn: one frozen choice, by name."""
+"""Named profiles: how a mesh is built and drawn."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ FIRST_FRAMES = ("exact", "drawn")  # how frame 0 is shown where its camera is th
 
 @dataclass(frozen=True)
 class Profile:
-    """How a mesh is made and drawn.
+    """How a mesh is built and drawn.
 
     Args:
         name: its key in PROFILES.

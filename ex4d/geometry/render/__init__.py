@@ -30,7 +30,7 @@ BACKENDS = {"reference": reference.render, "cpu": cpu.render, "nvdiffrast": nvdi
 
 
 def choose_backend(name: str = "auto") -> str:
-    """Return a key of BACKENDS; "auto" is nvdiffrast where it and CUDA are there, else cpu. Raises ConfigError."""
+    """Return a key of BACKENDS; "auto" is nvdiffrast if it and CUDA are available, else cpu. Raises ConfigError."""
     if name == "auto":
         return "nvdiffrast" if _cuda_ready() else "cpu"
     if name not in BACKENDS:
@@ -69,8 +69,8 @@ def warp_video(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]): each frame's mesh seen from its own camera.
 
-    A camera at the source's place, though it may turn or zoom, sees the source's whole picture: it is resampled, as a
-    mesh would have holes along depth edges. As in the released code, the released profile does so for frame 0 only.
+    A camera at the source's position, even if it turns or zooms, shows the source frame resampled: drawing the mesh
+    would leave holes along depth edges. The released profile does so for frame 0 only, as the released code does.
 
     Args:
         frames: uint8 [T, H, W, 3]. z_depth: [T, H, W], finite and positive.
@@ -80,11 +80,11 @@ def warp_video(
         backend: a key of BACKENDS or "auto".
         source_w2c: [T, 4, 4] poses of a source camera that moves, in the world and unit of w2c; None: it stands still.
         view_K: [3, 3] or [T, 3, 3] of the target: a zoom.
-        valid: bool [T, H, W], True where depth is known; None: everywhere. What is not is visible in frame 0 alone.
+        valid: bool [T, H, W], True where depth is known; None: everywhere. Unknown pixels are visible in frame 0 only.
         first_frame: "exact": as above; "drawn": render frame 0 as the others where the camera moves later.
 
     Raises:
-        BadSample: depth that is no depth, or shapes that do not fit.
+        BadSample: invalid depth, or shapes that do not match.
         ConfigError: unknown profile or backend, bad cameras.
     """
     frames, z_depth = np.asarray(frames), np.asarray(z_depth)
@@ -128,7 +128,7 @@ def _draw(
 
 
 def _check_shapes(frames: np.ndarray, z_depth: np.ndarray, valid: np.ndarray | None) -> None:
-    """Raise BadSample unless frames [T, H, W, 3], z_depth [T, H, W] and valid [T, H, W] fit together."""
+    """Raise BadSample unless frames [T, H, W, 3], z_depth [T, H, W] and valid [T, H, W] match."""
     if frames.ndim != 4 or frames.shape[:3] != z_depth.shape:
         raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
     if valid is not None and valid.shape != z_depth.shape:
@@ -136,17 +136,17 @@ def _check_shapes(frames: np.ndarray, z_depth: np.ndarray, valid: np.ndarray | N
 
 
 def _checked_cameras(num_frames: int, w2c: np.ndarray, view_K: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (w2c [T, 4, 4], view_K [T, 3, 3]), float64, one of each a frame. Raises ConfigError for other shapes."""
+    """Return (w2c [T, 4, 4], view_K [T, 3, 3]), float64, one of each per frame. Raises ConfigError for other shapes."""
     w2c, view_K = np.asarray(w2c, np.float64), np.asarray(view_K, np.float64)
     if w2c.shape != (num_frames, 4, 4):
-        raise ConfigError("w2c", list(w2c.shape), f"[{num_frames}, 4, 4], one pose a frame")
+        raise ConfigError("w2c", list(w2c.shape), f"[{num_frames}, 4, 4], one pose per frame")
     if view_K.shape not in ((3, 3), (num_frames, 3, 3)):
         raise ConfigError("view_K", list(view_K.shape), f"[3, 3] or [{num_frames}, 3, 3]")
     return w2c, np.broadcast_to(view_K, (num_frames, 3, 3))
 
 
 def _unmoved(w2c: np.ndarray, profile: Profile, first_frame: str) -> list[int]:
-    """Return the frames [T] whose camera stands where the source's does, and that are shown whole."""
+    """Return the frames [T] whose camera is at the source's position, so that the whole frame is shown."""
     still = np.abs(w2c[:, :3, 3]).max(axis=1, initial=0.0) < 1e-9
     if profile.vertex_alpha:
         still[1:] = False
@@ -160,7 +160,7 @@ def resampled(frame: np.ndarray, known: np.ndarray, K: np.ndarray, camera: Camer
 
     Args:
         frame: uint8 [H, W, 3]. known: bool [H, W], which of its pixels may be shown. K: [3, 3] of the source.
-        camera: turned, or of another focal length; its translation is not looked at.
+        camera: turned, or of another focal length; its translation is ignored.
     """
     import cv2
 
@@ -173,7 +173,7 @@ def resampled(frame: np.ndarray, known: np.ndarray, K: np.ndarray, camera: Camer
     inside = (rays[..., 2] > 0) & (x >= 0) & (x <= width) & (y >= 0) & (y <= height)
     at = ((x - 0.5).astype(np.float32), (y - 0.5).astype(np.float32))
     colours = cv2.remap(frame, *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
-    # Of a pixel that is not known nothing may be mixed in.
+    # Interpolation must not mix in pixels of unknown depth.
     share = cv2.remap(known.astype(np.float32), *at, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
     visible = inside & (share > 1 - 1e-3)
     return colours * visible[..., None], visible

@@ -1,7 +1,7 @@
-"""The render contract on a CUDA GPU through nvdiffrast 0.4.0, a whole trajectory in batches. Imported when asked for.
+"""The render contract on a CUDA GPU through nvdiffrast 0.4.0, a whole trajectory in batches. Imported on use.
 
-Where it departs from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and compares depth by integers that come
-from a float32 z/w, so that silhouettes move by up to 1/16 px and face ids are not to be compared. It is not on the
+Differences from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and compares depth by integers that come
+from a float32 z/w, so that silhouettes move by up to 1/16 px and face ids must not be compared. It is not on the
 package index and its licence restricts commercial use: installing it is the user's decision.
 """
 
@@ -18,13 +18,13 @@ from ex4d.geometry.mesh import DWMesh, Profile, build
 from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
 MAX_FACES = 2**24  # ids come back as float32
-MAX_LAYERS = 8  # curtains that are looked through, one behind the other, before what is left stays hidden
+MAX_LAYERS = 8  # at most this many curtains are peeled; surfaces behind the last stay hidden
 BATCH_VERTICES = 4_000_000  # about 0.5 GB of positions, attributes and pictures at a time
 
 
 @lru_cache(maxsize=1)
 def _context() -> tuple[Any, Any]:
-    """Return (nvdiffrast.torch, its CUDA context), made once. Raises ConfigError without the package or a GPU."""
+    """Return (nvdiffrast.torch, its CUDA context), created once. Raises ConfigError without the package or a GPU."""
     import torch
 
     if not torch.cuda.is_available():
@@ -87,7 +87,8 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
     profile, size = meshes[0].profile, cameras[0].size
     ids = np.arange(len(meshes[0].faces)) if drawn is None else np.nonzero(drawn)[0]
     if len(ids) >= MAX_FACES:
-        raise ConfigError("backend", "nvdiffrast", f"{len(ids)} faces, fewer than {MAX_FACES} fit")
+        allowed = f"the mesh has {len(ids)} faces, fewer than {MAX_FACES} are possible; choose cpu"
+        raise ConfigError("backend", "nvdiffrast", allowed)
     if not len(ids):
         return [_empty(size) for _ in meshes]
     faces = torch.from_numpy(meshes[0].faces[ids]).cuda().contiguous()
@@ -166,7 +167,7 @@ def _local(mesh: DWMesh, camera: Camera) -> np.ndarray:
 def _near(mesh: DWMesh, points: np.ndarray) -> float:
     """Return the near plane for vertices float64 [N, 3] in camera axes: the contract's, or just before the nearest.
 
-    Where nothing is cut, the picture is the same with either, and depth is told apart the better the farther it is: the
+    If nothing is clipped, both give the same picture, and the farther plane gives the finer depth resolution: the
     integers that nvdiffrast compares come from a float32 near 1, whose steps are about 6e-8 · z / near of z.
     """
     return max(NEAR_RATIO * float(mesh.z_depth.min()), 0.99 * float(points[:, 2].min()))

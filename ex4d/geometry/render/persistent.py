@@ -1,8 +1,8 @@
 """A static world that persists: surfaces that other frames saw, drawn where the present frame's mesh leaves a hole.
 
-Each of those frames remains a depth watertight mesh of its own, with its curtains; what moves in it is drawn as hidden,
-so that it covers what lies behind and shows nothing. The present frame overrules every other. Among the others the
-nearest in time comes first, and gives way only to a surface that lies clearly in front of it. Nothing is averaged.
+Each of those frames keeps its own depth watertight mesh with its curtains. Moving surfaces in it are drawn as occluded:
+they cover what lies behind and show nothing. The present frame overrides all others. Among the others, the nearest in
+time wins unless another surface lies clearly in front of it. Nothing is averaged.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ex4d.geometry.mesh import DWMesh, build
 from ex4d.geometry.profiles import Profile, profile_of
 from ex4d.geometry.render import choose_backend, render
 
-IN_FRONT = 0.95  # of the depth that is shown: a surface at less covers it
+IN_FRONT = 0.95  # a surface nearer than this × the depth shown covers it
 
 
 def fill(
@@ -38,7 +38,7 @@ def fill(
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) with holes filled by other frames.
 
     Args:
-        cond_video, visible: what `warp_video` gave for the same clip and path.
+        cond_video, visible: result of `warp_video` for the same clip and path.
         frames: uint8 [T, H, W, 3]. z_depth: [T, H, W]. K: [3, 3] of the source.
         w2c, source_w2c: [T, 4, 4] of the new cameras and of the source, in one world and unit.
         num_others: number of other frames that each frame may use, spread evenly over the clip.
@@ -46,7 +46,7 @@ def fill(
         view_K: [3, 3] or [T, 3, 3] of the new cameras. valid: bool [T, H, W], True where depth is known; None: all.
 
     Raises:
-        ConfigError: fewer than 0 frames.
+        ConfigError: `num_others` is negative.
     """
     if num_others < 0:
         raise ConfigError("persistent_frames", num_others, "must be at least 0")
@@ -83,7 +83,7 @@ class World:
         Args:
             holes: bool [H, W]. w2c: [4, 4] of the new camera, in the world of `source_w2c`. view_K: [3, 3] of it.
         """
-        # Where depth is not known, nothing is looked past.
+        # Unknown depth says nothing about what lies behind it.
         known = self.z_depth[t] if self.valid is None else np.where(self.valid[t], self.z_depth[t], 0)
         depth = np.full(holes.shape, np.inf, np.float32)
         colour, added = np.zeros((*holes.shape, 3), np.uint8), np.zeros_like(holes)
@@ -97,7 +97,7 @@ class World:
         return colour, added
 
     def mesh(self, s: int) -> DWMesh:
-        """Return the mesh of frame s, on which what moves shows nothing."""
+        """Return the mesh of frame s, whose moving surfaces show nothing."""
         if s not in self.meshes:
             moves = np.zeros(self.z_depth[s].shape, bool) if self.dynamic_mask is None else self.dynamic_mask[s]
             shows = ~moves if self.valid is None else self.valid[s] & ~moves
@@ -109,7 +109,7 @@ class World:
 def _seen_through(
     depth: np.ndarray, chosen: np.ndarray, camera: Camera, present: np.ndarray, K: np.ndarray, z_depth: np.ndarray
 ) -> np.ndarray:
-    """Return bool [N]: of the chosen pixels' points, those that the present frame looks past, so that they are gone.
+    """Return bool [N]: of the chosen pixels' points, those that the present frame sees through: they are gone.
 
     Args:
         depth: [H, W] in the new camera. chosen: bool [H, W]. camera: the new one, world = the other frame's source.

@@ -1,4 +1,4 @@
-"""What every renderer gives, and the constants of the contract that they share."""
+"""The result type of all renderers, and the constants of their contract."""
 
 from __future__ import annotations
 
