@@ -99,7 +99,8 @@ def test_figures_videos_and_page_are_those_of_the_methods(folder):
             assert clip["figures"][name]["psnr"] == pytest.approx(psnr(shown[name][1:], shown["truth"][1:]), abs=2.0)
         assert clip["figures"]["codec"]["psnr"] > clip["figures"]["base"]["psnr"]
         assert clip["figures"]["adapter"] != clip["figures"]["base"]
-        assert clip["figures"]["warp"]["rotation_deg"] == pytest.approx(0, abs=1e-6)
+        resampled = clip["key"].endswith("zoomed")  # such a warp is not drawn from the mesh, which is compared with it
+        assert clip["figures"]["warp"]["rotation_deg"] == pytest.approx(0, abs=0.05 if resampled else 1e-6)
     distances = found["ranges"]["small"]["distances"]
     assert set(distances) == {"adapter", "base", "other", "warp", "codec"}
     assert all(row.keys() == {"image", "video"} and min(row.values()) >= 0 for row in distances.values())

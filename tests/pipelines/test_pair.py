@@ -316,6 +316,7 @@ def test_metres_of_depth_pro_follow_the_lens():
         "other_camera": {"w2c": still, "K": (2 * K * [[1], [1], [0.5]]).tolist()},
         "pair": {"sha256": ["a", "b", "c"], "size_bytes": 1},
         "seed": 0,
+        "valid": None,
     }
     config = preprocess.PreprocessConfig(output="out", size=(32, 32))
     network = pair.warp({**row, "depth_facts": {"estimator": "depth-pro"}}, config)
