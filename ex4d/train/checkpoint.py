@@ -1,4 +1,4 @@
-"""Checkpoints that any number of ranks at any ZeRO stage can go on from, and that a kill cannot damage.
+"""Checkpoints that any number of ranks at any ZeRO stage can resume, and that a kill cannot damage.
 
     OUTPUT/checkpoints/step-000010/
         adapter.safetensors     trainable weights, float32: an adapter as `ex4d generate` takes it
@@ -6,8 +6,9 @@
         ema.safetensors         only where an average is kept
         state.json              step, samples consumed, identity of the run, best validation loss, versions
 
-Twelve bytes a trainable parameter (sixteen with an average). A folder is written under a temporary name and renamed
-when it is whole, so a folder named step-* is complete; `latest` is the highest of them, no pointer file can lie.
+Twelve bytes per trainable parameter (sixteen with an average). A folder is written under a temporary name and renamed
+when it is complete, so every step-* folder is complete. The latest checkpoint is the highest step: a pointer file could
+be out of date.
 """
 
 from __future__ import annotations
@@ -32,12 +33,12 @@ _TEMPORARY = ".tmp-"
 
 @dataclass(frozen=True)
 class State:
-    """What a checkpoint knows beside its tensors.
+    """The facts of a checkpoint besides its tensors.
 
     Args:
         step: optimizer steps done.
-        samples: samples consumed of the endless stream, all ranks together: the loader's cursor.
-        global_batch_size: samples a step.
+        samples: samples consumed by all ranks together: the loader's cursor.
+        global_batch_size: samples per step.
         identity: what decides what the run learns (config.identity).
         validation_loss: at this step; None where it was not measured.
         versions: of the packages that ran.
@@ -70,7 +71,7 @@ def latest(output: str | Path) -> Path | None:
 
 
 def read_state(path: Path) -> State:
-    """Return the state of a checkpoint. Raises ContractError where the file is not one of ours."""
+    """Return the state of a checkpoint. Raises ContractError if the file is not one of ours."""
     try:
         return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -78,7 +79,7 @@ def read_state(path: Path) -> State:
 
 
 def rewrite_identity(path: Path, identity: Mapping[str, Any]) -> None:
-    """Make a checkpoint that of a run with another identity, so that the run goes on from it."""
+    """Give a checkpoint the identity of another run, so that this run can resume from it."""
     state = replace(read_state(path), identity=dict(identity))
     storage.write_bytes(path / "state.json", (json.dumps(asdict(state), indent=1) + "\n").encode())
 
@@ -102,7 +103,7 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, tensors: Mapping[str, Any]) -> None:
-    """Fill a model's trainables from {name: tensor}. Raises ContractError where they do not fit: see weights.fill."""
+    """Fill a model's trainables from {name: tensor}. Raises ContractError if they do not fit: see weights.fill."""
     from ex4d.models import weights
 
     weights.fill(model.trainable_parameters(), tensors, "the checkpoint")
@@ -121,7 +122,7 @@ def _whole_folder(target: Path) -> Iterator[Path]:
     """Yield a temporary folder; when the block is through, its files are flushed to disk and it takes its name.
 
     Raises:
-        OSError: a file cannot be written, because the disk is full, say.
+        OSError: a file cannot be written, for example because the disk is full.
     """
     from safetensors import SafetensorError
 
@@ -132,11 +133,11 @@ def _whole_folder(target: Path) -> Iterator[Path]:
         yield temporary
         for path in [*temporary.iterdir(), temporary]:
             _flush(path)
-        if not target.exists():  # what stands there is the same step of the same run, and no moment is without it
+        if not target.exists():  # an existing folder holds the same step of the same run
             os.replace(temporary, target)
             _flush(target.parent)
     except (SafetensorError, OSError) as error:
-        raise OSError(f"{target} cannot be written ({error}); the checkpoints before it are whole") from error
+        raise OSError(f"{target} cannot be written ({error}); the earlier checkpoints are complete") from error
     finally:
         shutil.rmtree(temporary, ignore_errors=True)
 
@@ -150,7 +151,7 @@ def _flush(path: Path) -> None:
 
 
 def note_validation(output: str | Path, step: int, validation_loss: float) -> None:
-    """Put a validation loss that came later into the checkpoint of its step, where that still stands."""
+    """Add a validation loss that arrived later to the checkpoint of its step, if that still exists."""
     path = folder(output) / f"step-{step:06d}"
     if path.is_dir():
         state = replace(read_state(path), validation_loss=validation_loss)

@@ -1,4 +1,4 @@
-"""What of a training's choices can be seen to be impossible before anything is started."""
+"""Reject impossible training settings before anything is started."""
 
 from __future__ import annotations
 
@@ -23,29 +23,29 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
         num_processes: ranks on this machine.
 
     Raises:
-        ConfigError: an unknown W&B mode; float16, whose gradients underflow; a GPU that is not there; a validation
-            without samples, or on a device that is not there or that a rank uses.
+        ConfigError: an unknown W&B mode; float16, whose gradients underflow; a missing GPU; a validation without
+            samples, or on a device that is missing or used by a rank.
         ContractError: no finished dataset.
     """
     mode = os.environ.get("WANDB_MODE")
     if train.wandb_mode != "disabled" and mode not in (None, *WANDB_MODES):
         raise ConfigError("WANDB_MODE", mode, f"one of {', '.join(WANDB_MODES)}; or unset it and set train.wandb_mode")
     if model.dtype == "float16":
-        allowed = "bfloat16 or float32 in training: small gradients become zero in float16"
+        allowed = "must be bfloat16 or float32 in training: small gradients become zero in float16"
         raise ConfigError("model.dtype", model.dtype, allowed)
     if train.validate_every:
         counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
         if not any(count["samples_val"] for count in counts):
             paths = ", ".join(data.path for data in train.datasets)
-            allowed = f"null, or a dataset with a val split: {paths} has no samples there"
+            allowed = f"must be null, since {paths} has no validation samples; set preprocess.val_fraction to get some"
             raise ConfigError("train.validate_every", train.validate_every, allowed)
-    if train.launcher == "ray":  # the GPUs are other machines'
+    if train.launcher == "ray":  # the GPUs are on other machines
         return
     import torch
 
     gpus = torch.cuda.device_count()
     if train.device == "cuda" and not gpus:
-        raise ConfigError("train.device", "cuda", "cpu or auto: PyTorch finds no GPU on this machine")
+        raise ConfigError("train.device", "cuda", "must be cpu or auto: PyTorch finds no GPU on this machine")
     if train.validate_apart or train.validate_videos:
         ranks_gpus = min(num_processes, gpus) if train.device != "cpu" else 0
         _check_validate_device(train.validate_device, gpus, ranks_gpus)

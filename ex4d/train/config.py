@@ -50,7 +50,7 @@ class TrainConfig:
         None, "Samples per step over all processes; grad_accum_steps follows. null: from grad_accum_steps.", ge=1
     )
     init_from: str | None = setting(
-        None, "Start from the weights of this adapter: folder or file of ours, or the released ex4d.ckpt."
+        None, "Start from the weights of this adapter: a folder or file of `ex4d train`, or the released ex4d.ckpt."
     )
     num_processes: int | None = setting(
         None, "Local processes to start; null: one per GPU, or 2 without a GPU. A launcher's number wins.", ge=1
@@ -104,7 +104,7 @@ class TrainConfig:
 
     launcher: Literal["auto", "ray"] = setting(
         "auto",
-        "auto: torchrun, srun or deepspeed where one started us, else local processes; ray: Ray Train.",
+        "auto: torchrun, srun or deepspeed if one of them started this process, else local processes; ray: Ray Train.",
         group="Processes",
     )
     min_processes: int | None = setting(
@@ -164,7 +164,7 @@ class TrainConfig:
             "must be false unless train.zero_stage is 1 to 3",
         )
         derived = self.grad_accum_steps == 1 or self.global_batch_size is None
-        need(derived, "grad_accum_steps", "must be left out with train.global_batch_size, from which it follows")
+        need(derived, "grad_accum_steps", "must be left out with train.global_batch_size, which determines it")
         swappable = self.activation_checkpointing or not self.block_swap
         need(swappable, "block_swap", "must be 0 unless train.activation_checkpointing=true")
         if not self.activation_checkpointing:
@@ -173,7 +173,7 @@ class TrainConfig:
             need(not self.checkpoint_keep_attention, "checkpoint_keep_attention", f"must be false {unless}")
         if isinstance(self.checkpoint_blocks, int):
             need(self.checkpoint_blocks >= 0, "checkpoint_blocks", "must be at least 0, auto, or null for all")
-        # Autograd would hold the fetched weights of swapped blocks that keep their activations.
+        # Swapped blocks that keep their activations would also keep their fetched weights.
         together = self.checkpoint_blocks is None or not self.block_swap
         need(together, "checkpoint_blocks", "must be null with train.block_swap")
         need(not (self.compile and self.zero_stage == 3), "compile", "must be false with train.zero_stage=3")
@@ -193,13 +193,13 @@ class TrainConfig:
         return tuple(dataclasses.replace(data, path=place(data.path)) for data in self.data)
 
     def recomputed_blocks(self, num_blocks: int) -> int:
-        """Return how many of the blocks recompute their activations; all of them where the memory is to decide it."""
+        """Return how many of the blocks recompute their activations; all of them if the memory decides (auto)."""
         if not self.activation_checkpointing:
             return 0
         return self.checkpoint_blocks if isinstance(self.checkpoint_blocks, int) else num_blocks
 
 
-# What may differ between two starts of one run without changing what is learnt. Everything else is the run's identity.
+# Settings that may differ between two starts of one run without changing what it learns; all others are its identity.
 FREE = frozenset(
     {
         *("data", "output", "num_steps", "save_every", "keep_last", "log_every", "dry_run", "gpu", "usd_per_gpu_hour"),
@@ -215,19 +215,19 @@ FREE = frozenset(
 
 
 def identity(config: TrainConfig, model: Any, dataset_fingerprint: str) -> dict[str, Any]:
-    """Return {dotted name: value} of all that decides what a run learns; equal in every start of one run."""
+    """Return {dotted name: value} of all settings that decide what a run learns; equal in every start of a run."""
     chosen = {f"train.{k}": v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if config.lr_decay != "none":
-        chosen["train.num_steps"] = config.num_steps  # the decay ends there
+        chosen["train.num_steps"] = config.num_steps  # the learning rate's decay ends at this step
     chosen |= {f"model.{key}": value for key, value in dataclasses.asdict(model).items()}
     chosen["dataset"] = dataset_fingerprint
     return {key: list(value) if isinstance(value, tuple) else value for key, value in chosen.items()}
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], output: str) -> None:
-    """Raise ConfigError that names the first setting in which a checkpoint differs from this start.
+    """Raise ConfigError if a setting of a checkpoint differs from this start; it names the first such setting.
 
-    A setting that the checkpoint does not know is newer than the run, which therefore had its default.
+    A setting that the checkpoint does not have is newer than the run, which therefore used its default.
     """
     from ex4d.models.backbone import ModelConfig
 
@@ -252,28 +252,29 @@ def plan_batch(config: TrainConfig, world_size: int, global_size: int | None = N
     """Return the cut of a global batch over `world_size` processes.
 
     Args:
-        global_size: of the checkpoint that goes on; None: of a new run, global_batch_size, or where that is not set
+        global_size: of the checkpoint to resume; None: a new run, which takes global_batch_size or, if that is null,
             micro × accum × processes.
 
     Raises:
-        ConfigError: the processes do not divide the batch, or the run goes on with another batch.
+        ConfigError: the processes do not divide the batch, or the resumed run has another batch.
     """
-    asked = config.global_batch_size
-    if global_size is None and asked is not None:
+    requested = config.global_batch_size
+    if global_size is None and requested is not None:
         full = config.num_processes if config.min_processes and config.num_processes else world_size
-        if asked % (config.micro_batch_size * full):
+        if requested % (config.micro_batch_size * full):
             allowed = f"must be a multiple of micro_batch_size × processes, {config.micro_batch_size} × {full}"
-            raise ConfigError("train.global_batch_size", asked, allowed)
-        global_size = asked
-    if global_size is not None and asked not in (None, global_size):
+            raise ConfigError("train.global_batch_size", requested, allowed)
+        global_size = requested
+    if global_size is not None and requested not in (None, global_size):
         allowed = f"must be {global_size}, the global batch that this run was started with, or null"
-        raise ConfigError("train.global_batch_size", asked, allowed)
+        raise ConfigError("train.global_batch_size", requested, allowed)
     if global_size is None:
-        # An elastic run that starts small has the batch of its full size, or its curve would depend on the hour.
+        # An elastic run that starts with few processes uses the batch of its full size, so that its losses do not
+        # depend on how many nodes were free.
         processes = config.num_processes if config.min_processes and config.num_processes else world_size
         global_size = config.micro_batch_size * config.grad_accum_steps * processes
     if global_size % world_size:
-        allowed = f"a divisor of the run's global batch of {global_size} samples"
+        allowed = f"must divide the run's global batch of {global_size} samples"
         raise ConfigError("train.num_processes", world_size, allowed)
     per_rank = global_size // world_size
     accum = next(n for n in range(1, per_rank + 1) if per_rank % n == 0 and per_rank // n <= config.micro_batch_size)
@@ -281,7 +282,7 @@ def plan_batch(config: TrainConfig, world_size: int, global_size: int | None = N
 
 
 def usable_ranks(config: TrainConfig, world_size: int, global_size: int | None = None) -> int:
-    """Return how many of `world_size` processes an elastic run can use: the most that divide its global batch.
+    """Return how many of `world_size` processes an elastic run can use: the largest divisor of its global batch.
 
     Args:
         global_size: as in plan_batch.
@@ -292,7 +293,7 @@ def usable_ranks(config: TrainConfig, world_size: int, global_size: int | None =
 
 @dataclass(frozen=True)
 class Place:
-    """Where this process stands among all: rank of world_size, and its number on this machine."""
+    """The position of this process: rank of world_size, and its number on this machine."""
 
     rank: int
     world_size: int
@@ -300,20 +301,20 @@ class Place:
 
 
 def place_from_environment(environment: dict[str, str] | None = None) -> Place | None:
-    """Return this process's place as torchrun, deepspeed, Ray Train or srun state it; None outside any of them.
+    """Return this process's place as torchrun, deepspeed, Ray Train or srun set it; None without a launcher.
 
     Raises:
-        ConfigError: numbers that are none, or a rank outside of the world.
+        ConfigError: RANK or WORLD_SIZE is not a number, or the rank is outside the world.
     """
     env = os.environ if environment is None else environment
     if "RANK" in env and "WORLD_SIZE" in env:
         stated = [env["RANK"], env["WORLD_SIZE"], env.get("LOCAL_RANK", "0")]
         if not all(number.isdecimal() for number in stated) or int(stated[0]) >= int(stated[1]):
-            left_over = "numbers that a launcher sets: unset RANK and WORLD_SIZE to start without one"
+            left_over = "must be numbers from a launcher; unset RANK and WORLD_SIZE to start without one"
             raise ConfigError("RANK", f"{stated[0]} of WORLD_SIZE={stated[1]}", left_over)
         return Place(*map(int, stated))
     # A batch script itself has SLURM_PROCID=0 too; only a step that srun starts has a step id, and a shell in such a
-    # step (`srun --pty bash`) no address of a master.
+    # step (`srun --pty bash`) has no MASTER_ADDR.
     if all(name in env for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR")):
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return None

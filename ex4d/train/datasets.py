@@ -1,4 +1,4 @@
-"""The datasets of a run: one, or several in turn by their weights, all of clips or all of latents."""
+"""The datasets of a run: one, or several that take turns by weight; all hold clips or all hold latents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ex4d.train.config import Place, TrainConfig
 
 
 def fingerprint(config: TrainConfig) -> str:
-    """Return what stands for the data of a run: a dataset's tree hash; of several, theirs with their weights."""
+    """Return the fingerprint of a run's data: the dataset's tree hash, or several hashes with their weights."""
     named = [(dataset_fingerprint(data.path), data.weight) for data in config.datasets]
     return named[0][0] if len(named) == 1 else " + ".join(f"{weight:g} * {digest}" for digest, weight in named)
 
@@ -36,15 +36,15 @@ class Texts:
 
 
 class Datasets:
-    """What a run trains on, checked against its model before any base is loaded.
+    """The datasets that a run trains on, checked against its model before any base is loaded.
 
     Attributes:
         facts: dataset.json of each. texts: their prompt embeddings; None for datasets of clips.
 
     Raises:
-        ConfigError: a mask range or a prompt that latents were not encoded with; a source video that a dataset does
-            not hold; clips beside latents.
-        ContractError: no finished dataset, or latents of another model.
+        ConfigError: mask range or prompt differ from those of the latents; a dataset lacks the source videos; clips
+            are mixed with latents.
+        ContractError: a dataset is not finished, or its latents are of another model.
     """
 
     def __init__(self, config: TrainConfig, model: backbone.ModelConfig, place: Place):
@@ -54,15 +54,15 @@ class Datasets:
         self.fingerprint = fingerprint(config)
         for path, facts in zip(self.paths, self.facts, strict=True):
             if model.source_video and not loader.has_source(facts):
-                # A clip that is its own source would only be copied.
-                allowed = f"false: {path} has no clips from two cameras; see preprocess.members: [source]"
+                # A model whose source is the clip itself would learn to copy it.
+                allowed = f"must be false: {path} has no clips from two cameras; see preprocess.members: [source]"
                 raise ConfigError("model.source_video", True, allowed)
             if ("latents" in facts) != ("latents" in self.facts[0]):
-                allowed = f"clips alone or latents alone: {self.paths[0]} and {path} differ"
+                allowed = f"must be all clips or all latents: {self.paths[0]} and {path} differ"
                 raise ConfigError("train.data", self.paths, allowed)
         self._stores: list[TextStore] = []
         if "latents" in self.facts[0]:
-            # Gigabytes may have to be read for it, so one rank does.
+            # This may read gigabytes, so only one rank does it.
             ours = fingerprints.of_components(model.base, model.revision) if place.rank == 0 else {}
             pairs = zip(self.paths, self.facts, strict=True)
             self._stores = [_check_latents(config, model, *pair, ours) for pair in pairs]
@@ -122,24 +122,24 @@ def _check_latents(
     facts = dataset["latents"]
     latents.LatentSpec.of(dataset)
     if facts["mask_range"] != model.mask_range:
-        allowed = f"{facts['mask_range']!r}, with which the latents of {path} were encoded"
+        allowed = f"must be {facts['mask_range']!r}, as in the latents of {path}"
         raise ConfigError("model.mask_range", model.mask_range, allowed)
     for component, theirs in facts["models"].items():
         if ours.get(component, theirs) != theirs:
             raise ContractError(
-                f"{path}: its latents are of another model: their {component} is {theirs} "
-                f"({facts['base']}), that of model.base={model.base} is {ours[component]}"
+                f"{path}: the latents belong to another model: their {component} is {theirs} "
+                f"({facts['base']}), but that of model.base={model.base} is {ours[component]}"
             )
     texts = TextStore(path, dataset)
     if config.prompt is not None and config.prompt not in texts:
-        raise ConfigError("train.prompt", config.prompt, f"a text that {path} holds; see encode.prompts")
+        raise ConfigError("train.prompt", config.prompt, f"must be a text that {path} holds; see encode.prompts")
     if config.prompt is None and not facts["captions"]:
-        raise ConfigError("train.prompt", None, f"a text: {path} was encoded with encode.captions=false")
+        raise ConfigError("train.prompt", None, f"must be a text, since {path} was encoded with encode.captions=false")
     return texts
 
 
 def _with_texts(texts: TextStore, decode_latents: loader.Decode) -> loader.Decode:
-    """Return decode_latents that reads the caption's embeddings ahead, too, in the loader's thread."""
+    """Return a decode_latents that also reads the embeddings of captions in the loader's thread."""
 
     def decode(members: Mapping[str, bytes], draw: loader.Draw) -> dict[str, Any]:
         values = decode_latents(members, draw)

@@ -1,9 +1,9 @@
 """The only gate to DeepSpeed: starts it, steps it, moves full weights and optimizer state in and out at any stage.
 
-Why so and not by DeepSpeed's own defaults (docs/decisions/training.md has the measurements):
-the `bf16` block casts everything, fp32 adapters included, so it is never used and dtypes are audited after init;
-the shared-memory op is compiled for minutes on a CPU, so it is declared incompatible; its checkpoints belong to one
-world size, so state is gathered parameter by parameter into plain tensors instead.
+Differences from DeepSpeed's defaults (measurements in docs/decisions/training.md):
+the `bf16` block casts everything, float32 adapters included, so it is not used and dtypes are checked after init;
+the shared-memory op takes minutes to compile on a CPU, so it is marked incompatible; DeepSpeed's checkpoints are bound
+to one world size, so state is gathered parameter by parameter into plain tensors instead.
 """
 
 from __future__ import annotations
@@ -35,15 +35,15 @@ def start(place: Place, device: str) -> torch.device:
 
     MASTER_ADDR and MASTER_PORT must be set. Raises whatever torch.distributed raises when the others do not come.
     """
-    # DeepSpeed calls collectives by names that newer torch renames; once a step and rank, that buries what matters.
+    # DeepSpeed calls collectives by names that newer torch deprecates; a warning per step and rank would flood the log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
-    # A launcher may show each rank its own GPU alone, which is then number 0 for every one of them.
+    # If the launcher shows each rank only its own GPU, that GPU is number 0 on every rank.
     number = 0 if on_gpu and torch.cuda.device_count() == 1 else place.local_rank
     os.environ.update(RANK=str(place.rank), WORLD_SIZE=str(place.world_size), LOCAL_RANK=str(number))
     if not on_gpu:
         os.environ["DS_ACCELERATOR"] = "cpu"
-        if "OMP_NUM_THREADS" not in os.environ:  # ranks that each take all cores are ten times slower
+        if "OMP_NUM_THREADS" not in os.environ:  # ranks that all use every core are ten times slower
             ranks_here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size))
             torch.set_num_threads(max(1, len(os.sched_getaffinity(0)) // ranks_here))
     deepspeed = _deepspeed()
@@ -66,20 +66,20 @@ def stop() -> None:
 
 
 def agreed(path: Path | None, output: str) -> Path | None:
-    """Return the checkpoint of rank 0 for every rank: file systems may show them different ones for some seconds.
+    """Return rank 0's checkpoint on every rank; shared file systems may show different ones for some seconds.
 
     Raises:
         ContractError: this rank cannot see it.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return path
-    said = [None if path is None else str(path.relative_to(output))]
-    torch.distributed.broadcast_object_list(said, src=0)
-    if said[0] is None:
+    of_rank0 = [None if path is None else str(path.relative_to(output))]
+    torch.distributed.broadcast_object_list(of_rank0, src=0)
+    if of_rank0[0] is None:
         return None
-    theirs = Path(output) / said[0]
+    theirs = Path(output) / of_rank0[0]
     if not theirs.is_dir():
-        raise ContractError(f"{theirs}: rank 0 goes on from it, here it is not; train.output must be one file system")
+        raise ContractError(f"{theirs}: missing here, but rank 0 resumes from it; put train.output on one file system")
     return theirs
 
 
@@ -93,15 +93,15 @@ def _deepspeed() -> Any:
     return deepspeed
 
 
-# Keys of DeepSpeed that would cast or replace what the engine keeps exact, beside those that deepspeed_config writes.
+# DeepSpeed keys, besides those that deepspeed_config writes, that would change dtypes or the optimizer.
 OWNED = frozenset({"bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler"})
 
 
 def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that follows from the run's choices, with the keys of `train.deepspeed`.
+    """Return the DeepSpeed configuration that follows from the run's choices, with the keys of `train.deepspeed` added.
 
     Raises:
-        ConfigError: a key of `train.deepspeed` that follows from other settings.
+        ConfigError: a key of `train.deepspeed` is determined by other settings.
     """
     zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET}
     if config.cpu_offload and config.zero_stage > 0:
@@ -121,7 +121,7 @@ def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
     owned = [key for key in theirs if key in ours or key in OWNED]
     owned += [f"zero_optimization.{key}" for key in more if key in ("stage", "offload_optimizer", "offload_param")]
     if owned:
-        allowed = "must be left out: it follows from the other settings of `train`"
+        allowed = "must be left out: other settings of `train` determine it"
         raise ConfigError(f"train.deepspeed.{owned[0]}", config.deepspeed, allowed)
     return ours | theirs | {"zero_optimization": zero | more}
 
@@ -130,13 +130,13 @@ class Engine:
     """A model under DeepSpeed. `forward` → `backward` for each micro batch, then `step` once.
 
     Args:
-        model: frozen base and trainables in one module, on its device, weights already those to start from.
+        model: frozen base and trainables in one module, on its device, with the initial weights loaded.
         config, plan: the run's choices, and how its global batch is cut.
         moments: {"exp_avg.NAME": float32 tensor, "exp_avg_sq.NAME": …} of a checkpoint, with the `step` they belong
-            to; None starts afresh.
+            to; None for a new run.
 
     Raises:
-        ContractError: DeepSpeed changed the dtype of a parameter, or the moments do not fit the model.
+        ContractError: DeepSpeed changed the dtype of a parameter, or the moments do not match the model.
     """
 
     def __init__(

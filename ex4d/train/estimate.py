@@ -1,4 +1,4 @@
-"""What a run needs, before anything is loaded: parameters, memory of one GPU by part, time and price."""
+"""Estimate what a run needs before anything is loaded: parameters, memory of one GPU by part, time and price."""
 
 from __future__ import annotations
 
@@ -18,12 +18,12 @@ QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 2 / 64}
 # gates, tensors in the base's dtype, and those as wide as the feed-forward layer; in numbers for a token of text or
 # image, tensors in the base's dtype. Counted on a traced step (tests/train/trace_memory.py).
 _KEPT_FLOAT32, _KEPT_DTYPE, _KEPT_FFN, _KEPT_CONTEXT = 3, 14, 2, 4
-# What the backward pass of a block needs beside what was kept: where the block recomputes, and where it kept all.
+# Extra memory of a block's backward pass: if the block recomputes, and if it kept its activations.
 _RECOMPUTING_FLOAT32, _RECOMPUTING_DTYPE = 3, 3
 _BACKWARD_FLOAT32, _BACKWARD_DTYPE, _BACKWARD_FFN = 2, 3, 2
 _KEPT_ADAPTER = 5  # float32 tensors of `adapter_hidden` channels that the geometry adapter keeps for its backward
 _SWAPPED_HERE = 3  # copies of swapped blocks on the device: one at work, one on its way, one not yet given back
-# Copies of the largest weight, in the dtype that computes, while a quantised one is turned back.
+# Copies of the largest weight, in the compute dtype, while a quantised weight is dequantised.
 _DEQUANTIZED = {"int8": 2, "fp8": 2, "nf4": 4}
 # Numbers that ZeRO-3 gathers at most, DeepSpeed's stage3_max_live_parameters and its prefetch bucket.
 _GATHERED = 1e9 + 5e7
@@ -77,7 +77,7 @@ def memory(
     tokens = math.prod(latents) // math.prod(shape["patch_size"]) * (2 if model.source_video else 1)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
     over = {stage: plan.world_size if train.zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    # "auto" is bfloat16 on the GPU that this asks about.
+    # "auto" means bfloat16 on the GPU of the estimate.
     dtype = DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
     blocks = parameters["blocks"] * (QUANTIZED_BYTES[model.quantize] if model.quantize else dtype)
     share = 1 / shape["num_layers"]
@@ -112,10 +112,10 @@ def memory(
 def _activations(
     shape: Mapping[str, Any], tokens: int, samples: int, dtype: float, train: TrainConfig, residual_fp32: bool
 ) -> dict[str, float]:
-    """Return what blocks keep for the backward pass, at the moment at which most is held.
+    """Return the peak of what blocks keep for the backward pass.
 
-    Where some blocks keep their activations, that is in the backward pass of the last block; where all recompute, at
-    the end of the first recomputed one.
+    If some blocks keep their activations, the peak is in the backward pass of the last block; if all recompute, it is
+    at the end of the first recomputed block.
     """
     width, ffn, layers = flops.width_of(shape), shape["ffn_dim"], shape["num_layers"]
     recomputed = train.recomputed_blocks(layers)
@@ -152,7 +152,7 @@ def summary(
     plan: BatchPlan,
     precomputed: bool,
 ) -> dict[str, Any]:
-    """Return what a run would need, as plain values and before anything is loaded.
+    """Return what a run would need, as plain values; nothing is loaded.
 
     `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`),
     `host_bytes` (while it runs: of swapped blocks, of an offloaded optimizer) and `host_bytes_loading` (while the base
@@ -167,7 +167,7 @@ def summary(
     sample = flops.cost(shape, latents, model.lora_rank, model.adapter_hidden, model.source_video)
     family = families.FAMILIES.get(families.family_of(shape) or "")
     encoders = dict(family.encoders) if family and not precomputed else {}
-    if train.prompt is not None:  # embedded once, before training
+    if train.prompt is not None:  # the prompt is embedded once, before training
         encoders.pop("text_encoder", None)
     parts = memory(shape, parameters, latents, model, train, plan, None if precomputed else encoders)
     total = sum(parts.values())

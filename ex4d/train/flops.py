@@ -1,4 +1,4 @@
-"""What a training step costs in FLOPs, by part, and the time and utilisation that follow for a named GPU.
+"""Count the FLOPs of a training step by part, and derive time and utilisation for a named GPU.
 
 One multiply-add is 2 FLOPs. Only matrix products and convolutions count; they are more than 99 % of the work.
 """
@@ -25,7 +25,7 @@ GPUS = {
     "L40S": (362e12, 48e9),
     "RTX 4090": (165e12, 24e9),
 }
-# HFU that `seconds_per_step` assumes where none was measured.
+# HFU that `seconds_per_step` assumes without a measurement.
 ASSUMED_HFU = 0.40
 # FLOPs of encoding, by pixel of a clip, and bytes that it works in, by pixel of a frame, in float32; counted with
 # torch's counter and on traced tensors for 49 × 512 × 512, for Wan's VAE and for that of the 5B model (48 channels).
@@ -181,12 +181,12 @@ def vae_seconds(work: float, gpu: str) -> float:
 
 
 def peak_flops(device_name: str) -> float | None:
-    """Return the dense bfloat16 FLOP/s of a GPU by its name, e.g. "NVIDIA H200"; None for one that is not in GPUS."""
+    """Return the dense bfloat16 FLOP/s of a GPU by its name, e.g. "NVIDIA H200"; None if it is not in GPUS."""
     return next((GPUS[name][0] for name in GPUS if name.lower() in device_name.lower()), None)
 
 
 def memory_of(gpu: str) -> float:
-    """Return the bytes of a GPU's memory. Raises ConfigError where it is not in GPUS."""
+    """Return the bytes of a GPU's memory. Raises ConfigError if it is not in GPUS."""
     found = next((size for name, (_, size) in GPUS.items() if name.lower() in gpu.lower()), None)
     if found is None:
         raise ConfigError("train.gpu", gpu, f"allowed: {', '.join(GPUS)}")

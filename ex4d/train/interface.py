@@ -1,6 +1,6 @@
 """The network interface through which ranks on other machines are reached.
 
-gloo asks for the address of this machine's own name, and Debian answers 127.0.1.1, where no other machine is.
+gloo resolves this machine's host name, which is 127.0.1.1 on Debian: other machines cannot reach that.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ def towards_master(environment: Mapping[str, str] | None = None) -> str | None:
             probe.connect((master, int(env.get("MASTER_PORT", "1"))))  # sends nothing
             own = probe.getsockname()[0]
     except OSError:
-        return None  # the rendezvous will say what is wrong with it
+        return None  # the rendezvous reports the error
     if not own.startswith("127."):
         return next((name for name, address in by_name.items() if address == own), None)
-    # The master's name is this machine's own: the others come in by one of its real addresses.
+    # MASTER_ADDR is this machine's own name: the others reach it by one of its real addresses.
     return next((name for name, address in by_name.items() if not address.startswith("127.")), None)
 
 

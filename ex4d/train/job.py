@@ -1,4 +1,4 @@
-"""What a run trains, and on what: base, model, data and the way out, built from the configuration."""
+"""Build what a run needs from its configuration: base, model, data and the function that writes the adapter."""
 
 from __future__ import annotations
 
@@ -27,18 +27,18 @@ PACKAGES = ("ex4d-platform", "torch", "deepspeed", "diffusers", "transformers", 
 
 @dataclass(frozen=True)
 class Job:
-    """What a run trains, and on what.
+    """The model, the data and the output of a run.
 
     Args:
         encoder: turns a batch of clips into the model's inputs.
         model: frozen base and trainables in one module, on its device; `trainable_parameters()` names them.
         open_loader: (split, samples consumed, micro batch size, micro batches a step) -> endless micro batches of this
             rank, with `close()`; where there are several datasets each batch names its own, an index, as `dataset`.
-        identity: what decides what the run learns (config.identity).
+        identity: the settings that decide what the run learns (config.identity).
         write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
         facts: configuration and versions, for the log.
-        costs: FLOPs and tokens of one sample of each dataset; () where they are not known.
-        recompute: which blocks recompute their activations; None where none do.
+        costs: FLOPs and tokens of one sample of each dataset; () if unknown.
+        recompute: which blocks recompute their activations; None if none do.
     """
 
     encoder: Encoder
@@ -52,7 +52,7 @@ class Job:
 
 
 def run_identity(config: TrainConfig, model_config: backbone.ModelConfig) -> dict[str, Any]:
-    """Return what decides what a run learns: see config.identity."""
+    """Return the settings that decide what a run learns: see config.identity."""
     return identity(config, model_config, fingerprint(config))
 
 
@@ -60,8 +60,8 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     """Return the job of a configuration, with the base loaded to `device`.
 
     Raises:
-        ConfigError: a base that is not there, or that cannot take these clips; see also datasets.Datasets.
-        ContractError: no finished dataset, or latents of another model.
+        ConfigError: the base is missing or cannot take these clips; see also datasets.Datasets.
+        ContractError: a dataset is not finished, or its latents are of another model.
     """
     chosen = model_config
     data = Datasets(config, chosen, place)
@@ -69,7 +69,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     if config.init_from and checkpoint.latest(config.output) is None:
         start = warm_start.read(config.init_from, chosen)
     if chosen.family is not None:
-        backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # refuses another before loading it
+        backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # rejects it before it is loaded
     known: dict[str, Tensor] = {}
     if not data.texts and config.prompt is not None:
         known = prompts.fixed(config, chosen, place, device)
@@ -106,7 +106,7 @@ def _load_base(
         components=components,
         vae_dtype=chosen.vae_dtype,
         quantize=chosen.quantize,
-        # Full weights that are to be swapped need not fit on the device.
+        # The full weights of swapped blocks need not fit on the device.
         transformer_device="cpu" if config.block_swap and not chosen.quantize else None,
         shared=place.world_size > 1,
     )
@@ -130,7 +130,7 @@ def _build_model(
 def _metadata(
     config: TrainConfig, chosen: backbone.ModelConfig, base: backbone.Base, data: Datasets, base_fingerprint: str | None
 ) -> weights.AdapterMetadata:
-    """Return what the run's adapter files say of themselves; clips are those of the first dataset."""
+    """Return the metadata of the run's adapter files; clip size and length are those of the first dataset."""
     rank, alpha = lora.settings(base.transformer)
     sample = data.facts[0]["sample"]
     return weights.AdapterMetadata(

@@ -1,4 +1,4 @@
-"""From a batch of clips to the flow-matching loss: what the base makes of it, noise by name, the weighted error."""
+"""Compute the flow-matching loss of a batch of clips: encoding, reproducible noise, weighted error."""
 
 from __future__ import annotations
 
@@ -15,15 +15,15 @@ from ex4d.models.encoders import latent_hole_share, to_pixels
 
 @dataclass(frozen=True)
 class Encoded:
-    """What the frozen base makes of a micro batch of clips, each with one mask; all float32.
+    """A micro batch of clips, each with one mask, encoded by the frozen base; all float32.
 
     Args:
         latents: of the clips, [B, z, f, h, w].
         cond_latents: of the colours shown and of the mask, [B, 2·z, f, h, w].
-        image, first_frame: the first frame's features [B, n, d] and condition [B, m + z, f, h, w]; None for a base that
+        image, first_frame: the first frame's features [B, n, d] and condition [B, m + z, f, h, w]; None if the base
             takes none.
         hole: share of each latent cell that is masked, [B, 1, f, h, w], in [0, 1].
-        source: of the scene from the other camera, [B, z, f, h, w]; None where the batch has none.
+        source: latents of the scene from the other camera, [B, z, f, h, w]; None if the batch has none.
     """
 
     latents: Tensor
@@ -43,7 +43,7 @@ class Inputs:
         target: velocity to predict, float32 [B, C, f, h, w].
         sigma: float32 [B]; loss_weight: float32 [B].
         hole: share of each latent cell that is masked, float32 [B, 1, f, h, w], in [0, 1].
-        valid: float32 [B], 0 for a sample that could not be read: it keeps its place and counts for nothing.
+        valid: float32 [B], 0 for a sample that could not be read: it stays in the batch with weight 0.
     """
 
     model_inputs: tuple[Tensor | None, ...]
@@ -58,8 +58,8 @@ class Encoder:
     """Encodes batches with a frozen base; prompts that repeat are encoded once.
 
     Args:
-        base: models.backbone.Base, or what offers its encode_* methods.
-        mask_range: "unit" or "released": what the mask video is scaled to before it is encoded.
+        base: models.backbone.Base, or any object with its encode_* methods.
+        mask_range: "unit" or "released": range of the mask video before it is encoded.
         prompt: one prompt for all clips, or None for their captions.
         known: {text: embeddings [1, 512, d]} of prompts that need not be encoded.
     """
@@ -73,7 +73,7 @@ class Encoder:
         """Return the inputs of a micro batch of the loader: `captions`, `valid` bool [B], and what `clips` takes.
 
         Args:
-            noises: one source of randomness a sample.
+            noises: one source of randomness per sample.
             shift, sampling: of the noise levels (flow.draw_sigma).
         """
         device = self.base.device
@@ -97,8 +97,8 @@ class Encoder:
         return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, encoded.hole, valid)
 
     def clips(self, batch: dict[str, Any]) -> Encoded:
-        """Return what the base makes of `frames` u8 [B,T,H,W,3], of which the mask `visible` bool [B,T,H,W] shows the
-        colours `shown` (u8, as `frames`), or its own where the batch has none. `source` (u8, as `frames`), where the
+        """Return `frames` u8 [B,T,H,W,3] encoded by the base. The mask `visible` bool [B,T,H,W] shows the colours
+        `shown` (u8, as `frames`), or those of `frames` if the batch has no `shown`. `source` (u8, as `frames`), if the
         batch has it, is the scene from the other camera.
         """
         device = self.base.device
@@ -139,11 +139,11 @@ class Encoder:
 
 
 class LatentEncoder(Encoder):
-    """The same for a latent dataset: nothing is encoded any more, and of the base the transformer alone is needed.
+    """The encoder of a latent dataset: nothing is left to encode, so only the base's transformer is needed.
 
     Args:
         base: models.backbone.Base.
-        texts: prompt embeddings by text: a data.texts.TextStore, or what has its `embeds`.
+        texts: prompt embeddings by text: a data.texts.TextStore, or any object with its `embeds`.
         prompt: as in Encoder.
     """
 
@@ -161,8 +161,9 @@ class LatentEncoder(Encoder):
             mask = torch.zeros_like(first[:, :1]).expand(-1, self.base.first_frame_channels, -1, -1, -1).clone()
             mask[:, :, 0] = 1
             first = torch.cat([mask, first], dim=1)
-        given = (found.get("image"), first, found["hole"], found.get("source"))
-        return Encoded(found["latents"], found["cond_latents"], *given)
+        return Encoded(
+            found["latents"], found["cond_latents"], found.get("image"), first, found["hole"], found.get("source")
+        )
 
     def text(self, prompt: str) -> Tensor:
         """Return the stored embeddings [1, 512, d] of a prompt."""
@@ -170,13 +171,13 @@ class LatentEncoder(Encoder):
 
 
 def on_device(values: Any, device: torch.device) -> Tensor:
-    """Return an array or CPU tensor on a device; to a GPU through pinned memory, so that the program need not wait."""
+    """Return an array or CPU tensor on a device; to a GPU through pinned memory, so that the copy is asynchronous."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class NamedNoise:
-    """The randomness of one sample at one step, from names alone: never from rank, device or call order."""
+    """The randomness of one sample at one step; it depends on names, not on rank, device or call order."""
 
     def __init__(self, seed: int, step: int | str, key: str, condition_dropout: float = 0.0):
         self.generator = flow.generator_for(seed, step, key)
@@ -204,8 +205,8 @@ def velocity_losses(velocity: Tensor, inputs: Inputs, hole_weight: float) -> Los
 
     Args:
         velocity: prediction [B, C, f, h, w].
-        hole_weight: weight of a cell that is all hole against one that is all visible; each sample's weights have
-            mean 1, so the scale of the loss stays.
+        hole_weight: weight of a cell inside a hole relative to a visible one; each sample's weights have mean 1, so
+            that the scale of the loss does not change.
     """
     squared = (velocity.float() - inputs.target) ** 2
     mse = squared.mean(dim=(1, 2, 3, 4))

@@ -1,4 +1,4 @@
-"""What a person, and Prometheus, see while a run goes on."""
+"""Show the progress of a run on a terminal and to Prometheus."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ex4d.train.report import NonFinite
 logger = logging.getLogger(__name__)
 
 SHOWN = ("loss", "validation_loss")
-LINGER_S = 12.0  # two scrapes of cluster/monitoring/prometheus.yml, and less than a launcher waits for the last rank
+LINGER_S = 12.0  # longer than two scrapes of prometheus.yml, shorter than a launcher's wait for the last rank
 GAUGES = {
     "step": "Last step.",
     "loss": "Weighted loss of the last step.",
@@ -33,7 +33,7 @@ GAUGES = {
 
 
 class Progress:
-    """What is seen of a run: a bar on a terminal, a line every `log_every` steps elsewhere, metrics on a port."""
+    """Shows a bar on a terminal, else a line every `log_every` steps, and serves metrics on a port."""
 
     def __init__(self, train: TrainConfig):
         self._train = train
@@ -59,7 +59,7 @@ class Progress:
         if self._serving is not None:
             if isinstance(error, NonFinite):
                 self._non_finite = True
-                time.sleep(LINGER_S)  # or nobody would hear why the run ended
+                time.sleep(LINGER_S)  # so that Prometheus still scrapes why the run ended
             self._serving.close()
 
     def show(self, step: dict[str, Any]) -> None:
@@ -76,8 +76,8 @@ class Progress:
             self._serving.enter_context(
                 metrics.serving(self._train.metrics_port, self._train.metrics_host, self.families)
             )
-        except ConfigError as error:  # in the middle of the work, and perhaps of a run that was just replaced
-            logger.warning("no metrics are served: %s", error)
+        except ConfigError as error:  # for example the port is still held by the run that this one replaces
+            logger.warning("metrics are not served: %s", error)
 
     def families(self) -> Iterator[Any]:
         """Yield the last step as Prometheus metrics."""

@@ -1,6 +1,6 @@
-"""The embeddings of a run's one prompt, computed once by rank 0 and kept in the run's folder.
+"""The embeddings of a run's single prompt, computed once by rank 0 and cached in the run's folder.
 
-So the text encoder, 11 GB for 14B, is never loaded beside the transformer, by no other rank, and not by a restart.
+The text encoder, 11 GB for 14B, is never loaded beside the transformer, on another rank, or again after a restart.
 """
 
 from __future__ import annotations
@@ -33,7 +33,7 @@ def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: t
     try:
         kept = load_file(path)
         return {text: kept[name] for name, text in texts.items()}
-    except (OSError, KeyError, SafetensorError):  # not there, or written in part
+    except (OSError, KeyError, SafetensorError):  # missing, or only partly written
         pass
     component = ("text_encoder",)
     base = backbone.load_base(model.base, model.revision, model.dtype, device, components=component)
@@ -46,7 +46,7 @@ def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: t
 
 
 def _digest(config: TrainConfig, model: backbone.ModelConfig, device: torch.device) -> str:
-    """Return what the embeddings depend on, in short: prompt, dtype, and the files of the text encoder."""
+    """Return a hash of what the embeddings depend on: prompt, dtype, and the files of the text encoder."""
     folder = backbone.resolve(model.base, model.revision, ("text_encoder",))
     files = [path for name in backbone.FOLDERS["text_encoder"] for path in sorted((folder / name).glob("*"))]
     facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]

@@ -1,4 +1,4 @@
-"""What all ranks say about one step, added up in an order that does not depend on who said it."""
+"""Aggregate the ranks' results of one step, in an order that does not depend on the ranks."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ WEIGHTED, MSE, SIGMA, VALID = 1, 2, 3, 4  # columns of `rows`; the first is the 
 
 
 class NonFinite(Ex4dError):
-    """A loss or a gradient is NaN or infinite. Raised before the optimizer steps, so the weights are still good."""
+    """A loss or a gradient is NaN or infinite. Raised before the optimizer step, so the weights are still valid."""
 
 
 @dataclass(frozen=True)
@@ -28,10 +28,10 @@ class Report:
     """One step over the global batch.
 
     Args:
-        loss: mean weighted loss. mse: mean plain error. Both None where no sample could be read.
-        by_sigma: mean plain error in equal buckets of sigma, None where a bucket is empty.
-        finite: whether every loss and gradient was. stop: whether any rank was asked to stop.
-        peak_memory_bytes: of the rank that needed most. bad_samples: how many could not be read and do not count.
+        loss: mean weighted loss. mse: mean plain error. Both None if no sample could be read.
+        by_sigma: mean plain error in equal buckets of sigma, None for an empty bucket.
+        finite: whether every loss and gradient was finite. stop: whether any rank was asked to stop.
+        peak_memory_bytes: of the rank that needed most. bad_samples: samples that could not be read; they do not count.
     """
 
     loss: float | None
@@ -57,10 +57,10 @@ def rows(places: list[int], losses: Losses, inputs: Inputs) -> Tensor:
 
 
 def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None = None) -> Report:
-    """Return the report of all ranks' rows [n, 5]. Every rank calls it, with equal n, and gets the same answer.
+    """Return the report of all ranks' rows [n, 5]. Every rank calls it, with equal n, and gets the same result.
 
     Args:
-        first: count only the samples at the first so many positions.
+        first: count only the samples at the first `first` positions.
     """
     flags = [not gradients_finite, stop, peak_memory_bytes(local.device), 0, 0]
     message = torch.cat([local, torch.tensor([flags], dtype=torch.float64, device=local.device)])
@@ -76,7 +76,7 @@ def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None 
 
 
 def in_order(samples: Tensor, first: int | None = None) -> Tensor:
-    """Return rows [n, 5] by their position in the global batch, the first so many of them."""
+    """Return rows [n, 5] sorted by their position in the global batch, truncated to the first ones."""
     return samples[samples[:, 0].argsort()][:first]
 
 
@@ -100,7 +100,7 @@ def describe_non_finite(step: int, local: Tensor, keys: list[str], gradients_fin
     finite = local[:, 1:3].isfinite().all(dim=1).tolist()
     bad = [key for key, ok in zip(keys, finite, strict=True) if not ok]
     if not bad and not gradients_finite:
-        bad = keys  # the loss is a number and its gradient is not: any clip of this rank may have done it
+        bad = keys  # the loss is finite but its gradient is not: any clip of this rank may be the cause
     everyone: list[list[str]] = [[] for _ in range(torch.distributed.get_world_size())]
     torch.distributed.all_gather_object(everyone, bad)
     names = ", ".join(sorted({key for part in everyone for key in part}))
@@ -115,18 +115,18 @@ def peak_memory_bytes(device: torch.device) -> int:
 
 
 class Stopwatch:
-    """Splits a step's wall-clock time into named parts; waits for the GPU at each, so that the parts are true.
+    """Splits a step's wall-clock time into named parts; synchronises the GPU at each, so that the parts are exact.
 
     Args:
-        waited: seconds that this process waited in collectives since it was last asked; they become the part
+        waited: seconds that this process waited in collectives since the last call; they become the part
             "communication" and are taken out of the part in which they fell (waits.waited).
     """
 
     def __init__(self, device: torch.device, waited: Callable[[], float] = lambda: 0.0):
         self._device, self._waited = device, waited
         if device.type == "cuda":
-            torch.cuda.synchronize(device)  # collectives that are still under way have no length yet
-        waited()  # what came before is not ours
+            torch.cuda.synchronize(device)  # collectives that still run have no duration yet
+        waited()  # discard the time before this step
         self._start = self._last = time.perf_counter()
         self._parts: dict[str, float] = {}
 

@@ -1,4 +1,4 @@
-"""The log of a run: JSON lines always, W&B where it is wanted. The only gate to W&B."""
+"""The log of a run: JSON lines always, W&B if enabled. The only module that uses W&B."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes OUTPUT/metrics.jsonl, one object a step, and OUTPUT/validation.jsonl, one object a validation done
-    apart, and mirrors both to W&B. Rank 0 holds one.
+    """Writes OUTPUT/metrics.jsonl, one object per step, and OUTPUT/validation.jsonl, one object per separate
+    validation, and mirrors both to W&B. Only rank 0 has one.
 
     Args:
         output: folder of the run.
-        step: the step that the run goes on from; lines after it are dropped, so that each step stands there once.
+        step: the step that the run resumes from; later lines are dropped, so that each step is logged once.
         wandb_options: mode ("online", "offline", "disabled" or None: by the key), project, group.
         facts: configuration, versions, commit and dataset, for W&B: as its configuration and as an artifact.
     """
@@ -36,7 +36,7 @@ class RunLog:
         truncate(self.validation_path, step)
         self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
         self._wandb = _start_wandb(self.output, wandb_options, facts)
-        # A validation comes later than its step, so it has an axis of its own.
+        # A validation is logged later than its step, so it has its own axis.
         self._mirror(lambda run: run.define_metric("validation/*", step_metric="validation/step"))
         self._mirror(lambda run: run.log_artifact(_artifact(run.id, self.output, facts)))
 
@@ -48,7 +48,7 @@ class RunLog:
         self._mirror(lambda run: run.log(_flat(metrics), step=self.step))
 
     def write_validation(self, result: dict[str, Any]) -> None:
-        """Append what a validation apart has found: see validation.Validator.results."""
+        """Append the result of a separate validation: see validation.Validator.results."""
         with open(self.validation_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         shown = {f"validation/{key}": value for key, value in result.items() if key != "videos" and value is not None}
@@ -56,7 +56,7 @@ class RunLog:
         self._mirror(lambda run: run.log(shown | _videos(self.output, videos), step=self.step))
 
     def flush(self) -> None:
-        """Bring what is written to disk, so that a checkpoint never is ahead of the log."""
+        """Flush the log to disk, so that a checkpoint is never ahead of the log."""
         os.fsync(self._file.fileno())
 
     def close(self, exit_code: int = 0) -> None:
@@ -66,9 +66,9 @@ class RunLog:
         self._mirror(lambda run: run.finish(exit_code=exit_code))
 
     def _mirror(self, act: Callable[[Any], Any]) -> None:
-        """Do something with the W&B run; where W&B fails, go on without it.
+        """Call W&B; if it fails, continue without it.
 
-        Its service is a process of its own, which a batch system's SIGTERM to all of a job's processes ends, too.
+        Its service is a separate process, which a batch system's SIGTERM to all processes of a job also ends.
         """
         if self._wandb is None:
             return
@@ -77,7 +77,7 @@ class RunLog:
         try:
             act(self._wandb)
         except (OSError, EOFError, RuntimeError, ValueError, wandb.Error) as error:
-            logger.warning("W&B is lost (%s: %s); metrics.jsonl has everything", type(error).__name__, error)
+            logger.warning("W&B failed (%s: %s); metrics.jsonl has everything", type(error).__name__, error)
             self._wandb = None
 
 
@@ -97,7 +97,7 @@ def truncate(path: str | Path, step: int) -> None:
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return one number a chart: what is nested by its path, errors by range of sigma; None is left out."""
+    """Return one number per chart: nested values by their path, errors by range of sigma, without None."""
     flat: dict[str, Any] = {}
     for key, value in metrics.items():
         if key == "mse_by_sigma":
@@ -111,7 +111,7 @@ def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of this source, with a "+" where files differ from it; None where it is not in a repository."""
+    """Return the commit of this source, with a "+" if files differ from it; None outside a repository."""
 
     def git(*words: str) -> str | None:
         try:
@@ -121,14 +121,14 @@ def commit() -> str | None:
         return done.stdout.strip() if done.returncode == 0 else None
 
     here = Path(__file__).resolve()
-    if git("ls-files", "--error-unmatch", here.name) is None:  # installed, perhaps below another project's repository
+    if git("ls-files", "--error-unmatch", here.name) is None:  # installed, perhaps inside another project's repository
         return None
     head, changed = git("rev-parse", "HEAD"), git("status", "--porcelain", "--untracked-files=no")
     return f"{head}+" if head and changed else head
 
 
 def _artifact(run_id: str, output: Path, facts: dict[str, Any]) -> Any:
-    """Return the artifact that says what a run was: its facts, and its configuration where there is one."""
+    """Return the artifact that describes a run: its facts, and its configuration if there is one."""
     import wandb
 
     artifact = wandb.Artifact(f"run-{run_id}", type="run")
@@ -147,7 +147,7 @@ def _videos(output: Path, paths: list[str]) -> dict[str, Any]:
 
 
 def _start_wandb(output: Path, options: dict[str, Any], facts: dict[str, Any]) -> Any:
-    """Return a W&B run, or None: it is a mirror, so nothing that goes wrong in it may end a training run."""
+    """Return a W&B run, or None if it cannot start: W&B is a mirror, and its failure must not end a training."""
     mode: Any = options["mode"] or os.environ.get("WANDB_MODE")
     if mode is None:
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"

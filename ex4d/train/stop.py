@@ -1,4 +1,4 @@
-"""Being asked to stop: by a signal, at any rank, at any moment of a step."""
+"""Handle requests to stop: a signal may reach any rank at any moment of a step."""
 
 from __future__ import annotations
 
@@ -12,25 +12,25 @@ import torch
 
 @contextmanager
 def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
-    """Yield a function that says whether SIGTERM or Ctrl-C has come; neither ends the process while this is open.
+    """Yield a function that returns whether SIGTERM or Ctrl-C arrived; inside the block neither ends the process.
 
     Args:
-        instead: says it already, and is yielded: Ray Train runs the loop in a thread, where signals cannot be taken.
+        instead: yielded as it is, if set: Ray Train runs the loop in a thread, where signals cannot be handled.
     """
     if instead is not None:
         yield instead
         return
-    asked = threading.Event()
-    before = {number: signal.signal(number, lambda *_: asked.set()) for number in (signal.SIGTERM, signal.SIGINT)}
+    requested = threading.Event()
+    before = {number: signal.signal(number, lambda *_: requested.set()) for number in (signal.SIGTERM, signal.SIGINT)}
     try:
-        yield asked.is_set
+        yield requested.is_set
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
 
 
-def any_rank(asked: bool, device: torch.device) -> bool:
-    """Return whether any rank was asked to stop. Every rank calls, and gets the same answer."""
-    flag = torch.tensor([float(asked)], device=device)
+def any_rank(requested: bool, device: torch.device) -> bool:
+    """Return whether any rank was asked to stop. Every rank calls it and gets the same result."""
+    flag = torch.tensor([float(requested)], device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag.item())

@@ -1,8 +1,8 @@
 """The training loop, from a batch of clips to an adapter, in one visible file.
 
-What makes a run repeatable: the loader's order depends on (seed, epoch) alone, noise and sigma on (seed, step, sample
-key) alone, and the logged loss is summed over the global batch in the order of its samples. So a run that is killed
-and goes on is the same bit for bit, and on another number of ranks or ZeRO stage the same up to summation order.
+A run is reproducible: the loader's order depends only on (seed, epoch), noise and sigma only on (seed, step, sample
+key), and the logged loss is summed over the global batch in the order of its samples. A run that is killed and resumed
+is identical bit for bit, and on another number of ranks or ZeRO stage identical up to summation order.
 """
 
 from __future__ import annotations
@@ -31,12 +31,12 @@ from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
 
-SPIKE = 5.0  # a gradient norm so many times the median of the last 20 steps is named in the log
-MEMORY_MARGIN = 0.06  # of a GPU that checkpoint_blocks=auto leaves free: fragments, and larger batches of text
+SPIKE = 5.0  # the log names a gradient norm above this × the median of the last 20 steps
+MEMORY_MARGIN = 0.06  # share of a GPU that checkpoint_blocks=auto leaves free, for fragmentation and longer texts
 
 
 class Trainer:
-    """A run at the step where its output folder stands. Every rank makes one and calls `run`.
+    """A run at the last checkpoint of its output folder. Every rank creates one and calls `run`.
 
     Args:
         show: called on rank 0 with each step's metrics.
@@ -103,7 +103,7 @@ class Trainer:
         return code
 
     def loop(self, stop_asked: Callable[[], bool], log: RunLog | None, validator: Validator | None) -> int:
-        """Train to `num_steps` and write the adapter; see `run`. Rank 0 has a log, and a validator where one is due."""
+        """Train to `num_steps` and write the adapter; see `run`. Only rank 0 has a log and a validator."""
         config, metrics = self.config, dict[str, Any]()
         start = self.initial_loss()
         for step in range(self.first_step + 1, config.num_steps + 1):
@@ -114,7 +114,7 @@ class Trainer:
                     self.save(step - 1, before.get("validation_loss"), log)
                 if log and validator:
                     self.note(log, validator.results())
-                logger.warning("stopped by a signal within step %d; the same command does it again", step)
+                logger.warning("stopped by a signal within step %d; the same command repeats that step", step)
                 return EXIT_PREEMPTED
             if step == self.first_step + 1:
                 metrics |= start
@@ -128,9 +128,9 @@ class Trainer:
             if last or stopping or step % config.save_every == 0:
                 self.save(step, metrics.get("validation_loss"), log)
             if log and validator:
-                self.note(log, validator.results())  # after `save`: they may be of this very step
+                self.note(log, validator.results())  # after `save`, since they may belong to this step
             if stopping and not last:
-                logger.warning("stopped by a signal after step %d; the same command goes on from there", step)
+                logger.warning("stopped by a signal after step %d; the same command resumes there", step)
                 return EXIT_PREEMPTED
         self.export()
         return 0
@@ -138,7 +138,7 @@ class Trainer:
     def step(self, step: int, stop_asked: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
         """Do one optimizer step; return its metrics, and whether any rank was asked to stop.
 
-        Asked between two micro batches, which may take minutes, it drops what was accumulated: no metrics then.
+        A request between two micro batches, which may take minutes, drops the accumulated gradients: no metrics then.
         """
         watch = report.Stopwatch(self.device, waited)
         rows, keys = [], []
@@ -163,8 +163,8 @@ class Trainer:
             rows.append(report.rows(where, losses, inputs))
             keys += batch["keys"]
         local, gradients_finite = torch.cat(rows), self.engine.gradients_finite()
-        said = report.gather(local, gradients_finite, stop_asked())
-        if not said.finite:
+        result = report.gather(local, gradients_finite, stop_asked())
+        if not result.finite:
             raise report.NonFinite(report.describe_non_finite(step, local, keys, gradients_finite))
         watch.lap("communication")
         lr = learning_rate(self.config, step)
@@ -175,21 +175,21 @@ class Trainer:
         self.samples += self.plan.global_size
         metrics: dict[str, Any] = {
             "step": step,
-            "loss": said.loss,
+            "loss": result.loss,
             "lr": lr,
             "grad_norm": grad_norm,
             "samples": self.samples,
             "processes": self.plan.world_size,
         }
-        metrics |= {"mse": said.mse, "mse_by_sigma": said.by_sigma, "bad_samples": said.bad_samples}
+        metrics |= {"mse": result.mse, "mse_by_sigma": result.by_sigma, "bad_samples": result.bad_samples}
         if "dataset" in batch:
             metrics["dataset"] = batch["dataset"]
         metrics |= self.throughput(watch.times()["total"], batch.get("dataset", 0))
-        metrics |= {"step_s": watch.times(), "peak_memory_bytes": said.peak_memory_bytes}
-        return metrics, said.stop
+        metrics |= {"step_s": watch.times(), "peak_memory_bytes": result.peak_memory_bytes}
+        return metrics, result.stop
 
     def watch_spikes(self, step: int, grad_norm: float, keys: list[str]) -> None:
-        """Name the clips of a step whose gradient norm stands out from those before it."""
+        """Log the clips of a step whose gradient norm is far above those of the steps before."""
         if len(self.grad_norms) == self.grad_norms.maxlen:
             usual = statistics.median(self.grad_norms)
             if grad_norm > SPIKE * usual:
@@ -198,7 +198,7 @@ class Trainer:
         self.grad_norms.append(grad_norm)
 
     def throughput(self, seconds: float, dataset: int) -> dict[str, float]:
-        """Return samples and tokens a second of all ranks; on a known GPU MFU and HFU of one (train.flops)."""
+        """Return samples and tokens per second of all ranks, and on a known GPU its MFU and HFU (train.flops)."""
         rate = self.plan.global_size / seconds
         if not self.job.costs:
             return {"samples_per_s": rate}
@@ -218,8 +218,8 @@ class Trainer:
         return NamedNoise(self.config.seed, step, key, self.config.condition_dropout)
 
     def start_average(self, path: Path | None) -> dict[str, Tensor] | None:
-        """Return the average of the trainables that `path` holds, or as they are now: on rank 0's device, and there
-        alone. Every rank calls.
+        """Return the average of the trainables from `path`, or their present values, on rank 0's device; None on the
+        other ranks. Every rank calls it.
         """
         with self.engine.full_weights():
             if self.place.rank != 0:
@@ -233,7 +233,7 @@ class Trainer:
 
     @torch.no_grad()
     def update_average(self) -> None:
-        """Move the average of the trainables towards them, where one is kept. Every rank calls."""
+        """Update the moving average of the trainables, if there is one. Every rank calls it."""
         if self.config.ema_decay is None:
             return
         with self.engine.full_weights():
@@ -241,15 +241,15 @@ class Trainer:
                 mean.lerp_(self.engine.trainables[name], 1 - self.config.ema_decay)
 
     def initial_loss(self) -> dict[str, float]:
-        """Return {"initial_validation_loss"} of a run that starts from another's weights, before its first update."""
+        """Return {"initial_validation_loss"} of a run that starts from given weights, before its first update."""
         if self.first_step or not self.config.init_from or not self.validation_batches:
             return {}
         return {"initial_validation_loss": self.validate(0, None)["validation_loss"]}
 
     def fit_memory(self) -> None:
-        """Let as many blocks keep their activations as the memory has room for, after a step in which none did.
+        """Let as many blocks keep their activations as fit in memory, after a step in which all recomputed.
 
-        With checkpoint_blocks=auto, on GPUs; every rank calls, and the one with the least room decides.
+        For checkpoint_blocks=auto on GPUs; every rank calls it, and the one with the least memory decides.
         """
         recompute = self.job.recompute
         if recompute is None or self.config.checkpoint_blocks != "auto" or self.device.type != "cuda":
@@ -259,12 +259,12 @@ class Trainer:
         count = torch.tensor(recompute.fit(room - MEMORY_MARGIN * total), device=self.device)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
         recompute.count = int(count)
-        logger.info("%d blocks recompute their activations, the others keep them", recompute.count)
+        logger.info("%d blocks recompute their activations; the others keep them", recompute.count)
 
     def validate(self, step: int, validator: Validator | None) -> dict[str, Any]:
-        """Return what is known at once of the weights on the validation clips, and have the rest found out apart.
+        """Validate: return the metrics computed by the ranks, and start the separate validation for the rest.
 
-        Every rank calls. `validation_loss` is the mean plain error over the same clips, noise and sigmas each time.
+        Every rank calls it. `validation_loss` is the mean plain error over the same clips, noise and sigmas each time.
         """
         config, found = self.config, dict[str, Any]()
         if not config.validate_apart:
@@ -279,14 +279,14 @@ class Trainer:
         return found
 
     def note(self, log: RunLog, results: list[dict[str, Any]]) -> None:
-        """Log what validations apart have found."""
+        """Log the results of separate validations."""
         for result in results:
             log.write_validation(result)
             if result.get("validation_loss") is not None:
                 checkpoint.note_validation(self.config.output, result["step"], result["validation_loss"])
 
     def save(self, step: int, validation_loss: float | None, log: RunLog | None) -> None:
-        """Write the checkpoint of `step`. Every rank calls; rank 0 writes, the others wait for it."""
+        """Write the checkpoint of `step`. Every rank calls it; rank 0 writes while the others wait."""
         rank0 = self.place.rank == 0
         weights, moments = self.engine.weights(), self.engine.moments(keep=rank0)
         if rank0:
@@ -306,7 +306,7 @@ class Trainer:
         torch.distributed.barrier()
 
     def export(self) -> None:
-        """Write OUTPUT/adapter, from the average where one is kept. Every rank calls."""
+        """Write OUTPUT/adapter, from the moving average if there is one. Every rank calls it."""
         weights = self.engine.weights()
         if self.place.rank == 0:
             step = max(self.first_step, self.config.num_steps)
@@ -328,12 +328,12 @@ def train(
     Args:
         place: this process among all. Its launcher has set MASTER_ADDR and MASTER_PORT.
         show: called on rank 0 with each step's metrics.
-        stop_asked: says whether to write a checkpoint and stop; None: SIGTERM says so.
-        start_validation: where a validation apart is to run; see validation.Validator.
+        stop_asked: returns whether to write a checkpoint and stop; None: whether SIGTERM arrived.
+        start_validation: where a separate validation runs; see validation.Validator.
 
     Raises:
-        ConfigError: the choices are invalid, or the output folder holds a run with others.
-        ContractError: no finished dataset, or a damaged checkpoint.
+        ConfigError: the settings are invalid, or the output folder holds a run with other settings.
+        ContractError: a dataset is not finished, or a checkpoint is damaged.
         NonFinite: a loss or gradient is not finite; names the clips.
     """
     device = engine.start(place, config.device)

@@ -1,4 +1,4 @@
-"""Validation apart from the ranks: what one set of weights makes of held-out clips, judged by a process of its own.
+"""Validation in a separate process: one set of weights is evaluated on held-out clips while the ranks train on.
 
     OUTPUT/validation/step-000010/job.json              the choices of the run
     OUTPUT/validation/step-000010/adapter.safetensors   the weights to judge; removed afterwards
@@ -6,8 +6,8 @@
     OUTPUT/validation/step-000010/result.json           written last
     OUTPUT/validation/step-000010/log.txt
 
-It has no part in the process group, a deadline, the lowest priority, and is the first that the kernel kills when memory
-runs out; whatever becomes of it is a line in validation.jsonl and nothing else. One runs at a time.
+The process is not in the process group. It has a deadline and the lowest priority, and the kernel kills it first when
+memory runs out. Success or failure is a line in validation.jsonl and does not affect the training. One runs at a time.
 
     python -m ex4d.train.validation OUTPUT/validation/step-000010
 """
@@ -47,12 +47,12 @@ logger = logging.getLogger(__name__)
 PARENT = "EX4D_VALIDATION_PARENT"  # process id of the rank whose child this is
 RANK_VARIABLES = ("RANK", "WORLD_SIZE", "LOCAL_RANK", "LOCAL_WORLD_SIZE", "MASTER_ADDR", "MASTER_PORT")
 FPS = 8.0
-# Not the run's own: runs with another seed or another noise schedule are judged by the same clips, noise and sigmas.
+# Fixed, not the run's: runs with another seed or noise schedule are evaluated on the same clips, noise and sigmas.
 SEED, SHIFT = 0, 5.0
 CHECK_S = 0.2
 
 
-# ---------------------------------------------------------------- the figure, the same in the ranks and apart
+# ---------------------------------------------------------------- the loss, in the ranks and in the separate process
 
 
 @torch.no_grad()
@@ -90,7 +90,7 @@ def read_share(job: Job, config: TrainConfig, micro_size: int, world_size: int) 
 
 
 class Handle(Protocol):
-    """A validation under way."""
+    """A running validation."""
 
     def poll(self) -> int | None:
         """Return its exit status, or None while it runs."""
@@ -100,7 +100,7 @@ class Handle(Protocol):
 
 
 class Child:
-    """A validation in a process of this machine. Raises OSError where none can be started."""
+    """A validation in a process of this machine. Raises OSError if it cannot be started."""
 
     def __init__(self, folder: Path, device: str):
         environment = {name: value for name, value in os.environ.items() if name not in RANK_VARIABLES}
@@ -120,36 +120,36 @@ class Child:
         return self._process.poll()
 
     def kill(self) -> None:
-        """End it and what it started."""
+        """Kill the process and its children."""
         if self._process.poll() is None:
             os.killpg(self._process.pid, signal.SIGKILL)
         self._process.wait()
 
 
 class Validator:
-    """Has weights judged, one set at a time. Rank 0 holds one; no method of it waits, save `wait`, and none raises.
+    """Evaluates weights, one set at a time, on rank 0. No method except `wait` blocks, and none raises.
 
     Args:
         config: of the run.
-        job: its facts and its way of writing an adapter.
-        start: (folder of a step, device) -> what runs there.
+        job: its facts and its function that writes an adapter.
+        start: (folder of a step, device) -> handle of the running validation.
     """
 
     def __init__(self, config: TrainConfig, job: Job, start: Callable[[Path, str], Handle] = Child):
         self.config, self.job, self.start = config, job, start
         self._running: tuple[int, Handle, float] | None = None
-        self._next: int | None = None  # the last step, while the one before it is judged
+        self._next: int | None = None  # the last step, waiting for an earlier validation to end
         self._said: list[dict[str, Any]] = []
 
     def submit(self, step: int, weights: Mapping[str, Tensor]) -> list[str]:
-        """Have the weights of a step judged; return where its videos will be, relative to the run's folder.
+        """Start the validation of a step; return where its videos will be, relative to the run's folder.
 
-        Where the one before is not done yet, this one is left out; that of the last step waits for it.
+        If the previous validation still runs, this one is skipped; that of the last step waits instead.
         """
         self._collect()
         last = step >= self.config.num_steps
         if self._running and not last:
-            self._fail(step, f"left out: that of step {self._running[0]} was not done")
+            self._fail(step, f"skipped: the validation of step {self._running[0]} was still running")
             return []
         folder = step_folder(self.config.output, step)
         try:
@@ -176,15 +176,15 @@ class Validator:
         return True
 
     def results(self) -> list[dict[str, Any]]:
-        """Return what has come since the last call: {"step", "validation_loss", "videos": paths, "seconds"} or {"step",
+        """Return the results since the last call: {"step", "validation_loss", "videos": paths, "seconds"} or {"step",
         "failed": why}.
         """
         self._collect()
-        said, self._said = self._said, []
-        return said
+        results, self._said = self._said, []
+        return results
 
     def wait(self, stop_asked: Callable[[], bool]) -> list[dict[str, Any]]:
-        """Return the last results, not later than the deadline or a wish to stop."""
+        """Wait for the last results, until the deadline or a request to stop, and return them."""
         self._collect()
         while self._running and not stop_asked():
             time.sleep(CHECK_S)
@@ -193,7 +193,7 @@ class Validator:
         return self.results()
 
     def close(self) -> None:
-        """End what is under way."""
+        """Stop the running validation."""
         if self._running:
             self._running[1].kill()
             self._fail(self._running[0], "the training ended before it")
@@ -213,9 +213,9 @@ class Validator:
         folder = step_folder(self.config.output, step)
         if status is None:
             handle.kill()
-            self._fail(step, f"given up after {self.config.validate_timeout_s:g} s")
+            self._fail(step, f"abandoned after {self.config.validate_timeout_s:g} s (train.validate_timeout_s)")
         elif status:
-            self._fail(step, f"ended with {status}; see {folder}/log.txt")
+            self._fail(step, f"ended with exit status {status}; see {folder}/log.txt")
         else:
             self._read(folder, step, seconds)
         (folder / "adapter.safetensors").unlink(missing_ok=True)
@@ -228,7 +228,7 @@ class Validator:
             result = json.loads((folder / "result.json").read_text(encoding="utf-8"))
             loss, names = result["validation_loss"], result["videos"]
             if not (loss is None or math.isfinite(loss)) or not all((folder / name).is_file() for name in names):
-                raise ValueError("a loss that is no number, or a video that is not there")
+                raise ValueError("the loss is not a finite number, or a video is missing")
         except (OSError, ValueError, KeyError, TypeError) as error:
             self._fail(step, f"its result cannot be read: {error}")
             return
@@ -236,24 +236,24 @@ class Validator:
         self._said.append({"step": step, "validation_loss": loss, "videos": videos, "seconds": round(seconds, 3)})
 
     def _fail(self, step: int, why: str) -> None:
-        logger.warning("validation of step %d: %s; the training goes on", step, why)
+        logger.warning("validation of step %d: %s; the training continues", step, why)
         self._said.append({"step": step, "failed": why})
 
 
 def step_folder(output: str | Path, step: int) -> Path:
-    """Return where the validation of a step lies."""
+    """Return the folder of a step's validation."""
     return Path(output) / "validation" / f"step-{step:06d}"
 
 
-# ---------------------------------------------------------------- the process that judges
+# ---------------------------------------------------------------- the separate process
 
 
 def judge(folder: Path) -> None:
-    """Judge the weights in a step's folder: write its videos, then result.json."""
+    """Evaluate the weights in a step's folder: write its videos, then result.json."""
     chosen = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = configs.validate(TrainConfig, chosen["train"], "train")
     model_config = configs.validate(ModelConfig, chosen["model"], "model")
-    # As in the ranks: "auto" would be float32 on a CPU, 65 GB for 14B.
+    # The dtype of the ranks: "auto" would be float32 on a CPU, 65 GB for 14B.
     model_config = dataclasses.replace(model_config, dtype=chosen.get("dtype") or model_config.dtype)
     place, device = Place(0, 1, 0), torch.device(config.validate_device)
     job = build_job(config, model_config, place, device)
@@ -273,12 +273,12 @@ def judge(folder: Path) -> None:
 
 @torch.no_grad()
 def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any], folder: Path) -> list[str]:
-    """Write the first held-out clips as clip-N.mp4, beside each other what is given, made and real; return the names.
+    """Write the first held-out clips as clip-N.mp4: condition, generated and real side by side; return the names.
 
-    Same clips, masks and noise at every step, without guidance. A clip that cannot be read is left out.
+    Same clips, masks and noise at every step, without guidance. Clips that cannot be read are skipped.
     """
     base = job.encoder.base
-    if getattr(base, "vae", base) is None:  # a training on latents loads none
+    if getattr(base, "vae", base) is None:  # a training on latents loads no VAE
         name, revision = model_config["base"], model_config["revision"]
         base = load_base(name, revision, device=base.device, components=("vae",))
     batches, names = job.open_loader("val", 0, 1, 1), []
@@ -288,8 +288,8 @@ def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any],
             continue
         noise = NamedNoise(config.seed, "validation video", batch["keys"][0])
         inputs = job.encoder.encode(batch, [noise], config.shift, "uniform")
-        given: tuple[Any, ...] = inputs.model_inputs
-        noisy, cond, latents = given[0], given[5], sample(job.model, given, config)  # as Ex4dModel.forward takes them
+        arguments: tuple[Any, ...] = inputs.model_inputs  # of Ex4dModel.forward
+        noisy, cond, latents = arguments[0], arguments[5], sample(job.model, arguments, config)
         real = noisy - inputs.sigma.view(-1, 1, 1, 1, 1) * inputs.target  # x0 = x - sigma v
         panels = [cond[:, : real.shape[1]], latents, real]
         frames = [generate.to_frames(base.decode_latents(panel)) for panel in panels]
@@ -300,7 +300,7 @@ def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any],
 
 
 def sample(model: Callable[..., Tensor], model_inputs: tuple[Any, ...], config: TrainConfig) -> Tensor:
-    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from a noise of its own."""
+    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from its own noise."""
     noisy, _, prompt, *conditions = model_inputs
     noise = torch.randn(noisy.shape, generator=flow.generator_for(config.seed, "validation video"))
     return flow.sample(
@@ -311,8 +311,8 @@ def sample(model: Callable[..., Tensor], model_inputs: tuple[Any, ...], config: 
 
 
 def main(folder: str) -> int:
-    """Be the process of one validation."""
-    # A rank that is killed cannot tell its child; Linux does (prctl PR_SET_PDEATHSIG = 1).
+    """Run one validation in this process."""
+    # A killed rank cannot stop its child, so Linux does it (prctl PR_SET_PDEATHSIG = 1).
     parent = int(os.environ.get(PARENT, 0))
     if parent:
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)

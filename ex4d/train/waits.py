@@ -1,4 +1,4 @@
-"""How long a step waits for its peers: a clock around every collective of DeepSpeed, the part "communication"."""
+"""Measure how long a step waits for other ranks ("communication"), by timing every collective of DeepSpeed."""
 
 from __future__ import annotations
 
@@ -10,10 +10,10 @@ import torch
 
 
 def waited() -> float:
-    """Return the seconds that this process waited in DeepSpeed's collectives since it was last asked.
+    """Return the seconds that this process waited in DeepSpeed's collectives since the last call.
 
-    For the data and for the slowest rank alike. On a GPU: the time that its main stream stood still for them, so
-    what runs beside the computing costs nothing; call it after a synchronize.
+    This includes transfers and waiting for the slowest rank. On a GPU it is the time that its main stream was blocked,
+    so overlapped communication does not count; call it after a synchronize.
     """
     return _waits.take()
 
@@ -62,7 +62,7 @@ class _Waits:
 
 
 class _Handle:
-    """A collective under way whose `wait` is timed."""
+    """A running collective whose `wait` is timed."""
 
     def __init__(self, work: Any, wait: Callable[..., Any]):
         self._work, self.wait = work, wait
@@ -80,7 +80,7 @@ _waits = _Waits()
 
 
 def time_collectives(backend: Any, on_gpu: bool) -> None:
-    """Put a clock around the collectives of DeepSpeed's backend, the one door through which it communicates."""
+    """Time the collectives of DeepSpeed's backend, through which all its communication goes."""
     for name in COLLECTIVES:
         function = getattr(backend, name)
         if not hasattr(function, "untimed"):

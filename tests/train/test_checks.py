@@ -25,7 +25,7 @@ def dataset(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 def test_float16_is_refused(dataset: str) -> None:
-    with pytest.raises(ConfigError, match=r"model\.dtype='float16': bfloat16 or float32"):
+    with pytest.raises(ConfigError, match=r"model\.dtype='float16': must be bfloat16 or float32"):
         check_run(TrainConfig(data=dataset), backbone.ModelConfig(dtype="float16"), 1)
     for dtype in ("auto", "bfloat16", "float32"):
         check_run(TrainConfig(data=dataset), backbone.ModelConfig(dtype=dtype), 1)
@@ -34,7 +34,7 @@ def test_float16_is_refused(dataset: str) -> None:
 @pytest.mark.parametrize("apart", [True, False])
 def test_a_validation_without_samples_is_refused(apart: bool, tmp_path: Path) -> None:
     data = str(make_dataset(tmp_path, train=2, val=0))
-    with pytest.raises(ConfigError, match=r"train\.validate_every=2: null, or a dataset with a val split"):
+    with pytest.raises(ConfigError, match=r"train\.validate_every=2: must be null, since .* no validation samples"):
         check_run(TrainConfig(data=data, validate_every=2, validate_apart=apart), backbone.ModelConfig(), 1)
     check_run(TrainConfig(data=data), backbone.ModelConfig(), 1)
 
@@ -44,7 +44,7 @@ def test_devices_that_cannot_be_are_refused(dataset: str, monkeypatch: pytest.Mo
         monkeypatch.setattr(torch.cuda, "device_count", lambda: gpus)
         check_run(TrainConfig(data=dataset, **train), backbone.ModelConfig(), 2)
 
-    with pytest.raises(ConfigError, match=r"train\.device='cuda': cpu or auto"):
+    with pytest.raises(ConfigError, match=r"train\.device='cuda': must be cpu or auto"):
         check(0, device="cuda")
     check(1, device="cuda")
     check(0, device="cuda", launcher="ray")

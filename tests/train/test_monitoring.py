@@ -101,7 +101,7 @@ def test_a_port_that_is_taken_does_not_end_a_training(caplog):
             pass
         with train_progress.Progress(TrainConfig(metrics_port=port)) as show:
             show(STEP)
-    assert "no metrics are served" in caplog.text
+    assert "metrics are not served" in caplog.text
 
 
 def test_the_provisioning_names_one_data_source():

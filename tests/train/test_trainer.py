@@ -133,7 +133,7 @@ def test_a_full_disk_is_one_sentence_and_leaves_what_was_there(tmp_path):
     done = subprocess.run(command, capture_output=True, text=True, check=True, timeout=120)
     assert done.stdout.count("\n") == 1
     assert f"OSError {tmp_path}/checkpoints/step-000002 cannot be written (" in done.stdout
-    assert done.stdout.endswith("; the checkpoints before it are whole\n")
+    assert done.stdout.endswith("; the earlier checkpoints are complete\n")
     assert [path.name for path in checkpoint.folder(tmp_path).iterdir()] == ["step-000001"]
 
 
