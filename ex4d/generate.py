@@ -13,7 +13,7 @@ from typing import Any, Literal
 import numpy as np
 import torch
 
-from ex4d import depth, flow, video
+from ex4d import depth, flow, storage, video
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
 from ex4d.geometry import masks
@@ -21,7 +21,7 @@ from ex4d.models import backbone, encoders, lora, provenance, swap, weights, win
 from ex4d.models.adapter import Ex4dModel, build_model
 from ex4d.reconstruct import Reconstruction, reconstruct
 from ex4d.reconstruct_config import ReconstructConfig
-from ex4d.reconstruct_files import white
+from ex4d.reconstruct_files import sounding, white
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +39,7 @@ class NovelView:
         output = Path(output)
         source = self.reconstruction
         paths = [output] + [output.with_name(f"{output.stem}{end}") for end in (".cond.mp4", ".mask.mp4", ".json")]
-        video.write(paths[0], self.frames, source.fps)
+        storage.write_bytes(paths[0], sounding(source, self.frames))
         video.write(paths[1], source.cond_video, source.fps)
         video.write(paths[2], white(source.visible), source.fps)
         paths[3].write_text(json.dumps(self.record, indent=2, default=str) + "\n", encoding="utf-8")

@@ -72,6 +72,7 @@ class Reconstruction:
         choices: the settings of the view, JSON-able.
         provenance: the depth estimator's record.
         valid_mask: bool [T, H, W], True where depth is known; None: everywhere.
+        video_path: whose first frames these are, for its sound; "" where it is no file.
     """
 
     frames: np.ndarray
@@ -87,6 +88,7 @@ class Reconstruction:
     choices: dict[str, Any] = field(default_factory=dict)
     provenance: dict[str, Any] = field(default_factory=dict)
     valid_mask: np.ndarray | None = None
+    video_path: str = ""
 
     @property
     def starts_at_source(self) -> bool:
@@ -141,6 +143,7 @@ def reconstruct(
         choices=recorded | {"cameras": origin, "radius": radius},
         provenance=clip.provenance,
         valid_mask=clip.valid_mask,
+        video_path=str(video_path),
     )
 
 

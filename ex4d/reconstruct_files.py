@@ -4,18 +4,22 @@ from __future__ import annotations
 
 import io
 import json
+import logging
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
 
-from ex4d import storage, video
+from ex4d import isolation, storage, video
+from ex4d.errors import BadSample
 from ex4d.geometry import mesh
 from ex4d.geometry.depth import as_grey
 from ex4d.reconstruct import Reconstruction
 
 if TYPE_CHECKING:
     from PIL.Image import Image
+
+log = logging.getLogger(__name__)
 
 CAMERA_VERSION = 2  # of camera.json; 1 had no version, and source_w2c only where poses were given
 RELEASED_FPS = 30  # the released tool writes 30 whatever the source has
@@ -36,7 +40,7 @@ def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = No
     np.savez_compressed(mask, visible=view.visible)
     contact_sheet(view).save(preview, format="PNG")
     contents = {
-        "cond.mp4": video.encode(view.cond_video, view.fps),
+        "cond.mp4": sounding(view, view.cond_video),
         "mask.npz": mask.getvalue(),
         "mask.mp4": video.encode(white(view.visible), view.fps, crf=0),  # x264 is lossless there
         "camera.json": (json.dumps(cameras(view), indent=1) + "\n").encode(),
@@ -54,6 +58,19 @@ def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = No
             valid = None if view.valid_mask is None else view.valid_mask[index]
             mesh.export(mesh.build(frame, z_depth, view.K, view.profile, valid=valid), paths[-1])
     return paths
+
+
+def sounding(view: Reconstruction, frames: np.ndarray) -> bytes:
+    """Return an mp4 of the view's frames with the sound of its source, copied; without it, a warning says why."""
+    data = video.encode(frames, view.fps)
+    if not view.video_path:
+        return data
+    try:
+        result = isolation.run("with_audio", (isolation.File(view.video_path), data))
+    except BadSample as error:
+        log.warning("the result has no sound: %s", error.message)
+        return data
+    return result or data
 
 
 def white(visible: np.ndarray) -> np.ndarray:

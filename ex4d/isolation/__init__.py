@@ -46,6 +46,7 @@ FUNCTIONS: dict[str, str] = {
     "probe": "ex4d.video:probe",
     "frame_pts": "ex4d.video:frame_pts",
     "decode": "ex4d.video:decode",
+    "with_audio": "ex4d.video:with_audio",
 }
 TABLE = "ex4d.isolation"
 

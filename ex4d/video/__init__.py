@@ -5,6 +5,7 @@ Pipelines decode in a child process (`ex4d.isolation`), since a decoder may cras
 
 from __future__ import annotations
 
+from ex4d.video.audio import with_audio
 from ex4d.video.encoder import encode, read, write
 from ex4d.video.frames import decode, frame_pts, frame_pts_by_decoding, iter_decimated
 from ex4d.video.resize import Fit
@@ -21,5 +22,6 @@ __all__ = [
     "missing_decoders",
     "probe",
     "read",
+    "with_audio",
     "write",
 ]
