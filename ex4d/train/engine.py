@@ -21,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.train import interface, waits
+from ex4d.train import interface, rendezvous, waits
 from ex4d.train.config import BatchPlan, Place, TrainConfig
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
@@ -54,7 +54,13 @@ def start(place: Place, device: str) -> torch.device:
         for variable in ("GLOO_SOCKET_IFNAME", "NCCL_SOCKET_IFNAME"):
             os.environ.setdefault(variable, name)
     backend = "nccl" if on_gpu else "gloo"
-    deepspeed.init_distributed(backend, auto_mpi_discovery=False, timeout=datetime.timedelta(minutes=30), verbose=False)
+    deepspeed.init_distributed(
+        backend,
+        auto_mpi_discovery=False,
+        timeout=datetime.timedelta(minutes=30),
+        verbose=False,
+        init_method=rendezvous.init_method(),
+    )
     waits.time_collectives(deepspeed.comm.comm.cdb, on_gpu)
     return torch.device("cuda", number) if on_gpu else torch.device("cpu")
 

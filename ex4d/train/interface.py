@@ -1,6 +1,7 @@
-"""The network interface through which ranks on other machines are reached.
+"""The network interface through which ranks reach each other.
 
-gloo resolves this machine's host name, which is 127.0.1.1 on Debian: other machines cannot reach that.
+gloo resolves this machine's host name, which is 127.0.1.1 on Debian: other machines cannot reach that. Elsewhere it is
+an address that other machines can reach, even where all ranks are on this one.
 """
 
 from __future__ import annotations
@@ -14,13 +15,21 @@ from collections.abc import Mapping
 SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 
 
+def is_loopback(environment: Mapping[str, str]) -> bool:
+    """Return whether MASTER_ADDR is the IPv4 loopback."""
+    master = environment.get("MASTER_ADDR", "")
+    return master == "localhost" or master.startswith("127.")
+
+
 def towards_master(environment: Mapping[str, str] | None = None) -> str | None:
-    """Return the name of the interface towards MASTER_ADDR; None where all ranks are on this machine or it is IPv6."""
+    """Return the name of the interface towards MASTER_ADDR; None where there is none or it is IPv6."""
     env = os.environ if environment is None else environment
     master = env.get("MASTER_ADDR", "")
-    if master in ("", "localhost") or master.startswith("127.") or ":" in master:
+    if master == "" or ":" in master:
         return None
     by_name = dict(_addresses())
+    if is_loopback(env):
+        return next((name for name, address in by_name.items() if address == "127.0.0.1"), None)
     try:
         with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
             probe.connect((master, int(env.get("MASTER_PORT", "1"))))  # sends nothing
