@@ -130,7 +130,7 @@ class Ex4dModel(nn.Module):
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """Compute as the base does, without LoRA and geometry, inside the block: what an adapter is compared with."""
+        """Compute as the base does, without LoRA and geometry, inside the block: the baseline of an adapter."""
         self._alone = True
         try:
             with lora.disabled(self.transformer):
@@ -177,7 +177,7 @@ def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dMod
     they are trained.
 
     Raises:
-        ConfigError: a rank or width below 1, an alpha that is no scale.
+        ConfigError: a rank or width below 1, an alpha that is not a positive number.
     """
     for key in ("lora_rank", "adapter_hidden"):
         if getattr(config, key) < 1:

@@ -1,4 +1,4 @@
-"""What an adapter file says of itself, in the header of its safetensors, and how it is checked."""
+"""The metadata of an adapter file, in the header of its safetensors, and its checks."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ CONVENTIONS = (
 
 @dataclass(frozen=True)
 class AdapterMetadata:
-    """What an adapter file says of itself, in the header of its safetensors.
+    """The metadata of an adapter file, in the header of its safetensors.
 
     Args:
         base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
-        base_fingerprint: of `encoders.base_fingerprint`; None where it is not known (the released file).
+        base_fingerprint: of `encoders.base_fingerprint`; None if unknown (the released file).
         lora_rank, lora_alpha, adapter_hidden, mask_range, source_video, residual_fp32: as in ModelConfig.
-        shift: of the noise schedule that it was trained with, and is sampled with unless another is asked for.
+        shift: of the noise schedule in training, and the default of sampling.
         num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
-        dataset_fingerprint: tree hash of the dataset; None where it is not known.
-        step: training step it was taken from.
-        conventions: for people.
+        dataset_fingerprint: tree hash of the dataset; None if unknown.
+        step: training step of the weights.
+        conventions: for readers, not for code.
         format_version: of this layout.
     """
 
@@ -58,14 +58,14 @@ class AdapterMetadata:
 
 def write(metadata: AdapterMetadata) -> dict[str, str]:
     """Return the header of a file: one entry only, since the order of several is not fixed in safetensors."""
-    said = asdict(metadata)
+    fields = asdict(metadata)
     if not metadata.residual_fp32:
-        del said["residual_fp32"]  # so that earlier versions read the file
-    return {_HEADER: json.dumps(said, sort_keys=True)}
+        del fields["residual_fp32"]  # so that earlier versions read the file
+    return {_HEADER: json.dumps(fields, sort_keys=True)}
 
 
 def read(file: Path) -> AdapterMetadata:
-    """Return what a safetensors file says of itself. Raises ContractError where it is no adapter, or not this one."""
+    """Return the metadata of a safetensors file. Raises ContractError if it is not an adapter of this version."""
     from safetensors import SafetensorError, safe_open
 
     try:
@@ -117,12 +117,12 @@ def check(file: Path) -> None:
 def _of_another_program(names: Mapping[str, Any]) -> str:
     if any("lora" in name or name.endswith(".alpha") for name in names):
         advice = "`ex4d export ADAPTER --from THIS_FILE --style ex4d` puts it into an adapter"
-        return f"is a LoRA of another program, whole as it may be, and no adapter with geometry: {advice}"
+        return f"is a LoRA of another program without the geometry adapter: {advice}"
     return f"holds no adapter of this project, but {len(names)} tensors such as {sorted(names)[:2]}"
 
 
 def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], file: Path) -> None:
-    """Raise ContractError unless the header's sizes can be, and are those of the tensors: a model is built by them."""
+    """Raise ContractError unless the header's sizes are possible and match the tensors: they define the model."""
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A" in name and shape}
     hidden = next(iter(shapes.get("geometry_adapter.latent_encoder.0.weight", [])), 0)
     if ranks != {metadata.lora_rank} or hidden != metadata.adapter_hidden:
@@ -136,7 +136,7 @@ def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], fi
 
 
 def what_it_is(file: Path) -> str:
-    """Return what a file is that was downloaded in place of another, "" where that is not known."""
+    """Return what a failed download left in place of the file; "" if it is not a known kind."""
     with open(file, "rb") as opened:
         head = opened.read(200).lstrip().lower()
     if head.startswith((b"<!doctype html", b"<html")):

@@ -1,4 +1,4 @@
-"""Which kernel computes attention: the one asked for, and the one that really runs."""
+"""Select the kernel of attention, and find out which kernel really runs."""
 
 from __future__ import annotations
 
@@ -58,11 +58,11 @@ def kernel_that_runs(
 ) -> str:
     """Return which kernel PyTorch takes here, by trying a forward and a backward pass.
 
-    cuDNN, for one, is passed over without a word where its library is shadowed by another. On a GPU the device's own
+    PyTorch silently skips cuDNN, for example, if another copy of its library shadows it. On a GPU the device's own
     kernel is named too, as in "flash (void pytorch_flash::flash_fwd_kernel…)".
 
     Raises:
-        ConfigError: the kernel that `kernel` asks for does not work here.
+        ConfigError: the kernel that `kernel` selects does not work here.
     """
     device = torch.device(device)
     query = torch.randn(1, 2, num_tokens, head_dim, device=device, dtype=dtype, requires_grad=True)
@@ -75,7 +75,7 @@ def kernel_that_runs(
             attend()
     except RuntimeError as error:
         reason = str(error).splitlines()[0]
-        raise ConfigError("train.attention", device.type, f"auto: the kernel does not work here ({reason})") from None
+        raise ConfigError("train.attention", device.type, f"does not work here ({reason}); set auto") from None
     chosen = next((name for name, (_, known) in KERNELS.items() if operators.seen & {*known}), "math")
     if device.type != "cuda":
         return chosen

@@ -92,8 +92,8 @@ def load_base(
         shared: every rank of the process group calls; rank 0 alone reads the transformer, the others receive it.
 
     Raises:
-        ConfigError: the base is not there and cannot be fetched; says what to download and where to put it.
-        ContractError: a folder is there whose files are not what they must be.
+        ConfigError: the base is missing and cannot be fetched; says what to download and where to put it.
+        ContractError: the folder exists but its files are missing, damaged or of another kind.
     """
     unknown = set(components) - set(COMPONENTS)
     if unknown:
@@ -149,7 +149,8 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
     """Return the local folder of a base, fetching the asked components of a hub id where they are not cached.
 
     Raises:
-        ConfigError: not there, and not to be had; says what to download and where to put it. A base of two experts.
+        ConfigError: the base is missing and cannot be fetched (says what to download and where to put it), or has two
+            experts.
     """
     if base in families.REFUSED:
         raise ConfigError("model.base", base, families.REFUSED[base])
@@ -157,7 +158,7 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
         folder = TINY_FOLDER if base == TINY else Path(base)
         if not (folder / "transformer" / "config.json").is_file():
             raise ConfigError(
-                "model.base", base, f"{folder} is no diffusers folder: transformer/config.json is missing"
+                "model.base", base, f"{folder} is not a diffusers folder: transformer/config.json is missing"
             )
         if (folder / "transformer_2").is_dir():
             raise ConfigError("model.base", base, families.TWO_EXPERTS)
@@ -200,7 +201,7 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
     kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}
     if component == "vae":
         kwargs["torch_dtype"] = dtype
-    else:  # the classes of diffusers never run code of a folder, and take no word of it
+    else:  # diffusers classes never run code of a folder and reject this keyword
         kwargs |= {"dtype": dtype, "trust_remote_code": False}
     try:
         model = cls.from_pretrained(folder / component, **kwargs)

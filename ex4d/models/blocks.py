@@ -50,7 +50,7 @@ class Recompute:
         self, blocks: nn.ModuleList, count: int | None = None, keep_attention: bool = False, measure: bool = False
     ):
         if count is not None and not 0 <= count <= len(blocks):
-            raise ConfigError("train.checkpoint_blocks", count, f"0 to {len(blocks)}, the number of blocks")
+            raise ConfigError("train.checkpoint_blocks", count, f"must be 0 to {len(blocks)}, the number of blocks")
         self._index = {id(block): index for index, block in enumerate(blocks)}
         self.count = len(blocks) if count is None else count
         self.block_bytes: int | None = None

@@ -1,4 +1,4 @@
-"""Captions of clips by a BLIP checkpoint of the transformers library, for videos that nobody described.
+"""Captions of clips by a BLIP checkpoint of the transformers library, for videos without captions.
 
 The middle frame stands for the clip. The words are the likeliest ones, so equal frames give equal captions.
 """

@@ -1,4 +1,4 @@
-"""The base model at work: pixels, text and images to what the transformer takes, and latents back to pixels."""
+"""Encode pixels, text and images with the base model for its transformer, and decode latents to pixels."""
 
 from __future__ import annotations
 
@@ -22,11 +22,11 @@ MASK_LOW = {"unit": -1.0, "released": -3.0}
 
 @dataclass
 class Base:
-    """A loaded base model; a component that was not asked for is None, and calling what needs it is a ContractError.
+    """A loaded base model; components that were not requested are None, and methods that need them raise ContractError.
 
     Args:
-        name, revision: what was asked for; of a hub id, the commit.
-        shape: the transformer's configuration, there even where the transformer is not.
+        name, revision: as requested; of a hub id, the commit.
+        shape: the transformer's configuration, present even without the transformer.
         image_settings: mean and std of the image encoder's input.
         offload: keep components in the host's memory, and on the device only the one at work: see `bring`.
     """
@@ -53,7 +53,7 @@ class Base:
         """Return a component that is about to work; with `offload` it is on the device, and the others are not."""
         wanted = self._need(component)
         if self.offload:
-            with torch.inference_mode(False):  # what is moved there can never be told to require a gradient again
+            with torch.inference_mode(False):  # tensors moved in inference mode could not require gradients later
                 for other in (self.transformer, self.vae, self.text_encoder, self.image_encoder):
                     if other is not None and other is not wanted:
                         other.to("cpu")

@@ -29,8 +29,8 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
         lora: take the LoRA from this file of another program (`lora_dialects`) and the rest from `adapter`.
 
     Raises:
-        ConfigError: another style, or one that cannot say what the adapter needs; a file that is not there, or an
-            output that is one of the inputs.
+        ConfigError: an unknown style, or one that cannot express the adapter; a missing file; an output that is one of
+            the inputs.
         ContractError: a damaged file, or a LoRA of another model than the adapter's.
     """
     if style not in STYLES:
@@ -39,10 +39,10 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
     target = output / weights.FILE_NAME if style == "ex4d" else output
     for source in (Path(adapter), Path(adapter) / weights.FILE_NAME, *([Path(lora)] if lora else [])):
         if source.is_file() and target.exists() and source.samefile(target):
-            raise ConfigError("output", str(output), "another file than the inputs")
+            raise ConfigError("output", str(output), "must not be one of the input files")
     state, metadata = weights.read_adapter(adapter)
     if metadata.source_video and style != "ex4d":
-        raise ConfigError("style", style, "ex4d: no other form can say that the adapter is given the source video")
+        raise ConfigError("style", style, "must be ex4d: other formats cannot record that it takes the source video")
     if lora is not None:
         state, alpha = _with_lora(state, lora)
         metadata = replace(metadata, lora_rank=_rank(state), lora_alpha=alpha)
@@ -64,7 +64,7 @@ def _rank(state: dict[str, Tensor]) -> int:
 def _with_lora(state: dict[str, Tensor], lora: str | Path) -> tuple[dict[str, Tensor], float]:
     """Return (the state with another LoRA, its alpha)."""
     if not Path(lora).is_file():
-        raise ConfigError("from", str(lora), "is no file")
+        raise ConfigError("from", str(lora), "no such file")
     new, alpha = weights.read_lora(lora)
     old = {name: value for name, value in state.items() if ".lora_" in name}
     # A and B have the rank on one side and the layer's width on the other; the width must be that of the layer.

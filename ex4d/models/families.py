@@ -1,5 +1,5 @@
 """The Wan models that the adapter is known to fit: one row each, with everything that is needed before any download;
-and those that are refused, with the reason.
+and the models that are not supported, with the reason.
 """
 
 from __future__ import annotations

@@ -1,7 +1,7 @@
 """Features of pictures and of videos by networks of the transformers library, for distances between sets of them.
 
 The paper's FID and FVD take Inception and I3D, whose weights come as code or pickles; DINOv2 (Stein et al. 2023) and
-VideoMAE (after Ge et al. 2024, who take other weights of it) take their place. Figures of the two kinds do not compare.
+VideoMAE (after Ge et al. 2024, who take other weights of it) take their place. Do not compare the two kinds.
 """
 
 from __future__ import annotations
@@ -121,7 +121,7 @@ def folder_of(weights: str, of_videos: bool) -> Path:
 
 
 def _side(model: Any, settings: dict[str, Any]) -> int:
-    """Return the px that pictures are scaled to: the preprocessor's; a DINOv2 itself may name those of its training."""
+    """Return the side in px that pictures are scaled to, from the preprocessor, not from DINOv2's own config."""
     crop = settings.get("crop_size") or {}
     return int(crop.get("height", model.config.image_size) if isinstance(crop, dict) else crop)
 

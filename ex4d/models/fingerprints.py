@@ -1,4 +1,4 @@
-"""Which encoders a base has, by the content of their files: what latents depend on, known without loading anything."""
+"""Fingerprint the encoders of a base by the content of their files, without loading them; latents depend on them."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def of_components(
         components: which are wanted.
 
     Raises:
-        ConfigError: the base is not there, and not to be had.
+        ConfigError: the base is missing and cannot be fetched.
     """
     folder = resolve(base, revision, needed)
     found = {}

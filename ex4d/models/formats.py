@@ -1,4 +1,4 @@
-"""LoRA and adapter tensors under the names of other programs, in and out; renaming alone, so no bit changes.
+"""Convert LoRA and adapter tensors to and from the names of other programs; only names change, no bits.
 
 Canonical names are diffusers': `transformer.blocks.N.attn1.to_q.lora_A.weight`, and `geometry_adapter.…`.
 """
@@ -103,7 +103,7 @@ def to_format(state: Mapping[str, Tensor], style: str, alpha: float | None = Non
         out |= {name: state[f"geometry_adapter.{name}"] for name in GEOMETRY}
     if style == "kohya":
         if alpha is None:
-            raise ConfigError("alpha", alpha, "is needed for kohya names")
+            raise ConfigError("alpha", alpha, "must be set for kohya names")
         pairs = [name.removesuffix(".lora_down.weight") for name in renamed if name.endswith(".lora_down.weight")]
         out |= {f"{pair}.alpha": torch.tensor(float(alpha)) for pair in pairs}
     return out

@@ -1,4 +1,4 @@
-"""LoRA on the frozen transformer. The only gate to peft."""
+"""LoRA on the frozen transformer. The only module that uses peft."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def stack_lora(transformer: Any, path: str | Path, scale: float, name: str) -> i
         name: a name of its own among those of this transformer.
 
     Raises:
-        ConfigError: the file is not there, is no safetensors file, or fits no layer of this model.
+        ConfigError: the file is missing, is not safetensors, or matches no layer of this model.
     """
     from peft.tuners.lora import LoraLayer
     from safetensors import SafetensorError
@@ -113,10 +113,10 @@ def stack_lora(transformer: Any, path: str | Path, scale: float, name: str) -> i
         transformer.load_lora_adapter(state, prefix="transformer", adapter_name=name)
     except (OSError, SafetensorError, ValueError, KeyError, RuntimeError, ContractError) as error:
         reason = str(error).splitlines()[0] if str(error) else type(error).__name__
-        raise ConfigError("lora", str(path), f"is no LoRA of this model ({reason})") from error
+        raise ConfigError("lora", str(path), f"is not a LoRA of this model ({reason})") from error
     layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer) and name in layer.lora_A]
     if not layers:
-        raise ConfigError("lora", str(path), "holds no LoRA for this model: none of its names is a layer of it")
+        raise ConfigError("lora", str(path), "holds no LoRA for this model: none of its names is a layer of the model")
     for layer in layers:
         vars(layer)["forward"] = types.MethodType(_lora_forward, layer)
         for pair in (layer.lora_A, layer.lora_B):

@@ -1,7 +1,7 @@
 """LoRA of Wan as others write it, under canonical names: diffusers, ComfyUI, kohya, musubi, DiffSynth, PEFT.
 
-Every name is parsed, and what is not understood is refused by name: a tensor that is dropped without a word gives a
-network that nobody trained.
+Every name is parsed, and unknown names are an error: silently dropping a tensor would give a network that nobody
+trained.
 """
 
 from __future__ import annotations
@@ -58,7 +58,7 @@ def read(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
 
     Raises:
         ContractError: another kind of adapter, which it names; names of another model; a layer whose halves are
-            missing, do not fit, or hold what is not finite.
+            missing, do not fit, or hold non-finite values.
     """
     for part, kind in _KINDS.items():
         if found := [name for name in tensors if part in re.sub(r"\.diff_\w+$", ".diff", name) + "\n"]:

@@ -1,6 +1,6 @@
-"""Where an adapter leads to: the base that it names, and whether it says by which weights it knows that base.
+"""Decide which base an adapter may load, and whether it records the weights of that base.
 
-An adapter may be a stranger's. By itself it leads to the tiny base, published models and folders of this user alone.
+An adapter may come from a stranger. By itself it may only load the tiny base, published models and this user's folders.
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ UNVERIFIABLE = "does not say which base weights it was trained on"
 def base_of(
     path: str | Path, metadata: AdapterMetadata, base: str | None = None, key: str = "base"
 ) -> tuple[str, str | None]:
-    """Return (base, revision) to load for an adapter: `base` where one is asked for, else its own.
+    """Return (base, revision) to load for an adapter: `base` if it is set, else the adapter's own.
 
     Args:
-        path: of the adapter, which says `metadata` of itself.
+        path: of the adapter; metadata: from its header.
         key: the setting that `base` comes from, for messages.
 
     Raises:
-        ConfigError: the adapter's own may not be followed, so that one must be named.
+        ConfigError: the adapter's own base may not be loaded, so `base` must be set.
     """
     if base is not None:
         return base, metadata.base_revision if base == metadata.base else None
@@ -46,7 +46,7 @@ def base_of(
 def is_verifiable(path: str | Path, metadata: AdapterMetadata) -> bool:
     """Return False for an adapter of our layout that does not say which weights it was trained on: ours always do.
 
-    The released ex4d.ckpt has no place for it: it is taken, with a warning.
+    The released ex4d.ckpt cannot record it: it is accepted, with a warning.
     """
     if metadata.base_fingerprint is None and is_released(adapter_file(path)):
         log.warning("%s %s; whether it fits is not verified", path, UNVERIFIABLE)

@@ -1,5 +1,5 @@
-"""The transformer's weights, a tensor at a time: read by one rank for all, quantised as they come, never whole on the
-host beside their destination.
+"""Load the transformer's weights one tensor at a time: one rank reads for all and weights are quantised on arrival, so
+the host never holds a full copy beside the destination.
 
 Plain reads instead of mapped files: a mapped file counts as the process's memory as far as it was read, and every rank
 of a node would read all of it.
@@ -39,7 +39,7 @@ class Stored:
     shape: tuple[int, ...]
 
     def read(self) -> Tensor:
-        """Return the tensor. Raises ContractError where the file is too short."""
+        """Return the tensor. Raises ContractError if the file is too short."""
         data = torch.empty(math.prod(self.shape) * self.dtype.itemsize, dtype=torch.uint8)
         with open(self.path, "rb", buffering=0) as file:
             file.seek(self.start)
@@ -86,7 +86,7 @@ def _header(path: Path) -> dict[str, Stored]:
         start, end = facts["data_offsets"]
         stored = Stored(path, 8 + length + start, _DTYPES[facts["dtype"]], tuple(facts["shape"]))
         if not 0 <= start <= end <= size or end - start != math.prod(stored.shape) * stored.dtype.itemsize:
-            raise ValueError(f"{path.name}: the place of {name} is impossible")
+            raise ValueError(f"{path.name}: {name} has an impossible offset")
         found[name] = stored
     return found
 
@@ -104,7 +104,7 @@ class _Source:
                 self.stored = index(folder)
             except ContractError as error:
                 problem = f"{folder} cannot be loaded: {error}"
-        # What stops rank 0 stops all, with the same words.
+        # An error on rank 0 is raised on all ranks, with the same message.
         self.shapes, problem = self._said(({name: at.shape for name, at in self.stored.items()}, problem))
         if problem:
             raise ContractError(problem)
@@ -112,9 +112,9 @@ class _Source:
     def _said(self, value: Any) -> Any:
         if not self.shared:
             return value
-        said = [value]
-        torch.distributed.broadcast_object_list(said, src=0, device=self.device)
-        return said[0]
+        values = [value]
+        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
+        return values[0]
 
     def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a tensor in a dtype on a device."""
@@ -183,5 +183,5 @@ def _check(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[st
         raise ContractError(f"{what}: {wrong[0]} {why} ({len(wrong)} such tensors)")
     if surplus := sorted(found.keys() - expected.keys()):
         log.warning(
-            "%d tensors of the file are not of the model and are left out, the first %s", len(surplus), surplus[0]
+            "skipped %d tensors of the file that the model does not have; the first is %s", len(surplus), surplus[0]
         )

@@ -1,12 +1,12 @@
-"""Block swap: frozen weights of some transformer blocks in the host's memory, on the device only while they work.
+"""Block swap: keep frozen weights of some transformer blocks in host memory and copy them to the device when used.
 
 A swapped block's frozen tensors lie in one buffer of (pinned) host memory. Its forward pass first makes a copy on the
 device, and gives the copy away when it returns. Under activation checkpointing the backward pass runs the block's
-forward again, which fetches again, and this time autograd holds the copy until the block's backward is through: who
-still needs a copy is counted by references alone, so no order of hooks decides whether the numbers are right. While a
-block works, the next swapped one in the running direction is copied on a stream of its own.
+forward again, which fetches again, and autograd holds this copy until the block's backward pass ends. References keep
+a copy alive as long as anything needs it, so the results do not depend on the order of hooks. While a block works, the
+next swapped one in the running direction is copied on a separate stream.
 
-diffusers' `apply_group_offloading` (0.42.1) is not taken: it swaps LoRA along with the base, so that an optimizer's
+diffusers' `apply_group_offloading` (0.42.1) is not used: it swaps LoRA along with the base, so that an optimizer's
 updates are lost when a block comes again (tried, with its figure, in docs/decisions/models.md).
 """
 
@@ -97,7 +97,7 @@ def host_buffers(blocks: Sequence[nn.Module], pin: bool, arena: int = ARENA) -> 
 
 
 class BlockSwap:
-    """The swapped blocks of one transformer, and the copies that are under way.
+    """The swapped blocks of one transformer, and the running copies.
 
     Args:
         blocks: all blocks of the transformer; those of `indices` are changed in place.
@@ -140,8 +140,8 @@ class BlockSwap:
     def _wait_for_the_last_but_one(self) -> None:
         """Hold the program until the block before the previous one is through on the device.
 
-        Else the program would run ahead by as many blocks as it can ask for, and each would hold a copy. The previous
-        block is still at work meanwhile, so the device does not wait.
+        Otherwise the program would queue many blocks ahead, each with its own copy. The previous block still runs
+        meanwhile, so the device does not idle.
         """
         if self._stream is not None:
             before, self._started = self._started, torch.cuda.current_stream(self.device).record_event()
@@ -158,7 +158,7 @@ class BlockSwap:
             return buffer, self._stream.record_event()
 
     def _send_for(self, index: int, instead: tuple[int, Tensor]) -> None:
-        """Begin the copy of a block; a copy that is at hand serves again. What else was sent for is given up."""
+        """Start the copy of a block, or reuse one that exists; drop other pending copies."""
         here, buffer = instead
         self._under_way = {i: copy for i, copy in self._under_way.items() if i == index}
         if index == here:
@@ -191,7 +191,7 @@ def swap_blocks(transformer: nn.Module, count: int, device: torch.device, alike:
     """
     blocks: Any = transformer.get_submodule("blocks")
     if not 0 <= count <= len(blocks):
-        raise ConfigError("block_swap", count, f"0 to {len(blocks)}, the number of blocks")
+        raise ConfigError("block_swap", count, f"must be 0 to {len(blocks)}, the number of blocks")
     if count == 0:
         return None
     indices = [(2 * place + 1) * len(blocks) // (2 * count) for place in range(count)]

@@ -20,7 +20,7 @@ class WarmStart:
     Args:
         path: folder or file of the adapter.
         state: {canonical name: float32 tensor}.
-        base_fingerprint: of the base that it was trained on; None where the file does not say it.
+        base_fingerprint: of the base that it was trained on; None if the file does not record it.
     """
 
     path: str
@@ -39,7 +39,7 @@ class WarmStart:
         """
         known = self.base_fingerprint is not None and found_base is not None
         if known and self.base_fingerprint != found_base:
-            allowed = f"{self.path} was trained on the base {self.base_fingerprint}, this one is {found_base}"
+            allowed = f"{self.path} was trained on the base {self.base_fingerprint}, but this base is {found_base}"
             raise ConfigError("train.init_from", self.path, allowed)
         weights.load_state(model, self.state, self.path)
 
@@ -65,6 +65,6 @@ def read(path: str, config: ModelConfig) -> WarmStart:
         if here != there:
             raise ConfigError(f"model.{name}", here, f"must be {there!r}, as in train.init_from={path}")
     if not provenance.is_verifiable(path, metadata):
-        remedy = "`ex4d export --style released` makes a file that is taken as it is"
+        remedy = "`ex4d export --style released` converts it to a file that can be used"
         raise ConfigError("train.init_from", path, f"{provenance.UNVERIFIABLE}; {remedy}")
     return WarmStart(path, state, metadata.base_fingerprint)

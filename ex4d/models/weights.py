@@ -18,7 +18,7 @@ from ex4d.models.encoders import base_fingerprint
 
 FILE_NAME = "adapter.safetensors"
 RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-# What torch's reader of pickles raises on bytes that are none, or that hold more than tensors.
+# What torch's unpickler raises on other data, or on pickles that hold more than tensors.
 _UNPICKLABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
     *(LookupError, AttributeError, TypeError, OverflowError, MemoryError),
@@ -46,7 +46,7 @@ def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], me
 
 
 def read_metadata(path: str | Path) -> AdapterMetadata:
-    """Return what an adapter says of itself without reading its tensors; `path` as in `read_adapter`."""
+    """Return the metadata of an adapter without reading its tensors; `path` as in `read_adapter`."""
     file = adapter_file(path)
     return read_adapter(file)[1] if is_released(file) else adapter_header.read(file)
 
@@ -73,7 +73,7 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
 
 
 def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = False) -> AdapterMetadata:
-    """Fill the model's trainables from an adapter and return its metadata; all tensors fit, or nothing is changed.
+    """Fill the model's trainables from an adapter and return its metadata; on any mismatch nothing changes.
 
     Args:
         path: as in `read_adapter`.
@@ -108,7 +108,7 @@ def load_state(model: Ex4dModel, state: Mapping[str, Tensor], what: str = "the s
 
 @torch.no_grad()
 def fill(trainables: Mapping[str, Tensor], state: Mapping[str, Tensor], what: str) -> None:
-    """Copy a state into parameters of the same names; all of it, or nothing is changed.
+    """Copy a state into parameters of the same names; if any does not match, nothing changes.
 
     Raises:
         ContractError: names or shapes differ, or a tensor is not finite; names the first.
@@ -184,7 +184,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
         tensors = load_file(path)
     except (SafetensorError, OSError) as error:
         raise ContractError(
-            f"{path} is no safetensors file: {adapter_header.what_it_is(Path(path)) or error}"
+            f"{path} is not a safetensors file: {adapter_header.what_it_is(Path(path)) or error}"
         ) from error
     try:
         return lora_dialects.read(tensors)
@@ -193,7 +193,7 @@ def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
 
 
 def adapter_file(path: str | Path) -> Path:
-    """Return the file of an adapter, `path` as in `read_adapter`. Raises ConfigError where there is none."""
+    """Return the file of an adapter, `path` as in `read_adapter`. Raises ConfigError if there is none."""
     file = Path(path) / FILE_NAME if Path(path).is_dir() else Path(path)
     if not file.is_file():
         raise ConfigError("adapter", str(path), f"is neither a folder with {FILE_NAME} nor a file")
@@ -209,7 +209,7 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     try:
         tensors = torch.load(file, map_location="cpu", weights_only=True)
     except _UNPICKLABLE as error:
-        # The first line alone: the rest of torch's advice is to load the file unsafely.
+        # Only the first line: the rest of torch's message advises to load the file unsafely.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
         raise ContractError(f"{file} is no file of plain tensors: {reason}") from error
     if not isinstance(tensors, dict) or not all(

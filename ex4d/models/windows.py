@@ -16,11 +16,11 @@ def spans(length: int, window: int, overlap: int) -> list[slice]:
     """Return windows over `length` latent frames; the last one is moved back to end with them.
 
     Raises:
-        ConfigError: the overlap leaves a window nothing of its own.
+        ConfigError: the overlap is not smaller than the window.
     """
     if not 0 < overlap < window:
         raise ConfigError(
-            "generate.window_overlap", overlap, f"at least one latent frame, less than the {window} of a window"
+            "generate.window_overlap", overlap, f"must be at least 1 and less than the window of {window} latent frames"
         )
     if length <= window:
         return [slice(0, length)]
@@ -29,7 +29,7 @@ def spans(length: int, window: int, overlap: int) -> list[slice]:
 
 
 def ramp(part: slice, length: int, overlap: int) -> Tensor:
-    """Return a window's weights, float32 [frames]: rising and falling over `overlap`, save at the ends of the video."""
+    """Return a window's weights, float32 [frames]: rising and falling over `overlap`, not at the video's ends."""
     frames = part.stop - part.start
     rising = torch.arange(1, frames + 1) / (overlap + 1)
     weight = torch.ones(frames)

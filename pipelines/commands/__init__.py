@@ -1,1 +1,1 @@
-"""Commands on one thing: a file each, with its flags and the call that does the work."""
+"""Commands that work on one video, adapter or dataset: one file each, with its flags and the call."""

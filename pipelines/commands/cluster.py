@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     below = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     below.add_parser(
         "token",
-        help="create the token of this user's Rays where there is none, and print what a shell must export: "
+        help="create this user's Ray token if there is none, and print what a shell must export: "
         'eval "$(ex4d cluster token)"',
     )
     writer = below.add_parser("render", help="print a file that starts a cluster: a KubeRay manifest, a SLURM script …")

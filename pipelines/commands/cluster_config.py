@@ -1,4 +1,4 @@
-"""The choices of a cluster, from which every file in cluster/ is written."""
+"""The settings of a cluster; the files in cluster/ are rendered from them."""
 
 from __future__ import annotations
 
@@ -36,9 +36,9 @@ class ClusterConfig:
 
     def __post_init__(self) -> None:
         need = checked(self, "cluster")
-        need(self.max_nodes >= self.nodes, "max_nodes", "at least cluster.nodes")
+        need(self.max_nodes >= self.nodes, "max_nodes", "must be at least cluster.nodes")
         for name in ("name", "image", "config", "volume_claim", "mounts", "time_limit", "region"):
             value = getattr(self, name)
-            need(all(c.isalnum() or c in "-_./:,@#" for c in value), name, "letters, digits and -_./:,@#")
+            need(all(c.isalnum() or c in "-_./:,@#" for c in value), name, "must be letters, digits and -_./:,@#")
         for override in self.overrides:
-            need("=" in override and "\n" not in override, "overrides", "section.key=value, one line each")
+            need("=" in override and "\n" not in override, "overrides", "must be section.key=value, one line each")

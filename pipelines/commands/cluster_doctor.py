@@ -1,4 +1,4 @@
-"""`ex4d doctor --cluster`: check every node of a Ray cluster and what is between them, in under a minute."""
+"""`ex4d doctor --cluster`: check every node of a Ray cluster and the links between them, in under a minute."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ from pipelines.commands import job_server, node_checks, node_pairs
 from pipelines.commands.node_checks import Asked, Finding
 from pipelines.runtime.cluster import connected
 
-LIMIT_S = 40.0  # of one step over all nodes
+LIMIT_S = 40.0  # time limit of one check over all nodes
 MAX_SKEW_S = 1.0
 BETWEEN = "between nodes"
 
@@ -99,7 +99,7 @@ def check(storages: Sequence[str], weights: Sequence[str], min_disk_gb: float, p
 
 
 def _names(nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the address of each node; with the beginning of its id where several have one address."""
+    """Return the address of each node; with the start of its id if several share an address."""
     addresses = [str(node["NodeManagerAddress"]) for node in nodes]
     if len(set(addresses)) == len(nodes):
         return addresses
@@ -113,9 +113,9 @@ def _on_nodes(
     num_gpus: int = 0,
     limit_s: float = LIMIT_S,
 ) -> list[Any]:
-    """Return work(*arguments) of each node, all at once; a sentence in place of what did not come.
+    """Return work(*arguments) of each node, all in parallel; a sentence in place of a missing result.
 
-    Each call has a worker of its own: a process group, and an environment that it changes, end with it.
+    Each call has its own worker, so that its process group and its changed environment end with it.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -165,7 +165,7 @@ def _clock(node: dict[str, Any]) -> Finding:
 
 
 def _storage(folder: str, nodes: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Finding]:
-    """Return whether all nodes see one folder, and whether what it promises about files holds between them."""
+    """Return whether all nodes see the same folder, and whether O_EXCL, flock and rename work between them."""
     place = os.path.join(folder, f".ex4d-doctor-{secrets.token_hex(4)}")
     word = secrets.token_hex(8)
     try:
@@ -173,7 +173,7 @@ def _storage(folder: str, nodes: Sequence[dict[str, Any]], names: Sequence[str])
         with open(os.path.join(place, "driver"), "w", encoding="utf-8") as file:
             file.write(word)
     except OSError as error:
-        found = f"cannot be written to here: {error.strerror}"
+        found = f"cannot be written from here: {error.strerror}"
         return [Finding(f"storage {folder}", found, False, "mount it on every node, writable for this user")]
     racing = list(nodes) if len(nodes) > 1 else [nodes[0], nodes[0]]
     titles = list(names) if len(nodes) > 1 else [names[0], names[0]]

@@ -1,4 +1,4 @@
-"""The whole way in one file: synthetic videos -> shards -> adapter -> a new view -> how good it is -> a page."""
+"""`ex4d demo`: synthetic videos -> shards -> adapter -> a new view -> evaluation -> a page, in one file."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ CONFIG = "configs/tiny.yaml"
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d demo`."""
     parser.add_argument(
-        "--config", metavar="CONFIG.yaml", help=f"default: {CONFIG} or, where it is not there, the copy in the package"
+        "--config", metavar="CONFIG.yaml", help=f"default: {CONFIG} or, if it is missing, the copy in the package"
     )
     parser.add_argument("--output", default="out/demo", help="folder of everything it makes (default: %(default)s)")
 
@@ -45,12 +45,12 @@ def run(args: argparse.Namespace) -> int:
 
 
 def default_config() -> str:
-    """Return the path of the demo's settings: of a checkout, else those in the package."""
+    """Return the path of the demo's settings: in a checkout, else in the package."""
     return CONFIG if Path(CONFIG).exists() else str(files("pipelines.commands") / "tiny.yaml")
 
 
 def main(config_path: str, output: str) -> int:
-    """Run every step into the folder `output`; print the figures and where things are; return the exit status."""
+    """Run every step into the folder `output`; print the figures and the paths; return the exit status."""
     from rich.console import Console
 
     from ex4d.viewer import page

@@ -1,4 +1,4 @@
-"""What this machine has, what is missing, and what each missing thing would be needed for."""
+"""`ex4d doctor`: report what this machine has, what is missing, and what each item is needed for."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def _gpus() -> list[str]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Print the facts; return 1 where something required is missing or does not work, else 0."""
+    """Print the facts; return 1 if something required is missing or broken, else 0."""
     if args.cluster:
         return cluster_doctor.run(args)
     found = facts()

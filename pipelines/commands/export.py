@@ -11,7 +11,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d export`."""
     parser.add_argument("adapter", metavar="ADAPTER", help="folder written by `ex4d train`, its file, or an ex4d.ckpt")
     parser.add_argument("--style", required=True, choices=("ex4d", "released", "kohya", "comfyui", "diffusers"))
-    parser.add_argument("--output", required=True, metavar="F", help="the file to write; for ex4d the folder")
+    parser.add_argument("--output", required=True, metavar="F", help="file to write; for ex4d, folder")
     parser.add_argument("--from", dest="lora", metavar="LORA", help="take the LoRA from this file of another program")
 
 

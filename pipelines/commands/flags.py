@@ -1,4 +1,4 @@
-"""What several commands on one thing share: flags of depth and camera path."""
+"""Flags that several commands share: depth and camera path."""
 
 from __future__ import annotations
 
@@ -60,7 +60,7 @@ def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ())
 
 
 def read(args: argparse.Namespace, cls: type) -> Any:
-    """Return the instance of the dataclass that the flags of `add` say. Raises ConfigError for one out of range."""
+    """Return the dataclass instance from the flags of `add`. Raises ConfigError for a value out of range."""
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
@@ -71,9 +71,9 @@ def _type_of(cls: type, name: str) -> type:
 
 
 def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:
-    """Return the settings of ReconstructConfig that the flags of PATH, `--size` and `--num-frames` say.
+    """Return the settings of ReconstructConfig from the flags of PATH, `--size` and `--num-frames`.
 
-    Prints the choice of `--depth auto`, which is made for this video. Raises ConfigError for one out of range.
+    Prints what `--depth auto` chose for this video. Raises ConfigError for a value out of range.
     """
     values = {name: getattr(args, name) for name in (*PATH, "size", "num_frames")}
     values["trajectory_options"] = dict(_option(text) for text in args.trajectory_options)
@@ -88,7 +88,7 @@ def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:
 
 
 def _option(text: str) -> tuple[str, float | bool | str]:
-    """Return (key, value) of KEY=VALUE: a number, true or false, or the text as it stands."""
+    """Return (key, value) of KEY=VALUE: a number, a boolean, or else the text itself."""
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
         raise ConfigError("trajectory-option", text, "KEY=VALUE, e.g. zoom=3")
@@ -109,6 +109,6 @@ def size(text: str) -> tuple[int, int]:
 
 
 def trust(parser: argparse.ArgumentParser) -> None:
-    """Add the flag that says whose a dataset is."""
+    """Add the flag `--trust`, which says whether a dataset is foreign."""
     text = "Whose the dataset is; foreign: decode in a sandbox. Default: own for your folders and buckets."
     parser.add_argument("--trust", choices=("auto", "own", "foreign"), default="auto", help=text)

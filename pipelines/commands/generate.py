@@ -32,9 +32,9 @@ def run(args: argparse.Namespace) -> int:
     sampler = flags.read(args, GenerateConfig)
     output = Path(args.output)
     if output.suffix.lower() != ".mp4" or output.is_dir():
-        raise ConfigError("output", args.output, "the name of an .mp4 file")
+        raise ConfigError("output", args.output, "must be the name of an .mp4 file")
     if output.exists() and Path(args.video).exists() and output.samefile(args.video):
-        raise ConfigError("output", args.output, "another file than the video, which would be lost")
+        raise ConfigError("output", args.output, "must not be the input video, which would be overwritten")
     with writing(output, is_file=True):
         view = generate.novel_view(
             video_path=args.video,

@@ -1,4 +1,4 @@
-"""The job server of a Ray cluster: connect to it, follow a job, say how it ended."""
+"""The job server of a Ray cluster: connect to it, follow a job, report how it ended."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ HELP = f"address of the head's job server; default: RAY_API_SERVER_ADDRESS, else
 
 
 def connect(address: str | None) -> tuple[Any, str]:
-    """Return (client, address) of a job server that answers and takes our token.
+    """Return (client, address) of a job server that answers and accepts our token.
 
     Raises:
         ConfigError: nothing answers at the address, or it refuses the token.
     """
     address = address or os.environ.get("RAY_API_SERVER_ADDRESS") or DEFAULT
     if not address.startswith(("http://", "https://")):
-        raise ConfigError("address", redacted(address), "http://HOST:8265, the job server on the head of the cluster")
+        raise ConfigError("address", redacted(address), "must be http://HOST:8265, the job server of the head")
     for name in ("RAY_ADDRESS", "RAY_API_SERVER_ADDRESS"):
-        os.environ.pop(name, None)  # Ray would take them instead of the argument
+        os.environ.pop(name, None)  # Ray would prefer them to the argument
     require_token()
     import requests  # type: ignore[import-untyped, unused-ignore]
     from ray.exceptions import AuthenticationError
@@ -38,7 +38,7 @@ def connect(address: str | None) -> tuple[Any, str]:
 
     class Client(JobSubmissionClient):
         def _do_request(self, *args: Any, **options: Any) -> Any:
-            return super()._do_request(*args, timeout=TIMEOUTS_S, **options)  # else it would wait for ever
+            return super()._do_request(*args, timeout=TIMEOUTS_S, **options)  # otherwise it would wait forever
 
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # each sets its own, below that of the command
@@ -56,10 +56,10 @@ def connect(address: str | None) -> tuple[Any, str]:
 
 
 def submit(client: Any, **job: Any) -> str:
-    """Return the id of a job that was handed to the server, which a cluster that just came up may not take at once.
+    """Submit a job and return its id; retry while a cluster that has just started does not accept jobs yet.
 
     Raises:
-        ConnectionError: it does not take the job.
+        ConnectionError: the server does not accept the job.
     """
     deadline = time.monotonic() + AGENT_S
     while True:
@@ -68,18 +68,18 @@ def submit(client: Any, **job: Any) -> str:
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 reason = printable(str(error).strip().split("\n")[0])
-                raise ConnectionError(f"the job server did not take the job: {reason}{_hint(reason)}") from error
+                raise ConnectionError(f"the job server did not accept the job: {reason}{_hint(reason)}") from error
             time.sleep(1.0)
 
 
 def _hint(reason: str) -> str:
     if "No available agent" not in reason:
         return ""
-    return " Where another Ray runs on the head's machine, start this one with --dashboard-agent-listen-port=PORT."
+    return " If another Ray runs on the head's machine, start this one with --dashboard-agent-listen-port=PORT."
 
 
 def follow(client: Any, job_id: str, address: str) -> int:
-    """Print the log of a job until it ends and return its exit status; Ctrl-C returns 130 and lets the job run."""
+    """Print the log of a job until it ends and return its exit status; Ctrl-C returns 130, and the job continues."""
     import aiohttp
 
     try:
@@ -101,7 +101,7 @@ async def _print_log(client: Any, job_id: str) -> None:
 
 
 def how_to(job_id: str, address: str) -> str:
-    """Return the sentences that say how to follow, stop and resume a job."""
+    """Return instructions to follow, stop and resume a job."""
     where = "" if address == DEFAULT else f" --address {redacted(address)}"
     return (
         f"Follow it: ex4d jobs {job_id} --follow{where}; stop it: ex4d jobs {job_id} --stop{where}; the same "

@@ -1,4 +1,4 @@
-"""The jobs: commands with an experiment behind them, which read a configuration file.
+"""The jobs: commands that read a configuration file.
 
 Each module has `command(config_path, overrides) -> exit status` and `SECTIONS`, the dataclass of each section it reads.
 """

@@ -1,4 +1,4 @@
-"""What `ex4d doctor --cluster` finds out on one node. Each check is a function that returns findings; none raises."""
+"""The checks of `ex4d doctor --cluster` on one node. Each check is a function that returns findings; none raises."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding:
     """One row of the table.
 
     Args:
-        ok: None where it is a fact that needs no judgement, or a warning that a remedy explains.
+        ok: None for a plain fact, or for a warning whose remedy explains it.
     """
 
     check: str
@@ -43,12 +43,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Asked:
-    """What a node is checked for.
+    """What the checks of a node need to know.
 
     Args:
         versions: of the driver: {package: version}, with the code of this project as "code".
         storage: local folders that all nodes share. weights: base models, folders or hub ids.
-        min_disk_gb: free space that each disk must have. gpus: how many Ray says that the node has.
+        min_disk_gb: free space that each disk must have. gpus: number of GPUs of the node according to Ray.
     """
 
     versions: dict[str, str]
@@ -80,7 +80,7 @@ def _versions(asked: Asked) -> Iterator[Finding]:
 
 
 def _torch(asked: Asked) -> Iterator[Finding]:
-    """Check that PyTorch is one that this project allows, is the one that is imported, and can use the GPUs."""
+    """Check that PyTorch has an allowed version, is the one that is imported, and can use the GPUs."""
     from packaging.requirements import Requirement
 
     known = [Requirement(line) for line in metadata.requires(OWN) or ()]
@@ -126,7 +126,7 @@ def _attention(asked: Asked) -> Iterator[Finding]:
 
 
 def video_works() -> bool:
-    """Return True where a video can be written and read back: what every shard needs of the installed FFmpeg."""
+    """Return True if the installed FFmpeg can write a video and read it back, which every shard needs."""
     if importlib.util.find_spec("av") is None:
         return False
     import numpy as np
@@ -192,7 +192,7 @@ def _wandb(asked: Asked) -> Iterator[Finding]:
         with socket.create_connection((host, port), timeout=3):
             yield Finding("W&B", f"{host} answers; {key}", True if has_key else None)
     except OSError as error:
-        remedy = "runs are kept offline; open the way there, or set train.wandb_mode=offline"
+        remedy = "runs are kept offline; allow connections to it, or set train.wandb_mode=offline"
         yield Finding("W&B", f"{host} cannot be reached ({error}); {key}", not has_key and None, remedy)
 
 

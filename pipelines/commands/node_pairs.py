@@ -1,4 +1,4 @@
-"""What `ex4d doctor --cluster` finds out between nodes: storage that they share, and the network of an all-reduce."""
+"""The checks of `ex4d doctor --cluster` between nodes: shared storage, and the network of an all-reduce."""
 
 from __future__ import annotations
 
@@ -65,7 +65,7 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
 
 
 def _meet(place: Path, name: str, index: int, count: int) -> int:
-    """Return how many participants have come to this point, once all have or PEERS_S have passed."""
+    """Return how many participants reached this point, once all did or PEERS_S have passed."""
     (place / f"{name}-{index}").write_text("")
     deadline = time.monotonic() + PEERS_S
     while (there := len(list(place.glob(f"{name}-*")))) < count and time.monotonic() < deadline:

@@ -29,7 +29,7 @@ SHARED = {
     "sweep": ("train.data", "sweep.output"),
     "evaluate": ("evaluate.adapter", "evaluate.output"),
 }
-# The other settings that may name files, by their last word; test_submit.py compares them with every setting's help.
+# Last words of the other settings that may name files; test_submit.py compares them with every setting's help.
 NAMES = (
     *("input", "list_root", "cache_dir", "depth_path", "tracker_path", "model", "base", "init_from", "adapter"),
     *("videos", "trajectories", "ranges", "generation", "image_features", "video_features", "lora"),
@@ -48,7 +48,8 @@ def settings(job: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
     tree = config.merged(path, module.SECTIONS, overrides)
     tree = {name: dict(tree[name] or {}) for name in module.SECTIONS if name in tree}
     if chosen["ray"].address not in (None, "auto"):
-        raise ConfigError("ray.address", chosen["ray"].address, "left out: the job runs on the cluster at --address")
+        allowed = "must be left out: the job runs on the cluster at --address"
+        raise ConfigError("ray.address", chosen["ray"].address, allowed)
     tree["ray"] = {**tree.get("ray", {}), "address": "auto"}
     if job == "train":
         tree["train"] = {**tree.get("train", {}), "launcher": "ray"}
@@ -57,16 +58,14 @@ def settings(job: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
         _check_shared(key, getattr(chosen[section], name))
     for key, text in _texts(tree):
         if "://" in text and urlsplit(text).password:
-            allowed = "a URL without a password: it would be kept on the cluster. Give the nodes their own credentials"
+            allowed = "must have no password, which the cluster would store; give the nodes their own credentials"
             raise ConfigError(key, redacted(text), allowed)
     return tree
 
 
 def _check_shared(key: str, value: str) -> None:
     if "://" not in value and not os.path.isabs(value):
-        allowed = (
-            "an absolute path on storage that all nodes share, or a URL; a relative one is a folder of this machine"
-        )
+        allowed = "must be an absolute path on storage that all nodes share, or a URL; a relative one is a folder here"
         raise ConfigError(key, value, allowed)
 
 

@@ -28,9 +28,9 @@ def run(args: argparse.Namespace) -> int:
         view = reconstruct(args.video, **flags.path(args, args.video))
         paths = reconstruct_files.write(view, args.output, args.save_mesh)
     motion = view.choices["source_motion"]
-    print(f"the source camera's motion is known: {motion}" if motion else "the source camera is taken to stand still")
+    print(f"the source camera's motion is known: {motion}" if motion else "the source camera is assumed to stand still")
     if view.valid_mask is not None:
-        print(f"{1 - view.valid_mask.mean():.1%} of the depth is not known: holes, which are not shown")
+        print(f"{1 - view.valid_mask.mean():.1%} of the depth is unknown and becomes holes")
     print(f"{view.visible[-1].mean():.0%} of the last frame is visible")
     for path in paths:
         if path.parent.name != "mesh":

@@ -1,4 +1,4 @@
-"""`ex4d retry`: tries again what a preprocess run refused for the reasons that are named, and nothing else."""
+"""`ex4d retry`: retry only those videos and clips that a preprocess run rejected for the given reasons."""
 
 from __future__ import annotations
 
@@ -21,8 +21,8 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d retry`."""
     parser.add_argument("dataset", metavar="OUT", help="folder written by `ex4d preprocess`")
-    parser.add_argument("--reason", action="append", required=True, help="e.g. decode_timeout; may be given again")
-    parser.add_argument("--config", metavar="CONFIG.yaml", help="default: the choices of the last run there")
+    parser.add_argument("--reason", action="append", required=True, help="e.g. decode_timeout; repeatable")
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="default: the settings of the last run there")
 
 
 def run(args: argparse.Namespace) -> int:
@@ -33,24 +33,24 @@ def run(args: argparse.Namespace) -> int:
 
 
 def retry(output: str, reasons: Sequence[str], config_path: str | None = None, runner_name: str = "ray") -> Result:
-    """Return what happened after the refusals of `output` with one of these reasons were tried again.
+    """Retry the rejected rows of `output` that have one of these reasons; return the result.
 
-    The last run's choices hold, as they lie in the folder; what was missing for other reasons is made up as well.
+    The last run's settings are read from the folder. Work that is missing for other reasons is done too.
 
     Args:
         output: dataset folder.
         reasons: e.g. "decode_timeout"; the table at the end of a run and rejects.parquet have them.
-        config_path: take the choices from this YAML file instead, e.g. with more time in `preprocess.limits`.
+        config_path: take the settings from this YAML file instead, e.g. with more time in `preprocess.limits`.
         runner_name: as for `preprocess.run`.
 
     Raises:
-        ConfigError: no reason, or there is no run to take up.
+        ConfigError: no reason, or there is no run to resume.
     """
     from pipelines.preprocess import run as preprocess
     from pipelines.runtime.ledger import Ledger
 
     if not reasons:
-        raise ConfigError("reason", None, "at least one, e.g. --reason decode_timeout")
+        raise ConfigError("reason", None, "must have at least one, e.g. --reason decode_timeout")
     output = str(storage.local_path(output).absolute()) if storage.is_local(output) else output
     if config_path is None:
         folder, kept = Ledger(output).read_config()
@@ -59,13 +59,13 @@ def retry(output: str, reasons: Sequence[str], config_path: str | None = None, r
         folder, sections = os.getcwd(), config.load(Path(config_path), preprocess.SECTIONS, (), preprocess.OPTIONAL)
     choices = replace(sections["preprocess"], output=output)
     if not os.path.isdir(folder):
-        raise ConfigError("OUT", output, f"the run started in {folder}, which is not there; give its --config")
+        raise ConfigError("OUT", output, f"the run started in {folder}, which does not exist; set --config")
     with contextlib.chdir(folder):
         return preprocess.run(choices, sections["ray"], sections["synthetic"], runner_name, retry=reasons)
 
 
 def summary(result: Result) -> str:
-    """Return a line that counts what was tried again, and a line for each way that it went."""
+    """Return a line with the number of retries, and a line for each kind of outcome."""
     fates = Counter(result.retried.values())
     lines = [f"tried again: {len(result.retried)}"]
     lines += [f"  {before} -> {now or 'not tried'}: {count}" for (before, now), count in sorted(fates.items())]

@@ -1,4 +1,4 @@
-"""`ex4d submit`: run a job on a Ray cluster that is up, through its job server."""
+"""`ex4d submit`: run a job on a running Ray cluster, through its job server."""
 
 from __future__ import annotations
 
@@ -31,7 +31,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d submit`; return the job's exit status, 0 with --detach, 130 where Ctrl-C ended the following."""
+    """Do `ex4d submit`; return the job's exit status, 0 with --detach, 130 after Ctrl-C."""
     tree = package.settings(args.job, args.config, args.overrides)
     paths = package.files(tree)
     client, address = job_server.connect(args.address)
@@ -44,7 +44,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def start(client: Any, entrypoint: str, label: dict[str, str], folder: str | None = None) -> str:
-    """Return the id of a job that was just handed to the server.
+    """Submit a job and return its id.
 
     Args:
         label: job and config, which `ex4d jobs` shows.

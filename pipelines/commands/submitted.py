@@ -31,7 +31,7 @@ def run(args: argparse.Namespace) -> int:
         _print_table(list(jobs.values()))
         return 0
     if args.id not in jobs:
-        raise ConfigError("ID", args.id, f"one of {', '.join(sorted(jobs)) or 'none: no job was submitted here'}")
+        raise ConfigError("ID", args.id, f"allowed: {', '.join(sorted(jobs)) or 'none: no job was submitted here'}")
     if args.follow:
         return job_server.follow(client, args.id, address)
     if args.stop:

@@ -1,4 +1,4 @@
-"""`ex4d verify`: check a dataset to the last byte."""
+"""`ex4d verify`: check every byte of a dataset."""
 
 from __future__ import annotations
 

@@ -11,7 +11,7 @@ from ex4d.reconstruct_config import ReconstructConfig
 from pipelines.commands import flags
 from pipelines.runtime.output import writing
 
-MAX_VIEW_FRAMES = 49  # of a page in three dimensions: some 10 MB
+MAX_VIEW_FRAMES = 49  # of an interactive 3D page: about 10 MB
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 def run(args: argparse.Namespace) -> int:
     """Do `ex4d view`; return the exit status."""
     if Path(args.output).suffix.lower() != ".html":
-        raise ConfigError("output", args.output, "the name of an .html file")
+        raise ConfigError("output", args.output, "must be the name of an .html file")
     with writing(args.output, is_file=True):
         return _write(args)
 
@@ -41,7 +41,7 @@ def _write(args: argparse.Namespace) -> int:
         from ex4d.viewer import page, sample_page
 
         if args.samples < 1:
-            raise ConfigError("samples", args.samples, "at least 1")
+            raise ConfigError("samples", args.samples, "must be at least 1")
         print(page.write(sample_page.samples_page(args.thing, args.key, args.samples, args.trust), args.output))
         return 0
     from ex4d import isolation
@@ -49,7 +49,7 @@ def _write(args: argparse.Namespace) -> int:
     from ex4d.viewer import scene_page
 
     if Path(args.thing).is_dir():
-        raise ConfigError("THING", args.thing, "a finished dataset (it has no dataset.json) or a video")
+        raise ConfigError("THING", args.thing, "must be a video, or a finished dataset (it has no dataset.json)")
     if args.num_frames is None:
         args.num_frames = min(MAX_VIEW_FRAMES, len(isolation.run("frame_pts", (isolation.File(args.thing),))[0]))
     view = reconstruct(args.thing, **flags.path(args, args.thing))

@@ -93,7 +93,7 @@ def test_the_code_is_sent_where_it_is_asked_for(here):
         ("train", "train.init_from=../above.safetensors", "lies outside of this folder"),
         ("train", "train.init_from=large.safetensors", "is larger than"),
         ("train", "ray.address=10.0.0.1:6379", "the job runs on the cluster at --address"),
-        ("train", "train.data=https://me:hunter2@example.org/data", "a URL without a password"),
+        ("train", "train.data=https://me:hunter2@example.org/data", "must have no password"),
         ("train", "train.no_such_key=1", "no_such_key"),
         ("train", "train.lr=-1", "train.lr"),
         ("train", "preprocess.fps=1", "reads no section"),
