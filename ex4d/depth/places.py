@@ -3,7 +3,7 @@
 | video | looked for, the first that exists |
 |---|---|
 | `in/a/clip.mp4` | `in/a/clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`, a folder `clip.depth/` of PNG |
-| with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, then `maps/clip.depth.npz` … |
+| with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, a video `clip_depth.mp4`; then in `maps/` |
 
 Where `clip.mov` lies beside `clip.mp4`, either has its own `clip.mp4.depth.npz`; and where `in/b/clip.mp4` is there
 too, `maps/a/` and `maps/b/` are needed: a file that could be another video's is never taken.
@@ -17,11 +17,12 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ex4d import hub, storage
-from ex4d.depth import DepthRequest
+from ex4d.depth import DepthRequest, videos
 from ex4d.errors import BadSample
 
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 # What other programs write beside their npz, or in its place: pictures to look at, in 8 bits, or formats not read here.
+VIDEOS = (".mp4", ".mkv")
 PICTURES = ("_depth.mp4", ".depth.mp4", "_vis.mp4", ".depth.exr", ".depth.png", ".depth.avi", ".depth.mkv")
 
 
@@ -35,7 +36,7 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
         BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
     """
     chosen = None if request.depth_path is None else str(request.depth_path)
-    if chosen and chosen.lower().endswith((".npz", ".npy")):
+    if chosen and chosen.lower().endswith((".npz", ".npy", *VIDEOS)) and not _is_folder(chosen):
         if not exists(chosen):
             raise BadSample("depth_missing", f"no depth file {PurePosixPath(chosen).name}")
         return chosen
@@ -47,13 +48,22 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
         folders = [chosen]
     else:
         folders = [storage.join(chosen, str(own.parent)), chosen]
+    suffixes = (*SUFFIXES, ".depth", *(videos.SUFFIXES if chosen else ()))
     if request.twin:
-        whole = _first([storage.join(folder, own.name + suffix) for folder in folders for suffix in SUFFIXES], exists)
+        whole = _first(
+            [
+                storage.join(folder, own.name + suffix)
+                for folder in folders
+                for suffix in suffixes
+                if suffix != ".depth"
+            ],
+            exists,
+        )
         if whole:
             return whole
     for depth, folder in enumerate(folders):
         other = request.twin or (request.namesake if depth else "")
-        found = _first([storage.join(folder, own.stem + suffix) for suffix in (*SUFFIXES, ".depth")], exists)
+        found = _first([storage.join(folder, own.stem + suffix) for suffix in suffixes], exists)
         if found and other:
             raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(found).name, own, other, bool(request.twin)))
         if found:
@@ -95,20 +105,26 @@ def sha256(path: str) -> str:
 def _first(candidates: list[str], exists: Callable[[str], bool]) -> str:
     for candidate in candidates:
         if candidate.endswith(".depth"):
-            if storage.is_local(candidate) and storage.local_path(candidate).is_dir():
+            if _is_folder(candidate):
                 return candidate
         elif exists(candidate):
             return candidate
     return ""
 
 
+def _is_folder(path: str) -> bool:
+    return storage.is_local(path) and storage.local_path(path).is_dir()
+
+
 def _has_pictures(folder: str) -> bool:
     place = storage.local_path(folder)
-    return storage.is_local(folder) and place.is_dir() and any(place.glob("*.png"))
+    return _is_folder(folder) and any(place.glob("*.png"))
 
 
 def _what_is_missing(folders: list[str], own: PurePosixPath) -> str:
     odd = [own.stem + suffix for folder in folders for suffix in PICTURES if _is_there(folder, own.stem + suffix)]
+    if odd and odd[0].endswith(videos.SUFFIXES):
+        return f"{odd[0]} may hold relative disparity or not: where near is bright, set depth_path to its folder"
     if odd:
         return f"{odd[0]} is a picture of depth, or a format that is not read: write the values as {own.stem}.depth.npz"
     return f"no depth file; looked for {', '.join(own.stem + suffix for suffix in SUFFIXES)}"

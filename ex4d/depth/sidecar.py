@@ -2,7 +2,7 @@
 
 `places` says where it is looked for, `layouts` whose npz are read: depth, and where they hold them intrinsics and the
 source's cameras. Values are [N, H, W], one map for each frame of the whole source; where the npz says its own rate as
-`fps`, the map nearest in time is taken.
+`fps`, the map nearest in time is taken. `videos` reads grey videos of disparity.
 
 A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
 disparity as `depths` too, so add it there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as
@@ -23,7 +23,7 @@ from typing import IO, Any
 import numpy as np
 
 from ex4d import storage
-from ex4d.depth import DepthRequest, Geometry, holes, layouts, pictures, places
+from ex4d.depth import DepthRequest, Geometry, holes, layouts, pictures, places, videos
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
 
@@ -49,6 +49,9 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
     if os.path.isdir(path):
         values, kind, K, key, w2c = *pictures.read(path, index, request.source_frames), None, "png", None
+    elif path.lower().endswith(places.VIDEOS):
+        values = videos.read(path, lambda count, fps: _maps(count, index, request, fps))
+        kind, K, key, w2c = "disparity", None, "video", None
     else:
         values, kind, K, key, w2c = read(path, index, request)
     values = _in_one_unit(values, kind, _name(path))

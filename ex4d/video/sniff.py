@@ -14,7 +14,7 @@ from typing import IO
 from ex4d.errors import BadSample
 
 # format name -> FFmpeg demuxer of the same name
-CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif")
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif", "apng")
 
 # Allowed decoders, by FFmpeg's names. FFmpeg has about three hundred, many for games or one vendor's files.
 CODECS = (
@@ -83,6 +83,8 @@ def _known_container(head: bytes) -> str | None:
         return "ogg"
     if head.startswith((b"GIF87a", b"GIF89a")):
         return "gif"
+    if head.startswith(b"\x89PNG") and b"acTL" in head[: head.find(b"IDAT")]:  # else a still picture
+        return "apng"
     if head.startswith(b"\x00\x00\x01\xba"):
         return "mpeg"
     for first, packet_size in ((0, 188), (4, 192)):

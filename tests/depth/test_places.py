@@ -2,10 +2,13 @@
 
 from __future__ import annotations
 
+import dataclasses
+
 import cv2
 import numpy as np
 import pytest
 
+from ex4d import video
 from ex4d.depth import DepthRequest, Geometry, estimate, places, sidecar
 from ex4d.errors import BadSample
 
@@ -148,7 +151,7 @@ def test_png_that_hold_no_depth(tmp_path, how):
     assert refusal(DepthRequest(str(tmp_path / "clip.mp4"))).reason in ("depth_shape", "depth_missing")
 
 
-@pytest.mark.parametrize("name", ["clip_depth.mp4", "clip_vis.mp4", "clip.depth.exr", "clip.depth.mp4"])
+@pytest.mark.parametrize("name", ["clip_vis.mp4", "clip.depth.exr", "clip.depth.avi"])
 def test_pictures_of_depth_are_named_with_what_to_do(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")
     caught = refusal(DepthRequest(str(tmp_path / "clip.mp4")))
@@ -157,6 +160,61 @@ def test_pictures_of_depth_are_named_with_what_to_do(tmp_path, name):
         caught.message
         == f"{name} is a picture of depth, or a format that is not read: write the values as clip.depth.npz"
     )
+
+
+def write_video(path, maps: np.ndarray, fps: float = 10, coloured: bool = False) -> None:
+    grey = np.repeat(maps[..., None], 3, axis=-1)
+    path.parent.mkdir(exist_ok=True)
+    video.write(path, grey * np.array([1, 1, 0] if coloured else [1, 1, 1], np.uint8), fps)
+
+
+def disparity(count: int) -> np.ndarray:
+    return np.stack([np.full(SIZE, 20 + 8 * index, np.uint8) for index in range(count)]) + np.arange(
+        SIZE[1], dtype=np.uint8
+    )
+
+
+@pytest.mark.parametrize("name", ["clip_depth.mp4", "clip.depth.mp4"])
+def test_a_grey_video_is_relative_disparity(tmp_path, name):
+    write_video(tmp_path / "maps" / name, disparity(10))
+    request = DepthRequest(
+        str(tmp_path / "clip.mp4"), str(tmp_path / "maps"), frame_index=np.arange(3, 7), source_frames=10
+    )
+    for chosen in (tmp_path / "maps", tmp_path / "maps" / name):
+        result = taken(dataclasses.replace(request, depth_path=str(chosen)))
+        assert (result.kind, result.metric, result.provenance["key"]) == ("disparity", False, "video")
+        np.testing.assert_allclose(result.values, disparity(10)[3:7], atol=4)
+    # beside the video nobody has said what it is
+    (tmp_path / name).write_bytes((tmp_path / "maps" / name).read_bytes())
+    caught = refusal(DepthRequest(str(tmp_path / "clip.mp4")))
+    assert caught.reason == "depth_missing"
+    assert "set depth_path" in caught.message
+
+
+def test_a_video_of_depth_is_taken_by_time_or_refused(tmp_path):
+    write_video(tmp_path / "maps" / "clip_depth.mp4", disparity(10), fps=10)
+    index = np.arange(8, 12)
+    request = DepthRequest(
+        str(tmp_path / "clip.mp4"),
+        str(tmp_path / "maps"),
+        frame_index=index,
+        frame_s=index / 20,
+        source_frames=20,
+        source_s=0.95,
+    )
+    np.testing.assert_allclose(taken(request).values, disparity(10)[np.rint(index / 2).astype(int)], atol=4)
+    assert refusal(dataclasses.replace(request, source_frames=60, source_s=2.95)).reason == "depth_frames"
+
+
+@pytest.mark.parametrize("how", ["coloured", "no video", "cut"])
+def test_videos_that_hold_no_depth(tmp_path, how):
+    path = tmp_path / "maps" / "clip_depth.mp4"
+    write_video(path, disparity(10), coloured=how == "coloured")
+    if how != "coloured":
+        path.write_bytes(b"GIF89a" + bytes(60) if how == "no video" else path.read_bytes()[:-200])
+    caught = refusal(DepthRequest(str(tmp_path / "clip.mp4"), str(tmp_path / "maps")))
+    assert caught.reason != "depth_missing"
+    assert ("coloured" in caught.message) == (how == "coloured")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64])

@@ -161,3 +161,19 @@ def test_what_probe_says_of_real_media(media):
     gaps = np.diff(pts) * float(time_base)
     assert gaps.min() < 0.04
     assert gaps.max() > 0.5
+
+
+def test_an_animated_png_is_a_video_and_a_still_one_is_not(tmp_path):
+    from PIL import Image
+
+    pictures = [Image.fromarray(np.full((40, 60, 3), (10 * index, 100, 200), np.uint8)) for index in range(8)]
+    pictures[0].save(tmp_path / "a.apng", format="PNG", save_all=True, append_images=pictures[1:], duration=100)
+    pictures[0].save(tmp_path / "b.png")
+    pts, time_base = video.frame_pts(tmp_path / "a.apng")
+    np.testing.assert_allclose(pts * float(time_base), np.arange(8) / 10, atol=1e-6)
+    frames = video.decode(tmp_path / "a.apng", pts[[5, 2]])
+    np.testing.assert_array_equal(frames[:, 7, 9], [[50, 100, 200], [20, 100, 200]])
+    assert reason_of(video.probe, tmp_path / "b.png") == "container_not_allowed"
+    pictures[0].save(tmp_path / "c.webp", save_all=True, append_images=pictures[1:], duration=100)
+    with pytest.raises(BadSample, match="webp"):
+        video.probe(tmp_path / "c.webp")
