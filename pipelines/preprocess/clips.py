@@ -17,7 +17,7 @@ from pipelines.preprocess.stages.shots import unpack_pts
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
-GAP = 2.5  # usual frame steps; longer is a gap, so that a dropped frame is not one and a pause is
+GAP = 2.5  # in usual frame steps; above it there is a gap: a pause counts, one dropped frame does not
 
 
 @dataclass(frozen=True)
@@ -29,11 +29,11 @@ class Clip:
         frame_index: positions in the source's order of presentation.
         pts: of those frames, ticks of time_base.
         time_base: seconds of a tick, (numerator, denominator).
-        fps: frames a second of the clip, mean.
+        fps: mean frames per second of the clip.
         box: [y, x, height, width] px of the source that the frames show: the shot inside black bars.
         shot_scores: {name: score} of its shot.
-        caption: of its span in a list; None where there is none.
-        licence: "" where it is not known.
+        caption: of its span in a list; None if there is none.
+        licence: "" if unknown.
     """
 
     key: str
@@ -121,7 +121,7 @@ def _of_shot(
     runs = [run for run in _runs(ticks, time_base, config) if len(run) >= length]
     counts = [0] * len(runs)
     for _ in range(min(sum(len(run) // length for run in runs), config.clips_per_shot)):
-        # The next clip goes where there is most room.
+        # The next clip goes into the largest free part.
         room = [
             len(run) / (count + 1) if (count + 1) * length <= len(run) else 0.0
             for run, count in zip(runs, counts, strict=True)
@@ -150,7 +150,7 @@ def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> l
     before = after - 1
     grid = np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
     near = np.abs(seconds[grid] - wanted) <= (0.5 + 1e-6) / config.fps
-    # A frame shown twice would be a still in the clip.
+    # A repeated frame would be a still picture in the clip.
     breaks = np.flatnonzero((np.diff(grid) <= 0) | ~near[1:] | ~near[:-1]) + 1
     return np.split(grid, breaks)
 

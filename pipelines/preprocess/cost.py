@@ -31,15 +31,15 @@ from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
 
 FILE = "plan.json"
-# Of a worker's time, on Ray, the share that is spent in stages: benchmarks/results/preprocess.md.
+# Share of a worker's time on Ray that is spent in stages: benchmarks/results/preprocess.md.
 EFFICIENCY = 0.9
 RAY_START_S = 10.0
-MOST_ASKED = 300  # remote videos whose size is asked for
+MOST_ASKED = 300  # most remote videos whose size is requested
 
 
 @dataclass(frozen=True)
 class PlanConfig:
-    """What `ex4d plan` measures, and for which corpus and cluster."""
+    """The settings of `ex4d plan`: what to measure, and for which corpus and cluster."""
 
     sample_videos: int = setting(8, "Videos to measure.", ge=1)
     num_videos: int | None = setting(
@@ -60,11 +60,11 @@ OPTIONAL = preprocess.OPTIONAL
 
 @dataclass(frozen=True)
 class Measured:
-    """One video of the sample: what its stages took, and what came out.
+    """One video of the sample: the time of its stages, and their output.
 
     Args:
         worker_s: {stage: seconds on the clock}; cpu_s and gpu_s: the same times what the stage reserves, summed.
-        samples, sample_bytes: what it gave; video_s: its length.
+        samples, sample_bytes: its output; video_s: its length.
     """
 
     worker_s: dict[str, float]
@@ -94,7 +94,7 @@ class Plan:
         stage_s: {stage: worker seconds a video}.
         cpu_s, gpu_s: seconds of reserved CPU and GPU a video.
         wall_h: on the stated cluster; cpu_h, gpu_h, usd: in all.
-        gpu_actors: of the stages that need a GPU, so many keep pace with the CPUs.
+        gpu_actors: number of GPU actors that keep pace with the CPUs.
         disk_gb: staging and shards together. samples, shards: how many.
     """
 
@@ -164,10 +164,10 @@ def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfi
     config = preprocess.with_depth(config, sources)
     videos = [source for source in sources if source.is_video]
     if not videos:
-        raise ConfigError("preprocess.input", config.input, "something that may be a video")
+        raise ConfigError("preprocess.input", config.input, "must hold at least one file that may be a video")
     with fetch.reach(config):
         chosen = spread(videos, choice.sample_videos)
-    measure(config, chosen[0])  # compiles, starts the decoding child, warms the disk: once a worker, not once a video
+    measure(config, chosen[0])  # warm-up: compilation and decoding child cost once per worker, not per video
     return scale([measure(config, source) for source in chosen], len(videos), config, choice)
 
 
@@ -190,12 +190,12 @@ def _middles(ordered: Sequence[Source], count: int) -> list[Source]:
 def _size(source: Source) -> int:
     try:
         return storage.size(source.path)
-    except OSError:  # missing, or a server that does not tell
+    except OSError:  # missing, or the server does not report a size
         return 0
 
 
 def measure(config: PreprocessConfig, source: Source) -> Measured:
-    """Return what one video takes, from an empty folder to its staged samples."""
+    """Measure one video, from an empty folder to its staged samples."""
     with tempfile.TemporaryDirectory(prefix="ex4d-plan-") as folder:
         alone = replace(config, output=folder, max_bad_fraction=1.0, metrics_port=None)
         result = preprocess.run(alone, runner_name="inline", sources=[source])
@@ -221,12 +221,12 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
 
     def mean(values: Sequence[float]) -> Mean:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        rest = max(0.0, 1 - len(values) / num_videos)  # nothing is left to guess of what was measured
+        rest = max(0.0, 1 - len(values) / num_videos)  # measured videos need no estimate
         return Mean(statistics.fmean(values), deviation * math.sqrt(rest / len(values)))
 
     cpu_s, gpu_s = mean([one.cpu_s for one in sample]), mean([one.gpu_s for one in sample])
     if gpu_s.value and not choice.num_gpus:
-        raise ConfigError("plan.num_gpus", choice.num_gpus, "at least 1, since a stage reserves a GPU")
+        raise ConfigError("plan.num_gpus", choice.num_gpus, "must be at least 1, since a stage reserves a GPU")
     cpu_wall_s = num_videos * cpu_s.value / num_cpus
     gpu_wall_s = num_videos * gpu_s.value / choice.num_gpus if gpu_s.value else 0.0
     in_bytes = num_videos * statistics.fmean(one.sample_bytes for one in sample)
@@ -268,12 +268,12 @@ def remember(output: str, plan: Plan) -> None:
 
 
 def history_file() -> Path:
-    """Return where this machine's plans are remembered: under XDG_STATE_HOME."""
+    """Return the file of this machine's earlier plans, under XDG_STATE_HOME."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ex4d" / "plans.jsonl"
 
 
 def earlier_errors() -> list[float]:
-    """Return predicted over actual CPU seconds a video, less 1, of every remembered plan whose run has ended."""
+    """Return predicted over actual CPU seconds a video, less 1, of every earlier plan whose run has ended."""
     file = history_file()
     errors = []
     for line in file.read_text().splitlines() if file.exists() else ():

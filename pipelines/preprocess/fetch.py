@@ -1,5 +1,5 @@
-"""Files of a store, on this machine: whoever decodes needs a path, so the bytes come here once and stay while there is
-room. The processes of one machine share the folder; what one of them works with is not taken from it.
+"""Cache remote files on this machine: decoders need a local path, so files are copied once and stay while there is
+room. The processes of one machine share the cache; a file in use is never evicted.
 """
 
 from __future__ import annotations
@@ -27,24 +27,24 @@ if TYPE_CHECKING:
     from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
 
-OLD_S = 86400  # nothing is written to for a day without an end
-MAX_TRIES = 10  # to hold a file before other processes take its room
+OLD_S = 86400  # a temporary file older than a day was abandoned
+MAX_TRIES = 10  # attempts to lock a file before other processes evict it
 MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
 
 
 def reach(config: PreprocessConfig) -> AbstractContextManager[None]:
-    """Return a context in which only hosts are asked that the settings allow."""
+    """Return a context in which only hosts that the settings allow are contacted."""
     return web.rules(private="any" if config.allow_private_hosts else "none")
 
 
 def sidecar_rules(function: Callable[[Row, Any], Mapping[str, Any]], row: Row, config: Any) -> Mapping[str, Any]:
-    """Return what a stage's function returns, under `reach`; no redirect to another host is followed, but of videos."""
+    """Return what a stage's function returns, under `reach`; only videos may redirect to another host."""
     with reach(config), web.rules(same_host=True):
         return function(row, config)
 
 
 def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
-    """Return the path of a row's video on this machine; it stays there until this process asks for another.
+    """Return the path of a row's video on this machine; it stays there until this process requests another.
 
     Raises:
         BadSample: unreadable, truncated_download, source_changed.
@@ -56,7 +56,7 @@ def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
 
 
 def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -> DepthRequest:
-    """Return what says where the depth of the video at `path` lies: a row's own video, or the other one of its pair."""
+    """Return the DepthRequest that locates the depth of the video at `path`: a row's own or its pair's."""
     from ex4d.depth import DepthRequest
 
     plain = without_query(path)
@@ -65,7 +65,7 @@ def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -
 
 
 def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
-    """Return what an estimator shall take as `depth_path`: `config.depth_path`, or the copy of a remote sidecar.
+    """Return the `depth_path` for the estimator: `config.depth_path`, or the copy of a remote sidecar.
 
     Raises:
         BadSample: as `video`.
@@ -78,7 +78,7 @@ def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Remote:
-    """What is known of the files of one remote video, so that each is asked for as seldom as can be.
+    """The known files of one remote video, to keep requests to the store few.
 
     Args:
         there: of `storage.beside`.
@@ -92,16 +92,16 @@ class Remote:
     fetched: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def exists(self, url: str) -> bool:
-        """Return True where a file is there: one beside the video by what its store listed."""
+        """Return True if a file exists; for files beside the video, the store's listing decides."""
         folder, _, name = url.rpartition("/")
         if self.there is None or folder != self.url.rpartition("/")[0]:
             return storage.exists(url)
         return name in self.there
 
     def digest(self, url: str, config: PreprocessConfig, kind: str) -> tuple[str, int]:
-        """Return (sha256, bytes) of a file, from an earlier run where its store says that it is the same still.
+        """Return (sha256, bytes) of a file, from an earlier run if its store reports no change.
 
-        Else the file is read, and lies in the cache afterwards. Raises OSError.
+        Otherwise the file is read and cached. Raises OSError.
         """
         known: Any = self.known.get(kind)
         with _redirects(kind):
@@ -114,7 +114,7 @@ class Remote:
         return known["sha256"], known["size_bytes"]
 
     def lasting(self) -> dict[str, dict[str, Any]]:
-        """Return {kind: what is worth to be known to the next run}: nothing of a file that was replaced meanwhile."""
+        """Return {kind: facts for the next run}, without files that were replaced meanwhile."""
         fresh = {kind: found for kind, found in self.fetched.items() if found is not self.known.get(kind)}
         now = Remote(self.url, storage.beside(self.url), {}) if fresh else self
         for kind, found in fresh.items():
@@ -133,19 +133,19 @@ class Remote:
 
 
 def _redirects(kind: str) -> AbstractContextManager[None]:
-    """Return a context in which a video's redirects may lead to another host; those of sidecars may not."""
+    """Return a context in which videos may redirect to another host, but sidecars may not."""
     return web.rules(same_host=False) if kind == "video" else nullcontext()
 
 
 def _is_note(known: Any) -> bool:
-    """Return True where a record is one of ours; its hash becomes a part of a path."""
+    """Return True if a record is valid; its hash becomes part of a path."""
     if not isinstance(known, dict) or type(known.get("size_bytes")) is not int:
         return False
     return isinstance(known.get("sha256"), str) and bool(storage.SHA256.fullmatch(known["sha256"]))
 
 
 def unreadable(error: OSError) -> BadSample:
-    """Return the refusal that an error of a file or store means; the same text whenever and wherever it happened."""
+    """Return the BadSample for an error of a file or store; its text does not depend on time or machine."""
     if isinstance(error, web.PrivateHost):
         return BadSample("private_host", f"the host {error.strerror}")
     if isinstance(error, storage.TooLarge):
@@ -161,22 +161,22 @@ class FileCache:
     """A bounded folder of whole files, each under its sha256; the least recently used go first.
 
     Args:
-        folder: made when it is not there; see `claim`.
-        max_bytes: kept at most, save for what processes work with right now: one file each, and one that comes in.
-        max_file_bytes: a larger file is not taken.
+        folder: created if missing; see `claim`.
+        max_bytes: limit of the cache, apart from files in use (one per process) and one that is being fetched.
+        max_file_bytes: larger files are rejected.
     """
 
     def __init__(self, folder: Path, max_bytes: int, max_file_bytes: int):
         self.folder, self.max_bytes, self.max_file_bytes = folder, max_bytes, max_file_bytes
         claim(folder, "preprocess.cache_dir")
         self._held: dict[str, IO[bytes]] = {}
-        for path in folder.glob(".tmp-[0-9a-f]*"):  # of processes that were killed; others still write theirs
+        for path in folder.glob(".tmp-[0-9a-f]*"):  # of killed processes; others may still write theirs
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > OLD_S:
                     path.unlink()
 
     def get(self, url: str, sha256: str, name: str) -> Path:
-        """Return where a file of that content lies now, and hold it there until the next one of this name is asked for.
+        """Return the path of a file with that content, locked until the next file of this name is requested.
 
         Raises:
             BadSample: unreadable, truncated_download; source_changed: the URL has another content by now.
@@ -197,7 +197,7 @@ class FileCache:
 
     def add(self, url: str, name: str, announced: int | None = None) -> tuple[str, int]:
         """Return (sha256, bytes) of a file after copying it here; `announced` bytes, None: ask. Raises OSError."""
-        claim(self.folder, "preprocess.cache_dir")  # somebody may have tidied up
+        claim(self.folder, "preprocess.cache_dir")  # the folder may have been deleted
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
         announced = announced if announced is not None else _size_or_none(url) or 0
         if announced > self.max_file_bytes:
@@ -218,14 +218,14 @@ class FileCache:
         return self.folder / sha256 / name
 
     def _hold(self, path: Path, kind: str) -> bool:
-        """Return True where the file is there, and now locked against `_make_room` of any process."""
+        """Return True if the file exists; it is then locked against `_make_room` of any process."""
         kind = "video" if kind == "video" else "depth"
         try:
             file = open(path, "rb")  # noqa: SIM115 (it stays open: that is the lock)
         except FileNotFoundError:
             return False
         fcntl.flock(file, fcntl.LOCK_SH)
-        if os.fstat(file.fileno()).st_nlink == 0:  # it went between the two lines above
+        if os.fstat(file.fileno()).st_nlink == 0:  # it was deleted between open and lock
             file.close()
             return False
         os.utime(path)
@@ -245,7 +245,7 @@ class FileCache:
 
 
 def _drop(path: Path) -> bool:
-    """Return True where the file has gone; one that somebody holds stays."""
+    """Return True if the file was deleted; a locked file stays."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -254,7 +254,7 @@ def _drop(path: Path) -> bool:
         return True
     except BlockingIOError:
         return False
-    with suppress(OSError):  # it holds another file, or holds one by now
+    with suppress(OSError):  # it is not empty (any more)
         path.parent.rmdir()
     return True
 
@@ -265,7 +265,7 @@ def _move(source: Path, target: Path) -> None:
         try:
             os.replace(source, target)
             return
-        except FileNotFoundError:  # another process found the new folder empty and took it away
+        except FileNotFoundError:  # another process found the new folder empty and removed it
             if not source.exists():
                 raise
 
@@ -273,7 +273,7 @@ def _move(source: Path, target: Path) -> None:
 def _size_or_none(url: str) -> int | None:
     try:
         return storage.size(url)
-    except OSError:  # a server that does not tell; what cannot be read fails where it is read
+    except OSError:  # the server does not report it; unreadable files fail when they are read
         return None
 
 

@@ -15,7 +15,7 @@ class FilterConfig:
     """Thresholds on scores; null is off, and the score is recorded either way. `quality.SCORES` defines each score.
 
     `preprocess.score_only=true` shows what each would keep; docs/decisions/preprocess.md has the figures behind them.
-    Three are on by default, against what nobody can learn from: black pictures, blank ones, and those of a few pixels.
+    Three are on by default, against useless clips: black pictures, blank ones, and those of a few pixels.
     """
 
     min_motion: float | None = setting(

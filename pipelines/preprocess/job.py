@@ -1,4 +1,4 @@
-"""One run of `ex4d preprocess`: do what the ledger lacks, count every video and clip, pack the samples."""
+"""One run of `ex4d preprocess`: do the work that the ledger lacks, count every video and clip, pack the samples."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 ARTIFACTS = (
     "artifact",
     "refusal_artifact",
-)  # columns: what the ledger calls a row that is done, or refused
+)  # columns: names of a finished and of a rejected row in the ledger
 
 
 @dataclass
@@ -54,7 +54,7 @@ class Job:
         self.ledger = Ledger(self.config.output)
 
     def work(self, sources: Sequence[inputs.Source]) -> None:
-        """Do what staging lacks, so that every clip has a sample or is rejected."""
+        """Do the work that staging lacks, so that every clip has a sample or is rejected."""
         self.counts["videos_in"] = len(sources)
         planned = self._plan(self._records(self._unique(sources)))
         if self.config.score_only:
@@ -63,7 +63,7 @@ class Job:
             self._clips(planned)
 
     def _unique(self, sources: Sequence[inputs.Source]) -> list[Row]:
-        """Return a row for each content, under the first of its names."""
+        """Return one row per distinct content, under the first of its names."""
         rows = [
             new_row(
                 source.name,
@@ -103,15 +103,16 @@ class Job:
         return None if storage.is_local(path) else self.ledger.records.get(_source_name(path))
 
     def _records(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the rows with the `record` of each video, from the ledger or worked out now."""
+        """Return the rows with the `record` of each video, from the ledger or computed now."""
         finished, refusal = settings.video_fingerprints(self.config)
         for row in rows:
             row["artifact"] = f"videos/{row['content']}.{finished}.json"
             row["refusal_artifact"] = f"videos/{row['content']}.{refusal}.json"
         fresh = {}
-        for made in self._run("split", self.stages.split, self._missing(rows), ("record", *ARTIFACTS)):
-            fresh[made["key"]] = made["record"] or {"refusal": made["refusal"]}  # without one after a bug in making it
-            self._write(made, fresh[made["key"]], fresh[made["key"]])
+        for result in self._run("split", self.stages.split, self._missing(rows), ("record", *ARTIFACTS)):
+            record = result["record"] or {"refusal": result["refusal"]}  # no record after an unexpected error
+            fresh[result["key"]] = record
+            self._write(result, record, record)
         for row in rows:
             row["record"] = fresh.get(row["key"]) or self.ledger.records.get(self._finished(row))
             self._note(row["key"], row["record"]["refusal"])
@@ -180,7 +181,7 @@ class Job:
         )
 
     def _score(self, rows: Sequence[Row]) -> None:
-        """Fill `scored` and `rejects`, from the ledger or by measuring now."""
+        """Fill `scored` and `rejects`, from the ledger or by measuring."""
         rows = [row | {"artifact": row["score_artifact"]} for row in rows]
         fresh = {}
         for made in self._run("score", self.stages.score, self._missing(rows), ("scores", *ARTIFACTS)):
@@ -199,7 +200,7 @@ class Job:
                 self.scored.append({**row, "scores": scores})
 
     def _clips(self, rows: Sequence[Row]) -> None:
-        """Fill `staged` and `rejects`, from the ledger or by working now."""
+        """Fill `staged` and `rejects`, from the ledger or by running the stages."""
         missing = self._missing(rows)
         for row in rows:
             self.used.add(row["score_artifact"])
@@ -223,7 +224,7 @@ class Job:
                 self._reject("clip", row | {"refusal": refusal})
 
     def _missing(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the rows that the ledger lacks, after taking those refusals from it that are to be retried."""
+        """Return the rows that the ledger lacks, after removing the rejections that are to be retried."""
         self._load(rows)
         for row in rows:
             self.used |= {row["artifact"], row["refusal_artifact"]}
@@ -237,13 +238,13 @@ class Job:
         return [row for row in rows if not self._finished(row)]
 
     def _load(self, rows: Sequence[Row]) -> None:
-        """Read what the ledger has of these rows and no part says; where it is damaged, they count as missing."""
+        """Read the ledger's records of these rows that no part holds; damaged ones count as missing."""
         todo = rows
         while damaged := self.ledger.take({name: row["key"] for row in todo if (name := self._finished(row))}):
             todo = [row for row in todo if damaged & {row[name] for name in ARTIFACTS}]
 
     def _write(self, row: Row, made: Any, refused: Any) -> None:
-        """Write down how work on a row ended: what it made, or why it is refused for good."""
+        """Record the outcome of a row: its result, or its permanent rejection."""
         if row["refusal"] is None and row["artifact"].endswith(".tar"):
             self.ledger.finished(row["artifact"], made)
         elif row["refusal"] is None:
@@ -256,11 +257,11 @@ class Job:
             self.retried[key] = (self.retried[key][0], "done" if refusal is None else refusal["reason"])
 
     def _finished(self, row: Row) -> str:
-        """Return the name of what the ledger has of a row, "" for nothing."""
+        """Return the name of the ledger's record of a row, "" for none."""
         return next((row[name] for name in ARTIFACTS if row[name] in self.ledger), "")
 
     def _known_refusal(self, row: Row) -> dict[str, Any] | None:
-        """Return how a clip of the ledger was refused; a sample made under other thresholds is judged by today's."""
+        """Return the rejection of a clip in the ledger; earlier samples are checked against today's thresholds."""
         name = self._finished(row)
         if name == row["refusal_artifact"]:
             return self.ledger.records.get(name)
@@ -269,7 +270,7 @@ class Job:
         return self._judged(row, known or row["shot_scores"])
 
     def _judged(self, row: Row, scores: dict[str, float]) -> dict[str, Any] | None:
-        """Return how today's thresholds refuse a clip with these scores."""
+        """Return the rejection of a clip with these scores under today's thresholds."""
         try:
             decide(scores, self.config.filters)
         except Filtered as error:
@@ -281,7 +282,7 @@ class Job:
 
     def _reject(self, unit: str, row: Row) -> None:
         refusal = {name: row["refusal"][name] for name in ("fate", "stage", "reason", "message")}
-        # Where the input lies on this machine must not change the bytes.
+        # The input's path on this machine must not change the bytes.
         folder = row.get("path", "").removesuffix(row.get("name", ""))
         message = refusal["message"].replace(folder, "") if folder else refusal["message"]
         if unit == "clip":
@@ -291,7 +292,7 @@ class Job:
         self.counts["videos_rejected" if unit == "video" else f"clips_{refusal['fate']}"] += 1
 
     def judge(self) -> None:
-        """Commit the dataset, unless too much was bad."""
+        """Commit the dataset, unless too many rows are bad."""
         self.counts["samples"] = len(self.staged)
         bad_videos = sum(row["unit"] == "video" and row["fate"] == "bad" for row in self.rejects)
         shares = {
@@ -305,7 +306,7 @@ class Job:
                     f"{bad} of {total} {unit} are bad, more than preprocess.max_bad_fraction={limit:g}"
                 )
         if not self.staged and not self.scored:
-            self.problems.append("none of the clips is left: nothing was written; the table says what became of them")
+            self.problems.append("none of the clips is left, so nothing was written; the table shows why")
         if self.problems or self.config.score_only:
             return
         facts = settings.facts(self.config, self.counts)
@@ -318,7 +319,7 @@ class Job:
                 self.ledger.set_aside(
                     next(item.url for item in self.staged if item.key == key).partition("/staging/")[2]
                 )
-            self.problems.append(f"{error}; they were set aside, and the same command makes them again")
+            self.problems.append(f"{error}; they were set aside; run the same command again to rebuild them")
             return
         self.committed = True
         self.ledger.sweep()
@@ -358,7 +359,7 @@ class Job:
 
 
 def _with_scores(row: Row) -> dict[str, Any] | None:
-    """Return a clip's refusal with its scores, where they were measured before."""
+    """Return a clip's rejection, with its scores if they were measured before."""
     return row["refusal"] and row["refusal"] | ({} if row["scores"] is None else {"scores": row["scores"]})
 
 

@@ -2,7 +2,7 @@
 
 | beside `NAME.mp4` | what |
 |---|---|
-| `NAME.source.mp4` | the same scene from the other camera: as many frames, at the same times, of the same size |
+| `NAME.source.mp4` | the same scene from the other camera: same number of frames, times and size |
 | `NAME.source.depth.npz` | its z_depth, where `preprocess.depth` is sidecar (`ex4d.depth.sidecar`) |
 | `NAME.camera.json`, `NAME.source.camera.json` | the cameras of either: a pose for each frame |
 

@@ -50,12 +50,12 @@ def run(
     sources: Sequence[inputs.Source] | None = None,
     retry: Sequence[str] = (),
 ) -> Result:
-    """Bring the dataset folder `config.output` up to date with the input and return the result.
+    """Update the dataset folder `config.output` to match the input and return the result.
 
-    A second run resumes. `exit_code` is 1, and nothing is committed, where too many videos or clips are bad.
+    A second run resumes. `exit_code` is 1, and nothing is committed, if too many videos or clips are bad.
 
     Args:
-        synthetic_config: the corpus to use where `config.input` is None; it is written to `OUTPUT/source`.
+        synthetic_config: the corpus to use if `config.input` is None; it is written to `OUTPUT/source`.
         runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
         stages: in place of `stages_of(config)`.
         sources: in place of all that `config.input` names.
@@ -63,7 +63,7 @@ def run(
 
     Raises:
         ConfigError: a setting is invalid; before any work.
-        ContractError: an artifact in the folder is not what it claims to be.
+        ContractError: a file in the folder is damaged or of another kind.
     """
     outside_datasets("preprocess.output", config.output, own="clips")
     settings.check(config)
@@ -101,10 +101,10 @@ def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | N
             found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)
         return pairs.without_sources(found) if "source" in config.members else found
     if synthetic_config is None:
-        raise ConfigError("preprocess.input", None, "a file, folder, glob or list; or a section `synthetic` beside it")
+        raise ConfigError("preprocess.input", None, "must be set, or there must be a section `synthetic`")
     if not storage.is_local(config.output):
-        raise ConfigError("preprocess.input", None, "videos must be named where the output is an object store")
+        raise ConfigError("preprocess.input", None, "must be set if the output is an object store")
     if "source" in config.members and synthetic_config.second_camera_deg is None:
-        raise ConfigError("synthetic.second_camera_deg", None, "degrees, for a dataset with the member source")
+        raise ConfigError("synthetic.second_camera_deg", None, "must be set for the member source")
     paths = write_corpus(storage.local_path(config.output) / "source", synthetic_config)
     return inputs.expand([str(path) for path in paths])

@@ -1,4 +1,4 @@
-"""The choices of a preprocess run, what is allowed, and which of them each artifact depends on."""
+"""The settings of a preprocess run, and the fingerprints of what each artifact depends on."""
 
 from __future__ import annotations
 
@@ -13,10 +13,10 @@ from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
 from pipelines.preprocess.filters import FilterConfig
 
-METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose unit cameras can share
+METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose depth has a unit that cameras can share
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
-VIDEO_CODE, CLIP_CODE = 3, 6  # raised when stages change what they write, so that older staging is not taken
+VIDEO_CODE, CLIP_CODE = 3, 6  # raised when stages change their output, so that older staging is not reused
 
 
 WORKER_MB = 512  # resident memory of a worker and its decoding child at 1080p, without the clip: 230 to 260, measured
@@ -25,7 +25,7 @@ CLIP_BYTES_PER_PX = 32  # what a pixel of a clip's frames adds at the peak; 24 m
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """What decoding one clip may use in its child process; a whole video, read for cuts, gets more by its length."""
+    """Limits of decoding one clip in its child process; reading a whole video for cuts gets more by its length."""
 
     timeout_s: float = setting(120.0, "Seconds on the clock; 49 frames of 4K need about 2.5.", gt=0)
     cpu_s: float = setting(120.0, "Seconds of processor time.", gt=0)
@@ -62,7 +62,7 @@ class PreprocessConfig:
     output: str = setting(
         "out/dataset", "Dataset folder to write. The same command run again resumes there.", not_empty=True
     )
-    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
+    num_workers: int = setting(2, "CPU workers, if this command starts Ray itself.", ge=1)
     num_frames: int = setting(49, "Frames of a clip.", ge=2)
     size: tuple[int, int] = setting((512, 512), "[height, width] of a clip, px.", ge=16, le=8192, multiple_of=2)
     fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
@@ -91,10 +91,10 @@ class PreprocessConfig:
     )
     near_duplicates: Literal["group", "filter", "off"] = setting(
         "group",
-        "Videos that look nearly alike: group puts them into one split, filter keeps the largest, off does not look.",
+        "Near-duplicate videos: group puts them into one split, filter keeps the largest, off disables the search.",
     )
 
-    stride: int = setting(1, "Take every N-th frame of the video, where fps is null.", ge=1, group="Clips")
+    stride: int = setting(1, "Take every N-th frame of the video, if fps is null.", ge=1, group="Clips")
     clips_per_shot: int = setting(1, "Most clips of one shot.", ge=1)
     clips_per_video: int | None = setting(None, "Most clips of one video; null: no limit.", ge=1)
     min_shot_s: float = setting(0.0, "Skip shots shorter than this many seconds.", ge=0)
@@ -130,7 +130,7 @@ class PreprocessConfig:
     )
     persistent_frames: int = setting(
         0,
-        "Masks keep static surfaces that the path sees in so many other frames, as in generate.",
+        "Number of other frames whose static surfaces masks keep if the path sees them, as in generate.",
         ge=0,
     )
     profile: Literal["default", "released"] = setting(
@@ -147,7 +147,7 @@ class PreprocessConfig:
     )
     limits: DecodeLimits = setting(DecodeLimits(), "Resources that decoding may use.")
     max_bad_fraction: float = setting(
-        0.5, "Fail, and commit nothing, where a larger fraction of videos or of clips is rejected.", ge=0, le=1
+        0.5, "Fail, and commit nothing, if a larger fraction of videos or of clips is bad.", ge=0, le=1
     )
     max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
     max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
@@ -165,17 +165,17 @@ class PreprocessConfig:
         need = checked(self, "preprocess")
         has_python = self.depth not in FOREIGN or self.depth_python is not None
         need(has_python, "depth_python", f"must be the Python of an environment that depth={self.depth} can run in")
-        need(self.fps is None or self.stride == 1, "stride", "must be 1 where preprocess.fps is set")
+        need(self.fps is None or self.stride == 1, "stride", "must be 1 if preprocess.fps is set")
         if "source" in self.members:
             alone = "must be [source]: samples of two cameras have no other extra members"
             need(set(self.members) == {"source"}, "members", alone)
             need(self.masks.num_masks == 1, "masks.num_masks", "must be 1 with members=[source]")
-            metric = f"must be one of {', '.join(METRIC)} with members=[source]: depth in the unit of the cameras"
+            metric = f"must be one of {', '.join(METRIC)} with members=[source]: cameras need its unit"
             need(self.depth in METRIC, "depth", metric)
 
 
 def check(config: PreprocessConfig) -> None:
-    """Raise ConfigError where weights that the settings ask for are missing and cannot be fetched."""
+    """Raise ConfigError if weights that the settings need are missing and cannot be fetched."""
     sample_settings(config)
 
 
@@ -252,7 +252,7 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     chosen = {name: everything[name] for name in names}
     without_depth = config.score_only or config.depth == AUTO  # auto: before `run` has chosen
     chosen["depth_weights"] = "" if without_depth else _depth_weights(config.depth, config.depth_path)
-    chosen["depth_batch_size"] = config.depth_batch_size  # other sums, so perhaps other last digits
+    chosen["depth_batch_size"] = config.depth_batch_size  # another order of sums may change the last digits
     chosen["captioner"] = None
     if config.captioner is not None and not config.score_only:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
@@ -263,7 +263,7 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
 
 @cache
 def _depth_weights(depth: str, depth_path: str | None) -> str:
-    """Return what stands for the weights of an estimator by their content; a sidecar is known by the clip's facts."""
+    """Return the content hash of an estimator's weights; a sidecar's hash is among the clip's facts."""
     from ex4d import hub
     from ex4d.depth import FOREIGN, weight_folders
 
@@ -284,7 +284,7 @@ def _caption_weights(model: str) -> str:
 
 
 def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Return what dataset.json says of a dataset, but for what packing adds."""
+    """Return the contents of dataset.json, without what packing adds."""
     from ex4d.geometry import masks
 
     return {

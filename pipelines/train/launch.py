@@ -1,6 +1,6 @@
-"""`ex4d train`: starts the ranks of a run, or is one of them. The loop itself is ex4d/train/trainer.py.
+"""`ex4d train`: start the ranks of a run, or be one of them. The loop itself is ex4d/train/trainer.py.
 
-The same command works everywhere; the environment says which way it goes:
+The same command works everywhere; the environment decides how it starts:
 
     ex4d train CONFIG.yaml                                    one local process per GPU, or 2 on a CPU
     torchrun --nproc-per-node 8 -m pipelines.train CONFIG.yaml
@@ -8,8 +8,8 @@ The same command works everywhere; the environment says which way it goes:
     srun ex4d train CONFIG.yaml                               MASTER_ADDR and MASTER_PORT from the batch script
     ex4d train CONFIG.yaml train.launcher=ray                 Ray Train on this machine, or on ray.address
 
-Exit status: 0 done, 1 failed, 2 the choice was invalid, 75 stopped by SIGTERM with a checkpoint written: the same
-command run again goes on. All ranks must see `train.output` on one file system.
+Exit status: 0 done, 1 failed, 2 invalid setting, 75 stopped by SIGTERM after writing a checkpoint: run the same
+command again to resume. All ranks must see `train.output` on one file system.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ from pipelines.runtime.runner import RayConfig
 
 logger = logging.getLogger(__name__)
 
-GRACE_S = 15.0  # between one rank's end and the killing of the others, which may be telling the same error
+GRACE_S = 15.0  # between one rank's end and killing the others, which may still report the same error
 PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher or trial whose child this is
 
 
@@ -59,10 +59,10 @@ def command(config_path: str, overrides: Sequence[str]) -> int:
 def run(
     train: TrainConfig, model: ModelConfig, config_path: str, overrides: Sequence[str], ray: RayConfig | None = None
 ) -> int:
-    """Bring a run to its last step and return the exit status.
+    """Train a run to its last step and return the exit status.
 
     Args:
-        config_path, overrides: where `train` and `model` come from; the local processes read them again.
+        config_path, overrides: source of `train` and `model`; the local processes read them again.
 
     Raises:
         ConfigError: the output folder holds a run with other settings.
@@ -74,13 +74,13 @@ def run(
     from ex4d.train.checks import check_run
 
     if place is not None and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
-        left_over = "unset RANK and WORLD_SIZE, which a launcher left here, or start with torchrun or srun"
+        left_over = "unset RANK and WORLD_SIZE, which a launcher set, or start with torchrun or srun"
         raise ConfigError("MASTER_ADDR", os.environ.get("MASTER_ADDR"), left_over)
     _check_data(train)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
     check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))
     if place is not None:
-        # The ranks of a launcher of our own write under its lock; those of torchrun or srun have none but this.
+        # Ranks of our own launcher write under its lock; those of torchrun or srun need this one.
         alone = exclusive(train.output) if place.rank == 0 and PARENT not in os.environ else nullcontext()
         with alone:
             return _be_rank(train, model, place)
@@ -89,7 +89,7 @@ def run(
 
 
 def _check_data(train: TrainConfig) -> None:
-    """Raise ConfigError where there is no dataset, or the run would write into one."""
+    """Raise ConfigError if there is no dataset, or if the run would write into one."""
     for path in (data.path for data in train.datasets):
         if not storage.exists(storage.join(path, DATASET)):
             raise ConfigError(
@@ -116,14 +116,14 @@ def _launch(
     elif code == EXIT_PREEMPTED:
         path = checkpoint.latest(train.output)
         where = f"stopped, with a checkpoint in {path}" if path else "stopped before the first checkpoint"
-        print(f"{where}; the same command goes on from there")
+        print(f"{where}; run the same command again to resume")
     return code
 
 
 def _die_with_parent() -> None:
-    """Where a launcher or a sweep's trial started this process: end with it, however it ends."""
+    """End this process with the launcher or sweep trial that started it, however that ends."""
     if int(os.environ.get(PARENT, 0)):
-        # What is killed cannot tell its children; Linux does (prctl PR_SET_PDEATHSIG = 1).
+        # A killed parent cannot stop its children, so Linux does it (prctl PR_SET_PDEATHSIG = 1).
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
         if os.getppid() != int(os.environ[PARENT]):
             sys.exit(1)
@@ -139,7 +139,7 @@ def _where(train: TrainConfig) -> str:
 
 
 def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
-    """Return whether nothing is left to do. Raises ConfigError where the folder holds a run with other settings."""
+    """Return whether the run is finished. Raises ConfigError if the folder holds a run with other settings."""
     path = checkpoint.latest(train.output)
     if path is None:
         return False
@@ -156,7 +156,7 @@ def _num_processes(train: TrainConfig) -> int:
     gpus = 0 if train.device == "cpu" else torch.cuda.device_count()
     if train.num_processes is None:
         return gpus or 2
-    # Each holds the model: a mistyped number would fill the memory before anything could be said. No two share a GPU.
+    # Every rank holds the model, so a mistyped number would fill the memory. No two ranks share a GPU.
     most = gpus or max(8, os.cpu_count() or 1)
     if train.num_processes > most and not train.dry_run:
         allowed = f"at most {most} on this machine" + (", one for each GPU, or train.device=cpu" if gpus else "")
@@ -187,16 +187,16 @@ def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
 
 
 def _local_processes(arguments: list[str], count: int, output: Path) -> int:
-    """Start one process a rank, pass rank 0's output on, and return the exit status of the run.
+    """Start one process per rank, print rank 0's output, and return the exit status of the run.
 
-    The others write to OUTPUT/logs/rank-N.log. A rank that fails takes the others with it; SIGTERM and Ctrl-C become
-    one SIGTERM to each rank, which then write a checkpoint.
+    The others write to OUTPUT/logs/rank-N.log. If a rank fails, the others are stopped. SIGTERM and Ctrl-C become one
+    SIGTERM to each rank, which then write a checkpoint.
     """
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
     common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
     common[PARENT] = str(os.getpid())
-    common.setdefault("TQDM_DISABLE", "1")  # the bars of model loading, one for each file and rank
+    common.setdefault("TQDM_DISABLE", "1")  # progress bars of model loading, one per file and rank
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     processes: list[subprocess.Popen] = []
     stopping = False
@@ -226,7 +226,7 @@ def _local_processes(arguments: list[str], count: int, output: Path) -> int:
 
 
 def _start(arguments: list[str], environment: dict[str, str], log: Path | None) -> subprocess.Popen:
-    # A session of its own, so that Ctrl-C reaches the launcher alone and becomes an orderly stop.
+    # A separate session, so that Ctrl-C reaches only the launcher, which stops the ranks in order.
     command = [sys.executable, "-m", "pipelines.train", *arguments]
     options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
     if log is None:
@@ -236,7 +236,7 @@ def _start(arguments: list[str], environment: dict[str, str], log: Path | None) 
 
 
 def _wait(processes: list[subprocess.Popen]) -> list[int]:
-    """Return the exit codes of all; when one fails, the others get GRACE_S and are killed."""
+    """Return the exit codes of all ranks; when one fails, the others are killed after GRACE_S."""
     deadline = None
     while any(process.poll() is None for process in processes):
         if deadline is None and any(process.poll() not in (None, 0, EXIT_PREEMPTED) for process in processes):
@@ -249,11 +249,11 @@ def _wait(processes: list[subprocess.Popen]) -> list[int]:
 
 
 def _explain(codes: list[int], logs: Path) -> int:
-    """Return the status of a run whose ranks ended so; say which rank failed and how its log ends."""
+    """Return the status of a run from its ranks' exit codes; print which rank failed and the end of its log."""
     failed = {rank: code for rank, code in enumerate(codes) if code}
     if not failed:
         return 0
-    # A rank killed here or broken off by its peers comes last: the first cause is a real exit code or another signal.
+    # Ranks that were killed here or lost their peers sort last: the cause is a real exit code or another signal.
     rank = min(failed, key=lambda r: (failed[r] == -signal.SIGKILL, r))
     code = failed[rank]
     print(f"rank {rank} ended with {code}", file=sys.stderr)
@@ -263,7 +263,7 @@ def _explain(codes: list[int], logs: Path) -> int:
 
 
 def free_port() -> int:
-    """Return a port of the loopback that is free now."""
+    """Return a port that is free on the loopback interface now."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
@@ -277,7 +277,7 @@ def _clip_pixels(facts: dict[str, Any]) -> int:
 
 
 def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
-    """Print what the run would need; nothing is loaded but configurations."""
+    """Print what the run would need; only configurations are loaded."""
     from ex4d.data import manifest
     from ex4d.models import backbone, families
     from ex4d.train import estimate, flops
@@ -285,12 +285,12 @@ def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
 
     shape = backbone.transformer_config(model.base, model.revision, model.family)
     there = [data.path for data in train.datasets if storage.exists(storage.join(data.path, manifest.DATASET))]
-    # Of several, the one with the largest clips: its memory is what the run needs.
+    # Of several datasets, the one with the largest clips decides the memory.
     facts: dict[str, Any] = max(map(manifest.read_dataset, there), key=_clip_pixels, default={})
-    # Not made yet: what the same file would make, or the method's own size.
-    said = configs.read_yaml(config_path)
-    clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (said.get("preprocess") or {}))
-    precomputed = "latents" in facts if facts else (said.get("encode") or {}).get("output") == train.datasets[0].path
+    # The dataset does not exist yet: use what the same file would produce, or the method's size.
+    tree = configs.read_yaml(config_path)
+    clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (tree.get("preprocess") or {}))
+    precomputed = "latents" in facts if facts else (tree.get("encode") or {}).get("output") == train.datasets[0].path
     family = families.FAMILIES.get(families.family_of(shape) or "")
     stride = family.stride if family else (4, 8, 8)
     latents = flops.latent_size((clip["num_frames"], *clip["size"]), stride)

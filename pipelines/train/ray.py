@@ -1,4 +1,4 @@
-"""Training under Ray Train: Ray places and restarts the ranks, our own checkpoint says where they go on."""
+"""Training under Ray Train: Ray places and restarts the ranks, which resume from our own checkpoint."""
 
 from __future__ import annotations
 
@@ -29,8 +29,8 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SILENT_S = 15.0  # a rank that was not heard for so long is lost
-MAX_FAILURES = 3  # of one start; where it reached a checkpoint, there will be another
+SILENT_S = 15.0  # a rank without a sign of life for this long is lost
+MAX_FAILURES = 3  # of one start; if it reached a checkpoint, the run is started again
 
 # Of this process, where it is a rank: SIGTERM came, here or to the command; it came to the command.
 _stop, _told = threading.Event(), threading.Event()
@@ -39,7 +39,7 @@ _stop, _told = threading.Event(), threading.Event()
 def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize_every_s: float = 60.0) -> int:
     """Train on a Ray cluster, or on a Ray started here; return the exit status.
 
-    A rank or a node that dies takes the group down; Ray starts it again from the last checkpoint in `train.output`,
+    If a rank or node dies, the group stops and Ray starts it again from the last checkpoint in `train.output`,
     which all nodes must see: on as many processes as before, or with `train.min_processes` on those that there are.
     Where they do not come within `ray.ranks_timeout_s` the run ends with 1.
     SIGTERM to this process, or to a rank of a run that is not elastic, makes a checkpoint and EXIT_PREEMPTED; in an
@@ -47,7 +47,7 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
     the run at once.
 
     Args:
-        resize_every_s: how often an elastic run looks whether more processes could be had.
+        resize_every_s: how often an elastic run checks whether more processes are available.
     """
     wait = _Wait.of(train, ray_config)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait.start_s)
@@ -66,7 +66,7 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
                     if _step(train) <= before:
                         print(f"ex4d train: {_cause(error)}", file=sys.stderr)
                         return 1
-                    logger.warning("a checkpoint was reached since the last start; starting again after: %s", error)
+                    logger.warning("a checkpoint was written since the last start; starting again after: %s", error)
                 else:
                     return EXIT_PREEMPTED if result is None else _status(*result.return_value)
 
@@ -80,7 +80,7 @@ class _Wait:
 
     @classmethod
     def of(cls, train: TrainConfig, ray_config: RayConfig) -> _Wait:
-        # An elastic run takes fewer ranks after a try that failed, so it tries often.
+        # An elastic run uses fewer ranks after a failed try, so it tries often.
         start_s = min(60.0, ray_config.ranks_timeout_s) if train.min_processes else ray_config.ranks_timeout_s / 4
         return cls(start_s, max(0, round(ray_config.ranks_timeout_s / start_s) - 1))
 
@@ -97,7 +97,7 @@ def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
         except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
             outcome.set_exception(error)
 
-    # In a thread: while Ray waits for nodes, the main thread must be able to end the run.
+    # In a thread, so that the main thread can end the run while Ray waits for nodes.
     threading.Thread(target=fit, daemon=True).start()
     while not wait([outcome], timeout=1.0).done:
         if asked.is_set() and ray.get(flag.silent_s.remote()) > SILENT_S:
@@ -167,22 +167,22 @@ def _cause(error: Exception) -> str:
 
 
 class StopFlag:
-    """An actor on the command's own node: the command asks it to stop, rank 0 asks it every second whether to."""
+    """An actor on the command's node: the command sets the flag, rank 0 polls it every second."""
 
     def __init__(self) -> None:
         self._asked, self._heard = False, -math.inf
 
     def ask(self) -> None:
-        """Say yes from now on."""
+        """Request the stop."""
         self._asked = True
 
     def asked(self) -> bool:
-        """Return whether to stop. Rank 0 calls."""
+        """Return whether to stop. Rank 0 calls it."""
         self._heard = time.monotonic()
         return self._asked
 
     def silent_s(self) -> float:
-        """Return the seconds since rank 0 called."""
+        """Return the seconds since rank 0 last called."""
         return time.monotonic() - self._heard
 
 
@@ -214,13 +214,13 @@ def _asking_to_stop() -> Iterator[tuple[Any, threading.Event]]:
 def _rendezvous() -> Any:
     """Return a TorchConfig that tells the ranks where rank 0 is and lets the engine open the process group itself.
 
-    Ray's own would open it over all workers, which an elastic run cannot always use, and leaves SIGTERM to Ray.
+    Ray's own config would open it over all workers, of which an elastic run may use fewer, and leave SIGTERM to Ray.
     """
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig
 
     class Rendezvous(Backend):
-        share_cuda_visible_devices = True  # a rank takes the GPU of its local rank
+        share_cuda_visible_devices = True  # each rank uses the GPU of its local rank
 
         def on_start(self, worker_group: Any, backend_config: Any) -> None:
             address, port = worker_group.execute_single(0, _free_address)
@@ -244,7 +244,7 @@ def _free_address() -> tuple[str, int]:
 
 
 def _prepare(address: str, port: int) -> None:
-    """Make this worker ready to be a rank. Runs in its main thread, the only one that may take signals."""
+    """Prepare this worker to be a rank. Runs in its main thread, the only one that can handle signals."""
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     signal.signal(signal.SIGTERM, lambda *_: _stop.set())
 
@@ -253,9 +253,9 @@ def _prepare(address: str, port: int) -> None:
 
 
 def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
-    """Be one rank inside a Ray Train worker; return (exit status, what to say about it).
+    """Run one rank inside a Ray Train worker; return (exit status, message).
 
-    What another start would only repeat is returned; what it may mend is raised, and Ray starts the group again.
+    Permanent errors are returned; errors that a restart may fix are raised, so that Ray starts the group again.
     """
     import ray.train
 
@@ -268,9 +268,9 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
         path = checkpoint.latest(train.output)
         workers = usable_ranks(train, workers, checkpoint.read_state(path).global_batch_size if path else None)
         if rank >= workers:
-            return 0, ""  # so many do not divide the global batch: this one stays idle
+            return 0, ""  # the global batch does not divide by all processes: this one stays idle
     if Path(chosen["folder"]).is_dir():
-        os.chdir(chosen["folder"])  # relative paths mean what they mean to the command
+        os.chdir(chosen["folder"])  # relative paths mean the same as for the command
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     if rank == 0:
         threading.Thread(target=_wait_for_stop, args=(chosen["flag"],), daemon=True).start()
@@ -292,7 +292,7 @@ class RankLeaves(Exception):
 
 
 class Judge:
-    """An actor that judges one set of weights: a process with resources of its own, which ends with rank 0."""
+    """An actor that validates one set of weights: a process with its own resources, which ends with rank 0."""
 
     def judge(self, folder: str) -> None:
         """Write a validation's result into its folder."""
@@ -303,7 +303,7 @@ class Judge:
 
 
 class RemoteValidation:
-    """A validation under way in an actor (validation.Handle), with a GPU of its own where `device` is one."""
+    """A running validation in an actor (validation.Handle), with a GPU of its own where `device` is one."""
 
     def __init__(self, folder: Path, device: str):
         import ray
@@ -337,7 +337,7 @@ class RemoteValidation:
 
 
 def _wait_for_stop(flag: Any) -> None:
-    """Hear the command as long as this process lives: it takes silence for a lost rank."""
+    """Poll the command as long as this process lives, since the command treats silence as a lost rank."""
     import ray
 
     try:
@@ -347,4 +347,4 @@ def _wait_for_stop(flag: Any) -> None:
                 _stop.set()
             time.sleep(1.0)
     except ray.exceptions.RayError as error:  # the command is gone, and this process soon will be
-        logger.warning("the command cannot be heard any more: %s", error)
+        logger.warning("lost the connection to the command: %s", error)

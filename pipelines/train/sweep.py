@@ -1,10 +1,10 @@
-"""`ex4d sweep`: many short trainings through Ray Tune, and what they show.
+"""`ex4d sweep`: run many short trainings with Ray Tune and compare them.
 
-    OUTPUT/tune/          Ray Tune's own state: the same command run again goes on with it
+    OUTPUT/tune/          Ray Tune's state: the same command run again resumes it
     OUTPUT/trials/NAME/   a trial: config.yaml, train.log and the run's folder
     OUTPUT/sweep.json     every trial, best first; OUTPUT/best.yaml; OUTPUT/report/index.html
 
-Trials are compared after the same number of steps: the one that got furthest wins, and among those the lowest value.
+Trials are compared after the same number of steps: the furthest step ranks first, and at equal steps the lowest value.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def command(path: str, overrides: Sequence[str]) -> int:
     tree = trial_tree(sweep, train, config.read_yaml(path), overrides)
     whole = config.to_plain({"sweep": config.to_dict(sweep), **tree})
     if without_secrets(whole) != whole:
-        allowed = "URLs without password and signature: trials are started from files, in which they would stand"
+        allowed = "must be a URL without password or signature, since it is written to the trials' files"
         raise ConfigError("sweep", path, allowed)
     _check_data(sweep, train)
     output = Path(sweep.output).resolve()
@@ -63,14 +63,14 @@ def command(path: str, overrides: Sequence[str]) -> int:
 
 
 def _say_interrupted(sweep: SweepConfig, tree: dict[str, Any], status: int) -> int:
-    """Write what is known of an unfinished sweep to sweep.json, say in one line what is kept, and return `status`."""
+    """Write the results of an unfinished sweep to sweep.json, print one line, and return `status`."""
     from pipelines.train.sweep_tune import so_far
 
     rows = sweep_report.ranked(so_far(sweep, tree), sweep, tree)
     ended = sum(row["state"] != "interrupted" for row in rows)
     sweep_report.write_json(rows, {}, f"Interrupted when {ended} trials had ended.", sweep)
-    kept = f"{ended} ended trials and the checkpoints of the others are kept in {sweep.output}"
-    print(f"interrupted: {kept}; run the same command again to continue")
+    summary = f"{ended} ended trials and the checkpoints of the others are kept in {sweep.output}"
+    print(f"interrupted: {summary}; run the same command again to continue")
     return status
 
 
@@ -94,7 +94,7 @@ def trial_tree(
         if tree["train"].get(key) is None:
             values[f"train.{key}"] = sweep.grace_steps
     if sweep.metric == "validation_loss":
-        # Judged at every rung and by the ranks, or the value would come too late to compare.
+        # The ranks validate at every rung; a separate validation would report too late for the comparison.
         values |= {"train.validate_every": sweep.grace_steps, "train.validate_apart": False}
     if sweep.search == "pbt":
         values |= {"train.save_every": sweep.grace_steps, "train.keep_last": train.num_steps // sweep.grace_steps + 2}
@@ -102,16 +102,16 @@ def trial_tree(
 
 
 def _check_data(sweep: SweepConfig, train: TrainConfig) -> None:
-    """Raise where every trial would find out for itself that it has no data or nothing to judge by."""
+    """Raise ConfigError early if all trials would fail for lack of data or of validation samples."""
     counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
     if sweep.metric == "validation_loss" and not any(count.get("samples_val") for count in counts):
         paths = ", ".join(data.path for data in train.datasets)
-        allowed = f"mse: {paths} has no validation split; or make one with preprocess.val_fraction"
+        allowed = f"must be mse, since {paths} has no validation split; or create one with preprocess.val_fraction"
         raise ConfigError("sweep.metric", sweep.metric, allowed)
 
 
 def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
-    """Raise ConfigError where the folder holds a sweep with other settings."""
+    """Raise ConfigError if the folder holds a sweep with other settings."""
     free = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "repeat_seeds")
     now = {"sweep": {k: v for k, v in config.to_dict(sweep).items() if k not in free}, **json.loads(json.dumps(tree))}
     path = output / "settings.json"
@@ -123,7 +123,7 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
         for key in sorted(now[section].keys() | before[section].keys()):
             if now[section].get(key) != before[section].get(key):
                 was = before[section].get(key)
-                allowed = f"{was!r}, with which the sweep in {output} was started; or another sweep.output"
+                allowed = f"the sweep in {output} was started with {was!r}; use that value or another sweep.output"
                 raise ConfigError(f"{section}.{key}", now[section].get(key), allowed)
 
 
@@ -139,7 +139,7 @@ def _interruptible() -> Iterator[None]:
 
     def stop(number: int, _: object) -> None:
         sweep_tune.stop_asked.append(statuses[signal.Signals(number)])
-        signal.signal(number, before[signal.Signals(number)])  # whoever asks twice does not want to wait
+        signal.signal(number, before[signal.Signals(number)])  # a second signal ends the process at once
 
     before = {number: signal.signal(number, stop) for number in statuses}
     try:
@@ -153,7 +153,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def run(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials of the whole sweep, best first: those that were done before are not done again."""
+    """Return the trials of the whole sweep, best first; finished trials are not repeated."""
     from pipelines.train.sweep_tune import search
 
     return sweep_report.ranked(search(sweep, tree), sweep, tree)

@@ -1,4 +1,4 @@
-"""What a person sees while a sweep runs: a table on a terminal that is drawn anew every second, lines elsewhere."""
+"""Show the progress of a sweep: on a terminal a table that is redrawn every second, elsewhere lines."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ UNDER_WAY = ("waiting", "running", "paused")
 
 @dataclass(frozen=True)
 class Row:
-    """One trial as it is shown. `value` is of its last comparison, `step` may be later; `rate` in steps a second."""
+    """One row of the table. `value` is of the last comparison, `step` may be later; `rate` in steps per second."""
 
     number: int
     point: str
@@ -58,7 +58,7 @@ def row(number: int, status: str, point: Mapping[str, Any], result: Mapping[str,
 
 
 def last_record(path: Path) -> dict[str, Any]:
-    """Return the last whole object of a growing log of JSON lines; {} where there is none."""
+    """Return the last complete object of a growing JSON-lines log; {} if there is none."""
     try:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
@@ -75,13 +75,13 @@ def interrupted(rows: Sequence[Row]) -> list[Row]:
 
 
 def summary(rows: Sequence[Row], total: int, metric: str) -> str:
-    """Return one line over all trials: how many have ended and how, and the best so far."""
+    """Return one line about all trials: how many ended and how, and the best so far."""
     names = ("finished", "stopped", "failed", *UNDER_WAY, "interrupted")
     counts = [f"{count} {name}" for name in names if (count := sum(r.state == name for r in rows))]
     usable = [r for r in rows if r.state != "failed" and r.value is not None and math.isfinite(r.value)]
     best = min((r for r in usable if r.state == "finished"), key=lambda r: r.value or 0.0, default=None)
-    told = f"; best {metric} {best.value:.5f}: trial {best.number}" if best else ""
-    return f"{len(rows)} of {total} trials: {', '.join(counts) or 'none yet'}{told}"
+    best_text = f"; best {metric} {best.value:.5f}: trial {best.number}" if best else ""
+    return f"{len(rows)} of {total} trials: {', '.join(counts) or 'none yet'}{best_text}"
 
 
 class Display:
@@ -112,17 +112,17 @@ class Display:
         self._live.update(self.table(rows), refresh=True)
 
     def due(self) -> bool:
-        """Return whether it is time to look again."""
+        """Return whether an update is due."""
         return time.monotonic() - self._drawn >= DRAW_EVERY_S
 
     def close(self) -> None:
-        """Leave the table where it stands."""
+        """Stop updating and leave the last table on the terminal."""
         if self._live is not None:
             self._live.stop()
             self._live = None
 
     def table(self, rows: Sequence[Row]) -> Any:
-        """Return the table: what runs first, then the furthest, the best of them first."""
+        """Return the table: running trials first, then by step, then by value."""
         from rich.table import Table
 
         passed = duration(time.monotonic() - self._start)
@@ -163,7 +163,7 @@ def short(value: Any) -> str:
 
 
 def duration(seconds: float | None) -> str:
-    """Return seconds as a person says them."""
+    """Return a duration as readable text."""
     if seconds is None:
         return "–"
     if seconds < 100:

@@ -1,4 +1,4 @@
-"""The choices of a sweep (YAML section `sweep`)."""
+"""The settings of a sweep (YAML section `sweep`)."""
 
 from __future__ import annotations
 
@@ -42,14 +42,14 @@ class SweepConfig:
     def __post_init__(self) -> None:
         need = checked(self, "sweep")
         unknown = [name for name in self.report if name not in REPORTED]
-        need(not unknown, "report", f"some of {', '.join(REPORTED)}")
+        need(not unknown, "report", f"must be some of {', '.join(REPORTED)}")
         space = Space.of(self.space)
         if self.metric == "loss":
             scaling = [axis.key for axis in space.axes if axis.key in SCALES_LOSS]
-            need(not scaling, "metric", f"validation_loss: {', '.join(scaling)} changes what `loss` means")
+            need(not scaling, "metric", f"must be validation_loss: {', '.join(scaling)} changes what `loss` means")
         if self.search == "grid":
             space.grid()
         if self.search == "pbt":
             fixed = [axis.key for axis in space.axes if axis.key.removeprefix("train.") not in PBT_KEYS]
-            need(not fixed, "space", f"train. and one of {', '.join(PBT_KEYS)}: sweep.search=pbt changes them midway")
-            need(self.num_trials > 1, "num_trials", "at least 2 where sweep.search=pbt")
+            need(not fixed, "space", f"must be train. and one of {', '.join(PBT_KEYS)}: pbt changes them midway")
+            need(self.num_trials > 1, "num_trials", "must be at least 2 with sweep.search=pbt")

@@ -1,4 +1,4 @@
-"""What a sweep found: its table, sweep.json, best.yaml and a page."""
+"""Report the results of a sweep: a table, sweep.json, best.yaml and a page."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.train.sweep_space import Space, value_in, with_values
 def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[str, Any]) -> list[dict[str, Any]]:
     """Return the trials best first: the furthest step, then the lowest value; failed ones last.
 
-    Values of different steps cannot be compared: early ones are higher or lower for reasons that are not the point's.
+    Values of different steps cannot be compared: they also differ by training time, not only by the settings.
     """
     space, last = Space.of(sweep.space), int(tree["train"]["num_steps"])
     found = []
@@ -57,7 +57,7 @@ def verdict(noise: Mapping[str, Sequence[Mapping[str, Any]]], sweep: SweepConfig
     """Return one sentence: whether the best beats the file's own values by more than chance."""
     values = {name: [row["value"] for row in rows if row["value"] is not None] for name, rows in noise.items()}
     if any(not found for found in values.values()) or not values:
-        return "Not repeated with other seeds: how much of the difference is chance is not known."
+        return "Not repeated with other seeds, so it is unknown how much of the difference is chance."
     best, default = values["best"], values["default"]
     gain = sum(default) / len(default) - sum(best) / len(best)
     spread = max(max(found) - min(found) for found in (best, default))
@@ -74,11 +74,11 @@ def write(
     tree: dict[str, Any],
     sweep: SweepConfig,
 ) -> int:
-    """Print the table; write sweep.json, best.yaml and the page; return 1 where every trial failed."""
+    """Print the table; write sweep.json, best.yaml and the page; return 1 if every trial failed."""
     output = Path(sweep.output)
     output.mkdir(parents=True, exist_ok=True)
-    said = verdict(noise, sweep)
-    write_json(rows, noise, said, sweep)
+    note = verdict(noise, sweep)
+    write_json(rows, noise, note, sweep)
     _print_table(rows, sweep)
     if not rows or rows[0]["state"] == "failed":
         print(f"every trial failed; see train.log in the folders of {output / 'trials'}")
@@ -89,21 +89,21 @@ def write(
     furthest = [row for row in rows if row["state"] != "failed" and row["step"] == rows[0]["step"]]
     reason = (
         f"# Lowest {sweep.metric} ({rows[0]['value']:.6g}) of the {len(furthest)} of {len(rows)} trials that reached "
-        f"step {rows[0]['step']}; train.seed={best['train']['seed']}.\n# {said}\n"
+        f"step {rows[0]['step']}; train.seed={best['train']['seed']}.\n# {note}\n"
     )
     text = (output / "best.yaml").read_text(encoding="utf-8")
     (output / "best.yaml").write_text(reason + text, encoding="utf-8")
-    page = write_page(rows, noise, said, sweep)
-    print(f"best configuration: {output / 'best.yaml'}\n{said}\npage: {page}")
+    page = write_page(rows, noise, note, sweep)
+    print(f"best configuration: {output / 'best.yaml'}\n{note}\npage: {page}")
     return 0
 
 
 def write_json(
-    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], said: str, sweep: SweepConfig
+    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], note: str, sweep: SweepConfig
 ) -> None:
     """Write OUTPUT/sweep.json: the trials, best first, the repetitions with other seeds, and the verdict."""
     repeats = {name: [{"value": row["value"], "step": row["step"]} for row in found] for name, found in noise.items()}
-    whole = {"metric": sweep.metric, "trials": rows, "repeats": repeats, "verdict": said}
+    whole = {"metric": sweep.metric, "trials": rows, "repeats": repeats, "verdict": note}
     storage.write_bytes(Path(sweep.output) / "sweep.json", (json.dumps(whole, indent=2) + "\n").encode())
 
 
@@ -127,7 +127,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
 
 
 def write_page(
-    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], said: str, sweep: SweepConfig
+    rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], note: str, sweep: SweepConfig
 ) -> Path:
     """Write OUTPUT/report/index.html and return where it is."""
     from ex4d.viewer import sweep_page
@@ -136,5 +136,5 @@ def write_page(
     path = Path(sweep.output) / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: [row["value"] for row in found if row["value"] is not None] for name, found in noise.items()}
-    path.write_bytes(sweep_page.sweep_page(sweep.metric, keys, rows, importance(rows, sweep), values, said))
+    path.write_bytes(sweep_page.sweep_page(sweep.metric, keys, rows, importance(rows, sweep), values, note))
     return path

@@ -1,4 +1,4 @@
-"""The space of a sweep: which settings vary, how, and under which condition. One point of it is one trial.
+"""The search space of a sweep: which settings vary, how, and under which condition. A point is a trial.
 
 train.lr: {log_uniform: [1.0e-5, 1.0e-3]}
 train.warmup_steps: {int_uniform: [0, 100, 10]}                  a step as third number
@@ -23,7 +23,7 @@ from ex4d.train.config import TrainConfig
 
 SECTIONS = {"train": TrainConfig, "model": ModelConfig}
 KINDS = ("uniform", "log_uniform", "int_uniform", "log_int_uniform", "choice")
-# Where a trial lies, and how it is judged, is the sweep's.
+# The sweep itself sets the output and the validation of a trial.
 FIXED = (
     *("train.data", "train.output", "train.num_steps", "train.dry_run", "train.launcher", "train.validate_every"),
     *("train.validate_samples", "train.validate_apart", "train.num_processes", "train.min_processes"),
@@ -54,7 +54,7 @@ class Axis:
         return suggest(self.key, low, high, log=log, **({"step": step[0]} if step else {}))
 
     def distribution(self) -> Any:
-        """Return Optuna's distribution of it. Raises ValueError where the numbers make none."""
+        """Return Optuna's distribution of it. Raises ValueError for invalid numbers."""
         from optuna import distributions
 
         if self.kind == "choice":
@@ -82,7 +82,7 @@ class Space:
 
     @classmethod
     def of(cls, space: Mapping[str, Any]) -> Space:
-        """Return the space of the section's `space`. Raises ConfigError where something in it is not understood."""
+        """Return the space of the section's `space`. Raises ConfigError if an entry is invalid."""
         axes: dict[str, Axis] = {}
         follows: dict[str, str] = {}
         for key, body in space.items():
@@ -94,7 +94,7 @@ class Space:
                 continue
             axes[key] = _axis(key, body, axes)
         if not axes:
-            raise ConfigError("sweep.space", dict(space), "at least one setting that varies")
+            raise ConfigError("sweep.space", dict(space), "must have at least one setting that varies")
         return cls(tuple(axes.values()), follows)
 
     def active(self, axis: Axis, point: Mapping[str, Any]) -> bool:
@@ -116,7 +116,7 @@ class Space:
         return full
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every point. Raises ConfigError where an axis has no steps."""
+        """Return every point. Raises ConfigError if an axis has no steps."""
         for axis in self.axes:
             countable = "int" in axis.kind or len(axis.values) == 3
             if axis.kind.startswith("log_") or not (axis.kind == "choice" or countable):
@@ -131,7 +131,7 @@ class Space:
         return points
 
     def today(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Return what the file itself says, as far as it lies in the space: the first point."""
+        """Return the first point: the file's own values, as far as they are in the space."""
         values = {axis.key: value_in(tree, axis.key) for axis in self.axes}
         inside = [axis.key for axis in self.axes if axis.holds(values[axis.key]) and self.active(axis, values)]
         return {key: values[key] for key in inside}
@@ -140,13 +140,13 @@ class Space:
 def _check_key(key: str) -> None:
     section, _, name = key.partition(".")
     if section not in SECTIONS:
-        raise ConfigError("sweep.space", key, "keys that start with train. or model.")
+        raise ConfigError("sweep.space", key, "keys must start with train. or model.")
     if key in FIXED:
-        raise ConfigError("sweep.space", key, "another setting: this one is the sweep's own")
+        raise ConfigError("sweep.space", key, "cannot vary: the sweep sets it")
     default = config.to_dict(SECTIONS[section]())
     for part in name.split("."):
         if not isinstance(default, dict) or part not in default:
-            raise ConfigError("sweep.space", key, f"a setting of the section {section}; `ex4d train --help` lists them")
+            raise ConfigError("sweep.space", key, f"not a setting of the section {section}; see `ex4d train --help`")
         default = default[part]
 
 
@@ -156,13 +156,13 @@ def _axis(key: str, body: Any, before: Mapping[str, Axis]) -> Axis:
         raise ConfigError(where, body, '{KIND: [values]} or "=OTHER_KEY"')
     kinds = [kind for kind in body if kind != "when"]
     if len(kinds) != 1 or kinds[0] not in KINDS:
-        raise ConfigError(where, dict(body), f"one of {', '.join(KINDS)}: [values]")
+        raise ConfigError(where, dict(body), f"must be one of {', '.join(KINDS)}, with [values]")
     (kind,), values, when = kinds, body[kinds[0]], body.get("when") or {}
     if not isinstance(values, list) or not values or (kind != "choice" and len(values) not in (2, 3)):
         raise ConfigError(where, values, "choice takes values, the others [low, high] or [low, high, step]")
     usable = isinstance(when, Mapping) and all(k in before and isinstance(v, list) for k, v in when.items())
     if not usable:
-        raise ConfigError(f"{where}.when", when, "{KEY: [values]} of settings that stand before it in sweep.space")
+        raise ConfigError(f"{where}.when", when, "must be {KEY: [values]} of earlier settings in sweep.space")
     try:
         if kind in ("uniform", "log_uniform"):
             values = [float(value) for value in values]
@@ -176,7 +176,7 @@ def _axis(key: str, body: Any, before: Mapping[str, Axis]) -> Axis:
 
 
 def _check_value(key: str, value: Any) -> None:
-    """Raise ConfigError where the dataclass refuses the value: every trial would trip over it."""
+    """Raise ConfigError if the dataclass rejects the value, since trials would fail on it."""
     section, _, name = key.partition(".")
     config.validate(SECTIONS[section], with_values({}, {name: value}), section)
 
@@ -210,7 +210,7 @@ def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str,
         *parents, leaf = key.split(".")
         node = copy
         for parent in parents:
-            if not isinstance(node.get(parent), dict):  # a section may stand there empty
+            if not isinstance(node.get(parent), dict):  # a section may be empty
                 node[parent] = {}
             node = node[parent]
         node[leaf] = value

@@ -1,8 +1,8 @@
-"""One trial of a sweep: the same `ex4d train` that a user runs, in processes of its own, followed by its log.
+"""One trial of a sweep: the same `ex4d train` that a user runs, in separate processes, followed through its log.
 
     OUTPUT/trials/NAME/config.yaml, train.log, train/      run it by hand again with `ex4d train config.yaml`
 
-The name is that of the configuration, so a sweep that was killed finds what was trained and goes on there.
+The name is derived from the configuration, so that a killed sweep finds its trials and resumes them.
 """
 
 from __future__ import annotations
@@ -56,7 +56,7 @@ def follow(path: Path, process: subprocess.Popen, poll_s: float = 0.2) -> Iterat
 
 
 def trial_folder(sweep: SweepConfig, point: Mapping[str, Any], tree: Mapping[str, Any], trial_id: str) -> Path:
-    """Return the folder of a trial: named by what differs from the file's own values; by its id under PBT.
+    """Return the folder of a trial: named by the settings that differ from the file's own values; under PBT by its id.
 
     Args:
         point: the whole of it (Space.whole).
@@ -79,7 +79,7 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
     folder.mkdir(parents=True, exist_ok=True)
     settings = with_values(tree, {**point, "train.output": str(folder / "train")})
     with _alone(folder):
-        known = 0  # steps that were reported before
+        known = 0  # last step that was reported before
         given = tune.get_checkpoint() if sweep.search == "pbt" else None
         if given is not None:
             with given.as_directory() as source:
@@ -90,11 +90,11 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
 
 
 def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any, known: int) -> None:
-    """Train what is missing in a trial's folder and report each rung after the step `known`."""
+    """Train the missing steps of a trial and report each rung after the step `known`."""
     output, last = folder / "train", int(settings["train"]["num_steps"])
     reached = checkpoint.latest(output)
     step = checkpoint.read_state(reached).step if reached else 0
-    # Later steps will be done again, perhaps with other settings: they must not be reported.
+    # Later steps will be repeated, perhaps with other settings, so they must not be reported.
     runlog.truncate(output / "metrics.jsonl", step)
     if step >= last and (output / "adapter" / "adapter.safetensors").exists() and sweep.search != "pbt":
         for found in rungs(runlog.read(output / "metrics.jsonl"), sweep, last):  # trained by an earlier start
@@ -122,11 +122,11 @@ def _command(folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], dict
     import ray
 
     command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]
-    if settings["train"].get("launcher") == "ray":  # the ranks of one trial may stand on several nodes
+    if settings["train"].get("launcher") == "ray":  # the ranks of one trial may run on several nodes
         return [*command, f"ray.address={ray.get_runtime_context().gcs_address}"], {}
     if settings["train"].get("num_processes") != 1:
         return command, {}
-    # The only rank itself: a launcher beside it would load PyTorch once more, a fifth of a tiny trial's start.
+    # Start the only rank directly: a launcher would load PyTorch once more, a fifth of a tiny trial's start-up.
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     return command, place | {"MASTER_PORT": str(free_port())}
 
@@ -150,7 +150,7 @@ def rungs(records: Iterable[Mapping[str, Any]], sweep: SweepConfig, last: int) -
 
 @contextmanager
 def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterator[subprocess.Popen]:
-    """Yield the training's process; what ends the trial ends it, with a checkpoint where there is time."""
+    """Yield the training's process; if the trial ends, it is stopped, with a checkpoint if time allows."""
     environment = os.environ | {PARENT: str(os.getpid()), **place}  # killed with this worker
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
     try:
@@ -167,7 +167,7 @@ def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterato
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Hold a folder: two trials at the same point take turns, and the second finds everything done."""
+    """Lock a folder: two trials at the same point take turns, and the second finds the work done."""
     with open(folder / "lock", "w") as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
@@ -185,10 +185,10 @@ def _wait_for(output: Path, step: int, process: subprocess.Popen) -> Path:
 
 
 def adopt(source: Path, output: Path, settings: Mapping[str, Any]) -> int:
-    """Make another trial's checkpoint the state of this one, and return its step.
+    """Copy another trial's checkpoint into this trial, and return its step.
 
-    Weights, moments and the place in the data are taken over. What decides how it goes on is this trial's own: the
-    settings in the identity of the checkpoint.
+    Weights, moments and the position in the data are copied. The settings, stored in the checkpoint's identity, are
+    this trial's own.
     """
     state = checkpoint.read_state(source)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)

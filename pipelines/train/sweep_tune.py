@@ -1,4 +1,4 @@
-"""The gate to Ray Tune: a sweep's search as a Tuner that can be restored, and what its trials reported."""
+"""The only module that uses Ray Tune: a restorable Tuner for a sweep, and the results of its trials."""
 
 from __future__ import annotations
 
@@ -23,11 +23,11 @@ from pipelines.train.sweep_trial import run_trial, rungs, trial_folder
 
 MAX_FAILURES = 1  # a trial that fails is tried once more, from its last checkpoint
 
-stop_asked: list[int] = []  # exit statuses that signals ask for; raising in their handler would break Ray's own calls
+stop_asked: list[int] = []  # exit statuses requested by signals; raising in the handler would break Ray's calls
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; Ray Tune must not take it for a trial's error."""
+    """Ctrl-C or SIGTERM; Ray Tune must not treat it as a trial's error."""
 
     def __init__(self, status: int):
         super().__init__(status)
@@ -35,11 +35,11 @@ class Interrupted(BaseException):
 
 
 def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run what is missing of a sweep; return a row a trial: see _rows."""
+    """Run the missing trials of a sweep; return one row per trial: see _rows."""
     from ray import tune
 
     space = Space.of(sweep.space)
-    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # what is proposed must survive a kill
+    os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # proposals must survive a kill
     os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner; the table is ours
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
     # A trial that fails is one line of the table and one at the end, with its reason.
@@ -85,7 +85,7 @@ def _before(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
 def repeat(
     sweep: SweepConfig, tree: dict[str, Any], point: dict[str, Any], seeds: Sequence[int], title: str
 ) -> list[dict[str, Any]]:
-    """Train one point to its end with each seed; what was trained in the search is taken from there."""
+    """Train one point to its end with each seed; results of the search are reused."""
     from ray import tune
 
     own: dict[str, Any] = {key: {"choice": [value]} for key, value in point.items()}
@@ -120,7 +120,7 @@ def _run_config(name: str, title: str, total: int, sweep: SweepConfig, tree: dic
         verbose=0,
         callbacks=[Board(title, total, sweep, tree)],
         stop={"step": int(tree["train"]["num_steps"])},
-        checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # of PBT; fewer could be gone before one is taken over
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # PBT: one must not vanish before its copy
         failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
     )
 
@@ -175,14 +175,14 @@ def _scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
             custom_explore_fn=functools.partial(_inside, space),
             quantile_fraction=0.25 if sweep.num_trials >= 4 else 0.5,
             require_attrs=False,
-            synch=True,  # all are compared at the same step
+            synch=True,  # all trials are compared at the same step
         )
     if sweep.scheduler == "asha":
         asha = _remembering(schedulers.ASHAScheduler, sweep, space, tree)
         return asha(time_attr="step", max_t=num_steps, grace_period=grace, reduction_factor=sweep.reduction_factor)
     if sweep.scheduler == "median":
         median = _remembering(schedulers.MedianStoppingRule, sweep, space, tree)
-        # No time slices: a trial that is set aside for another has to load its model again.
+        # No time slices: a paused trial would have to load its model again.
         return median(time_attr="step", grace_period=grace, min_samples_required=3, min_time_slice=math.inf)
     return schedulers.FIFOScheduler()
 
@@ -194,7 +194,7 @@ def _inside(space: Space, point: dict[str, Any]) -> dict[str, Any]:
 
 
 def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
-    """Return a scheduler class that knows after a restart what trials reported before: Ray Tune does not keep that."""
+    """Return a scheduler class that remembers the trials' reports across a restart, which Ray Tune does not."""
     last = int(tree["train"]["num_steps"])
 
     class Remembering(base):
@@ -214,7 +214,7 @@ def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, An
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
             if result["step"] <= self.heard.get(trial.trial_id, 0):
-                return base.CONTINUE  # a trial that goes on reports again what it had reported
+                return base.CONTINUE  # a resumed trial repeats its reports
             self.heard[trial.trial_id] = result["step"]
             return super().on_trial_result(tune_controller, trial, result)
 
@@ -233,7 +233,7 @@ def _rows(results: Any) -> list[dict[str, Any]]:
         metrics, config = result.metrics or {}, result.config or {}
         frame = result.metrics_dataframe
         curve: dict[int, float] = {}
-        if frame is not None and "value" in frame:  # a trial that went on may have reported a step twice
+        if frame is not None and "value" in frame:  # a resumed trial may have reported a step twice
             curve = {int(step): float(value) for step, value in zip(frame["step"], frame["value"], strict=True)}
         row = {"drawn": config.get("point", config), "curve": [list(item) for item in sorted(curve.items())]}
         row |= {"metrics": metrics} | {key: metrics.get(key) for key in ("value", "step", "folder")}
@@ -249,9 +249,9 @@ def _callback() -> type:
 
 
 class Board(_callback()):  # type: ignore[misc]
-    """Shows the trials while Ray Tune works on them, and ends the sweep where a signal asked for it.
+    """Shows the trials while Ray Tune works on them, and ends the sweep after a signal.
 
-    Ray Tune keeps a copy of it with the sweep's state, so what cannot be copied is made late.
+    Ray Tune pickles it with the sweep's state, so members that cannot be pickled are created late.
     """
 
     def __init__(self, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]):
@@ -271,13 +271,13 @@ class Board(_callback()):  # type: ignore[misc]
             self.display.show(self.rows(trials))
 
     def on_experiment_end(self, trials: list[Any], **info: Any) -> None:
-        """Show how all ended."""
+        """Show the final state of all trials."""
         if self.display:
             self.display.show(self.rows(trials))
             self.display.close()
 
     def rows(self, trials: Sequence[Any]) -> list[sweep_board.Row]:
-        """Return a row a trial, in the order in which they were proposed."""
+        """Return one row per trial, in the order of their proposal."""
         found = []
         for number, trial in enumerate(trials, 1):
             if trial.trial_id not in self.folders:

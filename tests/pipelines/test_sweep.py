@@ -38,8 +38,8 @@ def test_values_are_put_into_a_copy():
         ({"train.learning_rate": {"uniform": [0.1, 1]}}, "a setting of the section train"),
         ({"train.lr": {"choice": [1e-3, -1.0]}}, r"train\.lr"),
         ({"model.lora_rank": {"choice": ["many"]}}, r"model\.lora_rank"),
-        ({"train.num_steps": {"choice": [1, 2]}}, "the sweep's own"),
-        ({"train.lr": {"uniform": [0.1, 1], "when": {"train.lr_decay": ["none"]}}}, "stand before it"),
+        ({"train.num_steps": {"choice": [1, 2]}}, "the sweep sets it"),
+        ({"train.lr": {"uniform": [0.1, 1], "when": {"train.lr_decay": ["none"]}}}, "of earlier settings"),
         ({"model.lora_alpha": "=lora_rank"}, "at least one"),
     ],
 )

@@ -16,14 +16,14 @@ if TYPE_CHECKING:
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `record`, what is known of the video now (its columns, or a refusal), and `video_s`, its length."""
+    """Return `record`, the video's columns or its rejection, and `video_s`, its length."""
     names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
     record = {name: row[name] for name in names if name in row}
     return {"record": record, "video_s": row["info"]["duration_s"] if row["info"] else 0.0}
 
 
 def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return what the ledger's record says of the finished sample, after writing it to staging, atomically.
+    """Write the finished sample to staging, atomically, and return its record for the ledger.
 
     Raises:
         ContractError: the columns do not form a valid sample.

@@ -1,4 +1,4 @@
-"""What a warp with wrong depth shows through each visibility mask, for datasets that hold `cond.mp4`."""
+"""Render a warp with imperfect depth through each visibility mask, for datasets with `cond.mp4`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The z-depth and intrinsics of a clip, by the estimator that was chosen."""
+"""Compute z-depth and intrinsics of a clip with the selected estimator."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         frame_index=np.asarray(row["frame_index"], np.int64),
         fit=Fit((row["size"][0], row["size"][1]), config.size, config.fit, (y, x, height, width)),
         seed=row["seed"],
-        device="cuda" if config.depth_num_gpus else "cpu",  # Ray hides no GPU from work that asks for none
+        device="cuda" if config.depth_num_gpus else "cpu",  # Ray does not hide GPUs from tasks that reserve none
         batch_size=config.depth_batch_size,
         fov_deg=config.fov_deg,
         fill_px=config.depth_fill_px,
@@ -48,7 +48,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     result = estimate(config.depth, frames, request)
     z_depth = z_depth_of(result, config.profile)
     K = camera.intrinsics(config.size, config.fov_deg) if result.K is None else np.asarray(result.K, np.float64)
-    known = {name: "" if value is None else value for name, value in result.provenance.items()}  # a sample has no null
+    known = {name: "" if value is None else value for name, value in result.provenance.items()}  # no null in a sample
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
     absolute = result.metric or result.kind == "z_depth"
     w2c = result.w2c if absolute else None  # else depth was mapped to another unit

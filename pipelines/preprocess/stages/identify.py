@@ -78,7 +78,7 @@ def _remote(url: str, remote: fetch.Remote, config: PreprocessConfig) -> tuple[s
 def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
     files = pairs.files_of(path)
     if not all(storage.is_file(file) for file in files):
-        return {}  # the stage that looks for them refuses the video
+        return {}  # the stage that needs them rejects the video
     source, *cameras = files
     try:
         alone = fetch.Remote(source, None, {})
@@ -106,7 +106,7 @@ def _depth_file(row: Row, config: PreprocessConfig, filmed: str, remote: fetch.R
     except BadSample as error:
         if error.reason == "sidecar_ambiguous":
             raise
-        return "", ""  # the depth stage refuses each clip that misses it
+        return "", ""  # the depth stage rejects each clip without it
     if found != config.depth_path:  # a file that the settings name may lie anywhere
         _check_inside([found, *glob(os.path.join(escape(found), "*.png"))], row, config)
     if remote is None or storage.is_local(found):

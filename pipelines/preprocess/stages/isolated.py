@@ -1,4 +1,4 @@
-"""Run what touches bytes from outside in a child process, under limits."""
+"""Run functions that read untrusted bytes in a child process, under limits."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ def call(config: PreprocessConfig, function: str, *args: Any, needs_s: float = 0
     """Run the named function of FUNCTIONS in this process's child; return its result.
 
     Args:
-        needs_s: seconds that an honest file may take; the time limits are raised to it.
+        needs_s: seconds that a valid file may need; the time limits are raised to it.
 
     Raises:
         BadSample: decode_timeout, decode_cpu, decode_memory, decode_crash, or what the function raised.

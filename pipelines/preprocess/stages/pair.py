@@ -22,18 +22,18 @@ if TYPE_CHECKING:
     from pipelines.preprocess.clips import Clip
     from pipelines.preprocess.settings import PreprocessConfig
 
-# What stages that look at one video call the columns, and what they are called of the other video.
+# Column names in the stages for one video, and the matching names for the other video.
 OTHER = {
     name: f"other_{name}"
     for name in ("frames", "path", "sha256", "size_bytes", "pts", "box", "info", "pts_runs", "cuts", "shots", "hashes")
 }
-MAX_CAMERA_BYTES = 8 << 20  # our own files have 400 bytes a pose: eleven minutes
-SAME_TIME = 0.5  # frames of the other video that a moment of it may be off
-FAR = 100.0  # times the farthest depth that cameras may be apart: more is another unit
+MAX_CAMERA_BYTES = 8 << 20  # our own files have 400 bytes per pose, so this is eleven minutes
+SAME_TIME = 0.5  # largest time difference between the two videos, in frames
+FAR = 100.0  # largest distance of the cameras / farthest depth; more means different units
 
 
 def need(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Raise BadSample pair_missing where a file of `pairs.files_of` does not exist."""
+    """Raise BadSample pair_missing if a file of `pairs.files_of` does not exist."""
     if not row["pair"]:
         names = ", ".join(path.rpartition("/")[2] for path in pairs.files_of(row["path"]))
         raise BadSample("pair_missing", f"needs {names}")
@@ -185,7 +185,7 @@ def _other_camera(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     )
     w2c, other_w2c = (np.array(row[name]["w2c"]) for name in ("camera", "other_camera"))
     z_depth = row["z_depth"]
-    if row["depth_facts"]["estimator"] == "depth-pro":  # its metres follow the focal length that it took
+    if row["depth_facts"]["estimator"] == "depth-pro":  # its metric scale depends on its estimated focal length
         z_depth = z_depth * np.float32(other_K[0, 0] / row["K"][0, 0])
     with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is not within reach
         theirs = relative_to(other_w2c, w2c)

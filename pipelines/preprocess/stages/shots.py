@@ -23,7 +23,7 @@ if TYPE_CHECKING:
 
 MAX_HEIGHT = 144
 MAX_FRAMES = 20_000_000  # of one video: four days at 60 frames a second
-# No honest video has a lower rate, so a header that declares hours in a few kB is not given hours.
+# No valid video has a lower rate, so a header that claims hours in a few kB does not get hours of processing.
 MIN_BYTES_PER_S = 2000
 
 
