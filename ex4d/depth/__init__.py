@@ -24,7 +24,7 @@ log = logging.getLogger(__name__)
 
 
 def release() -> None:
-    """Let go of networks that estimators keep from clip to clip, and of the GPU memory that they held."""
+    """Release the networks that estimators cache between clips, and their GPU memory."""
     import gc
     import sys
 
@@ -42,20 +42,20 @@ def release() -> None:
 
 @dataclass(frozen=True)
 class Geometry:
-    """What an estimator says of a clip: depth, and cameras, confidence and what moves where it knows them.
+    """The geometry of a clip from an estimator: depth and, if known, cameras, confidence and moving surfaces.
 
     Args:
         values: float32 [T, H, W], finite; z_depth (> 0, along the camera's z) or disparity (>= 0, larger is nearer).
         kind: "z_depth" or "disparity" (1/z, up to scale, and up to shift unless `metric`).
-        K: float64 [3, 3] px of the frames, where the estimator gives one.
-        metric: True where the unit is the metre.
+        K: float64 [3, 3] px of the frames; None if the estimator has none.
+        metric: True if the unit is the metre.
         provenance: JSON-able facts: estimator, weights and their sha256, licence.
         w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, OpenCV axes, the first the identity; None
-            where the estimator does not know them.
-        confidence: float32 [T, H, W], larger is surer; None where the estimator gives none.
-        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None where it is not known.
-        valid_mask: bool [T, H, W], True where depth was measured; elsewhere `values` only close the mesh, which shows
-            nothing there. None: everywhere.
+            if unknown.
+        confidence: float32 [T, H, W], larger is more certain; None if the estimator has none.
+        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None if unknown.
+        valid_mask: bool [T, H, W], True where depth was measured. Elsewhere `values` only keep the mesh watertight; it
+            shows nothing there. None: everywhere.
     """
 
     values: np.ndarray
@@ -71,24 +71,24 @@ class Geometry:
 
 @dataclass(frozen=True)
 class DepthRequest:
-    """What an estimator may need beside the frames.
+    """The inputs of an estimator besides the frames.
 
     video_path: the source video (sidecar files lie beside it); "" where there is none.
     depth_path: a file of depth, or a folder of them; for networks the weights, as `hub-id@revision` or a local folder.
     name: the video's path relative to the folder of all videos, which a folder of depth files mirrors; "" is unknown.
     twin, namesake: another video of the same stem in the same folder, or in another one; "" where there is none. A
         depth file that is named by the stem alone could then be that video's.
-    frame_index: int64 [T], where the clip's frames stand in the source's presentation order; None is 0 … T − 1.
+    frame_index: int64 [T], positions of the clip's frames in the source's presentation order; None is 0 … T − 1.
     frame_s: float64 [T], seconds of the clip's frames from the source's first; None is unknown.
     source_frames, source_s: number of frames of the whole source, and seconds from its first to its last; 0 is unknown.
-    fit: how the source's pictures became the clip's frames; None where they were not changed.
-    seed: of whatever is drawn.
-    device: of a network, "cuda" or "cpu"; None is a GPU where there is one.
-    batch_size: frames that a per-frame network sees at once; None is 8 on a GPU and 1 on the CPU.
-    fov_deg: field of view over the longer side, where it is known; None leaves it to the estimator.
+    fit: how the source's pictures were cropped and scaled to the clip's frames; None if unchanged.
+    seed: of random numbers.
+    device: of a network, "cuda" or "cpu"; None is a GPU if there is one.
+    batch_size: frames that a per-frame network processes at once; None is 8 on a GPU and 1 on the CPU.
+    fov_deg: field of view over the longer side; None leaves it to the estimator.
     cameras: where the source's cameras come from: see `source_cameras`.
     python: the interpreter of a foreign estimator's environment.
-    fill_px: holes of measured depth that are no wider, in px of the frames, are filled.
+    fill_px: fill holes of measured depth up to this width in px of the frames.
     """
 
     video_path: str = ""
@@ -126,20 +126,20 @@ ESTIMATORS: dict[str, Estimator] = {
     "video-depth-anything": partial(_late, "foreign", name="video-depth-anything"),
     "own": partial(_late, "foreign", name="own"),
 }
-FOREIGN = ("da3", "video-depth-anything", "own")  # in a Python environment of their own, `depth_python`
-AUTO = "auto"  # a setting may say so in place of a key of ESTIMATORS: `depth.auto` chooses one
+FOREIGN = ("da3", "video-depth-anything", "own")  # run in a separate Python environment, `depth_python`
+AUTO = "auto"  # a setting may have this value instead of a key of ESTIMATORS; `depth.auto` then chooses one
 CHOICES = (AUTO, *ESTIMATORS)
 
 
 def weight_folders(name: str, depth_path: str | None) -> list[Path]:
-    """Return the folders that hold an estimator's weights, fetched where they are not here; [] where it has none.
+    """Return the folders that hold an estimator's weights, fetched if missing; [] if it has no weights.
 
     Args:
         name: a key of ESTIMATORS.
         depth_path: as in DepthRequest.
 
     Raises:
-        ConfigError: not here and not to be had: it says what to get.
+        ConfigError: the weights are missing and cannot be fetched; says what to download.
     """
     if name == "depthcrafter":
         unet, base = importlib.import_module("ex4d.depth.depthcrafter_weights").folders(depth_path)
@@ -151,14 +151,14 @@ def weight_folders(name: str, depth_path: str | None) -> list[Path]:
 
 
 def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the checked depth of a clip, with cameras and what moves where the estimator knows them.
+    """Return the checked depth of a clip, with cameras and moving surfaces if the estimator knows them.
 
     Args:
         name: a key of ESTIMATORS.
         frames: uint8 [T, H, W, 3], RGB.
 
     Raises:
-        ConfigError: unknown estimator, or weights that are not there.
+        ConfigError: unknown estimator, or missing weights.
         BadSample: depth_missing, depth_ambiguous, depth_length, depth_unit, depth_pickle, depth_shape, depth_nan,
             depth_nonpositive, depth_constant, depth_fov, depth_holes, cameras_missing.
         Filtered: no_parallax, parallax_certainty, parallax_moving.
@@ -173,14 +173,14 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
 
 
 def check(result: Geometry, shape: tuple[int, ...]) -> None:
-    """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal, and K is
-    a camera's for pictures of this size, where there is one.
+    """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal, and K,
+    if any, is plausible for pictures of this size.
     """
     values = result.values
     if result.K is not None:
         try:
             Camera(result.K, np.eye(4), (shape[1], shape[2]))
-        except ConfigError as error:  # here K is data, not a choice
+        except ConfigError as error:  # K comes from data, not from a setting
             raise BadSample("depth_shape", f"K is no matrix of intrinsics in px: {error.allowed}") from None
     if values.shape != tuple(shape) or values.dtype != np.float32:
         raise BadSample("depth_shape", f"{values.dtype} {list(values.shape)} where float32 {list(shape)} is needed")
@@ -198,7 +198,7 @@ def check(result: Geometry, shape: tuple[int, ...]) -> None:
 
 
 def z_depth_of(result: Geometry, profile: str = "default") -> np.ndarray:
-    """Return z_depth float32 [T, H, W]: what an estimator said, bounded and positive (`geometry.depth.to_z_depth`).
+    """Return z_depth float32 [T, H, W]: an estimator's result, bounded and positive (`geometry.depth.to_z_depth`).
 
     Args:
         profile: "released" maps relative disparity as the released code does, by its minimum and maximum.

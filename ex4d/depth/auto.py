@@ -26,7 +26,7 @@ def choose(requests: Iterable[DepthRequest], depth_path: str | None = None) -> t
         ConfigError: depth_path is set.
     """
     if depth_path is not None:
-        way = f"must be null with depth={AUTO}: set depth=sidecar for depth files, or depth={NETWORK} for its weights"
+        way = f"must be null with depth={AUTO}; set depth=sidecar for depth files, or depth={NETWORK} for its weights"
         raise ConfigError("depth_path", depth_path, way)
     has_file = {request.name or PurePosixPath(request.video_path).name: _has_file(request) for request in requests}
     lacking = [name for name, has in has_file.items() if has is False]
@@ -47,7 +47,7 @@ def choose(requests: Iterable[DepthRequest], depth_path: str | None = None) -> t
 
 
 def _has_file(request: DepthRequest) -> bool | None:
-    """Return whether a video has a depth file that is surely its own; None where the video cannot be read."""
+    """Return whether a video has an unambiguous depth file; None if the video cannot be read."""
     try:
         places.find(request)
     except BadSample:
@@ -58,7 +58,7 @@ def _has_file(request: DepthRequest) -> bool | None:
 
 
 def _has_weights() -> bool:
-    """Return True where the network's weights are here, after fetching them if need be."""
+    """Return True if the network's weights are available, after trying to fetch them."""
     try:
         (folder,) = weight_folders(NETWORK, None)
     except ConfigError:

@@ -84,9 +84,9 @@ def adjust(
     """Return the bundle after Levenberg–Marquardt from `start`.
 
     Args:
-        num_steps: at most so many steps that lower the cost.
-        usual_focal: px; the focal length is sought around it, and what it is off counts in the cost. None: it is kept.
-        fixed_points: keep the inverse depths of `start`, and seek the cameras alone.
+        num_steps: maximum number of steps that lower the cost.
+        usual_focal: px; the prior of the focal length; a deviation adds to the cost. None: the focal length is fixed.
+        fixed_points: keep the inverse depths of `start` and optimise only the cameras.
     """
     current, damping = replace(start, cost=cost_of(matches, start, usual_focal)), 1e-3
     for _ in range(num_steps):

@@ -1,6 +1,6 @@
 """Depth of a whole clip at once by DepthCrafter: Stable Video Diffusion, trained to draw disparity (Hu et al. 2024).
 
-The frames, seen by the VAE, are laid beside the noise on the channel axis, and each frame has its own CLIP embedding.
+The VAE latents of the frames are concatenated with the noise along channels; each frame has its own CLIP embedding.
 5 Euler steps, no guidance, windows of 110 frames that share 25 with the one before: these begin from its result
 with noise on top, all windows share the noise of shared frames, and the two results are cross-faded. Numbers and rules:
 the authors' code, depth_crafter_ppl.py. In memory for the whole clip: latents alone; pictures pass through the VAE in
@@ -31,7 +31,7 @@ CHUNK = (
 )
 MULTIPLE, MAX_SIDE_PX = 64, 1024  # of the pictures that the network sees
 NOISE_STRENGTH = 0.02  # added to the frames before the VAE
-TIME_IDS = (7.0, 127.0, NOISE_STRENGTH)  # frames per second, motion bucket: what the network was trained to be told
+TIME_IDS = (7.0, 127.0, NOISE_STRENGTH)  # frames per second, motion bucket: the values of the network's training
 
 
 def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
@@ -42,8 +42,8 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
             then SVD's from the hub; None takes the published ones. `seed` is of the noise.
 
     Raises:
-        ConfigError: the weights are not here and cannot be fetched, or are of another kind.
-        ContractError: the folder does not hold what its configs say.
+        ConfigError: the weights are missing and cannot be fetched, or are of another kind.
+        ContractError: the folder does not match its configs.
         BadSample: depth_nan; and what `depth.check` finds.
     """
     import torch
@@ -126,7 +126,7 @@ def embed(networks: Networks, pictures: torch.Tensor) -> torch.Tensor:
 def shrink(pixels: torch.Tensor, side: int) -> torch.Tensor:
     """Return pixels [n, 3, h, w] at side × side: a Gaussian of (factor − 1) / 2, then bicubic, corners on corners.
 
-    SVD's embeddings were made so (diffusers, `_resize_with_antialiasing`).
+    SVD's embeddings are computed this way (diffusers, `_resize_with_antialiasing`).
     """
     import torch
     from torch.nn import functional

@@ -1,4 +1,4 @@
-"""The parts of DepthCrafter: where their weights are, and from there to networks in memory."""
+"""Locate and load the weights of DepthCrafter's networks."""
 
 from __future__ import annotations
 
@@ -59,8 +59,8 @@ def load(depth_path: str | None, device: str) -> Networks:
     """Return the networks in eval mode, in half precision on a GPU; kept from clip to clip.
 
     Raises:
-        ConfigError: the weights are not here and cannot be fetched, or are of another network.
-        ContractError: the folder does not hold what its configs say.
+        ConfigError: the weights are missing and cannot be fetched, or are of another network.
+        ContractError: the folder does not match its configs.
     """
     return _load(hub.name_of(depth_path or UNET_ID), *folders(depth_path), device)
 
@@ -95,7 +95,7 @@ def _from_pretrained(unet: Path, base: Path, device: str) -> tuple[list[Any], An
     from transformers import CLIPVisionModelWithProjection
 
     dtype = torch.float16 if device == "cuda" else torch.float32
-    # The classes of diffusers never run code of a folder, and take no word of it.
+    # diffusers classes never run code of a folder, and reject the keyword trust_remote_code.
     classes: list[tuple[Any, Path, dict[str, Any]]] = [
         (UNetSpatioTemporalConditionModel, unet, {"torch_dtype": dtype}),
         (AutoencoderKLTemporalDecoder, base / "vae", {"torch_dtype": dtype}),

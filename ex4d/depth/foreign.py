@@ -1,8 +1,8 @@
-"""Depth by a network in a Python environment of its own, since its pins contradict ours: a worker process over pipes.
+"""Run a depth network in a separate Python environment, because its pins conflict with ours: a worker over pipes.
 
-The worker (`foreign_worker`, whose docstring is the protocol) loads the network once and serves clip after clip. It is
-killed, and another started for the next clip, when it takes too long, dies, or answers what is no answer: each costs
-one clip. It ends with this process: the kernel closes its pipe.
+The worker (`foreign_worker`, whose docstring is the protocol) loads the network once and serves clip after clip. If it
+takes too long, dies or sends an invalid answer, only that clip is rejected and a new worker starts for the next clip.
+It ends with this process, because the kernel closes its pipe.
 """
 
 from __future__ import annotations
@@ -29,11 +29,11 @@ from ex4d.errors import BadSample, ConfigError
 
 ADAPTERS = Path(__file__).with_name("adapters")
 OWN = "own"  # the estimator whose adapter is the user's own file
-START_S, CLIP_S = 600.0, 900.0  # weights from a slow disk; a long clip on a CPU
+START_S, CLIP_S = 600.0, 900.0  # time limits: loading weights from a slow disk; a long clip on a CPU
 MAX_BYTES = 8 * 2**30  # of an answer
 MAX_LINE = 2**16
 KINDS = ("z_depth", "disparity")
-# Keys and tokens of this process's environment do not reach the worker; what finds GPUs, libraries and caches does.
+# The only environment variables that reach the worker: those for GPUs, libraries and caches, no keys or tokens.
 ENVIRONMENT = (
     *("HOME", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "CUDA_VISIBLE_DEVICES", "CUDA_HOME"),
     *("HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "XDG_CACHE_HOME"),
@@ -41,14 +41,14 @@ ENVIRONMENT = (
 
 
 class Failure(BadSample):
-    """No depth of a worker: depth_worker_timeout, depth_worker_died, depth_worker_answer or depth_worker_error."""
+    """A worker gave no depth: depth_worker_timeout, depth_worker_died, depth_worker_answer or depth_worker_error."""
 
 
 def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
-    """Return what the adapter `name` says of the frames; arguments and errors as in `depth.estimate`.
+    """Return the adapter `name`'s depth of the frames; arguments and errors as in `depth.estimate`.
 
     Raises:
-        ConfigError: no Python environment is given, it or the adapter is not there, or the network does not load.
+        ConfigError: depth_python is not set, it or the adapter is missing, or the network does not load.
         BadSample: the reasons of Failure.
     """
     python, adapter, weights = _paths(request, name)
@@ -62,13 +62,13 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
         except BaseException:
             worker.kill()
             raise
-        if "error" in message:  # the adapter's own: the worker lives on
+        if "error" in message:  # an error of the adapter itself: the worker keeps running
             raise Failure("depth_worker_error", str(message["error"]))
     return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
 
 
 def identity(name: str, depth_path: str | None) -> str:
-    """Return what stands for an adapter and its weights by their content; a hub id stands for itself."""
+    """Return a fingerprint of an adapter and its weights: content hashes, or the hub id."""
     adapter = Path(depth_path) if name == OWN and depth_path else _adapter(name)
     if name == OWN and not adapter.is_file():
         raise ConfigError("depth_path", depth_path, "with depth=own your adapter, a file NAME.py")
@@ -145,12 +145,12 @@ class _Worker:
     def call(
         self, message: dict[str, Any], arrays: dict[str, np.ndarray], limit_s: float
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the worker's answer to a message. Raises Failure; the worker is of no use then."""
+        """Return the worker's answer to a message. Raises Failure, after which the worker must be replaced."""
         deadline = time.monotonic() + limit_s
         heads = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
         line = json.dumps({**message, "arrays": heads}).encode() + b"\n"
         parts = [line, *(np.ascontiguousarray(array).tobytes() for array in arrays.values())]
-        # Written beside reading: a worker that dies or answers early must not block us.
+        # Write in a thread while reading, so that a worker that dies or answers early does not block us.
         writer = threading.Thread(target=self._write, args=(parts,), daemon=True)
         writer.start()
         try:
@@ -165,7 +165,7 @@ class _Worker:
             for part in parts:
                 self.process.stdin.write(part)
             self.process.stdin.flush()
-        except (OSError, ValueError):  # it died; who reads finds out
+        except (OSError, ValueError):  # the worker died; the reader reports it
             return
 
     def _receive(self, deadline: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
@@ -191,7 +191,7 @@ class _Worker:
         return message, found
 
     def _read(self, num_bytes: int, deadline: float) -> bytearray:
-        """Return exactly so many bytes of the answer."""
+        """Return exactly the requested number of bytes of the answer."""
         assert self.process.stdout is not None
         pipe, data = self.process.stdout.fileno(), bytearray()
         while len(data) < num_bytes:
@@ -207,7 +207,7 @@ class _Worker:
         return data
 
     def kill(self) -> None:
-        """End the worker and whatever it started."""
+        """Kill the worker and its children."""
         with contextlib.suppress(ProcessLookupError):
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()

@@ -8,7 +8,7 @@ from ex4d.errors import BadSample
 
 
 def valid_mask(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return bool [T, H, W], True where there is a value. In disparity 0 is one: the farthest.
+    """Return bool [T, H, W], True where there is a value. In disparity, 0 is a value: the farthest.
 
     Args:
         values: float32 [T, H, W] as a file has them.
@@ -22,7 +22,7 @@ def close(values: np.ndarray, kind: str, valid: np.ndarray, fill_px: int = 0) ->
     """Return (values with a finite one everywhere, valid bool [T, H, W] with holes up to `fill_px` wide added).
 
     A hole takes the farther of the values to its left and right: what a sensor cannot see beside an edge belongs to
-    what lies behind. So a mesh stays watertight there; it neither shows nor textures what is not valid.
+    the background. The mesh stays watertight there, but invalid pixels are neither shown nor used as texture.
 
     Args:
         fill_px: 0 adds none. A hole counts as a whole: one that is wider anywhere stays.

@@ -1,4 +1,4 @@
-"""What the npz files of depth programs hold: which key is the depth, and which way their cameras are written.
+"""The npz layouts of depth programs: the key of the depth, and the convention of the cameras.
 
 | layout | depth | cameras | intrinsics |
 |---|---|---|---|
@@ -22,7 +22,7 @@ import numpy as np
 from ex4d.geometry.camera import invert, nearest_rigid
 from ex4d.geometry.pose_file import check_poses, squared
 
-MAX_ZOOM = 0.05  # networks say each frame's focal length for itself: so far it may lie from the clip's median
+MAX_ZOOM = 0.05  # networks estimate a focal length per frame: largest relative deviation from the clip's median
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ LAYOUTS = (
 
 
 def of(names: set[str]) -> Layout | None:
-    """Return the layout of a file with these arrays; None where no depth is among them."""
+    """Return the layout of a file with these arrays; None if none of them is a depth."""
     return next((one for one in LAYOUTS if one.depth in names and one.poses in (names | {""})), None)
 
 

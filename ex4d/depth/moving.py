@@ -1,4 +1,4 @@
-"""What moves by itself in a clip whose camera moves: found by the flow that no depth explains, placed where it stands.
+"""Find independently moving bodies in a clip with a moving camera, by flow that no depth explains; place them in depth.
 
 A body that moves along with or against the camera gets a wrong depth from its parallax, in front of everything or
 behind the wall. Its limbs, its turns and the rest of its motion break the epipolar geometry, though, in places. So a
@@ -14,7 +14,7 @@ from ex4d.errors import Filtered
 from ex4d.geometry.tracks import Flows, sample
 
 RESIDUAL_RATIO = 3.0  # flow that is off by so many times the clip's median is not explained,
-RESIDUAL_PX = (0.8, 2.0)  # within these bounds
+RESIDUAL_PX = (0.8, 2.0)  # but at least and at most this
 MIN_SHARE = 0.3  # of a patch's pixels
 MIN_PATCH = 0.001  # of the picture
 MAX_MOVING = 0.6  # of the clip's pixels: the rest is too little to trust the cameras

@@ -1,4 +1,4 @@
-"""Depth as a folder of 16-bit PNG, one a frame: millimetres, as depth cameras and their datasets write it."""
+"""Read depth from a folder of 16-bit PNG, one per frame, in millimetres, as depth cameras and datasets write it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where the depth file of a video lies: beside it, or in a folder of depth files that mirrors the folder of videos.
+"""Find the depth file of a video: beside it, or in a folder of depth files that mirrors the folder of videos.
 
 | video | looked for, the first that exists |
 |---|---|
@@ -6,7 +6,7 @@
 | with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, a video `clip_depth.mp4`; then in `maps/` |
 
 Where `clip.mov` lies beside `clip.mp4`, either has its own `clip.mp4.depth.npz`; and where `in/b/clip.mp4` is there
-too, `maps/a/` and `maps/b/` are needed: a file that could be another video's is never taken.
+too, `maps/a/` and `maps/b/` are needed: a file that could belong to another video is never used.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
     """Return the path of the clip's depth file, or of its folder of PNG.
 
     Args:
-        exists: says whether a file or folder is there.
+        exists: returns whether a file or folder exists.
 
     Raises:
         BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
@@ -96,7 +96,7 @@ def sha256(path: str) -> str:
         return storage.sha256(path)
     place = storage.local_path(path)
     if not place.is_dir():
-        # Every clip of a long video asks for the same file, which may have gigabytes.
+        # Cached: every clip of a long video needs the hash of the same file, which may have gigabytes.
         return hub.file_sha256(place)
     lines = [f"{file.name} {hub.file_sha256(file)}\n" for file in sorted(place.glob("*.png"))]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()

@@ -1,8 +1,8 @@
-"""Depth from a file beside the video: what another program estimated, or the truth of a synthetic scene.
+"""Read depth from a file beside the video: the estimate of another program, or the truth of a synthetic scene.
 
-`places` says where it is looked for, `layouts` whose npz are read: depth, and where they hold them intrinsics and the
-source's cameras. Values are [N, H, W], one map for each frame of the whole source; where the npz says its own rate as
-`fps`, the map nearest in time is taken. `videos` reads grey videos of disparity.
+`places` finds the file; `layouts` lists the npz layouts that are read, with intrinsics and the source's cameras if they
+hold them. Values are [N, H, W], one map for each frame of the whole source; if the npz has its own rate as `fps`, the
+map nearest in time is used. `videos` reads grey videos of disparity.
 
 A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
 disparity as `depths` too, so add it there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as
@@ -28,7 +28,7 @@ from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
 
 KEYS = ("z_depth", "disparity", "depth", "depths", "local_points")
-MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 is more than that, and needs to be split
+MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 exceeds it and must be split
 # What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
 MAX_SMALL_BYTES, MAX_WHOLE_BYTES, MAX_SIDE_PX = 64 * 2**20, 2**30, 8192
@@ -134,7 +134,7 @@ def _lens(K: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
         raise BadSample("depth_shape", f"{name}: {error}") from None
     try:
         return check_lens(K, size)
-    except ConfigError as error:  # here K is data, not a choice
+    except ConfigError as error:  # K comes from data, not from a setting
         message = f"{name}: K is no matrix of intrinsics in px of its maps of {size[1]} × {size[0]}: {error.allowed}"
         raise BadSample("depth_shape", message) from error
 
@@ -259,7 +259,7 @@ def _fitted(
     depth = np.ascontiguousarray(fit.scaled_to(stored).apply_depth(values))
     if K is None:
         return depth, None
-    # By way of the video's own pixels: K belongs to the frames, whose cut need not be whole pixels of a smaller map.
+    # Through the video's own pixels: the crop of the frames need not be whole pixels of a smaller map.
     to_video = np.diag([fit.source_size[1] / stored[1], fit.source_size[0] / stored[0], 1.0])
     return depth, fit.apply_K(to_video @ K)
 

@@ -1,10 +1,10 @@
-"""Where the source's cameras come from, and their unit: depth and cameras of different origin are brought together.
+"""Get the source's cameras in the unit of the depth, even if depth and cameras come from different programs.
 
 | `cameras` | the source's cameras are |
 |---|---|
-| `auto` | the depth estimator's where it gives them; else the source is taken to stand still |
-| `none` | not used: the source is taken to stand still |
-| `estimator` | the depth estimator's; a clip without is rejected |
+| `auto` | the depth estimator's if it has them; else the source is assumed to stand still |
+| `none` | not used: the source is assumed to stand still |
+| `estimator` | the depth estimator's; a clip without them is rejected |
 | `parallax` | found from the motion of the picture, a camera that stands or turns included |
 | a file | its poses, as `geometry.trajectory_files` reads them |
 
@@ -43,13 +43,13 @@ NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
 def check(choice: str) -> None:
     """Raise ConfigError unless `choice` is a key of CHOICES or a file."""
     if choice not in CHOICES and not Path(choice).is_file():
-        raise ConfigError("cameras", choice, f"one of {', '.join(CHOICES)}, or a file of poses")
+        raise ConfigError("cameras", choice, f"must be one of {', '.join(CHOICES)}, or a file of poses")
 
 
 def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the geometry with the source's cameras that `request.cameras` asks for, in the unit of its depth.
+    """Return the geometry with the source's cameras that `request.cameras` selects, in the unit of its depth.
 
-    Its `provenance` says `cameras`, and `camera_depth_error` where the unit had to be found.
+    Its `provenance` has `cameras`, and `camera_depth_error` if the unit had to be found.
 
     Raises:
         BadSample: cameras_missing: none of the estimator's, too few in the file, or none that agree with the depth.

@@ -2,7 +2,7 @@
 
 Pictures are prepared here from the checkpoint's `preprocessor_config.json`, since two of the library's three processors
 need torchvision. Relative disparity is matched from frame to frame (`geometry.depth.align_clip`); metric depth is
-left as the network gives it. On a GPU: half precision, in batches.
+used as it is. On a GPU: half precision, in batches.
 """
 
 from __future__ import annotations
@@ -54,8 +54,8 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
         request: `depth_path` is the weights: a local folder or `hub-id[@revision]`; None takes the family's default.
 
     Raises:
-        ConfigError: the weights are not here and cannot be fetched, or are of another family.
-        ContractError: the folder does not hold what its config says.
+        ConfigError: the weights are missing and cannot be fetched, or are of another family.
+        ContractError: the folder does not match its config.
         BadSample: depth_nan, depth_nonpositive, depth_constant, depth_fov.
     """
     import torch
@@ -86,7 +86,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
 
 
 def _result(values: np.ndarray, fields: list[Any], config: Any, provenance: dict[str, Any]) -> Geometry:
-    """Return what the raw output [T, H, W] means: each family's own convention."""
+    """Convert the raw output [T, H, W] by each family's convention."""
     if config.model_type == "depth_pro":
         return _depth_pro(values, fields, provenance)
     if config.model_type == "zoedepth" or config.depth_estimation_type == "metric":

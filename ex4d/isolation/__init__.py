@@ -1,11 +1,11 @@
-"""Work on bytes from outside runs in a child process: it may crash, hang, eat memory or be taken over; none is hurt.
+"""Process untrusted bytes in a child process, so that a crash, hang, memory leak or exploit does not reach this one.
 
 A worker keeps one child and sends it one call after another; the child is replaced when it dies, breaks a limit, or
-has served `max_calls`. What goes wrong in it comes back as BadSample, so one video costs one row.
+has served `max_calls`. Its failures become BadSample, so a bad video costs only its own row.
 
 The child is a sandbox (`ex4d.isolation.sandbox`): no network, no programs, no files but its own libraries and the
 inputs that it is handed open (`File`), none of the parent's environment, and its answers are data, never code.
-The limits are kept by three independent means: the parent waits no longer than `wall_s` and then kills; the kernel
+Three independent mechanisms enforce the limits: the parent waits no longer than `wall_s` and then kills; the kernel
 ends a child that burns `cpu_s` or outlives its own alarm (also when its parent is gone, and also when a library hangs
 with the interpreter's lock held); and the address space ends at `memory_bytes`.
 
@@ -41,7 +41,7 @@ __all__ = ["File", "Isolated", "Limits", "pooled", "run"]
 
 log = logging.getLogger(__name__)
 
-# What a child will run, and nothing else: name -> "module:function", imported on first use. Tests bring their own.
+# The only functions that a child runs: name -> "module:function", imported on first use. Tests have their own table.
 FUNCTIONS: dict[str, str] = {
     "probe": "ex4d.video:probe",
     "frame_pts": "ex4d.video:frame_pts",
@@ -96,7 +96,7 @@ class Isolated:
     """One child process, started at the first call and replaced when it dies. Threads take turns.
 
     Args:
-        limits: hold for each call by itself; a call may be given other times.
+        limits: of each call; a call may override the times.
         table: name of a module with FUNCTIONS like this one's.
     """
 
@@ -127,7 +127,7 @@ class Isolated:
             try:
                 succeeded, value = self._call(message)
             except _KilledFromOutside:
-                # The system's out-of-memory killer or an operator: once may be a neighbour's fault, twice is not.
+                # Killed by the out-of-memory killer or an operator. Once may be another process's fault, so retry once.
                 succeeded, value = self._call(message)
         if succeeded:
             return value
@@ -140,7 +140,7 @@ class Isolated:
             self._child = _Child(self.limits, self.table)
         try:
             return self._child.call(message)
-        except BaseException:  # also KeyboardInterrupt: the answer to this call must not reach the next one
+        except BaseException:  # also for KeyboardInterrupt: this call's answer must not reach the next call
             if self._child.busy:
                 self.close()
             raise
@@ -157,7 +157,7 @@ Message = tuple[str, tuple[Any, ...], dict[str, Any], Limits]
 
 
 class _KilledFromOutside(BadSample):
-    """The child got a SIGKILL that was not ours."""
+    """The child got a SIGKILL from outside."""
 
 
 class _Child:
@@ -220,16 +220,16 @@ class _Child:
         return succeeded, value
 
     def _post_mortem(self, function: str, limits: Limits) -> BadSample:
-        if self.wrapped:  # bubblewrap ends a moment after the child, and says how
+        if self.wrapped:  # bubblewrap exits just after the child, with its status
             deadline = time.monotonic() + 2
             ended = os.P_PID, self.process.pid, os.WEXITED | os.WNOWAIT | os.WNOHANG
             while os.waitid(*ended) is None and time.monotonic() < deadline:
                 time.sleep(0.01)
         os.kill(self.process.pid, signal.SIGKILL)  # not Popen.kill, which would collect the exit status
-        # wait4 instead of Popen.wait: the peak memory tells running out of it from other crashes
+        # wait4 instead of Popen.wait: peak memory distinguishes out-of-memory from other crashes
         _, status, usage = os.wait4(self.process.pid, 0)
         code = self.process.returncode = os.waitstatus_to_exitcode(status)
-        if self.wrapped and code > 128:  # bubblewrap's word for a signal
+        if self.wrapped and code > 128:  # bubblewrap's exit status for a signal
             code = 128 - code
         if code == -signal.SIGXCPU:
             return BadSample("decode_cpu", f"{function} used more than {limits.cpu_s:g} s of processor time")
@@ -308,7 +308,7 @@ def _warn(lacking: tuple[str, ...]) -> None:
 
 
 def _error_of(facts: Mapping[str, Any]) -> Exception:
-    """Return the exception that a child's function raised; its words are text, and capped."""
+    """Return the exception that a child's function raised; its message is plain text of limited length."""
     kind, text = str(facts["type"]), str(facts["message"])[:_MAX_TEXT]
     values = [value if isinstance(value, int | float) else str(value)[:_MAX_TEXT] for value in facts["values"]]
     error: Exception

@@ -18,7 +18,7 @@ from typing import Any
 from ex4d.isolation import sandbox
 from ex4d.isolation.wire import receive, send
 
-GRACE_S = 5.0  # the child's own alarm comes after the parent's patience has ended
+GRACE_S = 5.0  # the child's own alarm fires this long after the parent's time limit
 _PR_SET_PDEATHSIG = 1  # linux/prctl.h
 _MAX_TRACE = 20_000  # characters
 
@@ -74,7 +74,7 @@ def die_with(parent: int) -> None:
     """Ask the kernel to end this process when the thread that started it ends; 0 asks for nothing."""
     if parent and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
-        if os.getppid() != parent:  # it died before we asked
+        if os.getppid() != parent:  # the parent died before the call
             os._exit(1)
 
 

@@ -1,8 +1,8 @@
-"""Take rights away from the current process, for good: what a decoding child does before it touches foreign bytes.
+"""Drop rights of the current process for good; a decoding child does this before it reads untrusted bytes.
 
 No privilege and no package is needed. Landlock (Linux 5.13) leaves read access to the interpreter and its libraries
 and closes TCP; a seccomp filter refuses system calls that reach other processes, the network or the kernel; the
-capabilities go, and there are limits of resources. Inputs arrive as open files, so that no path has to stay readable.
+capabilities are dropped, and resources are limited. Inputs arrive as open files, so that no path has to stay readable.
 
 Sources: landlock(7), seccomp(2), linux/landlock.h, linux/seccomp.h, linux/filter.h.
 """
@@ -43,7 +43,7 @@ setuid 105 146|setgid 106 144|setreuid 113 145|setregid 114 143|setresuid 117 14
 setpgid 109 154|setsid 112 157|capset 126 91|setpriority 141 140|sched_setparam 142 118|sched_setscheduler 144 119
 sched_setattr 314 274|ioprio_set 251 30|migrate_pages 256 238|move_pages 279 239|iopl 172 -|ioperm 173 -
 """
-_CLONE3 = (435, 435)  # as if it did not exist: the C library then asks `clone`, which is refused
+_CLONE3 = (435, 435)  # ENOSYS, so that the C library falls back to `clone`, which is refused
 _KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)  # allowed upon oneself, so that abort() works
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the numbers, AUDIT_ARCH_*
 
@@ -63,7 +63,7 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 
 def missing() -> list[str]:
-    """Return the protections that this kernel does not offer, each in words; [] where the sandbox is complete."""
+    """Return the protections that this kernel does not offer, as sentences; [] if the sandbox is complete."""
     found = []
     if landlock_version() < 1:
         found.append("Landlock (Linux 5.13): the child can read and write the user's files")
@@ -88,7 +88,7 @@ def _has_seccomp() -> bool:
 
 
 def bubblewrap(readable: Iterable[str]) -> list[str]:
-    """Return the start of a command that runs the rest in bubblewrap; [] where it is not installed or not needed."""
+    """Return the start of a command that runs the rest in bubblewrap; [] if it is not installed or not needed."""
     program = shutil.which("bwrap")
     if landlock_version() >= 1 or program is None:
         return []
@@ -113,9 +113,9 @@ def readable_paths(packages: Iterable[str] = ()) -> list[str]:
 
 
 def enter(readable: Iterable[str]) -> None:
-    """Give up everything but reading `readable`, the files that are open already, memory and time.
+    """Drop all rights except reading `readable`, the files that are already open, memory and time.
 
-    The process must have one thread. What the kernel lacks is left out: see `missing`.
+    The process must have one thread. Protections that the kernel lacks are skipped: see `missing`.
 
     Raises:
         OSError: a step that the kernel offers failed; the caller must not go on.
@@ -155,7 +155,7 @@ def _restrict_files(readable: Iterable[str]) -> None:
     for path in readable:
         try:
             place = os.open(path, os.O_PATH | os.O_CLOEXEC)
-        except OSError:  # what this user cannot reach needs no rule
+        except OSError:  # paths that this user cannot access need no rule
             continue
         rights = _READ_FILE | (_READ_DIR if os.path.isdir(path) else 0)
         rule = struct.pack("<Qi", rights, place)

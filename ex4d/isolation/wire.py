@@ -24,7 +24,7 @@ from typing import Any
 
 from ex4d.errors import BadSample
 
-# What may cross beside plain values, as "module:Class".
+# Classes that may be sent besides plain values, as "module:Class".
 DATACLASSES = (
     *("ex4d.video.source:VideoInfo", "ex4d.isolation:Limits"),
     *("ex4d.data.sample:Sample", "ex4d.data.sample:SampleSpec"),
@@ -37,19 +37,19 @@ _MAX_FDS = 8
 
 
 class ProtocolError(Exception):
-    """The other side sent something that is no message."""
+    """The other side sent an invalid message."""
 
 
 @dataclasses.dataclass(frozen=True)
 class File:
-    """A local file that the child gets open for reading, in the place of its path."""
+    """A local file that the child receives opened for reading, instead of its path."""
 
     path: str
 
     def open(self) -> io.FileIO:
         """Return the open file. Raises BadSample: unreadable; open_error for a pipe, a device or a folder."""
         try:
-            # Opening a pipe would wait for a writer, perhaps for ever.
+            # Opening a pipe could wait forever for a writer.
             fd = os.open(self.path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY)
         except OSError as error:
             raise BadSample("unreadable", error.strerror or type(error).__name__) from error
@@ -68,7 +68,7 @@ class Packed:
 
 
 def pack(message: Any) -> Packed:
-    """Return a message ready for `transmit`. Raises TypeError for what may not cross; BadSample where no File opens."""
+    """Return a message ready for `transmit`. Raises TypeError for other types; BadSample if a File does not open."""
     parts: list[memoryview] = []
     files: list[io.FileIO] = []
     try:
@@ -116,7 +116,7 @@ def receive(sock: socket.socket, deadline: float | None = None, max_bytes: int =
         files: whether File may stand in it; each becomes an open binary file, which the caller closes.
 
     Raises:
-        EOFError: the other side is gone. TimeoutError: at the deadline. ProtocolError: no message.
+        EOFError: the other side has closed. TimeoutError: at the deadline. ProtocolError: invalid message.
     """
     sock.settimeout(_remaining(deadline))
     opened: list[int] = []
