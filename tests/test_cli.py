@@ -76,6 +76,8 @@ def test_a_scheme_whose_package_is_missing_is_an_invalid_choice(monkeypatch, cap
 )
 def test_a_training_that_cannot_be_is_refused_before_a_process_starts(override, root, tmp_path, monkeypatch, capsys):
     monkeypatch.setattr("subprocess.Popen", lambda *_, **__: pytest.fail("a process was started"))
-    argv = ["train", str(root / "configs/tiny.yaml"), override, f"train.output={tmp_path}"]
-    assert cli.main(argv) == 2
+    (tmp_path / "dataset").mkdir()
+    (tmp_path / "dataset" / "dataset.json").write_text("{}")
+    places = (f"train.data={tmp_path / 'dataset'}", f"train.output={tmp_path / 'run'}")
+    assert cli.main(["train", str(root / "configs/tiny.yaml"), override, *places]) == 2
     assert override.partition("=")[0] in capsys.readouterr().err

@@ -97,9 +97,9 @@ def test_a_full_disk_is_named_with_its_remedy_and_leaves_no_half_file(place, mon
 
 @pytest.mark.parametrize("after_s", [0.5, 3.0])
 def test_ctrl_c_ends_with_one_line_and_130(place, after_s):
-    """At any moment: while the command is read, or while it works (here: waits for a video that never comes)."""
-    os.mkfifo(place / "slow.npz")
-    argv = [*VIEW, "--depth-path", "slow.npz"]
+    """At any moment: while the command is read, or while it works (here: at the motion of a large clip of noise)."""
+    video.write(place / "in/b.mp4", np.random.default_rng(0).integers(0, 255, (49, 128, 128, 3)).astype(np.uint8), 25)
+    argv = ["reconstruct", "in/b.mp4", "--output", "out", "--depth", "parallax"]
     command = [sys.executable, "-m", "pipelines.cli", *argv]
     process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
     while not interpreting(process.pid):

@@ -83,13 +83,15 @@ class Remote:
     Args:
         there: of `storage.beside`.
         known: {kind: what `digest` returned in an earlier run}.
-        fetched: {kind: what `digest` returns now}.
+        fetched: {kind: what `digest` found now}; its URLs are redacted, since it goes into the ledger.
+        urls: {kind: the URL that was read}.
     """
 
     url: str
     there: Mapping[str, tuple[int, str]] | None
     known: Mapping[str, Any]
     fetched: dict[str, dict[str, Any]] = field(default_factory=dict)
+    urls: dict[str, str] = field(default_factory=dict)
 
     def exists(self, url: str) -> bool:
         """Return True if a file exists; for files beside the video, the store's listing decides."""
@@ -106,11 +108,12 @@ class Remote:
         known: Any = self.known.get(kind)
         with _redirects(kind):
             size, tag = self._facts(url)
-            if not (tag and _is_note(known) and (known["url"], known["tag"]) == (url, tag)):
+            shown = remote.redacted(url)
+            if not (tag and _is_note(known) and (known["url"], known["tag"]) == (shown, tag)):
                 name = "video" if kind == "video" else url.rpartition("/")[2]
                 sha256, size_bytes = _cache(config).add(url, name, size)
-                known = {"url": url, "tag": tag, "sha256": sha256, "size_bytes": size_bytes}
-        self.fetched[kind] = known
+                known = {"url": shown, "tag": tag, "sha256": sha256, "size_bytes": size_bytes}
+        self.fetched[kind], self.urls[kind] = known, url
         return known["sha256"], known["size_bytes"]
 
     def lasting(self) -> dict[str, dict[str, Any]]:
@@ -119,7 +122,7 @@ class Remote:
         now = Remote(self.url, storage.beside(self.url), {}) if fresh else self
         for kind, found in fresh.items():
             with _redirects(kind):
-                if not found["tag"] or now._facts(found["url"])[1] != found["tag"]:
+                if not found["tag"] or now._facts(self.urls[kind])[1] != found["tag"]:
                     del self.fetched[kind]
         return self.fetched
 
