@@ -50,7 +50,7 @@ def test_best_yaml_holds_what_was_trained_furthest_and_is_best_there(bench, metr
 
 def test_a_ranking_that_is_wrong_at_the_first_comparison_does_not_decide(bench):
     """With a learning rate of 1e-12 the error of a step depends on the seed's clips and noise alone: it is no trend."""
-    space = {"train.seed": {"choice": [0, 1, 2, 3]}}
+    space = {"train.seed": {"choice": [4, 5, 6, 7]}}
     section = {"space": space, "search": "grid", "metric": "mse", "window": 1, "grace_steps": 3, "repeat_seeds": 1}
     train = PLANTED | {"lr": 1e-12}
     code, text = finish(start(write(bench, "twin", train, scheduler="none", **section)))
@@ -60,7 +60,7 @@ def test_a_ranking_that_is_wrong_at_the_first_comparison_does_not_decide(bench):
     assert all(sorted(curve) == [3, 6, 9] for curve in values.values())
     leader = min(values, key=lambda seed: values[seed][3])
     assert leader != trials[0]["point"]["train.seed"], f"the case is not as planned: {values}"
-    assert min(min(curve.values()) for curve in values.values()) < trials[0]["value"], "an earlier value was lower"
+    assert min(min(curve.values()) for curve in values.values()) < trials[0]["value"], f"none was lower earlier: {values}"
 
 
 def test_a_weight_that_only_scales_the_loss_does_not_move_the_objective(bench):
