@@ -240,8 +240,8 @@ def novel_view(
         config,
         seen.seed,
         metadata.mask_range,
-        source.frames[0] if source.starts_at_source else None,
-        source.frames if metadata.source_video else None,
+        first_frame=source.frames[0] if source.starts_at_source else None,
+        source=source.frames if metadata.source_video else None,
         on_step=on_step,
     )
     record = {"video": Path(video_path).name, **_record(source), "base": base or metadata.base, **asdict(config)}

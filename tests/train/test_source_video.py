@@ -156,7 +156,7 @@ def test_loader_and_encoder_give_the_other_camera_s_frames(folder, alone):
 def test_a_step_is_counted_with_the_tokens_of_both(folder, alone):
     config = TrainConfig(data=str(folder / "dataset"), output="", **STEPS)
     one, two = (
-        build_job(config, model_of(folder, source_video=source), alone, torch.device("cpu")).cost
+        build_job(config, model_of(folder, source_video=source), alone, torch.device("cpu")).costs[0]
         for source in (False, True)
     )
     assert isinstance(one, flops.Cost)
