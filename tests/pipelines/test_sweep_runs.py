@@ -60,7 +60,8 @@ def test_a_ranking_that_is_wrong_at_the_first_comparison_does_not_decide(bench):
     assert all(sorted(curve) == [3, 6, 9] for curve in values.values())
     leader = min(values, key=lambda seed: values[seed][3])
     assert leader != trials[0]["point"]["train.seed"], f"the case is not as planned: {values}"
-    assert min(min(curve.values()) for curve in values.values()) < trials[0]["value"], f"none was lower earlier: {values}"
+    lowest = min(min(curve.values()) for curve in values.values())
+    assert lowest < trials[0]["value"], f"no earlier value was lower: {values}"
 
 
 def test_a_weight_that_only_scales_the_loss_does_not_move_the_objective(bench):
