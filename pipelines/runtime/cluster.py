@@ -1,8 +1,8 @@
 """Start a Ray here or join one, with token authentication. No other module does either.
 
-Every Ray requires a token: its ports listen on all addresses, and anyone who can reach them can run code. The token is
-Ray's own: RAY_AUTH_TOKEN or the file RAY_AUTH_TOKEN_PATH where one of them is set, else ~/.ray/auth_token, which is
-made here, for its owner alone.
+Every Ray requires a token: anyone who can reach its ports can run code. One that is started here listens on the
+loopback alone; a cluster's ports listen on all addresses. The token is Ray's own: RAY_AUTH_TOKEN or the file
+RAY_AUTH_TOKEN_PATH where one of them is set, else ~/.ray/auth_token, which is made here, for its owner alone.
 """
 
 from __future__ import annotations
@@ -20,6 +20,8 @@ from ex4d.errors import ConfigError
 
 CONNECT_TIMEOUT_S = 15.0  # a head on a busy machine took 3 s
 UNEXPECTED = 2  # NodeDeathInfo.UNEXPECTED_TERMINATION in Ray's gcs.proto; a node that was scaled down has another
+# "0", as Ray has it on those systems: a Ray of one machine, whose ports listen on the loopback alone.
+CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 WORKING_DIR = "runtime_resources/working_dir_files"  # where Ray unpacks the working directory of a submitted job
 
 
@@ -98,21 +100,36 @@ def connected(
         yield
         return
     if address is None:
-        ray.init(
-            address="local",  # not a cluster that this machine remembers
-            num_cpus=num_cpus,
-            object_store_memory=None if object_store_mb is None else object_store_mb << 20,
-            include_dashboard=False,
-            dashboard_host="127.0.0.1",
-            log_to_driver=show_workers,
-            logging_level=logging.ERROR,
-        )
+        with _on_loopback():
+            ray.init(
+                address="local",  # not a cluster that this machine remembers
+                num_cpus=num_cpus,
+                object_store_memory=None if object_store_mb is None else object_store_mb << 20,
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                log_to_driver=show_workers,
+                logging_level=logging.ERROR,
+            )
     else:
         _join(address, show_workers)
     try:
         yield
     finally:
         ray.shutdown()
+
+
+@contextmanager
+def _on_loopback() -> Iterator[None]:
+    """Make a Ray that is started within listen on the loopback alone; its processes inherit how to find it there."""
+    from ray._private import ray_constants
+
+    before = os.environ.get(CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
+    os.environ[CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the second: Ray may be imported already
+    try:
+        yield
+    finally:
+        ray_constants.ENABLE_RAY_CLUSTER = before[1]
+        os.environ.pop(CLUSTERS) if before[0] is None else os.environ.update({CLUSTERS: before[0]})
 
 
 def _join(address: str, show_workers: bool) -> None:
