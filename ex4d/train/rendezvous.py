@@ -10,6 +10,7 @@ import socket
 from collections.abc import Iterator
 from datetime import timedelta
 from functools import cache
+from typing import Any
 
 from torch.distributed import TCPStore, register_rendezvous_handler
 
@@ -35,5 +36,7 @@ def _meet(url: str, timeout: timedelta, **_: object) -> Iterator[tuple[TCPStore,
     master, port = os.environ["MASTER_ADDR"], int(os.environ["MASTER_PORT"])
     host = "127.0.0.1" if master == "localhost" else master
     rank, count = int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"])
-    own = {"master_listen_fd": socket.create_server((host, port), backlog=128).detach()} if rank == 0 else {}
+    own: dict[str, Any] = {}
+    if rank == 0:
+        own["master_listen_fd"] = socket.create_server((host, port), backlog=128).detach()
     yield TCPStore(host, port, count, rank == 0, timeout, **own), rank, count
