@@ -129,7 +129,7 @@ def test_an_output_that_cannot_be_is_said_before_the_work(clip, tmp_path, capsys
         assert cli.main(["reconstruct", str(tmp_path / "no.mp4"), "--output", str(tmp_path / output)]) == 2
         assert "output" in capsys.readouterr().err
     argv = ["generate", "--video", str(clip), "--adapter", "nowhere", "--output"]
-    for output, named in ((str(clip), "lost"), (str(tmp_path / "a.txt"), "mp4"), (str(tmp_path), "mp4")):
+    for output, named in ((str(clip), "overwritten"), (str(tmp_path / "a.txt"), "mp4"), (str(tmp_path), "mp4")):
         assert cli.main([*argv, output]) == 2
         assert named in capsys.readouterr().err
 

@@ -8,6 +8,7 @@ import signal
 import subprocess
 import sys
 import time
+from functools import partial
 from pathlib import Path
 
 import numpy as np
@@ -101,7 +102,13 @@ def test_ctrl_c_ends_with_one_line_and_130(place, after_s):
     video.write(place / "in/b.mp4", np.random.default_rng(0).integers(0, 255, (49, 128, 128, 3)).astype(np.uint8), 25)
     argv = ["reconstruct", "in/b.mp4", "--output", "out", "--depth", "parallax"]
     command = [sys.executable, "-m", "pipelines.cli", *argv]
-    process = subprocess.Popen(command, stdout=subprocess.PIPE, stderr=subprocess.PIPE, start_new_session=True)
+    process = subprocess.Popen(
+        command,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.PIPE,
+        start_new_session=True,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),  # tests in the background inherit "ignore"
+    )
     while not interpreting(process.pid):
         time.sleep(0.01)
     time.sleep(after_s)

@@ -102,7 +102,7 @@ def test_scores_need_no_choice(corpus, tmp_path, capsys):
 
 def test_a_depth_path_must_say_what_it_is_for(corpus, tmp_path):
     config = replace(config_of(corpus, tmp_path / "out"), depth_path=str(corpus))
-    with pytest.raises(ConfigError, match=r"must be null with depth=auto: set depth=sidecar"):
+    with pytest.raises(ConfigError, match=r"must be null with depth=auto; set depth=sidecar"):
         choice_of(config)
     with pytest.raises(ConfigError, match="depth_path"):
         auto.choose([DepthRequest("a.mp4")], "a.npz")
