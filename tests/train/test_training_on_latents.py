@@ -104,7 +104,7 @@ def test_latents_of_another_model_are_refused(folder, alone, tmp_path):
     model = ModelConfig(base=str(other), lora_rank=3, adapter_hidden=8)
     with pytest.raises(ContractError, match=rf"another model: their vae is {theirs} .* is [0-9a-f]{{16}}$"):
         build_job(config, model, alone, torch.device("cpu"))
-    with pytest.raises(ConfigError, match=r"model\.mask_range='released': 'unit'"):
+    with pytest.raises(ConfigError, match=r"model\.mask_range='released': must be 'unit'"):
         build_job(config, model_of(folder, mask_range="released"), alone, torch.device("cpu"))
 
 
