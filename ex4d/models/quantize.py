@@ -80,6 +80,10 @@ def _decode_nf4(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dt
     return values.flatten()[: math.prod(shape)].view(shape)
 
 
+# Rows that are quantised at once, since float32 copies of a whole layer cost more than its codes. Any 64 rows are whole
+# blocks of NF4, so the codes are those of the whole layer.
+ROWS = 256
+
 STYLES = {
     "int8": Style(_encode_int8, _decode_int8, 1.0),
     "fp8": Style(_encode_fp8, _decode_fp8, 1.0),
@@ -111,7 +115,8 @@ class QuantizedLinear(nn.Linear):
         nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.style, self.shape = style, layer.weight.shape
-        codes, scale = STYLES[style].encode(layer.weight.detach().to(device).float())
+        parts = [STYLES[style].encode(rows.to(device).float()) for rows in layer.weight.detach().split(ROWS)]
+        codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.register_buffer("qweight", codes)
         self.register_buffer("scale", scale)
         self.register_parameter("weight", None)  # peft asks for it, and goes on to qweight

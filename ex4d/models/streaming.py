@@ -161,7 +161,8 @@ def load_transformer(
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     _check(f"{folder} cannot be loaded as {cls.__name__}", source.shapes, expected)
     kept = set(cls._keep_in_fp32_modules or ())
-    for path, module in list(model.named_modules()):
+    for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep what is quantised below
+        module = model.get_submodule(path)
         for name in [*module._parameters]:
             whole = f"{path}.{name}" if path else name
             if whole in expected:
