@@ -112,7 +112,7 @@ def decode_masks(
             share = _array(archive, "hole_share", np.dtype(np.float32), (count, num_frames))
             packed_shape = (count, num_frames, height, -(-width // 8))
             packed = _array(archive, "visible_packed", np.dtype(np.uint8), packed_shape)
-    # NotImplementedError is zipfile's word for a compression that it does not know, RuntimeError for a password.
+    # zipfile raises NotImplementedError for an unknown compression, and RuntimeError for an encrypted member.
     except (*_UNREADABLE, NotImplementedError, RuntimeError) as error:
         raise ContractError(f"masks.npz: cannot be read ({error})") from error
     if width % 8 and (packed[..., -1] & (0xFF >> width % 8)).any():

@@ -130,19 +130,14 @@ class QuantizedLinear(nn.Linear):
         return _FrozenProduct.apply(input, self.qweight, self.scale, self.bias, self)
 
 
-def quantize_blocks(transformer: nn.Module, style: str, device: torch.device | str = "cpu") -> None:
-    """Replace every linear layer of the transformer's blocks in place, one at a time; codes land on `device`.
+def quantize_linears(within: nn.Module, style: str, device: torch.device | str = "cpu") -> None:
+    """Replace every linear layer below a module in place, one at a time; codes land on `device`.
 
-    Do it before LoRA is added and before the model moves, so that the full weights never meet on the device.
+    `models.streaming` does the same to a base while it is read. Do it before LoRA is added.
 
     Raises:
         ConfigError: the style is not of STYLES.
     """
-    quantize_linears(transformer.get_submodule("blocks"), style, device)
-
-
-def quantize_linears(within: nn.Module, style: str, device: torch.device | str = "cpu") -> None:
-    """The same for every linear layer below one module: a block at a time, say, where not all are made at once."""
     if style not in STYLES:
         raise ConfigError("model.quantize", style, f"allowed: {', '.join(STYLES)} or null")
     for module in within.modules():

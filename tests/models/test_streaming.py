@@ -18,7 +18,7 @@ from safetensors.torch import load_file, save_file
 
 from ex4d.errors import ContractError
 from ex4d.models import backbone
-from ex4d.models.quantize import STYLES, quantize_blocks
+from ex4d.models.quantize import STYLES, quantize_linears
 
 ROOT = Path(__file__).resolve().parents[2]
 
@@ -42,7 +42,7 @@ def test_the_same_bits_and_dtypes_as_diffusers(wan_folder: Path, dtype: str) -> 
 @pytest.mark.parametrize("style", STYLES)
 def test_quantised_on_the_way_as_afterwards(wan_folder: Path, style: str) -> None:
     whole = backbone.load_base(str(wan_folder), dtype="bfloat16", components=("transformer",)).transformer
-    quantize_blocks(whole, style)
+    quantize_linears(whole.blocks, style)
     ours = backbone.load_base(str(wan_folder), dtype="bfloat16", components=("transformer",), quantize=style)
     expected, found = everything(whole), everything(ours.transformer)
     assert found.keys() == expected.keys()

@@ -19,7 +19,7 @@ NUM_BLOCKS = 6
 def make_model(count: int, style: str | None = None, checkpointing: bool = True) -> tuple[adapter.Ex4dModel, Any]:
     transformer = tiny.new_transformer(8, num_layers=NUM_BLOCKS, num_attention_heads=2, ffn_dim=64)
     if style is not None:
-        quantize.quantize_blocks(transformer, style)
+        quantize.quantize_linears(transformer.blocks, style)
     model = adapter.build_model(transformer, backbone.ModelConfig(lora_rank=4, adapter_hidden=16))
     generator = torch.Generator().manual_seed(1)
     with torch.no_grad():

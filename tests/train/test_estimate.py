@@ -60,7 +60,7 @@ def test_base_and_swap_are_counted_as_they_are_stored() -> None:
     for style, swapped in ((None, 0), ("int8", 0), ("nf4", 4), (None, 4)):
         transformer = tiny.new_transformer(8)
         if style:
-            quantize.quantize_blocks(transformer, style)
+            quantize.quantize_linears(transformer.blocks, style)
         config = backbone.ModelConfig(lora_rank=4, adapter_hidden=16, dtype="float32", quantize=style)
         model = adapter.build_model(transformer, config)
         swap_of = swap.swap_blocks(model.transformer, swapped, torch.device("cpu"))
