@@ -13,11 +13,11 @@ import time
 from pathlib import Path
 
 import numpy as np
+import real_pairs
+from depth_error import abs_rel, abs_rel_of_constant
 
 from ex4d.depth import DepthRequest, estimate
 from ex4d.errors import Filtered
-from ex4d.evaluate import real_pairs
-from ex4d.evaluate.depth_error import abs_rel, abs_rel_of_constant
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 ROOT = Path(__file__).resolve().parent.parent

@@ -14,13 +14,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+import tiny
 import torch
 from diffusers.models.transformers.transformer_wan import WanAttnProcessor
 from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ex4d import flow
-from ex4d.models import linear_codec, tiny
+from ex4d.models import linear_codec
 from ex4d.models.encoders import TEXT_LENGTH, Base
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 

@@ -10,8 +10,9 @@ import os
 from dataclasses import asdict
 from pathlib import Path
 
+import real_pairs
+
 from ex4d.errors import BadSample
-from ex4d.evaluate import real_pairs
 from ex4d.geometry.mesh import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent

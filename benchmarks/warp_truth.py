@@ -13,8 +13,8 @@ from dataclasses import asdict, replace
 from pathlib import Path
 
 import numpy as np
+import warp
 
-from ex4d.evaluate import warp
 from ex4d.geometry.profiles import PROFILES
 
 ANGLES_DEG = (30.0, 60.0, 90.0)

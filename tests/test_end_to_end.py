@@ -21,7 +21,9 @@ SIZE, NUM_FRAMES = [32, 32], 5
 
 def write_base(folder: Path, corpus: list[Path]) -> Path:
     """Write an untrained one-block base whose codec is fitted to the corpus."""
-    from ex4d.models import linear_codec, tiny
+    import tiny
+
+    from ex4d.models import linear_codec
 
     frames = [video.decode(p, video.frame_pts(p)[0][:NUM_FRAMES], size=(32, 32)) for p in corpus]
     codec = linear_codec.fit(np.stack(frames), z_dim=8, num_shared=4)

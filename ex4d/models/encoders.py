@@ -210,7 +210,7 @@ def base_fingerprint(transformer: Any) -> str | None:
     return hashlib.sha256(numbers.astype("<i2").tobytes()).hexdigest()[:16]
 
 
-def latent_hole_share(visible: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
+def holes_in_latents(visible: Tensor, latent_size: tuple[int, int, int]) -> Tensor:
     """Return the masked share of each latent cell, float32 [B, 1, f, h, w], in [0, 1].
 
     Args:

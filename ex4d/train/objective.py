@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from ex4d import flow
-from ex4d.models.encoders import latent_hole_share, to_pixels
+from ex4d.models.encoders import holes_in_latents, to_pixels
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ class Encoder:
             self.base.encode_condition(condition, visible, self.mask_range),
             self.base.encode_image(first),
             self.base.first_frame_condition(first, frames.shape[1]),
-            latent_hole_share(visible, (latents.shape[2], latents.shape[3], latents.shape[4])),
+            holes_in_latents(visible, (latents.shape[2], latents.shape[3], latents.shape[4])),
             self._source(batch),
         )
 

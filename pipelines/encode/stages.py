@@ -126,7 +126,7 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
 
     from ex4d.data.members import unpack_bits
     from ex4d.data.sample import shown
-    from ex4d.models.encoders import latent_hole_share, to_pixels
+    from ex4d.models.encoders import holes_in_latents, to_pixels
 
     base = loaded(context.model, context.device, VIDEO_MODELS)
     frames, width = row["frames"], row["frames"].shape[2]
@@ -137,7 +137,7 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
         colours = shown(frames, row["cond"], row["is_visibility"], index) * visible[..., None]
         seen = torch.from_numpy(visible)[None].to(base.device)
         condition.append(base.encode_condition(_pixels(colours, base), seen, context.model.mask_range))
-        hole.append(latent_hole_share(seen, (target.shape[2], target.shape[3], target.shape[4])))
+        hole.append(holes_in_latents(seen, (target.shape[2], target.shape[3], target.shape[4])))
     written = {"target": target[0], "condition": torch.cat(condition), "hole": torch.cat(hole)}
     if base.has_first_frame:
         firsts = to_pixels(torch.from_numpy(row["first_shown"])[:, None].to(base.device))[:, :, 0]

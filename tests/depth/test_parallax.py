@@ -4,10 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from depth_error import abs_rel, abs_rel_of_constant
 
 from ex4d.depth import DepthRequest, estimate
 from ex4d.errors import Filtered
-from ex4d.evaluate.depth_error import abs_rel, abs_rel_of_constant
 from ex4d.geometry.camera import Camera
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 

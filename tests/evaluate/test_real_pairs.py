@@ -6,10 +6,10 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
+import real_pairs
 
 from ex4d import synthetic
 from ex4d.errors import BadSample
-from ex4d.evaluate import real_pairs
 from ex4d.geometry.camera import Camera
 
 

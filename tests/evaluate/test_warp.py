@@ -5,8 +5,8 @@ from __future__ import annotations
 import cv2
 import numpy as np
 import pytest
+import warp
 
-from ex4d.evaluate import warp
 from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.camera import Camera, relative_to

@@ -3,12 +3,13 @@
 from __future__ import annotations
 
 import pytest
+import tiny
 import torch
 from test_swap import NUM_BLOCKS, make_model, step
 from torch.utils._python_dispatch import TorchDispatchMode
 
 from ex4d.errors import ConfigError
-from ex4d.models import adapter, attention, backbone, blocks, swap, tiny
+from ex4d.models import adapter, attention, backbone, blocks, swap
 
 CPU = torch.device("cpu")
 

@@ -6,10 +6,11 @@ from dataclasses import replace
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from safetensors.torch import load_file, save_file
 
-from ex4d.models import adapter, backbone, tiny, weights
+from ex4d.models import adapter, backbone, weights
 from pipelines import cli
 
 METADATA = weights.AdapterMetadata("tiny", None, None, lora_rank=4, lora_alpha=4.0, adapter_hidden=16, shift=3.0)

@@ -5,12 +5,13 @@ from __future__ import annotations
 from typing import Any
 
 import pytest
+import tiny
 import torch
 from torch import Tensor
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from ex4d.errors import ConfigError
-from ex4d.models import adapter, backbone, quantize, swap, tiny
+from ex4d.models import adapter, backbone, quantize, swap
 
 CPU = torch.device("cpu")
 NUM_BLOCKS = 6

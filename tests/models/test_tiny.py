@@ -6,10 +6,11 @@ import json
 
 import numpy as np
 import pytest
+import tiny
 import torch
 
 from ex4d.errors import ContractError
-from ex4d.models import linear_codec, tiny
+from ex4d.models import linear_codec
 from ex4d.models.backbone import TINY_FOLDER, load_base
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 

@@ -53,7 +53,9 @@ def write_adapter(folder: Path, base_folder: Path, scale: float = 0.2) -> None:
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
     """Two videos, a base, an adapter that is not zero, feature networks, and an evaluation of it all on two scenes."""
-    from ex4d.models import linear_codec, tiny
+    import tiny
+
+    from ex4d.models import linear_codec
 
     path = tmp_path_factory.mktemp("evaluate")
     videos = synthetic.write_corpus(path / "videos", replace(WORLD, num_videos=2))

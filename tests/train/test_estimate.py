@@ -6,11 +6,12 @@ from dataclasses import replace
 from typing import Any
 
 import pytest
+import tiny
 import torch
 import trace_memory
 
 from ex4d.errors import ConfigError
-from ex4d.models import adapter, backbone, families, quantize, swap, tiny
+from ex4d.models import adapter, backbone, families, quantize, swap
 from ex4d.train import estimate, flops
 from ex4d.train.config import BatchPlan, TrainConfig, plan_batch
 

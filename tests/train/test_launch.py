@@ -122,7 +122,7 @@ def test_hole_share_counts_pixels():
     visible = torch.ones(1, 5, 16, 16, dtype=torch.bool)
     visible[0, 0, :8, :8] = False
     visible[0, 3, 8:, :8] = False
-    share = encoders.latent_hole_share(visible, (2, 2, 2))
+    share = encoders.holes_in_latents(visible, (2, 2, 2))
     assert share[0, 0].tolist() == [[[1, 0], [0, 0]], [[0, 0], [0.25, 0]]]
 
 

@@ -6,13 +6,14 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tiny
 import yaml
 from make_run import make_dataset, make_sample
 from recorded import run
 from test_exact import chosen, losses, on_ranks, on_two_ranks
 
 from ex4d.errors import ConfigError
-from ex4d.models import linear_codec, tiny
+from ex4d.models import linear_codec
 from ex4d.train.config import TrainConfig
 
 PLAIN: dict[str, object] = {}

@@ -8,12 +8,13 @@ import logging
 from pathlib import Path
 
 import pytest
+import tiny
 import torch
 from recorded import run
 from test_exact import chosen, losses
 
 from ex4d.errors import ConfigError
-from ex4d.models import adapter, backbone, tiny, weights
+from ex4d.models import adapter, backbone, weights
 from ex4d.train import checkpoint, runlog
 from ex4d.train.config import BatchPlan, TrainConfig, check_identity, identity, plan_batch
 from ex4d.train.engine import deepspeed_config
