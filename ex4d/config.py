@@ -78,10 +78,10 @@ def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] =
 
 def _check_kept(tree: Any, path: str = "") -> None:
     """Raise ConfigError for a URL whose password or signature was left out when a run wrote its choices down."""
-    if isinstance(tree, dict | list):
-        for name, child in tree.items() if isinstance(tree, dict) else enumerate(tree):
+    if isinstance(tree, dict):
+        for name, child in tree.items():
             _check_kept(child, f"{path}.{name}".removeprefix("."))
-    elif isinstance(tree, str) and SECRET in tree:
+    elif SECRET in str(tree):  # a list is given again as a whole
         raise ConfigError(path, tree, f"its password or signature was not kept; give the URL again, as {path}=…")
 
 

@@ -125,6 +125,26 @@ def test_a_run_s_configuration_lacks_the_password_and_says_so(tmp_path):
     assert_nothing_is_kept(tmp_path)
 
 
+def test_several_datasets_lose_their_passwords_too(tmp_path, capsys, monkeypatch):
+    """In the run's configuration, in what a failing command says of every kind of mistake, and in its advice."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(sys, "argv", ["ex4d"])
+    data = [{"path": planted("https://127.0.0.1:9/a"), "weight": 2.0}, {"path": planted("gs+x://host/b")}]
+    sections = config.load(_written(tmp_path, {"train": {"data": data, "output": str(tmp_path)}}), launch.SECTIONS)
+    launch._write_config(sections["train"], sections["model"])
+    with pytest.raises(ConfigError, match=r"give the URL again, as train\.data=") as caught:
+        config.load(tmp_path / "config.yaml", launch.SECTIONS)
+    again = config.load(tmp_path / "config.yaml", launch.SECTIONS, [f"train.data={json.dumps(data)}"])
+    assert [one.path for one in again["train"].datasets] == [one["path"] for one in data]
+    (tmp_path / "given.yaml").write_text("train: {}\n")
+    bad = ({"path": data[0]["path"], "weight": -1}, {"wieght": 1, "path": data[0]["path"]}, data[0]["path"], [data])
+    for job, given in [("train", data), ("sweep", data), *(("train", [one]) for one in bad)]:
+        assert cli.main([job, "given.yaml", f"train.data={json.dumps(given)}"]) in (1, 2), given
+    told = capsys.readouterr()
+    assert told.err.count(SECRET) >= 4
+    assert_nothing_is_kept(tmp_path, str(caught.value), told.out, told.err)
+
+
 def _written(folder: Path, tree: dict) -> Path:
     (folder / "given.yaml").write_text(yaml.safe_dump(tree))
     return folder / "given.yaml"
@@ -172,6 +192,9 @@ def test_real_runs_of_every_job_keep_no_secret(corpus, tmp_path):
         ex4d("train", "run/config.yaml", "train.num_steps=3", status=2)
         ex4d("train", "run/config.yaml", "train.num_steps=3", f"train.data={data}")
         ex4d("train", str(path), f"train.data={data}/gone", "train.output=bad3", status=2)
+        two = json.dumps([{"path": data, "weight": 2}, {"path": data}])
+        ex4d("train", str(path), f"train.data={two}", "train.output=run2")
+        ex4d("train", "run2/config.yaml", "train.num_steps=3", status=2)
         ex4d("sweep", str(path), f"train.data={data}", status=2)
         ex4d("evaluate", str(path), f"evaluate.base={bad}", status=2)
     assert list(work.glob("run/wandb/offline-run-*/*.wandb"))
