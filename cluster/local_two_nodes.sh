@@ -3,6 +3,7 @@
 #   cluster/local_two_nodes.sh start      then: ex4d preprocess CONFIG.yaml ray.address=127.0.0.1:6399
 #   cluster/local_two_nodes.sh stop       ends these two nodes and no other Ray
 set -euo pipefail
+umask 077
 port=${EX4D_RAY_PORT:-6399}
 cpus=${EX4D_NODE_CPUS:-1}
 store=${EX4D_NODE_STORE_BYTES:-200000000}
@@ -31,7 +32,8 @@ start)
     echo "already running: add ray.address=127.0.0.1:$port to a command" >&2
     exit 1
   fi
-  eval "$(${EX4D_BIN:-ex4d} cluster token)"
+  token=$(${EX4D_BIN:-ex4d} cluster token)  # a line of its own: within eval, a failure would start Ray without a token
+  eval "$token"
   mkdir -p "$state"
   node head --head --port="$port" --include-dashboard=false
   await

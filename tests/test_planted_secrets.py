@@ -5,8 +5,10 @@ from __future__ import annotations
 import dataclasses
 import json
 import os
+import shutil
 import subprocess
 import sys
+import tempfile
 import typing
 from pathlib import Path
 
@@ -150,11 +152,19 @@ def _written(folder: Path, tree: dict) -> Path:
     return folder / "given.yaml"
 
 
+@pytest.fixture
+def short_folder():
+    """A folder for Ray, whose sockets need a short path."""
+    folder = Path(tempfile.mkdtemp(prefix="x4"))
+    yield folder
+    shutil.rmtree(folder, ignore_errors=True)
+
+
 TINY = {"lora_rank": 2, "lora_alpha": 2.0, "adapter_hidden": 8}
 
 
 @pytest.mark.heavy
-def test_real_runs_of_every_job_keep_no_secret(corpus, tmp_path):
+def test_real_runs_of_every_job_keep_no_secret(corpus, tmp_path, short_folder):
     """Preprocess, encode, train with W&B offline, sweep, evaluate, retry: as processes, and a failing run each."""
     work = tmp_path / "work"
     work.mkdir()
@@ -163,6 +173,7 @@ def test_real_runs_of_every_job_keep_no_secret(corpus, tmp_path):
     def ex4d(*words: str, status: int | None = 0) -> None:
         command = [sys.executable, "-m", "pipelines.cli", *words]
         environment = {**os.environ, "OMP_NUM_THREADS": "1", "WANDB_MODE": "offline"}
+        environment["RAY_TMPDIR"] = str(short_folder)
         done = subprocess.run(command, cwd=work, env=environment, capture_output=True, text=True, timeout=900)
         printed.extend([done.stdout, done.stderr])
         assert status is None or done.returncode == status, (words[0], done.stdout[-500:], done.stderr[-1500:])
@@ -199,3 +210,4 @@ def test_real_runs_of_every_job_keep_no_secret(corpus, tmp_path):
         ex4d("evaluate", str(path), f"evaluate.base={bad}", status=2)
     assert list(work.glob("run/wandb/offline-run-*/*.wandb"))
     assert_nothing_is_kept(work, *printed)
+    assert_nothing_is_kept(short_folder)  # logs and events of Ray

@@ -4,11 +4,12 @@ from __future__ import annotations
 
 import argparse
 import os
+import shlex
 
 from ex4d import config
 from pipelines.commands.cluster_config import ClusterConfig
 from pipelines.commands.cluster_render import KINDS, render
-from pipelines.runtime.cluster import require_token
+from pipelines.runtime.cluster import require_private_folder, require_token
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -16,8 +17,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     below = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     below.add_parser(
         "token",
-        help="create this user's Ray token if there is none, and print what a shell must export: "
-        'eval "$(ex4d cluster token)"',
+        help="create this user's Ray token and a private folder for Ray if there is none, and print what a shell must "
+        'export: token=$(ex4d cluster token) && eval "$token"',
     )
     writer = below.add_parser("render", help="print a file that starts a cluster: a KubeRay manifest, a SLURM script …")
     writer.add_argument("kind", choices=sorted(KINDS), help="what to print")
@@ -35,7 +36,10 @@ def run(args: argparse.Namespace) -> int:
     """Do `ex4d cluster token` or `ex4d cluster render`; the token itself is not printed."""
     if args.what == "token":
         require_token()
-        print(f"export RAY_AUTH_MODE={os.environ['RAY_AUTH_MODE']}")
+        require_private_folder()
+        print(
+            f"export RAY_AUTH_MODE={shlex.quote(os.environ['RAY_AUTH_MODE'])} RAY_TMPDIR={shlex.quote(os.environ['RAY_TMPDIR'])}"
+        )
         return 0
     pairs = [word.partition("=") for word in args.settings]
     values = {key: config.parse_value(text, key) for key, _, text in pairs}

@@ -3,6 +3,7 @@
 Every Ray requires a token: anyone who can reach its ports can run code. One that is started here listens on the
 loopback alone; a cluster's ports listen on all addresses. The token is Ray's own: RAY_AUTH_TOKEN or the file
 RAY_AUTH_TOKEN_PATH where one of them is set, else ~/.ray/auth_token, which is made here, for its owner alone.
+Ray's sockets and logs lie in a folder of this user alone: Ray itself makes them writable to all.
 """
 
 from __future__ import annotations
@@ -10,10 +11,11 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import stat
 import sys
 import tempfile
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ex4d.errors import ConfigError
@@ -66,6 +68,27 @@ def _make_token(path: Path) -> None:
         os.unlink(temporary)
 
 
+def require_private_folder() -> None:
+    """Make the Rays that this process and its children start keep their files in a folder of this user alone.
+
+    A RAY_TMPDIR that is already set stays.
+
+    Raises:
+        ConfigError: another user has made the folder.
+    """
+    if os.environ.get("RAY_TMPDIR"):
+        return
+    folder = (
+        Path(os.environ.get("TMPDIR") or "/tmp") / f"ex4d_{os.getuid()}"
+    )  # short: paths of sockets end at 107 bytes
+    folder.mkdir(mode=0o700, exist_ok=True)
+    facts = folder.lstat()
+    if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
+        raise ConfigError("RAY_TMPDIR", str(folder), "a folder of your own: this one was made by somebody else")
+    folder.chmod(0o700)
+    os.environ["RAY_TMPDIR"] = str(folder)
+
+
 def token_path() -> Path:
     """Return the file of this user's token."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
@@ -100,6 +123,7 @@ def connected(
         yield
         return
     if address is None:
+        require_private_folder()
         with _on_loopback():
             ray.init(
                 address="local",  # not a cluster that this machine remembers
@@ -151,15 +175,23 @@ def _bootstrap(address: str) -> str:
         raise ConfigError("ray.address", address, "host:port: the driver must run on a machine of the cluster")
     if address != "auto":
         return address
-    from ray._private.services import canonicalize_bootstrap_address
-
-    try:
-        found = os.environ.get("RAY_ADDRESS") or canonicalize_bootstrap_address("auto")
-    except ConnectionError:
-        found = None
+    found = os.environ.get("RAY_ADDRESS") or next(iter(_own_heads()), None)
     if found in (None, "", "auto", "local"):
-        raise ConfigError("ray.address", address, "host:port of a running Ray; none was found on this machine")
+        raise ConfigError("ray.address", address, "host:port of a running Ray; none of yours was found on this machine")
     return str(found)
+
+
+def _own_heads() -> list[str]:
+    """Return host:port of this user's Rays on this machine, the newest first; another user's would be sent our token."""
+    found = {}
+    for process in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):  # it ended meanwhile, or is hidden
+            words = (process / "cmdline").read_text(errors="replace").split("\0")
+            heads = [word.partition("=")[2] for word in words if word.startswith("--gcs-address=")]
+            if words[0].endswith("/raylet") and heads and process.stat().st_uid == os.getuid():
+                started = int((process / "stat").read_text().rpartition(")")[2].split()[19])  # proc(5), field 22
+                found[heads[0]] = max(started, found.get(heads[0], 0))
+    return sorted(found, key=found.__getitem__, reverse=True)
 
 
 def _check_head(address: str, head: str) -> None:

@@ -148,6 +148,24 @@ def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root, tmp_p
     assert "scontrol requeue 41" in calls
 
 
+def test_slurm_starts_no_ray_where_the_token_cannot_be_made(root, tmp_path):
+    """Within `eval "$(…)"` a failure is lost, and the nodes would listen without a token."""
+    log = tmp_path / "calls"
+    for name, body in {
+        "scontrol": "echo node1",
+        "srun": f'echo "$*" >> {log}; case "$*" in *token*) exit 2;; esac',
+    }.items():
+        path = tmp_path / name
+        path.write_text(f"#!/bin/sh\n{body}\n")
+        path.chmod(0o755)
+    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node1"}
+    script = root / "cluster" / "slurm" / "preprocess.sbatch"
+    done = subprocess.run(["bash", str(script), "c.yaml"], env=environment, capture_output=True, text=True, timeout=60)
+    assert done.returncode != 0
+    assert "token" in log.read_text()
+    assert "ray start" not in log.read_text()
+
+
 def test_the_image_is_built_from_files_and_extras_that_exist(root):
     text = (root / "cluster" / "Dockerfile").read_text()
     extras = {e for part in text.split("'.[")[1:] for e in part.split("]")[0].split(",")}

@@ -6,6 +6,7 @@ import os
 import stat
 import subprocess
 import sys
+import time
 from pathlib import Path
 
 import pytest
@@ -73,6 +74,73 @@ def test_a_token_that_the_operator_gives_is_left_alone(home, monkeypatch):
     assert not (home / ".ray").exists()
 
 
+def test_rays_files_lie_in_a_folder_of_this_user_alone(tmp_path, monkeypatch):
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    folder = tmp_path / f"ex4d_{os.getuid()}"
+    folder.mkdir()
+    folder.chmod(0o777)
+    cluster.require_private_folder()
+    assert (os.environ["RAY_TMPDIR"], mode(folder)) == (str(folder), 0o700)
+    monkeypatch.setenv("RAY_TMPDIR", str(tmp_path / "chosen"))
+    cluster.require_private_folder()
+    assert os.environ["RAY_TMPDIR"] == str(tmp_path / "chosen")
+
+
+@pytest.mark.parametrize("what", ["a link", "a stranger's folder"])
+def test_a_folder_that_another_user_made_is_refused(tmp_path, monkeypatch, what):
+    if os.getuid() != 0 and what != "a link":
+        pytest.skip("needs root to give a folder away")
+    monkeypatch.delenv("RAY_TMPDIR", raising=False)
+    monkeypatch.setenv("TMPDIR", str(tmp_path))
+    (tmp_path / "theirs").mkdir()
+    folder = tmp_path / f"ex4d_{os.getuid()}"
+    if what == "a link":
+        folder.symlink_to(tmp_path / "theirs")
+    else:
+        folder.mkdir()
+        os.chown(folder, 65534, 65534)
+    with pytest.raises(ConfigError, match="RAY_TMPDIR"):
+        cluster.require_private_folder()
+    assert "RAY_TMPDIR" not in os.environ
+
+
+def test_auto_finds_no_ray_of_another_user_which_would_be_sent_the_token(tmp_path):
+    """Two processes that look like Ray's raylet: the user's own is found."""
+    waits = 'exec -a /opt/ray/raylet "$0" -c "import time; time.sleep(60)" "$1"'
+    users = {"127.0.0.1:1111": None, **({"127.0.0.1:2222": 65534} if os.getuid() == 0 else {})}
+    python = "/usr/bin/python3" if Path("/usr/bin/python3").exists() else sys.executable
+    started = [
+        subprocess.Popen(["bash", "-c", waits, python, f"--gcs-address={address}"], user=user)
+        for address, user in users.items()
+    ]
+    try:
+        deadline = time.monotonic() + 20
+        while any(b"raylet" not in Path(f"/proc/{one.pid}/cmdline").read_bytes().split(b"\0")[0] for one in started):
+            assert time.monotonic() < deadline
+            time.sleep(0.05)
+        found = cluster._own_heads()
+        assert "127.0.0.1:1111" in found
+        assert "127.0.0.1:2222" not in found
+    finally:
+        for one in started:
+            one.kill()
+            one.wait()
+
+
+def test_no_node_starts_where_the_token_cannot_be_made(root, tmp_path):
+    """Within `eval "$(…)"` a failure is lost, and the nodes would listen without a token."""
+    ray = tmp_path / "ray"
+    ray.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
+    ray.chmod(0o755)
+    environment = os.environ | {"EX4D_BIN": "/bin/false", "XDG_STATE_HOME": str(tmp_path), "EX4D_RAY_PORT": "7433"}
+    environment["PATH"] = f"{tmp_path}:{os.environ['PATH']}"
+    script = ["bash", str(root / "cluster" / "local_two_nodes.sh"), "start"]
+    done = subprocess.run(script, env=environment, capture_output=True, timeout=60)
+    assert done.returncode != 0
+    assert not (tmp_path / "started").exists()
+
+
 @pytest.mark.parametrize("address", ["127.0.0.1:9", "nonsense", "ray://127.0.0.1:10001", "auto"])
 def test_an_address_without_a_ray_is_one_sentence_at_once(home, address):
     code, text = connect(address, environment={"RAY_TMPDIR": str(home)})
@@ -127,6 +195,9 @@ def test_two_nodes_demand_the_token_and_stop_ends_only_them(root, home):
         assert code == 2
         assert "refuses" in text
         assert len(text.splitlines()) == 1
+        code, text = connect("127.0.0.1:7431", environment=env | {"RAY_AUTH_MODE": "disabled"})
+        assert (code, len(text.splitlines())) == (2, 1), "without a token"
+        assert mode(home / ".ray" / "auth_token") == 0o600
         assert connect(environment=env) == (0, "nodes 1 42")  # no address: never the cluster that is remembered
         subprocess.run([*script, "stop"], env=os.environ | env, check=True, timeout=120)
         assert connect("127.0.0.1:7431", environment=env)[0] == 2

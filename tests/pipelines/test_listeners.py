@@ -22,6 +22,7 @@ with cluster.connected(None, 1):
     import ray
     ray.get(ray.remote(lambda: 1).remote())
     print(ray.get_runtime_context().gcs_address, flush=True)
+    print(ray._private.worker._global_node.get_session_dir_path(), flush=True)
     sys.stdin.readline()
 """
 CLIENT = """
@@ -96,12 +97,24 @@ def test_a_run_on_one_machine_listens_on_the_loopback_alone(tmp_path, launcher):
 
 @pytest.mark.ray
 @pytest.mark.heavy
+def test_the_demo_listens_on_the_loopback_alone(tmp_path):
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
+    seen = watched(
+        [sys.executable, "-m", "pipelines.cli", "demo", "--output", str(tmp_path / "demo")], tmp_path, environment
+    )
+    assert [one for one in sorted(seen) if not is_loopback(one[1])] == []
+
+
+@pytest.mark.ray
+@pytest.mark.heavy
 def test_a_client_without_the_token_is_refused_by_a_ray_of_one_machine(tmp_path):
-    environment = os.environ | {"HOME": str(tmp_path)}
+    environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | {"HOME": str(tmp_path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
     host = subprocess.Popen([sys.executable, "-c", HOST], env=environment, **pipes)
     try:
-        address = host.stdout.readline().strip()
+        address, session = host.stdout.readline().strip(), Path(host.stdout.readline().strip())
+        assert session.parts[-2] == "ray"
+        assert session.parent.parent.stat().st_mode & 0o777 == 0o700, "nobody else reaches its sockets and logs"
         (tmp_path / "wrong").write_text("0" * 64)
         token = str(tmp_path / ".ray" / "auth_token")
         said = {}
