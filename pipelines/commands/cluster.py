@@ -37,9 +37,8 @@ def run(args: argparse.Namespace) -> int:
     if args.what == "token":
         require_token()
         require_private_folder()
-        print(
-            f"export RAY_AUTH_MODE={shlex.quote(os.environ['RAY_AUTH_MODE'])} RAY_TMPDIR={shlex.quote(os.environ['RAY_TMPDIR'])}"
-        )
+        names = ("RAY_AUTH_MODE", "RAY_TMPDIR")
+        print("export", *(f"{name}={shlex.quote(os.environ[name])}" for name in names))
         return 0
     pairs = [word.partition("=") for word in args.settings]
     values = {key: config.parse_value(text, key) for key, _, text in pairs}

@@ -78,9 +78,8 @@ def require_private_folder() -> None:
     """
     if os.environ.get("RAY_TMPDIR"):
         return
-    folder = (
-        Path(os.environ.get("TMPDIR") or "/tmp") / f"ex4d_{os.getuid()}"
-    )  # short: paths of sockets end at 107 bytes
+    # A short name: the path of a socket may have 107 bytes.
+    folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"ex4d_{os.getuid()}"
     folder.mkdir(mode=0o700, exist_ok=True)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
@@ -182,7 +181,7 @@ def _bootstrap(address: str) -> str:
 
 
 def _own_heads() -> list[str]:
-    """Return host:port of this user's Rays on this machine, the newest first; another user's would be sent our token."""
+    """Return host:port of this user's Rays on this machine, newest first; another user's would be sent our token."""
     found = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile, or is hidden
