@@ -5,10 +5,11 @@ from __future__ import annotations
 import os
 import struct
 from pathlib import Path
+from typing import IO
 
 import numpy as np
 
-from ex4d import storage, text
+from ex4d import isolation, storage, text
 from ex4d.errors import BadSample
 
 MAX_SIDE_PX = 16384
@@ -46,7 +47,10 @@ def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.nda
         check_pixels(len(chosen) * height * width)
     except ValueError as error:
         raise BadSample("depth_shape", f"{Path(folder).name}: {error}") from None
-    return np.stack([_picture(file, (height, width)) for file in chosen]), "z_depth"
+    values = np.empty((len(chosen), height, width), np.uint16)
+    for number, file in enumerate(chosen):
+        values[number] = isolation.run("depth_picture", (isolation.File(str(file)), (height, width), file.name))
+    return values, "z_depth"
 
 
 def check_pixels(count: int) -> None:
@@ -76,11 +80,11 @@ def _size(file: Path) -> tuple[int, int]:
     return height, width
 
 
-def _picture(file: Path, size: tuple[int, int]) -> np.ndarray:
-    """Return uint16 [H, W] of one PNG of a known size."""
+def picture(file: IO[bytes], size: tuple[int, int], name: str) -> np.ndarray:
+    """Return uint16 [H, W] of one PNG of a known size; runs in the sandboxed child. Raises BadSample: depth_shape."""
     import cv2
 
-    image = cv2.imdecode(np.frombuffer(file.read_bytes(), np.uint8), cv2.IMREAD_UNCHANGED)
+    image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype != np.uint16 or image.shape != size:
-        raise BadSample("depth_shape", f"{file.name} cannot be decoded")
+        raise BadSample("depth_shape", f"{name} cannot be decoded")
     return image

@@ -47,6 +47,8 @@ FUNCTIONS: dict[str, str] = {
     "frame_pts": "ex4d.video:frame_pts",
     "decode": "ex4d.video:decode",
     "with_audio": "ex4d.video:with_audio",
+    "depth_maps": "ex4d.depth.arrays:read",
+    "depth_picture": "ex4d.depth.pictures:picture",
 }
 TABLE = "ex4d.isolation"
 

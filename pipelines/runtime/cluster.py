@@ -80,7 +80,8 @@ def require_private_folder() -> None:
         return
     # A short name: the path of a socket may have 107 bytes.
     folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"ex4d_{os.getuid()}"
-    folder.mkdir(mode=0o700, exist_ok=True)
+    with suppress(FileExistsError):
+        folder.mkdir(mode=0o700)
     facts = folder.lstat()
     if not stat.S_ISDIR(facts.st_mode) or facts.st_uid != os.getuid():
         raise ConfigError("RAY_TMPDIR", str(folder), "a folder of your own: this one was made by somebody else")
@@ -182,7 +183,7 @@ def _bootstrap(address: str) -> str:
 
 def _own_heads() -> list[str]:
     """Return host:port of this user's Rays on this machine, newest first; another user's would be sent our token."""
-    found = {}
+    found: dict[str, int] = {}
     for process in Path("/proc").glob("[0-9]*"):
         with suppress(OSError):  # it ended meanwhile, or is hidden
             words = (process / "cmdline").read_text(errors="replace").split("\0")

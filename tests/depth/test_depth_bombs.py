@@ -5,14 +5,25 @@ from __future__ import annotations
 import struct
 import tracemalloc
 import zlib
+from pathlib import Path
 
 import numpy as np
 import pytest
 
-from ex4d.depth import pictures, sidecar
+from ex4d.depth import arrays, pictures, sidecar
 from ex4d.errors import BadSample
 
 INDEX = np.arange(49)
+
+
+def refused_in_the_child_and_outside(path: Path, reason: str = "depth_shape") -> None:
+    """Read a file in this process, whose memory is watched, and as a command does: the same refusal."""
+    with path.open("rb") as file, pytest.raises(BadSample) as caught:
+        arrays.read(file, path.name, arrays.Wanted(INDEX))
+    with pytest.raises(BadSample) as isolated:
+        sidecar.read(str(path), arrays.Wanted(INDEX))
+    assert (caught.value.reason, isolated.value.reason) == (reason, reason)
+    assert str(caught.value) == str(isolated.value)
 
 
 @pytest.fixture(autouse=True)
@@ -33,8 +44,7 @@ def test_huge_maps_in_a_file_full_of_holes(tmp_path, shape, by_columns):
         header = {"descr": "<f4", "fortran_order": by_columns, "shape": shape}
         np.lib.format.write_array_header_1_0(file, header)
         file.truncate(min(file.tell() + 4 * int(np.prod(shape)), 2**42))
-    with pytest.raises(BadSample, match="depth_shape"):
-        sidecar.read(str(path), INDEX)
+    refused_in_the_child_and_outside(path)
 
 
 def chunk(kind: bytes, data: bytes) -> bytes:
@@ -64,5 +74,4 @@ def test_an_intrinsic_matrix_of_gigabytes(tmp_path):
                 np.lib.format.write_array_header_1_0(member, {"descr": "<f8", "fortran_order": False, "shape": shape})
                 if name == "z_depth":
                     member.write(bytes(8 * int(np.prod(shape))))
-    with pytest.raises(BadSample, match="depth_shape"):
-        sidecar.read(str(path), INDEX)
+    refused_in_the_child_and_outside(path)

@@ -9,7 +9,7 @@ import numpy as np
 import pytest
 
 from ex4d import video
-from ex4d.depth import DepthRequest, Geometry, estimate, places, sidecar
+from ex4d.depth import DepthRequest, Geometry, arrays, estimate, places, sidecar
 from ex4d.errors import BadSample
 
 SIZE = (24, 32)
@@ -271,8 +271,8 @@ def test_the_maps_of_numpy_are_the_slow_twin_of_retimed_reading(tmp_path):
     maps = np.random.default_rng(0).uniform(1, 9, (25, *SIZE)).astype(np.float32)
     np.savez_compressed(tmp_path / "clip.npz", z_depth=maps, fps=np.array(25.0))
     seconds = np.arange(50) / 50
-    request = DepthRequest("clip.mp4", frame_s=seconds, source_frames=50, source_s=0.98)
-    found, *_ = sidecar.read(str(tmp_path / "clip.npz"), np.arange(50), request)
+    wanted = arrays.Wanted(np.arange(50), source_frames=50, source_s=0.98, frame_s=seconds)
+    found, *_ = sidecar.read(str(tmp_path / "clip.npz"), wanted)
     nearest = [int(np.argmin(np.abs(np.arange(25) / 25 - second))) for second in seconds]
     away = np.abs(np.array(nearest) - np.minimum(np.rint(seconds * 25), 24))
     assert away.max() <= 1  # a tie may go either way

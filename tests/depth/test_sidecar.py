@@ -9,7 +9,7 @@ import zipfile
 import numpy as np
 import pytest
 
-from ex4d.depth import ESTIMATORS, DepthRequest, Geometry, check, estimate, sidecar
+from ex4d.depth import ESTIMATORS, DepthRequest, Geometry, arrays, check, estimate, sidecar
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video import Fit
 
@@ -124,17 +124,20 @@ def test_frames_are_read_as_numpy_reads_them_and_no_others_are_held(tmp_path, sa
     save(path, whole) if save is np.save else save(path, z_depth=whole)
     index = np.array([7, 3, 599, 7, 0])
     tracemalloc.start()
-    found, *_ = sidecar.read(str(path), index)
+    with path.open("rb") as file:
+        found = arrays.read(file, path.name, arrays.Wanted(index))["values"]
     _, peak = tracemalloc.get_traced_memory()
     tracemalloc.stop()
     np.testing.assert_array_equal(found, whole[index])
+    np.testing.assert_array_equal(sidecar.read(str(path), arrays.Wanted(index))[0], whole[index])
     assert peak < 0.2 * whole.nbytes
 
 
 def test_an_array_in_columns_is_read_too(tmp_path):
     whole = np.asfortranarray(np.random.default_rng(0).uniform(1, 9, (5, 8, 6)))
     np.savez(tmp_path / "a.npz", z_depth=whole)
-    np.testing.assert_array_equal(sidecar.read(str(tmp_path / "a.npz"), np.array([4, 0]))[0], whole[[4, 0]])
+    found, *_ = sidecar.read(str(tmp_path / "a.npz"), arrays.Wanted(np.array([4, 0])))
+    np.testing.assert_array_equal(found, whole[[4, 0]])
 
 
 def test_a_missing_or_damaged_file(tmp_path):
@@ -150,11 +153,25 @@ def test_a_missing_or_damaged_file(tmp_path):
 
 
 def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
-    monkeypatch.setattr("ex4d.depth.sidecar.MAX_BYTES", 10_000)
-    with zipfile.ZipFile(tmp_path / "clip.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+    monkeypatch.setattr("ex4d.depth.arrays.MAX_BYTES", 10_000)
+    path = tmp_path / "clip.npz"
+    with zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as archive:
         archive.writestr("z_depth.npy", b"\0" * 100_000)
-    with pytest.raises(BadSample, match="unpacks to 100000 bytes"):
-        estimate("sidecar", FRAMES, ask(tmp_path))
+    with path.open("rb") as file, pytest.raises(BadSample, match="unpacks to 100000 bytes"):
+        arrays.read(file, path.name, arrays.Wanted(np.arange(4)))
+
+
+def test_what_a_child_says_that_was_taken_over_is_checked(tmp_path, monkeypatch):
+    """Answers that the wire lets through, but that are no depth: each costs the clip alone."""
+    good = {"values": depth(4), "kind": "z_depth", "key": "z_depth", "K": K, "w2c": None}
+    np.savez(tmp_path / "clip.npz", z_depth=depth(4))
+    for bad in (
+        {"values": depth(3)}, {"values": depth(4)[0]}, {"values": depth(4) > 2}, {"values": 7}, {"kind": "ray"},
+        {"K": np.eye(2)}, {"K": 5}, {"K": np.zeros((0, 3, 3))}, {"w2c": np.eye(4)}, {"w2c": "cameras"},
+    ):  # fmt: skip
+        monkeypatch.setattr("ex4d.isolation.run", lambda *call, bad=bad: good | bad)
+        with pytest.raises(BadSample, match="depth_shape"):
+            estimate("sidecar", FRAMES, ask(tmp_path))
 
 
 def test_frames_that_are_not_needed_may_be_bad(tmp_path):

@@ -1,0 +1,179 @@
+"""Read depth maps, intrinsics and cameras from an npy or npz file: runs in the sandboxed child, within its limits.
+
+Headers are checked before any array is made. Only the maps that are asked for are held, and pickles are refused.
+"""
+
+from __future__ import annotations
+
+import math
+import os
+import zipfile
+import zlib
+from collections.abc import Callable
+from dataclasses import dataclass
+from typing import IO, Any
+
+import numpy as np
+
+from ex4d.depth import layouts, pictures
+from ex4d.errors import BadSample
+
+KEYS = ("z_depth", "disparity", "depth", "depths", "local_points")
+MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 exceeds it and must be split
+# What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
+UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
+MAX_SMALL_BYTES, MAX_WHOLE_BYTES, MAX_SIDE_PX = 64 * 2**20, 2**30, 8192
+SKIP_BYTES = 2**20
+
+
+@dataclass(frozen=True)
+class Wanted:
+    """The maps that are asked for, and what says which of the file's they are; as in DepthRequest.
+
+    Args:
+        index: int [T], positions in the source.
+    """
+
+    index: np.ndarray
+    source_frames: int = 0
+    source_s: float = 0.0
+    frame_s: np.ndarray | None = None
+
+    def of(self, count: int, fps: float | None) -> np.ndarray:
+        """Return which of a file's `count` maps at a rate `fps` are asked for.
+
+        Raises:
+            BadSample: depth_frames: there is not one map for each frame, and no rate that says which belong to them.
+        """
+        source = self.source_frames
+        if source in (0, count):
+            if self.index.max(initial=0) >= count or self.index.min(initial=0) < 0:
+                raise BadSample("depth_frames", f"has {count} maps, the clip needs that of frame {self.index.max()}")
+            return self.index
+        if fps is None or self.frame_s is None:
+            remedy = "write one map a frame, or the maps' rate as `fps` in the npz"
+            raise BadSample("depth_frames", f"has {count} maps, the video {source} frames: {remedy}")
+        if abs(count / fps - self.source_s * source / max(1, source - 1)) > 1.5 / fps:
+            raise BadSample(
+                "depth_frames", f"{count} maps at fps={fps:g} do not last the video's {self.source_s:.2f} s"
+            )
+        return np.clip(np.rint(self.frame_s * fps).astype(np.int64), 0, count - 1)
+
+
+def read(file: IO[bytes], name: str, wanted: Wanted) -> dict[str, Any]:
+    """Return `values` [T, H, W] (or with a side of 1) of a float or integer type, `kind`, `key`, and if the file has
+    them `K` float64 as it is written and `w2c` [T, 4, 4], else None.
+
+    Args:
+        file: the open file; it may hold anything.
+        name: the file's, for messages.
+
+    Raises:
+        BadSample: depth_missing, depth_pickle, depth_shape, depth_frames.
+    """
+    try:
+        if zipfile.is_zipfile(file):
+            file.seek(0)
+            with zipfile.ZipFile(file) as archive:
+                return _of_archive(archive, name, wanted)
+        num_bytes = file.seek(0, os.SEEK_END)
+        values = _frames(file, num_bytes, lambda count: wanted.of(count, None))
+        return {"values": values, "kind": "z_depth", "key": "z_depth", "K": None, "w2c": None}
+    except ValueError as error:
+        reason = "depth_pickle" if "allow_pickle" in str(error) else "depth_shape"
+        raise BadSample(reason, f"{name}: {error}") from error
+    except UNREADABLE as error:
+        raise BadSample("depth_shape", f"{name} cannot be read: {error}") from error
+
+
+def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str, Any]:
+    """Return what `read` does, of an npz."""
+    layout, small = _said(archive, name)
+    fps = float(small["fps"]) if small.get("fps", np.empty(0)).size == 1 else None
+    if fps is not None and not 0 < fps < math.inf:
+        raise ValueError(f"fps is {fps}, not above 0")
+    chosen: list[np.ndarray] = []  # which maps: known once their number is
+
+    def choose(count: int) -> np.ndarray:
+        chosen.append(wanted.of(count, fps))
+        return chosen[0]
+
+    with archive.open(f"{layout.depth}.npy") as member:
+        values = _frames(member, archive.getinfo(f"{layout.depth}.npy").file_size, choose)
+    K = np.asarray(small[layout.K], np.float64) if layout.K in small else None
+    if layout.depth == "local_points":
+        if values.ndim != 4 or values.shape[3] != 3:
+            raise ValueError(f"local_points is {list(values.shape)}, not [N, H, W, 3]")
+        K, values = layouts.lens_of_points(values), values[..., 2]
+    w2c = layouts.cameras(small[layout.poses], layout, chosen[0]) if layout.poses else None
+    kind = str(small["kind"]) if "kind" in small else layout.kind
+    return {"values": values, "kind": kind, "key": layout.depth, "K": K, "w2c": w2c}
+
+
+def _said(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dict[str, np.ndarray]]:
+    """Return the layout of an npz, and its small arrays: kind, fps, intrinsics and cameras.
+
+    Raises:
+        BadSample: depth_missing; depth_shape where it unpacks too large.
+    """
+    unpacked = sum(member.file_size for member in archive.infolist())
+    if unpacked > MAX_BYTES:
+        raise BadSample("depth_shape", f"unpacks to {unpacked} bytes, more than {MAX_BYTES}")
+    there = {member.removesuffix(".npy") for member in archive.namelist()}
+    layout = layouts.of(there)
+    if layout is None:
+        found = ", ".join(sorted(there)[:4]) or "nothing"
+        raise BadSample("depth_missing", f"{name} holds {found}, and none of the keys {', '.join(KEYS)}")
+    small = {}
+    for known in sorted(there & {"kind", "fps", layout.K, layout.poses}):
+        with archive.open(f"{known}.npy") as member:
+            shape, _, dtype = _header(member)
+            if math.prod(shape) * dtype.itemsize > MAX_SMALL_BYTES:
+                raise ValueError(f"{known} is {dtype} {list(shape)}, too large")
+        with archive.open(f"{known}.npy") as member:
+            small[known] = np.lib.format.read_array(member, allow_pickle=False)
+    return layout, small
+
+
+def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
+    """Return (shape, whether in columns, type) of an npy stream. Raises ValueError where it is none of numbers."""
+    version = np.lib.format.read_magic(file)
+    if version != (1, 0):  # a later version may announce a header of gigabytes, and numpy reads it
+        raise ValueError(f"npy of version {version}")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    if dtype.hasobject:
+        raise ValueError("holds objects, which need allow_pickle")
+    return shape, by_columns, dtype
+
+
+def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
+    """Return `array[choose(len(array))]` of an npy file of so many bytes; one in rows is never held whole, one in
+    columns is.
+
+    Raises:
+        ValueError: it is no npy of plain numbers, or is cut short. BadSample: as `choose`.
+    """
+    file.seek(0)
+    shape, by_columns, dtype = _header(file)
+    start, frame_bytes = file.tell(), math.prod(shape[1:]) * dtype.itemsize
+    if not shape or start + shape[0] * frame_bytes > num_bytes:
+        raise ValueError(f"{dtype} {list(shape)}, or cut short, where [N, H, W] is needed")
+    if 0 in shape or dtype.kind not in "fiu":
+        raise ValueError(f"{dtype} {list(shape)} is empty, or holds no numbers")
+    if max(shape[1:], default=0) > MAX_SIDE_PX or (by_columns and num_bytes > MAX_WHOLE_BYTES):
+        raise ValueError(
+            f"{dtype} {list(shape)}: {MAX_SIDE_PX} px a side are the most, and in columns {MAX_WHOLE_BYTES} bytes"
+        )
+    index = choose(shape[0])
+    pictures.check_pixels(len(index) * math.prod(shape[1:]))
+    if by_columns:
+        file.seek(0)
+        return np.lib.format.read_array(file, allow_pickle=False)[index]
+    values = np.empty((len(index), *shape[1:]), dtype)
+    for number in np.unique(index):
+        target = start + int(number) * frame_bytes
+        # A compressed member unpacks what it skips, up to 16 MiB at once where it is let.
+        while file.tell() < target:
+            file.seek(min(target, file.tell() + SKIP_BYTES))
+        values[index == number] = np.frombuffer(file.read(frame_bytes), dtype).reshape(shape[1:])
+    return values
