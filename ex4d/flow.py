@@ -8,6 +8,7 @@ from __future__ import annotations
 
 import hashlib
 import json
+import math
 from collections.abc import Callable
 
 import torch
@@ -17,6 +18,7 @@ from ex4d.errors import ConfigError
 
 NUM_TRAIN_TIMESTEPS = 1000
 DEFAULT_SHIFT = 5.0
+ALL_TIMESTEPS = (0.0, math.inf)
 
 VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
@@ -81,7 +83,11 @@ TIMESTEP_SAMPLING: dict[str, Callable[[torch.Generator, float], tuple[Tensor, Te
 
 
 def draw_sigma(
-    name: str, generator: torch.Generator, shift: float = DEFAULT_SHIFT, device: torch.device | str = "cpu"
+    name: str,
+    generator: torch.Generator,
+    shift: float = DEFAULT_SHIFT,
+    device: torch.device | str = "cpu",
+    timesteps: tuple[float, float] = ALL_TIMESTEPS,
 ) -> tuple[Tensor, Tensor]:
     """Return (sigma, loss weight) of one training sample, float32 scalars on `device`.
 
@@ -89,10 +95,14 @@ def draw_sigma(
         name: "diffsynth" (1000 shifted values, uniform, bell-shaped weight; the method's), "uniform" or "logit_normal"
             (continuous, shifted, weight 1).
         generator: a CPU generator, e.g. of `generator_for`.
+        timesteps: [first, end) of those that are wanted; others are drawn again, so that within the range neither law
+            nor weights change.
     """
     if name not in TIMESTEP_SAMPLING:
         raise ConfigError("timestep_sampling", name, f"allowed: {', '.join(TIMESTEP_SAMPLING)}")
     sigma, weight = TIMESTEP_SAMPLING[name](generator, shift)
+    while not timesteps[0] <= float(sigma * NUM_TRAIN_TIMESTEPS) < timesteps[1]:
+        sigma, weight = TIMESTEP_SAMPLING[name](generator, shift)
     return sigma.to(device), weight.to(device)
 
 

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import json
 import logging
-import math
 from collections.abc import Callable, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -14,11 +13,11 @@ import numpy as np
 import torch
 
 from ex4d import depth, flow, storage, video
-from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
+from ex4d.generate_load import device_of, load, lora_files
 from ex4d.geometry import masks
-from ex4d.models import backbone, encoders, lora, provenance, swap, weights, windows
-from ex4d.models.adapter import Ex4dModel, build_model
+from ex4d.models import backbone, encoders, experts, provenance, weights, windows
+from ex4d.models.adapter import Ex4dModel
 from ex4d.reconstruct import Reconstruction, reconstruct
 from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.reconstruct_files import sounding, white
@@ -60,7 +59,7 @@ def to_frames(pixels: torch.Tensor) -> np.ndarray:
 @torch.inference_mode()
 def generate(
     base: backbone.Base,
-    model: Ex4dModel,
+    model: Ex4dModel | experts.Experts,
     cond_video: np.ndarray,
     visible: np.ndarray,
     config: GenerateConfig,
@@ -111,7 +110,7 @@ def generate(
 
 def _velocity(
     base: backbone.Base,
-    model: Ex4dModel,
+    model: Ex4dModel | experts.Experts,
     config: GenerateConfig,
     prompt: str,
     image_embeds: torch.Tensor | None,
@@ -128,70 +127,6 @@ def _velocity(
         return velocity
     stride = base.stride[0]
     return windows.joined(velocity, (config.window_frames - 1) // stride + 1, config.window_overlap // stride)
-
-
-def _device(name: str | None) -> str:
-    if name is None:
-        return "cuda" if torch.cuda.is_available() else "cpu"
-    count = torch.cuda.device_count()
-    allowed = ["cpu", *(["cuda"] if count else []), *(f"cuda:{index}" for index in range(count))]
-    if name not in allowed:
-        raise ConfigError("device", name, f"here: {', '.join(allowed)}")
-    return name
-
-
-def load(
-    adapter_path: str | Path,
-    base: str | None = None,
-    device: str | None = None,
-    config: GenerateConfig = GenerateConfig(),
-) -> tuple[backbone.Base, Ex4dModel]:
-    """Return (base, model with its adapter) in evaluation mode.
-
-    Args:
-        base: overrides the base that the adapter names: tiny, a folder, or a hub id.
-        device: default cuda where there is one.
-        config: its quantize, block_swap and offload say how much lies on the device.
-    """
-    device = _device(device)
-    metadata = weights.read_metadata(adapter_path)
-    loaded = backbone.load_base(
-        *provenance.base_of(adapter_path, metadata, base),
-        device=device,
-        quantize=config.quantize,
-        transformer_device="cpu" if config.block_swap and not config.quantize else None,
-        offload=config.offload,
-    )
-    shape = backbone.ModelConfig(
-        lora_rank=metadata.lora_rank,
-        lora_alpha=metadata.lora_alpha,
-        adapter_hidden=metadata.adapter_hidden,
-        residual_fp32=metadata.residual_fp32,
-    )
-    model = build_model(loaded.transformer, shape)
-    weights.load_adapter(adapter_path, model, allow_other_base=base not in (None, metadata.base))
-    for index, (path, scale) in enumerate(lora_files(config)):
-        lora.stack_lora(model.transformer, path, scale, f"extra{index}")
-    swap.swap_blocks(model.transformer, config.block_swap, loaded.device)
-    (model.geometry_adapter if config.offload else model).to(loaded.device)
-    return loaded, model.eval()
-
-
-def lora_files(config: GenerateConfig) -> list[tuple[Path, float]]:
-    """Return (file, scale) of each of `config.lora`. Raises ConfigError for a missing file or an invalid scale."""
-    found = []
-    for text in config.lora:
-        path, colon, number = text.rpartition(":")
-        if not colon or Path(text).is_file():
-            path, number = text, "1"
-        try:
-            scale = float(number)
-        except ValueError:
-            scale = math.nan
-        if not math.isfinite(scale) or not Path(path).is_file():
-            raise ConfigError("generate.lora", text, "must be a safetensors file, or FILE:SCALE")
-        found.append((Path(path), scale))
-    return found
 
 
 def _view_config(metadata: weights.AdapterMetadata, device: str, view: Mapping[str, Any]) -> ReconstructConfig:
@@ -220,9 +155,9 @@ def novel_view(
         view: settings of ReconstructConfig; `size`, `num_frames` and `profile` default to those of the training.
             num_frames is 4k+1, the sides are multiples of the latent patch.
     """
-    metadata = weights.read_metadata(adapter_path)
+    metadata = experts.common(experts.read(adapter_path))
     # All checks, and depth, come before gigabytes of weights are loaded.
-    seen = _view_config(metadata, _device(device), view)
+    seen = _view_config(metadata, device_of(device), view)
     lora_files(config)
     config = config.for_adapter(metadata)
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))

@@ -28,7 +28,9 @@ class GenerateConfig:
     )
     block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
     lora: tuple[str, ...] = setting(
-        (), "More LoRA files for the base, each FILE or FILE:SCALE, e.g. one distilled to few steps without guidance."
+        (),
+        "More LoRA files for the base, FILE or FILE:SCALE, e.g. distilled to few steps without guidance; high:FILE or "
+        "low:FILE for one expert of two.",
     )
     window_frames: int | None = setting(
         None, "Sample longer videos in overlapping windows of this many frames (4k+1); null: in one piece.", ge=5

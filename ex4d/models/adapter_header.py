@@ -34,6 +34,7 @@ class AdapterMetadata:
         num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
         dataset_fingerprint: tree hash of the dataset; None if unknown.
         step: training step of the weights.
+        expert: of a base of two, the one it was trained on: "high" (noise) or "low"; None for a base of one.
         conventions: for readers, not for code.
         format_version: of this layout.
     """
@@ -52,6 +53,7 @@ class AdapterMetadata:
     size: tuple[int, int] = (512, 512)
     dataset_fingerprint: str | None = None
     step: int = 0
+    expert: Literal["high", "low"] | None = None
     conventions: str = CONVENTIONS
     format_version: int = FORMAT_VERSION
 
@@ -59,8 +61,9 @@ class AdapterMetadata:
 def write(metadata: AdapterMetadata) -> dict[str, str]:
     """Return the header of a file: one entry only, since the order of several is not fixed in safetensors."""
     fields = asdict(metadata)
-    if not metadata.residual_fp32:
-        del fields["residual_fp32"]  # so that earlier versions read the file
+    for newer in ("residual_fp32", "expert"):
+        if not fields[newer]:
+            del fields[newer]  # so that earlier versions read the file
     return {_HEADER: json.dumps(fields, sort_keys=True)}
 
 
@@ -81,6 +84,7 @@ def read(file: Path) -> AdapterMetadata:
         raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
     header.setdefault("shift", DEFAULT_SHIFT)  # adapters from before 2026-11-23 do not say it
     header.setdefault("residual_fp32", False)
+    header.setdefault("expert", None)
     names = {field.name for field in fields(AdapterMetadata)}
     if set(header) != names:
         raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")

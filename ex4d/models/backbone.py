@@ -28,10 +28,13 @@ COMPONENTS = ("transformer", "vae", "text_encoder", "image_encoder")
 # Sub-folders of the diffusers layout that a component needs; only safetensors and text are ever fetched or read.
 FOLDERS = {
     "transformer": ("transformer",),
+    "transformer_2": ("transformer_2",),
     "vae": ("vae",),
     "text_encoder": ("text_encoder", "tokenizer"),
     "image_encoder": ("image_encoder", "image_processor"),
 }
+Expert = Literal["high", "low"]  # of a base of two, by the noise that it works at; see models/experts.py
+TRANSFORMERS: dict[Expert | None, str] = {None: "transformer", "high": "transformer", "low": "transformer_2"}
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
 
@@ -80,6 +83,7 @@ def load_base(
     transformer_device: str | torch.device | None = None,
     offload: bool = False,
     shared: bool = False,
+    expert: Expert | None = None,
 ) -> Base:
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
@@ -90,6 +94,7 @@ def load_base(
         transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
         offload: everything stays in the host's memory until it works; see Base.
         shared: every rank of the process group calls; rank 0 alone reads the transformer, the others receive it.
+        expert: which of a base's two transformers is loaded; None for a base of one.
 
     Raises:
         ConfigError: the base is missing and cannot be fetched; says what to download and where to put it.
@@ -100,7 +105,8 @@ def load_base(
         raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
     if quantize is not None and quantize not in STYLES:
         raise ConfigError("model.quantize", quantize, f"allowed: {', '.join(STYLES)} or null")
-    folder = resolve(base, revision, components)
+    transformer = TRANSFORMERS[expert]
+    folder = resolve(base, revision, [transformer if name == "transformer" else name for name in components])
     device = torch.device(device)
     if device.type == "cuda" and device.index is None:
         device = torch.device("cuda", torch.cuda.current_device())
@@ -115,7 +121,7 @@ def load_base(
         if style is not None:
             places[name] = device  # it is quantised there, a layer at a time
         if name == "transformer":
-            loaded[name] = _load_transformer(folder, main, device, places[name], style, shared)
+            loaded[name] = _load_transformer(folder / transformer, main, device, places[name], style, shared)
         else:
             loaded[name] = _load(name, folder, vae if name == "vae" else main, places[name])
     return Base(
@@ -149,23 +155,18 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
     """Return the local folder of a base, fetching the asked components of a hub id where they are not cached.
 
     Raises:
-        ConfigError: the base is missing and cannot be fetched (says what to download and where to put it), or has two
-            experts.
+        ConfigError: the base is missing and cannot be fetched; says what to download and where to put it.
     """
-    if base in families.REFUSED:
-        raise ConfigError("model.base", base, families.REFUSED[base])
     if _is_local(base):
         folder = TINY_FOLDER if base == TINY else Path(base)
         if not (folder / "transformer" / "config.json").is_file():
             raise ConfigError(
                 "model.base", base, f"{folder} is not a diffusers folder: transformer/config.json is missing"
             )
-        if (folder / "transformer_2").is_dir():
-            raise ConfigError("model.base", base, families.TWO_EXPERTS)
         return folder
     patterns = [f"{sub}/{file}" for name in components for sub in FOLDERS[name] for file in FILES]
     at = f"@{revision}" if revision else ""
-    return hub.resolve(f"{base}{at}", [*patterns, "transformer/config.json"], "model.base")
+    return hub.resolve(f"{base}{at}", [*patterns, "transformer/config.json", "model_index.json"], "model.base")
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
@@ -186,10 +187,9 @@ def _load_transformer(
     """Return the frozen transformer in eval mode; see streaming.load_transformer."""
     from diffusers import WanTransformer3DModel
 
-    config = read_config(folder, "transformer")
-    where = (folder / "transformer", dtype, device, place)
-    model = streaming.load_transformer(WanTransformer3DModel, config, *where, style, shared)
-    log.info("loaded the transformer in %s", style or dtype)
+    config = read_config(folder.parent, folder.name)
+    model = streaming.load_transformer(WanTransformer3DModel, config, folder, dtype, device, place, style, shared)
+    log.info("loaded %s in %s", folder.name, style or dtype)
     return model.eval().requires_grad_(False)
 
 

@@ -28,6 +28,7 @@ class Base:
         name, revision: as requested; of a hub id, the commit.
         shape: the transformer's configuration, present even without the transformer.
         image_settings: mean and std of the image encoder's input.
+        transformer_2: the second of two experts, for generation.
         offload: keep components in the host's memory, and on the device only the one at work: see `bring`.
     """
 
@@ -41,6 +42,7 @@ class Base:
     tokenizer: Any = None
     image_encoder: Any = None
     image_settings: dict[str, Any] | None = None
+    transformer_2: Any = None
     offload: bool = False
 
     def _need(self, component: str) -> Any:
@@ -54,7 +56,8 @@ class Base:
         wanted = self._need(component)
         if self.offload:
             with torch.inference_mode(False):  # tensors moved in inference mode could not require gradients later
-                for other in (self.transformer, self.vae, self.text_encoder, self.image_encoder):
+                for name in ("transformer", "transformer_2", "vae", "text_encoder", "image_encoder"):
+                    other = getattr(self, name)
                     if other is not None and other is not wanted:
                         other.to("cpu")
                 wanted.to(self.device)

@@ -10,18 +10,20 @@ import torch
 from torch import Tensor
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import weights
+from ex4d.models import experts, weights
 
 logger = logging.getLogger(__name__)
 
 STYLES = ("ex4d", "released", "kohya", "comfyui", "diffusers")
 
 
-def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path | None = None) -> Path:
-    """Return the path of an adapter written in another form; what only changes its names changes no bit.
+def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path | None = None) -> list[Path]:
+    """Return the paths of an adapter written in another form; what only changes its names changes no bit.
 
     Args:
-        adapter: folder or file of `ex4d train`, or a released ex4d.ckpt.
+        adapter: folder or file of `ex4d train`, or a released ex4d.ckpt. A folder of two experts' adapters
+            (`experts.files`) makes two files, with _high_noise and _low_noise before the suffix, as ComfyUI's users
+            expect, or OUTPUT/high and OUTPUT/low; `lora` then means two files that are named so.
         style: "ex4d" (a folder, with the metadata), "released" (LoRA and geometry as ex4d.ckpt), or "kohya", "comfyui",
             "diffusers": the LoRA alone, since they have no place for the geometry adapter. Where a form has none for
             alpha, B is written times alpha / rank.
@@ -36,6 +38,21 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
     if style not in STYLES:
         raise ConfigError("style", style, f"allowed: {', '.join(STYLES)}")
     output = Path(output)
+    if not experts.files(adapter):
+        return [_export(adapter, style, output, lora)]
+    written = []
+    for expert, (file, _) in experts.read(adapter).items():
+        place = output / str(expert) if style == "ex4d" else _of_expert(output, expert)
+        written.append(_export(file, style, place, None if lora is None else _of_expert(Path(lora), expert)))
+    return written
+
+
+def _of_expert(path: Path, expert: str | None) -> Path:
+    return path.with_name(f"{path.stem}_{expert}_noise{path.suffix}")
+
+
+def _export(adapter: str | Path, style: str, output: Path, lora: str | Path | None) -> Path:
+    """Write one adapter in another form; see `export`."""
     target = output / weights.FILE_NAME if style == "ex4d" else output
     for source in (Path(adapter), Path(adapter) / weights.FILE_NAME, *([Path(lora)] if lora else [])):
         if source.is_file() and target.exists() and source.samefile(target):
@@ -43,6 +60,8 @@ def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path
     state, metadata = weights.read_adapter(adapter)
     if metadata.source_video and style != "ex4d":
         raise ConfigError("style", style, "must be ex4d: other formats cannot record that it takes the source video")
+    if metadata.expert and style == "released":
+        raise ConfigError("style", style, "must be another: this format belongs to Wan2.1, which has one transformer")
     if lora is not None:
         state, alpha = _with_lora(state, lora)
         metadata = replace(metadata, lora_rank=_rank(state), lora_alpha=alpha)

@@ -39,6 +39,8 @@ class Family:
         transformer: the complete configuration of diffusers' WanTransformer3DModel.
         stride: pixels per latent in (T, H, W); T frames give (T − 1) / stride + 1 latents.
         encoders: {component: parameters} of what makes latents, text and image features, counted on the meta device.
+        boundary: of a base of two experts, the noise level from which on the first one works (diffusers'
+            `boundary_ratio`); None for a base of one transformer.
         note: what is special, for people.
     """
 
@@ -46,6 +48,7 @@ class Family:
     transformer: Mapping[str, Any]
     stride: tuple[int, int, int] = (4, 8, 8)
     encoders: Mapping[str, int] = field(default_factory=lambda: _ENCODERS)
+    boundary: float | None = None
     note: str = ""
 
 
@@ -74,20 +77,25 @@ FAMILIES = {
         encoders=_ENCODERS | {"vae": 704_688_668},
         note="used as text-to-video: one timestep for all tokens, frame 0 through the geometry adapter alone",
     ),
-}
-
-TWO_EXPERTS = (
-    "is two transformers, one for timesteps of at least 900 and one below: each would need an adapter and a training "
-    "run of its own, and the sampler a switch; not supported"
-)
-# hub id -> why
-REFUSED = {
-    "Wan-AI/Wan2.2-I2V-A14B-Diffusers": TWO_EXPERTS,
-    "Wan-AI/Wan2.2-T2V-A14B-Diffusers": TWO_EXPERTS,
+    "wan2.2-i2v-a14b": Family(
+        hub_ids=("Wan-AI/Wan2.2-I2V-A14B-Diffusers",),
+        transformer=_14B | {"in_channels": 36},
+        boundary=0.9,
+        note="two experts, an adapter each; the first frame without CLIP",
+    ),
+    "wan2.2-t2v-a14b": Family(
+        hub_ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers",),
+        transformer=_14B,
+        boundary=0.875,
+        note="two experts, an adapter each; frame 0 reaches the model through the geometry adapter alone",
+    ),
 }
 
 # What tells the families apart; the rest of a configuration follows from these.
-_IDENTITY = ("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim", "in_channels", "out_channels")
+_IDENTITY = (
+    *("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim"),
+    *("in_channels", "out_channels", "image_dim"),
+)
 
 
 def family_of(transformer_config: Mapping[str, Any]) -> str | None:

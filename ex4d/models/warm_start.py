@@ -4,13 +4,14 @@ from __future__ import annotations
 
 import math
 from dataclasses import dataclass
+from pathlib import Path
 
 from torch import Tensor
 
 from ex4d.errors import ConfigError
-from ex4d.models import provenance, weights
+from ex4d.models import experts, provenance, weights
 from ex4d.models.adapter import Ex4dModel
-from ex4d.models.backbone import ModelConfig
+from ex4d.models.backbone import Expert, ModelConfig
 
 
 @dataclass(frozen=True)
@@ -44,15 +45,21 @@ class WarmStart:
         weights.load_state(model, self.state, self.path)
 
 
-def read(path: str, config: ModelConfig) -> WarmStart:
+def read(path: str, config: ModelConfig, expert: Expert | None = None) -> WarmStart:
     """Return the weights to start from, before any base is loaded.
+
+    Args:
+        path: as in `weights.read_adapter`, or a folder of two experts' adapters.
+        expert: the one that is trained.
 
     Raises:
         ConfigError: there is no such file, or a setting of `model` differs from the adapter's; names it with the value
             that it must have.
         ContractError: a damaged file.
     """
-    state, metadata = weights.read_adapter(path)
+    state, metadata = weights.read_adapter(experts.files(path).get(expert or "high", Path(path)))
+    if metadata.expert not in (None, expert):
+        raise ConfigError("train.expert", expert, f"must be {metadata.expert}, as in train.init_from={path}")
     alpha = config.lora_alpha * (math.sqrt(config.lora_rank) if config.lora_rslora else 1.0)
     pairs = {
         "lora_rank": (config.lora_rank, metadata.lora_rank),

@@ -23,8 +23,8 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
         num_processes: ranks on this machine.
 
     Raises:
-        ConfigError: an unknown W&B mode; float16, whose gradients underflow; a missing GPU; a validation without
-            samples, or on a device that is missing or used by a rank.
+        ConfigError: an unknown W&B mode; an expert that the base does not have; float16, whose gradients underflow; a
+            missing GPU; a validation without samples, or on a device that is missing or used by a rank.
         ContractError: no finished dataset.
     """
     mode = os.environ.get("WANDB_MODE")
@@ -43,12 +43,15 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
         return
     import torch
 
+    from ex4d.models import experts
+
     gpus = torch.cuda.device_count()
     if train.device == "cuda" and not gpus:
         raise ConfigError("train.device", "cuda", "must be cpu or auto: PyTorch finds no GPU on this machine")
     if train.validate_apart or train.validate_videos:
         ranks_gpus = min(num_processes, gpus) if train.device != "cpu" else 0
         _check_validate_device(train.validate_device, gpus, ranks_gpus)
+    experts.timesteps(model.base, model.revision, train.expert)
 
 
 def _check_validate_device(device: str, gpus: int, ranks_gpus: int) -> None:

@@ -80,6 +80,11 @@ class TrainConfig:
     timestep_sampling: Literal["diffsynth", "uniform", "logit_normal"] = setting(
         "diffsynth", "How timesteps are drawn and weighted; see docs/method.md."
     )
+    expert: Literal["high", "low"] | None = setting(
+        None,
+        "Which expert of a base of two (Wan2.2-A14B) is trained: high, from the base's boundary of noise on, or low, "
+        "below; null: it has one.",
+    )
     hole_weight: float = setting(1.0, "Loss weight of latents inside holes, relative to visible ones.", gt=0)
     condition_dropout: float = setting(
         0.0, "Fraction of samples trained with an empty prompt, for classifier-free guidance.", ge=0, lt=1

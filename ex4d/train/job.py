@@ -13,7 +13,7 @@ import torch
 from torch import Tensor, nn
 
 from ex4d import config as configs
-from ex4d.models import adapter, attention, backbone, blocks, encoders, lora, swap, warm_start, weights
+from ex4d.models import adapter, attention, backbone, blocks, encoders, experts, lora, swap, warm_start, weights
 from ex4d.redact import without_secrets
 from ex4d.train import checkpoint, flops, prompts
 from ex4d.train.config import Place, TrainConfig, identity
@@ -60,14 +60,15 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     """Return the job of a configuration, with the base loaded to `device`.
 
     Raises:
-        ConfigError: the base is missing or cannot take these clips; see also datasets.Datasets.
+        ConfigError: the base is missing, cannot take these clips, or has other experts; see also datasets.Datasets.
         ContractError: a dataset is not finished, or its latents are of another model.
     """
     chosen = model_config
+    timesteps = experts.timesteps(chosen.base, chosen.revision, config.expert)
     data = Datasets(config, chosen, place)
     start = None
     if config.init_from and checkpoint.latest(config.output) is None:
-        start = warm_start.read(config.init_from, chosen)
+        start = warm_start.read(config.init_from, chosen, config.expert)
     if chosen.family is not None:
         backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # rejects it before it is loaded
     known: dict[str, Tensor] = {}
@@ -90,6 +91,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         encoder: Encoder = LatentEncoder(base, data.texts, config.prompt)
     else:
         encoder = Encoder(base, chosen.mask_range, config.prompt, known)
+    encoder.timesteps = timesteps
     who = identity(config, chosen, data.fingerprint)
     facts = _facts(config, chosen, base, device) | {"dataset": data.fingerprint, "world_size": place.world_size}
     return Job(encoder, model, data.open, who, write_adapter, facts, costs, recompute)
@@ -109,6 +111,7 @@ def _load_base(
         # The full weights of swapped blocks need not fit on the device.
         transformer_device="cpu" if config.block_swap and not chosen.quantize else None,
         shared=place.world_size > 1,
+        expert=config.expert,
     )
 
 
@@ -148,6 +151,7 @@ def _metadata(
         size=tuple(sample["size"]),
         dataset_fingerprint=data.fingerprint,
         step=0,
+        expert=config.expert,
     )
 
 

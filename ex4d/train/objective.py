@@ -62,7 +62,12 @@ class Encoder:
         mask_range: "unit" or "released": range of the mask video before it is encoded.
         prompt: one prompt for all clips, or None for their captions.
         known: {text: embeddings [1, 512, d]} of prompts that need not be encoded.
+
+    Attributes:
+        timesteps: [first, end) of those that are trained; one expert of two has its part.
     """
+
+    timesteps = flow.ALL_TIMESTEPS
 
     def __init__(self, base: Any, mask_range: str, prompt: str | None, known: Mapping[str, Tensor] | None = None):
         self.base, self.mask_range, self.prompt = base, mask_range, prompt
@@ -79,7 +84,7 @@ class Encoder:
         device = self.base.device
         encoded = self.clips(batch)
         latents = encoded.latents
-        drawn = [flow.draw_sigma(sampling, noise.generator, shift, device) for noise in noises]
+        drawn = [flow.draw_sigma(sampling, noise.generator, shift, device, self.timesteps) for noise in noises]
         sigma, weight = (torch.stack(column) for column in zip(*drawn, strict=True))
         captions = [self.prompt if self.prompt is not None else caption for caption in batch["captions"]]
         prompts = ["" if noise.drops_prompt() else caption for noise, caption in zip(noises, captions, strict=True)]

@@ -289,8 +289,9 @@ def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any],
         noise = NamedNoise(config.seed, "validation video", batch["keys"][0])
         inputs = job.encoder.encode(batch, [noise], config.shift, "uniform")
         arguments: tuple[Any, ...] = inputs.model_inputs  # of Ex4dModel.forward
-        noisy, cond, latents = arguments[0], arguments[5], sample(job.model, arguments, config)
+        noisy, cond = arguments[0], arguments[5]
         real = noisy - inputs.sigma.view(-1, 1, 1, 1, 1) * inputs.target  # x0 = x - sigma v
+        latents = sample(job.model, arguments, config, real, job.encoder.timesteps)
         panels = [cond[:, : real.shape[1]], latents, real]
         frames = [generate.to_frames(base.decode_latents(panel)) for panel in panels]
         names.append(f"clip-{index}.mp4")
@@ -299,14 +300,28 @@ def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any],
     return names
 
 
-def sample(model: Callable[..., Tensor], model_inputs: tuple[Any, ...], config: TrainConfig) -> Tensor:
-    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from its own noise."""
+def sample(
+    model: Callable[..., Tensor],
+    model_inputs: tuple[Any, ...],
+    config: TrainConfig,
+    real: Tensor,
+    timesteps: tuple[float, float] = flow.ALL_TIMESTEPS,
+) -> Tensor:
+    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from its own noise.
+
+    Args:
+        real: latents of the clip, and timesteps: [first, end) of the model's. An expert of two is shown alone: the high
+            one goes from its last step to the end at once, the low one starts from the noised clip.
+    """
     noisy, _, prompt, *conditions = model_inputs
-    noise = torch.randn(noisy.shape, generator=flow.generator_for(config.seed, "validation video"))
+    noise = torch.randn(noisy.shape, generator=flow.generator_for(config.seed, "validation video")).to(noisy.device)
+    *levels, end = flow.sigmas(config.validate_video_steps, config.shift).tolist()
+    first, beyond = (limit / flow.NUM_TRAIN_TIMESTEPS for limit in timesteps)
+    own = [level for level in levels if first <= level < beyond] or [min(beyond, levels[0])]
     return flow.sample(
         lambda latents, timestep: model(latents, timestep, prompt, *conditions),
-        noise.to(noisy.device),
-        flow.sigmas(config.validate_video_steps, config.shift),
+        flow.add_noise(real, noise, torch.tensor(own[0])),
+        torch.tensor([*own, end]),
     )
 
 

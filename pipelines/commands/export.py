@@ -9,7 +9,11 @@ from pipelines.runtime.output import writing
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d export`."""
-    parser.add_argument("adapter", metavar="ADAPTER", help="folder written by `ex4d train`, its file, or an ex4d.ckpt")
+    parser.add_argument(
+        "adapter",
+        metavar="ADAPTER",
+        help="folder written by `ex4d train`, its file, or an ex4d.ckpt; or a folder of two experts, high and low",
+    )
     parser.add_argument("--style", required=True, choices=("ex4d", "released", "kohya", "comfyui", "diffusers"))
     parser.add_argument("--output", required=True, metavar="F", help="file to write; for ex4d, folder")
     parser.add_argument("--from", dest="lora", metavar="LORA", help="take the LoRA from this file of another program")
@@ -20,5 +24,6 @@ def run(args: argparse.Namespace) -> int:
     from ex4d.models.export import export
 
     with writing(args.output, is_file=args.style != "ex4d"):
-        print(export(args.adapter, args.style, args.output, args.lora))
+        for path in export(args.adapter, args.style, args.output, args.lora):
+            print(path)
     return 0

@@ -15,7 +15,11 @@ from pipelines.runtime.output import writing
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d generate`."""
     parser.add_argument("--video", required=True, help="The video to start from.")
-    parser.add_argument("--adapter", required=True, help="Folder written by `ex4d train` (its adapter/).")
+    parser.add_argument(
+        "--adapter",
+        required=True,
+        help="Folder written by `ex4d train` (its adapter/), or one with two experts' trainings, high and low.",
+    )
     parser.add_argument("--output", required=True, metavar="OUT.mp4", help="The video to write.")
     parser.add_argument("--base", help="Base model: tiny, a folder, or a hub id; default: the adapter's own.")
     parser.add_argument("--size", type=flags.size, help="HEIGHTxWIDTH; default: what the adapter was trained at.")

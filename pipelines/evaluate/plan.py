@@ -18,7 +18,7 @@ from ex4d.geometry.camera import fov_setting, intrinsics
 from ex4d.geometry.camera_path import SOURCE_MOTIONS
 from ex4d.geometry.profiles import PROFILES
 from ex4d.geometry.render import choose_backend
-from ex4d.models import backbone, fingerprints, provenance, weights
+from ex4d.models import backbone, experts, fingerprints, provenance, weights
 from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.synthetic import SyntheticConfig
 from pipelines import inputs
@@ -137,7 +137,8 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         ConfigError: a setting is invalid; before any work.
         ContractError: the adapter's file or a file of poses is damaged.
     """
-    metadata = weights.read_metadata(config.adapter)
+    adapters = experts.read(config.adapter)
+    metadata = experts.common(adapters)
     size, num_frames = config.size or metadata.size, config.num_frames
     num_frames = metadata.num_frames if num_frames is None else num_frames
     choices = _reconstruct_choices(config, metadata, num_frames, size)
@@ -149,8 +150,11 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     world = replace(world, seed=config.corpus_seed, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
     base = provenance.base_of(config.adapter, metadata, config.base, "evaluate.base")
     _check_swap(sampler, base)
-    digest = storage.sha256(weights.adapter_file(config.adapter))
-    models = fingerprints.of_components(*base, backbone.COMPONENTS, backbone.COMPONENTS)
+    at = experts.boundary(*base)
+    experts.check_fit(adapters, base[0], at)
+    digest = " + ".join(storage.sha256(file) for file, _ in adapters.values())
+    components = backbone.COMPONENTS if at is None else (*backbone.COMPONENTS, "transformer_2")
+    models = fingerprints.of_components(*base, components, components)
     sampler = sampler.for_adapter(metadata)
     context = Evaluation(
         output=config.output,

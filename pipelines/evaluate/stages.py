@@ -19,6 +19,7 @@ if TYPE_CHECKING:
     from ex4d.generate import GenerateConfig
     from ex4d.models.adapter import Ex4dModel
     from ex4d.models.encoders import Base
+    from ex4d.models.experts import Experts
     from ex4d.reconstruct import Clip
     from ex4d.synthetic import SyntheticConfig
 
@@ -69,7 +70,9 @@ class Evaluation:
 
 
 @lru_cache(maxsize=1)
-def loaded(adapter: str, base: str | None, model: str, device: str, sampler: GenerateConfig) -> tuple[Base, Ex4dModel]:
+def loaded(
+    adapter: str, base: str | None, model: str, device: str, sampler: GenerateConfig
+) -> tuple[Base, Ex4dModel | Experts]:
     """Return the base and its adapter; this process keeps them until it needs others.
 
     Args:
@@ -84,7 +87,7 @@ def loaded(adapter: str, base: str | None, model: str, device: str, sampler: Gen
     return load(adapter, base, device, sampler)
 
 
-def _loaded(context: Evaluation) -> tuple[Base, Ex4dModel]:
+def _loaded(context: Evaluation) -> tuple[Base, Ex4dModel | Experts]:
     return loaded(context.adapter, context.base, context.model, context.device, context.sampler)
 
 

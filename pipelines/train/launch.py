@@ -279,11 +279,12 @@ def _clip_pixels(facts: dict[str, Any]) -> int:
 def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     """Print what the run would need; only configurations are loaded."""
     from ex4d.data import manifest
-    from ex4d.models import backbone, families
+    from ex4d.models import backbone, experts, families
     from ex4d.train import estimate, flops
     from ex4d.train.config import plan_batch
 
     shape = backbone.transformer_config(model.base, model.revision, model.family)
+    experts.timesteps(model.base, model.revision, train.expert)
     there = [data.path for data in train.datasets if storage.exists(storage.join(data.path, manifest.DATASET))]
     # Of several datasets, the one with the largest clips decides the memory.
     facts: dict[str, Any] = max(map(manifest.read_dataset, there), key=_clip_pixels, default={})

@@ -9,6 +9,7 @@ import sys
 from collections import Counter
 from dataclasses import replace
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -30,7 +31,7 @@ SAMPLER = GenerateConfig(num_inference_steps=2, guidance_scale=1.0)
 RANGES = {"small": ("orbit", 30.0), "zoomed": ("zoom", 0.0, {"zoom": 1.5})}
 
 
-def write_adapter(folder: Path, base_folder: Path, scale: float = 0.2) -> None:
+def write_adapter(folder: Path, base_folder: Path, scale: float = 0.2, expert: Any = None) -> None:
     """Write an adapter that is not zero."""
     import torch
 
@@ -38,14 +39,17 @@ def write_adapter(folder: Path, base_folder: Path, scale: float = 0.2) -> None:
     from ex4d.models.adapter import build_model
     from ex4d.models.encoders import base_fingerprint
 
-    base = backbone.load_base(str(base_folder), components=("transformer",))
+    base = backbone.load_base(str(base_folder), components=("transformer",), expert=expert)
     model = build_model(base.transformer, backbone.ModelConfig(lora_rank=2, lora_alpha=2.0, adapter_hidden=8))
     generator = torch.Generator().manual_seed(0)
     with torch.no_grad():
         for parameter in model.trainable_parameters().values():
             parameter.add_(scale * torch.randn(parameter.shape, generator=generator))
     told = weights.AdapterMetadata(
-        str(base_folder), None, base_fingerprint(base.transformer), 2, 2.0, 8, num_frames=5, size=(32, 32)
+        *(str(base_folder), None, base_fingerprint(base.transformer), 2, 2.0, 8),
+        num_frames=5,
+        size=(32, 32),
+        expert=expert,
     )
     weights.save_adapter(folder, model, told)
 
@@ -125,6 +129,29 @@ def test_the_base_alone_is_the_base(folder):
     view = views.along(clip, views.Path("orbit", 30.0, {}))
     frames = generate(base, model.eval(), view.cond_video, view.visible, SAMPLER, 0)
     assert video.encode(frames, 8.0) == (folder / "scenes" / "videos" / "scene-00000-small.base.mp4").read_bytes()
+
+
+def test_one_expert_of_two_or_both_are_evaluated(folder, tmp_path):
+    """Two adapters, each alone and both together: three results, and the base alone is the same in all of them."""
+    from ex4d.models import tiny, weights
+
+    shutil.copytree(folder / "base", tmp_path / "base")
+    tiny.new_transformer(8, num_layers=1).save_pretrained(tmp_path / "base" / "transformer_2")
+    (tmp_path / "base" / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.9}))
+    for expert, scale in (("high", 0.2), ("low", 0.3)):
+        write_adapter(tmp_path / "run" / expert, tmp_path / "base", scale, expert)
+    found = {}
+    for name in ("run", "run/high", "run/low"):
+        output = tmp_path / f"out-{name.replace('/', '-')}"
+        chosen = {"adapter": str(tmp_path / name), "num_scenes": 1, "methods": ("adapter", "base")}
+        chosen |= {"image_features": None, "video_features": None, "sampler": replace(SAMPLER, num_inference_steps=4)}
+        assert scenes(folder, output, **chosen).exit_code == 0
+        found[name] = [clip["figures"] for clip in record(output)["clips"]]
+    assert len({json.dumps([row["base"] for row in rows]) for rows in found.values()}) == 1
+    assert len({json.dumps([row["adapter"] for row in rows]) for rows in found.values()}) == 3
+    weights.save_adapter(tmp_path / "run" / "low", *weights.read_adapter(tmp_path / "run" / "high"))
+    with pytest.raises(ContractError, match="of the expert high, not of low"):
+        scenes(folder, tmp_path / "no", adapter=str(tmp_path / "run"))
 
 
 @pytest.mark.ray

@@ -136,7 +136,7 @@ def test_a_form_that_cannot_say_it_is_refused(trained, tmp_path):
     for style in ("released", "kohya"):
         with pytest.raises(ConfigError, match="source video"):
             export.export(trained[1] / "adapter", style, tmp_path / "out")
-    again = export.export(trained[1] / "adapter", "ex4d", tmp_path / "again")
+    (again,) = export.export(trained[1] / "adapter", "ex4d", tmp_path / "again")
     assert weights.read_metadata(again).source_video
 
 

@@ -1,0 +1,155 @@
+"""Bases of two experts (Wan2.2-A14B): one transformer for much noise, `high`, and one for little, `low`. Each is
+trained by itself and has an adapter of its own; generation switches from one to the other at the base's boundary.
+"""
+
+from __future__ import annotations
+
+import json
+import logging
+import math
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from pathlib import Path
+from typing import Any
+
+from torch import Tensor, nn
+
+from ex4d.errors import ConfigError, ContractError
+from ex4d.models import backbone, families, weights
+from ex4d.models.adapter import Ex4dModel
+from ex4d.models.backbone import Expert
+from ex4d.models.encoders import Base
+
+log = logging.getLogger(__name__)
+
+EXPERTS: tuple[Expert, ...] = ("high", "low")
+NUM_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
+# What two adapters that work together must have been trained with alike.
+_ALIKE = ("base", "mask_range", "source_video", "num_frames", "size")
+
+
+def boundary(base: str, revision: str | None = None) -> float | None:
+    """Return the noise level from which on the high expert works; None for a base of one transformer.
+
+    It is `boundary_ratio` in the base's model_index.json; known hub ids need no network.
+
+    Raises:
+        ConfigError: the base is missing. ContractError: it has two transformers and no valid boundary.
+    """
+    known = families.family_of_hub_id(base)
+    if known is not None and not Path(base).is_dir():
+        return families.FAMILIES[known].boundary
+    folder = backbone.resolve(base, revision, ())
+    index = folder / "model_index.json"
+    try:
+        found = json.loads(index.read_text(encoding="utf-8")).get("boundary_ratio") if index.is_file() else None
+    except (OSError, ValueError, AttributeError) as error:
+        raise ContractError(f"{index} cannot be read: {error}") from error
+    if found is None and not (folder / "transformer_2").is_dir():
+        return None
+    if isinstance(found, bool) or not isinstance(found, int | float) or not 0 < found < 1:
+        raise ContractError(f"{index}: boundary_ratio is {found!r}; two experts need one between 0 and 1")
+    return float(found)
+
+
+def timesteps(base: str, revision: str | None, expert: str | None) -> tuple[float, float]:
+    """Return [first, end) of the timesteps that an expert is trained on.
+
+    Raises:
+        ConfigError: `expert` is not one of the base's.
+    """
+    at = boundary(base, revision)
+    if at is None:
+        if expert is not None:
+            raise ConfigError("train.expert", expert, f"must be null: {base} has one transformer")
+        return 0.0, math.inf
+    if expert not in EXPERTS:
+        allowed = f"must be high (noise levels of at least {at:g}) or low (below): {base} has two transformers"
+        raise ConfigError("train.expert", expert, f"{allowed}, each trained by itself")
+    return (NUM_TIMESTEPS * at, math.inf) if expert == "high" else (0.0, NUM_TIMESTEPS * at)
+
+
+def files(folder: str | Path) -> dict[Expert, Path]:
+    """Return {expert: its adapter.safetensors} of a folder with FOLDER/high and FOLDER/low, each an adapter or the
+    output of a training; {} for anything else.
+    """
+    if (Path(folder) / weights.FILE_NAME).is_file():
+        return {}
+    places = {
+        name: [Path(folder) / name / weights.FILE_NAME, Path(folder) / name / "adapter" / weights.FILE_NAME]
+        for name in EXPERTS
+    }
+    return {name: file for name, both in places.items() for file in both[::-1] if file.is_file()}
+
+
+def read(path: str | Path) -> dict[Expert | None, tuple[Path, weights.AdapterMetadata]]:
+    """Return {expert: (file, metadata)} of an adapter: one under None for a base of one transformer, else one or two.
+
+    Args:
+        path: as in `weights.read_adapter`, or a folder of two experts' adapters (see `files`).
+
+    Raises:
+        ConfigError: there is none. ContractError: a file is damaged or of the other expert, or the two do not belong
+            together.
+    """
+    pair = files(path)
+    if not pair:
+        metadata = weights.read_metadata(path)
+        return {metadata.expert: (weights.adapter_file(path), metadata)}
+    found: dict[Expert | None, Any] = {name: (file, weights.read_metadata(file)) for name, file in pair.items()}
+    for name, (file, metadata) in found.items():
+        if metadata.expert != name:
+            raise ContractError(f"{file} is the adapter of the expert {metadata.expert}, not of {name}")
+    all_metadata = [metadata for _, metadata in found.values()]
+    first, last = all_metadata[0], all_metadata[-1]
+    for key in _ALIKE:
+        if getattr(first, key) != getattr(last, key):
+            raise ContractError(
+                f"{path}: the adapters of the two experts were trained with different {key}: "
+                f"{getattr(first, key)} and {getattr(last, key)}"
+            )
+    return found
+
+
+def common(adapters: Mapping[Expert | None, tuple[Path, weights.AdapterMetadata]]) -> weights.AdapterMetadata:
+    """Return the metadata that stands for all adapters of `read`: that of the first."""
+    return next(metadata for _, metadata in adapters.values())
+
+
+def check_fit(adapters: Mapping[Expert | None, Any], base: str, at: float | None) -> None:
+    """Raise ConfigError if the adapters of `read` are not for the experts of a base with this boundary.
+
+    An expert without an adapter works as the base alone, with a warning.
+    """
+    if (at is None) != (None in adapters):
+        has, wants = ("one transformer", "two experts") if at is None else ("two experts", "a base of one transformer")
+        raise ConfigError("base", base, f"has {has}, but the adapter was trained on {wants}")
+    for name in set(EXPERTS) - set(adapters) if at is not None else ():
+        log.warning("there is no adapter for the expert %s: it works as the base alone", name)
+
+
+class Experts(nn.Module):
+    """Two models that work as one: `high` at timesteps from the boundary on, `low` below.
+
+    Args:
+        base: holds both transformers; with its `offload` only the one at work is on the device.
+        high, low: the models over them.
+        boundary: as `boundary` returns it.
+    """
+
+    def __init__(self, base: Base, high: Ex4dModel, low: Ex4dModel, boundary: float):
+        super().__init__()
+        self.high, self.low = high, low
+        self.base, self.first_timestep = base, NUM_TIMESTEPS * boundary
+
+    def forward(self, noisy_latents: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
+        """Return the velocity by the expert of a timestep [B], the same for the whole batch; see Ex4dModel.forward."""
+        expert: Expert = "high" if float(timestep[0]) >= self.first_timestep else "low"
+        self.base.bring(backbone.TRANSFORMERS[expert])
+        return (self.high if expert == "high" else self.low)(noisy_latents, timestep, *conditions)
+
+    @contextmanager
+    def base_alone(self) -> Iterator[None]:
+        """Compute as the base does, without adapters, inside the block."""
+        with self.high.base_alone(), self.low.base_alone():
+            yield
