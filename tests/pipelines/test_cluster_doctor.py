@@ -90,16 +90,18 @@ def test_relative_storage_and_an_address_without_a_ray_end_with_2(capsys):
     assert len(capsys.readouterr().err.splitlines()) == 2
 
 
+def preloadable(name: str, folder: Path) -> str:
+    """Return the library of NAME.c beside this file."""
+    library, source = folder / f"{name}.so", Path(__file__).with_name(f"{name}.c")
+    subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
+    return str(library)
+
+
 @pytest.fixture(scope="module")
 def cluster(tmp_path_factory):
     """Two nodes of one machine; for paths with /loose/ in them, the head has a file system that is not atomic."""
     folder = tmp_path_factory.mktemp("doctor")
-    loose = {}
-    if shutil.which("gcc"):
-        library = folder / "loose_store.so"
-        source = Path(__file__).with_name("loose_store.c")
-        subprocess.run(["gcc", "-shared", "-fPIC", "-o", str(library), str(source), "-ldl"], check=True)
-        loose = {"LD_PRELOAD": str(library)}
+    loose = {"LD_PRELOAD": preloadable("loose_store", folder)} if shutil.which("gcc") else {}
     with ray_head.head(**loose) as head:
         head.add_node()
         head.wait_for_nodes(2)
@@ -188,3 +190,18 @@ def test_a_node_with_other_packages_is_found(cluster, tmp_path):
     assert "install torch" in found["torch"]
     assert "libx264" in found["H.264 round trip"]
     assert "hevc missing" in found["decoders"]
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+@pytest.mark.timeout(900)
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="gcc is not installed")
+def test_a_node_whose_clock_is_wrong_is_found(cluster, tmp_path):
+    cluster.add_node(LD_PRELOAD=preloadable("wrong_clock", tmp_path))
+    cluster.wait_for_nodes(len(cluster.nodes))
+    code, rows, _ = examine(cluster)
+    (clock,) = (row for row in rows if row["check"] == "clock" and row["ok"] is False)
+    assert code == 1
+    assert float(clock["found"].split()[0]) == pytest.approx(-7.0, abs=1.0)
+    assert "NTP" in clock["remedy"]
+    assert [row["check"] for row in rows if row["node"] == clock["node"] and row["ok"] is False] == ["clock"]

@@ -1,0 +1,317 @@
+"""How long preprocess and training take on a cluster of so many nodes: a simulation of discrete events.
+
+Preprocess is simulated as `pipelines/runtime/stream.py` does it: passes with a barrier between them, rows that go
+through chains of stages, tasks of about a second, one driver. A node has CPUs, GPUs and a network; all nodes share a
+store. A node may be slow, and may die: its tasks begin again elsewhere. Training goes step by step: the slowest rank,
+then the all-reduce. Links and the driver serve one request after another at full speed, which gives the throughput of
+fair sharing. `scaling.py` beside this measures the costs, compares with real runs and draws docs/images/scaling.svg.
+"""
+
+from __future__ import annotations
+
+import heapq
+import math
+from collections import Counter, deque
+from collections.abc import Sequence
+from dataclasses import dataclass, field
+from itertools import count
+from typing import NamedTuple
+
+import numpy as np
+
+TASK_S, MAX_ROWS_PER_TASK = 1.0, 64  # of pipelines/runtime/stream.py
+INF = math.inf
+
+
+@dataclass(frozen=True)
+class Cluster:
+    """A cluster of equal nodes.
+
+    Args:
+        cpus, gpus: tasks that a node runs at once. In training, the ranks of a node are its GPUs, else its CPUs.
+        node_mb_s: network of a node; store_mb_s: what the store gives to all nodes together.
+        busy: how much longer a task takes while all CPUs of its node are busy.
+        slow_share: share of the nodes that are slow; slow_by: how much longer their tasks take.
+        mtbf_s: mean time between failures of one node; detect_s: until its tasks begin again; repair_s: until it is
+            back.
+    """
+
+    nodes: int = 1
+    cpus: int = 1
+    gpus: int = 0
+    node_mb_s: float = INF
+    store_mb_s: float = INF
+    busy: float = 1.0
+    slow_share: float = 0.0
+    slow_by: float = 1.0
+    mtbf_s: float = INF
+    detect_s: float = 30.0
+    repair_s: float = 600.0
+
+
+class Step(NamedTuple):
+    """What one chain of stages takes for a row: seconds on a "cpu" or "gpu", after reading `mb` over the network."""
+
+    kind: str
+    seconds: float
+    mb: float = 0.0
+
+
+@dataclass(frozen=True)
+class Pass:
+    """Rows of one pass, each a list of steps; all rows have the same kinds.
+
+    Args:
+        warm_s: what the first task of a process takes longer.
+        plan_s: the driver's work before it, with no task running.
+    """
+
+    rows: Sequence[Sequence[Step]]
+    warm_s: float = 0.0
+    plan_s: float = 0.0
+
+
+@dataclass(frozen=True)
+class Overhead:
+    """What a run takes beside its stages: start and end, the driver's time for a row, a worker's time for a row."""
+
+    start_s: float = 0.0
+    driver_s: float = 0.0
+    row_s: float = 0.0
+
+
+@dataclass
+class Outcome:
+    """The result of a simulated run: its duration, the work of all tasks, and what of it was lost with nodes."""
+
+    wall_s: float
+    work_s: float
+    lost_s: float = 0.0
+    failures: int = 0
+
+
+@dataclass
+class Task:
+    """Rows that travel together. step: what they wait for or are in; work_s: of that step, once begun."""
+
+    rows: Sequence[Sequence[Step]]
+    step: int = 0
+    started_s: float = 0.0
+    work_s: float = 0.0
+
+
+@dataclass
+class Node:
+    """A node; `life` counts its failures, so that what belonged to an earlier life is known; `lost`: to begin again."""
+
+    slow_by: float
+    link_free_s: float = 0.0
+    life: int = 0
+    warm: int = 0
+    running: dict[int, Task] = field(default_factory=dict)
+    lost: list[Task] = field(default_factory=list)
+
+
+class Preprocess:
+    """One simulated run of `ex4d preprocess`."""
+
+    def __init__(self, cluster: Cluster, overhead: Overhead, seed: int = 0):
+        self.cluster, self.overhead = cluster, overhead
+        self.random = np.random.default_rng(seed)
+        num_slow = round(cluster.slow_share * cluster.nodes)
+        self.nodes = [Node(cluster.slow_by if index < num_slow else 1.0) for index in range(cluster.nodes)]
+        self.free = {kind: deque((node, 0) for _ in range(each) for node in self.nodes) for kind, each in self._slots()}
+        self.events: list[tuple[float, int, str, Node, int]] = []
+        self.numbers = count()
+        self.now_s, self.driver_free_s, self.store_free_s = overhead.start_s, 0.0, 0.0
+        self.outcome = Outcome(0.0, 0.0)
+        for node in self.nodes:
+            self._fail_some_day(node)
+
+    def _slots(self) -> tuple[tuple[str, int], ...]:
+        return ("cpu", self.cluster.cpus), ("gpu", self.cluster.gpus)
+
+    def run(self, passes: Sequence[Pass]) -> Outcome:
+        """Return what the passes take, one after another."""
+        for one in passes:
+            self.now_s += one.plan_s
+            self._run_pass(one)
+        self.outcome.wall_s = self.now_s
+        return self.outcome
+
+    def _run_pass(self, one: Pass) -> None:
+        self.kinds = [step.kind for step in one.rows[0]] if one.rows else []
+        self.waiting: list[deque[Task]] = [deque() for _ in self.kinds]
+        self.source, self.left = deque(one.rows), len(one.rows)
+        self.flying: Counter[int] = Counter()
+        self.rows_per_task, self.warm_s = 1, one.warm_s
+        for node in self.nodes:
+            node.warm = 0
+        while self.left:
+            while (step := self._next_step()) is not None:
+                self._begin(self.waiting[step].popleft() if self.waiting[step] else self._from_source(), step)
+            if not self.events:
+                raise RuntimeError("every node is gone, and none comes back")
+            self.now_s, number, what, node, life = heapq.heappop(self.events)
+            {"end": self._end, "fail": self._fail, "back": self._back, "again": self._again}[what](number, node, life)
+
+    def _next_step(self) -> int | None:
+        """Return the step to begin now: a GPU must never wait for what feeds it; else the latest."""
+        able = [step for step in range(len(self.kinds)) if self._has_input(step) and self._has_slot(self.kinds[step])]
+        for step in able:
+            following = self.kinds[step + 1] if step + 1 < len(self.kinds) else "cpu"
+            hunger = 2 * self.cluster.gpus * self.cluster.nodes
+            if following == "gpu" and len(self.waiting[step + 1]) + self.flying[step] < hunger:
+                return step
+        return max(able, default=None)
+
+    def _has_input(self, step: int) -> bool:
+        return bool(self.waiting[step] or (step == 0 and self.source))
+
+    def _has_slot(self, kind: str) -> bool:
+        slots = self.free[kind]
+        while slots and slots[0][1] != slots[0][0].life:  # of a node that died
+            slots.popleft()
+        return bool(slots)
+
+    def _from_source(self) -> Task:
+        number = self.rows_per_task if len(self.kinds) == 1 else 1
+        return Task([self.source.popleft() for _ in range(min(number, len(self.source)))])
+
+    def _begin(self, task: Task, step: int) -> None:
+        node, life = self.free[self.kinds[step]].popleft()
+        number, task.step, task.started_s = next(self.numbers), step, self.now_s
+        node.running[number] = task
+        self.flying[step] += 1
+        self.driver_free_s = max(self.now_s, self.driver_free_s) + self.overhead.driver_s * len(task.rows)
+        starts_s = self._read(node, self.driver_free_s, sum(row[step].mb for row in task.rows))
+        is_full = len(node.running) >= self.cluster.cpus > 1
+        task.work_s = sum(row[step].seconds for row in task.rows) * node.slow_by * (self.cluster.busy if is_full else 1)
+        if len(node.running) > node.warm:
+            node.warm += 1
+            task.work_s += self.warm_s
+        self.outcome.work_s += task.work_s
+        ends_s = starts_s + self.overhead.row_s * len(task.rows) + task.work_s
+        self._at(ends_s, "end", node, life, number)
+
+    def _read(self, node: Node, begin_s: float, mb: float) -> float:
+        """Return when so many megabytes have come through the store and the node's link."""
+        if not mb:
+            return begin_s
+        self.store_free_s = max(begin_s, self.store_free_s) + mb / self.cluster.store_mb_s
+        node.link_free_s = max(begin_s, node.link_free_s) + mb / self.cluster.node_mb_s
+        return max(self.store_free_s, node.link_free_s)
+
+    def _at(self, when_s: float, what: str, node: Node, life: int, number: int | None = None) -> None:
+        heapq.heappush(self.events, (when_s, next(self.numbers) if number is None else number, what, node, life))
+
+    def _end(self, number: int, node: Node, life: int) -> None:
+        if life != node.life:
+            return  # it died with its node
+        task = node.running.pop(number)
+        self.flying[task.step] -= 1
+        self.free[self.kinds[task.step]].append((node, life))
+        if task.step + 1 < len(self.kinds):
+            self.waiting[task.step + 1].append(Task(task.rows, task.step + 1))
+            return
+        self.left -= len(task.rows)
+        wanted = int(TASK_S * len(task.rows) / max(task.work_s, 1e-6))
+        self.rows_per_task = max(1, min(wanted, 2 * self.rows_per_task, MAX_ROWS_PER_TASK))
+
+    # ------------------------------------------------------------ failures
+
+    def _fail_some_day(self, node: Node) -> None:
+        if self.cluster.mtbf_s < INF:
+            self._at(self.now_s + self.random.exponential(self.cluster.mtbf_s), "fail", node, node.life)
+
+    def _fail(self, number: int, node: Node, life: int) -> None:
+        self.outcome.failures += 1
+        self._at(self.now_s + self.cluster.detect_s, "again", node, life)
+        if self.cluster.repair_s < INF:
+            self._at(self.now_s + self.cluster.repair_s, "back", node, life)
+        node.life += 1
+        node.lost += node.running.values()
+        self.outcome.lost_s += sum(self.now_s - task.started_s for task in node.running.values())
+        node.running.clear()
+
+    def _again(self, number: int, node: Node, life: int) -> None:
+        """Put the tasks of a lost node back to the start."""
+        for task in node.lost:
+            self.flying[task.step] -= 1
+            self.waiting[0].extendleft(Task([row]) for row in task.rows)
+        node.lost.clear()
+
+    def _back(self, number: int, node: Node, life: int) -> None:
+        node.warm = 0
+        for kind, each in self._slots():
+            self.free[kind].extend((node, node.life) for _ in range(each))
+        self._fail_some_day(node)
+
+
+# ---------------------------------------------------------------- training
+
+
+@dataclass(frozen=True)
+class Training:
+    """A training run.
+
+    Args:
+        step_s: computing time of a rank in a step. spread: standard deviation of its logarithm.
+        start_s: from the start of the processes to the first step; end_s: after the last.
+        gradient_mb: reduced over all ranks in a step. batch_mb: read by a rank for a step, while it computes.
+        weights_mb: read by each node at every start. save_s: time of a checkpoint, each `save_every` steps.
+        reduce_mb_s: of an all-reduce within a node; latency_s: of each of its 2 (ranks − 1) parts.
+    """
+
+    num_steps: int
+    step_s: float
+    spread: float = 0.0
+    start_s: float = 0.0
+    end_s: float = 0.0
+    gradient_mb: float = 0.0
+    batch_mb: float = 0.0
+    weights_mb: float = 0.0
+    save_every: int = 1_000_000_000
+    save_s: float = 0.0
+    reduce_mb_s: float = INF
+    latency_s: float = 0.0
+
+
+def train(run: Training, cluster: Cluster, seed: int = 0) -> Outcome:
+    """Return what a training takes on all ranks of a cluster. A lost node costs the steps since the last checkpoint."""
+    random = np.random.default_rng(seed)
+    ranks_of_node = cluster.gpus or cluster.cpus
+    ranks = cluster.nodes * ranks_of_node
+    slowest = cluster.slow_by if round(cluster.slow_share * cluster.nodes) else 1.0
+    busy = cluster.busy if ranks_of_node > 1 else 1.0
+    read_s = run.batch_mb * max(ranks_of_node / cluster.node_mb_s, ranks / cluster.store_mb_s)
+    load_s = run.weights_mb * max(1 / cluster.node_mb_s, cluster.nodes / cluster.store_mb_s)
+    reduce_s = all_reduce_s(run, cluster, ranks)
+    now_s, step, saved = run.start_s + load_s, 0, 0
+    outcome = Outcome(0.0, 0.0)
+    fails_s = random.exponential(cluster.mtbf_s / cluster.nodes) if cluster.mtbf_s < INF else INF
+    saved_s = now_s
+    while step < run.num_steps:
+        last = float(np.exp(run.spread * random.standard_normal(ranks).max())) if run.spread else 1.0
+        now_s += max(run.step_s * last * slowest * busy, read_s) + reduce_s
+        step += 1
+        if step % run.save_every == 0:
+            now_s += run.save_s
+        if now_s > fails_s:
+            outcome.failures += 1
+            outcome.lost_s += fails_s - saved_s
+            step, now_s = saved, fails_s + cluster.detect_s + cluster.repair_s + run.start_s + load_s
+            fails_s = now_s + random.exponential(cluster.mtbf_s / cluster.nodes)
+            saved_s = now_s
+        elif step % run.save_every == 0:
+            saved, saved_s = step, now_s
+    outcome.wall_s, outcome.work_s = now_s + run.end_s, run.num_steps * run.step_s * ranks
+    return outcome
+
+
+def all_reduce_s(run: Training, cluster: Cluster, ranks: int) -> float:
+    """Return the time of a ring all-reduce: within a node at `reduce_mb_s`, between nodes at the slower of both."""
+    if ranks == 1:
+        return 0.0
+    mb_s = min(run.reduce_mb_s, cluster.node_mb_s) if cluster.nodes > 1 else run.reduce_mb_s
+    return 2 * (ranks - 1) / ranks * run.gradient_mb / mb_s + 2 * (ranks - 1) * run.latency_s
