@@ -111,10 +111,21 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
     import ray.train.torch
 
     api: Any = ray.train  # typed as its first version, which knows nothing of elastic runs
+
+    class Trainer(api.torch.TorchTrainer):
+        def _create_default_callbacks(self) -> list[Any]:
+            """Return Ray's own without the cleaner, which frees the ranks' place when the controller dies.
+
+            Ray does so itself when this command ends. The cleaner asks the dashboard of the newest Ray on the head's
+            machine: without one it logs two lines a second, and another Ray's makes it take the place of a run.
+            """
+            kept = super()._create_default_callbacks()
+            return [one for one in kept if type(one).__name__ != "PlacementGroupCleanerCallback"]
+
     on_gpu = train.device == "cuda" or (train.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     workers = train.num_processes or (int(ray.cluster_resources()["GPU"]) if on_gpu else 2)
     train = dataclasses.replace(train, data=train.data_at(_absolute), output=_absolute(train.output))
-    return api.torch.TorchTrainer(
+    return Trainer(
         rank_loop,
         train_loop_config={"train": train, "model": model, "flag": flag, "folder": os.getcwd()},
         scaling_config=api.ScalingConfig(
