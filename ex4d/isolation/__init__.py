@@ -189,12 +189,12 @@ class _Child:
         try:
             deadline = time.monotonic() + _START_LIMIT_S
             send(self.socket, [limits.memory_bytes, readable], deadline)
-            lacking = receive(self.socket, deadline)
+            receive(self.socket, deadline)
         except (TimeoutError, EOFError, ConnectionError, ProtocolError) as error:
             self.kill()
             raise RuntimeError(f"the isolated process did not start: {self.stderr.text()}") from error
         if not self.wrapped:
-            _warn(tuple(lacking))
+            _warn(tuple(sandbox.missing()))
 
     def alive(self) -> bool:
         return self.process.poll() is None

@@ -40,14 +40,21 @@ inotify_init 253 -|inotify_init1 294 26|fanotify_init 300 262|quotactl 179 60|ac
 swapoff 168 225|reboot 169 142|sethostname 170 161|setdomainname 171 162|settimeofday 164 170|clock_adjtime 305 266
 init_module 175 105|finit_module 313 273|delete_module 176 106|kexec_load 246 104|kexec_file_load 320 294
 setuid 105 146|setgid 106 144|setreuid 113 145|setregid 114 143|setresuid 117 147|setresgid 119 149|setgroups 116 159
+creat 85 -|truncate 76 45|ftruncate 77 46|fallocate 285 47|unlink 87 -|unlinkat 263 35|rename 82 -|renameat 264 38
+renameat2 316 276|mkdir 83 -|mkdirat 258 34|rmdir 84 -|symlink 88 -|symlinkat 266 36|link 86 -|linkat 265 37
 setpgid 109 154|setsid 112 157|capset 126 91|setpriority 141 140|sched_setparam 142 118|sched_setscheduler 144 119
 sched_setattr 314 274|ioprio_set 251 30|migrate_pages 256 238|move_pages 279 239|iopl 172 -|ioperm 173 -
 """
-_CLONE3 = (435, 435)  # ENOSYS, so that the C library falls back to `clone`, which is refused
+# ENOSYS, so that the C library falls back to `clone` and `openat`, which can be checked.
+_UNKNOWN = {"clone3": (435, 435), "openat2": (437, 437)}
+# Opening to write is refused, also where there is no Landlock: {call: (its numbers, offset of its flags)}
+_OPENING = {"open": ((2, -1), 24), "openat": ((257, 56), 32)}
+_WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)  # allowed upon oneself, so that abort() works
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the numbers, AUDIT_ARCH_*
 
-_LOAD, _EQUAL, _AT_LEAST, _RETURN = 0x20, 0x15, 0x35, 0x06  # BPF: load a word, jump if ==, jump if >=, return
+# BPF: load a word, jump if ==, if >=, if any bit is set, return
+_LOAD, _EQUAL, _AT_LEAST, _ANY_BIT, _RETURN = 0x20, 0x15, 0x35, 0x45, 0x06
 _ALLOW, _FAIL_WITH, _KILL_PROCESS = 0x7FFF0000, 0x00050000, 0x80000000
 _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # on both architectures
@@ -65,12 +72,14 @@ _libc = ctypes.CDLL(None, use_errno=True)
 def missing() -> list[str]:
     """Return the protections that this kernel does not offer, as sentences; [] if the sandbox is complete."""
     found = []
+    wrapped = "bubblewrap stands in for it" if shutil.which("bwrap") else ""
     if landlock_version() < 1:
-        found.append("Landlock (Linux 5.13): the child can read and write the user's files")
+        found.append(f"Landlock (Linux 5.13): {wrapped or 'the child can read your files; install bubblewrap'}")
     elif landlock_version() < 4:
         found.append("Landlock 4 (Linux 6.7): the file rules hold, TCP is closed by seccomp alone")
     if not _has_seccomp():
-        found.append("seccomp on x86_64 or aarch64: the child can use the network and start programs")
+        network = "the child can reach the network and your processes; install bubblewrap"
+        found.append(f"seccomp on x86_64 or aarch64: {wrapped or network}")
     return found
 
 
@@ -90,7 +99,7 @@ def _has_seccomp() -> bool:
 def bubblewrap(readable: Iterable[str]) -> list[str]:
     """Return the start of a command that runs the rest in bubblewrap; [] if it is not installed or not needed."""
     program = shutil.which("bwrap")
-    if landlock_version() >= 1 or program is None:
+    if program is None or (landlock_version() >= 1 and _has_seccomp()):
         return []
     shown = [
         path for path in (*readable, "/usr", "/bin", "/lib", "/lib64") if not path.startswith(("/dev", "/proc", "/sys"))
@@ -196,7 +205,12 @@ def filter_program(machine: str, pid: int) -> bytes:
     if machine == "x86_64":  # the numbers of x32 would pass by the list
         steps += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL_PROCESS)]
     steps += refuse_unless(_KILL, pid) + refuse_unless(_TGKILL, pid) + refuse_unless(_PRLIMIT, 0)
-    steps += [(_EQUAL, 0, 1, _CLONE3[column]), (_RETURN, 0, 0, _FAIL_WITH | errno.ENOSYS)]
+    for numbers, flags_at in _OPENING.values():
+        if numbers[column] >= 0:
+            steps += [(_EQUAL, 0, 4, numbers[column]), (_LOAD, 0, 0, flags_at), (_ANY_BIT, 0, 1, _WRITING)]
+            steps += [(_RETURN, 0, 0, _FAIL_WITH | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
+    for numbers in _UNKNOWN.values():
+        steps += [(_EQUAL, 0, 1, numbers[column]), (_RETURN, 0, 0, _FAIL_WITH | errno.ENOSYS)]
     for number in refused_calls(machine).values():
         steps += [(_EQUAL, 0, 1, number), (_RETURN, 0, 0, _FAIL_WITH | errno.EPERM)]
     steps.append((_RETURN, 0, 0, _ALLOW))

@@ -107,6 +107,25 @@ def everything(file: IO[bytes], secret: str, folder: str, port: int, unix: str) 
     return {name: tried(action) for name, action in attempts.items()}
 
 
+def milder(file: IO[bytes], secret: str, folder: str, port: int) -> dict[str, str]:
+    """Return {attempt: how it ended} of attempts that hurt nobody where they succeed."""
+    input_path = f"/proc/self/fd/{file.fileno()}"
+    attempts: dict[str, Callable[[], object]] = {
+        "read a secret": lambda: read(secret),
+        "write a file": lambda: write(os.path.join(folder, "new")),
+        "write over a file": lambda: write(secret),
+        "open the input for writing": lambda: os.open(input_path, os.O_RDWR),
+        "open by openat2": lambda: system_call(437, -100, secret.encode(), (ctypes.c_uint64 * 3)(1, 0, 0), 24),
+        "truncate the input": lambda: os.truncate(input_path, 0),
+        "delete": lambda: os.unlink(secret),
+        "rename": lambda: os.rename(secret, secret + "2"),
+        "make a folder": lambda: os.mkdir(os.path.join(folder, "d")),
+        "make a link": lambda: os.symlink(secret, os.path.join(folder, "l")),
+        "send by UDP": lambda: socket.socket(socket.AF_INET, socket.SOCK_DGRAM).sendto(b"x", ("127.0.0.1", port)),
+    }
+    return {name: tried(action) for name, action in attempts.items()}
+
+
 def facts() -> dict[str, object]:
     """Return what this process can still do, and all that it was told."""
     libc = ctypes.CDLL(None, use_errno=True)
@@ -147,5 +166,5 @@ def foreign_class() -> object:
 
 FUNCTIONS = {
     f.__name__: f"{__name__}:{f.__name__}"
-    for f in (everything, facts, other_numbers, abort, contents, foreign_class, read)
+    for f in (everything, milder, facts, other_numbers, abort, contents, foreign_class, read)
 }

@@ -217,6 +217,67 @@ def test_bubblewrap_takes_over_where_there_is_no_landlock(monkeypatch, tmp_path)
             child.call("abort")
 
 
+ON_AN_OLD_KERNEL = """
+import json, logging, socket, sys
+from ex4d import video
+from ex4d.isolation import File, Isolated, Limits, run, sandbox
+from pipelines.commands import doctor
+logging.basicConfig(stream=sys.stderr, format="%(message)s")
+path, secret, folder, clip = sys.argv[1:]
+child = Isolated(Limits(wall_s=60, memory_bytes=2**30), "attempts")
+with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as udp:
+    udp.bind(("127.0.0.1", 0))
+    ended = child.call("milder", File(path), secret, folder, udp.getsockname()[1])
+    udp.settimeout(0.5)
+    try:
+        udp.recv(10)
+    except TimeoutError:  # bubblewrap's network is another one
+        ended["send by UDP"] = "did not arrive"
+pts = run("frame_pts", (File(clip),))[0]
+same = bool((run("decode", (File(clip), pts)) == video.decode(clip, pts)).all())
+print(json.dumps([[name for name, how in ended.items() if how == "succeeded"], child._child.wrapped, same]))
+child.close()
+doctor.video_works, doctor._gpus = (lambda: True), list  # seconds each
+sys.argv = ["ex4d"]
+from pipelines import cli
+cli.main(["doctor"])
+"""
+
+
+@pytest.mark.parametrize("lacking", ["landlock", "seccomp", "landlock,seccomp"])
+@pytest.mark.parametrize("wrapped", [True, False], ids=["bubblewrap", "no bubblewrap"])
+def test_where_the_kernel_lacks_a_part_the_others_hold_and_it_is_said(tmp_path, lacking, wrapped):
+    """On what looks like an older kernel decoding gives the same frames; the doctor and a warning say what lacks."""
+    if wrapped and shutil.which("bwrap") is None:
+        pytest.skip("bubblewrap is not installed")
+    from ex4d import video
+
+    video.write(str(tmp_path / "a.mp4"), np.random.default_rng(0).integers(0, 255, (4, 32, 32, 3), np.uint8), 10.0)
+    (tmp_path / "input").write_bytes(b"the input")
+    (tmp_path / "secret").write_text("hunter2")
+    paths = [str(tmp_path / name) for name in ("input", "secret", "", "a.mp4")]
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(HERE)]), "COLUMNS": "300"}
+    if not wrapped:
+        environment["PATH"] = str(tmp_path)  # of this test's process alone
+    command = [sys.executable, str(HERE / "old_kernel.py"), lacking, sys.executable, "-c", ON_AN_OLD_KERNEL, *paths]
+    done = subprocess.run(command, env=environment, capture_output=True, text=True, timeout=300)
+    assert done.returncode == 0, done.stderr[-2000:]
+    told, _, of_doctor = done.stdout.partition("\n")
+    succeeded, was_wrapped, same = json.loads(told)
+    assert (was_wrapped, same) == (wrapped, True)
+    still_possible = {
+        ("landlock", False): {"read a secret"},
+        ("seccomp", False): {"send by UDP"},
+        ("landlock,seccomp", True): {"open the input for writing", "truncate the input"},
+    }
+    if (lacking, wrapped) != ("landlock,seccomp", False):  # nothing is left there but the limits
+        assert set(succeeded) == still_possible.get((lacking, wrapped), set())
+    for name in lacking.split(","):
+        assert f"{name} " in of_doctor.lower()
+        assert ("kernel lacks" in done.stderr) == (not wrapped)
+    assert ("bubblewrap stands in" in of_doctor) == wrapped
+
+
 def test_a_codec_that_is_not_listed_is_not_reached(tmp_path, monkeypatch):
     from ex4d import video
     from ex4d.video import sniff
