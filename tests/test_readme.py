@@ -100,6 +100,7 @@ def _fresh_checkout(folder: Path) -> Path:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(3600)
 def test_commands_that_need_nothing_special_run_as_written(tmp_path):
     checkout = _fresh_checkout(tmp_path)
     env = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
