@@ -8,7 +8,6 @@ A folder has a dataset.json only while everything that it names is in place.
 
 from __future__ import annotations
 
-import hashlib
 import json
 import shutil
 import tempfile
@@ -16,8 +15,6 @@ from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
-from dataclasses import dataclass
-from itertools import chain
 from pathlib import Path
 from typing import Any
 
@@ -26,7 +23,8 @@ import pyarrow.compute as pc
 
 from ex4d import storage
 from ex4d.data import building, manifest
-from ex4d.data.tar import END, sample_tar
+from ex4d.data.staged import Staged, check_keys, digest, plans, split_of, with_sizes
+from ex4d.data.tar import sample_tar
 from ex4d.errors import ContractError
 
 __all__ = ["Build", "DamagedSamples", "Staged", "pack", "sample_tar", "split_of"]
@@ -42,35 +40,6 @@ class DamagedSamples(ContractError):
     def __init__(self, keys: Sequence[str]):
         self.keys = sorted(keys)
         super().__init__(f"{len(keys)} staged samples are missing or damaged: {', '.join(self.keys[:5])}")
-
-
-@dataclass(frozen=True)
-class Staged:
-    """A finished sample that waits to be packed.
-
-    Args:
-        key: the sample's key.
-        split: "train" or "val".
-        url: a file holding exactly what `sample_tar` returned.
-        size, sha256: of that file, where they are known; they are compared then.
-    """
-
-    key: str
-    split: str
-    url: str
-    size: int | None = None
-    sha256: str = ""
-
-
-def split_of(source_group: str, val_fraction: float) -> str:
-    """Return "train" or "val" for everything cut from one source, or from sources that are nearly the same.
-
-    Args:
-        source_group: see sample.PROVENANCE.
-        val_fraction: expected share of groups in "val", in [0, 1].
-    """
-    draw = int.from_bytes(hashlib.sha256(f"split:{source_group}".encode()).digest()[:8], "big") / 2**64
-    return "val" if draw < val_fraction else "train"
 
 
 def pack(
@@ -105,27 +74,24 @@ def pack(
         ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
             provenance, a source is in both splits, or the counts do not add up. Nothing is committed then.
     """
-    items = sorted(_with_sizes(staged), key=lambda item: (item.split, item.key))
+    items = sorted(with_sizes(staged), key=lambda item: (item.split, item.key))
     rejected = [dict(row) for row in rejects]
-    counts = {**facts["counts"], **manifest.reject_counts(rejected), **_sample_counts(items)}
-    _check_keys(items, rejected)
+    by_split = Counter(item.split for item in items)
+    samples = {"samples": len(items), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}}
+    counts = {**facts["counts"], **manifest.reject_counts(rejected), **samples}
+    check_keys(items, rejected)
     if wrong := manifest.identities(counts):
         raise ContractError("the counts do not add up: " + "; ".join(wrong))
-    plans = list(_plans(items, shard_size_bytes))
-    whole = _digest([plan["digest"] for plan in plans], facts, sorted(rejected, key=json.dumps))
+    planned = list(plans(items, shard_size_bytes))
+    whole = digest([plan["digest"] for plan in planned], facts, sorted(rejected, key=json.dumps))
     record = storage.join(tables, "packed.json") if tables else None
-    if record and all(plan["digest"] for plan in plans) and _is_packed(output, record, whole):
+    if record and all(plan["digest"] for plan in planned) and _is_packed(output, record, whole):
         return manifest.read_json(output, manifest.DATASET)
     with _work_folder(output) as work:
-        kept = tables or str(work / "tables")
-        found = _build_all(plans, output, kept, work, build if tables else building.here)
-        shards = [found[plan["name"]] for plan in plans]
-        _check_across(shards)
-        rows = (building.read_rows(kept, shard["url"]) for shard in shards)
-        manifest.write_manifest(work / manifest.MANIFEST, _checked(rows) if shards else [manifest.table([], [])])
-        manifest.write_rejects(work / manifest.REJECTS, rejected)
-        names = ("url", "nsamples", "filesize", "sha256")
-        manifest.write_index(work / manifest.INDEX, [{name: shard[name] for name in names} for shard in shards])
+        rows = tables or str(work / "tables")
+        found = _build_all(planned, output, rows, work, build if tables else building.here)
+        shards = [found[plan["name"]] for plan in planned]
+        _write_tables(work, shards, rows, rejected)
         more = [*write_more(work)] if write_more else []
         dataset = {
             **facts,
@@ -135,7 +101,9 @@ def pack(
             "members": shards[0]["members"] if shards else [],
             "sha256": {name: building.place(work / name, output, name) for name in (*manifest.TABLES, *more)},
         }
-        _remove_stale(output, {*found, *more})
+        for url in set(manifest.list_contents(output)) - {*found, *more}:  # of an earlier pack
+            storage.remove(storage.join(output, manifest.DATASET))
+            storage.remove(storage.join(output, url))
         (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
         building.place(work / manifest.DATASET, output, manifest.DATASET)
     if record and tables:
@@ -143,56 +111,24 @@ def pack(
     return dataset
 
 
-def _with_sizes(staged: Iterable[Staged]) -> list[Staged]:
-    """Return the samples with their sizes, asked for where they are not known; -1 of a file that is missing."""
-    items = list(staged)
-    unknown = [index for index, item in enumerate(items) if item.size is None]
+def _write_tables(
+    work: Path, shards: Sequence[Mapping[str, Any]], tables: str, rejected: Sequence[Mapping[str, str]]
+) -> None:
+    """Write manifest, rejects and index into `work`.
 
-    def size(index: int) -> int:
-        try:
-            return storage.size(items[index].url)
-        except FileNotFoundError:
-            return -1
-
-    with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
-        for index, found in zip(unknown, pool.map(size, unknown), strict=True):
-            items[index] = Staged(items[index].key, items[index].split, items[index].url, found, items[index].sha256)
-    return items
-
-
-def _plans(items: Sequence[Staged], shard_size_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the plan of each shard, as `building.build` takes it; `digest`: of all that its bytes follow from."""
-    for split in manifest.SPLITS:
-        number = size = 0
-        group: list[Staged] = []
-        for item in chain((item for item in items if item.split == split), [None]):
-            if group and (item is None or size + (item.size or 0) + len(END) > shard_size_bytes):
-                yield _plan(manifest.shard_name(split, number), split, group)
-                number, size, group = number + 1, 0, []
-            if item is not None:
-                size += item.size or 0
-                group.append(item)
-
-
-def _plan(name: str, split: str, group: Sequence[Staged]) -> dict[str, Any]:
-    known = [item.sha256 or _known_as(item) for item in group]
-    digest = _digest(manifest.FORMAT_VERSION, name, [[item.key, mark] for item, mark in zip(group, known, strict=True)])
-    items = [[item.key, item.url, item.size, item.sha256] for item in group]
-    return {"name": name, "split": split, "items": items, "digest": digest if all(known) else ""}
-
-
-def _known_as(item: Staged) -> str:
-    """Return what a staged file is known by without reading it, "" for nothing: on this machine its time beside its
-    name, in a store a fingerprint in its name.
+    Raises:
+        ContractError: samples of two shards differ in members or in the types of their provenance.
     """
-    name = item.url.rpartition("/")[2]
-    if storage.is_local(item.url):
-        return f"{name} {building.stamp(item.url)}"
-    return name if "." in name.removeprefix(f"{item.key}.") else ""
-
-
-def _digest(*parts: Any) -> str:
-    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+    for shard in shards[1:]:
+        for what in ("members", "types"):
+            if shard[what] != shards[0][what]:
+                first = shards[0]
+                raise ContractError(f"{shard['url']}: {what} are {shard[what]}, unlike {first['url']}: {first[what]}")
+    rows = (building.read_rows(tables, shard["url"]) for shard in shards)
+    manifest.write_manifest(work / manifest.MANIFEST, _checked(rows) if shards else [manifest.table([], [])])
+    manifest.write_rejects(work / manifest.REJECTS, rejected)
+    names = ("url", "nsamples", "filesize", "sha256")
+    manifest.write_index(work / manifest.INDEX, [{name: shard[name] for name in names} for shard in shards])
 
 
 def _build_all(
@@ -247,14 +183,6 @@ def _remember(output: str, tables: str, record: str, whole: str, names: Sequence
             storage.remove(storage.join(tables, name))
 
 
-def _remove_stale(output: str, names: set[str]) -> None:
-    """Delete the shards, and the files of manifest.MORE, of an earlier pack that are not among `names`."""
-    for url in manifest.list_contents(output):
-        if url not in names:
-            storage.remove(storage.join(output, manifest.DATASET))
-            storage.remove(storage.join(output, url))
-
-
 @contextmanager
 def _work_folder(output: str) -> Iterator[Path]:
     """Yield a local folder for unfinished files, on the disk of a local `output` so that moving is a rename."""
@@ -270,15 +198,6 @@ def _work_folder(output: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _check_across(shards: Sequence[Mapping[str, Any]]) -> None:
-    """Raise ContractError where samples of two shards differ in members or in the types of their provenance."""
-    for shard in shards[1:]:
-        for what in ("members", "types"):
-            if shard[what] != shards[0][what]:
-                first = shards[0]
-                raise ContractError(f"{shard['url']}: {what} are {shard[what]}, unlike {first['url']}: {first[what]}")
-
-
 def _checked(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Yield the tables after checking that no source is in both splits; the splits come one after the other."""
     seen: dict[str, list[pa.Array]] = {split: [] for split in manifest.SPLITS}
@@ -290,17 +209,3 @@ def _checked(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     both = val.filter(pc.is_in(val, value_set=train))
     if len(both):
         raise ContractError(f"source {both[0].as_py()} is in both train and val")
-
-
-def _sample_counts(items: list[Staged]) -> dict[str, int]:
-    by_split = Counter(item.split for item in items)
-    return {"samples": len(items), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}}
-
-
-def _check_keys(items: list[Staged], rejected: list[dict[str, str]]) -> None:
-    keys = [item.key for item in items] + [row["key"] for row in rejected if row["unit"] == "clip"]
-    if len(set(keys)) != len(keys):
-        twice = sorted(key for key, count in Counter(keys).items() if count > 1)
-        raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
-    if unknown := {item.split for item in items} - set(manifest.SPLITS):
-        raise ContractError(f"splits {sorted(unknown)} are not known; allowed: {manifest.SPLITS}")

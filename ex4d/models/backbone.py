@@ -88,8 +88,7 @@ def load_base(
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
     Args:
-        components: of COMPONENTS; training on precomputed latents needs the transformer alone. A base without an image
-            encoder has None there.
+        components: of COMPONENTS. A base without an image encoder has None there.
         quantize: of the transformer; see ModelConfig.
         transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
         offload: everything stays in the host's memory until it works; see Base.
@@ -97,33 +96,25 @@ def load_base(
         expert: which of a base's two transformers is loaded; None for a base of one.
 
     Raises:
-        ConfigError: the base is missing and cannot be fetched; says what to download and where to put it.
+        ConfigError: the base is missing and cannot be fetched.
         ContractError: the folder exists but its files are missing, damaged or of another kind.
     """
-    unknown = set(components) - set(COMPONENTS)
-    if unknown:
+    if unknown := set(components) - set(COMPONENTS):
         raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
-    if quantize is not None and quantize not in STYLES:
+    if quantize not in (None, *STYLES):
         raise ConfigError("model.quantize", quantize, f"allowed: {', '.join(STYLES)} or null")
     transformer = TRANSFORMERS[expert]
     folder = resolve(base, revision, [transformer if name == "transformer" else name for name in components])
-    device = torch.device(device)
-    if device.type == "cuda" and device.index is None:
+    if (device := torch.device(device)) == torch.device("cuda"):
         device = torch.device("cuda", torch.cuda.current_device())
     main, vae = dtype_of(dtype, device), dtype_of(vae_dtype, device)
-    host = torch.device("cpu")
-    places = dict.fromkeys(components, host if offload else device)
-    if transformer_device is not None:
-        places["transformer"] = torch.device(transformer_device)
+    home = torch.device("cpu") if offload else device
     loaded = {}
-    for name in components:
-        style = quantize if name == "transformer" else None
-        if style is not None:
-            places[name] = device  # it is quantised there, a layer at a time
-        if name == "transformer":
-            loaded[name] = _load_transformer(folder / transformer, main, device, places[name], style, shared)
-        else:
-            loaded[name] = _load(name, folder, vae if name == "vae" else main, places[name])
+    if "transformer" in components:  # quantised on the device, a layer at a time
+        place = device if quantize else torch.device(transformer_device or home)
+        loaded["transformer"] = _load_transformer(folder / transformer, main, device, place, quantize, shared)
+    others = [name for name in components if name != "transformer"]
+    loaded |= {name: _load(name, folder, vae if name == "vae" else main, home) for name in others}
     return Base(
         name=base,
         revision=hub.revision_of(folder) if not _is_local(base) else revision,

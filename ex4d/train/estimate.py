@@ -180,11 +180,7 @@ def summary(
     return {
         "parameters": parameters,
         "tokens": sample.tokens,
-        "flops_per_sample": {
-            "forward": sample.forward,
-            "useful": sample.useful,
-            "executed": sample.executed(*again),
-        },
+        "flops_per_sample": {"forward": sample.forward, "useful": sample.useful, "executed": sample.executed(*again)},
         "memory_bytes": parts | {"total": total},
         "host_bytes": _host_bytes(shape, parameters, model, train),
         "host_bytes_loading": _loading_bytes(parameters, model, train),

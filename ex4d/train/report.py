@@ -2,9 +2,12 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import resource
+import statistics
 import time
+from collections import deque
 from collections.abc import Callable
 from dataclasses import dataclass
 
@@ -12,10 +15,14 @@ import torch
 from torch import Tensor
 
 from ex4d.errors import Ex4dError
+from ex4d.train import flops
 from ex4d.train.config import BatchPlan, Place
 from ex4d.train.objective import Inputs, Losses
 
+logger = logging.getLogger(__name__)
+
 NUM_SIGMA_BUCKETS = 5
+SPIKE = 5.0  # the log names a gradient norm above this × the median of the last 20 steps
 WEIGHTED, MSE, SIGMA, VALID = 1, 2, 3, 4  # columns of `rows`; the first is the position
 
 
@@ -112,6 +119,40 @@ def peak_memory_bytes(device: torch.device) -> int:
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
+
+
+class SpikeWatch:
+    """Logs the clips of a step whose gradient norm is far above those of the 20 steps before."""
+
+    def __init__(self) -> None:
+        self._norms: deque[float] = deque(maxlen=20)
+
+    def check(self, step: int, grad_norm: float, keys: list[str]) -> None:
+        """Compare a step's gradient norm with those before, and keep it."""
+        if len(self._norms) == self._norms.maxlen and grad_norm > SPIKE * (usual := statistics.median(self._norms)):
+            clips = ", ".join(keys)
+            logger.warning("step %d: gradient norm %.3g, usually %.3g; clips: %s", step, grad_norm, usual, clips)
+        self._norms.append(grad_norm)
+
+
+def throughput(
+    plan: BatchPlan, seconds: float, cost: flops.Cost | None, again: tuple[float, bool], device: torch.device
+) -> dict[str, float]:
+    """Return samples and tokens per second of all ranks, and on a known GPU its MFU and HFU.
+
+    Args:
+        seconds: of the step.
+        cost: of a sample; None where it is not known.
+        again: what is recomputed, as in `flops.utilisation`.
+    """
+    rate = plan.global_size / seconds
+    if cost is None:
+        return {"samples_per_s": rate}
+    found = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
+    peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
+    if peak:
+        found["mfu"], found["hfu"] = flops.utilisation(cost, rate / plan.world_size, peak, *again)
+    return found
 
 
 class Stopwatch:

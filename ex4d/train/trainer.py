@@ -9,29 +9,25 @@ from __future__ import annotations
 
 import logging
 import math
-import statistics
-from collections import deque
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import torch
-from torch import Tensor
 
 from ex4d.models import attention
 from ex4d.models.backbone import ModelConfig
-from ex4d.train import checkpoint, engine, flops, report, stop, validation
+from ex4d.train import average, checkpoint, engine, report, stop, validation
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
 from ex4d.train.engine import Engine
 from ex4d.train.job import Job, build_job
-from ex4d.train.objective import NamedNoise, velocity_losses
+from ex4d.train.objective import Inputs, Losses, NamedNoise, velocity_losses
 from ex4d.train.runlog import RunLog, commit
 from ex4d.train.validation import Validator
 from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
 
-SPIKE = 5.0  # the log names a gradient norm above this × the median of the last 20 steps
 MEMORY_MARGIN = 0.06  # share of a GPU that checkpoint_blocks=auto leaves free, for fragmentation and longer texts
 
 
@@ -64,15 +60,15 @@ class Trainer:
         self.plan = plan_batch(config, place.world_size, state.global_batch_size if state else None)
         self.first_step, self.samples = (state.step, state.samples) if state else (0, 0)
         self.saved_step = self.first_step
-        self.grad_norms: deque[float] = deque(maxlen=20)
-        self.average: dict[str, Tensor] | None = None
+        self.spikes = report.SpikeWatch()
         moments = None
         if path:
             checkpoint.load_weights(job.model, checkpoint.read_tensors(path / "adapter.safetensors"))
             moments = checkpoint.read_tensors(path / "optimizer.safetensors")
         self.engine = Engine(job.model, config, self.plan, moments, self.first_step)
-        if config.ema_decay:
-            self.average = self.start_average(path)
+        self.average = (
+            average.Average(self.engine, config.ema_decay, path, place.rank, device) if config.ema_decay else None
+        )
         self.batches = job.open_loader("train", self.samples, self.plan.micro_size, self.plan.accum_steps)
         self.apart = config.validate_apart or config.validate_videos > 0
         in_ranks = config.validate_every and not config.validate_apart
@@ -150,17 +146,8 @@ class Trainer:
                     return {}, True
             batch = next(self.batches)
             watch.lap("data")
-            noises = [self.noise(step, key) for key in batch["keys"]]
-            inputs = self.job.encoder.encode(batch, noises, self.config.shift, self.config.timestep_sampling)
-            watch.lap("encode")
-            # LoRA's dropout draws from the global generator; recomputation repeats its state.
-            torch.manual_seed(noises[0].generator.initial_seed())
-            losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, self.config.hole_weight)
-            watch.lap("forward")
-            self.engine.backward(losses.weighted.mean())
-            watch.lap("backward")
-            where = report.positions(self.place, self.plan, accum)
-            rows.append(report.rows(where, losses, inputs))
+            losses, inputs = self.accumulate(step, batch, watch)
+            rows.append(report.rows(report.positions(self.place, self.plan, accum), losses, inputs))
             keys += batch["keys"]
         local, gradients_finite = torch.cat(rows), self.engine.gradients_finite()
         result = report.gather(local, gradients_finite, stop_asked())
@@ -169,8 +156,9 @@ class Trainer:
         watch.lap("communication")
         lr = learning_rate(self.config, step)
         grad_norm = self.engine.step(lr)
-        self.watch_spikes(step, grad_norm, keys)
-        self.update_average()
+        self.spikes.check(step, grad_norm, keys)
+        if self.average:
+            self.average.update()
         watch.lap("optimizer")
         self.samples += self.plan.global_size
         metrics: dict[str, Any] = {
@@ -184,61 +172,25 @@ class Trainer:
         metrics |= {"mse": result.mse, "mse_by_sigma": result.by_sigma, "bad_samples": result.bad_samples}
         if "dataset" in batch:
             metrics["dataset"] = batch["dataset"]
-        metrics |= self.throughput(watch.times()["total"], batch.get("dataset", 0))
+        again = (self.job.recompute.share if self.job.recompute else 0.0, self.config.checkpoint_keep_attention)
+        cost = self.job.costs[batch.get("dataset", 0)] if self.job.costs else None
+        metrics |= report.throughput(self.plan, watch.times()["total"], cost, again, self.device)
         metrics |= {"step_s": watch.times(), "peak_memory_bytes": result.peak_memory_bytes}
         return metrics, result.stop
 
-    def watch_spikes(self, step: int, grad_norm: float, keys: list[str]) -> None:
-        """Log the clips of a step whose gradient norm is far above those of the steps before."""
-        if len(self.grad_norms) == self.grad_norms.maxlen:
-            usual = statistics.median(self.grad_norms)
-            if grad_norm > SPIKE * usual:
-                clips = ", ".join(keys)
-                logger.warning("step %d: gradient norm %.3g, usually %.3g; clips: %s", step, grad_norm, usual, clips)
-        self.grad_norms.append(grad_norm)
-
-    def throughput(self, seconds: float, dataset: int) -> dict[str, float]:
-        """Return samples and tokens per second of all ranks, and on a known GPU its MFU and HFU (train.flops)."""
-        rate = self.plan.global_size / seconds
-        if not self.job.costs:
-            return {"samples_per_s": rate}
-        cost = self.job.costs[dataset]
-        found = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
-        on_gpu = self.device.type == "cuda"
-        peak = flops.peak_flops(torch.cuda.get_device_name(self.device)) if on_gpu else None
-        if peak:
-            share = self.job.recompute.share if self.job.recompute else 0.0
-            again = (share, self.config.checkpoint_keep_attention)
-            mfu, hfu = flops.utilisation(cost, rate / self.plan.world_size, peak, *again)
-            found |= {"mfu": mfu, "hfu": hfu}
-        return found
-
-    def noise(self, step: int, key: str) -> NamedNoise:
-        """Return the randomness of one sample at one step."""
-        return NamedNoise(self.config.seed, step, key, self.config.condition_dropout)
-
-    def start_average(self, path: Path | None) -> dict[str, Tensor] | None:
-        """Return the average of the trainables from `path`, or their present values, on rank 0's device; None on the
-        other ranks. Every rank calls it.
-        """
-        with self.engine.full_weights():
-            if self.place.rank != 0:
-                return None
-            now = {name: value.detach().clone() for name, value in self.engine.trainables.items()}
-        if path is None:
-            return now
-        return {
-            name: value.to(self.device) for name, value in checkpoint.read_tensors(path / "ema.safetensors").items()
-        }
-
-    @torch.no_grad()
-    def update_average(self) -> None:
-        """Update the moving average of the trainables, if there is one. Every rank calls it."""
-        if self.config.ema_decay is None:
-            return
-        with self.engine.full_weights():
-            for name, mean in (self.average or {}).items():
-                mean.lerp_(self.engine.trainables[name], 1 - self.config.ema_decay)
+    def accumulate(self, step: int, batch: dict[str, Any], watch: report.Stopwatch) -> tuple[Losses, Inputs]:
+        """Add the gradients of one micro batch; return its losses and what the model was given."""
+        config = self.config
+        noises = [NamedNoise(config.seed, step, key, config.condition_dropout) for key in batch["keys"]]
+        inputs = self.job.encoder.encode(batch, noises, config.shift, config.timestep_sampling)
+        watch.lap("encode")
+        # LoRA's dropout draws from the global generator; recomputation repeats its state.
+        torch.manual_seed(noises[0].generator.initial_seed())
+        losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, config.hole_weight)
+        watch.lap("forward")
+        self.engine.backward(losses.weighted.mean())
+        watch.lap("backward")
+        return losses, inputs
 
     def initial_loss(self) -> dict[str, float]:
         """Return {"initial_validation_loss"} of a run that starts from given weights, before its first update."""
@@ -298,9 +250,8 @@ class Trainer:
             with checkpoint.writing(self.config.output, state) as folder:
                 self.job.write_adapter(folder, weights, step)
                 checkpoint.write_tensors(folder / "optimizer.safetensors", moments)
-                if self.average is not None:
-                    average = {name: value.cpu() for name, value in self.average.items()}
-                    checkpoint.write_tensors(folder / "ema.safetensors", average)
+                if self.average:
+                    checkpoint.write_tensors(folder / average.FILE_NAME, self.average.on_cpu())
             checkpoint.prune(self.config.output, self.config.keep_last)
         self.saved_step = step
         torch.distributed.barrier()
@@ -310,7 +261,7 @@ class Trainer:
         weights = self.engine.weights()
         if self.place.rank == 0:
             step = max(self.first_step, self.config.num_steps)
-            final = weights if self.average is None else {name: value.cpu() for name, value in self.average.items()}
+            final = self.average.on_cpu() if self.average else weights
             self.job.write_adapter(Path(self.config.output) / "adapter", final, step)
         torch.distributed.barrier()
 

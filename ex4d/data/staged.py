@@ -1,0 +1,109 @@
+"""Staged samples, the split of their source, and the plan of which sample goes into which shard."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+from collections import Counter
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from itertools import chain
+from typing import Any
+
+from ex4d import storage
+from ex4d.data import building, manifest
+from ex4d.data.tar import END
+from ex4d.errors import ContractError
+
+
+@dataclass(frozen=True)
+class Staged:
+    """A finished sample that waits to be packed.
+
+    Args:
+        key: the sample's key.
+        split: "train" or "val".
+        url: a file holding exactly what `sample_tar` returned.
+        size, sha256: of that file, where they are known; they are compared then.
+    """
+
+    key: str
+    split: str
+    url: str
+    size: int | None = None
+    sha256: str = ""
+
+
+def split_of(source_group: str, val_fraction: float) -> str:
+    """Return "train" or "val" for everything cut from one source, or from sources that are nearly the same.
+
+    Args:
+        source_group: see sample.PROVENANCE.
+        val_fraction: expected share of groups in "val", in [0, 1].
+    """
+    draw = int.from_bytes(hashlib.sha256(f"split:{source_group}".encode()).digest()[:8], "big") / 2**64
+    return "val" if draw < val_fraction else "train"
+
+
+def with_sizes(staged: Iterable[Staged]) -> list[Staged]:
+    """Return the samples with their sizes, asked for where they are not known; -1 of a file that is missing."""
+    items = list(staged)
+    unknown = [index for index, item in enumerate(items) if item.size is None]
+
+    def size(index: int) -> int:
+        try:
+            return storage.size(items[index].url)
+        except FileNotFoundError:
+            return -1
+
+    with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
+        for index, found in zip(unknown, pool.map(size, unknown), strict=True):
+            items[index] = Staged(items[index].key, items[index].split, items[index].url, found, items[index].sha256)
+    return items
+
+
+def plans(items: Sequence[Staged], shard_size_bytes: int) -> Iterator[dict[str, Any]]:
+    """Yield the plan of each shard, as `building.build` takes it; `digest`: of all that its bytes follow from."""
+    for split in manifest.SPLITS:
+        number = size = 0
+        group: list[Staged] = []
+        for item in chain((item for item in items if item.split == split), [None]):
+            if group and (item is None or size + (item.size or 0) + len(END) > shard_size_bytes):
+                yield _plan(manifest.shard_name(split, number), split, group)
+                number, size, group = number + 1, 0, []
+            if item is not None:
+                size += item.size or 0
+                group.append(item)
+
+
+def _plan(name: str, split: str, group: Sequence[Staged]) -> dict[str, Any]:
+    known = [item.sha256 or _known_as(item) for item in group]
+    whole = digest(manifest.FORMAT_VERSION, name, [[item.key, mark] for item, mark in zip(group, known, strict=True)])
+    items = [[item.key, item.url, item.size, item.sha256] for item in group]
+    return {"name": name, "split": split, "items": items, "digest": whole if all(known) else ""}
+
+
+def _known_as(item: Staged) -> str:
+    """Return what a staged file is known by without reading it, "" for nothing: on this machine its time beside its
+    name, in a store a fingerprint in its name.
+    """
+    name = item.url.rpartition("/")[2]
+    if storage.is_local(item.url):
+        return f"{name} {building.stamp(item.url)}"
+    return name if "." in name.removeprefix(f"{item.key}.") else ""
+
+
+def digest(*parts: Any) -> str:
+    """Return the sha256 of JSON-able parts."""
+    return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def check_keys(items: list[Staged], rejected: list[dict[str, str]]) -> None:
+    """Raise ContractError where a clip is counted twice, or a split is not known."""
+    keys = [item.key for item in items] + [row["key"] for row in rejected if row["unit"] == "clip"]
+    if len(set(keys)) != len(keys):
+        twice = sorted(key for key, count in Counter(keys).items() if count > 1)
+        raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
+    if unknown := {item.split for item in items} - set(manifest.SPLITS):
+        raise ContractError(f"splits {sorted(unknown)} are not known; allowed: {manifest.SPLITS}")
