@@ -11,7 +11,6 @@ from __future__ import annotations
 import json
 import shutil
 import tempfile
-from collections import Counter
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
@@ -23,7 +22,7 @@ import pyarrow.compute as pc
 
 from ex4d import storage
 from ex4d.data import building, manifest
-from ex4d.data.staged import Staged, check_keys, digest, plans, split_of, with_sizes
+from ex4d.data.staged import Staged, count, digest, plans, split_of, with_sizes
 from ex4d.data.tar import sample_tar
 from ex4d.errors import ContractError
 
@@ -76,12 +75,7 @@ def pack(
     """
     items = sorted(with_sizes(staged), key=lambda item: (item.split, item.key))
     rejected = [dict(row) for row in rejects]
-    by_split = Counter(item.split for item in items)
-    samples = {"samples": len(items), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}}
-    counts = {**facts["counts"], **manifest.reject_counts(rejected), **samples}
-    check_keys(items, rejected)
-    if wrong := manifest.identities(counts):
-        raise ContractError("the counts do not add up: " + "; ".join(wrong))
+    counts = count(items, rejected, facts["counts"])
     planned = list(plans(items, shard_size_bytes))
     whole = digest([plan["digest"] for plan in planned], facts, sorted(rejected, key=json.dumps))
     record = storage.join(tables, "packed.json") if tables else None
@@ -93,27 +87,34 @@ def pack(
         shards = [found[plan["name"]] for plan in planned]
         _write_tables(work, shards, rows, rejected)
         more = [*write_more(work)] if write_more else []
-        dataset = {
-            **facts,
-            "format": manifest.FORMAT,
-            "format_version": manifest.FORMAT_VERSION,
-            "counts": counts,
-            "members": shards[0]["members"] if shards else [],
-            "sha256": {name: building.place(work / name, output, name) for name in (*manifest.TABLES, *more)},
-        }
-        for url in set(manifest.list_contents(output)) - {*found, *more}:  # of an earlier pack
-            storage.remove(storage.join(output, manifest.DATASET))
-            storage.remove(storage.join(output, url))
-        (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
-        building.place(work / manifest.DATASET, output, manifest.DATASET)
+        dataset = _commit(work, output, {**facts, "counts": counts}, shards, more)
     if record and tables:
         _remember(output, tables, record, whole, list(found))
     return dataset
 
 
-def _write_tables(
-    work: Path, shards: Sequence[Mapping[str, Any]], tables: str, rejected: Sequence[Mapping[str, str]]
-) -> None:
+def _commit(
+    work: Path, output: str, facts: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], more: Sequence[str]
+) -> dict[str, Any]:
+    """Put the tables into their places, delete what an earlier pack left, and write and return dataset.json."""
+    dataset = {
+        **facts,
+        "format": manifest.FORMAT,
+        "format_version": manifest.FORMAT_VERSION,
+        "members": shards[0]["members"] if shards else [],
+        "sha256": {name: building.place(work / name, output, name) for name in (*manifest.TABLES, *more)},
+    }
+    current = {*(shard["url"] for shard in shards), *more}
+    for url in manifest.list_contents(output):
+        if url not in current:
+            storage.remove(storage.join(output, manifest.DATASET))
+            storage.remove(storage.join(output, url))
+    (work / manifest.DATASET).write_text(json.dumps(dataset, indent=1, sort_keys=True) + "\n", encoding="utf-8")
+    building.place(work / manifest.DATASET, output, manifest.DATASET)
+    return dataset
+
+
+def _write_tables(work: Path, shards: Sequence[Mapping[str, Any]], tables: str, rejected: list[dict[str, str]]) -> None:
     """Write manifest, rejects and index into `work`.
 
     Raises:

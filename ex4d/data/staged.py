@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 from collections import Counter
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -99,11 +99,24 @@ def digest(*parts: Any) -> str:
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 
-def check_keys(items: list[Staged], rejected: list[dict[str, str]]) -> None:
-    """Raise ContractError where a clip is counted twice, or a split is not known."""
+def count(items: list[Staged], rejected: list[dict[str, str]], counts: Mapping[str, int]) -> dict[str, int]:
+    """Return all counts of a dataset.
+
+    Args:
+        counts: videos_in, videos_split and clips_planned.
+
+    Raises:
+        ContractError: a clip is counted twice, a split is not known, or the counts do not add up.
+    """
     keys = [item.key for item in items] + [row["key"] for row in rejected if row["unit"] == "clip"]
     if len(set(keys)) != len(keys):
-        twice = sorted(key for key, count in Counter(keys).items() if count > 1)
+        twice = sorted(key for key, number in Counter(keys).items() if number > 1)
         raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
     if unknown := {item.split for item in items} - set(manifest.SPLITS):
         raise ContractError(f"splits {sorted(unknown)} are not known; allowed: {manifest.SPLITS}")
+    by_split = Counter(item.split for item in items)
+    samples = {"samples": len(items), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}}
+    whole = {**counts, **manifest.reject_counts(rejected), **samples}
+    if wrong := manifest.identities(whole):
+        raise ContractError("the counts do not add up: " + "; ".join(wrong))
+    return whole
