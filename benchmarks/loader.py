@@ -21,7 +21,8 @@ from typing import Any
 
 import numpy as np
 
-from ex4d.data.loader import LoaderConfig, ShardLoader, decode_pixels, draw_mask
+from ex4d.data.decoding import decode_pixels
+from ex4d.data.loader import LoaderConfig, ShardLoader, draw_mask
 from ex4d.data.sample import MEMBERS, Sample, encode, hole_share
 from ex4d.data.shards import Staged, pack
 from ex4d.data.tar import sample_tar

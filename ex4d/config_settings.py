@@ -232,13 +232,10 @@ def _type_text(hint: Any, choices: tuple[str, ...] = ()) -> str:
     if origin is tuple and Ellipsis not in inner:
         return f"[{', '.join(_type_text(item).removeprefix('an ').removeprefix('a ') for item in inner)}]"
     if origin in (tuple, list):
-        return f"a list of {_items_text(inner[0], choices)}"
+        words = {int: "integers", float: "numbers", str: "texts"}
+        plural = None if choices else words.get(inner[0])
+        return f"a list of {plural or _type_text(inner[0], choices).removeprefix('one of ')}"
     return "a mapping"
-
-
-def _items_text(hint: Any, choices: tuple[str, ...]) -> str:
-    words = {int: "integers", float: "numbers", str: "texts"}
-    return words[hint] if hint in words and not choices else _type_text(hint, choices).removeprefix("one of ")
 
 
 def _plain(number: float) -> str:

@@ -184,8 +184,10 @@ def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()
     profile = config.profile or "default"
     K = result.K
     if K is None:
-        released = profile == "released"
-        K = _released_intrinsics(frames.shape) if released else camera.intrinsics(frames.shape[1:3], config.fov_deg)
+        height, width = frames.shape[1:3]
+        K = camera.intrinsics((height, width), config.fov_deg)
+        if profile == "released":
+            K = np.array([[RELEASED_FOCAL_PX, 0, width / 2], [0, RELEASED_FOCAL_PX, height / 2], [0, 0, 1]])
     z_depth = depth_estimators.z_depth_of(result, profile)
     w2c = result.w2c if result.kind == "z_depth" or result.metric else None  # else depth was mapped to another unit
     return Clip(frames, fps, z_depth, K, profile, result.provenance, w2c, result.dynamic_mask, result.valid_mask)
@@ -218,7 +220,3 @@ def _read(
     if fps <= 0:  # the container declares none
         fps = 1 / (float(time_base) * float(np.median(np.diff(pts)))) if len(pts) > 1 else 1.0
     return frames, request, fps
-
-
-def _released_intrinsics(shape: tuple[int, ...]) -> np.ndarray:
-    return np.array([[RELEASED_FOCAL_PX, 0, shape[2] / 2], [0, RELEASED_FOCAL_PX, shape[1] / 2], [0, 0, 1]])

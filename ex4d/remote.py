@@ -76,7 +76,10 @@ def call(operation: Callable[[], Result], url: str) -> Result:
                 raise _lasting(error, url) from None
             log.info("attempt %d of %d at %s: %s", attempt, ATTEMPTS, redacted(url), _named(error))
             if attempt == ATTEMPTS:
-                raise _given_up(error, url) from None
+                if isinstance(error, Truncated):
+                    raise error from None
+                failed = f"{ATTEMPTS} attempts failed, the last with {_named(error)}"
+                raise Unavailable(errno.EIO, failed, redacted(url)) from None
         time.sleep(FIRST_DELAY_S * 2 ** (attempt - 1) * random.uniform(0.5, 1.5))  # else all workers retry in step
     raise AssertionError("the last attempt returns or raises")
 
@@ -135,12 +138,6 @@ def _named(error: BaseException) -> str:
     if status is not None:
         return f"status {status}"
     return type(next((cause for cause in _causes(error) if _is_broken(cause)), error)).__name__
-
-
-def _given_up(error: BaseException, url: str) -> OSError:
-    if isinstance(error, Truncated):
-        return error
-    return Unavailable(errno.EIO, f"{ATTEMPTS} attempts failed, the last with {_named(error)}", redacted(url))
 
 
 def _lasting(error: BaseException, url: str) -> OSError:

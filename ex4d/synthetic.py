@@ -23,9 +23,8 @@ from ex4d.geometry import trajectory, trajectory_files
 from ex4d.geometry.camera import FOV_DEG, Camera, intrinsics, look_at
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
-LIGHT = np.array(
-    [-0.48, -0.78, -0.40]
-)  # towards the light, unit length; fixed to the world: shading has no view dependence
+# Towards the light, unit length; fixed to the world: shading has no view dependence.
+LIGHT = np.array([-0.48, -0.78, -0.40])
 CAMERA_MOTIONS = ("static", "gentle", "strong")
 
 
@@ -51,10 +50,7 @@ class SyntheticConfig:
     sky: bool = setting(False, "Open sky in place of walls and ceiling; its depth is large and finite.")
     fov_deg: float = setting(FOV_DEG, "Field of view over the longer side, degrees.", ge=1, le=170)
     second_camera_deg: float | None = setting(
-        None,
-        "Film each video with a second camera, up to this angle away; null: one camera.",
-        gt=0,
-        le=90,
+        None, "Film each video with a second camera, up to this angle away; null: one camera.", gt=0, le=90
     )
 
     def __post_init__(self) -> None:

@@ -91,7 +91,10 @@ class Body:
         local_directions = directions @ self.rotation(time_s)
         if self.kind == "sphere":
             return _hit_sphere(local_origins, local_directions, float(self.half[0]))
-        near, far = _slabs(local_origins, local_directions, self.half)
+        with np.errstate(divide="ignore", invalid="ignore"):  # the slab method
+            inverse = 1.0 / local_directions
+            middle, reach = -local_origins * inverse, np.abs(self.half * inverse)
+        near, far = np.nanmax(middle - reach, axis=1), np.nanmin(middle + reach, axis=1)
         if self.kind == "room":
             return far
         return np.where((near <= far) & (near > HIT_EPSILON), near, np.inf)
@@ -115,14 +118,6 @@ def _hit_sphere(origins: np.ndarray, directions: np.ndarray, radius: float) -> n
     discriminant = b * b - a * c
     distance = (-b - np.sqrt(np.maximum(discriminant, 0.0))) / a
     return np.where((discriminant >= 0) & (distance > HIT_EPSILON), distance, np.inf)
-
-
-def _slabs(origins: np.ndarray, directions: np.ndarray, half: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return where rays enter and leave an axis-aligned box about the origin (the slab method)."""
-    with np.errstate(divide="ignore", invalid="ignore"):
-        inverse = 1.0 / directions
-        middle, reach = -origins * inverse, np.abs(half * inverse)
-    return np.nanmax(middle - reach, axis=1), np.nanmin(middle + reach, axis=1)
 
 
 @dataclass(frozen=True)

@@ -106,11 +106,6 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     return parse(args.arguments, argparse.Namespace(**vars(args)))
 
 
-def _run(args: argparse.Namespace) -> int:
-    module = importlib.import_module(COMMANDS[args.command].module)
-    return module.command(args.config, args.overrides) if args.command in JOBS else module.run(args)
-
-
 class Lines(logging.Formatter):
     """Log lines without control characters and passwords: names and messages of strangers are in them."""
 
@@ -139,7 +134,8 @@ def _main(argv: Sequence[str] | None) -> int:
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if args.command in ("demo", "encode", "evaluate"):
             os.environ.setdefault("TQDM_DISABLE", "1")  # no bar for each file of a model
-        return _run(args)
+        module = importlib.import_module(COMMANDS[args.command].module)
+        return module.command(args.config, args.overrides) if args.command in JOBS else module.run(args)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from there" if args.command in JOBS else ""
         print(f"{_name(args)}: interrupted{goes_on}", file=sys.stderr)
@@ -153,16 +149,12 @@ def _main(argv: Sequence[str] | None) -> int:
         return 1
     except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
         logging.getLogger(__name__).debug("where it was raised", exc_info=True)
-        print(f"{_name(args)}: {_told(error)}", file=sys.stderr)
+        reason = str(error)
+        if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
+            where = f" ({error.filename})" if error.filename else ""
+            reason = f"the disk is full{where}: free some space, then run the same command again"
+        print(f"{_name(args)}: {reason}", file=sys.stderr)
         return 1
-
-
-def _told(error: ContractError | OSError) -> str:
-    """Return what an error says, with a remedy where the system's own words have none."""
-    if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
-        where = f" ({error.filename})" if error.filename else ""
-        return f"the disk is full{where}: free some space, then run the same command again"
-    return str(error)
 
 
 def _name(args: argparse.Namespace) -> str:

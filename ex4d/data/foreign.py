@@ -25,7 +25,7 @@ LIMITS = isolation.Limits(wall_s=120, cpu_s=120, memory_bytes=6 * 2**30)  # of o
 FUNCTIONS = {
     "check": "ex4d.data.foreign:check",
     "decode_sample": "ex4d.data.sample:decode",
-    "decode_one": "ex4d.data.loader:decode_one",
+    "decode_one": "ex4d.data.decoding:decode_one",
 }
 
 
@@ -85,7 +85,7 @@ def sample_of(dataset: Mapping[str, Any], members: Mapping[str, bytes], foreign:
 
 
 def decoder(dataset: Mapping[str, Any], with_source: bool) -> Callable[..., dict[str, Any]]:
-    """Return what the loader decodes a foreign dataset's samples with: as `loader.decoder_of` does, in the child."""
+    """Return what the loader decodes a foreign dataset's samples with: as `decoding.decoder_of` does, in the child."""
     facts = _facts(dataset)
 
     def decode(members: Mapping[str, bytes], draw: Callable[[int], int], into: np.ndarray | None = None) -> dict:

@@ -28,8 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ex4d.data.members import decode_json, encode_json
-from ex4d.data.sample import require_members
+from ex4d.data.members import decode_json, encode_json, require_members
 from ex4d.data.tensors import STORED, decode_tensors, encode_tensors, store_as, to_float32
 from ex4d.errors import ContractError
 

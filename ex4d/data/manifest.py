@@ -280,24 +280,3 @@ def read_index(folder: str) -> list[dict[str, Any]]:
         if sorted(numbers) != list(range(len(numbers))):
             raise ContractError(f"{INDEX}: the numbers of the {split} shards are not 0 to {len(numbers) - 1}")
     return shards
-
-
-def identities(counts: Mapping[str, int]) -> list[str]:
-    """Return a sentence for each count that does not add up; [] where all do."""
-    videos = ("videos_in", ("videos_split", "videos_rejected"))
-    clips = ("clips_planned", ("samples", "clips_filtered", "clips_bad"))
-    wrong = []
-    for whole, parts in (videos, clips):
-        if counts[whole] != sum(counts[part] for part in parts):
-            wrong.append(f"{whole} = {counts[whole]} is not " + " + ".join(f"{part} {counts[part]}" for part in parts))
-    return wrong
-
-
-def reject_counts(rows: Iterable[Mapping[str, str]]) -> dict[str, int]:
-    """Return videos_rejected, clips_filtered and clips_bad of reject rows; ContractError for unknown words."""
-    counts = {"videos_rejected": 0, "clips_filtered": 0, "clips_bad": 0}
-    for row in rows:
-        if set(row) != set(REJECT_COLUMNS) or row["unit"] not in UNITS or row["fate"] not in FATES:
-            raise ContractError(f"{REJECTS}: row {dict(row)} needs {REJECT_COLUMNS}, unit {UNITS}, fate {FATES}")
-        counts["videos_rejected" if row["unit"] == "video" else f"clips_{row['fate']}"] += 1
-    return counts

@@ -1,4 +1,4 @@
-"""The members of a sample that are not video: JSON with one type a number, and masks as packed bits in an npz."""
+"""The members of a sample: JSON with one type a number, masks as packed bits in an npz, video, depth as video."""
 
 from __future__ import annotations
 
@@ -12,9 +12,11 @@ from typing import IO, Any
 
 import numpy as np
 
-from ex4d.errors import ContractError
+from ex4d import video
+from ex4d.errors import BadSample, ContractError
 
 _UNREADABLE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+DEPTH_STEPS = 65535  # of the stored disparity
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 
@@ -156,3 +158,46 @@ def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
             info.create_system, info.external_attr, info.compress_type = 3, 0o644 << 16, zipfile.ZIP_DEFLATED
             archive.writestr(info, buffer.getvalue(), compresslevel=6)
     return out.getvalue()
+
+
+def encode_depth(z_depth: np.ndarray, fps: float) -> tuple[float, bytes]:
+    """Return (`disparity_max` of `json`, `depth.mkv`) of z_depth [T,H,W]."""
+    disparity = 1.0 / z_depth.astype(np.float64)
+    most = float(disparity.max())
+    return most, video.encode(np.rint(disparity / most * DEPTH_STEPS).astype(np.uint16), fps, lossless=True)
+
+
+def decode_depth(data: bytes, disparity_max: object, limit: tuple[int, int, int] | None = None) -> np.ndarray:
+    """Return z_depth float32 [T,H,W] of `depth.mkv`; what was too far for 16 bits lies at half a step's disparity.
+
+    Raises:
+        ContractError: it does not decode, or `disparity_max` is no positive number.
+    """
+    if not isinstance(disparity_max, float) or not 0 < disparity_max < math.inf:
+        raise ContractError(f"json: disparity_max {disparity_max!r}")
+    stored = decode_frames(data, "depth.mkv", limit=limit)
+    if stored.dtype != np.uint16:
+        raise ContractError(f"depth.mkv: is {stored.dtype}, not 16-bit grey")
+    return (DEPTH_STEPS / (np.maximum(stored, 0.5) * disparity_max)).astype(np.float32)
+
+
+def require_members(members: Mapping[str, bytes], wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
+    """Raise ContractError with the names of missing and unknown members."""
+    missing, unknown = set(wanted) - set(members), set(members) - set(wanted) - set(optional)
+    if missing or unknown:
+        raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
+
+
+def decode_frames(
+    data: bytes, member: str = "mp4", into: np.ndarray | None = None, limit: tuple[int, int, int] | None = None
+) -> np.ndarray:
+    """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode.
+
+    Args:
+        into: an array of that shape for the frames, which is then returned.
+        limit: most frames, H and W.
+    """
+    try:
+        return video.read(data, into, limit)[0]
+    except BadSample as error:
+        raise ContractError(f"{member}: {error}") from error

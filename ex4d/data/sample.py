@@ -1,7 +1,7 @@
 """THE CONTRACT of a training sample: its members with types, shapes and ranges; encoding, decoding and checks.
 
 A sample is one clip with S simulated masks. The condition that a model is shown is `frames * visible[s]`, or, where the
-dataset has conditions of imperfect geometry, their colours for visibility masks (`shown`).
+dataset has conditions of imperfect geometry, their colours for visibility masks (`decoding.shown`).
 
 | member        | what |
 |---|---|
@@ -37,23 +37,26 @@ import numpy as np
 
 from ex4d import video
 from ex4d.data.members import (
+    decode_depth,
+    decode_frames,
     decode_json,
     decode_masks,
+    encode_depth,
     encode_json,
     encode_npz,
     hole_share,
     pack_bits,
     plain,
+    require_members,
     unpack_bits,
 )
-from ex4d.errors import BadSample, ContractError
+from ex4d.errors import ContractError
 
 MEMBERS = ("camera.json", "json", "masks.npz", "mp4", "txt")
 OPTIONAL = ("cond.mp4", "depth.mkv", "source.mp4")
 KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # no dots: readers split key and extension at the first one
 TRACKING = "tracking"  # the one kind of mask that has no camera path
 VISIBILITY = "visibility"  # the kind of mask whose condition a cond.mp4 holds
-DEPTH_STEPS = 65535  # of the stored disparity
 CRF = 12
 # What `json` must hold. More keys are allowed, the same in every sample of a dataset. "" says that there is none.
 PROVENANCE: dict[str, type] = {
@@ -129,19 +132,6 @@ class Sample:
     source: np.ndarray | None = None
 
 
-def shown(frames: np.ndarray, cond: np.ndarray | None, is_visibility: np.ndarray, index: int) -> np.ndarray:
-    """Return uint8 [T,H,W,3], the colours that mask `index` uncovers: of `cond` for a visibility mask, else `frames`.
-
-    Args:
-        cond: see Sample.
-        is_visibility: bool [S].
-    """
-    if cond is None or not is_visibility[index]:
-        return frames
-    first = int(np.count_nonzero(is_visibility[:index])) * len(frames)
-    return cond[first : first + len(frames)]
-
-
 def encode(sample: Sample) -> dict[str, bytes]:
     """Return {member: bytes}: the same sample gives the same bytes, with equal package versions.
 
@@ -162,7 +152,7 @@ def encode(sample: Sample) -> dict[str, bytes]:
     if sample.source is not None:
         optional["source.mp4"] = video.encode(sample.source, sample.fps, crf=CRF)
     if sample.z_depth is not None:
-        own["disparity_max"], optional["depth.mkv"] = _encode_depth(sample.z_depth, sample.fps)
+        own["disparity_max"], optional["depth.mkv"] = encode_depth(sample.z_depth, sample.fps)
     facts = plain({**sample.provenance, **own}, f"{sample.key}.json")
     masks = {
         "visible_packed": pack_bits(sample.visible),
@@ -179,26 +169,6 @@ def encode(sample: Sample) -> dict[str, bytes]:
     }
 
 
-def _encode_depth(z_depth: np.ndarray, fps: float) -> tuple[float, bytes]:
-    disparity = 1.0 / z_depth.astype(np.float64)
-    most = float(disparity.max())
-    return most, video.encode(np.rint(disparity / most * DEPTH_STEPS).astype(np.uint16), fps, lossless=True)
-
-
-def decode_depth(data: bytes, disparity_max: object, limit: tuple[int, int, int] | None = None) -> np.ndarray:
-    """Return z_depth float32 [T,H,W] of `depth.mkv`; what was too far for 16 bits lies at half a step's disparity.
-
-    Raises:
-        ContractError: it does not decode, or `disparity_max` is no positive number.
-    """
-    if not isinstance(disparity_max, float) or not 0 < disparity_max < math.inf:
-        raise ContractError(f"json: disparity_max {disparity_max!r}")
-    stored = decode_frames(data, "depth.mkv", limit=limit)
-    if stored.dtype != np.uint16:
-        raise ContractError(f"depth.mkv: is {stored.dtype}, not 16-bit grey")
-    return (DEPTH_STEPS / (np.maximum(stored, 0.5) * disparity_max)).astype(np.float32)
-
-
 def decode(members: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
     """Return the Sample in {member: bytes}.
 
@@ -208,7 +178,7 @@ def decode(members: Mapping[str, bytes], spec: SampleSpec | None = None) -> Samp
     Raises:
         ContractError: a member is missing, does not parse, or does not fit the others; the message names it.
     """
-    require_members(members, optional=OPTIONAL)
+    require_members(members, MEMBERS, OPTIONAL)
     facts = decode_json(members["json"], "json")
     camera = decode_json(members["camera.json"], "camera.json")
     frames = decode_frames(members["mp4"], limit=(spec.num_frames, *spec.size) if spec else None)
@@ -270,30 +240,6 @@ def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = N
         if len(sample.cond) != count * spec.num_frames:
             raise ContractError(f"cond.mp4: {len(sample.cond)} frames, wanted {count} × {spec.num_frames}")
     return sample
-
-
-def require_members(
-    members: Mapping[str, bytes], wanted: tuple[str, ...] = MEMBERS, optional: tuple[str, ...] = ()
-) -> None:
-    """Raise ContractError with the names of missing and unknown members."""
-    missing, unknown = set(wanted) - set(members), set(members) - set(wanted) - set(optional)
-    if missing or unknown:
-        raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
-
-
-def decode_frames(
-    data: bytes, member: str = "mp4", into: np.ndarray | None = None, limit: tuple[int, int, int] | None = None
-) -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode.
-
-    Args:
-        into: an array of that shape for the frames, which is then returned.
-        limit: most frames, H and W.
-    """
-    try:
-        return video.read(data, into, limit)[0]
-    except BadSample as error:
-        raise ContractError(f"{member}: {error}") from error
 
 
 def _check(sample: Sample) -> None:

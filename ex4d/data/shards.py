@@ -22,7 +22,8 @@ import pyarrow.compute as pc
 
 from ex4d import storage
 from ex4d.data import building, manifest
-from ex4d.data.staged import Staged, count, digest, plans, split_of, with_sizes
+from ex4d.data.counts import count
+from ex4d.data.staged import Staged, digest, plans, split_of, with_sizes
 from ex4d.data.tar import sample_tar
 from ex4d.errors import ContractError
 

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections import Counter
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from itertools import chain
@@ -14,7 +13,6 @@ from typing import Any
 from ex4d import storage
 from ex4d.data import building, manifest
 from ex4d.data.tar import END
-from ex4d.errors import ContractError
 
 
 @dataclass(frozen=True)
@@ -97,26 +95,3 @@ def _known_as(item: Staged) -> str:
 def digest(*parts: Any) -> str:
     """Return the sha256 of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
-
-
-def count(items: list[Staged], rejected: list[dict[str, str]], counts: Mapping[str, int]) -> dict[str, int]:
-    """Return all counts of a dataset.
-
-    Args:
-        counts: videos_in, videos_split and clips_planned.
-
-    Raises:
-        ContractError: a clip is counted twice, a split is not known, or the counts do not add up.
-    """
-    keys = [item.key for item in items] + [row["key"] for row in rejected if row["unit"] == "clip"]
-    if len(set(keys)) != len(keys):
-        twice = sorted(key for key, number in Counter(keys).items() if number > 1)
-        raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
-    if unknown := {item.split for item in items} - set(manifest.SPLITS):
-        raise ContractError(f"splits {sorted(unknown)} are not known; allowed: {manifest.SPLITS}")
-    by_split = Counter(item.split for item in items)
-    samples = {"samples": len(items), **{f"samples_{split}": by_split[split] for split in manifest.SPLITS}}
-    whole = {**counts, **manifest.reject_counts(rejected), **samples}
-    if wrong := manifest.identities(whole):
-        raise ContractError("the counts do not add up: " + "; ".join(wrong))
-    return whole

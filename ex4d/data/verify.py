@@ -14,6 +14,7 @@ import pyarrow.compute
 
 from ex4d import storage
 from ex4d.data import foreign, manifest, texts
+from ex4d.data.counts import identities, reject_counts
 from ex4d.data.members import decode_json
 from ex4d.data.tar import BLOCK, END, header, read_sample
 from ex4d.errors import BadSample, ContractError
@@ -102,7 +103,7 @@ def verify(
         shards = manifest.read_index(folder)
         table = manifest.read_manifest(folder)
         rejects = manifest.read_table(folder, manifest.REJECTS).to_pylist()
-        rejected = manifest.reject_counts(rejects)
+        rejected = reject_counts(rejects)
         check = check or foreign.checker(dataset, foreign.is_foreign(folder, trust))
     except ContractError as error:
         return Report(folder, (str(error), *_table_problems(folder, {})[1]), {}, 0, 0, "", full)
@@ -114,7 +115,9 @@ def verify(
     more = set(dataset["sha256"]) - set(manifest.TABLES)
     problems += _folder_problems(folder, {*(shard["url"] for shard in shards), *more}, set(by_shard))
     if full and "latents" in dataset and not problems:
-        problems += texts.problems(folder, dataset, _captions(table) if dataset["latents"].get("captions") else ())
+        members = table["members"].combine_chunks().flatten()
+        captions = members.filter(pa.compute.equal(members.field("name"), "txt")).field("sha256").to_pylist()
+        problems += texts.problems(folder, dataset, set(captions) if dataset["latents"].get("captions") else ())
     with ThreadPoolExecutor(num_threads) as pool:
         jobs = [
             pool.submit(_check_shard, folder, shard, by_shard.get(shard["url"]), check if full else None)
@@ -157,12 +160,6 @@ def _folder_problems(folder: str, indexed: set[str], named: set[str]) -> list[st
     return [f"{name}: {what}" for names, what in wrong for name in sorted(names)]
 
 
-def _captions(table: pa.Table) -> set[str]:
-    """Return the sha256 of every caption."""
-    members = table["members"].combine_chunks().flatten()
-    return set(members.filter(pa.compute.equal(members.field("name"), "txt")).field("sha256").to_pylist())
-
-
 def _row_problems(table: pa.Table, rejects: list[Row]) -> list[str]:
     """Return what is wrong between rows: keys that repeat, a sample in a foreign shard, a source in both splits."""
     keys = Counter(table["key"].to_pylist() + [row["key"] for row in rejects if row["unit"] == "clip"])
@@ -197,7 +194,7 @@ def _count(
         if claimed.get(name) != value
     ]
     counts = {**claimed, **own_counts}
-    return counts, problems + manifest.identities(counts)
+    return counts, problems + identities(counts)
 
 
 def _check_shard(

@@ -39,7 +39,11 @@ def track(frames: np.ndarray, points: np.ndarray, folder: str | None) -> tuple[n
     import torch
 
     device = "cuda" if torch.cuda.is_available() else "cpu"
-    predictor = _predictor(_checkpoint(folder), device)
+    places = [Path(folder, place, CHECKPOINT) for place in (".", "checkpoints")] if folder else []
+    checkpoint = next((path for path in places if path.is_file()), None)
+    if checkpoint is None:
+        raise ConfigError("masks.tracker_path", folder, FETCH)
+    predictor = _predictor(checkpoint, device)
     video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(device)  # 0 … 255
     points = np.asarray(points, np.float32).reshape(-1, 2)
     queries = np.concatenate([np.zeros((len(points), 1), np.float32), points - 0.5], axis=1)  # (frame, x, y)
@@ -49,14 +53,6 @@ def track(frames: np.ndarray, points: np.ndarray, folder: str | None) -> tuple[n
     height, width = frames.shape[1:3]
     inside = ((xy >= 0) & (xy < (width, height))).all(axis=-1)
     return xy, seen[0].bool().cpu().numpy() & inside
-
-
-def _checkpoint(folder: str | None) -> Path:
-    """Return the checkpoint's path. Raises ConfigError that says what to fetch."""
-    for path in (Path(folder, place, CHECKPOINT) for place in (".", "checkpoints") if folder):
-        if path.is_file():
-            return path
-    raise ConfigError("masks.tracker_path", folder, FETCH)
 
 
 @lru_cache(maxsize=1)

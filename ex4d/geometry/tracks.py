@@ -131,7 +131,9 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     visible = np.ones((num_frames, height, width), bool)
     step, search = _dis((height, width), STEPS_PX, NUM_STEPS), _dis((height, width), FINEST_PX, NUM_STEPS)
     with one_thread():
-        gray = [_gray(frame, (width, height)) for frame in frames]
+        gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+        if ratio > 1:
+            gray = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA) for image in gray]
         for t in range(1, num_frames):
             forth = step.calc(gray[t - 1], gray[t], np.zeros_like(back))
             home = step.calc(gray[t], gray[t - 1], np.zeros_like(back))
@@ -141,14 +143,6 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
             steepest = np.max([(slope * slope).sum(axis=-1) for slope in slopes], axis=0)
             visible[t] = (consistency(there[t], back) <= limit) & (steepest <= MAX_SLOPE**2)
     return there * np.float32(ratio), visible
-
-
-def _gray(frame: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return uint8 [h, w] of a frame, averaged down to the size (width, height)."""
-    import cv2
-
-    gray = cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY)
-    return gray if gray.shape[::-1] == size else cv2.resize(gray, size, interpolation=cv2.INTER_AREA)
 
 
 def _check_size(size: tuple[int, ...]) -> None:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import logging
 import math
 import types
 from functools import partial
@@ -13,6 +14,9 @@ from torch.utils import checkpoint
 
 from ex4d.errors import ConfigError
 
+logger = logging.getLogger(__name__)
+
+MEMORY_MARGIN = 0.06  # share of a GPU that `fit_memory` leaves free, for fragmentation and longer texts
 _ATEN = torch.ops.aten
 _ATTENTION = (
     _ATEN._scaled_dot_product_cudnn_attention,
@@ -70,6 +74,18 @@ class Recompute:
     def share(self) -> float:
         """Share of the blocks that recompute."""
         return self.count / len(self._index)
+
+    def fit_memory(self, device: torch.device) -> None:
+        """Let as many blocks keep their activations as fit in a GPU's memory, after a step in which all recomputed.
+
+        Every rank calls it, and the one with the least memory decides.
+        """
+        free, total = torch.cuda.mem_get_info(device)
+        room = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
+        count = torch.tensor(self.fit(room - MEMORY_MARGIN * total), device=device)
+        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
+        self.count = int(count)
+        logger.info("%d blocks recompute their activations; the others keep them", self.count)
 
     def fit(self, free_bytes: float) -> int:
         """Return how many blocks must recompute where `free_bytes` are left while all of them do."""

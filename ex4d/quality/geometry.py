@@ -28,26 +28,22 @@ def measure(frames: np.ndarray, z_depth: np.ndarray) -> dict[str, float]:
         frames: uint8 [T,H,W,3] RGB.
         z_depth: float32 [T,H,W], > 0.
     """
+    import cv2
+
     near = float(np.percentile(z_depth[:, ::4, ::4], 1))
     sky = float((z_depth > SKY_RATIO * near).mean())
-    small = shrink(frames, SIDE)
+    small, log_depth = shrink(frames, SIDE), np.log(z_depth.astype(np.float32))
     flickers, drifts = [], []
     for first in spread(max(0, len(frames) - 2), TRIPLES):
         triple = slice(first, first + 3)
-        found = _triple(small[triple], _log_depth(z_depth[triple], small.shape[1:3]))
+        logs = [cv2.resize(log, small.shape[2:0:-1], interpolation=cv2.INTER_AREA) for log in log_depth[triple]]
+        found = _triple(small[triple], np.stack(logs))
         if found is not None:
             flickers.append(found[0])
             drifts.append(found[1])
     flicker = float(np.mean(flickers)) if flickers else 0.0
     drift = abs(float(np.mean(drifts))) * (len(frames) - 1) if drifts else 0.0
     return {"depth_flicker": flicker, "depth_drift": drift, "sky": sky}
-
-
-def _log_depth(z_depth: np.ndarray, size: tuple[int, ...]) -> np.ndarray:
-    import cv2
-
-    logs = np.log(z_depth.astype(np.float32))
-    return np.stack([cv2.resize(image, (size[1], size[0]), interpolation=cv2.INTER_AREA) for image in logs])
 
 
 def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:

@@ -39,7 +39,7 @@ class State:
         step: optimizer steps done.
         samples: samples consumed by all ranks together: the loader's cursor.
         global_batch_size: samples per step.
-        identity: what decides what the run learns (config.identity).
+        identity: what decides what the run learns (identity.identity).
         validation_loss: at this step; None where it was not measured.
         versions: of the packages that ran.
     """

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import os
-import re
 from typing import TYPE_CHECKING
 
 from ex4d.data import manifest
@@ -50,13 +49,8 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
         raise ConfigError("train.device", "cuda", "must be cpu or auto: PyTorch finds no GPU on this machine")
     if train.validate_apart or train.validate_videos:
         ranks_gpus = min(num_processes, gpus) if train.device != "cpu" else 0
-        _check_validate_device(train.validate_device, gpus, ranks_gpus)
+        free = ["cpu", *(f"cuda:{index}" for index in range(ranks_gpus, gpus))]
+        if train.validate_device not in free:
+            ranks = f"; ranks use cuda:0 to cuda:{ranks_gpus - 1}" if ranks_gpus else ""
+            raise ConfigError("train.validate_device", train.validate_device, ", ".join(free) + ranks)
     experts.timesteps(model.base, model.revision, train.expert)
-
-
-def _check_validate_device(device: str, gpus: int, ranks_gpus: int) -> None:
-    """Raise ConfigError unless it is cpu, or a GPU after those of the ranks."""
-    free = [f"cuda:{index}" for index in range(ranks_gpus, gpus)]
-    allowed = ", ".join(["cpu", *free]) + (f"; ranks use cuda:0 to cuda:{ranks_gpus - 1}" if ranks_gpus else "")
-    if device != "cpu" and (not re.fullmatch(r"cuda:\d+", device) or device not in free):
-        raise ConfigError("train.validate_device", device, allowed)

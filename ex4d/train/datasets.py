@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ex4d.data import latents, loader, manifest
+from ex4d.data import decoding, latents, loader, manifest
 from ex4d.data.mixture import MixtureLoader
 from ex4d.data.texts import TextStore
 from ex4d.data.verify import dataset_fingerprint
@@ -53,7 +53,7 @@ class Datasets:
         self.facts = [manifest.read_dataset(path) for path in self.paths]
         self.fingerprint = fingerprint(config)
         for path, facts in zip(self.paths, self.facts, strict=True):
-            if model.source_video and not loader.has_source(facts):
+            if model.source_video and not decoding.has_source(facts):
                 # A model whose source is the clip itself would learn to copy it.
                 allowed = f"must be false: {path} has no clips from two cameras; see preprocess.members: [source]"
                 raise ConfigError("model.source_video", True, allowed)
@@ -104,7 +104,7 @@ class Datasets:
     def _open_one(self, index: int, split: str, micro_batch_size: int, samples: int) -> loader.ShardLoader:
         decode = None
         if self._stores and self.config.prompt is None:
-            decode = _with_texts(self._stores[index], loader.decoder_of(self.facts[index], self.source_video))
+            decode = _with_texts(self._stores[index], decoding.decoder_of(self.facts[index], self.source_video))
         # Validation clips and their masks are the same in every run.
         where = (self.paths[index], split, micro_batch_size, self.config.seed if split == "train" else 0)
         ranks = (self.place.rank, self.place.world_size)
@@ -141,7 +141,7 @@ def _check_latents(
 def _with_texts(texts: TextStore, decode_latents: loader.Decode) -> loader.Decode:
     """Return a decode_latents that also reads the embeddings of captions in the loader's thread."""
 
-    def decode(members: Mapping[str, bytes], draw: loader.Draw) -> dict[str, Any]:
+    def decode(members: Mapping[str, bytes], draw: decoding.Draw) -> dict[str, Any]:
         values = decode_latents(members, draw)
         texts.embeds(values["captions"])
         return values

@@ -20,14 +20,12 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ex4d.errors import ConfigError, ContractError
+from ex4d.errors import ContractError
 from ex4d.train import interface, rendezvous, waits
 from ex4d.train.config import BatchPlan, Place, TrainConfig
+from ex4d.train.deepspeed_config import deepspeed_config
 
 MOMENTS = ("exp_avg", "exp_avg_sq")
-BUCKET = (
-    50_000_000  # numbers that are reduced at once; DeepSpeed's own 5e8 take 2 GB, more than any adapter's gradients
-)
 
 
 def start(place: Place, device: str) -> torch.device:
@@ -97,39 +95,6 @@ def _deepspeed() -> Any:
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
     deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with ninja for minutes
     return deepspeed
-
-
-# DeepSpeed keys, besides those that deepspeed_config writes, that would change dtypes or the optimizer.
-OWNED = frozenset({"bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler"})
-
-
-def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that follows from the run's choices, with the keys of `train.deepspeed` added.
-
-    Raises:
-        ConfigError: a key of `train.deepspeed` is determined by other settings.
-    """
-    zero: dict[str, Any] = {"stage": config.zero_stage, "reduce_bucket_size": BUCKET}
-    if config.cpu_offload and config.zero_stage > 0:
-        zero["offload_optimizer"] = {"device": "cpu", "pin_memory": True}
-    ours = {
-        "train_batch_size": plan.global_size,
-        "train_micro_batch_size_per_gpu": plan.micro_size,
-        "gradient_accumulation_steps": plan.accum_steps,
-        "gradient_clipping": config.max_grad_norm or 0.0,
-        "zero_optimization": zero,
-        "zero_allow_untested_optimizer": True,
-        "zero_force_ds_cpu_optimizer": False,
-        "steps_per_print": 10**9,
-    }
-    theirs = dict(config.deepspeed)
-    more = theirs.pop("zero_optimization", None) or {}
-    owned = [key for key in theirs if key in ours or key in OWNED]
-    owned += [f"zero_optimization.{key}" for key in more if key in ("stage", "offload_optimizer", "offload_param")]
-    if owned:
-        allowed = "must be left out: other settings of `train` determine it"
-        raise ConfigError(f"train.deepspeed.{owned[0]}", config.deepspeed, allowed)
-    return ours | theirs | {"zero_optimization": zero | more}
 
 
 class Engine:

@@ -16,8 +16,9 @@ from ex4d import config as configs
 from ex4d.models import adapter, attention, backbone, blocks, encoders, experts, lora, swap, warm_start, weights
 from ex4d.redact import without_secrets
 from ex4d.train import checkpoint, flops, prompts
-from ex4d.train.config import Place, TrainConfig, identity
+from ex4d.train.config import Place, TrainConfig
 from ex4d.train.datasets import Datasets, fingerprint
+from ex4d.train.identity import identity
 from ex4d.train.objective import Encoder, LatentEncoder
 
 log = logging.getLogger(__name__)
@@ -34,7 +35,7 @@ class Job:
         model: frozen base and trainables in one module, on its device; `trainable_parameters()` names them.
         open_loader: (split, samples consumed, micro batch size, micro batches a step) -> endless micro batches of this
             rank, with `close()`; where there are several datasets each batch names its own, an index, as `dataset`.
-        identity: the settings that decide what the run learns (config.identity).
+        identity: the settings that decide what the run learns (identity.identity).
         write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
         facts: configuration and versions, for the log.
         costs: FLOPs and tokens of one sample of each dataset; () if unknown.
@@ -52,7 +53,7 @@ class Job:
 
 
 def run_identity(config: TrainConfig, model_config: backbone.ModelConfig) -> dict[str, Any]:
-    """Return the settings that decide what a run learns: see config.identity."""
+    """Return the settings that decide what a run learns: see identity.identity."""
     return identity(config, model_config, fingerprint(config))
 
 

@@ -29,7 +29,11 @@ def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: t
     from safetensors.torch import load_file, save_file
 
     texts = {"empty": "", "prompt": str(config.prompt)}
-    path = Path(config.output) / "prompts" / f"{_digest(config, model, device)}.safetensors"
+    folder = backbone.resolve(model.base, model.revision, ("text_encoder",))
+    files = [path for name in backbone.FOLDERS["text_encoder"] for path in sorted((folder / name).glob("*"))]
+    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
+    digest = configs.fingerprint(config.prompt, str(backbone.dtype_of(model.dtype, device)), facts)
+    path = Path(config.output) / "prompts" / f"{digest}.safetensors"
     try:
         kept = load_file(path)
         return {text: kept[name] for name, text in texts.items()}
@@ -43,11 +47,3 @@ def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: t
     save_file(embeds, partial)
     partial.replace(path)
     return {text: embeds[name] for name, text in texts.items()}
-
-
-def _digest(config: TrainConfig, model: backbone.ModelConfig, device: torch.device) -> str:
-    """Return a hash of what the embeddings depend on: prompt, dtype, and the files of the text encoder."""
-    folder = backbone.resolve(model.base, model.revision, ("text_encoder",))
-    files = [path for name in backbone.FOLDERS["text_encoder"] for path in sorted((folder / name).glob("*"))]
-    facts = [(path.name, path.stat().st_size, path.stat().st_mtime_ns) for path in files]
-    return configs.fingerprint(config.prompt, str(backbone.dtype_of(model.dtype, device)), facts)

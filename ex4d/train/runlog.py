@@ -48,7 +48,7 @@ class RunLog:
         self._mirror(lambda run: run.log(_flat(metrics), step=self.step))
 
     def write_validation(self, result: dict[str, Any]) -> None:
-        """Append the result of a separate validation: see validation.Validator.results."""
+        """Append the result of a separate validation: see validator.Validator.results."""
         with open(self.validation_path, "a", encoding="utf-8") as file:
             file.write(json.dumps(result) + "\n")
         shown = {f"validation/{key}": value for key, value in result.items() if key != "videos" and value is not None}

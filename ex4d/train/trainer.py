@@ -18,17 +18,16 @@ import torch
 from ex4d.models import attention
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import average, checkpoint, engine, report, stop, validation
-from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, plan_batch
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, plan_batch
 from ex4d.train.engine import Engine
+from ex4d.train.identity import check_identity
 from ex4d.train.job import Job, build_job
 from ex4d.train.objective import Inputs, Losses, NamedNoise, velocity_losses
 from ex4d.train.runlog import RunLog, commit
-from ex4d.train.validation import Validator
+from ex4d.train.validator import Child, Handle, Validator
 from ex4d.train.waits import waited
 
 logger = logging.getLogger(__name__)
-
-MEMORY_MARGIN = 0.06  # share of a GPU that checkpoint_blocks=auto leaves free, for fragmentation and longer texts
 
 
 class Trainer:
@@ -36,7 +35,7 @@ class Trainer:
 
     Args:
         show: called on rank 0 with each step's metrics.
-        start_validation: see validation.Validator.
+        start_validation: see validator.Validator.
 
     Raises:
         ConfigError: the output folder holds a run with other settings.
@@ -49,7 +48,7 @@ class Trainer:
         place: Place,
         device: torch.device,
         show: Callable[..., None],
-        start_validation: Callable[[Path, str], validation.Handle] = validation.Child,
+        start_validation: Callable[[Path, str], Handle] = Child,
     ):
         self.config, self.job, self.place, self.device, self.show = config, job, place, device, show
         self.start_validation = start_validation
@@ -114,7 +113,8 @@ class Trainer:
                 return EXIT_PREEMPTED
             if step == self.first_step + 1:
                 metrics |= start
-                self.fit_memory()
+                if self.job.recompute and config.checkpoint_blocks == "auto" and self.device.type == "cuda":
+                    self.job.recompute.fit_memory(self.device)
             last = step == config.num_steps
             if config.validate_every and (last or step % config.validate_every == 0):
                 metrics |= self.validate(step, validator)
@@ -198,21 +198,6 @@ class Trainer:
             return {}
         return {"initial_validation_loss": self.validate(0, None)["validation_loss"]}
 
-    def fit_memory(self) -> None:
-        """Let as many blocks keep their activations as fit in memory, after a step in which all recomputed.
-
-        For checkpoint_blocks=auto on GPUs; every rank calls it, and the one with the least memory decides.
-        """
-        recompute = self.job.recompute
-        if recompute is None or self.config.checkpoint_blocks != "auto" or self.device.type != "cuda":
-            return
-        free, total = torch.cuda.mem_get_info(self.device)
-        room = free + torch.cuda.memory_reserved(self.device) - torch.cuda.max_memory_allocated(self.device)
-        count = torch.tensor(recompute.fit(room - MEMORY_MARGIN * total), device=self.device)
-        torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
-        recompute.count = int(count)
-        logger.info("%d blocks recompute their activations; the others keep them", recompute.count)
-
     def validate(self, step: int, validator: Validator | None) -> dict[str, Any]:
         """Validate: return the metrics computed by the ranks, and start the separate validation for the rest.
 
@@ -272,7 +257,7 @@ def train(
     place: Place,
     show: Callable[..., None],
     stop_asked: Callable[[], bool] | None = None,
-    start_validation: Callable[[Path, str], validation.Handle] = validation.Child,
+    start_validation: Callable[[Path, str], Handle] = Child,
 ) -> int:
     """Train as configured, as one rank of several; return 0, or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
 
@@ -280,7 +265,7 @@ def train(
         place: this process among all. Its launcher has set MASTER_ADDR and MASTER_PORT.
         show: called on rank 0 with each step's metrics.
         stop_asked: returns whether to write a checkpoint and stop; None: whether SIGTERM arrived.
-        start_validation: where a separate validation runs; see validation.Validator.
+        start_validation: where a separate validation runs; see validator.Validator.
 
     Raises:
         ConfigError: the settings are invalid, or the output folder holds a run with other settings.

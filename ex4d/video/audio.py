@@ -33,12 +33,16 @@ def with_audio(source: Source, data: bytes) -> bytes | None:
         BadSample: audio_codec (mp4 cannot hold it), audio_span (the result plays its frames at other times than the
             source), audio_damaged, audio_limit (MAX_BYTES, MAX_PACKETS), and the reasons of `source.opened`.
     """
+    import av
+
     with opened(source) as (container, _, _):
         streams = container.streams.audio
         if not streams:
             return None
         _check_codec(streams[0])
-    pictures = _packets_of(data)
+    with opened(data) as (container, stream, _):
+        base, packets = stream.time_base, container.demux(stream)
+        pictures = sorted((packet.pts * base, (packet.duration or 0) * base) for packet in packets if packet.size)
     start, seconds = _span(source, pictures)
     with opened(source) as (container, _, _), opened(data) as (own, shown, _):
         sound = container.streams.audio[0]
@@ -48,7 +52,8 @@ def with_audio(source: Source, data: bytes) -> bytes | None:
         num_packets = len(pictures) + len(heard)
         out = io.BytesIO()
         options = {"fflags": "+bitexact", "moov_size": str(4096 + INDEX_BYTES * num_packets)}
-        with ffmpeg_errors("audio_damaged", "copying the sound"), _mp4(out, options) as result:
+        copying = ffmpeg_errors("audio_damaged", "copying the sound")
+        with copying, av.open(out, "w", format="mp4", options=options) as result:
             places = [result.add_stream_from_template(stream) for stream in (shown, sound)]
             packets = [(packet, places[0]) for packet in own.demux(shown) if packet.size]
             packets += [(packet, places[1]) for packet in heard]
@@ -56,12 +61,6 @@ def with_audio(source: Source, data: bytes) -> bytes | None:
                 packet.stream = place
                 result.mux(packet)
         return out.getvalue()
-
-
-def _mp4(out: io.BytesIO, options: dict[str, str]) -> Any:
-    import av
-
-    return av.open(out, "w", format="mp4", options=options)
 
 
 def _check_codec(stream: Any) -> None:
@@ -72,13 +71,6 @@ def _check_codec(stream: Any) -> None:
         raise BadSample("audio_codec", "the sound is encrypted")
     if not stream.codec_context.sample_rate:  # MPEG-TS leaves it to the decoder, which is not opened
         raise BadSample("audio_codec", "its container does not say the sound's sample rate")
-
-
-def _packets_of(data: bytes) -> list[tuple[Fraction, Fraction]]:
-    """Return (time, duration) in s of every frame of our own mp4, in order of time."""
-    with opened(data) as (container, stream, _):
-        base = stream.time_base
-        return sorted((p.pts * base, (p.duration or 0) * base) for p in container.demux(stream) if p.size)
 
 
 def _span(source: Source, pictures: list[tuple[Fraction, Fraction]]) -> tuple[Fraction, Fraction]:

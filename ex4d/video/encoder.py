@@ -11,7 +11,8 @@ import numpy as np
 
 from ex4d import storage
 from ex4d.errors import BadSample, ConfigError
-from ex4d.video.frames import decoded, rgb_of
+from ex4d.video.frames import decoded
+from ex4d.video.rgb import rgb_of
 from ex4d.video.source import opened
 
 # H.273 code points: BT.709 primaries, transfer and matrix are all 1; 1 is limited ("MPEG") range

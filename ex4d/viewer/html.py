@@ -28,12 +28,6 @@ def _assets() -> Environment:
     return Environment(loader=PackageLoader("ex4d.viewer", "assets"), autoescape=False)
 
 
-def _asset(name: str) -> str:
-    loader = _assets().loader
-    assert loader is not None
-    return loader.get_source(_assets(), name)[0]
-
-
 def document(template: str, title: str, styles: Sequence[str], scripts: Sequence[str] = (), **context: Any) -> bytes:
     """Return a page as UTF-8; equal arguments give equal bytes.
 
@@ -42,7 +36,9 @@ def document(template: str, title: str, styles: Sequence[str], scripts: Sequence
         styles, scripts: names of files in `assets/`, inlined in this order.
         context: what the template shows. Text is escaped, unless it is Markup.
     """
-    style, script = (Markup("".join(_asset(name) for name in names)) for names in (styles, scripts))
+    assets = _assets()
+    read = assets.loader.get_source  # type: ignore[union-attr]
+    style, script = (Markup("".join(read(assets, name)[0] for name in names)) for names in (styles, scripts))
     page = _environment().get_template(template)
     text = page.render(title=title, style=style, script=script, policy=policy(style, script), **context)
     return text.encode("utf-8", "backslashreplace")  # a file name may hold lone surrogates

@@ -10,7 +10,7 @@ import pyarrow as pa
 import pyarrow.compute
 
 from ex4d import storage, video
-from ex4d.data import foreign, manifest, sample
+from ex4d.data import decoding, foreign, manifest, sample
 from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError, ContractError
 from ex4d.viewer import page
@@ -75,7 +75,7 @@ def _row(dataset: str, fields: dict, facts: Mapping[str, Any], is_foreign: bool)
     if "source.mp4" in members:
         clips.append(page.Clip("the other camera", page.embedded(members["source.mp4"])))
     for index, visible in enumerate(clip.visible):
-        colours = hatched(sample.shown(clip.frames, clip.cond, is_visibility, index), visible)
+        colours = hatched(decoding.shown(clip.frames, clip.cond, is_visibility, index), visible)
         label = f"{kinds[clip.kind[index]]}, {clip.hole_share[index].mean():.0%} holes"
         clips.append(page.Clip(label, page.embedded(video.encode(colours, clip.fps))))
     told = [fields["key"], clip.provenance["source_path"], fields["split"], clip.caption.strip()]

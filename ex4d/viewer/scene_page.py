@@ -79,7 +79,10 @@ def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
         "w2c": view.w2c.tolist(),
         "source_w2c": (still if view.source_w2c is None else view.source_w2c).tolist(),
         "visible": view.visible.mean(axis=(1, 2)).tolist(),
-        "frames": [[_png(geometry(one, disparity_max)), _jpeg(one.colours)] for one in meshes],
+        "frames": [
+            [_url(geometry(one, disparity_max), "png"), _url(one.colours, "jpeg", cv2.IMWRITE_JPEG_QUALITY, 88)]
+            for one in meshes
+        ],
     }
 
 
@@ -109,13 +112,6 @@ def _pinhole(K: np.ndarray) -> list[float]:
     return [float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2])]
 
 
-def _png(picture: np.ndarray) -> str:
-    return _url("png", cv2.imencode(".png", picture[..., ::-1])[1])
-
-
-def _jpeg(picture: np.ndarray) -> str:
-    return _url("jpeg", cv2.imencode(".jpg", picture[..., ::-1], [cv2.IMWRITE_JPEG_QUALITY, 88])[1])
-
-
-def _url(kind: str, data: np.ndarray) -> str:
-    return f"data:image/{kind};base64,{base64.b64encode(data.tobytes()).decode()}"
+def _url(picture: np.ndarray, kind: str, *options: int) -> str:
+    data = cv2.imencode(f".{kind}", picture[..., ::-1], options)[1].tobytes()
+    return f"data:image/{kind};base64,{base64.b64encode(data).decode()}"

@@ -14,6 +14,8 @@ from pipelines.runtime.cluster import require_private_folder, require_token
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the subcommands of `ex4d cluster`."""
+    from ex4d.config_help import describe
+
     below = parser.add_subparsers(dest="what", required=True, metavar="WHAT")
     below.add_parser(
         "token",
@@ -22,14 +24,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     )
     writer = below.add_parser("render", help="print a file that starts a cluster: a KubeRay manifest, a SLURM script …")
     writer.add_argument("kind", choices=sorted(KINDS), help="what to print")
-    described = ", ".join(f"{one.key.removeprefix('cluster.')}={one.default}" for one in _described())
-    writer.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=f"settings with their defaults: {described}")
-
-
-def _described() -> list:
-    from ex4d.config_help import describe
-
-    return list(describe(ClusterConfig, "cluster"))
+    defaults = (f"{one.key.removeprefix('cluster.')}={one.default}" for one in describe(ClusterConfig, "cluster"))
+    text = f"settings with their defaults: {', '.join(defaults)}"
+    writer.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:

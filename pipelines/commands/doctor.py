@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import argparse
-import importlib.util
 import json
 import os
 import platform
@@ -43,6 +42,11 @@ def facts() -> dict:
     """Return the machine and package facts as one JSON-able dict; `missing` lists required packages not found."""
     installed = installed_versions(name for name, _, _ in PACKAGES)
     missing = [name for name, _, required in PACKAGES if required and name not in installed]
+    gpus = []
+    if "torch" in installed:
+        import torch
+
+        gpus = [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
     memory_bytes = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
     return {
         "python": platform.python_version(),
@@ -50,21 +54,13 @@ def facts() -> dict:
         "num_cpus": len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count(),
         "memory_gb": round(memory_bytes / 2**30, 1),
         "disk_free_gb": round(shutil.disk_usage(".").free / 2**30, 1),
-        "gpus": _gpus(),
+        "gpus": gpus,
         "packages": {name: installed.get(name) for name, _, _ in PACKAGES},
         "missing": missing,
         "video_works": video_works(),
         "sandbox_lacks": sandbox.missing(),
         "wandb_key": bool(os.environ.get("WANDB_API_KEY")),
     }
-
-
-def _gpus() -> list[str]:
-    if importlib.util.find_spec("torch") is None:
-        return []
-    import torch
-
-    return [torch.cuda.get_device_name(index) for index in range(torch.cuda.device_count())]
 
 
 def run(args: argparse.Namespace) -> int:

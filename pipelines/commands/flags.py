@@ -56,18 +56,14 @@ def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ())
                 *names_of_flag, action="append", default=[], dest=field.name, metavar="VALUE", help=help
             )
         else:
-            parser.add_argument(flag, type=_type_of(cls, field.name), default=default, help=help)
+            hint = hints(cls)[field.name]
+            kind = next((kind for kind in (int, float) if hint in (kind, kind | None)), str)
+            parser.add_argument(flag, type=kind, default=default, help=help)
 
 
 def read(args: argparse.Namespace, cls: type) -> Any:
     """Return the dataclass instance from the flags of `add`. Raises ConfigError for a value out of range."""
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
-
-
-def _type_of(cls: type, name: str) -> type:
-    hint = hints(cls)[name]
-    kinds = {int: int, float: float}
-    return next((kind for kind in kinds if hint in (kind, kind | None)), str)
 
 
 def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:

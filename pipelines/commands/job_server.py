@@ -68,14 +68,11 @@ def submit(client: Any, **job: Any) -> str:
         except RuntimeError as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
                 reason = printable(str(error).strip().split("\n")[0])
-                raise ConnectionError(f"the job server did not accept the job: {reason}{_hint(reason)}") from error
+                if "No available agent" in reason:
+                    port = "--dashboard-agent-listen-port=PORT"
+                    reason += f" If another Ray runs on the head's machine, start this one with {port}."
+                raise ConnectionError(f"the job server did not accept the job: {reason}") from error
             time.sleep(1.0)
-
-
-def _hint(reason: str) -> str:
-    if "No available agent" not in reason:
-        return ""
-    return " If another Ray runs on the head's machine, start this one with --dashboard-agent-listen-port=PORT."
 
 
 def follow(client: Any, job_id: str, address: str) -> int:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import datetime
 import fcntl
 import os
@@ -53,10 +54,16 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
             return seen
         seen.won = [number for number in range(ROUNDS) if _creates(place / f"round-{number}")]
         with open(place / "lock", "ab") as file:
-            seen.locked = _locks(file.fileno())
+            with contextlib.suppress(BlockingIOError):
+                fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+                seen.locked = True
             _meet(place, "locked", index, count)  # held until everyone has tried
         if index == 0:
-            _rename_often(place)
+            for number in range(RENAMES):
+                temporary = place / f"new-{number}"
+                temporary.write_bytes(bytes([number % 256]) * TOLD_BYTES)
+                os.replace(temporary, place / "renamed")
+            (place / "renamed-all").write_text("")
         else:
             seen.torn = _count_torn(place)
     except OSError as error:
@@ -79,22 +86,6 @@ def _creates(path: Path) -> bool:
     except FileExistsError:
         return False
     return True
-
-
-def _locks(descriptor: int) -> bool:
-    try:
-        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
-    except BlockingIOError:
-        return False
-    return True
-
-
-def _rename_often(place: Path) -> None:
-    for number in range(RENAMES):
-        temporary = place / f"new-{number}"
-        temporary.write_bytes(bytes([number % 256]) * TOLD_BYTES)
-        os.replace(temporary, place / "renamed")
-    (place / "renamed-all").write_text("")
 
 
 def _count_torn(place: Path) -> int:

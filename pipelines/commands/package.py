@@ -55,18 +55,15 @@ def settings(job: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
         tree["train"] = {**tree.get("train", {}), "launcher": "ray"}
     for key in SHARED[job]:
         section, name = key.split(".")
-        _check_shared(key, getattr(chosen[section], name))
+        place = getattr(chosen[section], name)
+        if "://" not in place and not os.path.isabs(place):
+            shared = "must be an absolute path on storage that all nodes share, or a URL; relative, it is a folder here"
+            raise ConfigError(key, place, shared)
     for key, text in _texts(tree):
         if "://" in text and urlsplit(text).password:
             allowed = "must have no password, which the cluster would store; give the nodes their own credentials"
             raise ConfigError(key, redacted(text), allowed)
     return tree
-
-
-def _check_shared(key: str, value: str) -> None:
-    if "://" not in value and not os.path.isabs(value):
-        allowed = "must be an absolute path on storage that all nodes share, or a URL; a relative one is a folder here"
-        raise ConfigError(key, value, allowed)
 
 
 def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
@@ -89,18 +86,15 @@ def files(tree: Mapping[str, Any]) -> list[str]:
     """
     found = []
     for key, text in _texts(tree):
-        if set(key.split(".")) & set(NAMES):
-            found += [path for path in _relative(key, text) if _is_packed(key, path, tree)]
+        if not set(key.split(".")) & set(NAMES):
+            continue
+        if key == "preprocess.input" and not os.path.exists(text):
+            parts = [part.strip() for part in text.split(",")]
+        else:
+            parts = [text if os.path.exists(text) else text.rpartition(":")[0] or text]  # FILE:SCALE of a LoRA
+        relative = [part for part in parts if "://" not in part and not os.path.isabs(part)]
+        found += [path for path in relative if _is_packed(key, path, tree)]
     return sorted(set(found))
-
-
-def _relative(key: str, text: str) -> list[str]:
-    """Return the relative paths in a setting's text."""
-    if key == "preprocess.input" and not os.path.exists(text):
-        parts = [part.strip() for part in text.split(",")]
-    else:
-        parts = [text if os.path.exists(text) else text.rpartition(":")[0] or text]  # FILE:SCALE of a LoRA
-    return [part for part in parts if "://" not in part and not os.path.isabs(part)]
 
 
 def _is_packed(key: str, path: str, tree: Mapping[str, Any]) -> bool:

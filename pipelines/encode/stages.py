@@ -70,7 +70,7 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
     """
     import hashlib
 
-    from ex4d.data import foreign, sample
+    from ex4d.data import decoding, foreign, sample
     from ex4d.data.members import pack_bits
     from ex4d.data.tar import read_sample as members_of
 
@@ -86,7 +86,7 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
     firsts: dict[bytes, int] = {}
     first_index = []
     for index, visible in enumerate(clip.visible):
-        colours = sample.shown(clip.frames, clip.cond, is_visibility, index)
+        colours = decoding.shown(clip.frames, clip.cond, is_visibility, index)
         seen = (colours[0] * visible[0, ..., None]).tobytes()
         first_index.append(firsts.setdefault(seen, len(firsts)))
     size = clip.frames.shape[1:]
@@ -124,8 +124,8 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
     """
     import torch
 
+    from ex4d.data.decoding import shown
     from ex4d.data.members import unpack_bits
-    from ex4d.data.sample import shown
     from ex4d.models.encoders import holes_in_latents, to_pixels
 
     base = loaded(context.model, context.device, VIDEO_MODELS)

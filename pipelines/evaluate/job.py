@@ -23,7 +23,7 @@ from ex4d.synthetic import SyntheticConfig
 from ex4d.viewer import page
 from pipelines.evaluate import plan as evaluate_plan
 from pipelines.evaluate import stages
-from pipelines.evaluate.plan import EvaluateConfig as EvaluateConfig
+from pipelines.evaluate.config import EvaluateConfig as EvaluateConfig
 from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
 from pipelines.runtime import runner

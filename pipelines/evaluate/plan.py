@@ -2,27 +2,25 @@
 
 from __future__ import annotations
 
-import re
 from collections.abc import Iterator, Mapping
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 from ex4d import hub, remote, storage, web
-from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
-from ex4d.depth import ESTIMATORS, FOREIGN, DepthRequest, places, weight_folders
+from ex4d.config import fingerprint, installed_versions, to_dict
+from ex4d.depth import FOREIGN, DepthRequest, places, weight_folders
 from ex4d.errors import BadSample, ConfigError
 from ex4d.generate import GenerateConfig
 from ex4d.geometry import camera_path
-from ex4d.geometry.camera import fov_setting, intrinsics
-from ex4d.geometry.camera_path import SOURCE_MOTIONS
-from ex4d.geometry.profiles import PROFILES
+from ex4d.geometry.camera import intrinsics
 from ex4d.geometry.render import choose_backend
 from ex4d.models import backbone, experts, fingerprints, provenance, weights
 from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.synthetic import SyntheticConfig
 from pipelines import inputs
-from pipelines.evaluate.stages import CODEC, METHODS, OTHER, Evaluation
+from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.stages import OTHER, Evaluation
 from pipelines.runtime.stage import Row, new_row
 
 CODE = 1  # raise it when stages write something else: older staging is then not reused
@@ -30,87 +28,6 @@ PACKAGES = (  # may change a picture or a figure
     *("ex4d-platform", "torch", "diffusers", "transformers", "peft"),
     *("numpy", "scipy", "numba", "av", "opencv-python-headless"),
 )
-RANGE = re.compile(r"[a-z0-9_-]{1,32}")
-RANGES = {"small": ("orbit", 30.0), "large": ("orbit", 60.0), "extreme": ("orbit", 90.0), "full": ("full", 90.0)}
-Options = dict[str, float | bool | str]
-
-
-@dataclass(frozen=True)
-class EvaluateConfig:
-    """How an adapter is measured."""
-
-    adapter: str = setting("out/run/adapter", "Folder written by `ex4d train`, its file, or a released ex4d.ckpt.")
-    base: str | None = setting(None, "Base model: tiny, a folder, or a hub id; null: the adapter's own.")
-    output: str = setting("out/evaluation", "Folder or URL of the results.")
-    videos: str | None = setting(
-        None,
-        "Videos on this machine: a folder, glob or list; null: procedural scenes, whose true novel views are known.",
-    )
-    num_scenes: int = setting(16, "Number of procedural scenes.", ge=1)
-    ranges: dict[str, tuple[str, float] | tuple[str, float, Options]] = setting(
-        RANGES,
-        "{name: [trajectory or file of poses, degrees]}, with its options as a third item; default: the paper's four.",
-        not_empty=True,
-    )
-    methods: tuple[str, ...] | None = setting(
-        None,
-        "Methods to compare; null: all but other, and codec only where the truth is known.",
-        choices=METHODS,
-        not_empty=True,
-    )
-    seed: int = setting(0, "Seed of the sampler's noise.", ge=0)
-    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
-    num_gpus: float = setting(0.0, "Share of a GPU for each worker; 0: on the CPU.", ge=0)
-
-    corpus_seed: int = setting(
-        900_000, "Seed of the scenes; no training corpus may use it.", ge=0, group="Videos and scenes"
-    )
-    depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS)
-    depth_python: str | None = setting(
-        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
-    )
-    depth_path: str | None = setting(None, "Depth file, or weights of a network.")
-    depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
-    fov_deg: float | None = fov_setting()
-    cameras: str = setting(
-        "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none; estimator; or parallax: found from motion.",
-    )
-    source_motion: str = setting(
-        "keep",
-        "Source's own motion, where its cameras are known; keep: the path rides on it; remove: fixed in the world; "
-        "smooth: on a stabilised one.",
-        choices=SOURCE_MOTIONS,
-    )
-    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
-    profile: str | None = setting(None, "Mesh profile; null: what the adapter was trained with.", choices=PROFILES)
-    num_frames: int | None = setting(None, "Frames of a clip, 4k+1; null: what the adapter was trained at.", ge=1)
-    size: tuple[int, int] | None = setting(None, "[height, width], px; null: what the adapter was trained at.")
-
-    image_features: str | None = setting(
-        None,
-        "DINOv2 weights (folder or hub-id[@revision]) for a Fréchet distance of frames; null: not measured.",
-        group="Measures and failures",
-    )
-    video_features: str | None = setting(
-        None, "VideoMAE weights (folder or hub-id[@revision]) for a Fréchet distance of videos; null: not measured."
-    )
-    max_bad_fraction: float = setting(0.1, "Fail where a larger fraction of views fails.", ge=0, le=1)
-    max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
-    max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
-
-    def __post_init__(self) -> None:
-        need = checked(self, "evaluate")
-        truth = f"must not hold {CODEC} with evaluate.videos: it needs the true views of scenes"
-        need(self.videos is None or CODEC not in (self.methods or ()), "methods", truth)
-        named = all(RANGE.fullmatch(name) for name in self.ranges)
-        need(named, "ranges", "names must be 1 to 32 of a-z, 0-9, _ and -, each with [trajectory, degrees]")
-
-    @property
-    def compared(self) -> tuple[str, ...]:
-        """The methods, in the order of METHODS."""
-        usual = [name for name in METHODS if name != OTHER and (name != CODEC or self.videos is None)]
-        return tuple(name for name in METHODS if name in (self.methods or usual))
 
 
 @dataclass(frozen=True)

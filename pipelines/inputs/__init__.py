@@ -90,7 +90,8 @@ def expand(
     found = [entry for part in parts for entry in _expand_one(part, root, follow_links)]
     kept = found
     if exclude is not None:
-        outside = _folder(str(exclude))
+        outside = str(exclude) if not storage.is_local(str(exclude)) else os.path.abspath(exclude)
+        outside = outside.rstrip("/") + "/"
         kept = [entry for entry in found if not entry.path.startswith(outside)]
     if not kept:
         inside = "every file there is in the output folder, which is not read" if found else "there is no file"
@@ -129,10 +130,6 @@ def _with_namesakes(sources: Sequence[Source]) -> list[Source]:
         twin, namesake = (next((name for name in names if name != source.name), "") for names in same)
         found.append(replace(source, twin=twin, namesake=namesake))
     return found
-
-
-def _folder(path: str) -> str:
-    return path.rstrip("/") + "/" if not storage.is_local(path) else os.path.join(os.path.abspath(path), "")
 
 
 def _split(given: str) -> list[str]:

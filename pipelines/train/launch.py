@@ -35,7 +35,8 @@ from ex4d.data.manifest import DATASET
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint
-from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, check_identity, place_from_environment
+from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, place_from_environment
+from ex4d.train.identity import check_identity
 from pipelines.runtime.cluster import check_output
 from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.runner import RayConfig
@@ -272,10 +273,6 @@ def free_port() -> int:
 # ---------------------------------------------------------------- before anything is loaded
 
 
-def _clip_pixels(facts: dict[str, Any]) -> int:
-    return facts["sample"]["num_frames"] * math.prod(facts["sample"]["size"])
-
-
 def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     """Print what the run would need; only configurations are loaded."""
     from ex4d.data import manifest
@@ -286,8 +283,9 @@ def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     shape = backbone.transformer_config(model.base, model.revision, model.family)
     experts.timesteps(model.base, model.revision, train.expert)
     there = [data.path for data in train.datasets if storage.exists(storage.join(data.path, manifest.DATASET))]
+    known = [manifest.read_dataset(path) for path in there]
     # Of several datasets, the one with the largest clips decides the memory.
-    facts: dict[str, Any] = max(map(manifest.read_dataset, there), key=_clip_pixels, default={})
+    facts = max(known, key=lambda one: one["sample"]["num_frames"] * math.prod(one["sample"]["size"]), default={})
     # The dataset does not exist yet: use what the same file would produce, or the method's size.
     tree = configs.read_yaml(config_path)
     clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (tree.get("preprocess") or {}))

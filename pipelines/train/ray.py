@@ -7,7 +7,6 @@ import logging
 import math
 import os
 import signal
-import socket
 import sys
 import threading
 import time
@@ -18,10 +17,10 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
-from ex4d.errors import ConfigError
 from ex4d.train import checkpoint
-from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, usable_ranks
+from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import connected
+from pipelines.train.ray_rank import rank_loop, rendezvous
 
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
@@ -31,9 +30,6 @@ logger = logging.getLogger(__name__)
 
 SILENT_S = 15.0  # a rank without a sign of life for this long is lost
 MAX_FAILURES = 3  # of one start; if it reached a checkpoint, the run is started again
-
-# Of this process, where it is a rank: SIGTERM came, here or to the command; it came to the command.
-_stop, _told = threading.Event(), threading.Event()
 
 
 def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize_every_s: float = 60.0) -> int:
@@ -64,11 +60,16 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
                     return 1
                 except TrainingFailedError as error:
                     if _step(train) <= before:
-                        print(f"ex4d train: {_cause(error)}", file=sys.stderr)
+                        failures = sorted(getattr(error, "worker_failures", {}).items())
+                        cause = "; ".join(f"rank {rank}: {failure}" for rank, failure in failures) or str(error)
+                        print(f"ex4d train: {cause}", file=sys.stderr)
                         return 1
                     logger.warning("a checkpoint was written since the last start; starting again after: %s", error)
                 else:
-                    return EXIT_PREEMPTED if result is None else _status(*result.return_value)
+                    code, message = (EXIT_PREEMPTED, "") if result is None else result.return_value
+                    if message:
+                        print(f"ex4d train: {message}", file=sys.stderr)
+                    return code
 
 
 @dataclass(frozen=True)
@@ -133,7 +134,7 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
             use_gpu=on_gpu,
             elastic_resize_monitor_interval_s=resize_every_s,
         ),
-        torch_config=_rendezvous(),
+        torch_config=rendezvous(),
         run_config=api.RunConfig(
             name="ray",
             storage_path=train.output,
@@ -151,12 +152,6 @@ def _step(train: TrainConfig) -> int:
     return checkpoint.read_state(path).step if path else 0
 
 
-def _status(code: int, message: str) -> int:
-    if message:
-        print(f"ex4d train: {message}", file=sys.stderr)
-    return code
-
-
 def _no_ranks(train: TrainConfig, ray_config: RayConfig, error: Exception) -> str:
     import ray
 
@@ -167,11 +162,6 @@ def _no_ranks(train: TrainConfig, ray_config: RayConfig, error: Exception) -> st
         f"{there}; {str(error).splitlines()[0]}). The last checkpoint is of step {_step(train)}; run the same command "
         "when the nodes are back, or with train.min_processes on fewer"
     )
-
-
-def _cause(error: Exception) -> str:
-    failures = getattr(error, "worker_failures", {})
-    return "; ".join(f"rank {rank}: {failure}" for rank, failure in sorted(failures.items())) or str(error)
 
 
 # ---------------------------------------------------------------- from the command to the ranks
@@ -220,142 +210,3 @@ def _asking_to_stop() -> Iterator[tuple[Any, threading.Event]]:
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-
-
-def _rendezvous() -> Any:
-    """Return a TorchConfig that tells the ranks where rank 0 is and lets the engine open the process group itself.
-
-    Ray's own config would open it over all workers, of which an elastic run may use fewer, and leave SIGTERM to Ray.
-    """
-    from ray.train.backend import Backend
-    from ray.train.torch import TorchConfig
-
-    class Rendezvous(Backend):
-        share_cuda_visible_devices = True  # each rank uses the GPU of its local rank
-
-        def on_start(self, worker_group: Any, backend_config: Any) -> None:
-            address, port = worker_group.execute_single(0, _free_address)
-            worker_group.execute(_prepare, address, port)
-
-    class Config(TorchConfig):
-        @property
-        def backend_cls(self) -> type[Backend]:
-            return Rendezvous
-
-    return Config()
-
-
-def _free_address() -> tuple[str, int]:
-    import ray
-
-    address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return address, probe.getsockname()[1]
-
-
-def _prepare(address: str, port: int) -> None:
-    """Prepare this worker to be a rank. Runs in its main thread, the only one that can handle signals."""
-    os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
-    signal.signal(signal.SIGTERM, lambda *_: _stop.set())
-
-
-# ---------------------------------------------------------------- one rank
-
-
-def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
-    """Run one rank inside a Ray Train worker; return (exit status, message).
-
-    Permanent errors are returned; errors that a restart may fix are raised, so that Ray starts the group again.
-    """
-    import ray.train
-
-    from ex4d.train import report, trainer
-    from ex4d.train.progress import Progress
-
-    train, context = chosen["train"], ray.train.get_context()
-    rank, workers = context.get_world_rank(), context.get_world_size()
-    if train.min_processes:
-        path = checkpoint.latest(train.output)
-        workers = usable_ranks(train, workers, checkpoint.read_state(path).global_batch_size if path else None)
-        if rank >= workers:
-            return 0, ""  # the global batch does not divide by all processes: this one stays idle
-    if Path(chosen["folder"]).is_dir():
-        os.chdir(chosen["folder"])  # relative paths mean the same as for the command
-    os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
-    if rank == 0:
-        threading.Thread(target=_wait_for_stop, args=(chosen["flag"],), daemon=True).start()
-    try:
-        with Progress(train) as show:
-            place = Place(rank, workers, context.get_local_rank())
-            code = trainer.train(train, chosen["model"], place, show, _stop.is_set, RemoteValidation)
-    except report.NonFinite as error:
-        return 1, str(error)
-    except ConfigError as error:
-        return 2, str(error)
-    if code == EXIT_PREEMPTED and train.min_processes and rank == 0 and not _told.is_set():
-        raise RankLeaves("SIGTERM to a rank; the run goes on with those that stay")
-    return code, ""
-
-
-class RankLeaves(Exception):
-    """A rank of an elastic run got SIGTERM and a checkpoint is written. Ray starts the others without it."""
-
-
-class Judge:
-    """An actor that validates one set of weights: a process with its own resources, which ends with rank 0."""
-
-    def judge(self, folder: str) -> None:
-        """Write a validation's result into its folder."""
-        from ex4d.train import validation
-
-        os.nice(19)
-        validation.judge(Path(folder))
-
-
-class RemoteValidation:
-    """A running validation in an actor (validation.Handle), with a GPU of its own where `device` is one."""
-
-    def __init__(self, folder: Path, device: str):
-        import ray
-
-        self._folder = folder
-        gpus = 0 if device == "cpu" else 1
-        actor: Any = ray.remote(Judge).options(num_cpus=0, num_gpus=gpus, scheduling_strategy="DEFAULT")
-        self._actor = actor.remote()
-        self._done = self._actor.judge.remote(str(folder))
-
-    def poll(self) -> int | None:
-        """Return the exit status, or None while it runs."""
-        import ray
-
-        if not ray.wait([self._done], timeout=0)[0]:
-            return None
-        try:
-            ray.get(self._done)
-        except ray.exceptions.RayError as error:
-            (self._folder / "log.txt").write_text(str(error), encoding="utf-8")
-            return 1
-        finally:
-            self.kill()
-        return 0
-
-    def kill(self) -> None:
-        """End it."""
-        import ray
-
-        ray.kill(self._actor)
-
-
-def _wait_for_stop(flag: Any) -> None:
-    """Poll the command as long as this process lives, since the command treats silence as a lost rank."""
-    import ray
-
-    try:
-        while True:
-            if ray.get(flag.asked.remote()):
-                _told.set()
-                _stop.set()
-            time.sleep(1.0)
-    except ray.exceptions.RayError as error:  # the command is gone, and this process soon will be
-        logger.warning("lost the connection to the command: %s", error)

@@ -45,7 +45,11 @@ def command(path: str, overrides: Sequence[str]) -> int:
     if without_secrets(whole) != whole:
         allowed = "must be a URL without password or signature, since it is written to the trials' files"
         raise ConfigError("sweep", path, allowed)
-    _check_data(sweep, train)
+    counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
+    if sweep.metric == "validation_loss" and not any(count.get("samples_val") for count in counts):
+        paths = ", ".join(data.path for data in train.datasets)
+        allowed = f"must be mse, since {paths} has no validation split; or create one with preprocess.val_fraction"
+        raise ConfigError("sweep.metric", sweep.metric, allowed)
     output = Path(sweep.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
@@ -99,15 +103,6 @@ def trial_tree(
     if sweep.search == "pbt":
         values |= {"train.save_every": sweep.grace_steps, "train.keep_last": train.num_steps // sweep.grace_steps + 2}
     return with_values(tree, values)
-
-
-def _check_data(sweep: SweepConfig, train: TrainConfig) -> None:
-    """Raise ConfigError early if all trials would fail for lack of data or of validation samples."""
-    counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
-    if sweep.metric == "validation_loss" and not any(count.get("samples_val") for count in counts):
-        paths = ", ".join(data.path for data in train.datasets)
-        allowed = f"must be mse, since {paths} has no validation split; or create one with preprocess.val_fraction"
-        raise ConfigError("sweep.metric", sweep.metric, allowed)
 
 
 def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:

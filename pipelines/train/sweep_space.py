@@ -169,16 +169,11 @@ def _axis(key: str, body: Any, before: Mapping[str, Axis]) -> Axis:
         axis = Axis(key, kind, tuple(values), when)
         axis.distribution()
         for value in values if kind == "choice" else values[:2]:
-            _check_value(key, value)
+            section, _, name = key.partition(".")
+            config.validate(SECTIONS[section], with_values({}, {name: value}), section)  # else every trial would fail
     except (ValueError, TypeError) as error:
         raise ConfigError(where, values, str(error)) from error
     return axis
-
-
-def _check_value(key: str, value: Any) -> None:
-    """Raise ConfigError if the dataclass rejects the value, since trials would fail on it."""
-    section, _, name = key.partition(".")
-    config.validate(SECTIONS[section], with_values({}, {name: value}), section)
 
 
 def _steps(axis: Axis) -> list[Any]:

@@ -14,6 +14,8 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
+from ray.tune import Callback
+
 from ex4d.train import runlog
 from pipelines.train import sweep_board
 from pipelines.train.sweep_board import Display
@@ -242,13 +244,7 @@ def _rows(results: Any) -> list[dict[str, Any]]:
     return rows
 
 
-def _callback() -> type:
-    from ray.tune import Callback
-
-    return Callback
-
-
-class Board(_callback()):  # type: ignore[misc]
+class Board(Callback):
     """Shows the trials while Ray Tune works on them, and ends the sweep after a signal.
 
     Ray Tune pickles it with the sweep's state, so members that cannot be pickled are created late.

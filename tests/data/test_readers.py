@@ -6,8 +6,8 @@ import numpy as np
 import pytest
 from make_data import SPEC, make_sample
 
-from ex4d.data.members import unpack_bits
-from ex4d.data.sample import MEMBERS, SampleSpec, decode_frames, validate
+from ex4d.data.members import decode_frames, unpack_bits
+from ex4d.data.sample import MEMBERS, SampleSpec, validate
 
 DATASET_SPEC = SampleSpec(SPEC["num_frames"], tuple(SPEC["size"]), SPEC["num_masks"], tuple(SPEC["mask_kinds"]))
 KEYS = sorted(make_sample(index).key for index in range(16) if index // 2 % 4 != 3)

@@ -15,7 +15,8 @@ from ex4d.errors import ConfigError
 from ex4d.generate import GenerateConfig
 from ex4d.models import backbone, weights
 from ex4d.train import runlog
-from ex4d.train.config import FREE, Place, TrainConfig, identity
+from ex4d.train.config import Place, TrainConfig
+from ex4d.train.identity import FREE, identity
 from ex4d.train.job import build_job
 from ex4d.train.trainer import Trainer
 

@@ -12,7 +12,8 @@ from make_run import make_base, make_dataset
 
 from ex4d import generate, synthetic, video
 from ex4d.data import manifest
-from ex4d.data.loader import ShardLoader, decoder_of
+from ex4d.data.decoding import decoder_of
+from ex4d.data.loader import ShardLoader
 from ex4d.data.sample import decode
 from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError, ContractError

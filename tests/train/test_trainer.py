@@ -18,7 +18,8 @@ from toy import ToyModel, train_toy
 from ex4d.errors import ConfigError, ContractError
 from ex4d.train import checkpoint, engine, report, runlog, waits
 from ex4d.train.config import EXIT_PREEMPTED, BatchPlan, Place, TrainConfig, place_from_environment, plan_batch
-from ex4d.train.engine import Engine, deepspeed_config
+from ex4d.train.deepspeed_config import deepspeed_config
+from ex4d.train.engine import Engine
 from ex4d.train.trainer import learning_rate
 
 TOY = Path(__file__).parent / "toy.py"

@@ -22,7 +22,7 @@ from ex4d.data.loader import ShardLoader
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig, load_base
 from ex4d.models.encoders import to_pixels
-from ex4d.train import checkpoint, runlog, validation
+from ex4d.train import checkpoint, runlog, validation, validator
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig
 from ex4d.train.job import build_job
 from pipelines import cli
@@ -31,7 +31,7 @@ from pipelines.encode import job as encode
 RUN = {"num_steps": 6, "save_every": 3, "validate_every": 3, "validate_samples": 5, "lr": 1e-2}
 
 
-class Script(validation.Child):
+class Script(validator.Child):
     """A validator that does as the code says, in a real process; `folder` is its step's."""
 
     def __init__(self, folder: Path, code: str):
@@ -211,7 +211,7 @@ def test_a_latent_dataset_is_judged_as_its_pixels_are(folder):
             data=str(folder / data), validate_every=1, validate_samples=3, validate_videos=1, validate_apart=True
         )
         job = build_job(config, model, Place(0, 1, 0), torch.device("cpu"))
-        step = validation.step_folder(folder / f"of {data}", 1)
+        step = validator.step_folder(folder / f"of {data}", 1)
         job.write_adapter(step, {n: p.detach().clone() for n, p in job.model.trainable_parameters().items()}, 1)
         (step / "job.json").write_text(json.dumps({name: job.facts[name] for name in ("train", "model")}))
         validation.judge(step)
@@ -225,8 +225,8 @@ def test_a_latent_dataset_is_judged_as_its_pixels_are(folder):
 def test_the_child_is_the_first_to_be_killed_and_dies_with_its_rank(tmp_path):
     """Started by a process that is then killed: its priority, its place with the out-of-memory killer, its end."""
     code = (
-        "import os, sys, time; from pathlib import Path; from ex4d.train import validation\n"
-        "child = validation.Child(Path(sys.argv[1]), 'cpu')\n"
+        "import os, sys, time; from pathlib import Path; from ex4d.train import validator\n"
+        "child = validator.Child(Path(sys.argv[1]), 'cpu')\n"
         "pid = child._process.pid\n"
         "score = open(f'/proc/{pid}/oom_score_adj').read().strip()\n"
         "print(pid, os.getpriority(os.PRIO_PROCESS, pid), score, flush=True)\n"

@@ -16,8 +16,9 @@ from test_exact import chosen, losses
 from ex4d.errors import ConfigError
 from ex4d.models import adapter, backbone, weights
 from ex4d.train import checkpoint, runlog
-from ex4d.train.config import BatchPlan, TrainConfig, check_identity, identity, plan_batch
-from ex4d.train.engine import deepspeed_config
+from ex4d.train.config import BatchPlan, TrainConfig, plan_batch
+from ex4d.train.deepspeed_config import deepspeed_config
+from ex4d.train.identity import check_identity, identity
 from ex4d.train.report import SpikeWatch
 from ex4d.train.trainer import learning_rate
 

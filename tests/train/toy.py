@@ -23,8 +23,9 @@ from safetensors.torch import save_file
 from torch import Tensor, nn
 
 from ex4d import config as configs
-from ex4d.train import engine, validation
-from ex4d.train.config import Place, TrainConfig, identity
+from ex4d.train import engine, validator
+from ex4d.train.config import Place, TrainConfig
+from ex4d.train.identity import identity
 from ex4d.train.job import Job
 from ex4d.train.objective import Encoder
 from ex4d.train.stop import stop_signal
@@ -145,7 +146,7 @@ def train_toy(output: str, place: Place, fate: dict | None = None, **values: obj
         encoder.term_in = fate.get("term_in")
     who = identity(config, ToyModelConfig(), "toy")
     job = Job(encoder, ToyModel(), open_loader, who, write_adapter, {"versions": {}})
-    device, start_validation = torch.device("cpu"), fate.get("validator", validation.Child)
+    device, start_validation = torch.device("cpu"), fate.get("validator", validator.Child)
     with stop_signal() as stop_asked:
         return Trainer(config, job, place, device, show, start_validation).run(stop_asked)
 

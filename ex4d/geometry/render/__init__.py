@@ -32,18 +32,14 @@ BACKENDS = {"reference": reference.render, "cpu": cpu.render, "nvdiffrast": nvdi
 def choose_backend(name: str = "auto") -> str:
     """Return a key of BACKENDS; "auto" is nvdiffrast if it and CUDA are available, else cpu. Raises ConfigError."""
     if name == "auto":
-        return "nvdiffrast" if _cuda_ready() else "cpu"
+        if importlib.util.find_spec("nvdiffrast") is None:
+            return "cpu"
+        import torch
+
+        return "nvdiffrast" if torch.cuda.is_available() else "cpu"
     if name not in BACKENDS:
         raise ConfigError("backend", name, f"auto, {', '.join(BACKENDS)}")
     return name
-
-
-def _cuda_ready() -> bool:
-    if importlib.util.find_spec("nvdiffrast") is None:
-        return False
-    import torch
-
-    return torch.cuda.is_available()
 
 
 def render(mesh: DWMesh, camera: Camera, backend: str = "auto") -> Rendered:
