@@ -121,11 +121,11 @@ class _Loader(yaml.SafeLoader):
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
-        seen: set[str] = set()
+        keys: set[str] = set()
         for key, _ in node.value:
-            if isinstance(key, yaml.ScalarNode) and key.value in seen:
+            if isinstance(key, yaml.ScalarNode) and key.value in keys:
                 raise yaml.MarkedYAMLError(problem=f"duplicate key {key.value!r}", problem_mark=key.start_mark)
-            seen.add(str(key.value))
+            keys.add(str(key.value))
         return node
 
 
@@ -238,13 +238,13 @@ def fingerprint(*parts: Any) -> str:
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
     """Return {package: version} of those that are installed."""
-    found = {}
+    versions = {}
     for name in packages:
         try:
-            found[name] = metadata.version(name)
+            versions[name] = metadata.version(name)
         except metadata.PackageNotFoundError:
             continue
-    return found
+    return versions
 
 
 def dump(config: Mapping[str, Any], path: str | Path) -> None:

@@ -88,6 +88,6 @@ def without_secrets(value: Any) -> Any:
     return ",".join(_URL.sub(_without, part) for part in _NEXT.split(value))
 
 
-def _without(found: re.Match) -> str:
-    plain = redacted(found[0])
-    return found[0] if plain == found[0] else plain.replace("://", f"://{SECRET}", 1)
+def _without(match: re.Match) -> str:
+    plain = redacted(match[0])
+    return match[0] if plain == match[0] else plain.replace("://", f"://{SECRET}", 1)

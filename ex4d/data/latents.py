@@ -106,8 +106,8 @@ def encode(tensors: Mapping[str, np.ndarray], pixel_members: Mapping[str, bytes]
         dtype: of tensors.STORED.
     """
     facts = decode_json(pixel_members["json"], "json") | {"latents_fingerprint": fingerprint}
-    kept = {name: pixel_members[name] for name in ("camera.json", "txt")}
-    return {**kept, "json": encode_json(facts), MEMBER: encode_tensors(store_as(dtype, tensors, EXACT))}
+    copies = {name: pixel_members[name] for name in ("camera.json", "txt")}
+    return {**copies, "json": encode_json(facts), MEMBER: encode_tensors(store_as(dtype, tensors, EXACT))}
 
 
 def decode_latents(
@@ -170,9 +170,9 @@ def validate(members: Mapping[str, bytes], spec: LatentSpec, num_kinds: int, key
         raise ContractError(f"json: key {facts.get('key')!r} inside, stored as {key!r}, or no latents_fingerprint")
     tensors = decode_tensors(members[MEMBER], MEMBER)
     num_first = int(tensors["first_index"].max(initial=0)) + 1 if "first_index" in tensors else 0
-    found = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
-    if found != spec.tensors(num_first):
-        raise ContractError(f"{MEMBER}: tensors {found}, wanted {spec.tensors(num_first)}")
+    layout = {name: (array.dtype.name, array.shape) for name, array in tensors.items()}
+    if layout != spec.tensors(num_first):
+        raise ContractError(f"{MEMBER}: tensors {layout}, wanted {spec.tensors(num_first)}")
     if tensors["kind"].max(initial=0) >= num_kinds:
         raise ContractError(f"{MEMBER}: kind {tensors['kind'].tolist()}; wanted values below {num_kinds}")
     for name, array in tensors.items():

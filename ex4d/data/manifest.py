@@ -238,8 +238,8 @@ def read_dataset(folder: str) -> dict[str, Any]:
             f"this program reads {FORMAT!r} version {FORMAT_VERSION}"
         )
     for name, kind in {"counts": int, "sha256": str, "sample": object}.items():
-        found = dataset.get(name)
-        if not isinstance(found, dict) or not found or not all(isinstance(value, kind) for value in found.values()):
+        facts = dataset.get(name)
+        if not isinstance(facts, dict) or not facts or not all(isinstance(value, kind) for value in facts.values()):
             raise ContractError(f"{DATASET}: {name} is not the mapping that a finished dataset has")
     _check_sample_facts(dataset["sample"])
     return dataset
@@ -270,13 +270,13 @@ def read_index(folder: str) -> list[dict[str, Any]]:
         for shard in shards
     ):
         raise ContractError(f"{INDEX}: shardlist is not a list of {sorted(kinds)}")
-    seen: dict[str, list[int]] = {split: [] for split in SPLITS}
+    numbers_of: dict[str, list[int]] = {split: [] for split in SPLITS}
     for shard in shards:
         match = SHARD.fullmatch(shard["url"])
         if match is None:
             raise ContractError(f"{INDEX}: url {shard['url']!r} is not shards/SPLIT-NNNNNN.tar")
-        seen[match[1]].append(int(match[2]))
-    for split, numbers in seen.items():
+        numbers_of[match[1]].append(int(match[2]))
+    for split, numbers in numbers_of.items():
         if sorted(numbers) != list(range(len(numbers))):
             raise ContractError(f"{INDEX}: the numbers of the {split} shards are not 0 to {len(numbers) - 1}")
     return shards

@@ -22,8 +22,8 @@ _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
 
 def hole_share(visible: np.ndarray) -> np.ndarray:
     """Return float32 [S,T], the share of False in bool [S,T,H,W]."""
-    seen = np.count_nonzero(visible, axis=(2, 3))
-    return (1.0 - seen / (visible.shape[2] * visible.shape[3])).astype(np.float32)
+    num_visible = np.count_nonzero(visible, axis=(2, 3))
+    return (1.0 - num_visible / (visible.shape[2] * visible.shape[3])).astype(np.float32)
 
 
 def pack_bits(visible: np.ndarray) -> np.ndarray:

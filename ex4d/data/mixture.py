@@ -20,11 +20,11 @@ def turns(weights: Sequence[float]) -> Iterator[int]:
     """Yield for each step, from the first, the dataset that is furthest behind its share of the steps so far."""
     exact = [Fraction(weight) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
-    taken = [0] * len(shares)
+    counts = [0] * len(shares)
     for step in count(1):
-        behind = [step * share - done for share, done in zip(shares, taken, strict=True)]
+        behind = [step * share - done for share, done in zip(shares, counts, strict=True)]
         chosen = behind.index(max(behind))
-        taken[chosen] += 1
+        counts[chosen] += 1
         yield chosen
 
 
@@ -54,8 +54,8 @@ class MixtureLoader(Iterator[Batch]):
         if rest:
             raise ConfigError("samples_consumed", samples_consumed, f"a multiple of the {step_size} samples of a step")
         self._turns = turns(weights)
-        taken = Counter(islice(self._turns, steps))
-        self.loaders = [open_at(step_size * taken[index]) for index, open_at in enumerate(open_one)]
+        counts = Counter(islice(self._turns, steps))
+        self.loaders = [open_at(step_size * counts[index]) for index, open_at in enumerate(open_one)]
         self._accum_steps, self._left, self._now = accum_steps, 0, 0
 
     def __next__(self) -> Batch:

@@ -279,8 +279,8 @@ def _check(sample: Sample) -> None:
     for path in sample.w2c:
         need(path is None or _is_rigid(np.asarray(path), len(frames)), "camera.json", "w2c must be rigid [T,4,4]")
     for name, kind in PROVENANCE.items():
-        found = sample.provenance.get(name)
-        need(isinstance(found, kind), "json", f"{name} must be {kind.__name__}, is {found!r}")
+        value = sample.provenance.get(name)
+        need(isinstance(value, kind), "json", f"{name} must be {kind.__name__}, is {value!r}")
     need(
         {"estimator", "weights_sha256"} <= set(sample.provenance["depth"]),
         "json",

@@ -84,13 +84,13 @@ def pack(
         return manifest.read_json(output, manifest.DATASET)
     with _work_folder(output) as work:
         rows = tables or str(work / "tables")
-        found = _build_all(planned, output, rows, work, build if tables else building.here)
-        shards = [found[plan["name"]] for plan in planned]
+        built = _build_all(planned, output, rows, work, build if tables else building.here)
+        shards = [built[plan["name"]] for plan in planned]
         _write_tables(work, shards, rows, rejected)
         more = [*write_more(work)] if write_more else []
         dataset = _commit(work, output, {**facts, "counts": counts}, shards, more)
     if record and tables:
-        _remember(output, tables, record, whole, list(found))
+        _remember(output, tables, record, whole, list(built))
     return dataset
 
 
@@ -146,16 +146,16 @@ def _build_all(
 
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
         known = dict(zip((plan["name"] for plan in plans), pool.map(in_place, plans), strict=True))
-    found = {name: facts for name, facts in known.items() if facts}
+    built = {name: facts for name, facts in known.items() if facts}
     missing = [plan for plan in plans if not known[plan["name"]]]
     damaged: list[str] = []
     for facts in build(missing, output, tables, str(work) if storage.is_local(output) else None):
         damaged += facts.get("damaged", [])
         if "url" in facts:
-            found[facts["url"]] = facts
+            built[facts["url"]] = facts
     if damaged:
         raise DamagedSamples(damaged)
-    return found
+    return built
 
 
 def _is_packed(output: str, record: str, whole: str) -> bool:
@@ -202,12 +202,14 @@ def _work_folder(output: str) -> Iterator[Path]:
 
 def _checked(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
     """Yield the tables after checking that no source is in both splits; the splits come one after the other."""
-    seen: dict[str, list[pa.Array]] = {split: [] for split in manifest.SPLITS}
+    groups: dict[str, list[pa.Array]] = {split: [] for split in manifest.SPLITS}
     for table in tables:
         sources = pa.concat_arrays([pc.unique(table[name]) for name in ("source_sha256", "source_group")])
-        seen[table["split"][0].as_py()].append(sources)
+        groups[table["split"][0].as_py()].append(sources)
         yield table
-    train, val = (pc.unique(pa.concat_arrays(parts)) if parts else pa.array([], pa.string()) for parts in seen.values())
+    train, val = (
+        pc.unique(pa.concat_arrays(parts)) if parts else pa.array([], pa.string()) for parts in groups.values()
+    )
     both = val.filter(pc.is_in(val, value_set=train))
     if len(both):
         raise ContractError(f"source {both[0].as_py()} is in both train and val")

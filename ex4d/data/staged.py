@@ -6,7 +6,7 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from itertools import chain
 from typing import Any
 
@@ -56,8 +56,8 @@ def with_sizes(staged: Iterable[Staged]) -> list[Staged]:
             return -1
 
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
-        for index, found in zip(unknown, pool.map(size, unknown), strict=True):
-            items[index] = Staged(items[index].key, items[index].split, items[index].url, found, items[index].sha256)
+        for index, num_bytes in zip(unknown, pool.map(size, unknown), strict=True):
+            items[index] = replace(items[index], size=num_bytes)
     return items
 
 

@@ -64,7 +64,7 @@ def entries(blob: bytes, key: str) -> list[Entry]:
     Raises:
         ContractError: names the member whose header, length or padding is not what `sample_tar` writes.
     """
-    found: list[Entry] = []
+    members: list[Entry] = []
     position = 0
     while position < len(blob):
         block = blob[position : position + BLOCK]
@@ -73,16 +73,16 @@ def entries(blob: bytes, key: str) -> list[Entry]:
         length = int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else -1
         # Nothing in a header is believed: it must equal the one that we would write.
         if length < 0 or not MEMBER.fullmatch(name) or block != header(key, name, length):
-            where = f"after member {found[-1].name}" if found else "at the sample's start"
+            where = f"after member {members[-1].name}" if members else "at the sample's start"
             raise ContractError(f"sample {key}: the tar header {where} is damaged")
         start, stop = position + BLOCK, position + BLOCK + length
         position = stop + -length % BLOCK
         if position > len(blob) or any(blob[stop:position]):
             raise ContractError(f"sample {key}: member {name} is cut short or its padding is damaged")
-        if found and name <= found[-1].name:
+        if members and name <= members[-1].name:
             raise ContractError(f"sample {key}: member {name} is out of order")
-        found.append(Entry(name, start, length))
-    return found
+        members.append(Entry(name, start, length))
+    return members
 
 
 def read_sample(blob: bytes, key: str) -> dict[str, bytes]:

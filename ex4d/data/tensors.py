@@ -67,20 +67,20 @@ def decode_tensors(data: bytes, member: str = "safetensors") -> dict[str, np.nda
     """
     try:
         start, header = _header(data)
-        found, position = {}, 0
+        tensors, position = {}, 0
         for name, entry in header.items():
             kind, shape, (first, last) = _TYPES[entry["dtype"]], entry["shape"], entry["data_offsets"]
             if not all(isinstance(side, int) and side >= 0 for side in (*shape, first, last)):
                 raise ValueError(f"{name} has the shape {shape}")
             if first != position or last - first != math.prod(shape) * kind.itemsize or start + last > len(data):
                 raise ValueError(f"{name} does not lie where its shape says")
-            found[name] = np.frombuffer(data, kind, math.prod(shape), start + first).reshape(shape)
+            tensors[name] = np.frombuffer(data, kind, math.prod(shape), start + first).reshape(shape)
             position = last
         if start + position != len(data):
             raise ValueError("more follows the last tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
         raise ContractError(f"{member}: is not tensors of ours ({error})") from error
-    return found
+    return tensors
 
 
 def _header(data: bytes) -> tuple[int, dict]:

@@ -135,10 +135,10 @@ class TextStore:
 def problems(folder: str, dataset: Mapping[str, Any], captions: Iterable[str]) -> list[str]:
     """Return a sentence for each embedding that is damaged, and for each caption (a sha256) that has none."""
     store = TextStore(folder, dataset)
-    found = []
+    wrong = []
     for key in sorted({*captions, text_key(""), *store._rows}):
         try:
             store._read_one(key)
         except (ContractError, OSError) as error:
-            found.append(str(error))
-    return found
+            wrong.append(str(error))
+    return wrong

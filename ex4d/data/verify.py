@@ -124,8 +124,8 @@ def verify(
             for shard in shards
         ]
         for shard, job in zip(shards, jobs, strict=True):
-            digests[shard["url"]], found = job.result()
-            problems += found
+            digests[shard["url"]], shard_problems = job.result()
+            problems += shard_problems
     tree = "" if "" in digests.values() else tree_hash(digests)
     size = sum(shard["filesize"] for shard in shards)
     return Report(folder, tuple(problems), counts, len(shards), size, tree, full)

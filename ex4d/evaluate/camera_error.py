@@ -74,17 +74,17 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
     height, width = frame.shape[:2]
     K = view.view_K[index]
     valid = None if clip.valid_mask is None else clip.valid_mask[index]
-    seen = render(
+    picture = render(
         build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile, valid=valid),
         Camera(K, view.w2c[index], (height, width)),
     )
     # Holes hold generated content: there is nothing to compare.
-    shown = np.where(seen.visible_mask[..., None], seen.colour, frame)
+    shown = np.where(picture.visible_mask[..., None], picture.colour, frame)
     flows = tracks.pair_flows(np.stack([shown, frame]))
     tolerance_px = TOLERANCE_PX * max(1.0, min(height, width) / 384)
     agree = tracks.consistency(flows[0, 1], flows[1, 0]) <= tolerance_px
-    agree &= _likeness(shown, tracks.sample(frame, flows[0, 1]), seen.visible_mask) >= MIN_LIKENESS
-    rows, columns = np.nonzero(erode(seen.visible_mask[None], MARGIN_PX)[0])
+    agree &= _likeness(shown, tracks.sample(frame, flows[0, 1]), picture.visible_mask) >= MIN_LIKENESS
+    rows, columns = np.nonzero(erode(picture.visible_mask[None], MARGIN_PX)[0])
     chosen = np.linspace(0, len(rows) - 1, min(len(rows), MAX_POINTS)).astype(int)
     needed = max(MIN_POINTS, MIN_SHARE * len(chosen))
     rows, columns = rows[chosen], columns[chosen]
@@ -92,13 +92,13 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
     if len(rows) < MIN_POINTS:
         return lost
     moved = flows[0, 1][rows, columns].astype(np.float64)
-    points = unproject(seen.z_depth, K)[rows, columns]  # in the axes of the requested camera
+    points = unproject(picture.z_depth, K)[rows, columns]  # in the axes of the requested camera
     places = np.stack([columns, rows], axis=-1) + 0.5 + moved
     cv2.setRNGSeed(0)
-    found, turn, shift, inliers = cv2.solvePnPRansac(
+    is_solved, turn, shift, inliers = cv2.solvePnPRansac(
         points, places, K, None, reprojectionError=tolerance_px, iterationsCount=300
     )
-    if not found or inliers is None or len(inliers) < needed:
+    if not is_solved or inliers is None or len(inliers) < needed:
         return lost
     agreed = inliers[:, 0]
     turn, shift = cv2.solvePnPRefineLM(points[agreed], places[agreed], K, None, turn, shift)

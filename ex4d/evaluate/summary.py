@@ -34,13 +34,13 @@ class Range:
 
     def distances(self) -> dict[str, dict[str, float]]:
         """Return {method: {"image" or "video": Fréchet distance to the real ones}} where two samples exist."""
-        found: dict[str, dict[str, float]] = {}
+        distances: dict[str, dict[str, float]] = {}
         for name, made in self.features.items():
             method, _, kind = name.rpartition(".")
             real = self.features[f"real.{kind}"]
             if method != "real" and min(real.count, made.count) > 1:
-                found.setdefault(method, {})[kind] = frechet_distance(made, real)
-        return found
+                distances.setdefault(method, {})[kind] = frechet_distance(made, real)
+        return distances
 
 
 def spread(values: Sequence[float | None], digits: int = 2, percent: bool = False) -> str:
@@ -60,16 +60,16 @@ def table(
     Args:
         distances: of `views.distances`.
     """
-    kept = [name for name in MEASURES if any(row[name] is not None for rows in views.figures.values() for row in rows)]
+    names = [name for name in MEASURES if any(row[name] is not None for rows in views.figures.values() for row in rows)]
     kinds = [kind for kind in FRECHET if any(kind in row for row in distances.values())]
     counted = [f"{FRECHET[kind]} (n = {views.features[f'real.{kind}'].count})" for kind in kinds]
-    columns = ["method", *(MEASURES[name].label for name in kept), *counted]
+    columns = ["method", *(MEASURES[name].label for name in names), *counted]
     rows = []
     for method, label in labels.items():
         if method not in views.figures:
             continue
         cells = []
-        for name in kept:
+        for name in names:
             values = [row[name] for row in views.figures[method]]
             cells.append(spread(values, MEASURES[name].digits, name in PERCENT))
         cells += [f"{distances[method][kind]:.2f}" if kind in distances.get(method, {}) else "" for kind in kinds]
@@ -80,5 +80,5 @@ def table(
 def lead(views: Range, method: str, over: str, name: str) -> float | None:
     """Return the mean paired difference of a figure between two methods; None without pairs."""
     ours, theirs = ([row[name] for row in views.figures.get(of, [])] for of in (method, over))
-    found = [a - b for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
-    return float(np.mean(found)) if found else None
+    differences = [a - b for a, b in zip(ours, theirs, strict=False) if a is not None and b is not None]
+    return float(np.mean(differences)) if differences else None

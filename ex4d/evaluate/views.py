@@ -73,11 +73,11 @@ def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames
     w2c, K = camera_path.build(path.name, count, path.angle_deg, clip.radius, clip.K, path.options)
     view_K, source = np.broadcast_to(K, (count, 3, 3)), clip.source_w2c
     w2c = camera_path.beside_source(w2c, source, source_motion, clip.fps)
-    drawn = warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K, valid=clip.valid_mask)
+    warp = warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K, valid=clip.valid_mask)
     if persistent_frames:
         source = np.tile(np.eye(4), (count, 1, 1)) if source is None else source
-        drawn = persistent.fill(
-            *drawn,
+        warp = persistent.fill(
+            *warp,
             frames=clip.frames,
             z_depth=clip.z_depth,
             K=clip.K,
@@ -89,7 +89,7 @@ def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames
             view_K=view_K,
             valid=clip.valid_mask,
         )
-    return View(clip, w2c, view_K, *drawn)
+    return View(clip, w2c, view_K, *warp)
 
 
 def with_truth(view: View, index: int, world: synthetic.SyntheticConfig) -> View:

@@ -101,11 +101,11 @@ class Scene:
     def view(self, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
         """Return bool [H, W]: the pixels of frame t that a mask keeps for a novel path [T, 4, 4] of `path`."""
         if kind == "novel_view":
-            kept = novel_view(self.mesh(t), w2c[t])
-            return kept | self._world.fill(t, ~kept, w2c[t] @ self._world.source_w2c[t], self.K)[1]
-        kept = visibility(self.z_depth[t], self.mesh(t), w2c[t], tolerance)
-        kept |= self._seen_later(t, ~kept, w2c, tolerance)
-        return kept if self.valid is None else kept & self.valid[t]
+            visible = novel_view(self.mesh(t), w2c[t])
+            return visible | self._world.fill(t, ~visible, w2c[t] @ self._world.source_w2c[t], self.K)[1]
+        visible = visibility(self.z_depth[t], self.mesh(t), w2c[t], tolerance)
+        visible |= self._seen_later(t, ~visible, w2c, tolerance)
+        return visible if self.valid is None else visible & self.valid[t]
 
     def _seen_later(self, t: int, hidden: np.ndarray, w2c: np.ndarray, tolerance: float) -> np.ndarray:
         """Return bool [H, W]: hidden static pixels of frame t that the path sees at the time of another frame."""

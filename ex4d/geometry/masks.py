@@ -138,8 +138,8 @@ def _draw_one(scene: Scene, kind: str, config: MaskConfig, target: float, seed: 
     rng = np.random.default_rng(seed)
     best = NOTHING
     for name in (kind, *INSTEAD[kind]):
-        found = (_draw_tracking if name == "tracking" else _draw_rendered)(scene, name, config, target, rng)
-        best = min(best, found, key=lambda mask: mask.error)
+        candidate = (_draw_tracking if name == "tracking" else _draw_rendered)(scene, name, config, target, rng)
+        best = min(best, candidate, key=lambda mask: mask.error)
         if best.error <= MET:
             break
     return best
@@ -213,8 +213,8 @@ def _search(
 
 def _fullest(small: Scene, w2c: np.ndarray, kind: str, erosion_px: int, tolerance: float) -> list[int]:
     """Return the PROBES frames that have the largest share of holes on the small pictures."""
-    kept = erode_all(small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
-    return sorted(1 + int(index) for index in np.argsort(kept_share(kept), kind="stable")[:PROBES])
+    visible = erode_all(small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
+    return sorted(1 + int(index) for index in np.argsort(kept_share(visible), kind="stable")[:PROBES])
 
 
 def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
@@ -226,8 +226,8 @@ def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, r
         if attempt == REDRAWS:
             count, erosion_px = config.grid[1], config.erosion_px[0]
         visible = _tracked(scene, config, count, erosion_px, target, rng)
-        found = _Drawn(kind, visible, None, abs(_missed(visible, target)))
-        best = min(best, found, key=lambda mask: mask.error)
+        candidate = _Drawn(kind, visible, None, abs(_missed(visible, target)))
+        best = min(best, candidate, key=lambda mask: mask.error)
         if best.error <= MET:
             break
     return best
@@ -248,20 +248,20 @@ def _tracked(
     dense = scene.dense() if config.tracker == "flow" else None
     xy, seen = tracks.track(scene.frames, points, dense, config.tracker, config.tracker_path)
 
-    def made(dropped: float, moments: np.ndarray) -> np.ndarray:
+    def mask_at(dropped: float, moments: np.ndarray) -> np.ndarray:
         late = moments / max(1, num_frames - 1) * dropped
-        kept = tracking(xy[moments], seen[moments] & (priority >= late[:, None]), spacing, (height, width))
+        cover = tracking(xy[moments], seen[moments] & (priority >= late[:, None]), spacing, (height, width))
         if scene.valid is not None:
-            kept &= scene.valid[moments]
-        return erode_all(kept, erosion_px)
+            cover &= scene.valid[moments]
+        return erode_all(cover, erosion_px)
 
     low, high, best, least = 0.0, 1.0, 0.0, np.inf
     moments = np.array(sorted({num_frames // 2, num_frames - 1}))
     for _ in range(SEARCH_STEPS):
-        missed = _missed(made((low + high) / 2, moments), target)
+        missed = _missed(mask_at((low + high) / 2, moments), target)
         if abs(missed) < least:
             best, least = (low + high) / 2, abs(missed)
         low, high = ((low + high) / 2, high) if missed < 0 else (low, (low + high) / 2)
-    visible = made(best, np.arange(num_frames))
+    visible = mask_at(best, np.arange(num_frames))
     visible[0] = True
     return visible

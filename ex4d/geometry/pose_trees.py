@@ -97,10 +97,10 @@ def read_recammaster(path: str | Path, camera: str) -> PoseFile:
     rows = []
     for index, cameras in enumerate(frames):
         text = str(cameras.get(camera))
-        found = re.findall(NUMBER, text)
-        if len(found) != 16 or re.sub(NUMBER, "", text).strip("[] \n\t").replace("[", "").replace("]", "").strip():
+        numbers = re.findall(NUMBER, text)
+        if len(numbers) != 16 or re.sub(NUMBER, "", text).strip("[] \n\t").replace("[", "").replace("]", "").strip():
             raise ValueError(f"frame{index} has no 16 numbers for {camera}")
-        rows.append(found)
+        rows.append(numbers)
     c2w = np.array(rows, np.float64).reshape(-1, 4, 4).transpose(0, 2, 1).copy()
     c2w[:, :3, 3] /= 100
     return PoseFile(world_to_camera(UNREAL @ c2w @ np.linalg.inv(UNREAL)))
@@ -253,11 +253,11 @@ def _matrices(path: str | Path, key: str) -> np.ndarray:
     if not looks_like(path, ".npy", ".npz"):
         return read_matrices(path)
     arrays = _arrays(path)
-    found = next((arrays[name] for name in (key, f"cam_{key}", "") if name in arrays), None)
-    if found is None:
+    matrices = next((arrays[name] for name in (key, f"cam_{key}", "") if name in arrays), None)
+    if matrices is None:
         raise ValueError(f"has the keys {', '.join(sorted(arrays))}, but not {key}")
-    found = found.astype(np.float64)
-    return squared(found) if found.ndim == 3 and found.shape[1:] == (3, 4) else found
+    matrices = matrices.astype(np.float64)
+    return squared(matrices) if matrices.ndim == 3 and matrices.shape[1:] == (3, 4) else matrices
 
 
 def contents(path: str | Path) -> tuple[set[str], tuple[int, ...]]:

@@ -37,10 +37,10 @@ def measure(frames: np.ndarray, z_depth: np.ndarray) -> dict[str, float]:
     for first in spread(max(0, len(frames) - 2), TRIPLES):
         triple = slice(first, first + 3)
         logs = [cv2.resize(log, small.shape[2:0:-1], interpolation=cv2.INTER_AREA) for log in log_depth[triple]]
-        found = _triple(small[triple], np.stack(logs))
-        if found is not None:
-            flickers.append(found[0])
-            drifts.append(found[1])
+        change = _triple(small[triple], np.stack(logs))
+        if change is not None:
+            flickers.append(change[0])
+            drifts.append(change[1])
     flicker = float(np.mean(flickers)) if flickers else 0.0
     drift = abs(float(np.mean(drifts))) * (len(frames) - 1) if drifts else 0.0
     return {"depth_flicker": flicker, "depth_drift": drift, "sky": sky}

@@ -28,8 +28,8 @@ def motions(small: np.ndarray, fps: float) -> tuple[float, float]:
     gap = max(1, min(len(small) - 1, round(fps * GAP_S)))
     if len(small) < 2:
         return 0.0, 0.0
-    found = [_pair(small[[first, first + gap]]) for first in spread(len(small) - gap, PAIRS)]
-    speed, share = np.median(np.array(found), axis=0)
+    pairs = [_pair(small[[first, first + gap]]) for first in spread(len(small) - gap, PAIRS)]
+    speed, share = np.median(np.array(pairs), axis=0)
     return float(speed) * fps / gap / max(small.shape[1:3]), float(share)
 
 

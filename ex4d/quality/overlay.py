@@ -41,12 +41,12 @@ def _lines(strokes: np.ndarray) -> np.ndarray:
     joined = cv2.morphologyEx(strokes.astype(np.uint8), cv2.MORPH_CLOSE, np.ones((3, 13), np.uint8))
     joined = cv2.morphologyEx(joined, cv2.MORPH_OPEN, np.ones((3, 3), np.uint8))
     _, labels, stats, _ = cv2.connectedComponentsWithStats(joined, connectivity=8)
-    found = np.zeros((height, width), bool)
+    lines = np.zeros((height, width), bool)
     for label, (x, y, w, h, _) in enumerate(stats):
         box = (slice(y, y + h), slice(x, x + w))
         if label and _is_line(strokes[box] & (labels[box] == label), height):
-            found[box] = True
-    return found
+            lines[box] = True
+    return lines
 
 
 def _is_line(strokes: np.ndarray, height: int) -> bool:

@@ -98,12 +98,12 @@ def source_box(box: Sequence[int], small: Sequence[int], size: Sequence[int]) ->
         small: (h, w) of the small frames.
         size: (H, W) of the source, upright.
     """
-    found: list[list[int]] = []
+    boxes: list[list[int]] = []
     for start, length, lines, pixels in zip(box[:2], box[2:], small, size, strict=True):
         first = 0 if start == 0 else -(-(start + 1) * pixels // lines)
         stop = pixels if start + length == lines else (start + length - 1) * pixels // lines
-        found.append([first, stop - first])
-    return [found[0][0], found[1][0], found[0][1], found[1][1]]
+        boxes.append([first, stop - first])
+    return [boxes[0][0], boxes[1][0], boxes[0][1], boxes[1][1]]
 
 
 def logo_share(grey: np.ndarray, box: Sequence[int]) -> float:

@@ -66,8 +66,8 @@ def complete(output: str | Path) -> list[Path]:
 
 def latest(output: str | Path) -> Path | None:
     """Return the last complete checkpoint of a run, or None."""
-    found = complete(output)
-    return found[-1] if found else None
+    checkpoints = complete(output)
+    return checkpoints[-1] if checkpoints else None
 
 
 def read_state(path: Path) -> State:
@@ -168,10 +168,10 @@ def clean(output: str | Path) -> None:
 
 def prune(output: str | Path, keep_last: int) -> None:
     """Remove all but the last `keep_last` checkpoints and the one with the lowest validation loss."""
-    found = complete(output)
-    measured = [(loss, path) for path in found if (loss := read_state(path).validation_loss) is not None]
+    checkpoints = complete(output)
+    measured = [(loss, path) for path in checkpoints if (loss := read_state(path).validation_loss) is not None]
     best = min(measured)[1] if measured else None
-    for path in found[:-keep_last]:
+    for path in checkpoints[:-keep_last]:
         if path != best:
             # Renamed first: a kill in the middle of a removal must not leave half a checkpoint under its name.
             doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")

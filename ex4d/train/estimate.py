@@ -38,11 +38,11 @@ def count_parameters(shape: Mapping[str, Any], config: backbone.ModelConfig) -> 
     "geometry_adapter".
     """
     model = adapter.build_model(backbone.meta_transformer(shape), config)
-    kept = tuple(model.transformer._keep_in_fp32_modules or ())
+    float32_modules = tuple(model.transformer._keep_in_fp32_modules or ())
     float32 = sum(
         value.numel()
         for name, value in model.transformer.named_parameters()
-        if not value.requires_grad and any(part in name for part in kept)
+        if not value.requires_grad and any(part in name for part in float32_modules)
     )
     geometry = sum(value.numel() for value in model.geometry_adapter.parameters())
     trainable = sum(value.numel() for value in model.trainable_parameters().values())

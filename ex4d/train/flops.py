@@ -187,10 +187,10 @@ def peak_flops(device_name: str) -> float | None:
 
 def memory_of(gpu: str) -> float:
     """Return the bytes of a GPU's memory. Raises ConfigError if it is not in GPUS."""
-    found = next((size for name, (_, size) in GPUS.items() if name.lower() in gpu.lower()), None)
-    if found is None:
+    capacity = next((size for name, (_, size) in GPUS.items() if name.lower() in gpu.lower()), None)
+    if capacity is None:
         raise ConfigError("train.gpu", gpu, f"allowed: {', '.join(GPUS)}")
-    return found
+    return capacity
 
 
 def utilisation(

@@ -44,12 +44,12 @@ def towards_master(environment: Mapping[str, str] | None = None) -> str | None:
 
 def _addresses() -> list[tuple[str, str]]:
     """Return (interface, IPv4 address) of each interface that has one."""
-    found = []
+    addresses = []
     with socket.socket(socket.AF_INET, socket.SOCK_DGRAM) as probe:
         for _, name in socket.if_nameindex():
             try:
                 answer = fcntl.ioctl(probe.fileno(), SIOCGIFADDR, struct.pack("256s", name.encode()))
             except OSError:
                 continue  # has no address
-            found.append((name, socket.inet_ntoa(answer[20:24])))
-    return found
+            addresses.append((name, socket.inet_ntoa(answer[20:24])))
+    return addresses

@@ -160,14 +160,14 @@ class LatentEncoder(Encoder):
         """Return the batch of data.latents.decode_latents on the base's device, with the first frame's mask."""
         device = self.base.device
         names = ("latents", "cond_latents", "hole", "first_frame", "image", "source")
-        found = {name: on_device(batch[name], device) for name in names if name in batch}
-        first = found.get("first_frame")
+        values = {name: on_device(batch[name], device) for name in names if name in batch}
+        first = values.get("first_frame")
         if first is not None:
             mask = torch.zeros_like(first[:, :1]).expand(-1, self.base.first_frame_channels, -1, -1, -1).clone()
             mask[:, :, 0] = 1
             first = torch.cat([mask, first], dim=1)
         return Encoded(
-            found["latents"], found["cond_latents"], found.get("image"), first, found["hole"], found.get("source")
+            values["latents"], values["cond_latents"], values.get("image"), first, values["hole"], values.get("source")
         )
 
     def text(self, prompt: str) -> Tensor:

@@ -18,10 +18,10 @@ from ex4d.train.config import Place, TrainConfig
 
 def fixed(config: TrainConfig, model: backbone.ModelConfig, place: Place, device: torch.device) -> dict[str, Tensor]:
     """Return {text: embeddings [1, 512, d] on the device} of `train.prompt` and the empty prompt. Every rank calls."""
-    found: list[Any] = [_read_or_compute(config, model, device) if place.rank == 0 else None]
+    embeddings: list[Any] = [_read_or_compute(config, model, device) if place.rank == 0 else None]
     if place.world_size > 1:
-        torch.distributed.broadcast_object_list(found, src=0)
-    return {text: embeds.to(device) for text, embeds in found[0].items()}
+        torch.distributed.broadcast_object_list(embeddings, src=0)
+    return {text: embeds.to(device) for text, embeds in embeddings[0].items()}
 
 
 def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: torch.device) -> dict[str, Tensor]:
@@ -35,8 +35,8 @@ def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: t
     digest = configs.fingerprint(config.prompt, str(backbone.dtype_of(model.dtype, device)), facts)
     path = Path(config.output) / "prompts" / f"{digest}.safetensors"
     try:
-        kept = load_file(path)
-        return {text: kept[name] for name, text in texts.items()}
+        tensors = load_file(path)
+        return {text: tensors[name] for name, text in texts.items()}
     except (OSError, KeyError, SafetensorError):  # missing, or only partly written
         pass
     component = ("text_encoder",)

@@ -148,11 +148,11 @@ def throughput(
     rate = plan.global_size / seconds
     if cost is None:
         return {"samples_per_s": rate}
-    found = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
+    rates = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
     peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
-        found["mfu"], found["hfu"] = flops.utilisation(cost, rate / plan.world_size, peak, *again)
-    return found
+        rates["mfu"], rates["hfu"] = flops.utilisation(cost, rate / plan.world_size, peak, *again)
+    return rates
 
 
 class Stopwatch:

@@ -91,9 +91,9 @@ def read(path: str | Path) -> list[dict[str, Any]]:
 def truncate(path: str | Path, step: int) -> None:
     """Drop the lines after `step`: they will be written again."""
     steps = read(path)
-    kept = [metrics for metrics in steps if metrics["step"] <= step]
+    rest = [metrics for metrics in steps if metrics["step"] <= step]
     if Path(path).exists():
-        storage.write_bytes(path, "".join(json.dumps(metrics) + "\n" for metrics in kept).encode())
+        storage.write_bytes(path, "".join(json.dumps(metrics) + "\n" for metrics in rest).encode())
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:

@@ -203,17 +203,17 @@ class Trainer:
 
         Every rank calls it. `validation_loss` is the mean plain error over the same clips, noise and sigmas each time.
         """
-        config, found = self.config, dict[str, Any]()
+        config, metrics = self.config, dict[str, Any]()
         if not config.validate_apart:
             self.engine.train(False)
             batches = self.validation_batches
             rows = validation.measure(config, self.job.encoder, self.engine.forward, batches, self.plan, self.place)
             self.engine.train(True)
-            found["validation_loss"] = report.gather(rows, True, False, first=config.validate_samples).mse
+            metrics["validation_loss"] = report.gather(rows, True, False, first=config.validate_samples).mse
         weights = self.engine.weights() if self.apart else {}
         if validator:
-            found["validation_videos"] = validator.submit(step, weights)
-        return found
+            metrics["validation_videos"] = validator.submit(step, weights)
+        return metrics
 
     def note(self, log: RunLog, results: list[dict[str, Any]]) -> None:
         """Log the results of separate validations."""
@@ -286,6 +286,6 @@ def learning_rate(config: TrainConfig, step: int) -> float:
         return config.lr * step / config.warmup_steps
     if config.lr_decay == "none":
         return config.lr
-    done = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
-    left = 1 - done if config.lr_decay == "linear" else (1 + math.cos(math.pi * done)) / 2
-    return config.lr * (0.1 + 0.9 * left)
+    share = (step - config.warmup_steps) / max(config.num_steps - config.warmup_steps, 1)
+    rest = 1 - share if config.lr_decay == "linear" else (1 + math.cos(math.pi * share)) / 2
+    return config.lr * (0.1 + 0.9 * rest)

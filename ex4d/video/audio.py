@@ -46,17 +46,17 @@ def with_audio(source: Source, data: bytes) -> bytes | None:
     start, seconds = _span(source, pictures)
     with opened(source) as (container, _, _), opened(data) as (own, shown, _):
         sound = container.streams.audio[0]
-        heard = _heard(container, sound, start, seconds)
-        if not heard:
+        sound_packets = _packets_within(container, sound, start, seconds)
+        if not sound_packets:
             return None
-        num_packets = len(pictures) + len(heard)
+        num_packets = len(pictures) + len(sound_packets)
         out = io.BytesIO()
         options = {"fflags": "+bitexact", "moov_size": str(4096 + INDEX_BYTES * num_packets)}
         copying = ffmpeg_errors("audio_damaged", "copying the sound")
         with copying, av.open(out, "w", format="mp4", options=options) as result:
             places = [result.add_stream_from_template(stream) for stream in (shown, sound)]
             packets = [(packet, places[0]) for packet in own.demux(shown) if packet.size]
-            packets += [(packet, places[1]) for packet in heard]
+            packets += [(packet, places[1]) for packet in sound_packets]
             for packet, place in sorted(packets, key=lambda pair: pair[0].dts * pair[0].time_base):
                 packet.stream = place
                 result.mux(packet)
@@ -88,9 +88,9 @@ def _span(source: Source, pictures: list[tuple[Fraction, Fraction]]) -> tuple[Fr
     return first * time_base, pictures[-1][0] + pictures[-1][1] - pictures[0][0]
 
 
-def _heard(container: Any, stream: Any, start: Fraction, seconds: Fraction) -> list[Any]:
+def _packets_within(container: Any, stream: Any, start: Fraction, seconds: Fraction) -> list[Any]:
     """Return the packets that sound in the span, and the one before, which starts the decoder; times from its start."""
-    found: list[Any] = []
+    packets: list[Any] = []
     num_bytes, base = 0, stream.time_base
     shift, end = round(start / base), round(seconds / base)
     with ffmpeg_errors("audio_damaged", "reading the sound"):
@@ -100,11 +100,11 @@ def _heard(container: Any, stream: Any, start: Fraction, seconds: Fraction) -> l
             at = packet.pts - shift
             if at + (packet.duration or 0) < 0:
                 continue
-            if packet.is_corrupt or (found and at <= found[-1].pts):
+            if packet.is_corrupt or (packets and at <= packets[-1].pts):
                 raise BadSample("audio_damaged", f"the sound is cut short or goes back in time at pts {packet.pts}")
             packet.pts = packet.dts = at
-            found.append(packet)
+            packets.append(packet)
             num_bytes += packet.size
-            if num_bytes > MAX_BYTES or len(found) > MAX_PACKETS:
+            if num_bytes > MAX_BYTES or len(packets) > MAX_PACKETS:
                 raise BadSample("audio_limit", f"the sound has more than {MAX_BYTES} bytes or {MAX_PACKETS} packets")
-    return found
+    return packets

@@ -131,8 +131,8 @@ def read(
             grey = frame.format.name.startswith("gray")
             too_many = count * frame.height * frame.width * 3 > MAX_READ_BYTES
             if too_many or (limit and (count > limit[0] or frame.height > limit[1] or frame.width > limit[2])):
-                found = f"frame {count} of {frame.height} x {frame.width}"
-                raise BadSample("other_frames", f"{found} where {limit or f'{MAX_READ_BYTES} bytes'} are the most")
+                shape_text = f"frame {count} of {frame.height} x {frame.width}"
+                raise BadSample("other_frames", f"{shape_text} where {limit or f'{MAX_READ_BYTES} bytes'} are the most")
             image = frame.to_ndarray() if grey else rgb_of(frame)
             if into is None:
                 images.append(image)

@@ -85,13 +85,13 @@ def decode(
         from ex4d.video.decord_backend import decode_decord
 
         return decode_decord(path, wanted, size, fit, box)
-    found: dict[int, np.ndarray] = {}
+    pictures: dict[int, np.ndarray] = {}
     to_rgb = Converter(size, fit, box=box)
     with opened(path) as (_, stream, _):
         groups = _groups(sorted(set(wanted)), stream.time_base)
     for group in groups:
-        found |= _decode_group(path, group, to_rgb)
-    return np.stack([found[value] for value in wanted])
+        pictures |= _decode_group(path, group, to_rgb)
+    return np.stack([pictures[value] for value in wanted])
 
 
 def iter_decimated(path: Source, max_height: int = 144, stride: int = 1) -> Iterator[tuple[int, np.ndarray]]:
@@ -162,19 +162,19 @@ def _seek_before(container: Any, stream: Any, target: int) -> bool:
 
 
 def _collect(frames: Iterator[Any], wanted: set[int], stream: Any, to_rgb: Converter) -> dict[int, np.ndarray]:
-    found: dict[int, np.ndarray] = {}
+    pictures: dict[int, np.ndarray] = {}
     last = max(wanted)
     for frame in frames:
         pts = _pts_of(frame)
-        if pts in wanted and pts not in found:
+        if pts in wanted and pts not in pictures:
             if frame.interlaced_frame:
                 raise _Interlaced
-            found[pts] = to_rgb(frame, stream)
-            if len(found) == len(wanted):
-                return found
+            pictures[pts] = to_rgb(frame, stream)
+            if len(pictures) == len(wanted):
+                return pictures
         if pts > last:
             break
-    missing = sorted(wanted - set(found))
+    missing = sorted(wanted - set(pictures))
     raise BadSample("decode_short", f"{len(missing)} of {len(wanted)} frames are missing, first at pts {missing[0]}")
 
 

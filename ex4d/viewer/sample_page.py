@@ -78,5 +78,5 @@ def _row(dataset: str, fields: dict, facts: Mapping[str, Any], is_foreign: bool)
         colours = hatched(decoding.shown(clip.frames, clip.cond, is_visibility, index), visible)
         label = f"{kinds[clip.kind[index]]}, {clip.hole_share[index].mean():.0%} holes"
         clips.append(page.Clip(label, page.embedded(video.encode(colours, clip.fps))))
-    told = [fields["key"], clip.provenance["source_path"], fields["split"], clip.caption.strip()]
-    return page.Row(" · ".join(part for part in told if part), clips)
+    texts = [fields["key"], clip.provenance["source_path"], fields["split"], clip.caption.strip()]
+    return page.Row(" · ".join(part for part in texts if part), clips)

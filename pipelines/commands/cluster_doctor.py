@@ -127,16 +127,16 @@ def _on_nodes(
         how = {"num_cpus": 0, "num_gpus": num_gpus, "max_retries": 0, "scheduling_strategy": there}
         calls.append(task.options(**how).remote(*words))
     ray.wait(calls, num_returns=len(calls), timeout=limit_s)
-    found = []
+    results = []
     for call in calls:
         try:
-            found.append(ray.get(call, timeout=0))
+            results.append(ray.get(call, timeout=0))
         except ray.exceptions.GetTimeoutError:
             ray.cancel(call, force=True)
-            found.append(f"no answer within {limit_s:g} s")
+            results.append(f"no answer within {limit_s:g} s")
         except ray.exceptions.RayError as error:
-            found.append(str(error).strip().split("\n")[-1][:200])
-    return found
+            results.append(str(error).strip().split("\n")[-1][:200])
+    return results
 
 
 def _clock(node: dict[str, Any]) -> Finding:
@@ -173,8 +173,8 @@ def _storage(folder: str, nodes: Sequence[dict[str, Any]], names: Sequence[str])
         with open(os.path.join(place, "driver"), "w", encoding="utf-8") as file:
             file.write(word)
     except OSError as error:
-        found = f"cannot be written from here: {error.strerror}"
-        return [Finding(f"storage {folder}", found, False, "mount it on every node, writable for this user")]
+        text = f"cannot be written from here: {error.strerror}"
+        return [Finding(f"storage {folder}", text, False, "mount it on every node, writable for this user")]
     racing = list(nodes) if len(nodes) > 1 else [nodes[0], nodes[0]]
     titles = list(names) if len(nodes) > 1 else [names[0], names[0]]
     try:

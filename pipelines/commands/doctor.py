@@ -67,10 +67,10 @@ def run(args: argparse.Namespace) -> int:
     """Print the facts; return 1 if something required is missing or broken, else 0."""
     if args.cluster:
         return cluster_doctor.run(args)
-    found = facts()
+    machine = facts()
     if args.json:
-        print(json.dumps(found, indent=2))
-        return 0 if found["video_works"] and not found["missing"] else 1
+        print(json.dumps(machine, indent=2))
+        return 0 if machine["video_works"] and not machine["missing"] else 1
     from rich.console import Console
     from rich.markup import escape
     from rich.table import Table
@@ -79,14 +79,14 @@ def run(args: argparse.Namespace) -> int:
     for column in ("what", "found", "needed for"):
         table.add_column(column)
     for key in ("python", "platform", "num_cpus", "memory_gb", "disk_free_gb"):
-        table.add_row(key, str(found[key]), "")
-    table.add_row("gpus", ", ".join(found["gpus"]) or "none: the CPU backends are used", "14B training, nvdiffrast")
+        table.add_row(key, str(machine[key]), "")
+    table.add_row("gpus", ", ".join(machine["gpus"]) or "none: the CPU backends are used", "14B training, nvdiffrast")
     for name, purpose, required in PACKAGES:
-        version = found["packages"][name] or ("[red]missing[/red]" if required else "not installed")
+        version = machine["packages"][name] or ("[red]missing[/red]" if required else "not installed")
         table.add_row(name, version, purpose)
-    table.add_row("H.264 round trip", "works" if found["video_works"] else "[red]fails[/red]", "shards")
-    lacking = escape("; ".join(found["sandbox_lacks"]))
+    table.add_row("H.264 round trip", "works" if machine["video_works"] else "[red]fails[/red]", "shards")
+    lacking = escape("; ".join(machine["sandbox_lacks"]))
     table.add_row("sandbox", f"[red]lacks {lacking}[/red]" if lacking else "complete", "decoding files from strangers")
-    table.add_row("W&B", "key found" if found["wandb_key"] else "no key: runs are kept offline", "run tracking")
+    table.add_row("W&B", "key found" if machine["wandb_key"] else "no key: runs are kept offline", "run tracking")
     Console(file=terminal(sys.stdout)).print(table)
-    return 0 if found["video_works"] and not found["missing"] else 1
+    return 0 if machine["video_works"] and not machine["missing"] else 1

@@ -60,23 +60,25 @@ class Asked:
 
 def look(asked: Asked) -> list[Finding]:
     """Return the findings of every check on this node."""
-    found: list[Finding] = []
+    findings: list[Finding] = []
     for check in CHECKS:
         try:
-            found += check(asked)
+            findings += check(asked)
         except (ImportError, OSError, ValueError, RuntimeError, AttributeError, subprocess.SubprocessError) as error:
             name, reason = check.__name__.strip("_"), str(error).strip().split("\n")[0]
             remedy = "the environment of this node is broken: install ex4d there again, or use one image for all nodes"
-            found.append(Finding(name, f"{type(error).__name__}: {reason}", False, remedy))
-    return found
+            findings.append(Finding(name, f"{type(error).__name__}: {reason}", False, remedy))
+    return findings
 
 
 def _versions(asked: Asked) -> Iterator[Finding]:
     remedy = "install the same versions on all nodes: one image, or one environment on shared storage"
     here = versions()
     for name, wanted in asked.versions.items():
-        found = here.get(name, "not installed")
-        yield Finding(f"version of {name}", found, found == wanted, "" if found == wanted else f"{remedy}: {wanted}")
+        version = here.get(name, "not installed")
+        yield Finding(
+            f"version of {name}", version, version == wanted, "" if version == wanted else f"{remedy}: {wanted}"
+        )
 
 
 def _torch(asked: Asked) -> Iterator[Finding]:
@@ -108,9 +110,9 @@ def _gpus(asked: Asked) -> Iterator[Finding]:
         done = subprocess.run(words, capture_output=True, text=True, timeout=15, check=False)
         driver = done.stdout.strip().split("\n")[0] or f"nvidia-smi ended with {done.returncode}"
     is_good = len(names) >= asked.gpus
-    found = f"{', '.join(names) or 'none'}; driver {driver}"
+    text = f"{', '.join(names) or 'none'}; driver {driver}"
     remedy = "" if is_good else f"Ray counts {asked.gpus} GPUs, PyTorch sees {len(names)}: check driver and container"
-    yield Finding("GPUs", found, is_good if asked.gpus else None, remedy)
+    yield Finding("GPUs", text, is_good if asked.gpus else None, remedy)
 
 
 def _attention(asked: Asked) -> Iterator[Finding]:
@@ -144,8 +146,8 @@ def _codecs(asked: Asked) -> Iterator[Finding]:
     except (ImportError, OSError, ValueError, RuntimeError) as error:
         yield Finding("H.264 round trip", f"fails: {error}", False, remedy)
     missing = video.missing_decoders(DECODERS)
-    found = f"{', '.join(missing)} missing" if missing else ", ".join(DECODERS)
-    yield Finding("decoders", found, not missing, remedy if missing else "")
+    text = f"{', '.join(missing)} missing" if missing else ", ".join(DECODERS)
+    yield Finding("decoders", text, not missing, remedy if missing else "")
 
 
 def _disks(asked: Asked) -> Iterator[Finding]:
@@ -156,8 +158,8 @@ def _disks(asked: Asked) -> Iterator[Finding]:
         problem = _write_problem(folder)
         is_good = not problem and free_gb >= asked.min_disk_gb
         remedy = f"free at least {asked.min_disk_gb:g} GB there, or set TMPDIR or the output to another disk"
-        found = f"{free_gb:.1f} GB free" + (f"; {problem}" if problem else "")
-        yield Finding(f"disk of {folder}", found, is_good, "" if is_good else remedy)
+        text = f"{free_gb:.1f} GB free" + (f"; {problem}" if problem else "")
+        yield Finding(f"disk of {folder}", text, is_good, "" if is_good else remedy)
 
 
 def _write_problem(folder: str) -> str:
@@ -216,9 +218,9 @@ def now() -> float:
 @cache
 def versions() -> dict[str, str]:
     """Return {package: version} of what must be equal on all nodes; "code" is a hash of this project's own files."""
-    found = installed_versions(COMPARED) | {"python": platform.python_version()}
+    packages = installed_versions(COMPARED) | {"python": platform.python_version()}
     root = Path(__file__).parents[2]
     digest = hashlib.sha256()
     for path in sorted((*root.glob("ex4d/**/*.py"), *root.glob("pipelines/**/*.py"))):
         digest.update(f"{path.relative_to(root)}\n".encode() + path.read_bytes())
-    return found | {"code": digest.hexdigest()[:12]}
+    return packages | {"code": digest.hexdigest()[:12]}

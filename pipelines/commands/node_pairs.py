@@ -46,17 +46,17 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
         word: the content of the driver's file `driver`.
         index: of this participant. Number 0 renames, the others read.
     """
-    seen, place = Race(), Path(folder)
+    result, place = Race(), Path(folder)
     try:
-        seen.sees_driver = (place / "driver").read_text() == word
-        seen.peers = _meet(place, "ready", index, count)
-        if seen.peers < count:
-            return seen
-        seen.won = [number for number in range(ROUNDS) if _creates(place / f"round-{number}")]
+        result.sees_driver = (place / "driver").read_text() == word
+        result.peers = _meet(place, "ready", index, count)
+        if result.peers < count:
+            return result
+        result.won = [number for number in range(ROUNDS) if _creates(place / f"round-{number}")]
         with open(place / "lock", "ab") as file:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-                seen.locked = True
+                result.locked = True
             _meet(place, "locked", index, count)  # held until everyone has tried
         if index == 0:
             for number in range(RENAMES):
@@ -65,10 +65,10 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
                 os.replace(temporary, place / "renamed")
             (place / "renamed-all").write_text("")
         else:
-            seen.torn = _count_torn(place)
+            result.torn = _count_torn(place)
     except OSError as error:
-        seen.problem = f"{error.strerror or error}"
-    return seen
+        result.problem = f"{error.strerror or error}"
+    return result
 
 
 def _meet(place: Path, name: str, index: int, count: int) -> int:

@@ -84,7 +84,7 @@ def files(tree: Mapping[str, Any]) -> list[str]:
     Raises:
         ConfigError: a folder, a large file or one outside of the current folder; a list whose files lie beside it.
     """
-    found = []
+    paths = []
     for key, text in _texts(tree):
         if not set(key.split(".")) & set(NAMES):
             continue
@@ -93,8 +93,8 @@ def files(tree: Mapping[str, Any]) -> list[str]:
         else:
             parts = [text if os.path.exists(text) else text.rpartition(":")[0] or text]  # FILE:SCALE of a LoRA
         relative = [part for part in parts if "://" not in part and not os.path.isabs(part)]
-        found += [path for path in relative if _is_packed(key, path, tree)]
-    return sorted(set(found))
+        paths += [path for path in relative if _is_packed(key, path, tree)]
+    return sorted(set(paths))
 
 
 def _is_packed(key: str, path: str, tree: Mapping[str, Any]) -> bool:

@@ -53,8 +53,10 @@ def retry(output: str, reasons: Sequence[str], config_path: str | None = None, r
         raise ConfigError("reason", None, "must have at least one, e.g. --reason decode_timeout")
     output = str(storage.local_path(output).absolute()) if storage.is_local(output) else output
     if config_path is None:
-        folder, kept = Ledger(output).read_config()
-        sections = {name: config.validate(cls, kept.get(name, {}), name) for name, cls in preprocess.SECTIONS.items()}
+        folder, settings = Ledger(output).read_config()
+        sections = {
+            name: config.validate(cls, settings.get(name, {}), name) for name, cls in preprocess.SECTIONS.items()
+        }
     else:
         folder, sections = os.getcwd(), config.load(Path(config_path), preprocess.SECTIONS, (), preprocess.OPTIONAL)
     choices = replace(sections["preprocess"], output=output)

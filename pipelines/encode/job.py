@@ -233,14 +233,14 @@ class _Job:
             "text_dim": int(empty["embeds"].shape[1]),
             "text_length": TEXT_LENGTH,
         }
-        kept = ("videos_in", "videos_split", "clips_planned")
+        names = ("videos_in", "videos_split", "clips_planned")
         return {
             "sample": self.dataset["sample"],
             "latents": encoded,
             "config": self.dataset["config"],
             "source": {"tree_sha256": dataset_fingerprint(self.config.data), "versions": self.dataset["versions"]},
             "versions": self.versions,
-            "counts": {name: self.dataset["counts"][name] for name in kept},
+            "counts": {name: self.dataset["counts"][name] for name in names},
         }
 
     def finish(self) -> Result:
@@ -254,11 +254,11 @@ class _Job:
 
 def throughput(result: Result) -> str:
     """Return one line: clips per second of work, and the share of each stage; loading is listed separately."""
-    spent = {name: tally.worker_s for name, tally in result.stages.items() if tally.done}
-    loading = sum(spent.pop(name, 0.0) for name in (stages.LOAD_MODELS.name, stages.LOAD_TEXT_MODEL.name))
-    whole = sum(spent.values())
+    worker_s_of = {name: tally.worker_s for name, tally in result.stages.items() if tally.done}
+    loading = sum(worker_s_of.pop(name, 0.0) for name in (stages.LOAD_MODELS.name, stages.LOAD_TEXT_MODEL.name))
+    whole = sum(worker_s_of.values())
     if not whole:
         return "nothing to encode: everything was done already"
-    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in spent.items())
+    shares = ", ".join(f"{name} {seconds / whole:.0%}" for name, seconds in worker_s_of.items())
     rate = f"{result.worked['samples'] / whole:.2f} clips/s for each worker"
     return f"{rate}, loading models {loading:.1f} s; of {whole:.1f} s of work: {shares}"

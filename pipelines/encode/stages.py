@@ -87,8 +87,8 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
     first_index = []
     for index, visible in enumerate(clip.visible):
         colours = decoding.shown(clip.frames, clip.cond, is_visibility, index)
-        seen = (colours[0] * visible[0, ..., None]).tobytes()
-        first_index.append(firsts.setdefault(seen, len(firsts)))
+        pixels = (colours[0] * visible[0, ..., None]).tobytes()
+        first_index.append(firsts.setdefault(pixels, len(firsts)))
     size = clip.frames.shape[1:]
     return {
         "frames": clip.frames,
@@ -135,9 +135,9 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
     for index, packed in enumerate(row["packed"]):
         visible = unpack_bits(packed, width)
         colours = shown(frames, row["cond"], row["is_visibility"], index) * visible[..., None]
-        seen = torch.from_numpy(visible)[None].to(base.device)
-        condition.append(base.encode_condition(_pixels(colours, base), seen, context.model.mask_range))
-        hole.append(holes_in_latents(seen, (target.shape[2], target.shape[3], target.shape[4])))
+        mask = torch.from_numpy(visible)[None].to(base.device)
+        condition.append(base.encode_condition(_pixels(colours, base), mask, context.model.mask_range))
+        hole.append(holes_in_latents(mask, (target.shape[2], target.shape[3], target.shape[4])))
     written = {"target": target[0], "condition": torch.cat(condition), "hole": torch.cat(hole)}
     if base.has_first_frame:
         firsts = to_pixels(torch.from_numpy(row["first_shown"])[:, None].to(base.device))[:, :, 0]
@@ -172,8 +172,8 @@ def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
 
     names = ("target", "condition", "hole", "kind", "first_index", "first_frame", "source", "image")
     tensors = {name: row[name] for name in names if row[name] is not None}
-    kept = {name: text.encode("utf-8") for name, text in row["kept"].items()}
-    members = latents.encode(tensors, kept, row["fingerprint"], context.dtype)
+    pixel_members = {name: text.encode("utf-8") for name, text in row["kept"].items()}
+    members = latents.encode(tensors, pixel_members, row["fingerprint"], context.dtype)
     Ledger(context.output).write_sample(row["artifact"], sample_tar(row["key"], members))
     return {}
 

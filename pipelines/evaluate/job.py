@@ -173,10 +173,10 @@ class _Job:
             clips.append({"key": row["key"], "range": row["range"], "video": row["case"]["video"], **facts})
             if sum(view.range == row["range"] for view in shown) < SHOWN:
                 shown.append(View(row["key"], row["range"], videos))
-        ranges = {name: found for name, found in ranges.items() if found.figures}
-        distances = {name: found.distances() for name, found in ranges.items()}
+        ranges = {name: measures for name, measures in ranges.items() if measures.figures}
+        distances = {name: measures.distances() for name, measures in ranges.items()}
         labels = {name: METHODS[name] for name in self.config.compared}
-        tables = {name: summary.table(found, labels, distances[name]) for name, found in ranges.items()}
+        tables = {name: summary.table(measures, labels, distances[name]) for name, measures in ranges.items()}
         report = Report(result, tables, ranges, shown, self.planned.facts)
         subject = "own videos" if self.config.videos else "held-out scenes with known novel views"
         notes = (f"{report.facts['adapter']} on {subject}. All videos are in the folder `videos` next to `report`.",)

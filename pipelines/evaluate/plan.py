@@ -169,10 +169,10 @@ def _rows(
     for index, case in enumerate(cases):
         other = cases[(index + 1) % len(cases)]
         for name, path in paths.items():
-            seen = [case["content"], *([other["content"]] if OTHER in config.compared else [])]
-            made = fingerprint(known_by, path, seen)
+            contents = [case["content"], *([other["content"]] if OTHER in config.compared else [])]
+            digest = fingerprint(known_by, path, contents)
             key = f"{case['name']}-{name}"
-            stem = f"clips/{key}.{made}"
+            stem = f"clips/{key}.{digest}"
             places = {"artifact": f"{stem}.tar", "refusal_artifact": f"{stem}.json"}
             yield new_row(key, case=case, other=other, path=path, range=name, **places)
 
@@ -233,10 +233,10 @@ def _networks(config: EvaluateConfig) -> list[str]:
     from ex4d.models import features
 
     chosen = [(config.image_features, False), (config.video_features, True)]
-    found = [hub.fingerprint([features.folder_of(given, kind)]) if given else "" for given, kind in chosen]
+    digests = [hub.fingerprint([features.folder_of(network, kind)]) if network else "" for network, kind in chosen]
     if config.videos is not None and config.depth in FOREIGN:
         from ex4d.depth import foreign
 
-        return [*found, foreign.identity(config.depth, config.depth_path)]
+        return [*digests, foreign.identity(config.depth, config.depth_path)]
     folders = weight_folders(config.depth, config.depth_path) if config.videos is not None else []
-    return [*found, hub.fingerprint(folders) if folders else ""]
+    return [*digests, hub.fingerprint(folders) if folders else ""]

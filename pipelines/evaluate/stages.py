@@ -145,8 +145,8 @@ def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
 
     view = row["view"]
     base, model = _loaded(context)
-    seen = masks.erode(view.visible, context.sampler.erosion_px)
-    given = view.cond_video * seen[..., None]
+    visible = masks.erode(view.visible, context.sampler.erosion_px)
+    cond_video = view.cond_video * visible[..., None]
     source = view.clip.frames if context.source_video else None
 
     def sampled(condition: View, source: np.ndarray | None) -> np.ndarray:
@@ -167,12 +167,12 @@ def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
         ADAPTER: lambda: sampled(view, source),
         BASE: alone,
         OTHER: other,
-        WARP: lambda: given,
-        INPAINT: lambda: inpaint(given, seen),
+        WARP: lambda: cond_video,
+        INPAINT: lambda: inpaint(cond_video, visible),
         CODEC: lambda: to_frames(base.decode_latents(base.encode_video(to_pixels(view.truth, base.device)))),
     }
     videos = {method: makers[method]() for method in context.methods}
-    return {"made": {method: frames for method, frames in videos.items() if frames is not None}, "seen": seen}
+    return {"made": {method: frames for method, frames in videos.items() if frames is not None}, "seen": visible}
 
 
 def measure(row: Row, context: Evaluation) -> dict[str, Any]:
@@ -191,13 +191,13 @@ def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
     from ex4d.models import features
 
     view = row["view"]
-    found = {}
+    vectors = {}
     for name, frames in {"real": view.clip.frames if view.truth is None else view.truth, **row["made"]}.items():
         if context.image_features is not None:
-            found[f"{name}.image"] = features.image_features(frames[1:], context.image_features, context.device)
+            vectors[f"{name}.image"] = features.image_features(frames[1:], context.image_features, context.device)
         if context.video_features is not None:
-            found[f"{name}.video"] = features.video_features(frames[1:], context.video_features, context.device)
-    return {"features": found}
+            vectors[f"{name}.video"] = features.video_features(frames[1:], context.video_features, context.device)
+    return {"features": vectors}
 
 
 def write_view(row: Row, context: Evaluation) -> dict[str, Any]:

@@ -87,24 +87,24 @@ def expand(
         ConfigError: an input does not exist or cannot be opened, or nothing was found.
     """
     parts = _split(given) if isinstance(given, str) else list(given)
-    found = [entry for part in parts for entry in _expand_one(part, root, follow_links)]
-    kept = found
+    everything = [entry for part in parts for entry in _expand_one(part, root, follow_links)]
+    entries = everything
     if exclude is not None:
         outside = str(exclude) if not storage.is_local(str(exclude)) else os.path.abspath(exclude)
         outside = outside.rstrip("/") + "/"
-        kept = [entry for entry in found if not entry.path.startswith(outside)]
-    if not kept:
-        inside = "every file there is in the output folder, which is not read" if found else "there is no file"
+        entries = [entry for entry in everything if not entry.path.startswith(outside)]
+    if not entries:
+        inside = "every file there is in the output folder, which is not read" if everything else "there is no file"
         raise ConfigError(KEY, given, inside)
     spans: dict[str, list[Span]] = {}
-    for entry in kept:
+    for entry in entries:
         if not entry.reason:
             spans.setdefault(entry.path, []).extend([entry.span] if entry.span else [])
-    names, roots = _names(kept), {entry.path: entry.root for entry in kept}
+    names, roots = _names(entries), {entry.path: entry.root for entry in entries}
     plain = [_source(path, names[path], spans[path], roots[path]) for path in _without_sidecars(sorted(spans))]
     sources = _with_namesakes(plain)
     sources += [
-        Source("", names[entry.path], reason=entry.reason, message=entry.message) for entry in kept if entry.reason
+        Source("", names[entry.path], reason=entry.reason, message=entry.message) for entry in entries if entry.reason
     ]
     return sorted(sources, key=lambda source: source.name)
 
@@ -123,34 +123,34 @@ def _with_namesakes(sources: Sequence[Source]) -> list[Source]:
             place = os.path.splitext(without_query(source.path))[0]
             places[place].append(source.name)
             stems[place.rpartition("/")[2]].append(source.name)
-    found = []
+    result = []
     for source in sources:
         place = os.path.splitext(without_query(source.path))[0]
         same = (places[place], stems[place.rpartition("/")[2]])
         twin, namesake = (next((name for name in names if name != source.name), "") for names in same)
-        found.append(replace(source, twin=twin, namesake=namesake))
-    return found
+        result.append(replace(source, twin=twin, namesake=namesake))
+    return result
 
 
-def _split(given: str) -> list[str]:
-    if "," not in given or os.path.lexists(given):
-        return [given]
-    return [part.strip() for part in _ONE.findall(given) if part.strip()]
+def _split(text: str) -> list[str]:
+    if "," not in text or os.path.lexists(text):
+        return [text]
+    return [part.strip() for part in _ONE.findall(text) if part.strip()]
 
 
-def _expand_one(given: str, root: str | None, follow_links: bool) -> list[Entry]:
-    if not given.strip():
-        raise ConfigError(KEY, given, "is empty; write . for the current folder")
-    if not storage.is_local(given):
-        return _expand_remote(given, root, follow_links)
-    path = os.path.abspath(os.path.expanduser(storage.local_path(given)))
+def _expand_one(place: str, root: str | None, follow_links: bool) -> list[Entry]:
+    if not place.strip():
+        raise ConfigError(KEY, place, "is empty; write . for the current folder")
+    if not storage.is_local(place):
+        return _expand_remote(place, root, follow_links)
+    path = os.path.abspath(os.path.expanduser(storage.local_path(place)))
     if os.path.isdir(path):
         return list(walk.files(path, follow_links))
     if os.path.lexists(path):
         if path.endswith(lists.SUFFIXES):
             return _expand_list(path, root, follow_links)
         return [Entry(os.path.dirname(path), path)]
-    if glob.has_magic(given):
+    if glob.has_magic(place):
         fixed = _fixed_part(path, os.sep)
         entries: list[Entry] = []
         for match in sorted(glob.glob(path, recursive=True)):
@@ -160,7 +160,7 @@ def _expand_one(given: str, root: str | None, follow_links: bool) -> list[Entry]
                 entries.append(walk.file(fixed, match, follow_links))
         if entries:
             return list({entry.path: entry for entry in entries}.values())
-    raise ConfigError(KEY, given, "is not a file, a folder, or a glob that matches a file")
+    raise ConfigError(KEY, place, "is not a file, a folder, or a glob that matches a file")
 
 
 def _expand_remote(url: str, root: str | None, follow_links: bool) -> list[Entry]:
@@ -187,11 +187,11 @@ def _expand_remote(url: str, root: str | None, follow_links: bool) -> list[Entry
 
 def _expand_list(path: str, root: str | None, follow_links: bool) -> list[Entry]:
     """Return what the rows of a list name; folders and globs in a text list are expanded."""
-    found = []
+    entries = []
     for entry in lists.read(path, root):
         is_several = entry.span is None and not entry.reason and _is_several(entry.path)
-        found += _expand_one(entry.path, root, follow_links) if is_several else [entry]
-    return found
+        entries += _expand_one(entry.path, root, follow_links) if is_several else [entry]
+    return entries
 
 
 def _is_several(path: str) -> bool:
@@ -223,7 +223,7 @@ def _names(entries: Sequence[Entry]) -> dict[str, str]:
     roots: dict[bool, list[str]] = {}
     for entry in files:
         roots.setdefault(storage.is_local(entry.path), []).append(_as_path(entry.root))
-    common = {is_local: posixpath.commonpath(found) for is_local, found in roots.items()}
+    common = {is_local: posixpath.commonpath(folders) for is_local, folders in roots.items()}
     if len(common) == 2:  # a name of a store's file then begins with its host or bucket
         common[False] = "/"
     names = {
@@ -235,9 +235,9 @@ def _names(entries: Sequence[Entry]) -> dict[str, str]:
         for entry in entries
         if entry.reason and not entry.is_place
     }
-    taken = Counter(names.values())
+    counts = Counter(names.values())
     return {
-        path: name if taken[name] == 1 else f"{name}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
+        path: name if counts[name] == 1 else f"{name}~{hashlib.sha256(os.fsencode(path)).hexdigest()[:8]}"
         for path, name in names.items()
     }
 

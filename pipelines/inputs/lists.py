@@ -152,12 +152,12 @@ class _Resolver:
             if isinstance(row, str):
                 raise BadSample("bad_row", row)
             path = self._file(row)
-            found = rows.spans(row)
+            spans = rows.spans(row)
         except BadSample as error:
             yield self._bad(number, error)
             return
         root = path.rpartition("/")[0] if self._is_elsewhere(path) else self.folder
-        yield from (Entry(root, path, span) for span in found)
+        yield from (Entry(root, path, span) for span in spans)
 
     def _bad(self, number: int, error: BadSample) -> Entry:
         return Entry(self.folder, f"{self.listing}:{number}", None, error.reason, error.message)
@@ -204,8 +204,8 @@ class _Resolver:
             self._stems = {os.path.splitext(name)[0]: name for name in reversed(files)}
         parts = urlsplit(url)
         candidates = (name, *parse_qs(parts.query).get("v", []), parts.path.rpartition("/")[2])
-        found = next((self._stems[stem] for stem in candidates if stem in self._stems), None)
-        return None if found is None else storage.join(self.folder, found)
+        file = next((self._stems[stem] for stem in candidates if stem in self._stems), None)
+        return None if file is None else storage.join(self.folder, file)
 
     def _beside(self) -> Sequence[str]:
         if not storage.is_local(self.folder):

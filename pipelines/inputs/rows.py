@@ -69,8 +69,10 @@ def known(names: Iterable[Any]) -> dict[str, str]:
     COLUMNS.
     """
     there = {str(name).strip().lower().replace(" ", "_"): name for name in names}
-    found = {what: next((there[name] for name in given if name in there), None) for what, given in COLUMNS.items()}
-    return {what: name for what, name in found.items() if name is not None}
+    columns = {
+        what: next((there[name] for name in aliases if name in there), None) for what, aliases in COLUMNS.items()
+    }
+    return {what: name for what, name in columns.items() if name is not None}
 
 
 def chosen(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
@@ -95,12 +97,12 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
         captions = [captions] * len(pairs)
     if len(captions) != len(pairs):
         raise BadSample("bad_row", f"{len(captions)} captions for {len(pairs)} spans")
-    found = []
+    result = []
     for pair, text in zip(pairs, captions, strict=True):
         if not isinstance(pair, list | tuple) or len(pair) != 2:
             raise BadSample("bad_row", "timestamp is not a list of [start, end]")
-        found.append(make(*_span(*pair), _caption(text)))
-    return found
+        result.append(make(*_span(*pair), _caption(text)))
+    return result
 
 
 def _parsed(value: Any) -> Any:

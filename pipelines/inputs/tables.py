@@ -42,10 +42,10 @@ def _csv_table(file: Any, is_tabs: bool) -> Iterator[Any]:
     first = lines.readline()
     lines.seek(0)
     delimiters = "\t" if is_tabs else ",;\t"
-    found = (
+    guesses = (
         one for one in delimiters if {"path", "url"} & set(rows.known(next(csv.reader([first], delimiter=one), ())))
     )
-    reader = csv.DictReader(lines, delimiter=next(found, delimiters[0]), strict=True)
+    reader = csv.DictReader(lines, delimiter=next(guesses, delimiters[0]), strict=True)
     yield reader.fieldnames or ()
     while True:
         try:
@@ -63,17 +63,17 @@ def _json_table(file: Any, path: str) -> Iterator[Any]:
     """Yield the keys of all objects of a JSON list or JSON lines, then each object."""
     try:
         data = text.decode(file.read())
-        found = json.loads(data) if without_query(path).endswith(".json") else None
+        rows = json.loads(data) if without_query(path).endswith(".json") else None
     except (ValueError, RecursionError) as error:
         raise ConfigError("preprocess.input", remote.redacted(path), f"is not a JSON list: {error}"[:200]) from None
-    if found is None:
-        found = [_json_row(line) for line in data.split("\n") if line.strip()]
-    if not isinstance(found, list):
+    if rows is None:
+        rows = [_json_row(line) for line in data.split("\n") if line.strip()]
+    if not isinstance(rows, list):
         raise ConfigError("preprocess.input", remote.redacted(path), "is not a JSON list of objects, one per video")
-    names = dict.fromkeys(name for row in found if isinstance(row, Mapping) for name in row)
+    names = dict.fromkeys(name for row in rows if isinstance(row, Mapping) for name in row)
     yield list(names)
     empty = dict.fromkeys(names)
-    for row in found:
+    for row in rows:
         yield {**empty, **row} if isinstance(row, Mapping) else row if isinstance(row, str) else "is no object"
 
 

@@ -42,11 +42,11 @@ def files(folder: str, follow_links: bool = False, root: str | None = None) -> I
         entered[real] = os.path.relpath(place, root)
         try:
             with os.scandir(place) as scanned:
-                found = sorted(scanned, key=lambda entry: entry.name)
+                entries = sorted(scanned, key=lambda entry: entry.name)
         except OSError as error:
             yield _refused(root, place, "unreadable", f"the folder cannot be opened: {error.strerror}")
             continue
-        for entry in found:
+        for entry in entries:
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(entry.path)
             elif not entry.name.startswith(".tmp-"):
@@ -83,12 +83,12 @@ def _is_folder(entry: os.DirEntry[str]) -> bool:
 
 def _inside(folder: str) -> list[str]:
     """Return the real folders whose files belong to an input folder."""
-    found = [os.path.realpath(folder)]
+    folders = [os.path.realpath(folder)]
     for place in (Path(folder), *Path(folder).parents):
         blobs = place.parent.parent / "blobs"
         if place.parent.name == "snapshots" and blobs.is_dir():
-            found.append(os.path.realpath(blobs))
-    return found
+            folders.append(os.path.realpath(blobs))
+    return folders
 
 
 def _is_under(real: str, folders: list[str]) -> bool:

@@ -63,10 +63,10 @@ def last_record(path: Path) -> dict[str, Any]:
         with open(path, "rb") as file:
             size = file.seek(0, 2)
             file.seek(max(0, size - TAIL_BYTES))
-            found = json.loads(file.read().split(b"\n")[-2])
+            record = json.loads(file.read().split(b"\n")[-2])
     except (OSError, ValueError, IndexError):
         return {}
-    return found if isinstance(found, dict) else {}
+    return record if isinstance(record, dict) else {}
 
 
 def interrupted(rows: Sequence[Row]) -> list[Row]:
@@ -139,16 +139,16 @@ class Display:
     def _say_changes(self, rows: Sequence[Row]) -> None:
         """Print a line for each trial that has another state or value than before; every 30 s for all that run."""
         again = time.monotonic() - self._repeated >= LINES_EVERY_S
-        for found in rows:
-            news = (found.state, found.value)
-            running = found.state == "running" and again
-            if (news == self._said.get(found.number) and not running) or found.state in ("waiting", "paused"):
+        for row in rows:
+            news = (row.state, row.value)
+            running = row.state == "running" and again
+            if (news == self._said.get(row.number) and not running) or row.state in ("waiting", "paused"):
                 continue
-            self._said[found.number] = news
-            value = "" if found.value is None else f", {self.metric} {found.value:.5f}"
-            rate = "" if found.rate is None else f", {found.rate:.3g} steps/s, {duration(found.eta_s)} to its end"
-            at = f"step {found.step}/{self.last}"
-            self._print(f"trial {found.number} ({found.point}) {found.state}, {at}{value}{rate}")
+            self._said[row.number] = news
+            value = "" if row.value is None else f", {self.metric} {row.value:.5f}"
+            rate = "" if row.rate is None else f", {row.rate:.3g} steps/s, {duration(row.eta_s)} to its end"
+            at = f"step {row.step}/{self.last}"
+            self._print(f"trial {row.number} ({row.point}) {row.state}, {at}{value}{rate}")
         if again and rows:
             self._repeated = time.monotonic()
             self._print(summary(rows, self.total, self.metric))

@@ -20,16 +20,16 @@ def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[
     Values of different steps cannot be compared: they also differ by training time, not only by the settings.
     """
     space, last = Space.of(sweep.space), int(tree["train"]["num_steps"])
-    found = []
+    result = []
     for row in rows:
         bad = row["error"] is not None or row["value"] is None or not math.isfinite(row["value"])
         ended = "failed" if bad else "finished" if row["step"] >= last else "stopped"
         state = ended if row["ended"] else "interrupted"
         metrics = {name: row["metrics"].get(name) for name in sweep.report}
-        kept = {key: row[key] for key in ("value", "step", "error", "curve", "folder")}
-        found.append({"point": space.whole(row["drawn"], tree), "state": state, **kept, "metrics": metrics})
-    found.sort(key=lambda row: (row["state"] == "failed", -(row["step"] or 0), row["value"] or 0.0))
-    return found
+        facts = {key: row[key] for key in ("value", "step", "error", "curve", "folder")}
+        result.append({"point": space.whole(row["drawn"], tree), "state": state, **facts, "metrics": metrics})
+    result.sort(key=lambda row: (row["state"] == "failed", -(row["step"] or 0), row["value"] or 0.0))
+    return result
 
 
 def importance(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> dict[str, float]:
@@ -49,18 +49,18 @@ def importance(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> dict[st
         # Rank, not value: values of different steps cannot be compared.
         value = float(usable.index(row))
         study.add_trial(optuna.trial.create_trial(params=params, distributions=ranges, value=value))
-    found = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
-    return {key: 0.0 if math.isnan(value) else float(value) for key, value in found.items()}
+    shares = optuna.importance.get_param_importances(study, evaluator=optuna.importance.PedAnovaImportanceEvaluator())
+    return {key: 0.0 if math.isnan(value) else float(value) for key, value in shares.items()}
 
 
 def verdict(noise: Mapping[str, Sequence[Mapping[str, Any]]], sweep: SweepConfig) -> str:
     """Return one sentence: whether the best beats the file's own values by more than chance."""
     values = {name: [row["value"] for row in rows if row["value"] is not None] for name, rows in noise.items()}
-    if any(not found for found in values.values()) or not values:
+    if any(not numbers for numbers in values.values()) or not values:
         return "Not repeated with other seeds, so it is unknown how much of the difference is chance."
     best, default = values["best"], values["default"]
     gain = sum(default) / len(default) - sum(best) / len(best)
-    spread = max(max(found) - min(found) for found in (best, default))
+    spread = max(max(numbers) - min(numbers) for numbers in (best, default))
     means = f"{sum(best) / len(best):.5f} against {sum(default) / len(default):.5f}"
     figures = f"{sweep.metric} {means}, spread {spread:.5f}"
     if gain > spread:
@@ -102,7 +102,9 @@ def write_json(
     rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], note: str, sweep: SweepConfig
 ) -> None:
     """Write OUTPUT/sweep.json: the trials, best first, the repetitions with other seeds, and the verdict."""
-    repeats = {name: [{"value": row["value"], "step": row["step"]} for row in found] for name, found in noise.items()}
+    repeats = {
+        name: [{"value": row["value"], "step": row["step"]} for row in results] for name, results in noise.items()
+    }
     whole = {"metric": sweep.metric, "trials": rows, "repeats": repeats, "verdict": note}
     storage.write_bytes(Path(sweep.output) / "sweep.json", (json.dumps(whole, indent=2) + "\n").encode())
 
@@ -135,6 +137,6 @@ def write_page(
     keys = [axis.key for axis in Space.of(sweep.space).axes]
     path = Path(sweep.output) / "report" / "index.html"
     path.parent.mkdir(parents=True, exist_ok=True)
-    values = {name: [row["value"] for row in found if row["value"] is not None] for name, found in noise.items()}
+    values = {name: [row["value"] for row in results if row["value"] is not None] for name, results in noise.items()}
     path.write_bytes(sweep_page.sweep_page(sweep.metric, keys, rows, importance(rows, sweep), values, note))
     return path

@@ -80,9 +80,9 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
     settings = with_values(tree, {**point, "train.output": str(folder / "train")})
     with _alone(folder):
         known = 0  # last step that was reported before
-        given = tune.get_checkpoint() if sweep.search == "pbt" else None
-        if given is not None:
-            with given.as_directory() as source:
+        checkpoint = tune.get_checkpoint() if sweep.search == "pbt" else None
+        if checkpoint is not None:
+            with checkpoint.as_directory() as source:
                 known = adopt(Path(source), folder / "train", settings)
         config.dump(settings, folder / "config.yaml")
         (folder / "point.json").write_text(json.dumps(point), encoding="utf-8")
@@ -97,21 +97,21 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
     # Later steps will be repeated, perhaps with other settings, so they must not be reported.
     runlog.truncate(output / "metrics.jsonl", step)
     if step >= last and (output / "adapter" / "adapter.safetensors").exists() and sweep.search != "pbt":
-        for found in rungs(runlog.read(output / "metrics.jsonl"), sweep, last):  # trained by an earlier start
-            tune.report(found | {"folder": str(folder)})
+        for record in rungs(runlog.read(output / "metrics.jsonl"), sweep, last):  # trained by an earlier start
+            tune.report(record | {"folder": str(folder)})
         return
     command, place = _command(folder, settings)
     with open(folder / "train.log", "ab") as log, _training(command, place, log) as process:
-        for found in rungs(follow(output / "metrics.jsonl", process), sweep, last):
-            if found["step"] <= known:
+        for record in rungs(follow(output / "metrics.jsonl", process), sweep, last):
+            if record["step"] <= known:
                 continue
             # Ray ends a trial that reports its last step: the adapter must be written by then.
-            if found["step"] == last and process.wait() != 0:
+            if record["step"] == last and process.wait() != 0:
                 break
-            given = None
+            start = None
             if sweep.search == "pbt":
-                given = tune.Checkpoint.from_directory(str(_wait_for(output, found["step"], process)))
-            tune.report(found | {"folder": str(folder)}, checkpoint=given)
+                start = tune.Checkpoint.from_directory(str(_wait_for(output, record["step"], process)))
+            tune.report(record | {"folder": str(folder)}, checkpoint=start)
     if process.returncode != 0:
         tail = (folder / "train.log").read_text(errors="replace")[-2000:]
         raise RuntimeError(f"training ended with {process.returncode}; the end of its log:\n{tail}")

@@ -208,9 +208,9 @@ def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, An
             super().on_trial_add(tune_controller, trial)
             until = (trial.last_result or {}).get("step", 0)
             log = _folder(trial, sweep, space, tree) / "train" / "metrics.jsonl"
-            before = [found for found in rungs(runlog.read(log), sweep, last) if found["step"] <= until]
-            for found in before:
-                self.on_trial_result(tune_controller, trial, found)
+            before = [record for record in rungs(runlog.read(log), sweep, last) if record["step"] <= until]
+            for record in before:
+                self.on_trial_result(tune_controller, trial, record)
             if before and trial.status == "TERMINATED":
                 self.on_trial_complete(tune_controller, trial, before[-1])
 
@@ -274,11 +274,11 @@ class Board(Callback):
 
     def rows(self, trials: Sequence[Any]) -> list[sweep_board.Row]:
         """Return one row per trial, in the order of their proposal."""
-        found = []
+        result = []
         for number, trial in enumerate(trials, 1):
             if trial.trial_id not in self.folders:
                 self.folders[trial.trial_id] = _folder(trial, self.sweep, self.space, self.tree)
             log = self.folders[trial.trial_id] / "train" / "metrics.jsonl"
             point = self.space.whole(trial.config.get("point", trial.config), self.tree)
-            found.append(sweep_board.row(number, trial.status, point, trial.last_result or {}, log, self.last))
-        return found
+            result.append(sweep_board.row(number, trial.status, point, trial.last_result or {}, log, self.last))
+        return result
