@@ -88,8 +88,7 @@ def load_base(
     """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
 
     Args:
-        components: of COMPONENTS. A base without an image encoder has None there.
-        quantize: of the transformer; see ModelConfig.
+        components: of COMPONENTS; a base without an image encoder has None there. quantize: see ModelConfig.
         transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
         offload: everything stays in the host's memory until it works; see Base.
         shared: every rank of the process group calls; rank 0 alone reads the transformer, the others receive it.
@@ -105,8 +104,7 @@ def load_base(
         raise ConfigError("model.quantize", quantize, f"allowed: {', '.join(STYLES)} or null")
     transformer = TRANSFORMERS[expert]
     folder = resolve(base, revision, [transformer if name == "transformer" else name for name in components])
-    if (device := torch.device(device)) == torch.device("cuda"):
-        device = torch.device("cuda", torch.cuda.current_device())
+    device = _numbered(device)
     main, vae = dtype_of(dtype, device), dtype_of(vae_dtype, device)
     home = torch.device("cpu") if offload else device
     loaded = {}
@@ -125,6 +123,12 @@ def load_base(
         offload=offload,
         **{name: loaded.get(name) for name in COMPONENTS},
     )
+
+
+def _numbered(device: str | torch.device) -> torch.device:
+    """Return the device with its number, as the tensors on it have it."""
+    chosen = torch.device(device)
+    return torch.device("cuda", torch.cuda.current_device()) if chosen == torch.device("cuda") else chosen
 
 
 def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:

@@ -92,9 +92,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         persistent_frames=config.persistent_frames,
     )
     rejects: list[dict[str, Any]] = []
-    cases = _scenes(config) if scenes else list(_videos(config, rejects))
-    if OTHER in config.compared and len(cases) < 2:
-        raise ConfigError("evaluate.methods", OTHER, "needs at least two clips")
+    cases = _cases(config, rejects)
     facts = {"adapter": hub.name_of(config.adapter), "adapter sha256": digest}
     facts |= _facts(sampler, metadata, base[0], num_frames, size)
     paths = {name: _path(name, chosen, num_frames, size) for name, chosen in config.ranges.items()}
@@ -177,11 +175,16 @@ def _rows(
             yield new_row(key, case=case, other=other, path=path, range=name, **places)
 
 
-def _scenes(config: EvaluateConfig) -> list[dict[str, Any]]:
-    return [
-        {"name": f"scene-{index:05d}", "index": index, "content": str(index), "video": f"scene {index}"}
-        for index in range(config.num_scenes)
-    ]
+def _cases(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> list[dict[str, Any]]:
+    """Return the scenes, or the videos that can be read; append the others to `rejects`."""
+    if config.videos is None:
+        numbers = range(config.num_scenes)
+        cases = [{"name": f"scene-{i:05d}", "index": i, "content": str(i), "video": f"scene {i}"} for i in numbers]
+    else:
+        cases = list(_videos(config, rejects))
+    if OTHER in config.compared and len(cases) < 2:
+        raise ConfigError("evaluate.methods", OTHER, "needs at least two clips")
+    return cases
 
 
 def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:

@@ -110,7 +110,7 @@ class Judge:
 
 
 class RemoteValidation:
-    """A running validation in an actor (validation.Handle), with a GPU of its own where `device` is one."""
+    """A running validation in an actor (validator.Handle), with a GPU of its own where `device` is one."""
 
     def __init__(self, folder: Path, device: str):
         import ray
