@@ -18,7 +18,6 @@ from ex4d.config import checked, setting
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import families, streaming
 from ex4d.models.encoders import Base
-from ex4d.models.quantize import STYLES
 
 log = logging.getLogger(__name__)
 
@@ -100,8 +99,6 @@ def load_base(
     """
     if unknown := set(components) - set(COMPONENTS):
         raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
-    if quantize not in (None, *STYLES):
-        raise ConfigError("model.quantize", quantize, f"allowed: {', '.join(STYLES)} or null")
     transformer = TRANSFORMERS[expert]
     folder = resolve(base, revision, [transformer if name == "transformer" else name for name in components])
     device = _numbered(device)
