@@ -22,6 +22,10 @@ from pipelines.commands.cluster_render import render
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.run import PreprocessConfig
 
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
+import make_run
+import run_command
+
 PROGRAMS = ("munged", "slurmctld", "slurmd", "sbatch")
 BIN = Path(sys.executable).parent
 CLIPS = {"num_frames": 9, "size": [64, 64], "clips_per_shot": 3, "depth": "sidecar", "masks": {"num_masks": 1}}
@@ -112,21 +116,25 @@ def _said(environment: dict[str, str], *words: str) -> str:
     return done.stdout + done.stderr
 
 
-def _batch(environment: dict[str, str], script: Path, *words: str) -> tuple[str, str]:
-    """Return (state, log) of a batch job, once it has ended."""
-    folder = script.parent
-    done = _said(
-        environment, "sbatch", "--parsable", f"--chdir={folder}", f"--output={folder}/log", str(script), *words
-    )
-    job, deadline = done.strip(), time.monotonic() + 900
-    assert job.isdigit(), done
-    while True:
-        told = _said(environment, "scontrol", "show", "job", job)
-        state = told.partition("JobState=")[2].split()[0]
-        if state not in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING"):
-            return state, (folder / "log").read_text(errors="replace")
-        assert time.monotonic() < deadline, told
+def _submit(environment: dict[str, str], script: Path, *words: str) -> str:
+    """Return the id of a batch job whose log is `log` beside the script."""
+    where = (f"--chdir={script.parent}", f"--output={script.parent}/log")
+    done = _said(environment, "sbatch", "--parsable", *where, str(script), *words).strip()
+    assert done.isdigit(), done
+    return done
+
+
+def _ended(environment: dict[str, str], job: str) -> str:
+    """Return the state of a batch job, once it has ended."""
+    deadline = time.monotonic() + 900
+    while (state := _state(environment, job)) in ("PENDING", "RUNNING", "COMPLETING", "CONFIGURING", "REQUEUED"):
+        assert time.monotonic() < deadline, state
         time.sleep(1.0)
+    return state
+
+
+def _state(environment: dict[str, str], job: str) -> str:
+    return _said(environment, "scontrol", "show", "job", job).partition("JobState=")[2].split()[0]
 
 
 @pytest.mark.ray
@@ -138,7 +146,8 @@ def test_preprocess_over_two_nodes_has_the_bytes_of_one_process(slurm, tmp_path)
     (tmp_path / "c.yaml").write_text(yaml.safe_dump({"preprocess": chosen}))
     script = tmp_path / "preprocess.sbatch"
     script.write_text(render("slurm-preprocess", ClusterConfig(nodes=2, node_cpus=1, time_limit="00:20:00")))
-    state, log = _batch(slurm, script, str(tmp_path / "c.yaml"))
+    state = _ended(slurm, _submit(slurm, script, str(tmp_path / "c.yaml")))
+    log = (tmp_path / "log").read_text(errors="replace")
     assert state == "COMPLETED", log[-3000:]
     assert "12 planned, 12 samples" in log
     made, wanted = (verify(str(tmp_path / name), full=False) for name in ("out", "whole"))
@@ -154,13 +163,38 @@ def test_train_starts_a_rank_for_each_task(slurm, tmp_path):
     script = tmp_path / "train.sbatch"
     chosen = ClusterConfig(gpu_nodes=2, gpus_per_node=2, gpu_node_cpus=2, time_limit="00:20:00")
     script.write_text(render("slurm-train", chosen))
-    state, log = _batch(slurm | {"EX4D_BIN": str(program)}, script, "c.yaml", "train.num_steps=3")
-    assert state == "COMPLETED", log[-3000:]
+    state = _ended(slurm, _submit(slurm | {"EX4D_BIN": str(program)}, script, "c.yaml", "train.num_steps=3"))
+    assert state == "COMPLETED", (tmp_path / "log").read_text(errors="replace")[-3000:]
     host = socket.gethostname()
     lines = sorted(shown.read_text().splitlines())
     assert [line.split()[:3] for line in lines] == [[str(rank), "of", "4"] for rank in range(4)]
     assert {line.split()[3] for line in lines} <= {host, "node2"}
     assert all(line.endswith("train c.yaml train.num_steps=3") for line in lines)
+
+
+def test_training_that_gets_a_signal_is_requeued_and_ends_with_the_losses_of_an_undisturbed_one(slurm, tmp_path):
+    make_run.make_dataset(tmp_path)
+    make_run.make_base(tmp_path)
+    whole, output = tmp_path / "whole", tmp_path / "there"
+    chosen = {"num_steps": 80, "save_every": 1000, "micro_batch_size": 2}
+    path = make_run.make_config(tmp_path, **chosen, output=str(whole))
+    code, text = run_command.finish(run_command.start(path, "train.num_processes=2"))
+    assert code == 0, text
+    script = tmp_path / "train.sbatch"
+    cluster = ClusterConfig(gpu_nodes=2, gpus_per_node=1, gpu_node_cpus=1, time_limit="00:20:00")
+    script.write_text(render("slurm-train", cluster))
+    job = _submit(slurm, script, str(path), f"train.output={output}")
+    log = tmp_path / "log"
+    run_command.wait_for(
+        lambda: len(run_command.steps(output)) >= 10 or _state(slurm, job) not in ("PENDING", "RUNNING"), "step 10"
+    )
+    assert _state(slurm, job) == "RUNNING", log.read_text(errors="replace")[-3000:]
+    _said(slurm, "scancel", "--signal=TERM", job)  # as three minutes before the time limit
+    state, text = _ended(slurm, job), log.read_text(errors="replace")
+    assert state == "COMPLETED", text[-3000:]
+    assert "stopped by a signal with a checkpoint; requeueing" in text
+    assert {line["processes"] for line in run_command.steps(output)} == {2}
+    assert run_command.losses(output) == run_command.losses(whole)
 
 
 def _typed(values: dict) -> dict:

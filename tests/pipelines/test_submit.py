@@ -6,6 +6,7 @@ import importlib
 import re
 import signal
 import subprocess
+import sys
 import time
 from pathlib import Path
 
@@ -15,9 +16,14 @@ import ray_head
 
 from ex4d import config
 from ex4d.config_help import describe
+from ex4d.train import checkpoint
 from pipelines import cli
 from pipelines.commands import package
 from pipelines.commands.jobs import JOBS
+
+sys.path.insert(0, str(Path(__file__).resolve().parents[1] / "train"))
+import make_run
+import run_command
 
 SHARED = {
     "preprocess": ("preprocess.output=/data/dataset", "preprocess.input=/data/videos"),
@@ -201,6 +207,37 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_
         logs = [log.read_text(errors="replace") for log in head.folder.rglob("*.log") if log.is_file()]
         for secret in (*planted.values(), ray_head.TOKEN):
             assert not [one for one in (text, told, *logs) if secret in one], secret
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+@pytest.mark.timeout(1500)
+def test_a_training_that_is_stopped_and_submitted_again_resumes(tmp_path):
+    make_run.make_dataset(tmp_path)
+    make_run.make_base(tmp_path)
+    whole, output = tmp_path / "whole", tmp_path / "there"
+    chosen = {"num_steps": 500, "save_every": 10_000, "micro_batch_size": 2, "num_processes": 1, "zero_stage": 0}
+    path = make_run.make_config(tmp_path, **chosen, output=str(whole))
+    code, text = run_command.finish(run_command.start(path))
+    assert code == 0, text
+    with ray_head.head() as head:
+        words = ["submit", str(path), f"train.output={output}", "--job", "train", "--address", head.url]
+        code, text = head.run(*words, "--detach")
+        assert code == 0, text
+        job_id = re.search(r"submitted (\S+) to", text)[1]
+        _wait_for(lambda: len(run_command.steps(output)) >= 5)
+        code, text = head.run("jobs", job_id, "--stop", "--address", head.url)
+        assert (code, text) == (0, f"{job_id} is being stopped\n"), "it was running"
+        code, text = head.run("jobs", job_id, "--follow", "--address", head.url)
+        assert code == 75, text
+        stopped_at = checkpoint.read_state(checkpoint.latest(str(output))).step
+        assert 5 <= stopped_at == len(run_command.steps(output)) < 500
+        done = (output / "metrics.jsonl").read_bytes()
+        code, text = head.run(*words, timeout_s=600)
+        assert code == 0, text
+    assert (output / "metrics.jsonl").read_bytes().startswith(done), "no step was done again"
+    print(f"stopped at step {stopped_at} of 500")
+    assert run_command.losses(output) == run_command.losses(whole)
 
 
 def _wait_for(what, limit_s: float = 400.0) -> None:
