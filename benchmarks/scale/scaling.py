@@ -1,13 +1,11 @@
-"""Calibrate the simulation beside this on one workload, and compare it with real runs of others.
+"""Measure what the simulation beside this needs, and the real runs that it is compared with.
 
-    python benchmarks/scale/scaling.py preprocess     # twelve minutes on two cores that do nothing else
-    python benchmarks/scale/scaling.py train          # eight minutes
-    python benchmarks/scale/scaling.py driver         # one minute
-    python benchmarks/scale/scaling.py clip           # one minute: the cost of a clip of 49 × 512 × 512
+    python benchmarks/scale/scaling.py preprocess     # ten minutes on two cores that do nothing else
+    python benchmarks/scale/scaling.py train          # ten minutes
+    python benchmarks/scale/scaling.py driver clip    # a minute each
 
-Each writes its part of benchmarks/results/scaling.json. Of a workload that is predicted, only the cost of its stages is
-measured, in one process and on some of its videos (as `ex4d plan` does), or the cost of one rank's step. What Ray, the
-driver, a second worker and a second rank add comes from the workload `calibration` alone. `scaling_curve.py` draws.
+Each writes its part of benchmarks/results/scaling.json; `preprocess` and `train` add rounds to those that are there.
+`scaling_curve.py` calibrates on one of the workloads, predicts the others, and draws.
 """
 
 from __future__ import annotations
@@ -21,19 +19,18 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
-from dataclasses import asdict, dataclass, replace
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 os.environ.setdefault("OMP_NUM_THREADS", "1")
 
 import yaml
-from simulate import Cluster, Overhead, Pass, Preprocess, Step, Training, train
 
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 PASSES = {"hash": ("identify",), "split": ("probe", "shots", "record_video"), "pack": ("build_shard",)}
-ROWS_PER_VIDEO = 2  # of the passes hash and split
+ALONE_STEPS = 12  # of the short run that shows what a step costs one rank
 ROUNDS = 2
 
 
@@ -72,20 +69,14 @@ BATCHES = {
 }
 
 
-def fit(x: Sequence[float], y: Sequence[float]) -> tuple[float, float]:
-    """Return (slope, intercept) of the line through two points."""
-    slope = (y[1] - y[0]) / (x[1] - x[0])
-    return slope, y[0] - slope * x[0]
-
-
-def several(cases: Sequence[Any], measure: Callable[[Any], dict[str, float]]) -> dict[Any, dict[str, float]]:
-    """Return {case: the least of each figure}, after ROUNDS rounds over the cases: what disturbs only adds."""
-    found: dict[Any, list[dict[str, float]]] = {case: [] for case in cases}
+def rounds(cases: Sequence[tuple], measure: Callable[..., dict[str, float]]) -> list[dict[str, Any]]:
+    """Return what was measured: ROUNDS times each case, in turns, since the machine is shared."""
+    found = []
     for _ in range(ROUNDS):
         for case in cases:
-            found[case].append(measure(case))
-            print(case, {name: round(value, 2) for name, value in found[case][-1].items()}, flush=True)
-    return {case: {name: min(one[name] for one in rounds) for name in rounds[0]} for case, rounds in found.items()}
+            found.append({"case": [*case], **measure(*case), "load": os.getloadavg()[0]})
+            print({name: round(value, 2) if isinstance(value, float) else value for name, value in found[-1].items()})
+    return found
 
 
 # ---------------------------------------------------------------- preprocess
@@ -114,11 +105,13 @@ def stage_costs(section: dict[str, Any], count: int = 6) -> list[dict[str, float
     videos = cost.spread(preprocess.find_sources(config, None), count)
     cost.measure(config, videos[0])  # compiles
 
-    def measure(number: int) -> dict[str, float]:
-        one = cost.measure(config, videos[number])
-        return _by_pass(one.worker_s) | {"clips": one.samples, "mb": one.sample_bytes / 1e6}
-
-    return list(several(range(len(videos)), measure).values())
+    found = []
+    for video in videos:
+        both = [cost.measure(config, video) for _ in range(2)]  # the least of each: what disturbs only adds
+        stages = [_by_pass(one.worker_s) for one in both]
+        least = {name: min(one[name] for one in stages) for name in stages[0]}
+        found.append(least | {"clips": both[0].samples, "mb": both[0].sample_bytes / 1e6})
+    return found
 
 
 def _by_pass(worker_s: dict[str, float]) -> dict[str, float]:
@@ -151,75 +144,16 @@ def _command(folder: str, job: str, sections: dict[str, Any]) -> float:
     return time.monotonic() - started
 
 
-def passes(costs: Sequence[dict[str, float]], videos: int, found: dict[str, Any]) -> list[Pass]:
-    """Return the passes of a run over so many videos that cost what some of them were measured to."""
-    of_videos = [costs[index % len(costs)] for index in range(videos)]
-    rows = {name: [(Step("cpu", one[name] * found["in_ray"]),) for one in of_videos] for name in ("hash", "split")}
-    rows["clip"] = [
-        (Step("cpu", one["clip"] / one["clips"] * found["in_ray"]),)
-        for one in of_videos
-        for _ in range(int(one["clips"]))
-    ]
-    rows["pack"] = [(Step("cpu", sum(one["pack"] for one in of_videos) * found["in_ray"]),)]
-    return [Pass(rows[name], found["warm_s"].get(name, 0.0)) for name in ("hash", "split", "clip", "pack")]
-
-
-def predict(costs: Sequence[dict[str, float]], videos: int, workers: int, found: dict[str, Any]) -> float:
-    """Return the simulated duration of a run."""
-    cluster = Cluster(nodes=1, cpus=workers, busy=found["busy"])
-    overhead = Overhead(start_s=found["start_s"], row_s=found["row_s"])
-    return Preprocess(cluster, overhead).run(passes(costs, videos, found)).wall_s
-
-
-def calibrate(costs: Sequence[dict[str, float]], runs: dict[tuple[int, int], dict[str, float]]) -> dict[str, Any]:
-    """Return what Ray and a second worker add, from runs of two lengths, {(videos, workers): seconds}."""
-    few, many = sorted({videos for videos, _ in runs})
-    lines = {
-        (name, workers): fit((few, many), [runs[videos, workers][name] for videos in (few, many)])
-        for name in ("hash", "split", "clip")
-        for workers in (1, 2)
-    }
-    mean = {name: statistics.fmean(one[name] for one in costs) for name in ("hash", "split", "clip")}
-    beside = [
-        runs[videos, 1]["wall"] - sum(runs[videos, 1][name] for name in (*mean, "pack")) for videos in (few, many)
-    ]
-    row_s, start_s = fit((few, many), beside)
-    clips = statistics.fmean(one["clips"] for one in costs)
-    return {
-        "start_s": start_s,
-        "row_s": max(0.0, row_s / (ROWS_PER_VIDEO + clips)),
-        "in_ray": lines["clip", 1][0] / mean["clip"],
-        "busy": lines["clip", 2][0] / lines["clip", 1][0],
-        "warm_s": {name: max(0.0, lines[name, 1][1]) for name in mean},
-    }
-
-
 def preprocess() -> dict[str, Any]:
-    """Calibrate on one corpus, predict the others with one and two workers, and measure them."""
+    """Measure the stages of all corpora, and runs with one and two workers; of `calibration` also shorter ones."""
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as folder:
         sections = {name: write_corpus(Path(folder) / name, chosen) for name, chosen in CORPORA.items()}
         costs = {name: stage_costs(section) for name, section in sections.items()}
-        whole, few = CORPORA["calibration"].videos, CORPORA["calibration"].videos // 3
-        known = [("calibration", videos, workers) for videos in (few, whole) for workers in (1, 2)]
-        others = [(name, chosen.videos, workers) for name, chosen in CORPORA.items() for workers in (1, 2)][2:]
-        runs = several([*known, *others], lambda case: run_preprocess(sections[case[0]], *case[1:]))
-    found = calibrate(costs["calibration"], {case[1:]: runs[case] for case in known})
-    rows = [
-        _compared(*case[::2], predict(costs[case[0]], *case[1:], found), runs[case]["wall"])
-        for case in [*known, *others]
-    ]
-    return {
-        "calibration": found,
-        "costs": costs,
-        "corpora": {k: asdict(v) for k, v in CORPORA.items()},
-        "compared": rows,
-    }
-
-
-def _compared(name: str, workers: int, simulated_s: float, measured_s: float) -> dict[str, Any]:
-    row = {"workload": name, "workers": workers, "simulated_s": simulated_s, "measured_s": measured_s}
-    print(row | {"off": f"{simulated_s / measured_s - 1:+.1%}"}, flush=True)
-    return row | {"off": simulated_s / measured_s - 1, "is_prediction": name != "calibration"}
+        few = ("calibration", CORPORA["calibration"].videos // 3)
+        whole = [few, *((name, chosen.videos) for name, chosen in CORPORA.items())]
+        cases = [(*case, workers) for case in whole for workers in (1, 2)]
+        runs = rounds(cases, lambda name, videos, workers: run_preprocess(sections[name], videos, workers))
+    return {"costs": costs, "runs": runs}
 
 
 # ---------------------------------------------------------------- training
@@ -261,57 +195,20 @@ def reduce_mb_s() -> float:
 
 
 def training() -> dict[str, Any]:
-    """Calibrate on one workload, predict the others with one and two ranks, and measure them."""
+    """Measure runs with one and two ranks; of `calibration` also shorter ones, and what a step costs one rank."""
     sys.path.insert(0, str(ROOT / "tests" / "train"))
     import make_run
 
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as name:
-        folders = {name_: Path(name) / name_ for name_ in BATCHES}
+        folders = {key: Path(name) / key for key in BATCHES}
         for key, folder in folders.items():
             make_run.make_dataset(folder, 24, 2, BATCHES[key].clip[0], BATCHES[key].clip[1:])
-        chosen = BATCHES["calibration"]
-        known = [
-            ("calibration", steps, ranks) for steps in (chosen.num_steps // 4, chosen.num_steps) for ranks in (1, 2)
-        ]
-        others = [(key, one.num_steps, ranks) for key, one in BATCHES.items() for ranks in (1, 2)][2:]
-        short = [(key, 12, 1) for key in list(BATCHES)[1:]]  # what a step costs one rank: all that is known of these
-
-        def measure(case: tuple[str, int, int]) -> dict[str, float]:
-            return run_training(folders[case[0]], BATCHES[case[0]], *case[1:])
-
-        runs = several([*known, *short, *others], measure)
-    steps = (known[0][1], known[-1][1])
-    lines = {ranks: fit(steps, [runs["calibration", count, ranks]["wall"] for count in steps]) for ranks in (1, 2)}
-    of_step = {ranks: runs["calibration", steps[1], ranks] for ranks in (1, 2)}
-    speed, busy = reduce_mb_s(), of_step[2]["computing"] / of_step[1]["computing"]
-    more_s = lines[2][0] - busy * lines[1][0] - of_step[1]["adapter_mb"] / speed
-    found = {
-        "start_s": {str(ranks): line[1] for ranks, line in lines.items()},
-        "busy": busy,
-        "beside_s": lines[1][0] - of_step[1]["step"],
-        "reduce_mb_s": speed,
-        "latency_s": max(0.0, more_s / 2),
-    }
-    alone = {"calibration": of_step[1], **{key: runs[key, count, ranks] for key, count, ranks in short}}
-    rows = []
-    for key, count, ranks in [*known, *others]:
-        cost = alone[key]["step"] + found["beside_s"]
-        run = Training(
-            count,
-            cost,
-            start_s=found["start_s"][str(ranks)],
-            gradient_mb=alone[key]["adapter_mb"],
-            reduce_mb_s=speed,
-            latency_s=found["latency_s"],
-        )
-        simulated = train(run, Cluster(cpus=ranks, busy=busy)).wall_s
-        rows.append(_compared(key, ranks, simulated, runs[key, count, ranks]["wall"]))
-    return {
-        "calibration": found,
-        "alone": alone,
-        "batches": {k: asdict(v) for k, v in BATCHES.items()},
-        "compared": rows,
-    }
+        few = ("calibration", BATCHES["calibration"].num_steps // 4)
+        whole = [few, *((key, one.num_steps) for key, one in BATCHES.items())]
+        cases = [(*case, ranks) for case in whole for ranks in (1, 2)]
+        cases += [(key, ALONE_STEPS, 1) for key in BATCHES]
+        runs = rounds(cases, lambda key, steps, ranks: run_training(folders[key], BATCHES[key], steps, ranks))
+    return {"reduce_mb_s": reduce_mb_s(), "runs": runs}
 
 
 # ---------------------------------------------------------------- what the curve needs beside
@@ -364,7 +261,22 @@ def driver(videos: int = 4000) -> dict[str, float]:
         started = time.process_time()
         result = preprocess.run(config, runner_name="inline", stages=stages, sources=sources)
         spent = time.process_time() - started - sum(tally.worker_s for tally in result.stages.values())
-    return {"videos": videos, "clips": result.counts["clips_planned"], "cpu_s_per_video": spent / videos}
+    return {"videos": videos, "cpu_s_per_video": spent / videos, "s_per_task": 1.0 / task_rate()}
+
+
+def task_rate(count: int = 3000) -> float:
+    """Return tasks of one row a second through Ray, two workers that do nothing: what the driver can submit."""
+    import ray
+    import stream as bench
+
+    from pipelines.runtime import stream
+
+    stream.TASK_S = 0.0  # no row shares a task
+    ray.init(address="local", num_cpus=2, object_store_memory=300 << 20, include_dashboard=False, log_to_driver=False)
+    bench.rate(200, 2)
+    found = bench.rate(count, 2)
+    ray.shutdown()
+    return found["rows_per_s"]
 
 
 def clip() -> dict[str, Any]:
@@ -375,13 +287,13 @@ def clip() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Do one part, and put it into the results."""
-    parts: dict[str, Callable[[], dict[str, Any]]] = {
-        "preprocess": preprocess, "train": training, "driver": driver, "clip": clip,
-    }  # fmt: skip
+    """Measure the parts that are named; put them into the results."""
+    parts: dict[str, Callable[[], dict[str, Any]]]
+    parts = {"preprocess": preprocess, "train": training, "driver": driver, "clip": clip}
     for name in sys.argv[1:] or parts:
-        found = parts[name]() | {"date": time.strftime("%Y-%m-%d"), "load": os.getloadavg()[1]}
+        found = parts[name]() | {"date": time.strftime("%Y-%m-%d")}
         results = json.loads(RESULTS.read_text()) if RESULTS.exists() else {}
+        found["runs"] = results.get(name, {}).get("runs", []) + found.get("runs", [])
         RESULTS.write_text(json.dumps(results | {name: found}, indent=1) + "\n")
 
 

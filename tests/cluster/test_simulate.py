@@ -10,7 +10,8 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "scale"))
-from simulate import Cluster, Outcome, Overhead, Pass, Preprocess, Step, Training, train
+from simulate import Cluster, Outcome, Overhead, Pass, Preprocess, Step
+from simulate_training import Training, train
 
 
 def rows(seconds, mb=0.0):

@@ -10,6 +10,7 @@ import time
 import urllib.parse
 import urllib.request
 from pathlib import Path
+from typing import Any
 
 import pytest
 import yaml
@@ -36,6 +37,36 @@ def expressions() -> list[str]:
     rules = yaml.safe_load((MONITORING / "alerts.yml").read_text())["groups"][0]["rules"]
     shown = [target["expr"] for panel in panels for target in panel.get("targets", [])]
     return [*shown, *(rule["expr"] for rule in rules)]
+
+
+def lost(ours: Any, read: Any, where: str = "") -> list[str]:
+    """Return where `read` lacks something of `ours`, or has another value."""
+    if isinstance(ours, dict) and isinstance(read, dict):
+        return [place for name in ours for place in lost(ours[name], read.get(name), f"{where}.{name}")]
+    if isinstance(ours, list) and isinstance(read, list) and len(ours) == len(read):
+        pairs = enumerate(zip(ours, read, strict=True))
+        return [place for number, pair in pairs for place in lost(*pair, f"{where}[{number}]")]
+    return [] if ours == read else [where]
+
+
+def test_the_dashboard_is_one_in_grafanas_own_types():
+    from grafana_foundation_sdk.cog import plugins
+    from grafana_foundation_sdk.cog.encoder import JSONEncoder
+    from grafana_foundation_sdk.models import dashboard, prometheus
+
+    plugins.register_default_plugins()
+
+    def round_trip(tree: dict) -> tuple[dashboard.Dashboard, dict]:
+        read = dashboard.Dashboard.from_json(tree)
+        return read, json.loads(JSONEncoder(sort_keys=True).encode(read))
+
+    tree = json.loads((MONITORING / "grafana" / "dashboards" / "ex4d.json").read_text())
+    read, back = round_trip(tree)
+    assert lost(tree, back) == [], "no word that Grafana does not know"
+    panels = [panel for panel in read.panels if isinstance(panel, dashboard.Panel)]
+    assert len(panels) > 10
+    assert {type(target) for panel in panels for target in panel.targets} == {prometheus.Dataquery}
+    assert lost(tree | {"refreshes": "10s"}, round_trip(tree | {"refreshes": "10s"})[1]) == [".refreshes"]
 
 
 def asked(expression: str) -> list[tuple[str, dict[str, str]]]:
