@@ -15,7 +15,7 @@ from ex4d.depth import AUTO, auto, places
 from ex4d.errors import BadSample
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.render import choose_backend, persistent, warp_video
-from ex4d.reconstruct_config import ReconstructConfig
+from ex4d.reconstruct_config import MIN_SIDE_PX, ReconstructConfig
 
 RECORDED = (
     *("trajectory", "angle_deg", "trajectory_options", "source_poses", "source_scale", "source_motion"),
@@ -108,7 +108,7 @@ def reconstruct(
 
     Raises:
         ConfigError: a setting is invalid.
-        BadSample: the video or its depth cannot be used (`too_short`, the decoder's and the estimator's reasons).
+        BadSample: the video or its depth cannot be used (`too_short`, `too_small`, the decoder's and the estimator's reasons).
         ContractError: a file of poses or weights is damaged.
     """
     config = replace(config, **changes)
@@ -205,6 +205,8 @@ def _read(
     if len(pts) < num_frames:
         raise BadSample("too_short", f"{Path(video_path).name} has {len(pts)} frames, {num_frames} are asked for")
     height, width = info.size
+    if min(info.size) < MIN_SIDE_PX:
+        raise BadSample("too_small", f"{Path(video_path).name} is {height} × {width} px, {MIN_SIDE_PX} are the least")
     target = size or (height - height % 2, width - width % 2)
     frames = isolation.run("decode", (file, pts[:num_frames], target, fit))
     request = depth_estimators.DepthRequest(

@@ -50,6 +50,13 @@ def test_videos_are_decoded_in_the_child_only_and_to_the_same_bytes(clip, tmp_pa
     assert cli.main(["view", str(clip), "--size", "64x64", "--output", str(tmp_path / "page.html")]) == 0
 
 
+def test_a_video_of_a_few_pixels_is_a_refusal(tmp_path):
+    video.write(tmp_path / "small.mp4", np.zeros((3, 8, 10, 3), np.uint8), 5)
+    with pytest.raises(BadSample) as caught:
+        reconstruct(tmp_path / "small.mp4", num_frames=3, size=None)
+    assert caught.value.reason == "too_small"
+
+
 def test_a_decoder_that_hangs_is_a_refusal(clip, monkeypatch):
     run = isolation.run
     monkeypatch.setattr(isolation, "run", lambda name, args: run(name, args, isolation.Limits(wall_s=1e-6)))

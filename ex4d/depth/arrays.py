@@ -137,7 +137,10 @@ def _said(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dict[str
 
 def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
     """Return (shape, whether in columns, type) of an npy stream. Raises ValueError where it is none of numbers."""
-    version = np.lib.format.read_magic(file)
+    try:
+        version = np.lib.format.read_magic(file)
+    except ValueError:
+        raise ValueError("is no npy or npz file; fetch the real one where it is a Git LFS pointer or a page") from None
     if version != (1, 0):  # a later version may announce a header of gigabytes, and numpy reads it
         raise ValueError(f"npy of version {version}")
     shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)

@@ -23,7 +23,7 @@ from ex4d.errors import BadSample
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 # What other programs write beside their npz, or in its place: pictures to look at, in 8 bits, or formats not read here.
 VIDEOS = (".mp4", ".mkv")
-PICTURES = ("_depth.mp4", ".depth.mp4", "_vis.mp4", ".depth.exr", ".depth.png", ".depth.avi", ".depth.mkv")
+PICTURES = (*videos.SUFFIXES, "_vis.mp4", "_vis.mkv", ".depth.exr", ".depth.png", ".depth.avi", "_depth.avi")
 
 
 def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) -> str:

@@ -1,8 +1,9 @@
 """From `preprocess.input` to a list of sources; a run counts what becomes of each.
 
 A folder yields every file under it. A file is taken for a video unless its suffix says otherwise; then it is counted as
-not a video. Links out of the folder and folders that cannot be opened are counted too (`walk`). Sidecars of a video
-(depth, caption, cameras) belong to the video. A list yields what its rows name; see `lists`. Folders, files and lists
+not a video, as is a picture or a video of another video's depth (`clip_depth.mp4` beside `clip.mp4`). Links out of the
+folder and folders that cannot be opened are counted too (`walk`). Sidecars of a video (depth, caption, cameras) belong
+to the video. A list yields what its rows name; see `lists`. Folders, files and lists
 are on this machine or in any store of `storage.SCHEMES`.
 """
 
@@ -20,6 +21,7 @@ from pathlib import Path
 from urllib.parse import unquote
 
 from ex4d import remote, storage
+from ex4d.depth import places
 from ex4d.errors import ConfigError
 from pipelines.inputs import lists, walk
 from pipelines.inputs.lists import may_be_video
@@ -101,7 +103,10 @@ def expand(
         if not entry.reason:
             spans.setdefault(entry.path, []).extend([entry.span] if entry.span else [])
     names, roots = _names(entries), {entry.path: entry.root for entry in entries}
-    plain = [_source(path, names[path], spans[path], roots[path]) for path in _without_sidecars(sorted(spans))]
+    videos = _videos(spans)
+    plain = [
+        _source(path, names[path], spans[path], roots[path], videos) for path in _without_sidecars(sorted(spans), videos)
+    ]
     sources = _with_namesakes(plain)
     sources += [
         Source("", names[entry.path], reason=entry.reason, message=entry.message) for entry in entries if entry.reason
@@ -109,9 +114,12 @@ def expand(
     return sorted(sources, key=lambda source: source.name)
 
 
-def _source(path: str, name: str, spans: Sequence[Span], root: str) -> Source:
+def _source(path: str, name: str, spans: Sequence[Span], root: str, videos: set[str]) -> Source:
     if not may_be_video(path):
         return Source(path, name, reason="not_a_video", message="by its name")
+    if _belongs(path, places.PICTURES, videos):
+        message = "by its name, it shows the depth of the video beside it; depth_path reads a grey one as depth"
+        return Source(path, name, reason="not_a_video", message=message)
     return Source(path, name, tuple(dict.fromkeys(spans)), root=root)
 
 
@@ -207,14 +215,20 @@ def _fixed_part(pattern: str, separator: str) -> str:
     return separator.join(pieces[:magic]) or separator
 
 
-def _without_sidecars(paths: Sequence[str]) -> Iterable[str]:
+def _videos(paths: Iterable[str]) -> set[str]:
+    """Return the paths that may be videos, with their suffixes and without."""
     named = [without_query(path) for path in paths if may_be_video(path)]
-    videos = {os.path.splitext(path)[0] for path in named} | set(named)
-    for path in paths:
-        plain = without_query(path)
-        owners = (plain.removesuffix(suffix) for suffix in SIDECAR_SUFFIXES if plain.endswith(suffix))
-        if may_be_video(path) or not any(owner in videos for owner in owners):
-            yield path
+    return {os.path.splitext(path)[0] for path in named} | set(named)
+
+
+def _belongs(path: str, suffixes: Sequence[str], videos: set[str]) -> bool:
+    """Return whether a path is one of the videos' with a suffix of `suffixes` instead of, or behind, their own."""
+    plain = without_query(path)
+    return any(plain.removesuffix(suffix) in videos for suffix in suffixes if plain.endswith(suffix))
+
+
+def _without_sidecars(paths: Iterable[str], videos: set[str]) -> Iterable[str]:
+    return (path for path in paths if may_be_video(path) or not _belongs(path, SIDECAR_SUFFIXES, videos))
 
 
 def _names(entries: Sequence[Entry]) -> dict[str, str]:

@@ -151,6 +151,14 @@ def test_png_that_hold_no_depth(tmp_path, how):
     assert refusal(DepthRequest(str(tmp_path / "clip.mp4"))).reason in ("depth_shape", "depth_missing")
 
 
+@pytest.mark.parametrize("content", [b"version https://git-lfs.github.com/spec/v1\noid sha256:0\n", b"<html>", b""])
+def test_what_is_no_array_is_said_so(tmp_path, content):
+    (tmp_path / "clip.depth.npz").write_bytes(content)
+    caught = refusal(DepthRequest(str(tmp_path / "clip.mp4")))
+    assert caught.reason == "depth_shape"
+    assert "is no npy or npz file" in caught.message
+
+
 @pytest.mark.parametrize("name", ["clip_vis.mp4", "clip.depth.exr", "clip.depth.avi"])
 def test_pictures_of_depth_are_named_with_what_to_do(tmp_path, name):
     (tmp_path / name).write_bytes(b"x")

@@ -32,6 +32,22 @@ def test_folder_gives_every_file_and_sidecars_belong_to_their_video(folder):
     assert [source.name for source in sources if not source.is_video] == ["deep/notes.md"]
 
 
+@pytest.mark.parametrize("name", ["a_depth.mp4", "a.depth.mkv", "a_vis.mp4", "deep/c_depth.avi"])
+def test_a_video_of_depth_beside_its_video_is_counted_as_none(folder, name):
+    (folder / name).write_bytes(b"x")
+    found = {source.name: source for source in expand(str(folder))}
+    assert found[name].reason == "not_a_video"
+    assert found[name].fate == "filtered"
+    assert "depth" in found[name].message
+    assert found["a.mp4"].is_video
+    assert found["deep/c.MKV"].is_video
+
+
+def test_a_video_that_is_named_like_depth_is_a_video_where_no_other_stands_beside_it(folder):
+    (folder / "fields_of_depth.mp4").write_bytes(b"x")
+    assert next(source for source in expand(str(folder)) if source.name == "fields_of_depth.mp4").is_video
+
+
 def test_file_glob_commas_and_lists(folder):
     assert names(expand(str(folder / "a.mp4"))) == ["a.mp4"]
     assert names(expand(str(folder / "*.mp4"))) == ["a.mp4", "b.mp4"]
