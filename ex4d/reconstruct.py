@@ -108,7 +108,8 @@ def reconstruct(
 
     Raises:
         ConfigError: a setting is invalid.
-        BadSample: the video or its depth cannot be used (`too_short`, `too_small`, the decoder's and the estimator's reasons).
+        BadSample: the video or its depth cannot be used (`too_short`, `too_small`, and the reasons of the decoder and
+            the estimator).
         ContractError: a file of poses or weights is damaged.
     """
     config = replace(config, **changes)

@@ -161,7 +161,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
         ConfigError: unknown estimator, or missing weights.
         BadSample: depth_missing, depth_ambiguous, depth_length, depth_unit, depth_pickle, depth_shape, depth_nan,
             depth_nonpositive, depth_constant, depth_fov, depth_holes, cameras_missing.
-        Filtered: no_parallax, parallax_certainty, parallax_moving.
+        Filtered: no_parallax, parallax_noise, parallax_certainty, parallax_moving.
     """
     if name not in ESTIMATORS:
         raise ConfigError("depth", name, f"allowed: {', '.join(ESTIMATORS)}")

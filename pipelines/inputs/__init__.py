@@ -105,7 +105,8 @@ def expand(
     names, roots = _names(entries), {entry.path: entry.root for entry in entries}
     videos = _videos(spans)
     plain = [
-        _source(path, names[path], spans[path], roots[path], videos) for path in _without_sidecars(sorted(spans), videos)
+        _source(path, names[path], spans[path], roots[path], videos)
+        for path in _without_sidecars(sorted(spans), videos)
     ]
     sources = _with_namesakes(plain)
     sources += [

@@ -77,16 +77,26 @@ def test_pictures_without_texture_have_no_parallax(num_frames: int):
         estimate("parallax", np.full((num_frames, 48, 64, 3), 90, np.uint8), DepthRequest())
 
 
-def test_noise_is_finite_or_refused():
-    frames = np.random.default_rng(0).integers(0, 256, (5, 48, 64, 3), np.uint8)
-    reasons = []
-    try:
-        values = estimate("parallax", frames, DepthRequest()).values
-    except Filtered as error:
-        reasons.append(error.reason)
-    assert reasons in (["no_parallax"], ["parallax_certainty"], ["parallax_moving"]) or (
-        np.isfinite(values).all() and values.min() > 0
-    )
+@pytest.mark.parametrize(("num_frames", "blur"), [(5, 0), (49, 0), (9, 1), (9, 3)])
+def test_noise_is_refused(num_frames: int, blur: float):
+    import cv2
+
+    frames = np.random.default_rng(0).integers(0, 256, (num_frames, 48, 64, 3), np.uint8)
+    if blur:
+        smooth = np.stack([cv2.GaussianBlur(frame, (0, 0), blur) for frame in frames]).astype(float)
+        frames = np.clip((smooth - smooth.mean()) * 50 / smooth.std() + 128, 0, 255).astype(np.uint8)
+    with pytest.raises(Filtered, match="parallax_noise"):
+        estimate("parallax", frames, DepthRequest())
+
+
+@pytest.mark.parametrize("shade", [0, 255])
+def test_a_small_thing_that_moves_on_a_plain_ground_is_no_camera(shade: int):
+    frames = np.full((9, 96, 96, 3), shade, np.uint8)
+    logo = np.random.default_rng(1).integers(0, 256, (14, 14, 3), np.uint8)
+    for t, frame in enumerate(frames):
+        frame[40 + t : 54 + t, 20 + 3 * t : 34 + 3 * t] = logo
+    with pytest.raises(Filtered, match="no_parallax"):
+        estimate("parallax", frames, DepthRequest())
 
 
 def test_two_runs_give_the_same_bits():

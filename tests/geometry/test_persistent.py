@@ -7,9 +7,10 @@ import pytest
 
 from ex4d.errors import ConfigError
 from ex4d.evaluate.metrics import psnr
-from ex4d.geometry import camera_path, trajectory
+from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.camera import Camera
-from ex4d.geometry.render import persistent, warp_video
+from ex4d.geometry.profiles import profile_of
+from ex4d.geometry.render import persistent, render, warp_video
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 SIZE, NUM_FRAMES, FPS = (64, 64), 9, 4.0
@@ -26,13 +27,17 @@ def world(seed: int, moving_bodies: bool = False):
     return scene, cameras, frames, z_depth, np.stack([camera.w2c for camera in cameras]), w2c
 
 
-def moving_mask(scene, cameras) -> np.ndarray:
-    """Return bool [T, H, W]: pixels of a body, all of which move; the room is last."""
+def moving_mask(scene, cameras, first: int = 0) -> np.ndarray:
+    """Return bool [T, H, W]: pixels of a body, all of which move; the room is last.
+
+    Args:
+        first: frame of the first camera.
+    """
     masks = []
-    for t, camera in enumerate(cameras):
-        rays = np.linalg.inv(camera.w2c)
+    for t, view in enumerate(cameras, first):
+        rays = np.linalg.inv(view.w2c)
         grid = np.stack(np.meshgrid(np.arange(64) + 0.5, np.arange(64) + 0.5), axis=-1).reshape(-1, 2)
-        local = np.concatenate([grid, np.ones((len(grid), 1))], axis=1) @ np.linalg.inv(camera.K).T
+        local = np.concatenate([grid, np.ones((len(grid), 1))], axis=1) @ np.linalg.inv(view.K).T
         _, index, _ = scene.cast(rays[None, :3, 3], local @ rays[:3, :3].T, t / FPS)
         masks.append((index < len(scene.bodies) - 1).reshape(SIZE))
     return np.stack(masks)
@@ -59,16 +64,43 @@ def test_holes_fall_and_what_is_added_is_true():
 
 
 def test_what_moves_leaves_no_ghost():
-    scene, cameras, frames, z_depth, source, w2c = world(1, moving_bodies=True)
-    K, mask = cameras[0].K, moving_mask(scene, cameras)
-    cond, visible = warp_video(frames, z_depth, K, w2c, source_w2c=source)
-    results = [persistent.fill(cond, visible, frames, z_depth, K, w2c, source, 4, moves) for moves in (mask, None)]
-    truth = scene.render(Camera(K, w2c[-1], SIZE), (NUM_FRAMES - 1) / FPS, 2)[0]
-    wrong = [
-        (np.abs(shown[-1].astype(int) - truth).max(axis=-1) > 60) & seen[-1] & ~visible[-1] for shown, seen in results
-    ]
-    assert wrong[0].mean() <= 0.015
-    assert wrong[0].sum() < 0.5 * wrong[1].sum()
+    ghosts, without, bodies = 0, 0, 0
+    for seed in range(2):
+        scene, cameras, frames, z_depth, source, w2c = world(seed, moving_bodies=True)
+        K, mask = cameras[0].K, moving_mask(scene, cameras)
+        novel = Camera(K, w2c[-1], SIZE)
+        cond, visible = warp_video(frames, z_depth, K, w2c, source_w2c=source)
+        body = moving_mask(scene, [novel], NUM_FRAMES - 1)[0]
+        for moves in (mask, None):
+            seen = persistent.fill(cond, visible, frames, z_depth, K, w2c, source, 4, moves)[1]
+            added = int((seen[-1] & ~visible[-1] & body).sum())
+            ghosts, without = (ghosts + added, without) if moves is not None else (ghosts, without + added)
+        bodies += int(body.sum())
+    print(
+        f"{ghosts / bodies:.2%} of the bodies are covered by what other frames saw, {without / bodies:.2%} without mask"
+    )
+    assert ghosts <= 0.02 * bodies
+    assert without > 5 * ghosts
+
+
+def test_a_plane_at_a_grazing_angle_is_no_edge_and_a_blurred_edge_is_one():
+    rows, columns = np.mgrid[0:40, 0:40].astype(float)
+    floor = 0.02 + 0.02 * rows  # 1/z of a plane: it doubles from pixel to pixel at its far end
+    assert persistent.on_planes(floor)[:, 2:-2, 2:-2].all()
+    for width in (1, 3):
+        edge = 0.5 + 0.5 * np.clip((columns - 20) / width, 0, 1)
+        assert not persistent.on_planes(edge)[:, :, 20 : 20 + width].any()
+
+
+def test_pixels_at_the_border_are_shown_by_the_larger_mesh():
+    frame = np.random.default_rng(0).integers(0, 256, (1, 24, 24, 3), np.uint8)
+    z_depth, K, still = np.full((1, 24, 24), 2.0, np.float32), camera.intrinsics((24, 24)), np.eye(4)[None]
+    world = persistent.World(frame, z_depth, K, still, 0, None, None, profile_of("default"), "cpu")
+    seen = render(world.mesh(0), Camera(K, np.eye(4), (24, 24)), "cpu")
+    # By the top-left rule the last row and column belong to the faces behind them.
+    assert seen.visible_mask[:-1, :-1].all()
+    assert (seen.colour[:-1, :-1] == frame[0, :-1, :-1]).all()
+    np.testing.assert_allclose(persistent.extended(1 / z_depth[0].astype(float)), 0.5)
 
 
 def test_frames_are_spread_and_the_nearest_comes_first():

@@ -3,21 +3,29 @@
 Each of those frames keeps its own depth watertight mesh with its curtains. Moving surfaces in it are drawn as occluded:
 they cover what lies behind and show nothing. The present frame overrides all others. Among the others, the nearest in
 time wins unless another surface lies clearly in front of it. Nothing is averaged.
+
+A mesh loses the outer pixels of its frame, whose ring of vertices is pushed back, and surfaces that it sees at a
+grazing angle, whose depth jumps from pixel to pixel as it does at an edge. From beside, these are much of what another
+frame has to offer. So the meshes here have one more ring of pixels around the frame, and a face that continues the
+plane of what surrounds it is no edge: over a plane, 1/z is linear in the picture.
 """
 
 from __future__ import annotations
 
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 
 import numpy as np
 
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import Camera, relative_to
-from ex4d.geometry.mesh import DWMesh, build
-from ex4d.geometry.profiles import Profile, profile_of
+from ex4d.geometry.mesh import DWMesh, build, faces_with
+from ex4d.geometry.profiles import PROFILES, Profile, profile_of
 from ex4d.geometry.render import choose_backend, render
 
 IN_FRONT = 0.95  # a surface nearer than this × the depth shown covers it
+# How far a moving body may reach behind what is seen of it, in its depth: measured in docs/decisions/source_cameras.md.
+MOVING_REACH = 1.0
+BEND = 0.2  # of the slope of 1/z: a second difference up to this continues a plane
 
 
 def fill(
@@ -85,6 +93,7 @@ class World:
         """
         # Unknown depth says nothing about what lies behind it.
         known = self.z_depth[t] if self.valid is None else np.where(self.valid[t], self.z_depth[t], 0)
+        holes = holes & ~self.behind_bodies(t, w2c, view_K)
         depth = np.full(holes.shape, np.inf, np.float32)
         colour, added = np.zeros((*holes.shape, 3), np.uint8), np.zeros_like(holes)
         for s in others(t, len(self.frames), self.num_others) if holes.any() else ():
@@ -96,14 +105,65 @@ class World:
             colour[better], added[better], depth[better] = view.colour[better], True, view.z_depth[better]
         return colour, added
 
+    def behind_bodies(self, t: int, w2c: np.ndarray, view_K: np.ndarray) -> np.ndarray:
+        """Return bool [H, W]: where frame t's view may show the side of a moving body that frame t does not see.
+
+        No other frame knows where that side is now. A body is taken to reach MOVING_REACH × its depth behind its front.
+        """
+        size = (self.z_depth.shape[1], self.z_depth.shape[2])
+        if self.dynamic_mask is None or not self.dynamic_mask[t].any():
+            return np.zeros(size, bool)
+        profile = replace(PROFILES["default"], pixel_offset=self.profile.pixel_offset, curtain_reach=MOVING_REACH)
+        mesh = build(self.frames[t], self.z_depth[t], self.K, profile)
+        seen = render(mesh, Camera(view_K, relative_to(w2c, self.source_w2c[t]), size), self.backend)
+        bodies = (mesh.face_occluded & faces_with(self.dynamic_mask[t])).ravel()
+        return np.append(bodies, False)[np.where((seen.face_id >= 0) & (seen.face_id < len(bodies)), seen.face_id, -1)]
+
     def mesh(self, s: int) -> DWMesh:
-        """Return the mesh of frame s, whose moving surfaces show nothing."""
+        """Return the mesh of frame s, one pixel larger on every side, whose moving surfaces show nothing."""
         if s not in self.meshes:
             moves = np.zeros(self.z_depth[s].shape, bool) if self.dynamic_mask is None else self.dynamic_mask[s]
             shows = ~moves if self.valid is None else self.valid[s] & ~moves
-            valid = None if shows.all() else shows
-            self.meshes[s] = build(self.frames[s], self.z_depth[s], self.K, self.profile, valid=valid)
+            frame, shows = (np.pad(x, ((1, 1), (1, 1), (0, 0))[: x.ndim], "edge") for x in (self.frames[s], shows))
+            inverse = extended(1 / self.z_depth[s].astype(np.float64))
+            K = self.K + np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0]])
+            mesh = build(frame, (1 / inverse).astype(np.float32), K, self.profile)
+            hidden = mesh.face_occluded & ~on_planes(inverse) | ~_inner(mesh.face_occluded) | faces_with(~shows)
+            self.meshes[s] = replace(mesh, face_occluded=hidden)
         return self.meshes[s]
+
+
+def extended(inverse: np.ndarray) -> np.ndarray:
+    """Return 1/z [H + 2, W + 2] with one more pixel on every side, continued linearly, at most to twice or half."""
+    for _ in range(2):  # rows, then columns
+        first, last = 2 * inverse[:1] - inverse[1:2], 2 * inverse[-1:] - inverse[-2:-1]
+        first, last = (np.clip(new, old / 2, old * 2) for new, old in ((first, inverse[:1]), (last, inverse[-1:])))
+        inverse = np.concatenate([first, inverse, last]).T
+    return inverse
+
+
+def on_planes(inverse: np.ndarray) -> np.ndarray:
+    """Return bool [2, H−1, W−1]: faces of the grid all around which 1/z [H, W] is linear in the picture.
+
+    Two pixels to every side count, so that the slope of an edge that is blurred over up to four pixels is none.
+    """
+    import cv2
+
+    steps = [np.diff(inverse, axis=axis) for axis in (0, 1)]
+    slope, bend = np.zeros_like(inverse), np.zeros_like(inverse)
+    slope[1:-1] = np.abs(steps[0][1:] + steps[0][:-1]) / 2
+    slope[:, 1:-1] = np.maximum(slope[:, 1:-1], np.abs(steps[1][:, 1:] + steps[1][:, :-1]) / 2)
+    bend[1:-1] = np.abs(np.diff(steps[0], axis=0))
+    bend[:, 1:-1] = np.maximum(bend[:, 1:-1], np.abs(np.diff(steps[1], axis=1)))
+    linear = cv2.erode((bend <= BEND * slope).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
+    return ~faces_with(~linear)
+
+
+def _inner(faces: np.ndarray) -> np.ndarray:
+    """Return bool of the shape of `faces`, False along the border, whose ring of vertices is pushed back."""
+    inner = np.zeros_like(faces)
+    inner[:, 1:-1, 1:-1] = True
+    return inner
 
 
 def _seen_through(
