@@ -8,7 +8,7 @@ import sys
 from pathlib import Path
 
 from ex4d.config import SECTIONS
-from ex4d.config_help import markdown
+from ex4d.config_help import about, describe
 from pipelines import cli
 from pipelines.commands.jobs import JOBS
 
@@ -31,6 +31,20 @@ def settings_page() -> str:
         heading, _, rest = markdown(classes[name], name).partition("\n")
         parts.append(f"{heading}\n\nRead by {', '.join(readers[name])}.\n{rest}")
     return "\n".join(parts)
+
+
+def markdown(cls: type, section: str) -> str:
+    """Return a section's settings as a table for the reference page."""
+    lines, group = [f"## {section}", "", about(cls), ""], None
+    for one in describe(cls, section):
+        if one.group != group:
+            group = one.group
+            lines += ["", f"### {section}: {group[0].lower()}{group[1:]}", ""] if group else []
+            lines += ["| Setting | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
+        default = "" if one.is_section and one.default is None else "required" if one.default is None else one.default
+        cells = (f"`{one.key}`", f"`{default}`" if default else "", one.allowed, one.help)
+        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+    return "\n".join(lines) + "\n"
 
 
 def commands_page() -> str:

@@ -98,20 +98,6 @@ def template(sections: Mapping[str, type], first: str, optional: Sequence[str] =
     return "\n".join(lines) + "\n"
 
 
-def markdown(cls: type, section: str) -> str:
-    """Return a section's settings as a table for the reference page."""
-    lines, group = [f"## {section}", "", about(cls), ""], None
-    for one in describe(cls, section):
-        if one.group != group:
-            group = one.group
-            lines += ["", f"### {section}: {group[0].lower()}{group[1:]}", ""] if group else []
-            lines += ["| Setting | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
-        default = "" if one.is_section and one.default is None else "required" if one.default is None else one.default
-        cells = (f"`{one.key}`", f"`{default}`" if default else "", one.allowed, one.help)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
-    return "\n".join(lines) + "\n"
-
-
 def _yaml(settings: Iterator[Described]) -> Iterator[str]:
     group = ""
     for one in settings:

@@ -73,14 +73,6 @@ class Body:
         """Return body points [N,3] in world coordinates at a time."""
         return points @ self.rotation(time_s).T + self.position(time_s)
 
-    def clearance(self, points: np.ndarray, time_s: float) -> np.ndarray:
-        """Return how far world points [N,3] are from the solid, float64 [N]; negative inside (a room: outside)."""
-        local = self.to_local(points, time_s)
-        if self.kind == "sphere":
-            return np.linalg.norm(local, axis=1) - self.half[0]
-        outside = np.max(np.abs(local) - self.half, axis=1)
-        return -outside if self.kind == "room" else outside
-
     def intersect(self, origins: np.ndarray, directions: np.ndarray, time_s: float) -> np.ndarray:
         """Return the ray parameter of the first hit, float64 [N], inf where there is none.
 

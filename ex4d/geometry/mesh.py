@@ -185,17 +185,6 @@ def occlusion_flags(z_depth: np.ndarray, K: np.ndarray, angle: float, offset: fl
     return cpu_kernels.occlusion_flags(z_depth, 1 / fx, 1 / fy, cx, cy, math.sin(angle) ** 2)
 
 
-def smallest_angles(mesh: DWMesh) -> np.ndarray:
-    """Return the smallest angle in radians of every grid face, float64 [2, H−1, W−1], by arccos: the slow reference."""
-    corners = mesh.vertices[mesh.faces[: mesh.face_occluded.size]]
-    angles = []
-    for k in range(3):
-        a, b = corners[:, (k + 1) % 3] - corners[:, k], corners[:, (k + 2) % 3] - corners[:, k]
-        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
-        angles.append(np.arccos(np.clip(cosine, -1, 1)))
-    return np.min(angles, axis=0).reshape(mesh.face_occluded.shape)
-
-
 def contains(mesh: DWMesh, point: np.ndarray) -> bool:
     """Return True where `point` [3] (source axes) lies inside the closed volume, behind the depth surface.
 

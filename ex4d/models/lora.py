@@ -17,7 +17,6 @@ from ex4d.models import formats
 
 # Self- and cross-attention q, k, v, o and both feed-forward layers: ten matrices a block, not the image k and v.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
-TENSORS_PER_BLOCK = 20
 ADAPTER_NAME = "default"
 
 

@@ -129,15 +129,6 @@ def fill(trainables: Mapping[str, Tensor], state: Mapping[str, Tensor], what: st
         value.copy_(state[name])
 
 
-def read_released(path: str | Path) -> dict[str, Tensor]:
-    """Return the canonical state of a released ex4d.ckpt: 20 LoRA tensors a block and 8 of the encoder, 808 for 14B.
-
-    Raises:
-        ContractError: it does not hold exactly those, or holds anything but tensors.
-    """
-    return _from_released(_load_pickle(Path(path)), Path(path))
-
-
 def write_released(path: str | Path, state: Mapping[str, Tensor]) -> None:
     """Write a canonical state as the released code reads it. Give it alpha = rank: that code fixes 16 and 16."""
     with storage.atomic_path(path) as temporary:

@@ -118,9 +118,10 @@ def _shards(settings: Mapping[str, Any]) -> int:
 def _novel_view(settings: Mapping[str, Any], out: Path, adapter: Path) -> Path:
     """Write a novel view of a synthetic video that was not trained on; return where it is."""
     from ex4d.generate import novel_view
+    from pipelines.evaluate.config import CORPUS_SEED
 
     chosen = settings["evaluate"]
-    unseen = dataclasses.replace(settings["synthetic"], seed=chosen.corpus_seed, num_videos=1)
+    unseen = dataclasses.replace(settings["synthetic"], seed=CORPUS_SEED, num_videos=1)
     source = synthetic.write_corpus(out / "held_out", unseen)[0]
     trajectory, angle_deg = next(iter(chosen.ranges.values()))[:2]
     view = novel_view(

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import re
 from dataclasses import dataclass
+from typing import ClassVar
 
 from ex4d.config import checked, setting
 from ex4d.depth import ESTIMATORS
@@ -12,6 +13,7 @@ from ex4d.geometry.camera_path import SOURCE_MOTIONS
 from ex4d.geometry.profiles import PROFILES
 from pipelines.evaluate.stages import CODEC, METHODS, OTHER
 
+CORPUS_SEED = 900_000  # of the scenes; no training corpus may use it
 RANGE = re.compile(r"[a-z0-9_-]{1,32}")
 RANGES = {"small": ("orbit", 30.0), "large": ("orbit", 60.0), "extreme": ("orbit", 90.0), "full": ("full", 90.0)}
 Options = dict[str, float | bool | str]
@@ -20,6 +22,8 @@ Options = dict[str, float | bool | str]
 @dataclass(frozen=True)
 class EvaluateConfig:
     """How an adapter is measured."""
+
+    RENAMED: ClassVar[dict[str, str]] = {"corpus_seed": f"was removed: the scenes always have the seed {CORPUS_SEED}"}
 
     adapter: str = setting("out/run/adapter", "Folder written by `ex4d train`, its file, or a released ex4d.ckpt.")
     base: str | None = setting(None, "Base model: tiny, a folder, or a hub id; null: the adapter's own.")
@@ -44,10 +48,7 @@ class EvaluateConfig:
     num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
     num_gpus: float = setting(0.0, "Share of a GPU for each worker; 0: on the CPU.", ge=0)
 
-    corpus_seed: int = setting(
-        900_000, "Seed of the scenes; no training corpus may use it.", ge=0, group="Videos and scenes"
-    )
-    depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS)
+    depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS, group="Videos and scenes")
     depth_python: str | None = setting(
         None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
     )

@@ -19,7 +19,7 @@ from ex4d.models import backbone, experts, fingerprints, provenance, weights
 from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.synthetic import SyntheticConfig
 from pipelines import inputs
-from pipelines.evaluate.config import EvaluateConfig
+from pipelines.evaluate.config import CORPUS_SEED, EvaluateConfig
 from pipelines.evaluate.stages import OTHER, Evaluation
 from pipelines.runtime.stage import Row, new_row
 
@@ -62,9 +62,9 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     ReconstructConfig(**choices)  # refuses what is invalid
     _check_size(num_frames, size)
     scenes = config.videos is None
-    if scenes and config.corpus_seed == world.seed:
-        raise ConfigError("evaluate.corpus_seed", config.corpus_seed, "must differ from synthetic.seed")
-    world = replace(world, seed=config.corpus_seed, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
+    if scenes and world.seed == CORPUS_SEED:
+        raise ConfigError("synthetic.seed", world.seed, "must be another one: the scenes of evaluate have it")
+    world = replace(world, seed=CORPUS_SEED, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
     base = provenance.base_of(config.adapter, metadata, config.base, "evaluate.base")
     _check_swap(sampler, base)
     at = experts.boundary(*base)

@@ -115,7 +115,7 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for section in now:
-        for key in sorted(now[section].keys() | before[section].keys()):
+        for key in sorted(now[section].keys() | before[section].keys() - SweepConfig.RENAMED.keys()):
             if now[section].get(key) != before[section].get(key):
                 was = before[section].get(key)
                 allowed = f"the sweep in {output} was started with {was!r}; use that value or another sweep.output"

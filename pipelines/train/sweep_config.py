@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass
-from typing import Any, Literal
+from typing import Any, ClassVar, Literal
 
 from ex4d.config import checked, setting
 from pipelines.train.sweep_space import Space
@@ -16,6 +16,10 @@ SCALES_LOSS = ("train.hole_weight", "train.timestep_sampling", "train.shift", "t
 @dataclass(frozen=True)
 class SweepConfig:
     """Many short trainings."""
+
+    RENAMED: ClassVar[dict[str, str]] = {
+        "start_from_config": "was removed: the file's own values are always the first trial"
+    }
 
     output: str = setting("out/sweep", "Folder of the trials, the table and best.yaml.")
     space: dict[str, dict[str, Any] | str] = setting(
@@ -32,7 +36,6 @@ class SweepConfig:
     scheduler: Literal["asha", "median", "none"] = setting("asha", "How weak trials are stopped early.")
     grace_steps: int = setting(10, "Steps between two comparisons; no trial is stopped earlier.", ge=1)
     reduction_factor: int = setting(2, "ASHA: one of so many trials survives each rung.", ge=2)
-    start_from_config: bool = setting(True, "Make the file's own values the first trial.")
     repeat_seeds: int = setting(3, "Train the best and the file's own values with so many seeds; 1: do not.", ge=1)
     cpus_per_trial: float = setting(1.0, "CPUs that Ray reserves for each trial.", ge=0)
     gpus_per_trial: float = setting(0.0, "GPUs that Ray reserves for each trial.", ge=0)

@@ -134,7 +134,7 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
     from ray.tune.search.basic_variant import BasicVariantGenerator
     from ray.tune.search.optuna import OptunaSearch
 
-    first = [space.today(tree)] if sweep.start_from_config and space.today(tree) else []
+    first = [space.today(tree)] if space.today(tree) else []
     if sweep.search == "grid":
         points = first + [point for point in space.grid() if point not in first]
         return None, {"point": tune.grid_search(points)}

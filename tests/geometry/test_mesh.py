@@ -21,11 +21,21 @@ from ex4d.geometry.mesh import (
     build,
     contains,
     export,
-    smallest_angles,
 )
 from ex4d.geometry.mesh import topology as make_topology
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 from ex4d.video.frames import decode, frame_pts
+
+
+def smallest_angles(mesh: DWMesh) -> np.ndarray:
+    """Return the smallest angle in radians of every grid face, float64 [2, H−1, W−1], by arccos: the slow reference."""
+    corners = mesh.vertices[mesh.faces[: mesh.face_occluded.size]]
+    angles = []
+    for k in range(3):
+        a, b = corners[:, (k + 1) % 3] - corners[:, k], corners[:, (k + 2) % 3] - corners[:, k]
+        cosine = (a * b).sum(1) / (np.linalg.norm(a, axis=1) * np.linalg.norm(b, axis=1))
+        angles.append(np.arccos(np.clip(cosine, -1, 1)))
+    return np.min(angles, axis=0).reshape(mesh.face_occluded.shape)
 
 
 def edges_closed(faces: np.ndarray) -> bool:

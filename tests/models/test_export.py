@@ -70,7 +70,7 @@ def test_alpha_is_kept_or_folded_in(tmp_path: Path) -> None:
         assert read == alpha
         assert torch.equal(back[name], state[name] * factor)
     assert export(trained, "--style", "released", "--output", tmp_path / "x.ckpt") == 0
-    assert torch.equal(weights.read_released(tmp_path / "x.ckpt")[name], state[name] * 0.5)
+    assert torch.equal(weights.read_adapter(tmp_path / "x.ckpt")[0][name], state[name] * 0.5)
 
 
 def test_what_cannot_be_exported_is_named(trained: Path, tmp_path: Path, capsys: pytest.CaptureFixture) -> None:

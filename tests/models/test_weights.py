@@ -81,7 +81,7 @@ def test_released_file_in_and_out(wan_folder: Path, tmp_path: Path) -> None:
     metadata = weights.load_adapter(tmp_path / "ex4d.ckpt", other)
     assert (metadata.mask_range, metadata.lora_alpha, metadata.adapter_hidden) == ("released", 4.0, 32)
     assert equal(weights.adapter_state(other), weights.adapter_state(model))
-    assert equal(weights.read_released(tmp_path / "ex4d.ckpt"), weights.adapter_state(model))
+    assert equal(weights.read_adapter(tmp_path / "ex4d.ckpt")[0], weights.adapter_state(model))
 
 
 def test_released_14b_file_is_808_tensors() -> None:
@@ -153,7 +153,7 @@ def test_a_missing_tensor_is_named(wan_folder: Path, tmp_path: Path) -> None:
     del released["blocks.1.ffn.2.lora_B.default.weight"]
     torch.save(released, tmp_path / "ex4d.ckpt")
     with pytest.raises(ContractError, match=r"47 tensors where 48 belong; 1 missing \['blocks.1.ffn.2.lora_B"):
-        weights.read_released(tmp_path / "ex4d.ckpt")
+        weights.read_adapter(tmp_path / "ex4d.ckpt")[0]
     torch.save({}, tmp_path / "empty.ckpt")
     with pytest.raises(ContractError, match="0 tensors"):
         weights.read_metadata(tmp_path / "empty.ckpt")
@@ -208,7 +208,7 @@ def test_what_is_no_adapter_is_refused(wan_folder: Path, tmp_path: Path) -> None
         weights.load_adapter(tmp_path, model)
     torch.save({"weight": _Payload()}, tmp_path / "evil.ckpt")
     with pytest.raises(ContractError, match="plain tensors"):
-        weights.read_released(tmp_path / "evil.ckpt")
+        weights.read_adapter(tmp_path / "evil.ckpt")[0]
     assert not Path("ran").exists()
 
 

@@ -15,7 +15,7 @@ import numpy as np
 import pytest
 import yaml
 
-from ex4d import storage, synthetic, video
+from ex4d import config, storage, synthetic, video
 from ex4d.errors import ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.generate import GenerateConfig
@@ -326,7 +326,6 @@ def test_videos_of_ones_own_and_what_cannot_be_one(folder, tmp_path):
         ({"num_frames": 8}, r"evaluate\.num_frames"),
         ({"size": (40, 32)}, r"evaluate\.size"),
         ({"sampler": replace(SAMPLER, block_swap=9)}, r"generate\.block_swap"),
-        ({"corpus_seed": 17}, r"evaluate\.corpus_seed"),
         ({"num_scenes": 1}, r"evaluate\.methods.*two clips"),
         ({"videos": "/nowhere/at/all", "methods": ("adapter",)}, r"evaluate\.videos"),
         ({"videos": "/nowhere", "methods": ("codec",)}, r"evaluate\.methods"),
@@ -387,3 +386,8 @@ def test_lists_with_spans_and_secrets(folder, tmp_path):
     text = storage.read_bytes("memory://user:hunter2@there/out/evaluation.json").decode()
     page = storage.read_bytes("memory://user:hunter2@there/out/report/index.html").decode()
     assert "hunter2" not in text + page
+
+
+def test_a_removed_setting_is_answered():
+    with pytest.raises(ConfigError, match=r"evaluate\.corpus_seed.*always have the seed 900000"):
+        config.validate(EvaluateConfig, {"corpus_seed": 17}, "evaluate")

@@ -93,7 +93,7 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
         return [_empty(size) for _ in meshes]
     faces = torch.from_numpy(meshes[0].faces[ids]).cuda().contiguous()
     id_of = torch.from_numpy(ids.astype(np.int32)).cuda()
-    local = [_local(m, c) for m, c in zip(meshes, cameras, strict=True)]
+    local = [m.vertices @ c.w2c[:3, :3].T + c.w2c[:3, 3] for m, c in zip(meshes, cameras, strict=True)]
     clips = [_clip_matrix(c, _near(m, p)) for m, c, p in zip(meshes, cameras, local, strict=True)]
     points, clip = torch.from_numpy(np.stack(local)).cuda(), torch.from_numpy(np.stack(clips)).cuda()
     source_z = torch.from_numpy(np.stack([m.vertices[:, 2:] for m in meshes])).cuda().float()
@@ -157,11 +157,6 @@ def _empty(size: tuple[int, int]) -> Rendered:
         np.zeros(size, bool),
         np.full(size, -1, np.int32),
     )
-
-
-def _local(mesh: DWMesh, camera: Camera) -> np.ndarray:
-    """Return the vertices in camera axes, float64 [N, 3]."""
-    return mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
 
 
 def _near(mesh: DWMesh, points: np.ndarray) -> float:
