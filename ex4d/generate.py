@@ -157,14 +157,14 @@ def novel_view(
     """
     metadata = experts.common(experts.read(adapter_path))
     # All checks, and depth, come before gigabytes of weights are loaded.
-    seen = _view_config(metadata, device_of(device), view)
+    view_config = _view_config(metadata, device_of(device), view)
     lora_files(config)
     config = config.for_adapter(metadata)
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
-    encoders.check_clip((seen.num_frames or 0, *(seen.size or metadata.size), 3), stride)
-    source = reconstruct(video_path, seen)
+    encoders.check_clip((view_config.num_frames or 0, *(view_config.size or metadata.size), 3), stride)
+    source = reconstruct(video_path, view_config)
     depth.release()
-    loaded, model = load(adapter_path, base, seen.device, config)
+    loaded, model = load(adapter_path, base, view_config.device, config)
     if not source.starts_at_source:
         log.warning("the path does not begin at the source camera: the base starts from a picture with holes")
     frames = generate(
@@ -173,7 +173,7 @@ def novel_view(
         source.cond_video,
         source.visible,
         config,
-        seen.seed,
+        view_config.seed,
         metadata.mask_range,
         first_frame=source.frames[0] if source.starts_at_source else None,
         source=source.frames if metadata.source_video else None,

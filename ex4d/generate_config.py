@@ -15,11 +15,11 @@ if TYPE_CHECKING:
 class GenerateConfig:
     """How a video is sampled."""
 
-    num_inference_steps: int = setting(25, "Sampling steps (released: 25).", ge=1)
-    guidance_scale: float = setting(5.0, "Classifier-free guidance; 1: none, half the time (released: 5).")
+    num_inference_steps: int = setting(25, "Sampling steps; the published code uses 25.", ge=1)
+    guidance_scale: float = setting(5.0, "Classifier-free guidance, as in the published code; 1: off, half the time.")
     shift: float | None = setting(None, "Shift of the noise schedule; null: what the adapter was trained with.", gt=0)
     erosion_px: int = setting(
-        5, "Shrink the visible region by a square of this side, px at 512 (training: 2 to 8).", ge=0
+        5, "Erode the visible region by a square of this side, px at 512; training uses 2 to 8.", ge=0
     )
     prompt: str = setting("", "Text that describes the video.")
     negative_prompt: str = setting("", "Text that describes what to avoid; needs guidance_scale above 1.")
@@ -29,14 +29,14 @@ class GenerateConfig:
     block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
     lora: tuple[str, ...] = setting(
         (),
-        "More LoRA files for the base, FILE or FILE:SCALE, e.g. distilled to few steps without guidance; high:FILE or "
-        "low:FILE for one expert of two.",
+        "More LoRA files for the base, FILE or FILE:SCALE, e.g. one distilled to few steps; high:FILE or low:FILE for "
+        "one of two experts.",
     )
     window_frames: int | None = setting(
-        None, "Sample longer videos in overlapping windows of this many frames (4k+1); null: in one piece.", ge=5
+        None, "Sample a long video in overlapping windows of this many frames (4k+1); null: all frames at once.", ge=5
     )
     window_overlap: int = setting(16, "Frames that two windows share, a multiple of 4.", ge=4)
-    offload: bool = setting(False, "Keep on the GPU only the part that runs: base, encoder or VAE. Slower.")
+    offload: bool = setting(False, "Keep on the GPU only the network that runs (base, encoder or VAE); slower.")
 
     def __post_init__(self) -> None:
         need = checked(self, "generate")

@@ -40,39 +40,39 @@ class ReconstructConfig:
     angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
     trajectory_options: Mapping[str, Any] = setting(
         {},
-        "KEY=VALUE, repeatable: distance of a dolly, turns of a spiral, zoom; scale, resample, camera of a file, and "
-        "rebase=false, which leaves its poses in the world of --source-poses.",
+        "KEY=VALUE, repeatable: distance (dolly), turns (spiral), zoom; for a file of poses scale, resample, camera, "
+        "and rebase=false, which keeps its poses in the world of --source-poses.",
     )
     cameras: str = setting(
         "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator; parallax: found from "
-        "motion; or a file of poses, whose unit is found.",
+        "Cameras of the source; auto: the depth estimator's, if it has any; none: the camera stands still; estimator: "
+        "required from the depth estimator; parallax: estimated from motion; or a file of poses in any unit.",
     )
     source_poses: str | Path | None = setting(None, "File with the poses of the source camera, where it moves.")
     source_scale: float | None = setting(
-        None, "Units of depth per unit of --source-poses; default: 1 where that is plausible."
+        None, "Units of depth per unit of --source-poses; null: 1 if that is plausible."
     )
     source_motion: str | None = setting(
         None,
         "The source camera's own motion, where it is known; remove: path fixed in the world; keep: path rides on the "
-        "source camera; smooth: on a stabilised one. Unset: remove; keep where the released profile is given no poses.",
+        "source camera; smooth: on its stabilised path. null: remove; keep for the released profile without poses.",
         choices=camera_path.SOURCE_MOTIONS,
     )
     first_frame: str = setting(
         "exact",
-        "Frame 0, where its camera is the source's; exact: the source's picture, whole; drawn: with holes, as the "
-        "frames after it, so that nothing pops.",
+        "Frame 0, if its camera is the source's; exact: the source's picture without holes; drawn: rendered with "
+        "holes, as the frames after it, which avoids a jump.",
         choices=FIRST_FRAMES,
     )
-    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
+    persistent_frames: int = setting(0, "Number of other frames whose static surfaces fill holes.", ge=0)
     fov_deg: float | None = fov_setting()
     profile: str | None = setting(
         None,
-        "Mesh profile; released: for published weights. Unset: the adapter's own, or default.",
+        "Mesh profile; released: for the published weights; null: the adapter's own, or default.",
         choices=PROFILES,
     )
     backend: str = setting("auto", "Renderer.", choices=("auto", "cpu", "reference", "nvdiffrast"))
-    seed: int = setting(0, "Seed of everything that is drawn.", ge=0)
+    seed: int = setting(0, "Seed of all random choices.", ge=0)
     num_frames: int | None = setting(49, "Number of frames, from the first; null: all.", ge=1)
     size: tuple[int, int] | None = setting(
         (512, 512),

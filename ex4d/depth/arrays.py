@@ -88,7 +88,7 @@ def read(file: IO[bytes], name: str, wanted: Wanted) -> dict[str, Any]:
 
 def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str, Any]:
     """Return what `read` does, of an npz."""
-    layout, small = _said(archive, name)
+    layout, small = _layout_of(archive, name)
     fps = float(small["fps"]) if small.get("fps", np.empty(0)).size == 1 else None
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps is {fps}, not above 0")
@@ -110,7 +110,7 @@ def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str
     return {"values": values, "kind": kind, "key": layout.depth, "K": K, "w2c": w2c}
 
 
-def _said(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dict[str, np.ndarray]]:
+def _layout_of(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dict[str, np.ndarray]]:
     """Return the layout of an npz, and its small arrays: kind, fps, intrinsics and cameras.
 
     Raises:

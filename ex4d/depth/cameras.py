@@ -80,19 +80,19 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
     for number, start_deg in enumerate(FOVS_DEG):
         pair, focal = inside[number % len(inside)], focal_of(size, fov_deg or start_deg)
         for sign in (1.0, -1.0):
-            found = bundles.adjust(near, _grown(near, _two_views(near, pair, focal, sign), list(pair), window))
+            solution = bundles.adjust(near, _grown(near, _two_views(near, pair, focal, sign), list(pair), window))
             if fov_deg is None:
-                found = bundles.adjust(near, found, 30, usual)
-            found = bundles.normal(found, window[0])
-            if _plausible(found, window, size):
-                solutions.append(found)
+                solution = bundles.adjust(near, solution, 30, usual)
+            solution = bundles.normal(solution, window[0])
+            if _plausible(solution, window, size):
+                solutions.append(solution)
     if not solutions:
         raise no_parallax(0.0, "no motion of the camera explains the flow")
-    solutions.sort(key=lambda found: found.cost)
+    solutions.sort(key=lambda solution: solution.cost)
     best = solutions[0]
-    if not moves_everywhere(matches, turned) and not _asked_for(near, turned, best):
+    if not moves_everywhere(matches, turned) and not _is_supported(near, turned, best):
         raise no_parallax(pairs[0][1], "a camera that only turns explains the motion, but for what moves by itself")
-    rivals = [found.cost for found in solutions[1:] if _agreement(best, found, window) < SAME]
+    rivals = [solution.cost for solution in solutions[1:] if _agreement(best, solution, window) < SAME]
     certainty = min(rivals) / max(best.cost, 1e-9) if rivals else np.inf
     everywhere = list(range(matches.num_frames))
     whole = bundles.adjust(matches, _grown(matches, best, window, everywhere), 10)
@@ -110,8 +110,8 @@ def turning(matches: Matches, focal: float, seek_focal: bool = True) -> Bundle:
     w2c = np.tile(np.eye(4), (matches.num_frames, 1, 1))
     for k in range(1, matches.num_frames):
         number = int(np.flatnonzero((matches.pairs == (k - 1, k)).all(axis=1))[0])
-        rays, seen = matches.rays(focal)[k - 1], _as_rays(matches.targets[number] / focal)
-        w2c[k, :3, :3] = _turn(rays, seen, matches.weights[number]) @ w2c[k - 1, :3, :3]
+        rays, target_rays = matches.rays(focal)[k - 1], _as_rays(matches.targets[number] / focal)
+        w2c[k, :3, :3] = _turn(rays, target_rays, matches.weights[number]) @ w2c[k - 1, :3, :3]
     nothing = np.zeros(matches.places.shape[:2])
     return bundles.adjust(matches, Bundle(w2c, focal, nothing + 1e-9, nothing), 30, focal if seek_focal else None)
 
@@ -131,11 +131,11 @@ def moves_everywhere(matches: Matches, turned: Bundle) -> bool:
     cell = np.broadcast_to(row * CELLS + column, weights.shape).ravel()
     total = np.bincount(cell, weights.ravel(), CELLS**2)
     moved = np.bincount(cell, (weights * (residual > MIN_PARALLAX_PX)).ravel(), CELLS**2)
-    seen = total > 0.1 * total.mean()  # what turns out of the picture says nothing
-    return float((moved > 0.5 * total)[seen].mean()) >= MIN_CELLS
+    visible = total > 0.1 * total.mean()  # what turns out of the picture says nothing
+    return float((moved > 0.5 * total)[visible].mean()) >= MIN_CELLS
 
 
-def _asked_for(matches: Matches, turned: Bundle, moved: Bundle) -> bool:
+def _is_supported(matches: Matches, turned: Bundle, moved: Bundle) -> bool:
     """Return whether the translation of `moved` explains the flow, and most points ask for it."""
     gaps = matches.pairs[:, 1] - matches.pairs[:, 0]
     wide, weights = gaps == gaps.max(), matches.weights[gaps == gaps.max()]
@@ -152,7 +152,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
 
 def first_pairs(matches: Matches, focal: float) -> list[tuple[tuple[int, int], float]]:
     """Return [((i, j), parallax in px)] of the pairs of frames whose parallax is large and consistent, best first."""
-    found, largest = [], 0.0
+    pairs, largest = [], 0.0
     for number, (i, j) in enumerate(matches.pairs):
         keep = matches.weights[number] > 0.5
         if j < i or keep.mean() < MIN_SHARE or keep.sum() < 32:
@@ -163,10 +163,10 @@ def first_pairs(matches: Matches, focal: float) -> list[tuple[tuple[int, int], f
         parallax = float(np.percentile(residual, 80))
         largest = max(largest, parallax)
         if parallax > MIN_PARALLAX_PX:
-            found.append((min(parallax, ENOUGH_PARALLAX_PX) * keep.mean(), (int(i), int(j)), parallax))
-    if not found:
+            pairs.append((min(parallax, ENOUGH_PARALLAX_PX) * keep.mean(), (int(i), int(j)), parallax))
+    if not pairs:
         raise no_parallax(largest, "a camera that only turns explains the motion")
-    return [(pair, parallax) for _, pair, parallax in sorted(found, reverse=True)]
+    return [(pair, parallax) for _, pair, parallax in sorted(pairs, reverse=True)]
 
 
 def _window(pair: tuple[int, int], num_frames: int) -> list[int]:
@@ -210,29 +210,29 @@ def _two_views(matches: Matches, pair: tuple[int, int], focal: float, sign: floa
     w2c[j, :3, :3], w2c[j, :3, 3] = turn, sign * shift
     empty = np.zeros((matches.num_frames, len(rays)))
     both = matches.among([i, j])
-    found = bundles.points_of(both, Bundle(w2c, focal, empty + 1, empty), [i], 1)
-    known = (weights > 0.3) & (found.information[i] > KNOWN * np.median(found.information[i]))
-    least = float(np.percentile(found.inverse[i][known], 2)) if known.any() else 0.0
+    solution = bundles.points_of(both, Bundle(w2c, focal, empty + 1, empty), [i], 1)
+    known = (weights > 0.3) & (solution.information[i] > KNOWN * np.median(solution.information[i]))
+    least = float(np.percentile(solution.inverse[i][known], 2)) if known.any() else 0.0
     w2c[j, :3, :3] = _turn(rays, rays @ turn.T + min(0.0, 1.5 * least) * w2c[j, :3, 3], weights)
-    found = bundles.forward(bundles.points_of(both, replace(found, w2c=w2c), [i, j]))
-    return bundles.normal(bundles.adjust(both, found, 10), i)
+    solution = bundles.forward(bundles.points_of(both, replace(solution, w2c=w2c), [i, j]))
+    return bundles.normal(bundles.adjust(both, solution, 10), i)
 
 
 def _grown(matches: Matches, start: Bundle, posed: list[int], frames: list[int]) -> Bundle:
     """Return the bundle with the cameras of all `frames`, each found from the points of those before it."""
-    found, posed = start, list(posed)
+    grown, posed = start, list(posed)
     while len(posed) < len(frames):
         missing = [k for k in frames if k not in posed]
         new = min(missing, key=lambda k: min(abs(k - i) for i in posed))
         nearest = min(posed, key=lambda i: abs(i - new))
-        w2c = found.w2c.copy()
-        w2c[new] = _resected(matches, found, new, w2c[nearest], posed)
+        w2c = grown.w2c.copy()
+        w2c[new] = _resected(matches, grown, new, w2c[nearest], posed)
         posed.append(new)
         among = matches.among(posed)
         linked = sorted({int(i) for i, j in among.pairs if j == new} | {new})
-        found = bundles.points_of(among, replace(found, w2c=w2c), linked)
-        found = replace(found, inverse=np.maximum(found.inverse, 1 / bundles.FARTHEST))
-    return found
+        grown = bundles.points_of(among, replace(grown, w2c=w2c), linked)
+        grown = replace(grown, inverse=np.maximum(grown.inverse, 1 / bundles.FARTHEST))
+    return grown
 
 
 def _resected(matches: Matches, bundle: Bundle, new: int, start: np.ndarray, posed: list[int]) -> np.ndarray:

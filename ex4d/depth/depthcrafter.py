@@ -54,8 +54,8 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
         pictures = working_pictures(frames)
         latents = encode(networks, pictures, noise)
         embeddings = embed(networks, pictures)
-        found = denoise(networks, latents, embeddings, noise)
-        values = decode(networks, found, frames.shape[1:3])
+        disparity = denoise(networks, latents, embeddings, noise)
+        values = decode(networks, disparity, frames.shape[1:3])
     if not np.isfinite(values).all():
         raise BadSample(
             "depth_nan", f"depthcrafter gave {(~np.isfinite(values)).mean():.2%} values that are not numbers"

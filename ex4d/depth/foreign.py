@@ -125,12 +125,12 @@ class _Worker:
     """One process of a foreign Python, with its network loaded."""
 
     def __init__(self, python: str, adapter: str, options: dict[str, Any]):
-        kept = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
+        environment = {key: os.environ[key] for key in ENVIRONMENT if key in os.environ}
         self.process = subprocess.Popen(
             [python, "-I", str(Path(__file__).with_name("foreign_worker.py")), adapter],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
-            env=kept,
+            env=environment,
             start_new_session=True,
         )
         try:
@@ -176,7 +176,7 @@ class _Worker:
                     raise ValueError("a line without an end")
                 line += self._read(1, deadline)
             message = json.loads(line)
-            found, total = {}, 0
+            arrays, total = {}, 0
             for name, kind, shape in message["arrays"]:
                 dtype = np.dtype(kind)
                 if dtype.kind not in "fiu" or not all(type(side) is int and side > 0 for side in shape):
@@ -184,11 +184,11 @@ class _Worker:
                 total += math.prod(shape) * dtype.itemsize
                 if total > MAX_BYTES:
                     raise ValueError(f"an answer of {total} bytes")
-                found[str(name)] = np.frombuffer(self._read(math.prod(shape) * dtype.itemsize, deadline), dtype)
-                found[str(name)] = found[str(name)].reshape(shape)
+                arrays[str(name)] = np.frombuffer(self._read(math.prod(shape) * dtype.itemsize, deadline), dtype)
+                arrays[str(name)] = arrays[str(name)].reshape(shape)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
             raise Failure("depth_worker_answer", f"the worker's answer cannot be read: {error}"[:300]) from None
-        return message, found
+        return message, arrays
 
     def _read(self, num_bytes: int, deadline: float) -> bytearray:
         """Return exactly the requested number of bytes of the answer."""

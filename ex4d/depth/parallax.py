@@ -52,11 +52,11 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
         flows = pair_flows(frames, GAPS)
         _check_motion(frames, flows)
         weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
-        found = camera_search.find(matches_of(flows, weights), (height, width), request.fov_deg)
-        if found.certainty < MIN_CERTAINTY:
+        cameras = camera_search.find(matches_of(flows, weights), (height, width), request.fov_deg)
+        if cameras.certainty < MIN_CERTAINTY:
             why = "near and far could be exchanged: the clip turns too much for its parallax"
-            raise Filtered("parallax_certainty", found.certainty, MIN_CERTAINTY, why)
-        w2c, focal = found.bundle.w2c, found.bundle.focal
+            raise Filtered("parallax_certainty", cameras.certainty, MIN_CERTAINTY, why)
+        w2c, focal = cameras.bundle.w2c, cameras.bundle.focal
         K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
         rays = pixel_rays((height, width), K).astype(np.float32)
         views = [_inverse_depth(i, flows, weights, rays, w2c, focal) for i in range(num_frames)]
@@ -72,8 +72,8 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     facts = {
         "estimator": "parallax",
         "fov_deg": fov_deg,
-        "residual_px": found.bundle.residual_px,
-        "certainty": min(found.certainty, MAX_CERTAINTY),
+        "residual_px": cameras.bundle.residual_px,
+        "certainty": min(cameras.certainty, MAX_CERTAINTY),
         "moving_share": float(mask.mean()),
     }
     return Geometry(values, "z_depth", K, False, facts, w2c, None, mask)
@@ -152,9 +152,9 @@ def _inverse_depth(i: int, flows: Flows, weights: Flows, rays: np.ndarray, w2c: 
     for pair in (pair for pair in flows if pair[0] == i):
         relative = (w2c[pair[1]] @ invert(w2c[i])).astype(np.float32)
         turned, shift = rays @ relative[:3, :3].T, relative[:3, 3]
-        seen = rays[..., :2] + flows[pair] / np.float32(focal)
-        rows.append((seen * shift[2] - shift[:2]) / turned[..., 2:])
-        sights.append((turned[..., :2] - seen * turned[..., 2:]) / turned[..., 2:])
+        target_rays = rays[..., :2] + flows[pair] / np.float32(focal)
+        rows.append((target_rays * shift[2] - shift[:2]) / turned[..., 2:])
+        sights.append((turned[..., :2] - target_rays * turned[..., 2:]) / turned[..., 2:])
         votes.append(weights[pair])
     a, b, base = np.stack(rows), np.stack(sights), np.stack(votes)
     weight = base
@@ -190,10 +190,10 @@ def _fuse(i: int, views: list[_View], flows: Flows, weights: Flows, rays: np.nda
             continue
         relative = (w2c[i] @ invert(w2c[j])).astype(np.float32)
         there = (rays / views[j].inverse[..., None]) @ relative[2, :3] + relative[2, 3]
-        seen = sample(np.stack([there, views[j].confidence], axis=-1), flows[i, j])
-        good = seen[..., 0] > 1e-6
-        estimates.append(np.where(good, 1 / np.where(good, seen[..., 0], 1), 1).astype(np.float32))
-        votes.append(np.where(good, seen[..., 1] * weights[i, j], 0))
+        sampled = sample(np.stack([there, views[j].confidence], axis=-1), flows[i, j])
+        good = sampled[..., 0] > 1e-6
+        estimates.append(np.where(good, 1 / np.where(good, sampled[..., 0], 1), 1).astype(np.float32))
+        votes.append(np.where(good, sampled[..., 1] * weights[i, j], 0))
     joined, vote = _weighted_median(np.stack(estimates), np.stack(votes))
     return _fill(joined, vote)
 

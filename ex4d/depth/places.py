@@ -63,11 +63,11 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
             return whole
     for depth, folder in enumerate(folders):
         other = request.twin or (request.namesake if depth else "")
-        found = _first([storage.join(folder, own.stem + suffix) for suffix in suffixes], exists)
-        if found and other:
-            raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(found).name, own, other, bool(request.twin)))
-        if found:
-            return found
+        file = _first([storage.join(folder, own.stem + suffix) for suffix in suffixes], exists)
+        if file and other:
+            raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(file).name, own, other, bool(request.twin)))
+        if file:
+            return file
     if chosen and not request.name and _has_pictures(chosen):
         return chosen
     raise BadSample("depth_missing", _what_is_missing(folders, own))

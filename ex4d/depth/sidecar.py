@@ -67,10 +67,10 @@ def read(path: str, wanted: Wanted) -> tuple[np.ndarray, str, np.ndarray | None,
     """
     name = _name(path)
     with _on_disk(path) as file:
-        found = isolation.run("depth_maps", (isolation.File(str(file)), name, wanted), LIMITS)
+        maps = isolation.run("depth_maps", (isolation.File(str(file)), name, wanted), LIMITS)
     try:  # the child may have been taken over
-        values, kind, key = np.asarray(found["values"]), str(found["kind"]), str(found["key"])
-        K, w2c = (None if found[known] is None else np.asarray(found[known], np.float64) for known in ("K", "w2c"))
+        values, kind, key = np.asarray(maps["values"]), str(maps["kind"]), str(maps["key"])
+        K, w2c = (None if maps[known] is None else np.asarray(maps[known], np.float64) for known in ("K", "w2c"))
         if w2c is not None:
             check_poses(w2c)
     except (TypeError, ValueError, KeyError, IndexError) as error:

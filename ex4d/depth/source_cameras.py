@@ -60,22 +60,22 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
     if choice in ("auto", "estimator"):
         if result.w2c is None and choice == "estimator":
             raise BadSample("cameras_missing", "the depth has no cameras: set cameras to parallax, none or a file")
-        return _told(result, "none" if result.w2c is None else "estimator")
+        return _with_facts(result, "none" if result.w2c is None else "estimator")
     if choice == "none":
-        return _told(replace(result, w2c=None), "none")
+        return _with_facts(replace(result, w2c=None), "none")
     if choice == "parallax" and result.provenance.get("estimator") == "parallax":
-        return _told(result, "parallax")
+        return _with_facts(result, "parallax")
     size = (frames.shape[1], frames.shape[2])
     with one_thread():
         flows = pair_flows(frames, GAPS) if len(frames) > 1 else {}
         weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
         if not flows:
-            return _told(replace(result, w2c=np.eye(4)[None]), choice)
+            return _with_facts(replace(result, w2c=np.eye(4)[None]), choice)
         matches = parallax.matches_of(flows, weights)
         if choice == "parallax" and not relative(result):
             return _of_depth(result, matches, size, request.fov_deg)
         if choice == "parallax":
-            w2c, focal = _found(matches, size, request.fov_deg)
+            w2c, focal = _from_motion(matches, size, request.fov_deg)
         else:
             w2c, focal = _of_file(request, len(frames)), None
     if result.K is None:
@@ -85,7 +85,7 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
     return _in_one_unit(replace(result, w2c=w2c), matches, choice, focal)
 
 
-def _told(result: Geometry, choice: str, error: float | None = None) -> Geometry:
+def _with_facts(result: Geometry, choice: str, error: float | None = None) -> Geometry:
     facts = {"cameras": choice} | ({} if error is None else {"camera_depth_error": error})
     return replace(result, provenance={**result.provenance, **facts})
 
@@ -104,37 +104,37 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
     inverse = 1 / values if result.kind == "z_depth" else np.maximum(values, 1e-9)
     known = fov_deg is not None or result.K is not None
     usual = cameras.focal_of(size, fov_deg or FOV_DEG) if result.K is None else float(result.K[0, 0])
-    found = replace(cameras.turning(matches, usual, not known), inverse=inverse, information=np.ones_like(inverse))
-    kept = matches
+    solution = replace(cameras.turning(matches, usual, not known), inverse=inverse, information=np.ones_like(inverse))
+    inliers = matches
     for trim in range(NUM_TRIMS + 1):
-        found = bundle.adjust(kept, found, 30, None if known else usual, fixed_points=True)
+        solution = bundle.adjust(inliers, solution, 30, None if known else usual, fixed_points=True)
         if trim < NUM_TRIMS:
-            residual = np.sqrt(bundle.squared_residuals(matches, found))
+            residual = np.sqrt(bundle.squared_residuals(matches, solution))
             limit = max(TRIM_PX, TRIM_RATIO * float(np.median(residual[matches.weights > 0])))
-            kept = replace(matches, weights=matches.weights * (residual < limit))
-    w2c = found.w2c @ invert(found.w2c[0])
+            inliers = replace(matches, weights=matches.weights * (residual < limit))
+    w2c = solution.w2c @ invert(solution.w2c[0])
     K = result.K if result.K is not None else intrinsics(size, fov_deg)
     if not known:
-        K[[0, 1], [0, 1]] = found.focal
-    points = bundle.points_of(matches, replace(found, w2c=w2c))
-    seen = cameras.known_points(points) & (points.inverse > 1e-6) & valid
+        K[[0, 1], [0, 1]] = solution.focal
+    points = bundle.points_of(matches, replace(solution, w2c=w2c))
+    sure = cameras.known_points(points) & (points.inverse > 1e-6) & valid
     error = 0.0
-    if float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse[valid])) > MOVES and seen.any():
-        error = weighted_median(np.abs(np.log(inverse[seen] / points.inverse[seen])), np.sqrt(points.information[seen]))
-    return _told(replace(result, w2c=w2c, K=K), "parallax", error)
+    if float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse[valid])) > MOVES and sure.any():
+        error = weighted_median(np.abs(np.log(inverse[sure] / points.inverse[sure])), np.sqrt(points.information[sure]))
+    return _with_facts(replace(result, w2c=w2c, K=K), "parallax", error)
 
 
-def _found(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> tuple[np.ndarray, float]:
+def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> tuple[np.ndarray, float]:
     """Return (w2c [T, 4, 4], focal length in px) by parallax; of a camera that stands or turns, without translation.
 
     The focal length is sought even where depth brings one: flow that is a little too short bends cameras with the true
     one more than it bends those with the one that fits (docs/decisions/source_cameras.md).
     """
     try:
-        found = cameras.find(matches, size, fov_deg)
-        if found.certainty < parallax.MIN_CERTAINTY:
-            raise Filtered("parallax_certainty", found.certainty, parallax.MIN_CERTAINTY, "near and far are unsure")
-        return found.bundle.w2c, found.bundle.focal
+        solution = cameras.find(matches, size, fov_deg)
+        if solution.certainty < parallax.MIN_CERTAINTY:
+            raise Filtered("parallax_certainty", solution.certainty, parallax.MIN_CERTAINTY, "near and far are unsure")
+        return solution.bundle.w2c, solution.bundle.focal
     except Filtered as error:
         turned = cameras.turning(matches, cameras.focal_of(size, fov_deg or FOV_DEG), fov_deg is None)
         left = np.sqrt(bundle.squared_residuals(matches, turned)[matches.weights > 0.5])
@@ -162,25 +162,25 @@ def _in_one_unit(result: Geometry, matches: bundle.Matches, choice: str, focal: 
     assert result.w2c is not None
     assert result.K is not None
     start = bundle.Bundle(result.w2c, focal or float(result.K[0, 0]), *np.ones((2, *matches.places.shape[:2])))
-    found = bundle.points_of(matches, start)
-    known = cameras.known_points(found) & (found.inverse > 1e-6)
+    solution = bundle.points_of(matches, start)
+    known = cameras.known_points(solution) & (solution.inverse > 1e-6)
     moved = float(np.linalg.norm(invert(result.w2c)[:, :3, 3], axis=1).max())
-    if moved == 0 or (moved * float(np.median(found.inverse[known])) if known.any() else 0.0) < STILL:
+    if moved == 0 or (moved * float(np.median(solution.inverse[known])) if known.any() else 0.0) < STILL:
         w2c = result.w2c.copy()
         w2c[:, :3, 3] = 0
-        return _told(replace(result, w2c=w2c), choice, 0.0)
+        return _with_facts(replace(result, w2c=w2c), choice, 0.0)
     known &= _measured(result, matches)
     if known.sum() < MIN_POINTS:
         raise BadSample("cameras_missing", "too few points can be triangulated to bring cameras and depth together")
     values = _at_points(result.values, matches)[known]
-    inverse, weight = found.inverse[known], np.sqrt(found.information[known])
+    inverse, weight = solution.inverse[known], np.sqrt(solution.information[known])
     if relative(result):
-        return _told(*_of_disparity(result, values, inverse, weight, choice))
+        return _with_facts(*_of_disparity(result, values, inverse, weight, choice))
     logs = np.log((values if result.kind == "z_depth" else 1 / np.maximum(values, 1e-9)) * inverse)
     middle = weighted_median(logs, weight)
     w2c = result.w2c.copy()
     w2c[:, :3, 3] *= np.exp(middle)
-    return _told(replace(result, w2c=w2c), choice, weighted_median(np.abs(logs - middle), weight))
+    return _with_facts(replace(result, w2c=w2c), choice, weighted_median(np.abs(logs - middle), weight))
 
 
 def _at_points(values: np.ndarray, matches: bundle.Matches) -> np.ndarray:

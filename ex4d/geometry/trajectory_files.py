@@ -87,13 +87,13 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         poses = checked(READERS[format](path, camera))
     except UNREADABLE as error:
         kind = f"no {format} file of poses" if format else "no file of poses that is read"
-        raise ContractError(f"{name} is {kind}: {_said(error)}") from error
+        raise ContractError(f"{name} is {kind}: {_reason(error)}") from error
     if flip_y:
         poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.times, poses.size, poses.source)
     return poses
 
 
-def _said(error: BaseException) -> str:
+def _reason(error: BaseException) -> str:
     """Return what is wrong in our own words where we have them, else the kind of damage."""
     if isinstance(error, RuntimeError):
         return "it is nested too deeply"
@@ -107,7 +107,7 @@ def parse(data: bytes) -> PoseFile:
     try:
         return checked(pose_trees.of_json(data))
     except UNREADABLE as error:
-        raise ContractError(f"is no camera.json: {_said(error)}") from error
+        raise ContractError(f"is no camera.json: {_reason(error)}") from error
 
 
 def read_key_poses(path: str | Path) -> np.ndarray | None:
@@ -132,7 +132,7 @@ def read_key_poses(path: str | Path) -> np.ndarray | None:
             raise ValueError("key_poses is no list of poses")
         return np.stack([check_rigid(_key_pose(entry)) for entry in tree["key_poses"]])
     except (*UNREADABLE, ConfigError) as error:
-        raise ContractError(f"{Path(str(path)).name} holds no key poses: {_said(error)}") from error
+        raise ContractError(f"{Path(str(path)).name} holds no key poses: {_reason(error)}") from error
 
 
 def _key_pose(entry: Any) -> np.ndarray:
@@ -203,11 +203,11 @@ def _guess_arrays(path: str | Path) -> str:
         return "ex4d"
     if "cam_c2w" in keys:  # MegaSaM's, in OpenCV axes
         return "c2w"
-    found = keys & {"w2c", "c2w"}
-    if len(found) == 1 and "axes=opencv" in keys:
-        return found.pop()
-    if found:
-        way = sorted(found)[0]
+    names = keys & {"w2c", "c2w"}
+    if len(names) == 1 and "axes=opencv" in keys:
+        return names.pop()
+    if names:
+        way = sorted(names)[0]
         raise ValueError(f"{way} does not say its axes: say format={way} where they are OpenCV's (x right, y down)")
     if keys:
         raise ValueError(f"its keys are {', '.join(sorted(keys)[:8])}; {READ}")

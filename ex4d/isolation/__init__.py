@@ -264,21 +264,21 @@ class _Tail:
     """The last bytes of a pipe, which a thread empties: a child that floods it neither blocks nor fills a disk."""
 
     def __init__(self, pipe: Any):
-        self._pipe, self._kept = pipe, b""
+        self._pipe, self._tail = pipe, b""
         self._thread = threading.Thread(target=self._drain, daemon=True, name="stderr of a child")
         self._thread.start()
 
     def _drain(self) -> None:
         while data := os.read(self._pipe.fileno(), 1 << 16):
-            self._kept = (self._kept + data)[-_STDERR_TAIL_BYTES:]
+            self._tail = (self._tail + data)[-_STDERR_TAIL_BYTES:]
 
     def clear(self) -> None:
-        self._kept = b""
+        self._tail = b""
 
     def text(self) -> str:
         """Return what a dead child wrote last, on one line."""
         self._thread.join(timeout=2)
-        return " ".join(self._kept.decode("utf-8", "replace").split())
+        return " ".join(self._tail.decode("utf-8", "replace").split())
 
     def close(self) -> None:
         """Stop reading. The child is dead."""

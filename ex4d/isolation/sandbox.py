@@ -71,16 +71,16 @@ _libc = ctypes.CDLL(None, use_errno=True)
 
 def missing() -> list[str]:
     """Return the protections that this kernel does not offer, as sentences; [] if the sandbox is complete."""
-    found = []
+    reasons = []
     wrapped = "bubblewrap stands in for it" if shutil.which("bwrap") else ""
     if landlock_version() < 1:
-        found.append(f"Landlock (Linux 5.13): {wrapped or 'the child can read your files; install bubblewrap'}")
+        reasons.append(f"Landlock (Linux 5.13): {wrapped or 'the child can read your files; install bubblewrap'}")
     elif landlock_version() < 4:
-        found.append("Landlock 4 (Linux 6.7): the file rules hold, TCP is closed by seccomp alone")
+        reasons.append("Landlock 4 (Linux 6.7): the file rules hold, TCP is closed by seccomp alone")
     if not _has_seccomp():
         network = "the child can reach the network and your processes; install bubblewrap"
-        found.append(f"seccomp on x86_64 or aarch64: {wrapped or network}")
-    return found
+        reasons.append(f"seccomp on x86_64 or aarch64: {wrapped or network}")
+    return reasons
 
 
 def landlock_version() -> int:

@@ -30,12 +30,12 @@ def of_components(
         ConfigError: the base is missing and cannot be fetched.
     """
     folder = resolve(base, revision, needed)
-    found = {}
+    digests = {}
     for component in components:
         files = sorted(file for sub in FOLDERS[component] for kind in FILES for file in (folder / sub).glob(kind))
         if any(file.suffix == ".safetensors" for file in files):
-            found[component] = config.fingerprint([(str(file.relative_to(folder)), _sha256(file)) for file in files])
-    return found
+            digests[component] = config.fingerprint([(str(file.relative_to(folder)), _sha256(file)) for file in files])
+    return digests
 
 
 def _sha256(file: Path) -> str:

@@ -74,7 +74,7 @@ def count_blocks(names: Iterable[str]) -> int:
     Raises:
         ContractError: a number below it is missing.
     """
-    numbers = {int(found[1]) for name in names if (found := re.search(r"blocks[._](\d{1,9})[._]", name))}
+    numbers = {int(match[1]) for name in names if (match := re.search(r"blocks[._](\d{1,9})[._]", name))}
     if numbers and max(numbers) >= len(numbers):
         raise ContractError(f"blocks are missing: there are {len(numbers)}, numbered up to {max(numbers)}")
     return len(numbers)

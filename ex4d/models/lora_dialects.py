@@ -61,8 +61,8 @@ def read(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
             missing, do not fit, or hold non-finite values.
     """
     for part, kind in _KINDS.items():
-        if found := [name for name in tensors if part in re.sub(r"\.diff_\w+$", ".diff", name) + "\n"]:
-            raise ContractError(f"{kind} is not read, only plain LoRA: {len(found)} tensors such as {found[0]}")
+        if names := [name for name in tensors if part in re.sub(r"\.diff_\w+$", ".diff", name) + "\n"]:
+            raise ContractError(f"{kind} is not read, only plain LoRA: {len(names)} tensors such as {names[0]}")
     pairs, left_out, odd = _pairs(tensors)
     if odd or not pairs:
         raise ContractError(f"no LoRA of Wan: {len(odd) or len(tensors)} names such as {sorted(odd or tensors)[:2]}")
@@ -94,16 +94,16 @@ def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str], l
     pairs: dict[str, Pair] = {}
     left_out, odd = [], []
     for name, value in tensors.items():
-        found = _NAME.fullmatch(name)
-        if name.startswith(_TEXT) or (found and found[2].endswith(_IMAGE)):
+        match = _NAME.fullmatch(name)
+        if name.startswith(_TEXT) or (match and match[2].endswith(_IMAGE)):
             left_out.append(name)
-        elif found is None or found[2] not in _MODULES:
+        elif match is None or match[2] not in _MODULES:
             odd.append(name)
         else:
-            pair = pairs.setdefault(f"transformer.blocks.{int(found[1])}.{_MODULES[found[2]]}", Pair())
-            if found[3] == "alpha":
+            pair = pairs.setdefault(f"transformer.blocks.{int(match[1])}.{_MODULES[match[2]]}", Pair())
+            if match[3] == "alpha":
                 pair.alpha = float(value) if value.numel() == 1 else float("nan")
-            elif found[3].startswith(("lora_A", "lora_down", "lora.down")):
+            elif match[3].startswith(("lora_A", "lora_down", "lora.down")):
                 pair.down = value
             else:
                 pair.up = value

@@ -63,12 +63,12 @@ def index(folder: Path) -> dict[str, Stored]:
         names = {WEIGHTS}
         if listing.is_file():
             names = set(json.loads(listing.read_text(encoding="utf-8"))["weight_map"].values())
-        found: dict[str, Stored] = {}
+        tensors: dict[str, Stored] = {}
         for name in sorted(names):
             if Path(name).name != name:
                 raise ContractError(f"{listing} names {name!r}, which is not a file of its folder")
-            found |= _header(folder / name)
-        return found
+            tensors |= _header(folder / name)
+        return tensors
     except (OSError, ValueError, KeyError, TypeError, AttributeError) as error:
         raise ContractError(f"the weights of {folder} cannot be read: {error}") from error
 
@@ -81,14 +81,14 @@ def _header(path: Path) -> dict[str, Stored]:
         header = json.loads(file.read(length))
         size = os.fstat(file.fileno()).st_size - 8 - length
     header.pop("__metadata__", None)
-    found = {}
+    tensors = {}
     for name, facts in header.items():
         start, end = facts["data_offsets"]
         stored = Stored(path, 8 + length + start, _DTYPES[facts["dtype"]], tuple(facts["shape"]))
         if not 0 <= start <= end <= size or end - start != math.prod(stored.shape) * stored.dtype.itemsize:
             raise ValueError(f"{path.name}: {name} has an impossible offset")
-        found[name] = stored
-    return found
+        tensors[name] = stored
+    return tensors
 
 
 class _Source:
@@ -105,11 +105,11 @@ class _Source:
             except ContractError as error:
                 problem = f"{folder} cannot be loaded: {error}"
         # An error on rank 0 is raised on all ranks, with the same message.
-        self.shapes, problem = self._said(({name: at.shape for name, at in self.stored.items()}, problem))
+        self.shapes, problem = self._broadcast(({name: at.shape for name, at in self.stored.items()}, problem))
         if problem:
             raise ContractError(problem)
 
-    def _said(self, value: Any) -> Any:
+    def _broadcast(self, value: Any) -> Any:
         if not self.shared:
             return value
         values = [value]
@@ -175,14 +175,14 @@ def load_transformer(
     return model.to(place)
 
 
-def _check(what: str, found: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
+def _check(what: str, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
     """Raise ContractError, which begins with `what`, unless every expected tensor was found in its shape."""
-    wrong = [name for name, shape in expected.items() if found.get(name) != shape]
+    wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
     if wrong:
-        there = found.get(wrong[0])
+        there = stored.get(wrong[0])
         why = "is missing" if there is None else f"has the shape {[*there]}, not {[*expected[wrong[0]]]}"
         raise ContractError(f"{what}: {wrong[0]} {why} ({len(wrong)} such tensors)")
-    if surplus := sorted(found.keys() - expected.keys()):
+    if surplus := sorted(stored.keys() - expected.keys()):
         log.warning(
             "skipped %d tensors of the file that the model does not have; the first is %s", len(surplus), surplus[0]
         )

@@ -42,13 +42,13 @@ class HostBlock:
 
     def __init__(self, block: nn.Module, host: Tensor):
         self._places: list[tuple[nn.Module, str, int, Tensor]] = []
-        found = list(_frozen(block))
+        tensors = list(_frozen(block))
         size = 0
-        for module, _, name, tensor in found:
+        for module, _, name, tensor in tensors:
             self._places.append((module, name, size, torch.empty_like(tensor, device="meta")))
             size += _aligned(tensor.nbytes)
         self.host = host
-        for (_, table, name, tensor), view in zip(found, self.views(self.host), strict=True):
+        for (_, table, name, tensor), view in zip(tensors, self.views(self.host), strict=True):
             view.copy_(tensor)
             table[name] = None
 

@@ -89,11 +89,11 @@ def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = Fa
             f"{path}: LoRA has rank {metadata.lora_rank} and alpha {metadata.lora_alpha:g}, "
             f"the model has rank {rank} and alpha {alpha:g}"
         )
-    found = base_fingerprint(model.transformer)
-    known = metadata.base_fingerprint is not None and found is not None
-    if known and metadata.base_fingerprint != found and not allow_other_base:
+    own = base_fingerprint(model.transformer)
+    known = metadata.base_fingerprint is not None and own is not None
+    if known and metadata.base_fingerprint != own and not allow_other_base:
         raise ContractError(
-            f"{path} was trained on {metadata.base} ({metadata.base_fingerprint}); the loaded base is another ({found})"
+            f"{path} was trained on {metadata.base} ({metadata.base_fingerprint}); the loaded base is another ({own})"
         )
     load_state(model, state, str(path))
     return metadata

@@ -57,7 +57,7 @@ class TrainConfig:
     )
     lr: float = setting(3e-5, "Learning rate after warm-up.", gt=0)
     device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to train on; auto: a GPU where there is one.")
-    seed: int = setting(0, "Seed of everything that is drawn.", ge=0, le=2**31 - 1)
+    seed: int = setting(0, "Seed of all random choices.", ge=0, le=2**31 - 1)
     save_every: int = setting(100, "Write a checkpoint every N steps, and after the last.", ge=1)
     keep_last: int = setting(2, "Number of newest checkpoints to keep; the best by validation loss is kept too.", ge=1)
     log_every: int = setting(10, "Print the loss every N steps.", ge=1)

@@ -78,7 +78,7 @@ class Validator:
         self.config, self.job, self.start = config, job, start
         self._running: tuple[int, Handle, float] | None = None
         self._next: int | None = None  # the last step, waiting for an earlier validation to end
-        self._said: list[dict[str, Any]] = []
+        self._results: list[dict[str, Any]] = []
 
     def submit(self, step: int, weights: Mapping[str, Tensor]) -> list[str]:
         """Start the validation of a step; return where its videos will be, relative to the run's folder.
@@ -119,7 +119,7 @@ class Validator:
         "failed": why}.
         """
         self._collect()
-        results, self._said = self._said, []
+        results, self._results = self._results, []
         return results
 
     def wait(self, stop_asked: Callable[[], bool]) -> list[dict[str, Any]]:
@@ -172,11 +172,11 @@ class Validator:
             self._fail(step, f"its result cannot be read: {error}")
             return
         videos = [f"validation/{folder.name}/{name}" for name in names]
-        self._said.append({"step": step, "validation_loss": loss, "videos": videos, "seconds": round(seconds, 3)})
+        self._results.append({"step": step, "validation_loss": loss, "videos": videos, "seconds": round(seconds, 3)})
 
     def _fail(self, step: int, why: str) -> None:
         logger.warning("validation of step %d: %s; the training continues", step, why)
-        self._said.append({"step": step, "failed": why})
+        self._results.append({"step": step, "failed": why})
 
 
 def step_folder(output: str | Path, step: int) -> Path:

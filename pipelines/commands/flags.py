@@ -46,7 +46,8 @@ def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ())
             "" if default in (None, "", False, (), {}) else f"default: {default}",
         )
         shown = "; ".join(note for note in notes if note)
-        help = f"{rule.help}{f' ({shown})' if shown else ''}".replace("%", "%%")
+        # A flag that is left out is what null is in a file.
+        help = f"{rule.help.replace('null:', 'default:')}{f' ({shown})' if shown else ''}".replace("%", "%%")
         if isinstance(default, bool):
             parser.add_argument(flag, action="store_true", help=help)
         elif isinstance(default, tuple | Mapping):

@@ -65,7 +65,7 @@ class EvaluateConfig:
         "smooth: on a stabilised one.",
         choices=SOURCE_MOTIONS,
     )
-    persistent_frames: int = setting(0, "Other frames that fill holes with the static surfaces they saw.", ge=0)
+    persistent_frames: int = setting(0, "Number of other frames whose static surfaces fill holes.", ge=0)
     profile: str | None = setting(None, "Mesh profile; null: what the adapter was trained with.", choices=PROFILES)
     num_frames: int | None = setting(None, "Frames of a clip, 4k+1; null: what the adapter was trained at.", ge=1)
     size: tuple[int, int] | None = setting(None, "[height, width], px; null: what the adapter was trained at.")

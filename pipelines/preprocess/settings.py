@@ -77,7 +77,7 @@ class PreprocessConfig:
         False, "Only measure scores and report what each filter would keep; no depth, masks or shards."
     )
     val_fraction: float = setting(0.02, "Fraction of sources that go to the validation split.", ge=0, le=1)
-    seed: int = setting(0, "Seed of everything that is drawn.", ge=0, le=2**31 - 1)
+    seed: int = setting(0, "Seed of all random choices.", ge=0, le=2**31 - 1)
 
     list_root: str | None = setting(
         None, "Folder that names in lists are relative to; null: each list's own.", group="Input and cache"

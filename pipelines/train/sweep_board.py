@@ -94,13 +94,13 @@ class Display:
     def __init__(self, title: str, total: int, metric: str, last: int):
         self.title, self.total, self.metric, self.last = title, total, metric, last
         self._live: Any = None
-        self._said: dict[int, tuple[Any, ...]] = {}
+        self._last_lines: dict[int, tuple[Any, ...]] = {}
         self._start = time.monotonic()
-        self._drawn = self._repeated = -math.inf
+        self._drawn_s = self._repeated = -math.inf
 
     def show(self, rows: Sequence[Row]) -> None:
         """Show the rows as they are now; on a terminal the table is drawn anew."""
-        self._drawn = time.monotonic()
+        self._drawn_s = time.monotonic()
         if not sys.stdout.isatty():
             self._say_changes(rows)
             return
@@ -113,7 +113,7 @@ class Display:
 
     def due(self) -> bool:
         """Return whether an update is due."""
-        return time.monotonic() - self._drawn >= DRAW_EVERY_S
+        return time.monotonic() - self._drawn_s >= DRAW_EVERY_S
 
     def close(self) -> None:
         """Stop updating and leave the last table on the terminal."""
@@ -142,9 +142,9 @@ class Display:
         for row in rows:
             news = (row.state, row.value)
             running = row.state == "running" and again
-            if (news == self._said.get(row.number) and not running) or row.state in ("waiting", "paused"):
+            if (news == self._last_lines.get(row.number) and not running) or row.state in ("waiting", "paused"):
                 continue
-            self._said[row.number] = news
+            self._last_lines[row.number] = news
             value = "" if row.value is None else f", {self.metric} {row.value:.5f}"
             rate = "" if row.rate is None else f", {row.rate:.3g} steps/s, {duration(row.eta_s)} to its end"
             at = f"step {row.step}/{self.last}"

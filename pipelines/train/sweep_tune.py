@@ -202,7 +202,7 @@ def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, An
     class Remembering(base):
         def __init__(self, **options: Any):
             super().__init__(**options)
-            self.heard: dict[str, int] = {}  # the last step of each trial
+            self.last_steps: dict[str, int] = {}  # the last step of each trial
 
         def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
             super().on_trial_add(tune_controller, trial)
@@ -215,9 +215,9 @@ def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, An
                 self.on_trial_complete(tune_controller, trial, before[-1])
 
         def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if result["step"] <= self.heard.get(trial.trial_id, 0):
+            if result["step"] <= self.last_steps.get(trial.trial_id, 0):
                 return base.CONTINUE  # a resumed trial repeats its reports
-            self.heard[trial.trial_id] = result["step"]
+            self.last_steps[trial.trial_id] = result["step"]
             return super().on_trial_result(tune_controller, trial, result)
 
     return Remembering

@@ -17,9 +17,9 @@ def estimate(model, frames):
     import cv2
 
     height, width = frames.shape[1:3]
-    found = model.inference([frame for frame in frames])
-    depth = np.stack([cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in found.depth])
-    scale = np.diag([width / found.depth.shape[2], height / found.depth.shape[1], 1.0])
+    prediction = model.inference([frame for frame in frames])
+    depth = np.stack([cv2.resize(one, (width, height), interpolation=cv2.INTER_LINEAR) for one in prediction.depth])
+    scale = np.diag([width / prediction.depth.shape[2], height / prediction.depth.shape[1], 1.0])
     w2c = np.tile(np.eye(4), (len(frames), 1, 1))
-    w2c[:, :3] = found.extrinsics[:, :3]
-    return {"values": depth, "kind": "z_depth", "K": scale @ np.median(found.intrinsics, axis=0), "w2c": w2c}
+    w2c[:, :3] = prediction.extrinsics[:, :3]
+    return {"values": depth, "kind": "z_depth", "K": scale @ np.median(prediction.intrinsics, axis=0), "w2c": w2c}
