@@ -1,4 +1,4 @@
-"""Estimate the cameras of a clip from its optical flow: whether the camera stands, turns or moves, and its path.
+"""Estimate the cameras of a clip from its optical flow: whether the camera rests, turns or moves, and its path.
 
 A gentle camera that mostly turns leaves a two-fold ambiguity: near and far exchanged, with the opposite motion and
 another turn, moves nearly as well. The two differ only by the perspective of the lens. So both are tried, from several

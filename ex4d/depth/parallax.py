@@ -3,9 +3,9 @@
 Optical flow (DIS) between frames 1, 2, 4 apart → cameras and focal length by bundle adjustment (`depth.cameras`) →
 inverse depth of every pixel, by least squares over all its flows (weights: forward–backward consistency, and the
 epipolar residual) → fusion with what neighbouring frames say of the same point → gaps filled from around them → what
-moves by itself placed where it stands (`depth.moving`).
+moves by itself placed on the surface below it (`depth.moving`).
 
-It needs a camera that moves sideways or forward; a clip whose camera stands or only turns is filtered (no_parallax),
+It needs a camera that moves sideways or forward. A clip whose camera rests or only turns is filtered (no_parallax),
 and so is one that a scene turned inside out explains as well (parallax_certainty), or of noise (parallax_noise). The
 scale is arbitrary: the median depth of the clip is 1. Everything runs on one thread and equal input gives equal output.
 """
@@ -25,7 +25,7 @@ from ex4d.geometry.tracks import Flows, consistency, one_thread, pair_flows, sam
 
 GAPS = (1, 2, 4)
 MIN_MOTION_PX = 0.3  # below it DIS measures noise (its median error is 0.15–0.3 px)
-MAX_STILL_SHARE = 0.4  # of the textured pixels: more than that and the camera stands
+MAX_STILL_SHARE = 0.4  # of the textured pixels; above it the camera is at rest
 # A pixel has texture where its slope (Sobel) reaches this; fewer pixels than this share say nothing of a camera.
 TEXTURE, MIN_TEXTURED = 8.0, 0.1
 # Correlation of a frame with the next, brought to it by the flow: clips from 0.93 up, noise from 0.1 to 0.62.
@@ -83,7 +83,7 @@ def _check_motion(frames: np.ndarray, flows: Flows) -> None:
     """Raise Filtered unless the flow is that of a moving camera.
 
     no_parallax: too little of the picture has texture, or much of the texture does not move in any pair of frames, so
-    that the camera stands. parallax_noise: the flow does not bring frames to their neighbours, so that it is none.
+    that the camera is at rest. parallax_noise: the flow does not map frames to their neighbours.
     """
     import cv2
 

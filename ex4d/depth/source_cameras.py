@@ -5,7 +5,7 @@
 | `auto` | the depth estimator's if it has them; else the source is assumed to stand still |
 | `none` | not used: the source is assumed to stand still |
 | `estimator` | the depth estimator's; a clip without them is rejected |
-| `parallax` | found from the motion of the picture, a camera that stands or turns included |
+| `parallax` | estimated from the motion of the picture, also for a camera at rest or one that turns |
 | a file | its poses, as `geometry.trajectory_files` reads them |
 
 Where the depth is z-depth, parallax finds the cameras that explain the flow with that depth: none of the ambiguities of
@@ -125,7 +125,7 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
 
 
 def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> tuple[np.ndarray, float]:
-    """Return (w2c [T, 4, 4], focal length in px) by parallax; of a camera that stands or turns, without translation.
+    """Return (w2c [T, 4, 4], focal length in px) by parallax; without translation if the camera rests or turns.
 
     The focal length is sought even where depth brings one: flow that is a little too short bends cameras with the true
     one more than it bends those with the one that fits (docs/decisions/source_cameras.md).

@@ -19,15 +19,16 @@ Flows = dict[tuple[int, int], np.ndarray]
 # On synthetic clips of 96 px these keep 96–99 % of the visible tracks within 2 px of the truth, 83 % without them.
 MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
 MAX_SLOPE = 0.3  # px of flow per px
-FINEST_PX = 256  # flow is found down to pictures of about this size
-STEPS_PX = 128  # and where it is only the start of another search, to this one
-# Of a tracking search: descent and refinement. Half of the preset's keep as many tracks within 2 px in 3/4 of the time.
+FINEST_PX = 256  # the search for flow ends at pictures of about this size
+STEPS_PX = 128  # and at this one where its result only starts another search
+# Iterations of a tracking search: descent, refinement. Half of the preset's numbers keep as many tracks within 2 px
+# in 3/4 of the time.
 NUM_STEPS = (12, 2)
 
 
 @contextmanager
 def one_thread() -> Iterator[None]:
-    """Keep OpenCV on one thread: a pipeline runs many clips at once, and bits must not depend on a pool."""
+    """Limit OpenCV to one thread: a pipeline runs many clips at once, and results must not depend on a pool."""
     import cv2
 
     threads = cv2.getNumThreads()
@@ -41,8 +42,8 @@ def one_thread() -> Iterator[None]:
 def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int = FINEST_PX) -> Flows:
     """Return {(i, j): flow float32 [H, W, 2] px (x, y) from frame i to frame j} for every j = i ± gap.
 
-    A wider pair starts from the chain of two narrower ones, since displacements over 10 px are lost when it is found
-    alone: gaps are 1, 2, 4, …
+    The search of a wider pair starts from the chain of two narrower ones, since alone it loses displacements over
+    10 px: gaps are 1, 2, 4, …
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -72,7 +73,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int 
 
 
 def _dis(size: tuple[int, ...], finest_px: int, num_steps: tuple[int, int] | None = None) -> Any:
-    """Return a search that ends at about `finest_px`; `num_steps`: of its two parts, None for the preset's 25, 5."""
+    """Return a search that ends at about `finest_px`; `num_steps`: iterations of its two parts, None: 25 and 5."""
     import cv2
 
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
@@ -112,10 +113,10 @@ def _target(flow: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
 def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (flow float32 [T, h, w, 2] px of `frames` from frame 0 to every frame, visible bool [T, h, w]).
 
-    Pictures whose shorter side is a multiple n of FINEST_PX are followed at 1/n of their size, so h, w are H/n, W/n:
-    what is found below that size adds nothing to the tracks. Each flow is found from frame 0 itself, starting from the
-    chain so far, so that errors do not add up. A pixel is visible where it stays in the picture, its flow and the flow
-    back agree, and the flow does not tear around it: next to a depth edge flow follows whichever side has more texture.
+    Frames whose shorter side is a multiple n of FINEST_PX are tracked at 1/n of their size, so h, w are H/n, W/n;
+    a larger size does not improve the tracks. Each flow starts at frame 0 and is initialised by the chain so far, so
+    that errors do not add up. A pixel is visible if it stays in the picture, its forward and backward flow agree, and
+    the flow is smooth around it: next to a depth edge, flow follows whichever side has more texture.
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -162,7 +163,7 @@ def track(
     Args:
         frames: uint8 [T, H, W, 3].
         points: float [N, 2] px (x, y) in frame 0, pixel centres at +0.5.
-        dense: what `follow(frames)` gives, when it is at hand.
+        dense: result of `follow(frames)`; None: computed here.
         method: one of METHODS.
         folder: of CoTracker3's code and weights (`cotracker.FETCH`).
 

@@ -1,4 +1,4 @@
-"""What a novel camera sees of a frame, what tracked points cover, and erosion: bool masks, True = kept."""
+"""Masks of what a novel camera sees of a frame, of what tracked points cover, and their erosion: True = kept."""
 
 from __future__ import annotations
 
@@ -20,25 +20,25 @@ def novel_view(mesh: DWMesh, w2c: np.ndarray) -> np.ndarray:
 def visibility(
     z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: float = 0.02, drawn: np.ndarray | None = None
 ) -> np.ndarray:
-    """Return bool [H, W], in the source's pixels: whose surface a novel camera sees.
+    """Return bool [H, W], in the source's pixels: True where a novel camera sees the surface.
 
-    A pixel is kept when it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
-    around that place (a shadow map's sample lies up to a pixel away, and at 80° a pixel is many depths), and one of its
-    faces at least is whole and turned towards the camera. Whether its faces are among those that are drawn must not
-    count: minified faces win no pixel, and a plane at 80° would keep 35 %.
+    A pixel is kept if it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
+    around that place (a sample of a shadow map lies up to a pixel away, and at 80° a pixel spans many depths), and at
+    least one of its faces is whole and turned towards the camera. Whether its faces are drawn does not count: minified
+    faces win no pixel, and a plane at 80° would keep 35 %.
 
     Args:
         z_depth: float32 [H, W] of the source frame, its border included, which the mesh has pushed back.
         mesh: the DW-Mesh of that frame.
         w2c: [4, 4] of the novel camera; world = the frame's own camera.
         tolerance: share of its depth that a point may lie behind the drawn surface.
-        drawn: float32 [H, W], what the novel camera has before it; None: the mesh.
+        drawn: float32 [H, W], z-depth that the novel camera sees; None: render the mesh.
     """
     if drawn is None:
         drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
     depth = np.ascontiguousarray(z_depth, np.float32)
-    # Torn is judged by the real depth, the border not pushed. Without the test of where faces turn, the pixels just
-    # behind a limb pass for seen, being hardly deeper.
+    # Tears are found in the real depth, whose border is not pushed back. Without the test of winding, pixels just
+    # behind a limb would count as visible, since they are hardly deeper.
     torn = occlusion_flags(depth, mesh.K, np.radians(angle_threshold_deg(mesh.K[0, 0], mesh.profile)))
     u, v, z = landing(depth, mesh.K, w2c)
     kept = np.zeros(mesh.size, bool)

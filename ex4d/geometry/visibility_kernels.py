@@ -14,7 +14,7 @@ AHEAD = 1e-9  # of the camera's centre, in units of depth
 
 @kernel
 def land(z_depth, intrinsics, w2c, u, v, z):
-    """Enter into u, v, z float64 [H, W] where the novel camera sees each source pixel; u, v = −1 behind it.
+    """Write into u, v, z float64 [H, W] where the novel camera sees each source pixel; u, v = −1 if it is behind it.
 
     Args:
         z_depth: float32 [H, W]; intrinsics: float64 (fx, fy, cx, cy) of source and target; w2c: float64 [4, 4].
@@ -35,7 +35,7 @@ def land(z_depth, intrinsics, w2c, u, v, z):
 
 @kernel
 def mark_good(torn, u, v, z, good):
-    """Enter into good bool [H, W] which pixels have a face that is not torn, lies ahead, and keeps its winding.
+    """Set good bool [H, W] for pixels with a face that is not torn, lies in front of the camera and keeps its winding.
 
     Args:
         torn: bool [2, H−1, W−1] by the real depth; good: all False.
@@ -59,10 +59,10 @@ def mark_good(torn, u, v, z, good):
 
 @kernel
 def keep_seen(u, v, z, drawn, tolerance, good):
-    """Take from good bool [H, W] the pixels that fall outside the novel picture, or lie behind what is drawn there.
+    """Clear good bool [H, W] for pixels that fall outside the novel picture, or lie behind what is drawn there.
 
     Args:
-        drawn: float32 [H, W], z-depth of the novel view; of the four pixels around a point the farthest counts.
+        drawn: float32 [H, W], z-depth of the novel view; the farthest of the four pixels around a point counts.
     """
     height, width = drawn.shape
     for i in range(height):

@@ -29,7 +29,7 @@ class Samples:
     """Keep at most MAX_SAMPLES evenly spread frames of a shot of unknown length: every 2ⁿ-th, with n growing."""
 
     stride: int = 1
-    kept: list[tuple[int, np.ndarray]] = field(default_factory=list)
+    frames: list[tuple[int, np.ndarray]] = field(default_factory=list)
 
     def wants(self, index: int) -> bool:
         """Return whether frame `index` is one of the kept ones."""
@@ -38,15 +38,15 @@ class Samples:
     def add(self, index: int, grey: np.ndarray) -> None:
         """Add frame `index` (rising), uint8 [h,w] luma, if it is one to keep."""
         if self.wants(index):
-            self.kept.append((index, grey))
-        while len(self.kept) > MAX_SAMPLES:
+            self.frames.append((index, grey))
+        while len(self.frames) > MAX_SAMPLES:
             self.stride *= 2
-            self.kept = [(index, grey) for index, grey in self.kept if index % self.stride == 0]
+            self.frames = [(index, grey) for index, grey in self.frames if index % self.stride == 0]
 
-    def split(self, cut: int) -> np.ndarray:
+    def take_until(self, cut: int) -> np.ndarray:
         """Return uint8 [K,h,w] of the frames before `cut`, and continue with those after it."""
-        before = [grey for index, grey in self.kept if index < cut]
-        self.kept, self.stride = [(index, grey) for index, grey in self.kept if index >= cut], 1
+        before = [grey for index, grey in self.frames if index < cut]
+        self.frames, self.stride = [(index, grey) for index, grey in self.frames if index >= cut], 1
         return np.stack(before) if before else np.zeros((0, 1, 1), np.uint8)
 
 

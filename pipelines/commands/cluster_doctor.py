@@ -173,7 +173,7 @@ def _storage(folder: str, nodes: Sequence[dict[str, Any]], names: Sequence[str])
         with open(os.path.join(place, "driver"), "w", encoding="utf-8") as file:
             file.write(word)
     except OSError as error:
-        text = f"cannot be written from here: {error.strerror}"
+        text = f"cannot be written to from here: {error.strerror}"
         return [Finding(f"storage {folder}", text, False, "mount it on every node, writable for this user")]
     racing = list(nodes) if len(nodes) > 1 else [nodes[0], nodes[0]]
     titles = list(names) if len(nodes) > 1 else [names[0], names[0]]

@@ -76,11 +76,11 @@ def test_samples_of_a_shot_are_few_even_and_all_before_the_cut():
     samples = shot.Samples()
     for index in range(1000):
         samples.add(index, np.full((2, 2), index % 251, np.uint8))
-        assert len(samples.kept) <= shot.MAX_SAMPLES
-    indices = [index for index, _ in samples.kept]
+        assert len(samples.frames) <= shot.MAX_SAMPLES
+    indices = [index for index, _ in samples.frames]
     assert len(indices) > shot.MAX_SAMPLES / 2 - 1
     assert len(set(np.diff(indices))) == 1
-    assert len(samples.split(500)) == sum(index < 500 for index in indices)
-    assert all(index >= 500 for index, _ in samples.kept)
-    assert len(samples.split(2000)) > 0
-    assert samples.split(2000).shape[0] == 0
+    assert len(samples.take_until(500)) == sum(index < 500 for index in indices)
+    assert all(index >= 500 for index, _ in samples.frames)
+    assert len(samples.take_until(2000)) > 0
+    assert samples.take_until(2000).shape[0] == 0

@@ -83,7 +83,7 @@ def _cell_of(face, num_cells, columns, inverse_columns):
 
 @kernel
 def filled(keys, occluded, visible):
-    """Enter into visible bool [H, W] where the nearest face, of `rasterise`'s keys, is one of the grid and whole."""
+    """Set visible bool [H, W] where the nearest face, by the keys of `rasterise`, is a whole face of the grid."""
     _, rows, columns = occluded.shape
     num_cells, inverse_columns = rows * columns, 1 / columns
     for i in range(keys.shape[0]):
@@ -107,7 +107,7 @@ def _turned(x, y, rotation):
 
 @kernel
 def _mix(wa, a, wb, b, wc, c, out):
-    """Enter the weighted mean of three colours, rounded."""
+    """Write the weighted mean of three colours, rounded."""
     for k in range(3):
         out[k] = np.uint8(wa * a[k] + wb * b[k] + wc * c[k] + 0.5)
 
@@ -117,7 +117,7 @@ def shade(
     keys, z, rays_x, rays_y, rotation, eye, camera, colours, alpha, occluded, cap, two_sided, vertex_alpha,
     colour, z_depth, visible, face_id,
 ):  # fmt: skip
-    """Enter what the nearest faces show into colour, z_depth, visible and face_id; arguments as in `rasterise`.
+    """Write what the nearest faces show into colour, z_depth, visible and face_id; arguments as in `rasterise`.
 
     Args:
         eye: float64 [3], the target's centre in the source's axes.

@@ -2,8 +2,8 @@
 
 Columns of CHUNK cells are walked from top to bottom. The set-up of a chunk's triangles is written without branches, so
 that LLVM vectorises it. It is exact in float32: coordinates are whole 1/256 px, and a triangle over at most 2 × 2 pixel
-centres is smaller than 3 px. Those that cover more than one go through `_fill`, row by row. What is nearest is kept as
-one 64-bit key a pixel, the bits of float32 1/z above the complement of the face id, merged by max in any order.
+centres is smaller than 3 px. Those that cover more than one go through `_fill`, row by row. Each pixel keeps its
+nearest face as a 64-bit key, the bits of float32 1/z above the complement of the face id; merged by max in any order.
 """
 
 from __future__ import annotations
@@ -27,9 +27,9 @@ BEHIND = 16
 
 @kernel
 def _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hc, face, cull, keys):
-    """Enter one triangle, corners in 1/256 px and 1/z, by spans of rows; without back faces (area > 0) if cull.
+    """Draw one triangle into keys, row by row; corners in 1/256 px and 1/z. With cull, skip back faces (area > 0).
 
-    ha, hb, hc: how far each corner lies beyond the depth where a curtain ends, in the source's z; all zero: no end.
+    ha, hb, hc: how far each corner lies beyond the depth where a curtain ends, in the source's z; all 0: no end.
     """
     area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
     if area == 0 or (cull and area > 0):
@@ -94,7 +94,7 @@ def _point(i, j, z, rays_x, rays_y, centre, rotation, shift):
 
 @kernel
 def _snap(p, camera):
-    """Return (x, y in 1/256 px, 1/z) of a point before the camera."""
+    """Return (x, y in 1/256 px, 1/z) of a point in front of the camera."""
     one = 1 / p[2]
     u, v = camera[0] * p[0] * one + camera[2], camera[1] * p[1] * one + camera[3]
     return np.floor(u * 256.0 + 0.5), np.floor(v * 256.0 + 0.5), one
@@ -102,7 +102,7 @@ def _snap(p, camera):
 
 @kernel
 def _cut(inner, outer, near):
-    """Return where an edge meets the near plane; from its inner end, so that both its faces get the same point."""
+    """Return where an edge meets the near plane, computed from its inner end, so that both faces get the same point."""
     share = (near - inner[2]) / (outer[2] - inner[2])
     return (
         inner[0] + share * (outer[0] - inner[0]),
@@ -114,14 +114,14 @@ def _cut(inner, outer, near):
 
 @kernel
 def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, face, cull, keys):
-    """Enter a triangle of vertices ((i, j), (i, j), (i, j)), cut at the near plane, and where it ends (`_beyond`)."""
+    """Draw a triangle of vertices ((i, j), (i, j), (i, j)), cut at the near plane and where it ends (`_beyond`)."""
     (ai, aj), (bi, bj), (ci, cj) = corners
     a = _point(ai, aj, z, rays_x, rays_y, centre, rotation, shift)
     b = _point(bi, bj, z, rays_x, rays_y, centre, rotation, shift)
     c = _point(ci, cj, z, rays_x, rays_y, centre, rotation, shift)
     least = min(a[3], b[3], c[3])
     inside = (a[2] >= near) + (b[2] >= near) + (c[2] >= near)
-    # Turned so that the odd one out comes first; the order round the triangle stays.
+    # Rotate the corners so that the one alone on its side comes first; their order is kept.
     if (inside == 1 and b[2] >= near) or (inside == 2 and b[2] < near):
         a, b, c = b, c, a
     elif (inside == 1 and c[2] >= near) or (inside == 2 and c[2] < near):
@@ -149,7 +149,7 @@ def _beyond(depth, least, reach):
 
 @kernel
 def _vertices(z_row, rays_x, ray_y, rotation, shift, camera, near, last_j, last_i, lane, inverse):
-    """Enter a chunk's bottom vertices; return (AND, OR) of their outcodes: left, right, above, below, before near."""
+    """Compute a chunk's bottom vertices; return (AND, OR) of their outcodes: left, right, above, below, too near."""
     common, some = 31, 0
     for n in range(len(z_row)):
         depth = np.float64(z_row[n])
@@ -209,7 +209,7 @@ _cover = kernel(_cover_source, inline="always")
 
 @kernel
 def _cover_chunk(half, lane, cull, last_j, last_i, out):
-    """Enter what the triangles (tl, bl, tr), or (tr, bl, br), of a chunk cover: out int32 of kinds, columns, rows."""
+    """Compute what the triangles (tl, bl, tr), or (tr, bl, br), of a chunk cover: out int32 of kinds, columns, rows."""
     if half == 0:
         for n in range(CHUNK):
             out[n], out[n + CHUNK], out[n + 2 * CHUNK], lane[WB + n], lane[WC + n], lane[AREA + n] = _cover(
@@ -226,7 +226,7 @@ def _cover_chunk(half, lane, cull, last_j, last_i, out):
 
 @kernel
 def _cover_cut(inverse, half, cells, out):
-    """Send triangles across the near plane to `_draw` and drop those before it."""
+    """Mark triangles that cross the near plane for `_draw`, and drop those in front of it."""
     for n in range(cells):
         inside = (inverse[n + half] > 0) + (inverse[STRIDE + n] > 0) + (inverse[half * STRIDE + n + 1] > 0)
         if inside < 3:
@@ -235,7 +235,7 @@ def _cover_cut(inverse, half, cells, out):
 
 @kernel
 def _values(lane, inverse_a, inverse_b, inverse_c):
-    """Enter 1/z at the pixel of each triangle of a chunk, summed in the reference's order."""
+    """Compute 1/z at the pixel of each triangle of a chunk, summed in the order of the reference renderer."""
     for n in range(CHUNK):
         wb, wc, area = np.float64(lane[WB + n]), np.float64(lane[WC + n]), np.float64(lane[AREA + n])
         size = abs(area)
@@ -246,9 +246,9 @@ def _values(lane, inverse_a, inverse_b, inverse_c):
 
 @kernel
 def _sort(out, hidden, drawn_hidden, curtains_end, cells, ones, mores):
-    """Enter which triangles of a chunk cover one pixel and which more, without branches; return how many of each.
+    """List the triangles of a chunk that cover one pixel, and those that cover more; return the length of each list.
 
-    Where curtains end, a hidden one counts as covering more: only the slower way looks where it ends.
+    Written without branches. A curtain that ends counts as covering more: only the slower path checks where it ends.
     """
     one, more = 0, 0
     for n in range(cells):
@@ -263,7 +263,7 @@ def _sort(out, hidden, drawn_hidden, curtains_end, cells, ones, mores):
 
 @kernel
 def _fill_exact(n, half, lane, inverse, depth_a, depth_b, depth_c, reach, face, cull, keys):
-    """Enter triangle n of a chunk, if its corners are before the camera and exact in float32; return whether."""
+    """Draw triangle n of a chunk if its corners are in front of the camera and exact in float32; return True if so."""
     a, b, c = n + half, n, half * 2 * STRIDE + n + 1
     ia, ib, ic = inverse[a], inverse[STRIDE + n], inverse[half * STRIDE + n + 1]
     ax, ay = np.float64(lane[X0 + a]), np.float64(lane[Y0 + a])
@@ -281,7 +281,7 @@ def _fill_exact(n, half, lane, inverse, depth_a, depth_b, depth_c, reach, face, 
 
 @kernel
 def _draw_cap(cap, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, cull, keys):
-    """Enter the faces of the cap, whose ids follow those of the grid."""
+    """Draw the faces of the cap, whose ids follow those of the grid."""
     first, width = 2 * (z.shape[0] - 1) * (z.shape[1] - 1), z.shape[1]
     for k in range(len(cap)):
         a, b, c = np.int64(cap[k, 0]), np.int64(cap[k, 1]), np.int64(cap[k, 2])
@@ -293,14 +293,14 @@ def _draw_cap(cap, z, rays_x, rays_y, centre, rotation, shift, camera, near, rea
 def rasterise(
     z, rays_x, rays_y, rotation, shift, camera, near, occluded, cap, centre, cull, draw_occluded, reach, keys
 ):  # fmt: skip
-    """Enter all faces of a grid and its cap into keys int64 [H, W], zero where nothing is.
+    """Draw all faces of a grid and its cap into keys int64 [H, W], which stay 0 where there is no face.
 
     Args:
         z: float32 [rows + 1, columns + 1]; rays_x, rays_y: float64, K⁻¹ (u, v, 1) of its columns and rows.
         rotation, shift: float64 [9], row by row, and [3], from the source's to the target's axes.
         camera: float64 [4]: fx, fy, cx, cy of the target; near: its near plane. occluded: bool [2, rows, columns].
         cap: int32 [C, 3] faces of the cap; centre: float64 [3], its centre in the source's axes.
-        cull: leave out back faces; draw_occluded: else leave out occluded faces and the cap.
+        cull: skip back faces. draw_occluded: draw occluded faces and the cap, too.
         reach: an occluded face ends at (1 + reach) × its least depth; negative: it does not end.
     """
     rows, columns = z.shape[0] - 1, z.shape[1] - 1

@@ -1,4 +1,4 @@
-"""The render contract written plainly, in float64, one triangle after the other. Slow: for tests and small pictures."""
+"""The render contract written plainly, in float64, one triangle after another. Slow: for tests and small pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ex4d.geometry.render.rendered import NEAR_RATIO, SUBPIXELS, Rendered
 
 
 def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:
-    """Return what `camera` sees of `mesh`. `snap=False` leaves vertices where they are: what does snapping cost?"""
+    """Return what `camera` sees of `mesh`. `snap=False`: do not round vertices to 1/256 px."""
     points = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
     source_z, reach = mesh.vertices[:, 2], mesh.profile.curtain_reach
     near = NEAR_RATIO * float(mesh.z_depth.min())
@@ -75,7 +75,7 @@ def signed_area(uv: np.ndarray) -> float:
 def draw_triangle(
     uv: np.ndarray, inverse: np.ndarray, beyond: np.ndarray, face: int, inverse_depth: np.ndarray, face_id: np.ndarray
 ) -> None:
-    """Enter one triangle (uv [3, 2] in 1/256 px, 1/z [3]) into the pictures inverse_depth and face_id, in place.
+    """Draw one triangle (uv [3, 2] in 1/256 px, 1/z [3]) into inverse_depth and face_id, in place.
 
     beyond [3]: how far its corners lie beyond the source depth where it ends; it is drawn where that is not positive.
     """

@@ -80,13 +80,13 @@ def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]]
             for cut in detector.process_frame(timecode, bgr):
                 found.add(cut.frame_num)
                 if start < cut.frame_num:
-                    segments.append((start, cut.frame_num, _looks(samples.split(cut.frame_num), image.shape[:2])))
+                    segments.append((start, cut.frame_num, _looks(samples.take_until(cut.frame_num), image.shape[:2])))
                     start = cut.frame_num
     if not pts:
         raise BadSample("no_frames", "nothing decodes")
     if any(later <= earlier for earlier, later in itertools.pairwise(pts)):
         raise BadSample("timestamps_disordered", "the timestamps of the frames do not rise")
-    segments.append((start, len(pts), _looks(samples.split(len(pts)), image.shape[:2])))
+    segments.append((start, len(pts), _looks(samples.take_until(len(pts)), image.shape[:2])))
     cuts = sorted(cut for cut in found if 0 < cut < len(pts))
     # A fade is reported late and may lie in a closed segment: both halves then share that segment's facts.
     shots = [
