@@ -231,9 +231,24 @@ def to_dict(config: Any) -> dict[str, Any]:
 
 def fingerprint(*parts: Any) -> str:
     """Return 16 hex digits that identify the parts (JSON-able values or dataclasses); equal parts, equal digits."""
-    plain = [to_dict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part for part in parts]
-    text = json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
-    return hashlib.sha256(text.encode()).hexdigest()[:16]
+    return Digest().of(*parts)
+
+
+class Digest:
+    """Fingerprints that begin with the same parts: `Digest(a).of(b) == fingerprint(a, b)`, without doing `a` again."""
+
+    def __init__(self, *parts: Any):
+        self._begun = "[" + "".join(f"{_plain_json(part)}," for part in parts)
+
+    def of(self, *parts: Any) -> str:
+        """Return the fingerprint of all parts."""
+        text = self._begun + "".join(f"{_plain_json(part)}," for part in parts)
+        return hashlib.sha256(f"{text.removesuffix(',')}]".encode()).hexdigest()[:16]
+
+
+def _plain_json(part: Any) -> str:
+    plain = to_dict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
+    return json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:

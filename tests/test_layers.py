@@ -55,7 +55,7 @@ GATES = {
     "diffusers": ("ex4d/models/", "ex4d/depth/"),
     "transformers": ("ex4d/models/", "ex4d/depth/"),
     "nvdiffrast": ("ex4d/geometry/render/nvdiffrast.py",),
-    "numba": ("ex4d/geometry/",),
+    "numba": ("ex4d/geometry/", "pipelines/preprocess/duplicates.py"),
     "ray": ("pipelines/",),
     "argparse": ("pipelines/cli.py", "pipelines/commands/"),
 }

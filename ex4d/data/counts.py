@@ -2,15 +2,19 @@
 
 from __future__ import annotations
 
+from array import array
 from collections import Counter
 from collections.abc import Iterable, Mapping
+from itertools import chain
+
+import numpy as np
 
 from ex4d.data.manifest import FATES, REJECT_COLUMNS, REJECTS, SPLITS, UNITS
-from ex4d.data.staged import Staged
+from ex4d.data.staged import Contents
 from ex4d.errors import ContractError
 
 
-def count(items: list[Staged], rejected: list[dict[str, str]], counts: Mapping[str, int]) -> dict[str, int]:
+def count(contents: Contents, counts: Mapping[str, int]) -> dict[str, int]:
     """Return all counts of a dataset.
 
     Args:
@@ -19,18 +23,29 @@ def count(items: list[Staged], rejected: list[dict[str, str]], counts: Mapping[s
     Raises:
         ContractError: a clip is counted twice, a split is not known, or the counts do not add up.
     """
-    keys = [item.key for item in items] + [row["key"] for row in rejected if row["unit"] == "clip"]
-    if len(set(keys)) != len(keys):
-        twice = sorted(key for key, number in Counter(keys).items() if number > 1)
-        raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
-    if unknown := {item.split for item in items} - set(SPLITS):
+    hashes, by_split = array("q"), Counter[str]()
+    for item in contents.staged():
+        by_split[item.split] += 1
+        hashes.append(hash(item.key))
+    hashes.extend(hash(row["key"]) for row in contents.rejects() if row["unit"] == "clip")
+    values, times = np.unique(np.frombuffer(hashes, np.int64), return_counts=True)
+    if (times > 1).any():
+        _check_keys(contents, set(values[times > 1].tolist()))
+    if unknown := by_split.keys() - set(SPLITS):
         raise ContractError(f"splits {sorted(unknown)} are not known; allowed: {SPLITS}")
-    by_split = Counter(item.split for item in items)
-    samples = {"samples": len(items), **{f"samples_{split}": by_split[split] for split in SPLITS}}
-    whole = {**counts, **reject_counts(rejected), **samples}
+    samples = {"samples": by_split.total(), **{f"samples_{split}": by_split[split] for split in SPLITS}}
+    whole = {**counts, **reject_counts(contents.rejects()), **samples}
     if wrong := identities(whole):
         raise ContractError("the counts do not add up: " + "; ".join(wrong))
     return whole
+
+
+def _check_keys(contents: Contents, suspects: set[int]) -> None:
+    """Raise ContractError where keys repeat. Args: suspects: `hash` of keys that may."""
+    rejected = (row["key"] for row in contents.rejects() if row["unit"] == "clip")
+    keys = Counter(key for key in chain((item.key for item in contents.staged()), rejected) if hash(key) in suspects)
+    if twice := sorted(key for key, number in keys.items() if number > 1):
+        raise ContractError(f"clips counted more than once, as samples or rejects: {twice[:5]}")
 
 
 def identities(counts: Mapping[str, int]) -> list[str]:

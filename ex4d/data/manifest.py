@@ -109,9 +109,8 @@ def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
 
 
 def write_rejects(path: Path, rows: Iterable[Mapping[str, str]]) -> None:
-    """Write rejects.parquet to a local path; rows need exactly REJECT_COLUMNS, their order does not matter."""
-    schema = pa.schema([(name, pa.string()) for name in REJECT_COLUMNS])
-    write_table(path, sorted(rows, key=lambda row: tuple(row[name] for name in REJECT_COLUMNS)), schema)
+    """Write rejects.parquet to a local path; rows need exactly REJECT_COLUMNS, and are sorted by these."""
+    write_table(path, rows, pa.schema([(name, pa.string()) for name in REJECT_COLUMNS]))
 
 
 def write_table(path: Path, rows: Iterable[Mapping[str, Any]], schema: pa.Schema) -> int:

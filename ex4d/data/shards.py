@@ -23,11 +23,11 @@ import pyarrow.compute as pc
 from ex4d import storage
 from ex4d.data import building, manifest
 from ex4d.data.counts import count
-from ex4d.data.staged import Staged, digest, plans, split_of, with_sizes
+from ex4d.data.staged import Contents, Listed, Staged, digest, digest_of, plans, split_of
 from ex4d.data.tar import sample_tar
 from ex4d.errors import ContractError
 
-__all__ = ["Build", "DamagedSamples", "Staged", "pack", "sample_tar", "split_of"]
+__all__ = ["Build", "Contents", "DamagedSamples", "Staged", "pack", "pack_contents", "sample_tar", "split_of"]
 
 SHARD_SIZE_BYTES = 256 * 2**20
 # (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines.
@@ -52,15 +52,27 @@ def pack(
     tables: str | None = None,
     build: Build = building.here,
 ) -> dict[str, Any]:
+    """Do `pack_contents` of samples and rejects in any order."""
+    return pack_contents(Listed(staged, rejects), output, facts, shard_size_bytes, write_more, tables, build)
+
+
+def pack_contents(
+    contents: Contents,
+    output: str,
+    facts: Mapping[str, Any],
+    shard_size_bytes: int = SHARD_SIZE_BYTES,
+    write_more: Callable[[Path], Sequence[str]] | None = None,
+    tables: str | None = None,
+    build: Build = building.here,
+) -> dict[str, Any]:
     """Write a dataset folder and return the contents of its dataset.json.
 
     Args:
-        staged: every sample of the dataset, in any order.
+        contents: every sample of the dataset, and the rejects.
         output: folder, local or in an object store. What an earlier pack left there is replaced; shards that are no
             longer part of the dataset are deleted after all new ones are in place.
         facts: JSON-able, the same on every run. Must hold `sample` (a SampleSpec as a mapping) and `counts` with
             videos_in, videos_split and clips_planned; the other counts are added here.
-        rejects: mappings of manifest.REJECT_COLUMNS.
         shard_size_bytes: a shard is closed before it would grow over this; one sample alone may.
         write_more: writes further files of the dataset under the local folder that it is given and returns their names,
             of manifest.MORE; dataset.json seals them like the tables.
@@ -74,19 +86,19 @@ def pack(
         ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
             provenance, a source is in both splits, or the counts do not add up. Nothing is committed then.
     """
-    items = sorted(with_sizes(staged), key=lambda item: (item.split, item.key))
-    rejected = [dict(row) for row in rejects]
-    counts = count(items, rejected, facts["counts"])
-    planned = list(plans(items, shard_size_bytes))
-    whole = digest([plan["digest"] for plan in planned], facts, sorted(rejected, key=json.dumps))
+    counts = count(contents, facts["counts"])
+    digests = {plan["name"]: plan["digest"] for plan in plans(contents.staged(), shard_size_bytes)}
+    whole = digest(list(digests.values()), facts, digest_of(contents.rejects()))
     record = storage.join(tables, "packed.json") if tables else None
-    if record and all(plan["digest"] for plan in planned) and _is_packed(output, record, whole):
+    if record and all(digests.values()) and _is_packed(output, record, whole):
         return manifest.read_json(output, manifest.DATASET)
     with _work_folder(output) as work:
         rows = tables or str(work / "tables")
-        built = _build_all(planned, output, rows, work, build if tables else building.here)
-        shards = [built[plan["name"]] for plan in planned]
-        _write_tables(work, shards, rows, rejected)
+        built = _in_place(digests, output, rows)
+        missing = (plan for plan in plans(contents.staged(), shard_size_bytes) if plan["name"] not in built)
+        built |= _built(missing, output, rows, work, build if tables else building.here)
+        shards = [built[name] for name in digests]
+        _write_tables(work, shards, rows, contents.rejects())
         more = [*write_more(work)] if write_more else []
         dataset = _commit(work, output, {**facts, "counts": counts}, shards, more)
     if record and tables:
@@ -115,7 +127,9 @@ def _commit(
     return dataset
 
 
-def _write_tables(work: Path, shards: Sequence[Mapping[str, Any]], tables: str, rejected: list[dict[str, str]]) -> None:
+def _write_tables(
+    work: Path, shards: Sequence[Mapping[str, Any]], tables: str, rejected: Iterable[Mapping[str, str]]
+) -> None:
     """Write manifest, rejects and index into `work`.
 
     Raises:
@@ -133,21 +147,25 @@ def _write_tables(work: Path, shards: Sequence[Mapping[str, Any]], tables: str, 
     manifest.write_index(work / manifest.INDEX, [{name: shard[name] for name in names} for shard in shards])
 
 
-def _build_all(
-    plans: Sequence[Mapping[str, Any]], output: str, tables: str, work: Path, build: Build
-) -> dict[str, dict[str, Any]]:
-    """Return {name: facts} of all shards, after building those that are not in place as their plan says."""
+def _in_place(digests: Mapping[str, str], output: str, tables: str) -> dict[str, dict[str, Any]]:
+    """Return {name: facts} of the shards that are in place as their plan says. Args: digests: {name: of its plan}."""
 
-    def in_place(plan: Mapping[str, Any]) -> dict[str, Any] | None:
-        facts = building.read_facts(tables, plan["name"]) if plan["digest"] else None
-        if not facts or facts["digest"] != plan["digest"] or not facts["stamp"]:
+    def in_place(name: str) -> dict[str, Any] | None:
+        facts = building.read_facts(tables, name) if digests[name] else None
+        if not facts or facts["digest"] != digests[name] or not facts["stamp"]:
             return None
-        return facts if facts["stamp"] == building.stamp(storage.join(output, plan["name"])) else None
+        return facts if facts["stamp"] == building.stamp(storage.join(output, name)) else None
 
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
-        known = dict(zip((plan["name"] for plan in plans), pool.map(in_place, plans), strict=True))
-    built = {name: facts for name, facts in known.items() if facts}
-    missing = [plan for plan in plans if not known[plan["name"]]]
+        known = zip(digests, pool.map(in_place, digests), strict=True)
+        return {name: facts for name, facts in known if facts}
+
+
+def _built(
+    missing: Iterable[Mapping[str, Any]], output: str, tables: str, work: Path, build: Build
+) -> dict[str, dict[str, Any]]:
+    """Return {name: facts} of the shards with these plans, after building them. Raises DamagedSamples."""
+    built: dict[str, dict[str, Any]] = {}
     damaged: list[str] = []
     for facts in build(missing, output, tables, str(work) if storage.is_local(output) else None):
         damaged += facts.get("damaged", [])

@@ -4,11 +4,11 @@ from __future__ import annotations
 
 import hashlib
 import json
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
-from itertools import chain
-from typing import Any
+from itertools import chain, groupby
+from typing import Any, Protocol
 
 from ex4d import storage
 from ex4d.data import building, manifest
@@ -61,12 +61,38 @@ def with_sizes(staged: Iterable[Staged]) -> list[Staged]:
     return items
 
 
-def plans(items: Sequence[Staged], shard_size_bytes: int) -> Iterator[dict[str, Any]]:
+class Contents(Protocol):
+    """What a dataset is packed of, as often as it is asked for: a million samples need not lie in memory."""
+
+    def staged(self) -> Iterator[Staged]:
+        """Yield every sample in the order of split and key, its size known; -1 of a file that is missing."""
+
+    def rejects(self) -> Iterator[Mapping[str, str]]:
+        """Yield mappings of manifest.REJECT_COLUMNS, sorted by these."""
+
+
+class Listed:
+    """Contents of lists in any order."""
+
+    def __init__(self, staged: Iterable[Staged], rejects: Iterable[Mapping[str, str]]):
+        self._staged = sorted(with_sizes(staged), key=lambda item: (item.split, item.key))
+        self._rejects = sorted(rejects, key=lambda row: [row.get(name) or "" for name in manifest.REJECT_COLUMNS])
+
+    def staged(self) -> Iterator[Staged]:
+        """Yield the samples."""
+        return iter(self._staged)
+
+    def rejects(self) -> Iterator[Mapping[str, str]]:
+        """Yield the rejects."""
+        return iter(self._rejects)
+
+
+def plans(items: Iterable[Staged], shard_size_bytes: int) -> Iterator[dict[str, Any]]:
     """Yield the plan of each shard, as `building.build` takes it; `digest`: of all that its bytes follow from."""
-    for split in manifest.SPLITS:
+    for split, members in groupby(items, key=lambda item: item.split):
         number = size = 0
         group: list[Staged] = []
-        for item in chain((item for item in items if item.split == split), [None]):
+        for item in chain(members, [None]):
             if group and (item is None or size + (item.size or 0) + len(END) > shard_size_bytes):
                 yield _plan(manifest.shard_name(split, number), split, group)
                 number, size, group = number + 1, 0, []
@@ -95,3 +121,11 @@ def _known_as(item: Staged) -> str:
 def digest(*parts: Any) -> str:
     """Return the sha256 of JSON-able parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
+
+
+def digest_of(rows: Iterable[Mapping[str, str]]) -> str:
+    """Return the sha256 of rows in their order."""
+    whole = hashlib.sha256()
+    for row in rows:
+        whole.update(json.dumps(row, sort_keys=True).encode() + b"\n")
+    return whole.hexdigest()

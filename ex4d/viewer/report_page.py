@@ -6,6 +6,7 @@ All text is escaped, since file names come from outside. Equal data give equal b
 from __future__ import annotations
 
 import base64
+from collections import Counter
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
@@ -157,12 +158,15 @@ def _threshold_of(data: np.ndarray, keep: str, share: float) -> float:
 
 def _reject_rows(rejects: Sequence[Mapping[str, str]]) -> list[tuple[str, ...]]:
     """Return a row for each (unit, fate, stage, reason): with its count and three examples; most frequent first."""
-    groups: dict[tuple[str, ...], list[str]] = {}
-    for row in sorted(rejects, key=lambda row: row["key"]):
-        names = groups.setdefault((row["unit"], row["fate"], row["stage"], row["reason"]), [])
-        names.append(row["message"] if row["unit"] == "clip" else f"{row['key']}: {row['message']}")
-    ordered = sorted(groups.items(), key=lambda item: (-len(item[1]), item[0]))
-    return [(*key, f"{len(names):,}", "\n".join(_short(name) for name in names[:3])) for key, names in ordered]
+    counts: Counter[tuple[str, ...]] = Counter()
+    examples: dict[tuple[str, ...], list[tuple[str, int, str]]] = {}
+    for number, row in enumerate(rejects):
+        kind = (row["unit"], row["fate"], row["stage"], row["reason"])
+        text = row["message"] if row["unit"] == "clip" else f"{row['key']}: {row['message']}"
+        counts[kind] += 1
+        examples[kind] = sorted([*examples.get(kind, ()), (row["key"], number, text)])[:3]
+    ordered = sorted(counts, key=lambda kind: (-counts[kind], kind))
+    return [(*kind, f"{counts[kind]:,}", "\n".join(_short(name) for *_, name in examples[kind])) for kind in ordered]
 
 
 def _short(text: str) -> str:

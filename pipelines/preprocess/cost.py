@@ -25,7 +25,7 @@ from ex4d import storage
 from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig
-from pipelines.inputs import Source
+from pipelines.inputs import Source, Sources
 from pipelines.preprocess import fetch
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
@@ -198,7 +198,7 @@ def measure(config: PreprocessConfig, source: Source) -> Measured:
     """Measure one video, from an empty folder to its staged samples."""
     with tempfile.TemporaryDirectory(prefix="ex4d-plan-") as folder:
         alone = replace(config, output=folder, max_bad_fraction=1.0, metrics_port=None)
-        result = preprocess.run(alone, runner_name="inline", sources=[source])
+        result = preprocess.run(alone, runner_name="inline", sources=Sources([source]))
         samples = [path.stat().st_size for path in (Path(folder) / "staging" / "clips").glob("*.tar")]
     tallies = result.stages
     return Measured(

@@ -7,7 +7,9 @@ their lengths differ in at most `MAX_BITS` of 64 bits. A copy that was trimmed a
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from array import array
+from collections.abc import Callable, Mapping, Sequence
+from functools import cache
 from itertools import combinations
 from typing import Any
 
@@ -19,6 +21,7 @@ MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
 FLAT_LEVELS = 4.0  # standard deviation of luma; below it the signs are noise, and all such frames look alike
 UNSEEN = [""] * NUM_FRAMES  # hashes of a video that has no near duplicate
+MANY = 50_000  # videos from which comparing them pays for compiling how
 WINDOW = 64  # compare each video with at most so many of those that share a key of the index
 
 
@@ -59,58 +62,85 @@ def groups(videos: Mapping[str, Sequence[str]], together: Sequence[tuple[str, st
         videos: {sha256: `sampled` hashes}.
         together: pairs that are in one group whatever they show.
     """
+    names = sorted(videos)
+    place = {name: index for index, name in enumerate(names)}
+    known = [(place[first], place[second]) for first, second in together]
+    firsts = _components(*_arrays([videos[name] for name in names]), known)
+    return {name: names[first] for name, first in zip(names, firsts, strict=True)}
+
+
+def _components(values: np.ndarray, seen: np.ndarray, together: Sequence[tuple[int, int]] = ()) -> np.ndarray:
+    """Return, for each video, the first one of its group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
-    names = sorted(videos)
-    place = {name: index for index, name in enumerate(names)}
-    values, seen = _arrays([videos[name] for name in names])
-    known = [(place[first], place[second]) for first, second in together]
-    edges = np.array([*known, *_pairs(values, seen)], np.int64).reshape(-1, 2)
-    graph = coo_array((np.ones(len(edges), bool), edges.T), shape=(len(names), len(names)))
+    edges = np.array([*together, *_pairs(values, seen)], np.int64).reshape(-1, 2)
+    graph = coo_array((np.ones(len(edges), bool), edges.T), shape=(len(values), len(values)))
     _, labels = connected_components(graph, directed=False)
-    _, firsts = np.unique(labels, return_index=True)  # names are sorted, so the first of a group is its smallest
-    return {name: names[firsts[label]] for name, label in zip(names, labels, strict=True)}
+    _, firsts = np.unique(labels, return_index=True)
+    return firsts[labels]
 
 
-def of_videos(rows: Sequence[Mapping[str, Any]], how: str) -> tuple[dict[str, str], dict[str, str]]:
-    """Return ({sha256: its group, which goes to one split}, {sha256: the sha256 that is taken in its place}).
+class Identity:
+    """What decides across videos: a few numbers of each, in arrays, since there may be millions.
 
-    Args:
-        rows: of videos, with their records; rejected ones are in no group.
-        how: preprocess.near_duplicates.
-    """
-    kept = [row for row in rows if row["record"]["refusal"] is None]
-    good = {row["sha256"]: row["record"] for row in kept}
-    looks = {} if how == "off" else {sha256: record["hashes"] for sha256, record in good.items()}
-    near = groups(looks)
-    taken = best(near, good) if how == "filter" else {}
-    paired = [row for row in kept if row["pair"]]
-    if not paired:
-        return near, taken
-    # A clip and its source belong to one group: what is a source in training must not be a target in validation.
-    others = {row["other_sha256"]: row["record"]["other"]["hashes"] for row in paired}
-    everything = {sha256: looks.get(sha256, UNSEEN) for sha256 in good}
-    everything |= others if looks else dict.fromkeys(others, UNSEEN)
-    return groups(everything, [(row["sha256"], row["other_sha256"]) for row in paired]), taken
-
-
-def best(groups: Mapping[str, str], records: Mapping[str, Mapping[str, Any]]) -> dict[str, str]:
-    """Return {sha256: sha256 of the best of its group}: the largest frame, then the longest, then the smallest hash.
-
-    Args:
-        groups: of `groups`.
-        records: {sha256: video record}.
+    Videos with a pair bring the hashes of the other camera's video.
     """
 
-    def rank(sha256: str) -> tuple[float, float, str]:
-        info = records[sha256]["info"]
-        return -info["size"][0] * info["size"][1], -info["duration_s"], sha256
+    def __init__(self) -> None:
+        self._names, self._pixels, self._duration_s = bytearray(), array("q"), array("d")
+        self._values, self._seen = array("Q"), array("B")
+        self._others: list[tuple[str, str, list[str]]] = []
 
-    chosen: dict[str, str] = {}
-    for sha256 in sorted(groups, key=rank):
-        chosen.setdefault(groups[sha256], sha256)
-    return {sha256: chosen[group] for sha256, group in groups.items()}
+    def add(self, sha256: str, record: Mapping[str, Any], other_sha256: str = "") -> None:
+        """Add a video: its record, and the sha256 of the other camera's video, "" for none."""
+        hashes, info = record["hashes"], record["info"]
+        self._names += sha256.encode()
+        self._pixels.append(info["size"][0] * info["size"][1])
+        self._duration_s.append(info["duration_s"])
+        self._values.extend([int(text or "0", 16) for text in hashes])
+        self._seen.extend([bool(text) for text in hashes])
+        if other_sha256:
+            self._others.append((sha256, other_sha256, record["other"]["hashes"]))
+
+    def decide(self, how: str) -> tuple[dict[str, str], dict[str, str]]:
+        """Return ({sha256: its group, which goes to one split}, {sha256: the one that is taken in its place}).
+
+        Both leave out the videos that are their own.
+
+        Args:
+            how: preprocess.near_duplicates.
+        """
+        names, order = np.unique(np.frombuffer(bytes(self._names), "S64"), return_index=True)
+        values = np.frombuffer(self._values, np.uint64).reshape(-1, NUM_FRAMES)[order]
+        seen = np.frombuffer(self._seen, np.uint8).astype(bool).reshape(-1, NUM_FRAMES)[order]
+        alone = np.arange(len(names))
+        firsts = alone if how == "off" else _components(values, seen)
+        stand_ins = _others_than_self(names, self._best(firsts, order) if how == "filter" else alone)
+        if not self._others:
+            return _others_than_self(names, firsts), stand_ins
+        # A clip and its source belong to one group: what is a source in training must not be a target in validation.
+        looks = {name.decode(): _texts(*row) for name, *row in zip(names, values, seen, strict=True)}
+        looks |= {other: hashes for _, other, hashes in self._others}
+        looks = dict.fromkeys(looks, UNSEEN) if how == "off" else looks
+        return groups(looks, [(sha256, other) for sha256, other, _ in self._others]), stand_ins
+
+    def _best(self, firsts: np.ndarray, order: np.ndarray) -> np.ndarray:
+        """Return the best of each one's group: the largest frame, then the longest, then the smallest hash."""
+        rank = np.lexsort((-np.frombuffer(self._duration_s)[order], -np.frombuffer(self._pixels, np.int64)[order]))
+        _, chosen = np.unique(firsts[rank], return_index=True)
+        best = np.zeros(len(firsts), np.int64)
+        best[firsts[rank][chosen]] = rank[chosen]
+        return best[firsts]
+
+
+def _others_than_self(names: np.ndarray, chosen: np.ndarray) -> dict[str, str]:
+    others = np.flatnonzero(chosen != np.arange(len(names)))
+    return dict(zip(names[others].astype(str).tolist(), names[chosen[others]].astype(str).tolist(), strict=True))
+
+
+def _texts(values: np.ndarray, seen: np.ndarray) -> list[str]:
+    return [f"{int(value):016x}" if there else "" for value, there in zip(values, seen, strict=True)]
 
 
 def distance(first: Sequence[str], second: Sequence[str]) -> int | None:
@@ -138,19 +168,24 @@ def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
     Two hashes of eight bytes that differ in few bits mostly have two equal bytes: so each pair of bytes of every second
     frame is a key, and only videos that share a key are compared. This finds all pairs with up to 6 different bits.
     """
+    neighbours = _neighbours if len(values) < MANY else _compiled_neighbours()
     found: set[tuple[int, int]] = set()
     for frame in range(0, NUM_FRAMES, 2):
         usable = np.flatnonzero(seen[:, frame])
-        parts = values[usable, frame].astype(">u8").view(np.uint8).reshape(-1, 8).astype(np.uint32)
+        parts = values[usable, frame].astype(">u8").view(np.uint8).reshape(-1, 8).astype(np.uint16)
         for one, other in combinations(range(8), 2):
             keys = parts[:, one] << 8 | parts[:, other]
-            order = np.argsort(keys, kind="stable")
-            found |= _neighbours(keys[order], usable[order], values, seen)
+            order = np.argsort(keys, kind="stable")  # of 16 bits: a radix sort
+            pairs = neighbours(keys[order], usable[order], values, seen)
+            found.update(zip(pairs[0].tolist(), pairs[1].tolist(), strict=True))
     return found
 
 
-def _neighbours(keys: np.ndarray, index: np.ndarray, values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
-    found: set[tuple[int, int]] = set()
+def _neighbours(
+    keys: np.ndarray, index: np.ndarray, values: np.ndarray, seen: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return the near pairs among videos that share a key and are at most WINDOW apart in the order of the keys."""
+    found = [np.zeros((2, 0), np.int64)]
     for step in range(1, min(WINDOW, len(keys) - 1) + 1):
         same = np.flatnonzero(keys[step:] == keys[:-step])
         if not len(same):
@@ -158,5 +193,39 @@ def _neighbours(keys: np.ndarray, index: np.ndarray, values: np.ndarray, seen: n
         first, second = index[same], index[same + step]
         near = _bits(values[first], values[second], seen[first] & seen[second]) <= MAX_BITS
         hits = near.sum(1) >= MAJORITY
-        found.update(zip(first[hits].tolist(), second[hits].tolist(), strict=True))
-    return found
+        found.append(np.stack([first[hits], second[hits]]))
+    first, second = np.concatenate(found, axis=1)
+    return first, second
+
+
+@cache
+def _compiled_neighbours() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
+    """Return `_neighbours` as machine code: it stops at the fourth frame that is not near, and needs no copies."""
+    import numba
+
+    one, two, four, top = (np.uint64(shift) for shift in (1, 2, 4, 56))
+    pairs, fours, eights, ones = (np.uint64(int(digits * 8, 16)) for digits in ("55", "33", "0f", "01"))
+
+    @numba.njit(nogil=True)
+    def neighbours(keys, index, values, seen):  # type: ignore[no-untyped-def]
+        firsts, seconds = [np.int64(0)], [np.int64(0)]
+        for start in range(len(keys)):
+            for end in range(start + 1, min(start + WINDOW + 1, len(keys))):
+                if keys[end] != keys[start]:
+                    break
+                first, second = index[start], index[end]
+                far = 0
+                for frame in range(NUM_FRAMES):
+                    bits = values[first, frame] ^ values[second, frame]
+                    bits -= (bits >> one) & pairs
+                    bits = (bits & fours) + ((bits >> two) & fours)
+                    count = (((bits + (bits >> four)) & eights) * ones) >> top
+                    far += (count > MAX_BITS) | (not (seen[first, frame] and seen[second, frame]))
+                    if far > NUM_FRAMES - MAJORITY:
+                        break
+                if far <= NUM_FRAMES - MAJORITY:
+                    firsts.append(first)
+                    seconds.append(second)
+        return np.array(firsts[1:]), np.array(seconds[1:])
+
+    return neighbours

@@ -5,7 +5,7 @@ from __future__ import annotations
 import hashlib
 import io
 import json
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any
 
 from ex4d import storage
@@ -14,7 +14,6 @@ from ex4d.quality import SCORES
 from pipelines.preprocess.filters import FilterConfig, decide
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.runtime.result import Result
-from pipelines.runtime.stage import Row
 
 FOLDER = "report"
 PREVIEWS = 12
@@ -22,33 +21,34 @@ THUMBNAIL_PX = 192
 EXAMPLES = 20_000  # values per histogram; more change no bar by a pixel
 
 
-def write(config: PreprocessConfig, scored: Sequence[Row], result: Result) -> str:
+def write(config: PreprocessConfig, scored: Iterable[Mapping[str, Any]], result: Result) -> str:
     """Write the page of a run; return its path."""
     return write_scores(config, scored, result) if config.score_only else write_report(config, result)
 
 
-def write_scores(config: PreprocessConfig, scored: Sequence[Row], result: Result) -> str:
+def write_scores(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]], result: Result) -> str:
     """Write the page of scores, with scores.parquet and scores.json beside it; return its path.
 
     Args:
-        scored: rows of clips with `scores`.
+        clips: `units.scored`, in the order of their keys.
     """
     import pyarrow as pa
     import pyarrow.parquet as pq
 
     from ex4d.viewer import report_page
 
+    scored = list(clips)
     names = [name for name in SCORES if scored and name in scored[0]["scores"]]
     table = [
         {
             "key": row["key"],
             "source_path": row["name"].encode("utf-8", "backslashreplace").decode(),
-            "start_frame": row["frame_index"][0],
-            "end_frame": row["frame_index"][-1],
+            "start_frame": row["start_frame"],
+            "end_frame": row["end_frame"],
             "refused_by": _refused_by(row["scores"], config.filters),
             **{name: row["scores"][name] for name in names},
         }
-        for row in sorted(scored, key=lambda row: row["key"])
+        for row in scored
     ]
     buffer = io.BytesIO()
     pq.write_table(pa.Table.from_pylist(table), buffer, compression="zstd")

@@ -14,7 +14,7 @@ from __future__ import annotations
 
 import hashlib
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from typing import Any, NamedTuple
 
 from pipelines.inputs import Source, without_query
@@ -34,9 +34,9 @@ def files_of(path: str) -> PairFiles:
     return PairFiles(f"{stem}.source{suffix}", f"{stem}.camera.json", f"{stem}.source.camera.json")
 
 
-def without_sources(found: Sequence[Source]) -> list[Source]:
+def without_sources(found: Iterable[Source]) -> list[Source]:
     """Return the sources without those that are the other camera of another one."""
-    others: set[str] = set()
+    found, others = list(found), set[str]()
     # The other camera has the longer name, so its video comes first.
     for source in sorted(found, key=lambda source: len(source.path)):
         if source.is_video and without_query(source.path) not in others:

@@ -47,7 +47,7 @@ def run(
     synthetic_config: SyntheticConfig | None = None,
     runner_name: str = "ray",
     stages: Stages | None = None,
-    sources: Sequence[inputs.Source] | None = None,
+    sources: inputs.Sources | None = None,
     retry: Sequence[str] = (),
 ) -> Result:
     """Update the dataset folder `config.output` to match the input and return the result.
@@ -77,12 +77,12 @@ def run(
             result = complete(job, partial(job.work, sources))
         finally:
             job.ledger.records.flush()
-        result = replace(result, report=pages.write(config, job.scored, result))
+        result = replace(result, report=pages.write(config, job.tables.scored(), result))
         end(result)
     return result
 
 
-def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> PreprocessConfig:
+def with_depth(config: PreprocessConfig, sources: inputs.Sources) -> PreprocessConfig:
     """Return the configuration with an estimator in place of `depth: auto`; print the choice in one line."""
     if config.depth != AUTO or config.score_only:  # scores need no depth
         return config
@@ -94,12 +94,12 @@ def with_depth(config: PreprocessConfig, sources: Sequence[inputs.Source]) -> Pr
     return replace(config, depth=depth)
 
 
-def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> list[inputs.Source]:
+def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> inputs.Sources:
     """Return every input file; where `config.input` is None, write a synthetic corpus and return its files."""
     if config.input is not None:
         with fetch.reach(config):
             found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)
-        return pairs.without_sources(found) if "source" in config.members else found
+        return inputs.Sources(pairs.without_sources(found)) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "must be set, or there must be a section `synthetic`")
     if not storage.is_local(config.output):

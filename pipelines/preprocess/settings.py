@@ -7,7 +7,7 @@ from dataclasses import MISSING, dataclass
 from functools import cache
 from typing import Any, Literal
 
-from ex4d.config import checked, fingerprint, installed_versions, setting, to_dict
+from ex4d.config import Digest, checked, fingerprint, installed_versions, setting, to_dict
 from ex4d.depth import AUTO, CHOICES, FOREIGN
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
@@ -151,8 +151,10 @@ class PreprocessConfig:
     )
     max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
     max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
-    keep_staging: Literal["all", "current"] = setting(
-        "all", "After a commit: all keeps the work of earlier settings for reuse, current deletes it."
+    keep_staging: Literal["all", "current", "none"] = setting(
+        "all",
+        "After a commit: all keeps the work of earlier settings for reuse; current deletes it; none deletes every "
+        "sample outside the shards, so that the dataset takes its own size alone.",
     )
     metrics_port: int | None = setting(
         None, "Serve Prometheus metrics on this port while the run lasts; null: off.", ge=1, le=65535
@@ -197,18 +199,32 @@ def video_fingerprints(config: PreprocessConfig) -> tuple[str, str]:
     return fingerprint(*parts), fingerprint(*parts, differing(to_dict(config.limits), to_dict(type(config)().limits)))
 
 
-def clip_fingerprints(config: PreprocessConfig, facts: Mapping[str, Any]) -> tuple[str, str]:
-    """Return the fingerprints of a clip's sample and of its refusal.
+class ClipNames:
+    """The names of a clip's artifacts in the ledger, for one configuration; most of each digest is the same for all."""
 
-    Args:
-        facts: what of the source and of the plan reaches the sample's bytes.
-    """
-    usual = type(config)()
-    chosen = differing(sample_settings(config), sample_settings(usual))
-    limits = differing(to_dict(config.limits), to_dict(usual.limits))
-    filters = differing(to_dict(config.filters), to_dict(usual.filters))
-    made = ("clip", CLIP_CODE, versions(), chosen, dict(facts))
-    return fingerprint(*made), fingerprint(*made, limits, filters)
+    def __init__(self, config: PreprocessConfig):
+        usual = type(config)()
+        chosen = differing(sample_settings(config), sample_settings(usual))
+        limits = differing(to_dict(config.limits), to_dict(usual.limits))
+        filters = differing(to_dict(config.filters), to_dict(usual.filters))
+        self._made = Digest("clip", CLIP_CODE, versions(), chosen)
+        self._judged = (limits, filters)
+        self._seen = Digest("scores", CLIP_CODE, versions(), config.size, config.fit)
+        self._drawn = Digest(config.seed)
+
+    def of(self, facts: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Return the fingerprints of a clip's sample, of its refusal, and of its scores.
+
+        Args:
+            facts: what of the source and of the plan reaches the sample's bytes.
+        """
+        seen = {name: facts[name] for name in ("sha256", "pts", "fps", "box", "shot_scores")}
+        sample, refusal = self._made.of(dict(facts)), self._made.of(dict(facts), *self._judged)
+        return sample, refusal, self._seen.of(seen)
+
+    def seed(self, key: str) -> int:
+        """Return the seed of what is drawn for a clip."""
+        return int(self._drawn.of(key)[:8], 16)
 
 
 def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
@@ -222,12 +238,6 @@ def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
         name: differing(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
         for name, (value, default) in inner.items()
     }
-
-
-def score_fingerprint(config: PreprocessConfig, facts: Mapping[str, Any]) -> str:
-    """Return the fingerprint of a clip's scores; `facts` as for `clip_fingerprints`."""
-    seen = {name: facts[name] for name in ("sha256", "pts", "fps", "box", "shot_scores")}
-    return fingerprint("scores", CLIP_CODE, versions(), config.size, config.fit, seen)
 
 
 def sample_settings(config: PreprocessConfig) -> dict[str, Any]:

@@ -32,17 +32,19 @@ import sqlite3
 import string
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
 from typing import Any
 
 from ex4d import storage
 from ex4d.config import to_dict
-from ex4d.errors import ConfigError, ContractError
+from ex4d.errors import ConfigError
 from ex4d.redact import SECRET, without_secrets
+from pipelines.runtime.known import take
 from pipelines.runtime.output import exclusive as exclusive
-from pipelines.runtime.records import NUM_READERS, Records
+from pipelines.runtime.packed import Packed
+from pipelines.runtime.records import Records
+from pipelines.runtime.scratch import scratch
 
 logger = logging.getLogger(__name__)
 
@@ -53,6 +55,7 @@ DAMAGED = "staging/damaged"
 RECORDS = "staging/records"
 MANY = 5000  # records from which a listing is split by first letters
 LETTERS = string.ascii_lowercase + string.digits  # that keys of samples begin with
+LAST = "\x7f"  # after all letters of names
 PACKED = "packed"  # in staging: what the dataset was packed from
 
 
@@ -67,20 +70,21 @@ class Ledger:
 
     @cached_property
     def _scratch(self) -> sqlite3.Connection:
-        scratch = sqlite3.connect("", isolation_level=None)  # a temporary file, which goes with the connection
-        scratch.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER) WITHOUT ROWID")
-        return scratch
+        connection = scratch()
+        connection.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER, is_here INTEGER) WITHOUT ROWID")
+        return connection
 
     @cached_property
     def records(self) -> Records:
         """The records in parts; of files of their own, those that `take` has read."""
-        scratch, folder, damaged = self._scratch, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
-        records = Records(scratch, folder, damaged)
+        database, folder, damaged = self._scratch, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
+        records = Records(database, folder, damaged)
         letters = LETTERS if len(records) > MANY else ""
         for folder in FOLDERS:
             sizes = storage.list_sizes(storage.join(self.output, "staging", folder), letters)
             rows = sorted((f"{folder}/{name}", size) for name, size in sizes.items())
-            scratch.executemany("INSERT INTO file VALUES (?, ?)", rows)
+            database.executemany("INSERT INTO file VALUES (?, ?, 1)", rows)
+        self.packed = Packed(self.output, database)
         return records
 
     def names(self) -> set[str]:
@@ -90,9 +94,9 @@ class Ledger:
 
     def __contains__(self, name: str) -> bool:
         """Return True where an artifact is done; a sample is where its file is."""
-        return (not name.endswith(".tar") and name in self.records) or self._size(name) is not None
+        return (not name.endswith(".tar") and name in self.records) or self.size(name) is not None
 
-    def _size(self, name: str) -> int | None:
+    def size(self, name: str) -> int | None:
         """Return the bytes of an artifact that is a file of its own, None where it is none."""
         self.records  # noqa: B018 (with them come the files)
         found = self._scratch.execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
@@ -110,52 +114,39 @@ class Ledger:
     def finished(self, name: str, record: Mapping[str, Any]) -> None:
         """Note on the driver that a worker has written a sample."""
         self.records.add(name, record)
-        self._scratch.execute("INSERT OR REPLACE INTO file VALUES (?, ?)", (name, record["size"]))
+        self._scratch.execute("INSERT OR REPLACE INTO file VALUES (?, ?, 1)", (name, record["size"]))
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """Return a record, None where there is none."""
+        return self.records.get(name)
+
+    def add(self, name: str, body: Mapping[str, Any]) -> None:
+        """Write a record down."""
+        self.records.add(name, body)
 
     def take(self, keys: Mapping[str, str]) -> set[str]:
-        """Return the names that were damaged, after reading what has no record in a part, in parallel.
+        """Return the names that were damaged: `known.take`."""
+        return take(self, keys)
 
-        A damaged artifact is moved to `staging/damaged`, so that its row is redone and no data is lost.
+    def part(self, prefix: str) -> tuple[str, dict[str, int]]:
+        """Return what `Known` is made of, for the videos whose content hash begins with a prefix."""
+        lines, sizes = list(self.records.lines(prefix)), {}
+        for folder in FOLDERS:
+            first = f"{folder}/{prefix}"
+            found = self._scratch.execute(
+                "SELECT name, size FROM file WHERE name BETWEEN ? AND ?", (first, first + LAST)
+            )
+            sizes.update(found.fetchall())
+        return "\n".join(lines), sizes
 
-        Args:
-            keys: {name of an artifact: key of its row}.
-        """
-        sizes = {name: self._size(name) for name in keys}
-        known = {name: self.records.get(name) for name in keys}
-        damaged = {
-            name for name, body in known.items() if name.endswith(".tar") and body and body["size"] != sizes[name]
-        }
-        unknown = [name for name, body in known.items() if body is None]
-
-        def read(name: str) -> dict[str, Any] | None:
-            try:
-                return self._read(name, keys[name])
-            except (ContractError, KeyError, ValueError, FileNotFoundError) as error:
-                logger.warning("%s: %s", name, error)
-                return None
-
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            for name, body in zip(unknown, pool.map(read, unknown), strict=True):
-                if body is None:
-                    damaged.add(name)
-                else:
-                    self.records.add(name, body)
-        for name in sorted(damaged):
+    def apply(self, changes: Mapping[str, Iterable[Any]]) -> None:
+        """Make the changes of a `Known`."""
+        for name, body in changes["added"]:
+            self.records.add(name, body)
+        for name in changes["damaged"]:
             self.set_aside(name)
-        return damaged
-
-    def _read(self, name: str, key: str) -> dict[str, Any]:
-        """Return the record of an artifact that is a file of its own. Raises ContractError, KeyError, ValueError."""
-        from ex4d.data.tar import read_sample
-
-        data = storage.read_bytes(self.url(name))
-        if name.endswith(".tar"):
-            scores = json.loads(read_sample(data, key)["json"])["scores"]
-            return {"scores": scores, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
-        body = json.loads(data)
-        if not isinstance(body, dict) or not _is_record(name, body):
-            raise ContractError("is not a record of its kind")
-        return body
+        for name in changes["removed"]:
+            self.remove(name)
 
     def set_aside(self, name: str) -> None:
         """Move a damaged artifact to `staging/damaged`; the next run makes it again."""
@@ -167,7 +158,7 @@ class Ledger:
 
     def remove(self, name: str) -> None:
         """Delete an artifact; the next run makes it again."""
-        if self._size(name) is not None:
+        if self.size(name) is not None:
             storage.remove(self.url(name))
             self._scratch.execute("DELETE FROM file WHERE name = ?", (name,))
         if name in self.records:
@@ -207,29 +198,18 @@ class Ledger:
             for path in (storage.local_path(self.output) / "staging").rglob(".tmp-*"):
                 path.unlink(missing_ok=True)
 
-    def prune(self, used: Iterable[str]) -> int:
-        """Delete superseded artifacts, those of sources with other artifacts in `used`; return their number."""
-        used = set(used)
-        sources = {_source(name) for name in used}
-        known = self.names()
-        superseded = [name for name in sorted(known - used) if _source(name) in sources]
-        for name in superseded:
+    def prune(self, names: Sequence[str]) -> None:
+        """Delete superseded artifacts, and write the other records as one new part."""
+        for name in names:
             self.remove(name)
-        if superseded:
-            self.records.keep_only(list(self.records))
-        return len(superseded)
+        if names:
+            self.records.rewrite()
 
 
-def _is_record(name: str, body: Mapping[str, Any]) -> bool:
-    """Return True where a record has the keys of its kind."""
-    kind = name.partition("/")[0]
-    if kind == "scores" and "reason" not in body:
-        return all(isinstance(value, int | float) for value in body.values())
-    refusal = body.get("refusal") if kind == "videos" else body
-    if refusal is None:
-        return {"refusal", "info", "pts_runs", "cuts", "shots", "hashes"} <= body.keys()
-    names = ("fate", "stage", "reason", "message")
-    return isinstance(refusal, dict) and all(isinstance(refusal.get(name), str) for name in names)
+def superseded(names: Iterable[str], used: set[str]) -> list[str]:
+    """Return the artifacts, sorted, that are not in use while others of the same source are."""
+    sources = {_source(name) for name in used}
+    return sorted(name for name in names if name not in used and _source(name) in sources)
 
 
 def _source(name: str) -> str:

@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -40,21 +40,24 @@ class Passes:
         self,
         name: str,
         stages: Sequence[Stage],
-        rows: Sequence[Row],
+        rows: Iterable[Row],
         context: Any,
         keep: tuple[str, ...] = (),
+        total: int | None = None,
     ) -> Iterator[Row]:
         """Yield each finished row, in any order, with its `keep` columns.
 
         Args:
             rows: seconds of video are counted too, where rows have a column `video_s`.
             context: passed to every stage.
+            total: number of rows; None: `rows` is a sequence.
 
         Raises:
             TooManyBugs: the job had more than `max_bugs`; the ledger keeps finished work.
         """
-        self.worked[name] = len(rows)
-        with self.progress.watch(name, stages, len(rows)) as count:
+        total = len(rows) if isinstance(rows, Sequence) else total or 0
+        self.worked[name] = total
+        with self.progress.watch(name, stages, total) as count:
             for row in self.execute(stages, rows, context, (*keep, "video_s")):
                 count(row, row.get("video_s") or 0.0)
                 if is_bug(row):

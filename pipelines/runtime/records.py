@@ -13,7 +13,7 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterable, Iterator, Mapping
+from collections.abc import Iterator, Mapping
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
@@ -24,6 +24,7 @@ logger = logging.getLogger(__name__)
 SUFFIX = ".records"
 NUM_READERS = 32  # threads that read parts: an object store answers many at once
 PART_EVERY_S = 10.0  # between two parts in an object store
+REWRITTEN = 100_000  # records of a part that replaces others
 PART_RECORDS = 5000  # of a part at most
 
 
@@ -83,16 +84,21 @@ class Records:
             os.close(self._file)
             self._file = None
 
-    def keep_only(self, wanted: Iterable[str]) -> None:
-        """Forget all other records, and write what is left as one new part in place of all."""
+    def lines(self, prefix: str) -> Iterator[str]:
+        """Yield `NAME JSON` of all records of videos, clips and scores whose name goes on with a prefix."""
+        for folder in ("clips", "scores", "videos"):
+            first = f"{folder}/{prefix}"
+            bounds = (first, f"{first}\x7f")
+            rows = self._scratch.execute("SELECT name || ' ' || body FROM record WHERE name BETWEEN ? AND ?", bounds)
+            yield from (line for (line,) in rows)
+
+    def rewrite(self) -> None:
+        """Write all records as new parts, one for a small dataset, in place of the others."""
         self.flush()
-        self._scratch.execute("CREATE TEMP TABLE wanted (name TEXT PRIMARY KEY) WITHOUT ROWID")
-        self._scratch.executemany("INSERT OR IGNORE INTO wanted VALUES (?)", ((name,) for name in wanted))
-        self._scratch.execute("DELETE FROM record WHERE name NOT IN (SELECT name FROM wanted)")
-        self._scratch.execute("DROP TABLE wanted")
         old = list(self._parts)
         rows = self._scratch.execute("SELECT name, body FROM record ORDER BY name")
-        self._write_part(b"".join(_line(name, body) for name, body in rows))
+        while some := rows.fetchmany(REWRITTEN):
+            self._write_part(b"".join(_line(name, body) for name, body in some))
         for name in old:  # the oldest first: what was forgotten must not come back where this is interrupted
             storage.remove(storage.join(self.folder, name))
         self._parts = [name for name in self._parts if name not in old]

@@ -152,17 +152,29 @@ def test_a_hash_is_imagehashs():
     assert (duplicates.frame_hash(image) ^ theirs).bit_count() <= 6  # they shrink by another filter
 
 
-def test_of_a_group_the_largest_then_the_longest_is_best():
-    def record(height, duration_s):
-        return {"info": {"size": [height, 64], "duration_s": duration_s}}
+def test_of_a_group_the_largest_then_the_longest_is_taken():
+    hashes = [f"{value:016x}" for value in np.random.default_rng(0).integers(0, 2**63, 8)]
+    identity = duplicates.Identity()
+    for name, height, duration_s in (("d", 8, 1.0), ("b", 64, 2.0), ("c", 64, 3.0), ("a", 32, 9.0), ("e", 64, 3.0)):
+        look = hashes if name != "d" else hashes[::-1]
+        identity.add(name * 64, {"hashes": look, "info": {"size": [height, 64], "duration_s": duration_s}})
+    near = {name * 64: "a" * 64 for name in "bce"}
+    assert identity.decide("group") == (near, {})
+    assert identity.decide("filter") == (near, {name * 64: "c" * 64 for name in "abe"})
+    assert identity.decide("off") == ({}, {})
 
-    records = {"a": record(32, 9.0), "b": record(64, 2.0), "c": record(64, 3.0), "d": record(8, 1.0)}
-    assert duplicates.best({"a": "a", "b": "a", "c": "a", "d": "d"}, records) == {
-        "a": "c",
-        "b": "c",
-        "c": "c",
-        "d": "d",
-    }
+
+def test_many_videos_are_compared_as_few_are(monkeypatch):
+    """Machine code finds the pairs that the arrays find: of random videos, and of copies with some frames changed."""
+    rng = np.random.default_rng(7)
+    values = rng.integers(0, 2**64, (3000, 8), dtype=np.uint64)
+    values[1500:1600] = values[:100] ^ (np.uint64(1) << rng.integers(0, 64, (100, 8)).astype(np.uint64))
+    values[1500:1600, : rng.integers(1, 5)] = 0
+    seen = rng.random((3000, 8)) > 0.1
+    few = duplicates._pairs(values, seen)
+    monkeypatch.setattr(duplicates, "MANY", 0)
+    assert duplicates._pairs(values, seen) == few
+    assert len(few) > 20
 
 
 def config_of(corpus, output, **more):

@@ -16,10 +16,10 @@ from ex4d.config import validate
 from ex4d.errors import ConfigError, Filtered
 from pipelines.preprocess import clips
 from pipelines.preprocess.filters import FilterConfig
-from pipelines.preprocess.settings import DecodeLimits, PreprocessConfig, clip_fingerprints, video_fingerprints
+from pipelines.preprocess.settings import ClipNames, DecodeLimits, PreprocessConfig, video_fingerprints
 from pipelines.preprocess.stages.shots import pack_pts, unpack_pts
 from pipelines.runtime import records
-from pipelines.runtime.ledger import Attempts, Ledger
+from pipelines.runtime.ledger import Attempts, Ledger, superseded
 
 CONFIG = PreprocessConfig(output="unused", num_frames=5, clips_per_shot=10)
 
@@ -181,7 +181,9 @@ def test_only_what_was_superseded_is_pruned(tmp_path):
             ledger.finished(f"clips/{key}.{made}.tar", ledger.write_sample(f"clips/{key}.{made}.tar", b"blocks"))
             ledger.records.add(f"scores/{key}.{made}.json", {"motion": 0.5})
     used = {f"clips/{here}-000000-000008-9.2.tar", f"clips/{here}-000000-000008-9.3.json"}
-    assert ledger.prune(used) == 3 + 4
+    old = superseded(ledger.names(), used)
+    ledger.prune(old)
+    assert len(old) == 3 + 4
     kept = {f"clips/{here}-000000-000008-9.2.tar"} | {f"clips/{gone}-000000-000008-9.{made}.tar" for made in "12"}
     kept |= {f"scores/{gone}-000000-000008-9.{made}.json" for made in "12"} | {"videos/x.1.json"}
     for again in (ledger, Ledger(str(tmp_path))):
@@ -246,7 +248,11 @@ def test_a_run_keeps_its_choices_but_no_secret(tmp_path):
 
 
 def test_fingerprints_cover_what_an_artifact_depends_on_and_nothing_else():
-    facts = {"sha256": "0" * 64, "caption": ""}
+    facts = {"sha256": "0" * 64, "caption": "", "pts": [0], "fps": 25.0, "box": [0, 0, 9, 9], "shot_scores": {}}
+
+    def clip_fingerprints(config, facts):
+        return ClipNames(config).of(facts)[:2]
+
     sample, refusal = clip_fingerprints(CONFIG, facts)
     for change in ({"num_workers": 7}, {"output": "x"}, {"max_bad_fraction": 1.0}, {"val_fraction": 0.5}):
         assert clip_fingerprints(replace(CONFIG, **change), facts) == (sample, refusal)

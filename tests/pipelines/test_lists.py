@@ -197,10 +197,9 @@ def test_names_hold_no_secret_and_stay_apart():
 def expand_list(urls):
     """Sources of web addresses that nobody asks for."""
     from pipelines import inputs
+    from pipelines.inputs.sources import Found
 
-    entries = [inputs.Entry(url.rpartition("/")[0], url) for url in urls]
-    names = inputs._names(entries)
-    return sorted((inputs.Source(url, names[url]) for url in urls), key=lambda source: source.name)
+    return list(Found([inputs.Entry(url.rpartition("/")[0], url) for url in urls]).sources())
 
 
 @pytest.mark.parametrize(

@@ -8,6 +8,7 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
+from pipelines.runtime import packed
 from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.stage import Row, Stage
 
@@ -88,10 +89,19 @@ def _unicode(value: Any) -> Any:
 
 
 def build_shard(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return the facts of a shard, after building it. Raises ContractError."""
+    """Return the facts of a shard, after building it; its samples may then lie in it alone. Raises ContractError."""
     from ex4d.data import building
 
-    return {"built": building.build(row["plan"], row["output"], row["tables"], row["work"])}
+    built = building.build(row["plan"], row["output"], row["tables"], row["work"])
+    if config.keep_staging == "none" and "url" in built:
+        packed.delete(row["plan"]["items"])
+    return {"built": built}
+
+
+def restore(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Put samples that lie in a shard alone back into staging. Raises ContractError."""
+    packed.restore(row["places"])
+    return {}
 
 
 RECORD_VIDEO = Stage(
@@ -129,4 +139,5 @@ STAGE_SAMPLE = Stage(
 )
 RECORD_PAIR = replace(RECORD_VIDEO, reads=(*RECORD_VIDEO.reads, "other"))
 STAGE_PAIR = replace(STAGE_SAMPLE, reads=(*STAGE_SAMPLE.reads, "other_frames", "pair_facts"))
+RESTORE = Stage("restore", restore, reads=("places",), writes=())
 BUILD_SHARD = Stage("build_shard", build_shard, reads=("plan", "output", "tables", "work"), writes=("built",))

@@ -1,0 +1,226 @@
+"""Memory and time of the driver of `ex4d preprocess`, with stages that do nothing.
+
+    python benchmarks/scale/driver.py 30000 100000 300000
+
+For each number of videos (two clips each, of an OpenVid-like list in a store) three runs, each in a process of its own:
+a fresh one; a second one, which finds everything done; and the first again with all samples in shards alone. Units are
+planned and shards are built in other processes, as on a cluster, so the figures are the driver's own: CPU seconds and
+peak memory. Videos, samples and their records are invented; the ledger, the tables and the dataset's are real.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import multiprocessing
+import resource
+import subprocess
+import sys
+import tempfile
+import time
+from collections import deque
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+
+CAPTION = (
+    "A person walks along a street, the camera follows; trees and parked cars pass by in the evening light {}, and "
+    "somebody waves at a window."
+)
+SCORES = {"source_side": 720.0} | {
+    name: 0.5 for name in ("motion", "camera_motion", "sharpness", "exposure", "texture", "text")
+}
+SAMPLE_BYTES, SHARD_MB = 1_000_000, 1024
+
+
+def write_list(path: Path, count: int) -> None:
+    """Write a list of so many videos with captions."""
+    with open(path, "w") as file:
+        file.write("video,caption,fps,seconds\n")
+        for index in range(count):
+            name = hashlib.md5(str(index).encode()).hexdigest()
+            file.write(f'{name}_{index}.mp4,"{CAPTION.format(index)}",25.0,12.0\n')
+
+
+def record_of(key: str) -> dict[str, Any]:
+    """Return the record of an invented video of 300 frames and two shots."""
+    seed = hashlib.sha256(key.encode()).digest()
+    hashes = [f"{int.from_bytes(seed[4 * n : 4 * n + 4], 'big') * 0x9E3779B97F4A7C15 % 2**64:016x}" for n in range(8)]
+    info = {"size": [720, 1280], "duration_s": 12.0, "time_base": [1, 12800], "fps": 25.0, "codec": "h264"}
+    shot = {"box": [0, 0, 720, 1280], "bars": 0.0, "logo": 0.0}
+    found = {"info": info, "pts_runs": [0, [512, 299]], "cuts": [150], "shots": [shot] * 2, "hashes": hashes}
+    return {**found, "refusal": None}
+
+
+def on_worker(packed: dict[str, Any], kind: str, config: Any) -> dict[str, Any]:
+    """Do what a worker does with the row of a unit or of a shard; of a shard only its rows are written."""
+    from pipelines.preprocess.units import PLAN
+    from pipelines.runtime.stage import pack_row, unpack_row
+
+    row = unpack_row(packed)
+    if kind == "plan":
+        done = PLAN.function(row, config)
+    else:
+        done = {"built": build(row["plan"], row["output"], row["tables"])}
+    return pack_row({"key": row["key"], "refusal": None, "seconds": {}, **done})
+
+
+def build(plan: dict[str, Any], output: str, tables: str) -> dict[str, Any]:
+    """Write an empty shard with the manifest rows of invented samples."""
+    import pyarrow.parquet as pq
+
+    from ex4d import storage
+    from ex4d.data import building, manifest
+
+    names = ("json", "mp4", "mask.npz", "txt")
+    members = [{"name": name, "offset": 512, "length": 1000, "sha256": "ab" * 32} for name in names]
+    rows = [
+        {
+            **{"key": key, "split": plan["split"], "shard": plan["name"], "offset": number * size, "length": size},
+            **{"sha256": sha256, "members": members, "scores": SCORES, "start_s": 0.0, "end_s": 3.0},
+            **{"source_sha256": key.ljust(64, "0"), "source_group": key.ljust(64, "0"), "source_path": f"{key}.mp4"},
+        }
+        for number, (key, _, size, sha256) in enumerate(plan["items"])
+    ]
+    storage.write_bytes(storage.join(output, plan["name"]), b"")
+    facts = {"url": plan["name"], "nsamples": len(rows), "filesize": 0, "sha256": "ab" * 32, "digest": plan["digest"]}
+    facts |= {"stamp": building.stamp(storage.join(output, plan["name"])), "types": {}, "members": list(names)}
+    table = manifest.table(rows, SCORES).replace_schema_metadata({building.FACTS: json.dumps(facts)})
+    place = storage.local_path(building.table_url(tables, plan["name"]))
+    place.parent.mkdir(parents=True, exist_ok=True)
+    pq.write_table(table, place, compression="zstd")
+    return facts
+
+
+class Stub:
+    """A runner: passes over videos and clips yield invented rows, units and shards go to other processes."""
+
+    problems: tuple[str, ...] = ()
+
+    def __init__(self, pool: ProcessPoolExecutor):
+        self.pool = pool
+
+    def __call__(self, stages: Any, rows: Iterable[dict[str, Any]], config: Any, keep: Any) -> Iterator[dict[str, Any]]:
+        """Yield each row as the stages would leave it."""
+        name = stages[0].name
+        if name in ("plan", "build_shard"):
+            yield from self._elsewhere(name, rows, config)
+            return
+        for row in rows:
+            kept = {column: row.get(column) for column in keep}
+            yield {**kept, "key": row["key"], "refusal": None, "seconds": {name: 0.1}, **made(name, row)}
+
+    def _elsewhere(self, kind: str, rows: Iterable[dict[str, Any]], config: Any) -> Iterator[dict[str, Any]]:
+        from pipelines.runtime.stage import pack_row, unpack_row
+
+        waiting: deque[Any] = deque()
+        for row in rows:
+            waiting.append(self.pool.submit(on_worker, pack_row(row), kind, config))
+            if len(waiting) > 3:
+                yield unpack_row(waiting.popleft().result())
+        for future in waiting:
+            yield unpack_row(future.result())
+
+
+def made(name: str, row: dict[str, Any]) -> dict[str, Any]:
+    """Return the columns that the stages of a pass would write."""
+    if name == "identify":
+        facts = {"size_bytes": 5_000_000, "depth_file": "", "depth_place": "", "caption": "", "pair": None}
+        return {**facts, "sha256": hashlib.sha256(row["key"].encode()).hexdigest(), "fetched": None}
+    if name == "probe":
+        return {"record": record_of(row["key"])}
+    digest = hashlib.sha256(row["key"].encode()).hexdigest()
+    return {"scores": SCORES, "staged": {"size": SAMPLE_BYTES, "sha256": digest, "scores": SCORES}}
+
+
+def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
+    """Return CPU seconds of each part of a run, and its peak memory."""
+    from pipelines.preprocess import run as preprocess
+    from pipelines.preprocess.job import Job
+    from pipelines.preprocess.settings import PreprocessConfig
+    from pipelines.runtime.passes import Passes
+    from pipelines.runtime.progress import Progress
+
+    config = PreprocessConfig(
+        **{"output": str(folder / "out"), "input": str(folder / "list.csv"), "list_root": "s3://bucket/video"},
+        **{"fps": 16.0, "clips_per_video": 2, "min_shot_s": 3.1, "depth": "parallax", "shard_size_mb": SHARD_MB},
+        keep_staging=keep_staging,
+    )
+    parts: dict[str, float] = {}
+    start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+
+    def timed(name: str, function: Any) -> Any:
+        def call(*args: Any) -> Any:
+            begun = time.process_time()
+            try:
+                return function(*args)
+            finally:
+                parts[name] = round(parts.get(name, 0.0) + time.process_time() - begun, 2)
+
+        return call
+
+    for name in ("_hash", "_split", "_decide", "_plan", "_clips", "_pack"):
+        setattr(Job, name, timed(name.strip("_"), getattr(Job, name)))
+    begun, clock = time.process_time(), time.monotonic()
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+        sources = timed("sources", preprocess.find_sources)(config, None)
+        passes = Passes("preprocess", Stub(pool), Progress(config.output), 10)
+        job = Job(config, passes, preprocess.stages_of(config), frozenset())
+        timed("ledger", lambda: len(job.ledger.records))()
+        job.work(sources)
+        planned_s = time.process_time() - begun
+        job.judge()
+        result = job.finish()
+        job.ledger.records.flush()
+    assert result.committed, result.problems
+    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    facts = {"videos": len(sources), "samples": result.counts["samples"], "worked": dict(result.worked)}
+    facts |= {"until_pack_s": round(planned_s, 2), "cpu_s": round(time.process_time() - begun, 2)}
+    return facts | {
+        "wall_s": round(time.monotonic() - clock, 1),
+        "start_mb": round(start_mb),
+        "peak_mb": round(peak_mb),
+        "parts": parts,
+    }
+
+
+def fitted(sizes: list[int], values: list[float], wanted: int) -> tuple[float, float, float]:
+    """Return (a, b, a + b × wanted) of the line through the measured points, by least squares."""
+    slope, constant = np.polyfit(sizes, values, 1)
+    return float(constant), float(slope), float(constant + slope * wanted)
+
+
+def main() -> None:
+    """Measure, fit, extrapolate; print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("videos", type=int, nargs="+")
+    parser.add_argument("--folder", type=Path)
+    parser.add_argument("--one", choices=("all", "none"))
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(measure(args.folder, args.one)))
+        return
+    found: dict[str, list[dict[str, Any]]] = {"fresh": [], "resumed": []}
+    for count in args.videos:
+        with tempfile.TemporaryDirectory(dir=args.folder) as folder:
+            write_list(Path(folder) / "list.csv", count)
+            for name in found:
+                command = [sys.executable, __file__, str(count), "--folder", folder, "--one", "none"]
+                done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
+                found[name].append(json.loads(done.stdout.splitlines()[-1]))
+                print(name, json.dumps(found[name][-1]), file=sys.stderr, flush=True)
+    laws = {}
+    for name, runs in found.items():
+        for figure in ("until_pack_s", "cpu_s", "peak_mb"):
+            values = [run[figure] for run in runs]
+            if len(args.videos) > 1:
+                laws[f"{name} {figure}"] = [round(fitted(args.videos, values, n)[2]) for n in (10**6, 10**7)]
+    print(json.dumps({"runs": found, "extrapolated to 1M and 10M videos": laws}, indent=1))
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,237 @@
+"""The sources of a run, in a scratch database of this machine: the rows of a million videos take gigabytes."""
+
+from __future__ import annotations
+
+import hashlib
+import heapq
+import json
+import os
+import posixpath
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import astuple, dataclass
+from urllib.parse import unquote
+
+from ex4d import storage
+from ex4d.depth import places
+from pipelines.inputs.lists import may_be_video
+from pipelines.inputs.rows import Entry, Span
+from pipelines.inputs.tables import without_query
+from pipelines.runtime.scratch import scratch
+
+SIDECAR_SUFFIXES = (".camera.json", ".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
+
+DEPTH = "by its name, it shows the depth of the video beside it; depth_path reads a grey one as depth"
+
+
+@dataclass(frozen=True)
+class Source:
+    """One input file, or a row of a list that names no file.
+
+    Args:
+        path: path or URL; bytes that are not UTF-8 are Python's surrogates. "" for a bad row.
+        name: the path relative to the input root, forward slashes, always valid Unicode; unique in a run. It never
+            holds the user, password or query of a URL. A bad row is `LIST:NUMBER`.
+        spans: its spans in lists, in their order; () is the whole file.
+        twin, namesake: another video with the same stem, in the same folder or anywhere: a depth file or caption
+            named by the stem could belong to it. "" where there is none.
+        reason, message: why it is not opened; "" where it is.
+        root: the folder or URL that it was found under; links of its sidecars may not leave it.
+    """
+
+    path: str
+    name: str
+    spans: tuple[Span, ...] = ()
+    twin: str = ""
+    namesake: str = ""
+    reason: str = ""
+    message: str = ""
+    root: str = ""
+
+    @property
+    def is_video(self) -> bool:
+        """False where the name or the list shows that this is not a video."""
+        return not self.reason
+
+    @property
+    def fate(self) -> str:
+        """How a source that is not a video is counted: a stray file is filtered, a row that names no video is bad."""
+        return "filtered" if self.reason in ("not_a_video", "symlink_outside", "symlink_again") else "bad"
+
+
+class Sources:
+    """Sources in a given order, which may be read as often as one likes."""
+
+    def __init__(self, sources: Iterable[Source]):
+        self._scratch = scratch()
+        self._scratch.execute("CREATE TABLE source (number INTEGER PRIMARY KEY, is_video INTEGER, body TEXT)")
+        rows = ((source.is_video, _packed(source)) for source in sources)
+        self._scratch.executemany("INSERT INTO source (is_video, body) VALUES (?, ?)", rows)
+
+    def __len__(self) -> int:
+        return int(self._scratch.execute("SELECT COUNT(*) FROM source").fetchone()[0])
+
+    def __iter__(self) -> Iterator[Source]:
+        return (_unpacked(body) for (body,) in self._scratch.execute("SELECT body FROM source ORDER BY number"))
+
+    @property
+    def num_videos(self) -> int:
+        """How many of them may be videos."""
+        return int(self._scratch.execute("SELECT COUNT(*) FROM source WHERE is_video").fetchone()[0])
+
+
+def _packed(source: Source) -> str:
+    names = (source.path, source.name, source.twin, source.namesake, source.reason, source.message, source.root)
+    return json.dumps([*names, [astuple(span) for span in source.spans]])
+
+
+def _unpacked(body: str) -> Source:
+    path, name, twin, namesake, reason, message, root, spans = json.loads(body)
+    return Source(path, name, tuple(Span(*span) for span in spans), twin, namesake, reason, message, root)
+
+
+class Found:
+    """The entries of an input, which become sources once all are known: names, twins and sidecars depend on all."""
+
+    def __init__(self, entries: Iterable[Entry]):
+        self._scratch = scratch()
+        execute = self._scratch.execute
+        execute("CREATE TABLE entry (number INTEGER PRIMARY KEY, path BLOB, span TEXT, reason TEXT, message TEXT)")
+        execute(
+            "CREATE TABLE file (path BLOB PRIMARY KEY, root BLOB, is_good INTEGER, is_named INTEGER, is_video INTEGER, "
+            "is_depth INTEGER DEFAULT 0, name TEXT, place BLOB) WITHOUT ROWID"
+        )
+        self._roots: set[str] = set()
+        self._add(entries)
+        self._name()
+
+    def _add(self, entries: Iterable[Entry]) -> None:
+        add_entry = "INSERT INTO entry (path, span, reason, message) VALUES (?, ?, ?, ?)"
+        add_file = (
+            "INSERT INTO file (path, root, is_good, is_named, is_video, place) VALUES (?, ?, ?, ?, ?, ?) "
+            "ON CONFLICT DO UPDATE SET root = excluded.root, is_good = is_good OR excluded.is_good, "
+            "is_video = is_video OR excluded.is_video"
+        )
+        execute = self._scratch.execute
+        execute("BEGIN")
+        for entry in entries:
+            path = _key(entry.path)
+            is_good, is_named = not entry.reason, not entry.reason or entry.is_place
+            if is_named:
+                self._roots.add(entry.root)
+            if entry.span is not None or not is_good:
+                span = None if entry.span is None else json.dumps(astuple(entry.span))
+                execute(add_entry, (path, span, entry.reason, entry.message))
+            place = _key(_place(entry.path))
+            facts = (_key(entry.root), is_good, is_named, is_good and may_be_video(entry.path), place)
+            execute(add_file, (path, *facts))
+        execute("COMMIT")
+
+    def _name(self) -> None:
+        """Give each file a unique name relative to the deepest folder above all roots."""
+        roots: dict[bool, list[str]] = {}
+        for root in self._roots:
+            roots.setdefault(storage.is_local(root), []).append(_as_path(root))
+        common = {is_local: posixpath.commonpath(found) for is_local, found in roots.items()}
+        if len(common) == 2:  # a name of a store's file then begins with its host or bucket
+            common[False] = "/"
+
+        def name(key: bytes, is_named: int) -> str:
+            path = _text(key)
+            if not is_named:
+                return _unicode(without_query(path).rpartition("/")[2])
+            return _unicode(_relative(_as_path(path), common[storage.is_local(path)]))
+
+        def unlike(name: str, key: bytes) -> str:
+            return f"{name}~{hashlib.sha256(os.fsencode(_text(key))).hexdigest()[:8]}"
+
+        self._scratch.create_function("name_of", 2, name, deterministic=True)
+        self._scratch.create_function("unlike", 2, unlike, deterministic=True)
+        execute = self._scratch.execute
+        execute("UPDATE file SET name = name_of(path, is_named)")
+        execute("CREATE INDEX file_name ON file (name)")
+        execute("CREATE TEMP TABLE twice AS SELECT name FROM file GROUP BY name HAVING COUNT(*) > 1")
+        execute("UPDATE file SET name = unlike(name, path) WHERE name IN (SELECT name FROM twice)")
+
+    def sources(self) -> Iterator[Source]:
+        """Yield each file once, without the sidecars of videos, and each row or place that cannot be used, by name."""
+        execute = self._scratch.execute
+        execute("CREATE INDEX file_place ON file (place, path) WHERE is_video")
+        execute("CREATE INDEX entry_path ON entry (path, number)")
+        self._scratch.create_function("stem_of", 1, lambda place: place.rpartition(b"/")[2], deterministic=True)
+        execute("CREATE INDEX file_stem ON file (stem_of(place), path) WHERE is_video")
+        videos = (_text(key) for (key,) in execute("SELECT path FROM file WHERE is_video"))
+        depth = [(_key(path),) for path in videos if self._belongs(path, places.PICTURES)]
+        self._scratch.executemany("UPDATE file SET is_depth = 1 WHERE path = ?", depth)
+        return heapq.merge(self._files(), self._refused(), key=lambda source: source.name)
+
+    def _files(self) -> Iterator[Source]:
+        query = "SELECT path, name, root, place, is_video, is_depth FROM file WHERE is_good ORDER BY name"
+        spans = "SELECT span FROM entry WHERE path = ? AND span IS NOT NULL ORDER BY number"
+        twins = "SELECT name FROM file WHERE is_video AND place = ? AND NOT is_depth ORDER BY path LIMIT 2"
+        stems = "SELECT name FROM file WHERE is_video AND stem_of(place) = ? AND NOT is_depth ORDER BY path LIMIT 2"
+        has_spans = self._scratch.execute("SELECT 1 FROM entry WHERE span IS NOT NULL LIMIT 1").fetchone() is not None
+        for key, name, root, place, is_video, is_depth in self._scratch.execute(query):
+            path = _text(key)
+            if not is_video and self._belongs(path, SIDECAR_SUFFIXES):
+                continue
+            same = (self._scratch.execute(twins, (place,)), self._scratch.execute(stems, (place.rpartition(b"/")[2],)))
+            twin, namesake = (next((other for (other,) in found if other != name), "") for found in same)
+            if not is_video or is_depth:
+                yield Source(path, name, (), twin, namesake, "not_a_video", DEPTH if is_depth else "by its name")
+                continue
+            texts = self._scratch.execute(spans, (key,)) if has_spans else ()
+            found = dict.fromkeys(Span(*json.loads(text)) for (text,) in texts)
+            yield Source(path, name, tuple(found), twin, namesake, root=_text(root))
+
+    def _refused(self) -> Iterator[Source]:
+        query = (
+            "SELECT name, reason, message FROM entry JOIN file USING (path) WHERE reason != '' ORDER BY name, number"
+        )
+        for name, reason, message in self._scratch.execute(query):
+            yield Source("", name, reason=reason, message=message)
+
+    def _belongs(self, path: str, suffixes: Sequence[str]) -> bool:
+        """Return whether a path is a video's with a suffix of `suffixes` instead of, or behind, its own."""
+        plain = without_query(path)
+        for owner in (plain.removesuffix(suffix) for suffix in suffixes if plain.endswith(suffix)):
+            for place in {owner, os.path.splitext(owner)[0]}:
+                query = "SELECT path FROM file WHERE is_video AND place = ?"
+                for (key,) in self._scratch.execute(query, (_key(place),)):
+                    if place == owner or without_query(_text(key)) == owner:
+                        return True
+        return False
+
+
+def _key(path: str) -> bytes:
+    """Return a path as bytes that sort as the text does, also where it has surrogates."""
+    return path.encode("utf-8", "surrogatepass")
+
+
+def _text(key: bytes) -> str:
+    return key.decode("utf-8", "surrogatepass")
+
+
+def _place(path: str) -> str:
+    return os.path.splitext(without_query(path))[0]
+
+
+def _relative(path: str, common: str) -> str:
+    start = common.rstrip("/") + "/"
+    if path.startswith(start) and "//" not in path and "/." not in path:
+        return path[len(start) :]
+    return posixpath.relpath(path, common)
+
+
+def _as_path(place: str) -> str:
+    """Return an absolute path for a path or URL: /BUCKET/KEY or /HOST/PATH, without secrets."""
+    if storage.is_local(place):
+        return place.replace(os.sep, "/")
+    plain = without_query(place).partition("://")[2]
+    netloc, _, path = plain.partition("/")
+    if place.startswith(("http://", "https://")):
+        path = unquote(path, errors="surrogateescape")
+    return f"/{netloc.rpartition('@')[2]}/{path}"
+
+
+def _unicode(name: str) -> str:
+    return name if name.isascii() else os.fsencode(name).decode("utf-8", "backslashreplace")

@@ -1,0 +1,147 @@
+"""What a run knows of its videos and clips: in a scratch database, since a million videos take gigabytes."""
+
+from __future__ import annotations
+
+import json
+import zlib
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from typing import Any, NamedTuple
+
+from pipelines.runtime.scratch import scratch
+from pipelines.runtime.stage import Row
+
+UNIT_VIDEOS = 2000  # of a unit at most, where content hashes are spread evenly
+HEX = "0123456789abcdef"
+_TABLES = (
+    "video (content TEXT, name TEXT, sha256 TEXT, body TEXT, PRIMARY KEY (content, name)) WITHOUT ROWID",
+    "staged (split TEXT, key TEXT, artifact TEXT, size INTEGER, sha256 BLOB, PRIMARY KEY (split, key)) WITHOUT ROWID",
+    "decided (sha256 TEXT PRIMARY KEY, source_group TEXT, stand_in TEXT) WITHOUT ROWID",
+    "work (number INTEGER PRIMARY KEY, rows BLOB)",
+    "scored (key TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID",
+)
+
+
+def pack_rows(rows: Sequence[Row]) -> bytes:
+    """Return rows as bytes."""
+    return zlib.compress(json.dumps(rows).encode(), 1)
+
+
+class Clip(NamedTuple):
+    """A finished sample: its split, key, artifact in the ledger, and the artifact's bytes and sha256."""
+
+    split: str
+    key: str
+    artifact: str
+    size: int
+    sha256: str
+
+
+class Tables:
+    """The videos, clips and rejects of one run."""
+
+    def __init__(self) -> None:
+        self._scratch = scratch()
+        for table in _TABLES:
+            self._scratch.execute(f"CREATE TABLE {table}")
+
+    # ------------------------------------------------------------ videos
+
+    def add_video(self, row: Row) -> None:
+        """Add a video that was hashed; it has a `content`."""
+        values = (row["content"], row["name"], row["sha256"], json.dumps(row))
+        self._scratch.execute("INSERT INTO video VALUES (?, ?, ?, ?)", values)
+
+    def duplicates(self) -> Iterator[tuple[Row, str]]:
+        """Yield each video whose content came under another name before, with that name."""
+        query = (
+            "SELECT body, first FROM video JOIN (SELECT content AS one, MIN(name) AS first FROM video GROUP BY content "
+            "HAVING COUNT(*) > 1) ON content = one WHERE name > first ORDER BY name"
+        )
+        return ((json.loads(body), first) for body, first in self._scratch.execute(query))
+
+    def videos(self, prefix: str = "") -> Iterator[Row]:
+        """Yield the first video of each content that begins with a prefix, in the order of the contents."""
+        return (json.loads(body) for body, *_ in self._firsts(prefix))
+
+    def unit(self, prefix: str) -> bytes:
+        """Return the videos of a unit as JSON: [row, its group, the name of the video in its place]; None: its own."""
+        parts = [f"[{body},{json.dumps(group)},{json.dumps(name)}]" for body, group, name in self._firsts(prefix)]
+        return f"[{','.join(parts)}]".encode()
+
+    def _firsts(self, prefix: str) -> Iterator[tuple[str, str | None, str | None]]:
+        query = (
+            "SELECT content, body, source_group, stand_in FROM video LEFT JOIN decided USING (sha256) "
+            "WHERE content BETWEEN ? AND ? ORDER BY content, name"
+        )
+        last = None
+        for content, *found in self._scratch.execute(query, (prefix, f"{prefix}g")):
+            if content != last:
+                yield tuple(found)  # type: ignore[misc]
+            last = content
+
+    def drop_video(self, content: str) -> None:
+        """Forget a video that is rejected and has no record."""
+        self._scratch.execute("DELETE FROM video WHERE content = ?", (content,))
+
+    def decide(self, groups: Mapping[str, str], stand_ins: Mapping[str, str]) -> None:
+        """Note what was decided across videos: {sha256: its group} and {sha256: the one that is taken in its place}."""
+        names = self.names(stand_ins.values())
+        rows = ((key, groups.get(key), names.get(stand_ins.get(key, ""))) for key in {*groups, *stand_ins})
+        self._scratch.executemany("INSERT INTO decided VALUES (?, ?, ?)", rows)
+
+    def units(self) -> list[str]:
+        """Return the prefixes of content hashes that cut the videos into units."""
+        count = self._scratch.execute("SELECT COUNT(*) FROM video").fetchone()[0]
+        units = [""]
+        while count > UNIT_VIDEOS * len(units):
+            units = [prefix + letter for prefix in units for letter in HEX]
+        return units
+
+    def names(self, contents: Iterable[str]) -> dict[str, str]:
+        """Return {sha256: the first name of a video of that sha256}."""
+        wanted = set(contents)
+        if wanted:
+            self._scratch.execute("CREATE INDEX IF NOT EXISTS video_sha256 ON video (sha256, name)")
+        query = "SELECT MIN(name) FROM video WHERE sha256 = ?"
+        return {sha256: self._scratch.execute(query, (sha256,)).fetchone()[0] for sha256 in wanted}
+
+    # ------------------------------------------------------------ clips
+
+    def add_work(self, packed: bytes) -> None:
+        """Add rows of the next pass, as `pack_rows` packs them."""
+        self._scratch.execute("INSERT INTO work (rows) VALUES (?)", (packed,))
+
+    def work(self) -> Iterator[Row]:
+        """Yield the rows of the next pass."""
+        for (packed,) in self._scratch.execute("SELECT rows FROM work ORDER BY number"):
+            yield from json.loads(zlib.decompress(packed))
+
+    def clear_work(self) -> None:
+        """Forget the rows of a pass."""
+        self._scratch.execute("DELETE FROM work")
+
+    def add_staged(self, clips: Iterable[Sequence[Any]]) -> None:
+        """Add finished samples, as `Clip` has them."""
+        rows = ((split, key, artifact, size, bytes.fromhex(digest)) for split, key, artifact, size, digest in clips)
+        self._scratch.executemany("INSERT INTO staged VALUES (?, ?, ?, ?, ?)", rows)
+
+    def staged(self) -> Iterator[Clip]:
+        """Yield the finished samples in the order in which they are packed."""
+        rows = self._scratch.execute("SELECT * FROM staged ORDER BY split, key")
+        return (Clip(*row[:4], row[4].hex()) for row in rows)
+
+    def artifact(self, key: str) -> str:
+        """Return the artifact of a finished sample."""
+        return str(self._scratch.execute("SELECT artifact FROM staged WHERE key = ?", (key,)).fetchone()[0])
+
+    def add_scored(self, row: Mapping[str, Any]) -> None:
+        """Add the scores of a clip that was only looked at: key, name, start_frame, end_frame, scores."""
+        self._scratch.execute("INSERT INTO scored VALUES (?, ?)", (row["key"], json.dumps(row)))
+
+    def scored(self) -> Iterator[dict[str, Any]]:
+        """Yield what `add_scored` got, in the order of the keys."""
+        return (json.loads(body) for (body,) in self._scratch.execute("SELECT body FROM scored ORDER BY key"))
+
+    def count(self, table: str) -> int:
+        """Return the number of rows of `staged` or `scored`."""
+        return int(self._scratch.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])

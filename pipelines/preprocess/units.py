@@ -1,0 +1,216 @@
+"""Plan one unit of videos: which clips there are, which are done, and which are to be made.
+
+A unit is all videos whose content hash begins with the same digits. Planning it needs nothing but their records, what
+the ledger has of them and what was decided across all videos, so workers plan units while the driver holds none of
+their rows.
+"""
+
+from __future__ import annotations
+
+import json
+from collections import Counter
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from ex4d.data.shards import split_of
+from ex4d.errors import BadSample, Filtered
+from ex4d.quality import SCORES
+from pipelines import inputs
+from pipelines.preprocess import clips, pairs, settings
+from pipelines.preprocess.filters import decide
+from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.preprocess.stages import pair
+from pipelines.preprocess.tables import pack_rows
+from pipelines.runtime.known import Known, take
+from pipelines.runtime.ledger import superseded
+from pipelines.runtime.rejects import reject_of
+from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
+
+ARTIFACTS = ("artifact", "refusal_artifact")  # columns: names of a finished and of a rejected row in the ledger
+
+
+def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `planned`, what `Unit.result` says, and `todo`, packed rows of the clips that are to be made.
+
+    Args:
+        row: `videos`: bytes of `Tables.unit`; `records`, as bytes, and `sizes`: as for Known;
+            `retry`: reasons.
+    """
+    known = Known(config.output, row["records"].tobytes().decode(), row["sizes"])
+    unit = Unit(config, known, row["retry"])
+    videos = json.loads(row["videos"].tobytes())
+    own = [{**video, "source_group": group or video["sha256"], "stand_in": name or ""} for video, group, name in videos]
+    todo = unit.plan(own)
+    return {"planned": unit.result(len(todo)), "todo": np.frombuffer(pack_rows(todo), np.uint8)}
+
+
+class Unit:
+    """The plan of one unit.
+
+    Args:
+        known: what the ledger has of it.
+        retry: reasons; clips that were rejected with one of them are made again.
+    """
+
+    def __init__(self, config: PreprocessConfig, known: Known, retry: Sequence[str]):
+        self.config, self.known, self.retry = config, known, retry
+        self.names = settings.ClipNames(config)
+        self.everything = list(known)
+        self.counts: Counter[str] = Counter()
+        self.rejects: list[dict[str, str]] = []
+        self.staged: list[list[Any]] = []
+        self.scored: list[dict[str, Any]] = []
+        self.retried: dict[str, str] = {}
+        self.used: set[str] = set()
+
+    def result(self, num_todo: int) -> dict[str, Any]:
+        """Return all that the driver must know, as JSON has it."""
+        names = ("counts", "rejects", "staged", "scored", "retried")
+        drops = self.config.keep_staging != "all" and not self.config.score_only
+        old = superseded(self.everything, self.used) if drops else []
+        found = {name: getattr(self, name) for name in names}
+        return {**found, "changes": self.known.changes, "superseded": old, "num_todo": num_todo}
+
+    def plan(self, videos: Sequence[Row]) -> list[Row]:
+        """Return the rows of the clips that are to be made.
+
+        Args:
+            videos: rows with `source_group` and `stand_in`, the name of the video that is taken in its place, or "".
+        """
+        rows = [self._clip_row(video, clip) for video in videos for clip in self._clips(video)]
+        self.counts["clips_planned"] = len(rows)
+        if self.config.score_only:
+            rows = [row | {"artifact": row["score_artifact"]} for row in rows]
+        missing = self._missing(rows)
+        todo = missing if self.config.score_only else self._passing(missing)
+        making = {row["key"] for row in todo}
+        for row in rows:
+            if row["key"] not in making:
+                self._looked_at(row) if self.config.score_only else self._done(row)
+        return todo
+
+    def _clips(self, row: Row) -> list[clips.Clip]:
+        """Return the clips of a video; videos without any are rejected."""
+        self.used |= {row[name] for name in ARTIFACTS}
+        record: Any = self.known.get(self._finished(row))
+        row["record"] = record
+        if record["refusal"] is not None:
+            self.rejects.append(reject_of("video", row | {"refusal": record["refusal"]}))
+            return []
+        if row["stand_in"]:
+            message = f"nearly the same as {row['stand_in']}"
+            self.rejects.append(reject_of("video", refused(row, "filtered", "shots", "near_duplicate", message)))
+            return []
+        try:
+            spans = [inputs.Span(**span) for span in row["spans"]]
+            found = clips.plan(row["content"], record, self.config, spans)
+        except (BadSample, Filtered) as error:
+            self.rejects.append(reject_of("video", refuse(row, "clips", error)))
+            return []
+        self.counts["videos_split"] += 1
+        return found
+
+    def _clip_row(self, video: Row, clip: clips.Clip) -> Row:
+        facts = {name: video[name] for name in ("name", "sha256", "source_group", "depth_file")} | vars(clip)
+        facts["caption_source"] = "list" if clip.caption else "sidecar" if video["caption"] else "none"
+        if clip.caption is None:
+            facts["caption"] = video["caption"]
+        other: dict[str, Any] = {}
+        if video["pair"] is not None:
+            facts["pair"] = video["pair"]
+            other = pairs.other_of(video) | pair.columns(video["record"], clip, self.config.crop_bars)
+        sample, refusal, scores = self.names.of(facts)
+        return new_row(
+            **facts,
+            **other,
+            path=video["path"],
+            depth_place=video["depth_place"],
+            twin=video["twin"],
+            namesake=video["namesake"],
+            **clips.in_source(clip, video["record"]),
+            size=video["record"]["info"]["size"],
+            seed=self.names.seed(clip.key),
+            versions=settings.versions(),
+            fingerprint=sample,
+            artifact=f"clips/{clip.key}.{sample}.tar",
+            refusal_artifact=f"clips/{clip.key}.{refusal}.json",
+            score_artifact=f"scores/{clip.key}.{scores}.json",
+            known_scores=None,
+            video_s=len(clip.frame_index) / clip.fps,
+        )
+
+    def _missing(self, rows: Sequence[Row]) -> list[Row]:
+        """Return the rows that the ledger lacks, after removing the rejections that are to be retried."""
+        load(self.known, rows)
+        for row in rows:
+            self.used |= {row["artifact"], row["refusal_artifact"], row["score_artifact"]}
+            name = self._finished(row) if self.retry else ""
+            if name == row["refusal_artifact"]:
+                reason = (self.known.get(name) or {})["reason"]
+                if reason in self.retry:
+                    self.known.remove(name)
+                    self.retried[row["key"]] = reason
+        return [row for row in rows if not self._finished(row)]
+
+    def _passing(self, missing: Sequence[Row]) -> list[Row]:
+        """Return the rows without those that miss a threshold by what is known of them."""
+        take(self.known, {name: row["key"] for row in missing if (name := row["score_artifact"]) in self.known})
+        for row in missing:
+            row["known_scores"] = self.known.get(row["score_artifact"])
+        return [row for row in missing if judged(row, row["known_scores"] or row["shot_scores"], self.config) is None]
+
+    def _looked_at(self, row: Row) -> None:
+        """Count a clip whose scores are known, or that was rejected before they were."""
+        known = self.known.get(self._finished(row)) or {}
+        is_refusal = "reason" in known
+        scores = known.get("scores") if is_refusal else known
+        if scores is None:
+            self.rejects.append(reject_of("clip", row | {"refusal": known}))
+        else:
+            self.scored.append(scored(row, scores))
+
+    def _done(self, row: Row) -> None:
+        """Count a clip that needs no work: a finished sample, or a rejection, perhaps by today's thresholds."""
+        name = self._finished(row)
+        record: Any = self.known.get(name) if name else {"scores": row["known_scores"] or row["shot_scores"]}
+        refusal = record if name == row["refusal_artifact"] else judged(row, record["scores"], self.config)
+        if refusal is not None:
+            self.rejects.append(reject_of("clip", row | {"refusal": refusal}))
+            return
+        split = split_of(row["source_group"], self.config.val_fraction)
+        self.staged.append([split, row["key"], name, record["size"], record["sha256"]])
+
+    def _finished(self, row: Row) -> str:
+        return finished(self.known, row)
+
+
+def finished(known: Any, row: Row) -> str:
+    """Return the name of the ledger's record of a row, "" for none."""
+    return next((row[name] for name in ARTIFACTS if row[name] in known), "")
+
+
+def load(known: Any, rows: Sequence[Row]) -> None:
+    """Read the ledger's records of these rows that no part holds; damaged ones count as missing."""
+    todo = rows
+    while damaged := take(known, {name: row["key"] for row in todo if (name := finished(known, row))}):
+        todo = [row for row in todo if damaged & {row[name] for name in ARTIFACTS}]
+
+
+def judged(row: Row, scores: dict[str, float], config: PreprocessConfig) -> dict[str, Any] | None:
+    """Return the rejection of a clip with these scores under today's thresholds."""
+    try:
+        decide(scores, config.filters)
+    except Filtered as error:
+        return refuse(row, SCORES[error.reason].stage, error)["refusal"]
+    return None
+
+
+def scored(row: Row, scores: dict[str, float]) -> dict[str, Any]:
+    """Return what the page of scores shows of a clip."""
+    frames = {"start_frame": row["frame_index"][0], "end_frame": row["frame_index"][-1]}
+    return {"key": row["key"], "name": row["name"], **frames, "scores": scores}
+
+
+PLAN = Stage("plan", plan_unit, reads=("videos", "records", "sizes", "retry"), writes=("planned", "todo"))

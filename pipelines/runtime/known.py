@@ -1,0 +1,139 @@
+"""What a ledger has of some rows: all of it on the driver, or that of one unit of videos on a worker."""
+
+from __future__ import annotations
+
+import hashlib
+import json
+import logging
+from collections.abc import Iterator, Mapping
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any, Protocol
+
+from ex4d import storage
+from ex4d.errors import ContractError
+
+logger = logging.getLogger(__name__)
+
+NUM_READERS = 32  # threads that read files: an object store answers many at once
+
+
+class Records(Protocol):
+    """What `take` reads and changes."""
+
+    def size(self, name: str) -> int | None: ...
+    def get(self, name: str) -> dict[str, Any] | None: ...
+    def add(self, name: str, body: Mapping[str, Any]) -> None: ...
+    def set_aside(self, name: str) -> None: ...
+    def url(self, name: str) -> str: ...
+
+
+class Known:
+    """What the ledger of a dataset folder has of one unit. What is changed here is told to the driver, see `changes`.
+
+    Args:
+        output: the dataset folder.
+        records: lines `NAME JSON`. sizes: {name: bytes} of the artifacts that are files.
+    """
+
+    def __init__(self, output: str, records: str, sizes: Mapping[str, int]):
+        self.output, self.sizes = output, dict(sizes)
+        self.bodies: dict[str, str] = dict(line.split(" ", 1) for line in records.split("\n") if line)
+        self.changes: dict[str, list[Any]] = {"added": [], "damaged": [], "removed": []}
+
+    def __contains__(self, name: str) -> bool:
+        return name in self.sizes or (not name.endswith(".tar") and name in self.bodies)
+
+    def __iter__(self) -> Iterator[str]:
+        """Yield the names of everything that is done."""
+        yield from self.sizes
+        yield from (name for name in self.bodies if name not in self.sizes and not name.endswith(".tar"))
+
+    def url(self, name: str) -> str:
+        """Return where an artifact that is a file of its own lies."""
+        return storage.join(self.output, "staging", name)
+
+    def size(self, name: str) -> int | None:
+        """Return the bytes of an artifact that is a file of its own, None where it is none."""
+        return self.sizes.get(name)
+
+    def get(self, name: str) -> dict[str, Any] | None:
+        """Return a record, None where there is none."""
+        found = self.bodies.get(name)
+        return None if found is None else json.loads(found)
+
+    def add(self, name: str, body: Mapping[str, Any]) -> None:
+        """Add a record that was read from a file of its own."""
+        self.bodies[name] = json.dumps(body)
+        self.changes["added"].append([name, body])
+
+    def set_aside(self, name: str) -> None:
+        """Forget a damaged artifact; the driver keeps a copy of it."""
+        self._forget("damaged", name)
+
+    def remove(self, name: str) -> None:
+        """Forget an artifact; the driver deletes it."""
+        self._forget("removed", name)
+
+    def _forget(self, change: str, name: str) -> None:
+        self.changes[change].append(name)
+        self.bodies.pop(name, None)
+        self.sizes.pop(name, None)
+
+
+def take(known: Records, keys: Mapping[str, str]) -> set[str]:
+    """Return the names that were damaged, after reading what has no record in a part, in parallel.
+
+    A damaged artifact is set aside, so that its row is redone and no data is lost.
+
+    Args:
+        keys: {name of an artifact: key of its row}.
+    """
+    bodies = {name: known.get(name) for name in keys}
+    damaged = {
+        name for name, body in bodies.items() if name.endswith(".tar") and body and body["size"] != known.size(name)
+    }
+    unknown = [name for name, body in bodies.items() if body is None]
+
+    def read(name: str) -> dict[str, Any] | None:
+        try:
+            return _read(known.url(name), name, keys[name])
+        except (ContractError, KeyError, ValueError, FileNotFoundError) as error:
+            logger.warning("%s: %s", name, error)
+            return None
+
+    if unknown:
+        with ThreadPoolExecutor(NUM_READERS) as pool:
+            for name, body in zip(unknown, pool.map(read, unknown), strict=True):
+                if body is None:
+                    damaged.add(name)
+                else:
+                    known.add(name, body)
+    for name in sorted(damaged):
+        known.set_aside(name)
+    return damaged
+
+
+def _read(url: str, name: str, key: str) -> dict[str, Any]:
+    """Return the record of an artifact that is a file of its own. Raises ContractError, KeyError, ValueError."""
+    from ex4d.data.tar import read_sample
+
+    data = storage.read_bytes(url)
+    if name.endswith(".tar"):
+        scores = json.loads(read_sample(data, key)["json"])["scores"]
+        return {"scores": scores, "size": len(data), "sha256": hashlib.sha256(data).hexdigest()}
+    body = json.loads(data)
+    if not isinstance(body, dict) or not _is_record(name, body):
+        raise ContractError("is not a record of its kind")
+    return body
+
+
+def _is_record(name: str, body: Mapping[str, Any]) -> bool:
+    """Return True where a record has the keys of its kind."""
+    kind = name.partition("/")[0]
+    if kind == "scores" and "reason" not in body:
+        return all(isinstance(value, int | float) for value in body.values())
+    refusal = body.get("refusal") if kind == "videos" else body
+    if refusal is None:
+        return {"refusal", "info", "pts_runs", "cuts", "shots", "hashes"} <= body.keys()
+    names = ("fate", "stage", "reason", "message")
+    return isinstance(refusal, dict) and all(isinstance(refusal.get(name), str) for name in names)

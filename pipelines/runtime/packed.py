@@ -1,0 +1,120 @@
+"""Samples that lie in the shards alone: once `alone` was called, the shards are their ledger.
+
+The rows in `staging/packed` say which sample lies where in which shard. Before a shard is built anew, its samples are
+put back into staging, all of them before any shard is overwritten; so nothing is lost, however the run ends.
+"""
+
+from __future__ import annotations
+
+import hashlib
+import sqlite3
+from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import Any
+
+from ex4d import storage
+from ex4d.data import building
+from ex4d.errors import ContractError
+
+FOLDER = "staging/packed"
+MARK = "staging/packed/alone"  # a file: samples may be missing in staging
+NUM_THREADS = 32
+COLUMNS = ("key", "shard", "offset", "length", "sha256")
+
+
+class Packed:
+    """Where samples lie in the shards of a dataset folder.
+
+    Args:
+        scratch: a database with the tables `file` and `record` of the ledger.
+    """
+
+    def __init__(self, output: str, scratch: sqlite3.Connection):
+        self.output, self._scratch = output, scratch
+        self._scratch.execute("CREATE TABLE packed (key TEXT PRIMARY KEY, shard, offset, length, sha256) WITHOUT ROWID")
+        self.is_alone = storage.exists(storage.join(output, MARK))
+        if self.is_alone:
+            for rows in _rows(output):
+                self._scratch.executemany("INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?, ?)", rows)
+            self._scratch.execute(
+                "INSERT OR IGNORE INTO file SELECT name, length, 0 FROM packed JOIN record ON name BETWEEN "
+                "'clips/' || key || '.' AND 'clips/' || key || '.~' WHERE name LIKE '%.tar' AND "
+                "json_extract(body, '$.sha256') = sha256"
+            )
+
+    def alone(self) -> None:
+        """Say that samples in shards need no file in staging."""
+        storage.write_bytes(storage.join(self.output, MARK), b"")
+        self.is_alone = True
+
+    def places(self, items: Iterable[Sequence[Any]]) -> list[list[Any]]:
+        """Return [url, shard, offset, length, sha256] of the samples that lie in shards alone.
+
+        Args:
+            items: of a shard's plan: [key, url, bytes, sha256].
+        """
+        found = []
+        for key, url, _, sha256 in items:
+            name = f"clips/{url.rpartition('/')[2]}"
+            query = "SELECT shard, offset, length FROM packed JOIN file ON name = ? WHERE key = ? AND NOT is_here"
+            place = self._scratch.execute(query, (name, key)).fetchone()
+            if place is not None:
+                found.append([url, storage.join(self.output, place[0]), *place[1:], sha256])
+        return found
+
+    def dropped(self, items: Iterable[Sequence[Any]]) -> None:
+        """Note that the files of these samples were deleted."""
+        names = ((f"clips/{url.rpartition('/')[2]}",) for _, url, *_ in items)
+        self._scratch.executemany("UPDATE file SET is_here = 0 WHERE name = ?", names)
+
+    def drop(self, names: Iterable[str]) -> None:
+        """Delete the files of samples that are in place in shards."""
+        here = (name for name in names if self._is_here(name))
+        with ThreadPoolExecutor(NUM_THREADS) as pool:
+            for name in pool.map(self._delete, here):
+                self._scratch.execute("UPDATE file SET is_here = 0 WHERE name = ?", (name,))
+
+    def _is_here(self, name: str) -> bool:
+        return bool(self._scratch.execute("SELECT is_here FROM file WHERE name = ?", (name,)).fetchone()[0])
+
+    def _delete(self, name: str) -> str:
+        storage.remove(storage.join(self.output, "staging", name))
+        return name
+
+
+def _rows(output: str) -> Iterator[Iterable[tuple[Any, ...]]]:
+    """Yield the rows of each shard that nobody has written to since it was built."""
+    folder = storage.join(output, FOLDER)
+    names = [f"shards/{name.removesuffix('.parquet')}.tar" for name in storage.list_files(folder, (".parquet",))]
+
+    def read(name: str) -> list[tuple[Any, ...]]:
+        facts = building.read_facts(folder, name)
+        if not facts or not facts["stamp"] or facts["stamp"] != building.stamp(storage.join(output, name)):
+            return []
+        table = building.read_rows(folder, name)
+        return list(zip(*(table[column].to_pylist() for column in COLUMNS), strict=True))
+
+    with ThreadPoolExecutor(4) as pool:
+        yield from pool.map(read, names)
+
+
+def restore(places: Iterable[Sequence[Any]]) -> None:
+    """Put samples back into staging. Args: places: of `Packed.places`. Raises ContractError."""
+
+    def copy(place: Sequence[Any]) -> None:
+        url, shard, offset, length, sha256 = place
+        blob = storage.read_bytes(shard, offset, length)
+        if hashlib.sha256(blob).hexdigest() != sha256:
+            raise ContractError(
+                f"{shard}: the sample at {offset} is not what was packed; delete the shard and run again"
+            )
+        storage.write_bytes(url, blob)
+
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(copy, places))
+
+
+def delete(items: Iterable[Sequence[Any]]) -> None:
+    """Delete the staged files of a plan's items."""
+    with ThreadPoolExecutor(NUM_THREADS) as pool:
+        list(pool.map(storage.remove, (url for _, url, *_ in items)))

@@ -1,0 +1,111 @@
+"""Staging may be dropped: the shards are then the ledger of the samples, and nothing is lost or made twice."""
+
+from __future__ import annotations
+
+import shutil
+from dataclasses import replace
+from pathlib import Path
+
+import pytest
+from small_corpus import inline
+
+from ex4d.data import building, shards
+from ex4d.data.verify import verify
+
+
+def tree(config):
+    report = verify(config.output, full=True)
+    assert report.problems == ()
+    return report.tree_sha256
+
+
+def staged(config):
+    return list(Path(config.output, "staging", "clips").glob("*.tar"))
+
+
+@pytest.fixture
+def small_shards(monkeypatch):
+    """Shards of two samples or so."""
+    whole = shards.pack_contents
+    monkeypatch.setattr(
+        shards,
+        "pack_contents",
+        lambda contents, output, facts, size, **more: whole(contents, output, facts, 25_000, **more),
+    )
+
+
+def test_the_dataset_is_the_same_whatever_is_kept(config, tmp_path, small_shards):
+    found = {}
+    for keep in ("all", "current", "none"):
+        chosen = replace(config, output=str(tmp_path / keep), keep_staging=keep)
+        assert inline(chosen).counts["samples"] == 12
+        assert len(list(Path(chosen.output, "shards").iterdir())) > 3
+        assert inline(chosen).worked == {"hash": 4, "split": 0, "clip": 0}
+        found[keep] = tree(chosen)
+        assert len(staged(chosen)) == (0 if keep == "none" else 12)
+    assert len(set(found.values())) == 1
+
+
+def test_samples_are_put_back_where_shards_change(config, corpus, tmp_path, small_shards):
+    """A video that comes later moves the samples of others into other shards."""
+    some = tmp_path / "some"
+    shutil.copytree(corpus, some)
+    for path in some.glob("synthetic-000001.*"):
+        path.unlink()
+    grown = replace(config, input=str(some), output=str(tmp_path / "grown"), keep_staging="none")
+    assert inline(grown).counts["samples"] == 9
+    shutil.copytree(corpus, some, dirs_exist_ok=True)
+    assert inline(grown).worked == {"hash": 4, "split": 1, "clip": 3}
+    inline(config)
+    assert tree(grown) == tree(config)
+    assert staged(grown) == []
+    kept = replace(grown, keep_staging="all")  # what was dropped does not come back
+    assert inline(kept).worked["clip"] == 0
+    assert staged(grown) == []
+
+
+@pytest.mark.parametrize("when", ["before a shard", "after it", "after its rows"])
+def test_a_run_that_ends_while_shards_change_loses_nothing(config, corpus, tmp_path, small_shards, monkeypatch, when):
+    inline(config)
+    dropped = replace(config, output=str(tmp_path / "dropped"), keep_staging="none", seed=1)
+    inline(dropped)
+    again = replace(dropped, seed=0, val_fraction=0.0)  # other samples under the same keys
+    inline(again)
+    moved = replace(again, val_fraction=config.val_fraction)  # the same samples in other shards
+    calls = []
+
+    class Killed(BaseException):
+        pass
+
+    def dying(name, whole):
+        def function(*args):
+            calls.append(1)
+            if len(calls) == 3 and when == "before a shard":
+                raise Killed
+            done = whole(*args)
+            if len(calls) == 3:
+                raise Killed
+            return done
+
+        return name, function
+
+    target = ("place", building.place) if when == "after it" else ("build", building.build)
+    with monkeypatch.context() as patched:
+        patched.setattr(building, *dying(*target))
+        with pytest.raises(Killed):
+            inline(moved)
+    assert inline(moved).worked["clip"] == 0
+    assert tree(moved) == tree(config)
+    assert staged(moved) == []
+
+
+def test_a_shard_that_was_changed_costs_its_samples(config, tmp_path, small_shards, caplog):
+    dropped = replace(config, keep_staging="none")
+    inline(dropped)
+    whole = tree(dropped)
+    shard = next(Path(config.output, "shards").iterdir())
+    blob = bytearray(shard.read_bytes())
+    blob[3000] ^= 1
+    shard.write_bytes(bytes(blob))
+    assert 0 < inline(dropped).worked["clip"] < 12
+    assert tree(dropped) == whole
