@@ -56,16 +56,14 @@ def record_of(key: str) -> dict[str, Any]:
     return {**found, "refusal": None}
 
 
-def on_worker(packed: dict[str, Any], kind: str, config: Any) -> dict[str, Any]:
+def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
     """Do what a worker does with the row of a unit or of a shard; of a shard only its rows are written."""
     from pipelines.preprocess.units import PLAN
     from pipelines.runtime.stage import pack_row, unpack_row
 
     row = unpack_row(packed)
-    if kind == "plan":
-        done = PLAN.function(row, config)
-    else:
-        done = {"built": build(row["plan"], row["output"], row["tables"])}
+    plan = row.get("plan")
+    done = PLAN.function(row, config) if plan is None else {"built": build(plan, row["output"], row["tables"])}
     return pack_row({"key": row["key"], "refusal": None, "seconds": {}, **done})
 
 
@@ -108,18 +106,18 @@ class Stub:
         """Yield each row as the stages would leave it."""
         name = stages[0].name
         if name in ("plan", "build_shard"):
-            yield from self._elsewhere(name, rows, config)
+            yield from self._elsewhere(rows, config)
             return
         for row in rows:
             kept = {column: row.get(column) for column in keep}
             yield {**kept, "key": row["key"], "refusal": None, "seconds": {name: 0.1}, **made(name, row)}
 
-    def _elsewhere(self, kind: str, rows: Iterable[dict[str, Any]], config: Any) -> Iterator[dict[str, Any]]:
+    def _elsewhere(self, rows: Iterable[dict[str, Any]], config: Any) -> Iterator[dict[str, Any]]:
         from pipelines.runtime.stage import pack_row, unpack_row
 
         waiting: deque[Any] = deque()
         for row in rows:
-            waiting.append(self.pool.submit(on_worker, pack_row(row), kind, config))
+            waiting.append(self.pool.submit(on_worker, pack_row(row), config))
             if len(waiting) > 3:
                 yield unpack_row(waiting.popleft().result())
         for future in waiting:

@@ -8,7 +8,8 @@ import json
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import astuple, dataclass
+from dataclasses import dataclass
+from typing import Any
 from urllib.parse import unquote
 
 from ex4d import storage
@@ -81,7 +82,11 @@ class Sources:
 
 def _packed(source: Source) -> str:
     names = (source.path, source.name, source.twin, source.namesake, source.reason, source.message, source.root)
-    return json.dumps([*names, [astuple(span) for span in source.spans]])
+    return json.dumps([*names, [_values(span) for span in source.spans]])
+
+
+def _values(span: Span) -> list[Any]:
+    return list(vars(span).values())  # `astuple` makes deep copies
 
 
 def _unpacked(body: str) -> Source:
@@ -112,19 +117,17 @@ class Found:
             "is_video = is_video OR excluded.is_video"
         )
         execute = self._scratch.execute
-        execute("BEGIN")
         for entry in entries:
             path = _key(entry.path)
             is_good, is_named = not entry.reason, not entry.reason or entry.is_place
             if is_named:
                 self._roots.add(entry.root)
             if entry.span is not None or not is_good:
-                span = None if entry.span is None else json.dumps(astuple(entry.span))
+                span = None if entry.span is None else json.dumps(_values(entry.span))
                 execute(add_entry, (path, span, entry.reason, entry.message))
             place = _key(_place(entry.path))
             facts = (_key(entry.root), is_good, is_named, is_good and may_be_video(entry.path), place)
             execute(add_file, (path, *facts))
-        execute("COMMIT")
 
     def _name(self) -> None:
         """Give each file a unique name relative to the deepest folder above all roots."""

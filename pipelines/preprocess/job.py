@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from dataclasses import asdict, dataclass, field
+from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
 
@@ -51,6 +51,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.config.output)
+        self.digests = settings.video_fingerprints(self.config)
 
     def work(self, sources: inputs.Sources) -> None:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
@@ -89,7 +90,7 @@ class Job:
                 continue
             yield new_row(
                 source.name,
-                spans=[asdict(span) for span in source.spans],
+                spans=[dict(vars(span)) for span in source.spans],
                 known_source=self._known_source(source.path),
                 **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
             )
@@ -99,8 +100,7 @@ class Job:
 
     def _artifacts(self, content: str) -> dict[str, str]:
         """Return the names of a video's record and of its refusal in the ledger."""
-        digests = settings.video_fingerprints(self.config)
-        return {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, digests, strict=True)}
+        return {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
 
     def _split(self) -> None:
         """Make the records of the videos that have none."""

@@ -115,12 +115,10 @@ class Records:
         """Put the lines of a part into the scratch database; set the part aside where one is damaged."""
         lines = blob.splitlines(keepends=True)
         good = [_parsed(line) for line in lines]
-        self._scratch.execute("BEGIN")
         self._scratch.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", (pair for pair in good if pair))
         self._scratch.executemany(
             "DELETE FROM record WHERE name = ?", ((pair[0],) for pair in good if pair and pair[1] == "null")
         )
-        self._scratch.execute("COMMIT")
         if None in good:
             url, place = storage.join(self.folder, part), storage.join(self.damaged, part)
             numbers = [number for number, pair in enumerate(good, 1) if pair is None]

@@ -12,4 +12,5 @@ def scratch() -> sqlite3.Connection:
     connection = sqlite3.connect("", isolation_level=None)
     for pragma in (f"cache_size = {-CACHE_MB * 1024}", "journal_mode = OFF", "synchronous = OFF"):
         connection.execute(f"PRAGMA {pragma}")
+    connection.execute("BEGIN")  # never committed: nobody else reads it, and a commit would write what is in memory
     return connection

@@ -1,0 +1,79 @@
+"""Videos are planned in units, and no way of cutting them changes what is planned."""
+
+from __future__ import annotations
+
+import random
+
+import pytest
+from small_corpus import inline
+
+from ex4d.data.verify import verify
+from pipelines.inputs import Entry, Source, Sources, Span
+from pipelines.inputs.sources import Found
+from pipelines.preprocess import tables
+
+
+@pytest.mark.parametrize("keep_staging", ["all", "current"])
+def test_units_of_any_size_give_the_same_dataset(config, tmp_path, monkeypatch, keep_staging):
+    inline(config)
+    whole = verify(config.output, full=True).tree_sha256
+    monkeypatch.setattr(tables, "UNIT_VIDEOS", 1)
+    small = type(config)(**vars(config) | {"output": str(tmp_path / "units"), "keep_staging": keep_staging})
+    inline(small)
+    assert inline(small).worked == {"hash": 4, "split": 0, "clip": 0}
+    assert verify(small.output, full=True).tree_sha256 == whole
+
+
+def test_units_hold_each_content_once_under_its_first_name():
+    table = tables.Tables()
+    contents = [f"{random.Random(number).getrandbits(256):064x}" for number in range(300)]
+    for number, content in enumerate([*contents, *contents[:50]]):
+        table.add_video(
+            {"content": content, "sha256": content, "name": f"{number:03d}.mp4", "key": f"{number:03d}.mp4"}
+        )
+    assert [row["name"] for row, _ in table.duplicates()] == [f"{number:03d}.mp4" for number in range(300, 350)]
+    assert table.units() == [""]
+    for prefixes in ([""], list(tables.HEX), [a + b for a in tables.HEX for b in tables.HEX]):
+        found = [row for prefix in prefixes for row in table.videos(prefix)]
+        assert [row["content"] for row in found] == sorted(contents)
+        assert {row["name"] for row in found} == {f"{number:03d}.mp4" for number in range(300)}
+
+
+def test_sources_come_back_as_they_were_put_in():
+    sources = [
+        Source(
+            "/in/a\udcff.mp4", "a.mp4", (Span(0.0, None, "a caption", "CC0"), Span(1.5, 2.0)), "b.avi", "", root="/in"
+        ),
+        Source("", "list.csv:3", reason="bad_row", message="names no file"),
+    ]
+    kept = Sources(sources)
+    assert list(kept) == list(kept) == sources
+    assert (len(kept), kept.num_videos) == (2, 1)
+
+
+def test_twins_and_sidecars_are_found_whatever_came_first():
+    paths = [
+        "/in/a/x.mp4",
+        "/in/a/x.mov",
+        "/in/b/x.mp4",
+        "/in/a/x.npz",
+        "/in/a/x.mp4.txt",
+        "/in/a/y.npz",
+        "/in/a/notes.md",
+    ]
+    expected = None
+    for seed in range(4):
+        random.Random(seed).shuffle(paths)
+        found = {
+            s.name: (s.twin, s.namesake, s.reason) for s in Found([Entry("/in", path) for path in paths]).sources()
+        }
+        expected = expected or found
+        assert found == expected
+        assert list(found) == sorted(found)
+    assert expected == {
+        "a/notes.md": ("", "", "not_a_video"),
+        "a/x.mov": ("a/x.mp4", "a/x.mp4", ""),
+        "a/x.mp4": ("a/x.mov", "a/x.mov", ""),
+        "a/y.npz": ("", "", "not_a_video"),
+        "b/x.mp4": ("", "a/x.mov", ""),
+    }
