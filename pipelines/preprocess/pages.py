@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import hashlib
+import heapq
 import io
 import json
 from collections.abc import Iterable, Mapping
@@ -18,6 +19,7 @@ from pipelines.runtime.result import Result
 FOLDER = "report"
 PREVIEWS = 12
 THUMBNAIL_PX = 192
+PLACE = ["key", "shard", "offset", "length"]
 EXAMPLES = 20_000  # values per histogram; more change no bar by a pixel
 
 
@@ -64,19 +66,12 @@ def write_scores(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]], r
 
 def write_report(config: PreprocessConfig, result: Result) -> str:
     """Write the page of the dataset; return its path. Without a commit it shows only the rejects."""
-    from ex4d.data import manifest
     from ex4d.viewer import report_page
 
     scores: dict[str, list[float]] = {}
     previews: list[report_page.Preview] = []
     if result.committed:
-        table = manifest.read_manifest(config.output)
-        step = max(1, len(table) // EXAMPLES)
-        for name in SCORES:
-            if f"score_{name}" in table.column_names:
-                scores[name] = table[f"score_{name}"].to_pylist()[::step]
-        columns = table.select(["key", "shard", "offset", "length"]).to_pylist()
-        chosen = sorted(columns, key=lambda row: hashlib.sha256(row["key"].encode()).digest())[:PREVIEWS]
+        scores, chosen = _sampled(config)
         previews = [_preview(config, row) for row in chosen]
     page = report_page.dataset_page(
         _name(config),
@@ -89,6 +84,28 @@ def write_report(config: PreprocessConfig, result: Result) -> str:
         result.problems,
     )
     return _write(config, "index.html", page)
+
+
+def _sampled(config: PreprocessConfig) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
+    """Return values of each score, at most about EXAMPLES, and the rows of PREVIEWS samples; read batch by batch."""
+    import pyarrow.parquet as pq
+
+    from ex4d.data.manifest import MANIFEST
+
+    chosen: list[dict[str, Any]] = []
+    with storage.open_read(storage.join(config.output, MANIFEST)) as file:
+        manifest = pq.ParquetFile(file)
+        scores: dict[str, list[float]] = {name: [] for name in SCORES if f"score_{name}" in manifest.schema_arrow.names}
+        place, step = 0, max(1, manifest.metadata.num_rows // EXAMPLES)
+        for batch in manifest.iter_batches(columns=[*PLACE, *(f"score_{name}" for name in scores)]):
+            for name, values in scores.items():
+                values += batch[f"score_{name}"].to_pylist()[-place % step :: step]
+            place += len(batch)
+            rows = batch.select(PLACE).to_pylist()
+            chosen = heapq.nsmallest(
+                PREVIEWS, [*chosen, *rows], key=lambda row: hashlib.sha256(row["key"].encode()).digest()
+            )
+    return scores, chosen
 
 
 def _preview(config: PreprocessConfig, row: Mapping[str, Any]) -> Any:

@@ -1,0 +1,132 @@
+"""Packing: with one worker and with two, again with nothing to do, with one changed sample, after `kill -9`.
+
+    python benchmarks/scale/packing.py --samples 20000 --kb 50
+
+Samples are invented; shards are built by the workers of a Ray that is started here, as in `ex4d preprocess`. Times are
+on the clock, without Ray's start; a run with two workers follows one with one worker, so that both see the same load.
+"""
+
+from __future__ import annotations
+
+import argparse
+import hashlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import tempfile
+import time
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+SHARD_BYTES = 64 * 2**20
+
+
+def staged(folder: Path) -> list[Any]:
+    """Return the samples of a folder."""
+    from ex4d.data.shards import Staged
+
+    sizes = json.loads((folder / "samples.json").read_text())
+    return [Staged(key, "train", str(folder / f"{key}.1.tar"), *facts) for key, facts in sizes.items()]
+
+
+def write_sample(folder: Path, key: str, size: int, seed: bytes) -> list[Any]:
+    """Write a sample's tar; return [bytes, sha256]."""
+    from ex4d.data.tar import sample_tar
+
+    facts = {"key": key, "source_sha256": key.ljust(64, "0"), "source_group": key.ljust(64, "0")}
+    facts |= {"source_path": f"{key}.mp4", "start_s": 0.0, "end_s": 3.0, "scores": {"motion": 0.5}}
+    body = hashlib.shake_128(seed).digest(size)
+    blob = sample_tar(key, {"json": json.dumps(facts).encode(), "mp4": body, "txt": b"a caption"})
+    (folder / f"{key}.1.tar").write_bytes(blob)
+    return [len(blob), hashlib.sha256(blob).hexdigest()]
+
+
+def make(folder: Path, count: int, size: int) -> None:
+    """Write so many samples."""
+    folder.mkdir()
+    keys = [hashlib.sha256(str(number).encode()).hexdigest()[:16] + "-000000-000048-49" for number in range(count)]
+    sizes = {key: write_sample(folder, key, size, key.encode()) for key in keys}
+    (folder / "samples.json").write_text(json.dumps(sizes))
+
+
+def pack(samples: Path, output: str, workers: int) -> dict[str, Any]:
+    """Pack the samples with so many workers; return seconds, and how many shards were built."""
+    from ex4d.data import shards
+    from pipelines.preprocess.settings import PreprocessConfig
+    from pipelines.preprocess.stages.commit import BUILD_SHARD
+    from pipelines.runtime.runner import RayConfig, runner
+    from pipelines.runtime.stage import new_row
+
+    items, built = staged(samples), []
+    counts = {"videos_in": len(items), "videos_split": len(items), "clips_planned": len(items)}
+    facts = {"sample": {"num_frames": 49, "size": [512, 512]}, "counts": counts}
+    with runner("ray", RayConfig(), workers) as execute:
+
+        def build(plans: Any, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
+            rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
+            for row in execute((BUILD_SHARD,), rows, PreprocessConfig(output=output), ("built",)):
+                built.append(row["key"])
+                yield row["built"]
+
+        list(execute((BUILD_SHARD,), [], PreprocessConfig(output=output), ("built",)))
+        started = time.monotonic()
+        shards.pack(items, output, facts, [], SHARD_BYTES, tables=f"{output}/staging/packed", build=build)
+        return {"seconds": round(time.monotonic() - started, 2), "shards_built": len(built)}
+
+
+def tree(output: str) -> str:
+    """Return a hash of all files of a dataset."""
+    names = sorted(path for path in Path(output).rglob("*") if path.is_file() and "staging" not in path.parts)
+    lines = [f"{path.relative_to(output)} {hashlib.sha256(path.read_bytes()).hexdigest()}" for path in names]
+    return hashlib.sha256("\n".join(lines).encode()).hexdigest()
+
+
+def main() -> None:
+    """Measure and print JSON."""
+    parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--samples", type=int, default=20000)
+    parser.add_argument("--kb", type=int, default=50)
+    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    args = parser.parse_args()
+    if args.one:
+        print(json.dumps(pack(Path(args.one[0]), args.one[1], int(args.one[2]))))
+        return
+    with tempfile.TemporaryDirectory() as folder:
+        samples = Path(folder) / "samples"
+        make(samples, args.samples, args.kb * 1000)
+
+        def run(name: str, workers: int, kill_after: int | None = None) -> dict[str, Any]:
+            output = Path(folder) / name
+            command = [sys.executable, __file__, "--one", str(samples), str(output), str(workers)]
+            process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
+            while kill_after is not None and len(list(output.glob("staging/packed/*.parquet"))) < kill_after:
+                time.sleep(0.02)
+            if kill_after is not None:
+                os.kill(process.pid, signal.SIGKILL)
+            text, _ = process.communicate()
+            return json.loads(text.splitlines()[-1]) if kill_after is None else {}
+
+        found = {"one worker": run("one", 1), "two workers": run("two", 2)}
+        found |= {"one worker again": run("one-2", 1), "two workers again": run("two-2", 2)}
+        whole = tree(f"{folder}/two")
+        same = tree(f"{folder}/one") == whole
+        found["nothing to do"] = run("two", 2)
+        run("killed", 2, kill_after=max(1, found["two workers"]["shards_built"] // 3))
+        found["after kill -9"] = run("killed", 2)
+        same = same and tree(f"{folder}/killed") == whole
+        sizes = json.loads((samples / "samples.json").read_text())
+        key = sorted(sizes)[len(sizes) // 2]
+        sizes[key] = write_sample(samples, key, args.kb * 1000, b"another")
+        (samples / "samples.json").write_text(json.dumps(sizes))
+        found["one changed sample"] = run("two", 2)
+        pairs = (("one worker", "two workers"), ("one worker again", "two workers again"))
+        ratios = [round(found[one]["seconds"] / found[two]["seconds"], 2) for one, two in pairs]
+        facts = {"samples": args.samples, "kb": args.kb, "two workers over one": ratios, "same bytes": same}
+        print(json.dumps(facts | {"runs": found}, indent=1))
+
+
+if __name__ == "__main__":
+    main()
