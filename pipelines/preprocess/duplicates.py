@@ -207,7 +207,7 @@ def _compiled_neighbours() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     pairs, fours, eights, ones = (np.uint64(int(digits * 8, 16)) for digits in ("55", "33", "0f", "01"))
 
     @numba.njit(nogil=True)
-    def neighbours(keys, index, values, seen):  # type: ignore[no-untyped-def]
+    def neighbours(keys: Any, index: Any, values: Any, seen: Any) -> Any:
         firsts, seconds = [np.int64(0)], [np.int64(0)]
         for start in range(len(keys)):
             for end in range(start + 1, min(start + WINDOW + 1, len(keys))):

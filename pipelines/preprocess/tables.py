@@ -74,9 +74,9 @@ class Tables:
             "WHERE content BETWEEN ? AND ? ORDER BY content, name"
         )
         last = None
-        for content, *found in self._scratch.execute(query, (prefix, f"{prefix}g")):
+        for content, body, group, stand_in in self._scratch.execute(query, (prefix, f"{prefix}g")):
             if content != last:
-                yield tuple(found)  # type: ignore[misc]
+                yield body, group, stand_in
             last = content
 
     def drop_video(self, content: str) -> None:
@@ -128,7 +128,7 @@ class Tables:
     def staged(self) -> Iterator[Clip]:
         """Yield the finished samples in the order in which they are packed."""
         rows = self._scratch.execute("SELECT * FROM staged ORDER BY split, key")
-        return (Clip(*row[:4], row[4].hex()) for row in rows)
+        return (Clip(split, key, artifact, size, digest.hex()) for split, key, artifact, size, digest in rows)
 
     def artifact(self, key: str) -> str:
         """Return the artifact of a finished sample."""
