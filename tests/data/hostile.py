@@ -254,12 +254,13 @@ def try_all(folder: str) -> dict[str, object]:
         found["view"] = "a page"
     except (ContractError, ConfigError, OSError) as error:
         found["view"] = str(error)[:100]
-    try:
-        loader = ShardLoader(folder, "train", 2, 0, config=LoaderConfig(0, 0, trust="foreign", max_bad_samples=0))
-        next(loader)
-        found["loader"] = "a batch"
-    except (ContractError, ConfigError, OSError) as error:
-        found["loader"] = str(error)[:100]
+    for trust in ("foreign", "own"):
+        try:
+            config = LoaderConfig(0, 0, trust=trust, max_bad_samples=0)
+            next(ShardLoader(folder, "train", 2, 0, config=config))
+            found[f"loader {trust}"] = "a batch"
+        except (ContractError, ConfigError, OSError) as error:
+            found[f"loader {trust}"] = str(error)[:100]
     return found | {"seconds": round(time.monotonic() - started, 2)}
 
 

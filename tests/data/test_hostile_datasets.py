@@ -8,6 +8,7 @@ import subprocess
 import sys
 from pathlib import Path
 
+import hostile
 import pytest
 
 PROGRAM = Path(__file__).with_name("hostile.py")
@@ -56,3 +57,30 @@ def test_forty_fuzzed_datasets_are_refused_or_named(dataset16, tmp_path):
 @pytest.mark.heavy
 def test_five_hundred_fuzzed_datasets_are_refused_or_named(dataset16, tmp_path):
     check_fuzzed(dataset16, tmp_path, "0:500", 3000)
+
+
+BOMB = """
+import json, resource, sys
+from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.run import PreprocessConfig
+from pipelines.preprocess.settings import DecodeLimits
+limits = DecodeLimits(memory_mb=int(sys.argv[2]))
+places = {"input": f"{sys.argv[1]}/in", "output": f"{sys.argv[1]}/out"}
+config = PreprocessConfig(**places, num_frames=5, size=(64, 64), max_bad_fraction=1.0, limits=limits)
+result = preprocess.run(config, runner_name="inline")
+whose = {"own": resource.RUSAGE_SELF, "child": resource.RUSAGE_CHILDREN}
+print(json.dumps([result.counts, {name: resource.getrusage(who).ru_maxrss >> 10 for name, who in whose.items()}]))
+"""
+
+
+@pytest.mark.heavy
+def test_a_video_of_kilobytes_and_four_gigabytes_of_pixels_takes_the_memory_of_one_clip(tmp_path):
+    (tmp_path / "in").mkdir()
+    (tmp_path / "in" / "a.mp4").write_bytes(hostile.long_video())
+    limit_mb = 1024
+    command = [sys.executable, "-c", BOMB, str(tmp_path), str(limit_mb)]
+    done = subprocess.run(command, capture_output=True, text=True, timeout=900)
+    assert done.returncode == 0, done.stderr[-2000:]
+    counts, peak_mb = json.loads(done.stdout.splitlines()[-1])
+    assert counts["videos_split"] == 1
+    assert max(peak_mb.values()) <= 1.5 * limit_mb, peak_mb
