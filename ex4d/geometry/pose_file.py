@@ -9,12 +9,14 @@ from typing import Any
 
 import numpy as np
 
+from ex4d import storage
 from ex4d.geometry.camera import is_rigid
 
 OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 # Text formats round their numbers; a quaternion of three decimals has a length within 2e-3 of 1.
 ROTATION_TOLERANCE, QUATERNION_TOLERANCE = 1e-3, 5e-3
 MAX_FOCAL_SHARE = 100.0  # focal length / side of the picture; no lens has more
+MAX_BYTES = 64 * 2**20  # of a text, a JSON, or an array of poses: 160,000 poses in our own JSON
 MAX_LENGTH = 1e12  # of a translation, in any unit; products of larger ones overflow
 
 
@@ -35,6 +37,14 @@ class PoseFile:
     times: np.ndarray | None = None
     size: tuple[int, int] | None = None
     source: str = ""
+
+
+def bytes_of(path: str | Path) -> bytes:
+    """Return the bytes of a file. Raises ValueError where it has more than MAX_BYTES; OSError."""
+    data = storage.read_bytes(path, 0, MAX_BYTES + 1)
+    if len(data) > MAX_BYTES:
+        raise ValueError(f"it has more than {MAX_BYTES} bytes")
+    return data
 
 
 def checked(poses: PoseFile) -> PoseFile:

@@ -24,6 +24,7 @@ from ex4d.geometry.pose_file import (
     MAX_FOCAL_SHARE,
     QUATERNION_TOLERANCE,
     PoseFile,
+    bytes_of,
     squared,
     world_to_camera,
 )
@@ -35,7 +36,7 @@ EPOCH_NS = 1e15  # larger times are nanoseconds since 1970 as in EuRoC, whose qu
 
 def lines_of(path: str | Path, num_bytes: int | None = None) -> list[str]:
     """Return the stripped lines of a text file, including empty lines and comments."""
-    data = storage.read_bytes(path, 0, num_bytes)
+    data = bytes_of(path) if num_bytes is None else storage.read_bytes(path, 0, num_bytes)
     if num_bytes is not None and len(data) == num_bytes:
         data = data[: data.rfind(b"\n") + 1]  # the data is truncated, so its last line may be incomplete
     return [line.strip() for line in text.decode(data).splitlines()]

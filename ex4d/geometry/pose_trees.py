@@ -18,16 +18,19 @@ import io
 import json
 import math
 import re
+import zipfile
 from pathlib import Path
-from typing import Any
+from typing import IO, Any
 
 import numpy as np
 
 from ex4d import storage, text
 from ex4d.errors import ConfigError
 from ex4d.geometry.pose_file import (
+    MAX_BYTES,
     OPENGL,
     PoseFile,
+    bytes_of,
     check_poses,
     looks_like,
     numbers,
@@ -40,11 +43,25 @@ from ex4d.geometry.pose_tables import read_matrices
 # Unreal: x forward, y right, z up. OpenCV: x right, y down, z forward. Determinant -1: the hand changes.
 UNREAL = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 LLFF = np.array([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]])  # x down, y right, z back
+# The arrays of an npz that are read.
+KEYS = {
+    "axes",
+    "w2c",
+    "c2w",
+    "cam_w2c",
+    "cam_c2w",
+    "extrinsics",
+    "intrinsics",
+    "extrinsic",
+    "camera_poses",
+    "data",
+    "inds",
+}
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def read_json(path: str | Path) -> PoseFile:
-    return of_json(storage.read_bytes(path))
+    return of_json(bytes_of(path))
 
 
 def of_json(data: bytes) -> PoseFile:
@@ -85,7 +102,7 @@ def write_json(poses: PoseFile) -> bytes:
 
 
 def read_recammaster(path: str | Path, camera: str) -> PoseFile:
-    tree = tree_of(storage.read_bytes(path))
+    tree = tree_of(bytes_of(path))
     names = [name for name in tree if re.fullmatch(r"frame\d+", name)]
     if len(names) != len(tree) or {int(name[5:]) for name in names} != set(range(len(names))):
         raise ValueError("its frames must be frame0, frame1, … without a gap")
@@ -117,7 +134,7 @@ def write_recammaster(poses: PoseFile) -> bytes:
 
 
 def read_nerfstudio(path: str | Path) -> PoseFile:
-    tree = tree_of(storage.read_bytes(path))
+    tree = tree_of(bytes_of(path))
     if "camera_path" in tree:
         return _camera_path(tree)
     frames = _objects(tree.get("frames"), "frames", "transform_matrix")
@@ -188,13 +205,37 @@ def write_ex4d(poses: PoseFile) -> bytes:
 
 
 def _arrays(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the numeric arrays of an npz, or {"": array} of an npy. Raises ValueError on pickles and text."""
+    """Return the numeric arrays of an npz, or {"": array} of an npy; others that hold no poses are empty.
+
+    Raises ValueError on pickles, text and arrays of more than MAX_BYTES.
+    """
     with storage.open_read(path) as file:
-        loaded = np.load(file, allow_pickle=False)
-        arrays = {"": loaded} if isinstance(loaded, np.ndarray) else {key: loaded[key] for key in loaded.files}
+        if zipfile.is_zipfile(file):
+            with zipfile.ZipFile(file) as archive:
+                arrays = dict.fromkeys((name.removesuffix(".npy") for name in archive.namelist()), np.empty(0))
+                for key in KEYS & arrays.keys():
+                    with archive.open(f"{key}.npy") as member:
+                        arrays[key] = _array(member)
+        else:
+            file.seek(0)
+            arrays = {"": _array(file)}
     if odd := [key for key, array in arrays.items() if key != "axes" and array.dtype.kind not in "iuf"]:
         raise ValueError(f"{odd[0] or 'the array'} is {arrays[odd[0]].dtype}, not an array of numbers")
     return arrays
+
+
+def _array(file: IO[bytes]) -> np.ndarray:
+    """Return the array of an npy stream whose header is checked first."""
+    if np.lib.format.read_magic(file) != (1, 0):  # numpy reads the header of a later version whatever its length
+        raise ValueError("it is no npy of version 1.0")
+    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
+    num_bytes = math.prod(shape) * dtype.itemsize
+    if dtype.hasobject or num_bytes > MAX_BYTES:
+        raise ValueError(f"it holds {dtype} {list(shape)}: pickled objects, or more than {MAX_BYTES} bytes")
+    data = file.read(num_bytes)
+    if len(data) < num_bytes:
+        raise ValueError(f"it is cut short: {dtype} {list(shape)} needs {num_bytes} bytes")
+    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
 
 
 def read_llff(path: str | Path) -> PoseFile:

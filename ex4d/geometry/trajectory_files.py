@@ -23,7 +23,7 @@ from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry import pose_tables, pose_trees
 from ex4d.geometry.camera import check_rigid, look_at
-from ex4d.geometry.pose_file import PoseFile, checked, looks_like, numbers
+from ex4d.geometry.pose_file import PoseFile, bytes_of, checked, looks_like, numbers
 
 __all__ = ["READERS", "WRITERS", "PoseFile", "parse", "read", "read_key_poses", "write"]
 
@@ -124,7 +124,7 @@ def read_key_poses(path: str | Path) -> np.ndarray | None:
     if not looks_like(path, ".json"):
         return None
     try:
-        tree = json.loads(storage.read_bytes(path))
+        tree = json.loads(bytes_of(path))
         if not isinstance(tree, dict) or "key_poses" not in tree:
             return None
         pose_trees.check_axes(tree)
@@ -177,7 +177,7 @@ def _guess(path: str | Path) -> str:
 
 
 def _guess_json(path: str | Path) -> str:
-    tree = json.loads(storage.read_bytes(path))
+    tree = json.loads(bytes_of(path))
     if not isinstance(tree, dict):
         raise ValueError(f"the file holds no JSON object; {READ}")
     if "frame0" in tree:

@@ -3,6 +3,9 @@
 from __future__ import annotations
 
 import json
+import tracemalloc
+import zipfile
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -149,3 +152,42 @@ def test_damaged_files_of_poses_are_named(tmp_path, name, data):
     (tmp_path / name).write_bytes(data)
     with pytest.raises(ContractError, match=name):
         read(tmp_path / name)
+
+
+def bombs(folder: Path) -> list[Path]:
+    """Write files of kilobytes, or full of holes, that announce or unpack to gigabytes."""
+    header = {"descr": "<f8", "fortran_order": False, "shape": (2**26, 4, 4)}
+    for name in ("w2c", "extrinsics", "camera_poses", "data"):
+        with zipfile.ZipFile(folder / f"{name}.npz", "w", zipfile.ZIP_DEFLATED) as archive:
+            for key in {name, "intrinsics", "inds"}:
+                with archive.open(f"{key}.npy", "w") as member:
+                    np.lib.format.write_array_header_1_0(member, header)
+    with open(folder / "poses.npy", "wb") as file:
+        np.lib.format.write_array_header_1_0(file, header)
+        file.truncate(2**33)
+    (folder / "long_header.npy").write_bytes(b"\x93NUMPY\x02\x00" + (2**30).to_bytes(4, "little") + b" " * 1000)
+    for name in ("zeros.json", "zeros.txt", "zeros.csv"):
+        with open(folder / name, "wb") as file:
+            file.truncate(2**33)
+    return sorted(folder.iterdir())
+
+
+def test_files_that_announce_gigabytes_are_refused_in_little_memory(tmp_path):
+    tracemalloc.start()
+    for path in bombs(tmp_path):
+        for given in (None, "w2c", "ex4d", "pi3", "vipe", "json", "nerfstudio", "recammaster", "tum", "colmap"):
+            with pytest.raises(ContractError):
+                read(path, given)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 300 << 20
+
+
+def test_the_depth_beside_the_poses_of_a_file_is_not_read(tmp_path):
+    w2c = np.tile(np.eye(4), (3, 1, 1))
+    np.savez(tmp_path / "a.npz", extrinsics=w2c[:, :3], intrinsics=w2c[:, :3, :3], depth=np.zeros((3, 600, 600, 8)))
+    tracemalloc.start()
+    np.testing.assert_array_equal(read(tmp_path / "a.npz").w2c, w2c)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 1 << 20
