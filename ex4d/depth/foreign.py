@@ -30,8 +30,10 @@ from ex4d.errors import BadSample, ConfigError
 ADAPTERS = Path(__file__).with_name("adapters")
 OWN = "own"  # the estimator whose adapter is the user's own file
 START_S, CLIP_S = 600.0, 900.0  # time limits: loading weights from a slow disk; a long clip on a CPU
-MAX_BYTES = 8 * 2**30  # of an answer
+MAX_VALUE_BYTES = 16  # of an answer for each pixel: values and confidence in float64
+SMALL_BYTES = 2**20  # of K and cameras
 MAX_LINE = 2**16
+MAX_ERROR = 4000  # characters
 KINDS = ("z_depth", "disparity")
 # The only environment variables that reach the worker: those for GPUs, libraries and caches, no keys or tokens.
 ENVIRONMENT = (
@@ -58,12 +60,13 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
         if worker is None or worker.process.poll() is not None:
             worker = _workers[(python, adapter, json.dumps(options))] = _Worker(python, adapter, options)
         try:
-            message, arrays = worker.call({}, {"frames": frames}, CLIP_S)
+            num_bytes = MAX_VALUE_BYTES * frames.size // 3 + SMALL_BYTES
+            message, arrays = worker.call({}, {"frames": frames}, CLIP_S, num_bytes)
         except BaseException:
             worker.kill()
             raise
         if "error" in message:  # an error of the adapter itself: the worker keeps running
-            raise Failure("depth_worker_error", str(message["error"]))
+            raise Failure("depth_worker_error", str(message["error"])[:MAX_ERROR])
     return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
 
 
@@ -140,12 +143,16 @@ class _Worker:
             raise ConfigError("depth_python", python, f"its worker did not start: {error}") from None
         if "error" in message:
             self.kill()
-            raise ConfigError("depth_python", python, f"{Path(adapter).name} did not load: {message['error']}")
+            raise ConfigError(
+                "depth_python", python, f"{Path(adapter).name} did not load: {str(message['error'])[:MAX_ERROR]}"
+            )
 
     def call(
-        self, message: dict[str, Any], arrays: dict[str, np.ndarray], limit_s: float
+        self, message: dict[str, Any], arrays: dict[str, np.ndarray], limit_s: float, max_bytes: int = 0
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the worker's answer to a message. Raises Failure, after which the worker must be replaced."""
+        """Return the worker's answer to a message, its arrays of at most `max_bytes`. Raises Failure, after which the
+        worker must be replaced.
+        """
         deadline = time.monotonic() + limit_s
         heads = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
         line = json.dumps({**message, "arrays": heads}).encode() + b"\n"
@@ -154,7 +161,7 @@ class _Worker:
         writer = threading.Thread(target=self._write, args=(parts,), daemon=True)
         writer.start()
         try:
-            return self._receive(deadline)
+            return self._receive(deadline, max_bytes)
         finally:
             if self.process.poll() is not None:
                 writer.join(timeout=1)
@@ -168,7 +175,7 @@ class _Worker:
         except (OSError, ValueError):  # the worker died; the reader reports it
             return
 
-    def _receive(self, deadline: float) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    def _receive(self, deadline: float, max_bytes: int) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
         try:
             line = bytearray()
             while not line.endswith(b"\n"):
@@ -182,8 +189,8 @@ class _Worker:
                 if dtype.kind not in "fiu" or not all(type(side) is int and side > 0 for side in shape):
                     raise ValueError(f"an array of {kind} {shape}")
                 total += math.prod(shape) * dtype.itemsize
-                if total > MAX_BYTES:
-                    raise ValueError(f"an answer of {total} bytes")
+                if total > max_bytes:
+                    raise ValueError(f"an answer of {total} bytes where {max_bytes} are allowed")
                 arrays[str(name)] = np.frombuffer(self._read(math.prod(shape) * dtype.itemsize, deadline), dtype)
                 arrays[str(name)] = arrays[str(name)].reshape(shape)
         except (ValueError, TypeError, KeyError, RecursionError) as error:

@@ -3,9 +3,11 @@
 from __future__ import annotations
 
 import contextlib
+import json
 import os
 import sys
 import time
+import tracemalloc
 from pathlib import Path
 
 import numpy as np
@@ -99,6 +101,50 @@ def test_a_failure_costs_one_clip(request_of, how: int, reason: str):
     assert caught.value.reason == reason
     assert time.monotonic() - started < 30
     assert estimate("own", clip(9), request_of).values[0, 0, 0] == 10
+
+
+def reply(arrays: object, body: bytes = b"", **more: object) -> bytes:
+    return json.dumps({"arrays": arrays, "kind": "z_depth", **more}).encode() + b"\n" + body
+
+
+VALUES = (1.0 + FRAMES[..., 0]).astype("<f4").tobytes()
+HOSTILE = {
+    "a list": b"[]\n",
+    "a text": b'"arrays"\n',
+    "nested without end": b"[" * 60_000 + b"\n",
+    "a huge number": b'{"arrays": ' + b"9" * 60_000 + b"}\n",
+    "no lists": reply(5),
+    "exabytes": reply([["values", "<f4", [2**31, 2**31]]]),
+    "more than the clip can have": reply([["values", "<f8", [3, 16, 20, 200]]]),
+    "many of them": reply([[f"a{i}", "<f8", [3, 16, 20]] for i in range(500)]),
+    "negative sides": reply([["values", "<f4", [-3, -16, 20]]]),
+    "objects": reply([["values", "O", [3, 16, 20]]], VALUES),
+    "a structure": reply([["values", {"names": ["a"], "formats": ["f4"]}, [3, 16, 20]]], VALUES),
+    "kind is a list": reply([["values", "<f4", [3, 16, 20]]], VALUES, kind=["z_depth"]),
+    "not finite": reply([["values", "<f4", [3, 16, 20]]], np.full((3, 16, 20), np.nan, "<f4").tobytes()),
+    "cameras that are none": reply([["values", "<f4", [3, 16, 20]], ["w2c", "<f8", [3, 4, 4]]], VALUES + bytes(384)),
+    "a lens that is none": reply([["values", "<f4", [3, 16, 20]], ["K", "<f8", [3, 3]]], VALUES + bytes(72)),
+    "an error of megabytes": reply([], error=[1] * 20_000),
+    "an error that is no text": reply([], error={"\ud800": "\x1b[31m"}),
+}
+
+
+@pytest.mark.parametrize("what", HOSTILE)
+def test_a_worker_that_was_taken_over_costs_its_clip(tmp_path, request_of, what: str):
+    """Answers of every shape, written past the protocol: refused in little memory, and the next clip is served."""
+    (tmp_path / "reply").write_bytes(HOSTILE[what])
+    adapter = ADAPTER.replace(
+        "    z = 1.0", f"    if how == 7: os.write(3, open({str(tmp_path / 'reply')!r}, 'rb').read())\n    z = 1.0"
+    )
+    (tmp_path / "mine.py").write_text(adapter)
+    tracemalloc.start()
+    with pytest.raises(BadSample) as caught:
+        estimate("own", clip(7), request_of)
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert caught.value.reason.startswith("depth_")
+    assert len(str(caught.value)) < 5000
+    assert peak < 4 << 20
 
 
 def test_what_cannot_start_is_a_wrong_choice(tmp_path, request_of):
