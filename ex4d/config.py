@@ -77,10 +77,14 @@ def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] =
 
 
 def _check_kept(tree: Any, path: str = "") -> None:
-    """Raise ConfigError for a URL whose password or signature was left out when a run wrote its choices down."""
+    """Raise ConfigError for a URL whose password or signature was left out when a run wrote its choices down, and for
+    text that no path can be.
+    """
     if isinstance(tree, dict):
         for name, child in tree.items():
             _check_kept(child, f"{path}.{name}".removeprefix("."))
+    elif "\0" in str(tree):
+        raise ConfigError(path, tree, "text without the character NUL")
     elif SECRET in str(tree):  # a list is given again as a whole
         raise ConfigError(path, tree, f"its password or signature was not kept; give the URL again, as {path}=…")
 

@@ -108,6 +108,12 @@ def test_hostile_yaml_is_an_invalid_choice(tmp_path, text, says):
         config.read_yaml(tmp_path / "some.yaml")
 
 
+def test_text_that_no_path_can_be_is_an_invalid_choice(file):
+    file.write_text('train: {name: "a\\0b"}\n')
+    with pytest.raises(ConfigError, match="NUL"):
+        config.load(file, {"train": Example})
+
+
 def test_an_optional_section_is_none_where_nobody_asks_for_it(file):
     load = partial(config.load, file, {"train": Example, "ray": Inner}, optional=("ray",))
     assert load()["ray"] is None

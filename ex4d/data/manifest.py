@@ -7,7 +7,7 @@ import io
 import json
 import math
 import re
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from itertools import accumulate, islice
 from pathlib import Path
 from typing import Any
@@ -145,29 +145,36 @@ def read_table(folder: str, name: str, columns: list[str] | None = None, sha256:
 
 
 def _unpacked(data: bytes, name: str, columns: list[str] | None) -> pa.Table:
-    """Return the table in a Parquet file's bytes; ContractError where it unpacks to far more than it has.
-
-    A dictionary of one text of megabytes stands for gigabytes, so few rows are read at a time, and counted.
-    """
-    file, allowed = pq.ParquetFile(io.BytesIO(data)), UNPACKED_BYTES + UNPACKED_FACTOR * len(data)
-    groups = range(file.metadata.num_row_groups)
-    cells = (
-        file.metadata.row_group(group).column(number) for group in groups for number in range(file.metadata.num_columns)
-    )
-    widest = max((cell.total_uncompressed_size for cell in cells), default=1)
-    rows = max(1, min(ROWS_PER_GROUP, UNPACKED_BYTES // max(1, widest)))
-    batches, total = [], 0
-    for batch in file.iter_batches(batch_size=rows, columns=columns):
-        batches.append(batch)
-        total += batch.nbytes
-        if total > allowed:
-            raise ContractError(f"{name}: {len(data)} bytes unpack to more than {allowed}")
+    """Return the table in a Parquet file's bytes; ContractError where it unpacks to far more than it has."""
+    file = pq.ParquetFile(io.BytesIO(data))
+    batches = list(bounded_batches(file, len(data), name, columns))
     schema = file.schema_arrow
     if columns is not None:
         if missing := set(columns) - set(schema.names):
             raise ContractError(f"{name}: has no columns {sorted(missing)}")
         schema = pa.schema([schema.field(column) for column in columns])
     return pa.Table.from_batches([batch.select(schema.names) for batch in batches], schema=schema)
+
+
+def bounded_batches(
+    file: pq.ParquetFile, num_bytes: int, name: str, columns: list[str] | None = None
+) -> Iterator[pa.RecordBatch]:
+    """Yield the batches of a Parquet file of `num_bytes`; ContractError once they are far more than it has.
+
+    A dictionary of one text of megabytes stands for gigabytes, so few rows are read at a time, and counted.
+    """
+    allowed = UNPACKED_BYTES + UNPACKED_FACTOR * num_bytes
+    groups = range(file.metadata.num_row_groups)
+    cells = (
+        file.metadata.row_group(group).column(number) for group in groups for number in range(file.metadata.num_columns)
+    )
+    widest = max((cell.total_uncompressed_size for cell in cells), default=1)
+    rows, total = max(1, min(ROWS_PER_GROUP, UNPACKED_BYTES // max(1, widest))), 0
+    for batch in file.iter_batches(batch_size=rows, columns=columns):
+        total += batch.nbytes
+        if total > allowed:
+            raise ContractError(f"{name}: {num_bytes} bytes unpack to more than {allowed}")
+        yield batch
 
 
 def read_manifest(folder: str, sha256: str | None = None) -> pa.Table:

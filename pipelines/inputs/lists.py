@@ -57,6 +57,7 @@ OTHER_SUFFIXES = (
     *(".tif", ".tiff", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
 )
 # Their URLs are pages with a player.
+MAX_NAME = 16384  # characters of a path or URL; signed ones have some two thousand
 PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com", "tiktok.com", "facebook.com")
 
 
@@ -117,7 +118,8 @@ def _columns(names: list[Any], shown: str) -> dict[str, str]:
 
 
 def _read_text(resolver: _Resolver) -> Iterator[Entry]:
-    data = storage.read_bytes(resolver.listing)
+    with storage.open_read(resolver.listing) as file:
+        data = tables.whole(file, resolver.listing)
     encoding = text.encoding_of(data)
     # File names may hold any bytes; a UTF-8 list holds them unchanged.
     lines = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict").splitlines()
@@ -169,8 +171,8 @@ class _Resolver:
         place = row.get("path", row.get("url"))
         if not isinstance(place, str) or not place.strip():
             raise BadSample("bad_row", "names no file")
-        if "\0" in place:
-            raise BadSample("bad_row", "names a file with a NUL character")
+        if "\0" in place or len(place) > MAX_NAME:
+            raise BadSample("bad_row", f"names a file with a NUL character, or by more than {MAX_NAME} characters")
         place = place.strip()
         if is_page(place):
             downloaded = self._by_stem(str(row.get("id", "")), place)
@@ -181,6 +183,8 @@ class _Resolver:
 
     def _place(self, name: str) -> str:
         """Return the absolute path or URL of what a row names. Raises BadSample."""
+        if len(name) > MAX_NAME:
+            raise BadSample("bad_row", f"names a file by more than {MAX_NAME} characters")
         if "://" not in name and storage.is_local(self.folder):
             return os.path.abspath(os.path.join(self.folder, name))
         if "://" not in name:

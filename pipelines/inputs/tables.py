@@ -5,14 +5,16 @@ from __future__ import annotations
 import csv
 import io
 import json
+import os
 from collections.abc import Iterator, Mapping
 from typing import Any
 
 from ex4d import remote, storage, text
-from ex4d.errors import ConfigError
+from ex4d.errors import ConfigError, ContractError
 from pipelines.inputs import rows
 
 MAX_FIELD_BYTES = 16 * 2**20
+MAX_WHOLE_BYTES = 512 * 2**20  # of a list that is not read row by row
 
 
 def without_query(url: str) -> str:
@@ -30,22 +32,22 @@ def read(path: str) -> Iterator[Any]:
         elif plain.endswith((".json", ".jsonl")):
             yield from _json_table(file, path)
         else:
-            yield from _csv_table(file, is_tabs=plain.endswith(".tsv"))
+            yield from _csv_table(file, path, is_tabs=plain.endswith(".tsv"))
 
 
-def _csv_table(file: Any, is_tabs: bool) -> Iterator[Any]:
+def _csv_table(file: Any, path: str, is_tabs: bool) -> Iterator[Any]:
     encoding = text.encoding_of(file.read(4))
     file.seek(0)
     # File names may hold any bytes; captions are checked later.
     lines = io.TextIOWrapper(file, encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict", newline="")
     csv.field_size_limit(MAX_FIELD_BYTES)
-    first = lines.readline()
+    first = lines.readline(MAX_FIELD_BYTES)
     lines.seek(0)
     delimiters = "\t" if is_tabs else ",;\t"
     guesses = (
         one for one in delimiters if {"path", "url"} & set(rows.known(next(csv.reader([first], delimiter=one), ())))
     )
-    reader = csv.DictReader(lines, delimiter=next(guesses, delimiters[0]), strict=True)
+    reader = csv.DictReader(_bounded_lines(lines, path), delimiter=next(guesses, delimiters[0]), strict=True)
     yield reader.fieldnames or ()
     while True:
         try:
@@ -59,10 +61,28 @@ def _csv_table(file: Any, is_tabs: bool) -> Iterator[Any]:
         yield "has more fields than the header has columns" if None in row else row
 
 
+def _bounded_lines(lines: io.TextIOWrapper, path: str) -> Iterator[str]:
+    """Yield lines. Raises ConfigError at one that is longer than any row, as in a file that is not text."""
+    while line := lines.readline(MAX_FIELD_BYTES):
+        if len(line) == MAX_FIELD_BYTES and not line.endswith(("\n", "\r")):
+            what = f"has a line of more than {MAX_FIELD_BYTES} characters"
+            raise ConfigError("preprocess.input", remote.redacted(path), what)
+        yield line
+
+
+def whole(file: Any, path: str) -> bytes:
+    """Return the bytes of an open list that is not read row by row. Raises ConfigError beyond MAX_WHOLE_BYTES."""
+    data = file.read(MAX_WHOLE_BYTES + 1)
+    if len(data) > MAX_WHOLE_BYTES:
+        what = f"has more than {MAX_WHOLE_BYTES >> 20} MB: write it as CSV or Parquet, which are read row by row"
+        raise ConfigError("preprocess.input", remote.redacted(path), what)
+    return data
+
+
 def _json_table(file: Any, path: str) -> Iterator[Any]:
     """Yield the keys of all objects of a JSON list or JSON lines, then each object."""
     try:
-        data = text.decode(file.read())
+        data = text.decode(whole(file, path))
         rows = json.loads(data) if without_query(path).endswith(".json") else None
     except (ValueError, RecursionError) as error:
         raise ConfigError("preprocess.input", remote.redacted(path), f"is not a JSON list: {error}"[:200]) from None
@@ -89,12 +109,16 @@ def _parquet_table(file: Any, path: str) -> Iterator[Any]:
     import pyarrow as pa
     import pyarrow.parquet as pq
 
+    from ex4d.data.manifest import bounded_batches
+
     try:
-        table = pq.ParquetFile(file)
+        table, num_bytes = pq.ParquetFile(file), file.seek(0, os.SEEK_END)
         names = table.schema_arrow.names
         yield names
-        for batch in table.iter_batches(batch_size=4096, columns=list(rows.known(names).values())):
+        for batch in bounded_batches(table, num_bytes, "the list", list(rows.known(names).values())):
             yield from batch.to_pylist()
     except pa.ArrowException as error:
         what = f"is not a Parquet file ({type(error).__name__})"
         raise ConfigError("preprocess.input", remote.redacted(path), what) from None
+    except ContractError as error:
+        raise ConfigError("preprocess.input", remote.redacted(path), str(error)) from None

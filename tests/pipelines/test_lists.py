@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import csv
 import json
+import tracemalloc
 
 import numpy as np
 import pyarrow as pa
@@ -346,3 +347,38 @@ def test_what_is_no_list_is_said_before_work(folder, name, data, named):
     with pytest.raises(ConfigError, match=named) as caught:
         expand(str(folder / name))
     assert "\n" not in str(caught.value)
+
+
+def dictionary_bomb(path):
+    """Write a Parquet list whose 20,000 paths are one text of megabytes: kilobytes on disk, 160 GB unpacked."""
+    text = pa.DictionaryArray.from_arrays(pa.array([0] * 20_000, pa.int32()), pa.array(["a" * (8 << 20)]))
+    pq.write_table(pa.table({"path": text}), path, compression="zstd")
+
+
+def holes(path):
+    with open(path, "wb") as file:
+        file.write(b"path\n" if path.suffix != ".json" else b"")
+        file.truncate(2**34)
+
+
+@pytest.mark.parametrize("name", ["a.parquet", "a.csv", "a.txt", "a.json", "a.jsonl"])
+def test_a_list_of_gigabytes_that_is_no_list_is_refused_in_little_memory(tmp_path, monkeypatch, name):
+    monkeypatch.setattr("pipelines.inputs.tables.MAX_WHOLE_BYTES", 2**20)
+    path = tmp_path / name
+    dictionary_bomb(path) if path.suffix == ".parquet" else holes(path)
+    tracemalloc.start()
+    with pytest.raises(ConfigError, match=r"preprocess\.input"):
+        list(expand(str(path)))
+    peak = tracemalloc.get_traced_memory()[1]
+    tracemalloc.stop()
+    assert peak < 400 << 20
+
+
+def test_a_name_of_megabytes_costs_its_row(folder):
+    (folder / "list.txt").write_text("a.mp4\n" + "b" * (1 << 20) + "\n")
+    rows = [{"path": "a.mp4"}, {"path": "b" * (1 << 20)}, {"path": "https://youtu.be/" + "b" * (1 << 20)}]
+    for name, bad in (("list.txt", 1), (write(folder / "list.csv", rows), 2)):
+        sources = list(expand(str(folder / name)))
+        assert [source.name for source in sources if source.is_video] == ["a.mp4"]
+        assert list(refused(sources).values()) == ["bad_row"] * bad
+        assert all(len(str(source)) < 10_000 for source in sources)
