@@ -76,11 +76,11 @@ def make_pair(
     seen, uv = synthetic.visible_from(scene, camera, 0.0, source)
     map_x, map_y = (uv[..., 0] - 0.5).astype(np.float32), (uv[..., 1] - 0.5).astype(np.float32)
     ceiling = cv2.remap(frame, map_x, map_y, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
-    near_source_edge = cv2.remap(_edge_band(z_depth).astype(np.uint8), map_x, map_y, cv2.INTER_NEAREST) > 0
-    return Pair(frame, truth, z_depth, K, camera, seen, ceiling, _edge_band(novel_depth) | (near_source_edge & seen))
+    near_source_edge = cv2.remap(edge_band(z_depth).astype(np.uint8), map_x, map_y, cv2.INTER_NEAREST) > 0
+    return Pair(frame, truth, z_depth, K, camera, seen, ceiling, edge_band(novel_depth) | (near_source_edge & seen))
 
 
-def _edge_band(z_depth: np.ndarray) -> np.ndarray:
+def edge_band(z_depth: np.ndarray) -> np.ndarray:
     """Return bool [H, W]: within BAND_PX of a jump of more than EDGE_JUMP between neighbours, or of the border."""
     log = np.log(z_depth)
     edge = np.zeros(z_depth.shape, np.uint8)

@@ -3,8 +3,10 @@
 from __future__ import annotations
 
 import json
+import shutil
 from dataclasses import replace
 
+import av
 import numpy as np
 import pytest
 import torch
@@ -63,6 +65,30 @@ def test_a_view_is_written_with_all_that_repeats_it(clip, adapters, tmp_path):
     other = run(clip, adapters["unit"], tmp_path / "c.mp4", *flags[:-1], "5")
     assert other["seed"] == 5
     assert (tmp_path / "c.mp4").read_bytes() != (tmp_path / "a.mp4").read_bytes()
+
+
+def test_a_view_keeps_the_sound_of_its_source(clip, adapters, tmp_path):
+    frames, fps = video.read(clip)
+    shutil.copy(clip.with_suffix(".depth.npz"), tmp_path / "loud.depth.npz")
+    with av.open(str(tmp_path / "loud.mp4"), "w") as container:
+        shown, heard = container.add_stream("libx264", rate=int(fps)), container.add_stream("aac", rate=48000)
+        shown.height, shown.width, shown.pix_fmt = 64, 64, "yuv420p"
+        for image in frames:
+            container.mux(shown.encode(av.VideoFrame.from_ndarray(image, format="rgb24")))
+        wave = np.sin(np.arange(round(48000 * len(frames) / fps)) / 20).astype(np.float32)[None]
+        sound = av.AudioFrame.from_ndarray(wave, format="fltp", layout="mono")
+        sound.sample_rate = 48000
+        container.mux(heard.encode(sound))
+        container.mux([*shown.encode(None), *heard.encode(None)])
+    record = run(tmp_path / "loud.mp4", adapters["unit"], tmp_path / "view.mp4")
+    assert record["seed"] == 0
+    with av.open(str(tmp_path / "view.mp4")) as container:
+        samples = np.concatenate([frame.to_ndarray()[0] for frame in container.decode(audio=0)])
+    assert abs(len(samples) / 48000 - len(frames) / fps) < 0.1
+    assert samples.std() > 0.3
+    assert video.read(tmp_path / "view.mp4")[0].shape == frames.shape
+    with av.open(str(tmp_path / "view.mask.mp4")) as container:
+        assert not container.streams.audio
 
 
 def test_guidance_between_equal_prompts_costs_nothing_and_changes_nothing(clip, adapters, tmp_path, monkeypatch):

@@ -3,7 +3,8 @@
 A body that moves along with or against the camera gets a wrong depth from its parallax, in front of everything or
 behind the wall. Its limbs, its turns and the rest of its motion break the epipolar geometry, though, in places. So a
 picture is cut into patches along the edges of its depth, and a patch moves where much of its flow cannot be
-explained. Such a patch becomes a card: upright, at the depth of the static surface just below it.
+explained. Such a patch becomes a card: upright, at the depth of the static surface just below it, or before that where
+its own parallax says so, since a body may hang in the air but not lie behind what it covers.
 """
 
 from __future__ import annotations
@@ -19,6 +20,7 @@ MIN_SHARE = 0.3  # of a patch's pixels
 MIN_PATCH = 0.001  # of the picture
 MAX_MOVING = 0.6  # of the clip's pixels: the rest is too little to trust the cameras
 EDGE = 0.2  # step of log depth between neighbours that bounds a patch
+NEARER = 2.0  # × the inverse depth of what a body stands on: the most that its own parallax may bring it before that
 BAND = 0.1  # of the picture's height: how far around a body's lower end the surface is sought that it stands on
 
 
@@ -76,7 +78,11 @@ def _ball(size: tuple[int, ...], share: float) -> np.ndarray:
 
 
 def place(inverse: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return 1/z float32 [T, H, W], each moving body at the depth of the static surface around its lower end."""
+    """Return 1/z float32 [T, H, W], each moving body at the depth of the static surface around its lower end or nearer.
+
+    Args:
+        inverse: float32 [T, H, W] > 0, 1/z by parallax. mask: bool [T, H, W], what moves.
+    """
     return np.stack([_placed(q, moves) for q, moves in zip(inverse, mask, strict=True)])
 
 
@@ -95,5 +101,6 @@ def _placed(inverse: np.ndarray, moves: np.ndarray) -> np.ndarray:
         columns = slice(max(0, x - width), x + 2 * width)
         support = inverse[rows, columns][~moves[rows, columns]]
         if support.size:
-            placed[labels == label] = np.median(support)
+            body, stands_at = labels == label, float(np.median(support))
+            placed[body] = np.clip(np.median(inverse[body]), stands_at, NEARER * stands_at)
     return placed

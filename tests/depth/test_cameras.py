@@ -166,6 +166,16 @@ def test_most_of_the_picture_moving_is_refused():
         moving.find(inverse, residual, flows, weights)
 
 
+@pytest.mark.parametrize(("parallax_says", "placed"), [(0.1, 1.0), (1.6, 1.6), (9.0, 2.0)])
+def test_a_body_stands_where_it_stands_or_hangs_before_that(parallax_says: float, placed: float):
+    inverse, mask = np.ones((1, 40, 40), np.float32), np.zeros((1, 40, 40), bool)
+    mask[0, 10:25, 12:24] = True
+    inverse[mask] = parallax_says
+    found = moving.place(inverse, mask)
+    np.testing.assert_allclose(found[mask], placed, rtol=1e-6)
+    np.testing.assert_array_equal(found[~mask], 1.0)
+
+
 @pytest.mark.parametrize("seed", range(4))
 def test_gaps_without_evidence_are_filled_with_depths_that_are_there(seed: int):
     rng = np.random.default_rng(seed)
