@@ -97,7 +97,12 @@ def _check_motion(frames: np.ndarray, flows: Flows) -> None:
         np.median([_likeness(gray[i], sample(gray[i + 1], flows[i, i + 1])) for i in range(len(gray) - 1)])
     )
     if likeness < MIN_LIKENESS:
-        raise Filtered("parallax_noise", likeness, MIN_LIKENESS, "frames do not show what their neighbours show: noise")
+        raise Filtered(
+            "parallax_noise",
+            likeness,
+            MIN_LIKENESS,
+            "frames do not show what their neighbours show: noise, or steps too wide",
+        )
     widest = max(j - i for i, j in flows)
     still = [
         (np.linalg.norm(flow, axis=-1)[textured[i]] < MIN_MOTION_PX).mean()
