@@ -97,14 +97,16 @@ def main(num_pairs: int = 12, micro: int = 40) -> None:
             return bare_step(bare_base, bare, optimizer, clips.batch, config, step)
 
         ratios, seconds = [], {"trainer": [], "bare": []}
+        cpu: dict[str, list[float]] = {"trainer": [], "bare": []}  # other programs disturb this less
         for step in range(1, num_pairs + 2):
             pair, values = {"trainer": ours, "bare": theirs}, {}
             for name in sorted(pair, reverse=step % 2 == 0):
-                start = time.perf_counter()
+                start, start_cpu = time.perf_counter(), time.process_time()
                 values[name] = pair[name](step)
-                elapsed = time.perf_counter() - start
+                elapsed, elapsed_cpu = time.perf_counter() - start, time.process_time() - start_cpu
                 if step > 1:  # the first step of each allocates
                     seconds[name].append(elapsed)
+                    cpu[name].append(elapsed_cpu)
             if abs(values["trainer"] - values["bare"]) > 1e-5:
                 sys.exit(f"step {step}: the loops differ: {values}")
             if step > 1:
@@ -119,6 +121,7 @@ def main(num_pairs: int = 12, micro: int = 40) -> None:
         "micro_batch_size": micro,
         "ratio_median": statistics.median(ratios),
         "ratio_quartiles": [quartiles[0], quartiles[2]],
+        "cpu_ratio_median": statistics.median(a / b for a, b in zip(cpu["trainer"], cpu["bare"], strict=True)),
         "trainer_s_median": statistics.median(seconds["trainer"]),
         "bare_s_median": statistics.median(seconds["bare"]),
         "load_average": os.getloadavg()[0],

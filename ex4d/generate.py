@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Any, Literal
@@ -18,7 +18,7 @@ from ex4d.generate_load import device_of, load, lora_files
 from ex4d.geometry import masks
 from ex4d.models import backbone, encoders, experts, provenance, weights, windows
 from ex4d.models.adapter import Ex4dModel
-from ex4d.reconstruct import Reconstruction, reconstruct
+from ex4d.reconstruct import Reconstruction, along, read
 from ex4d.reconstruct_config import ReconstructConfig
 from ex4d.reconstruct_files import sounding, white
 
@@ -119,8 +119,8 @@ def _velocity(
     """Return the model's velocity under a prompt; `conditions` are its latents [B, C, F, h, w], cut where windowed."""
     prompt_embeds = base.encode_text([prompt])
 
-    def velocity(latents: torch.Tensor, timestep: torch.Tensor, part: slice = slice(None)) -> torch.Tensor:
-        parts = [None if x is None else x[:, :, part] for x in conditions]
+    def velocity(latents: torch.Tensor, timestep: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
+        parts = [x if x is None or part is None else x[:, :, part] for x in conditions]
         return model(latents, timestep, prompt_embeds, image_embeds, *parts)
 
     if config.window_frames is None:
@@ -139,48 +139,59 @@ def _view_config(metadata: weights.AdapterMetadata, device: str, view: Mapping[s
     return ReconstructConfig(**{**own, **{name: x for name, x in view.items() if x is not None}}, device=device)
 
 
-def novel_view(
+def novel_view(video_path: str | Path, adapter_path: str | Path, **choices: Any) -> NovelView:
+    """Return a video seen along one camera path; `choices` as in `novel_views`."""
+    return next(novel_views(video_path, adapter_path, **choices))
+
+
+def novel_views(
     video_path: str | Path,
     adapter_path: str | Path,
+    paths: Sequence[Mapping[str, Any]] = ({},),
     *,
     base: str | None = None,
     config: GenerateConfig = GenerateConfig(),
     device: str | None = None,
     on_step: Callable[[int], None] | None = None,
     **view: Any,
-) -> NovelView:
-    """Return a video seen along a camera path: depth, warp, then the model.
+) -> Iterator[NovelView]:
+    """Yield a video seen along each camera path: depth once, the warps, then the model, which is loaded once.
 
     Args:
+        paths: for each path, the settings of ReconstructConfig that differ from `view`: `trajectory`, `angle_deg`,
+            `trajectory_options`.
         view: settings of ReconstructConfig; `size`, `num_frames` and `profile` default to those of the training.
             num_frames is 4k+1, the sides are multiples of the latent patch.
     """
     metadata = experts.common(experts.read(adapter_path))
     # All checks, and depth, come before gigabytes of weights are loaded.
-    view_config = _view_config(metadata, device_of(device), view)
+    configs = [_view_config(metadata, device_of(device), {**view, **path}) for path in paths]
+    view_config = configs[0]
     lora_files(config)
     config = config.for_adapter(metadata)
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
     encoders.check_clip((view_config.num_frames or 0, *(view_config.size or metadata.size), 3), stride)
-    source = reconstruct(video_path, view_config)
+    clip = read(video_path, view_config)
+    sources = [along(clip, path, str(video_path)) for path in configs]
     depth.release()
     loaded, model = load(adapter_path, base, view_config.device, config)
-    if not source.starts_at_source:
-        log.warning("the path does not begin at the source camera: the base starts from a picture with holes")
-    frames = generate(
-        loaded,
-        model,
-        source.cond_video,
-        source.visible,
-        config,
-        view_config.seed,
-        metadata.mask_range,
-        first_frame=source.frames[0] if source.starts_at_source else None,
-        source=source.frames if metadata.source_video else None,
-        on_step=on_step,
-    )
-    record = {"video": Path(video_path).name, **_record(source), "base": base or metadata.base, **asdict(config)}
-    return NovelView(source, frames, record)
+    for source in sources:
+        if not source.starts_at_source:
+            log.warning("the path does not begin at the source camera: the base starts from a picture with holes")
+        frames = generate(
+            loaded,
+            model,
+            source.cond_video,
+            source.visible,
+            config,
+            view_config.seed,
+            metadata.mask_range,
+            first_frame=source.frames[0] if source.starts_at_source else None,
+            source=source.frames if metadata.source_video else None,
+            on_step=on_step,
+        )
+        record = {"video": Path(video_path).name, **_record(source), "base": base or metadata.base, **asdict(config)}
+        yield NovelView(source, frames, record)
 
 
 def _record(source: Reconstruction) -> dict[str, Any]:

@@ -41,7 +41,8 @@ class GenerateConfig:
     def __post_init__(self) -> None:
         need = checked(self, "generate")
         if self.window_frames is not None:
-            need(self.window_overlap < self.window_frames, "window_overlap", "must be less than generate.window_frames")
+            allowed = "must be less than generate.window_frames - 1: a window also holds the first frame"
+            need(self.window_overlap < self.window_frames - 1, "window_overlap", allowed)
 
     def for_adapter(self, metadata: AdapterMetadata) -> GenerateConfig:
         """Return these choices with the adapter's own where none was made."""

@@ -113,7 +113,18 @@ def reconstruct(
         ContractError: a file of poses or weights is damaged.
     """
     config = replace(config, **changes)
-    clip = read(video_path, config)
+    return along(read(video_path, config), config, str(video_path))
+
+
+def along(clip: Clip, config: ReconstructConfig, video_path: str = "") -> Reconstruction:
+    """Return a clip as seen along a camera path; several paths share one clip, and so one depth pass.
+
+    Args:
+        video_path: of the clip's video, for its sound.
+
+    Raises:
+        ConfigError, ContractError: as in `reconstruct`.
+    """
     count, radius, source_w2c, world = len(clip.frames), clip.radius, clip.source_w2c, None
     if config.source_poses is not None:
         source_w2c = camera_path.source_poses(config.source_poses, count, config.source_scale, radius)
@@ -144,7 +155,7 @@ def reconstruct(
         choices=recorded | {"cameras": origin, "radius": radius},
         provenance=clip.provenance,
         valid_mask=clip.valid_mask,
-        video_path=str(video_path),
+        video_path=video_path,
     )
 
 

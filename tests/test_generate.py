@@ -91,6 +91,24 @@ def test_a_view_keeps_the_sound_of_its_source(clip, adapters, tmp_path):
         assert not container.streams.audio
 
 
+def test_several_paths_share_one_depth_pass_and_one_model(clip, adapters, tmp_path, monkeypatch):
+    from ex4d import depth
+
+    order: list = []
+    load, estimate, release = generate.load, depth.estimate, depth.release
+    monkeypatch.setattr(generate, "load", lambda *args: order.append("load") or load(*args))
+    monkeypatch.setattr(depth, "estimate", lambda *args: order.append("depth") or estimate(*args))
+    monkeypatch.setattr(depth, "release", lambda: order.append("release") or release())
+    flags = ("--trajectory", "orbit", "--angle-deg", "20", "--also", "left:30", "--also", "dolly")
+    run(clip, adapters["unit"], tmp_path / "a.mp4", *flags)
+    assert order == ["depth", "release", "load"]
+    record = run(clip, adapters["unit"], tmp_path / "one.mp4", "--trajectory", "left", "--angle-deg", "30")
+    for end in ("mp4", "cond.mp4"):
+        assert (tmp_path / f"a.left-30.{end}").read_bytes() == (tmp_path / f"one.{end}").read_bytes()
+    assert json.loads((tmp_path / "a.left-30.json").read_text()) == record
+    assert len({(tmp_path / f"a{name}.cond.mp4").read_bytes() for name in ("", ".left-30", ".dolly")}) == 3
+
+
 def test_guidance_between_equal_prompts_costs_nothing_and_changes_nothing(clip, adapters, tmp_path, monkeypatch):
     from ex4d.models.adapter import Ex4dModel
 
@@ -144,7 +162,17 @@ def test_a_longer_video_in_windows(adapters, tmp_path):
     run(clip, adapters["unit"], tmp_path / "long.mp4", *flags)
     assert video.read(tmp_path / "long.mp4")[0].shape == (17, 64, 64, 3)
     run(clip, adapters["unit"], tmp_path / "whole.mp4", "--num-frames", "17")
-    run(clip, adapters["unit"], tmp_path / "one.mp4", "--num-frames", "17", "--window-frames", "17")
+    run(
+        clip,
+        adapters["unit"],
+        tmp_path / "one.mp4",
+        "--num-frames",
+        "17",
+        "--window-frames",
+        "17",
+        "--window-overlap",
+        "4",
+    )
     assert (tmp_path / "one.mp4").read_bytes() == (tmp_path / "whole.mp4").read_bytes()
     assert (tmp_path / "long.mp4").read_bytes() != (tmp_path / "whole.mp4").read_bytes()
 
@@ -216,6 +244,9 @@ def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_p
     ("flags", "status", "named"),
     [
         (("--trajectory", "sideways"), 2, "trajectory"),
+        (("--also", "sideways"), 2, "trajectory"),
+        (("--also", "left:far"), 2, "DEGREES"),
+        (("--also", "left", "--also", "left"), 2, "once"),
         (("--profile", "woven"), 2, "profile"),
         (("--angle-deg", "nan"), 2, "angle_deg"),
         (("--guidance-scale", "nan"), 2, "guidance_scale"),

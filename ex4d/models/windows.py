@@ -9,35 +9,42 @@ from torch import Tensor
 
 from ex4d.errors import ConfigError
 
-PartVelocity = Callable[[Tensor, Tensor, slice], Tensor]
+PartVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
-def spans(length: int, window: int, overlap: int) -> list[slice]:
-    """Return windows over `length` latent frames; the last one is moved back to end with them.
+def parts(length: int, window: int, overlap: int) -> list[Tensor]:
+    """Return the frames int64 [<= window] of each window over `length` latent frames.
+
+    Every window begins with frame 0, whose true picture is known, as in training; the frames after it are consecutive,
+    share `overlap` with the window before, and in the last window end with the video.
 
     Raises:
-        ConfigError: the overlap is not smaller than the window.
+        ConfigError: a window has no frame of its own.
     """
-    if not 0 < overlap < window:
-        raise ConfigError(
-            "generate.window_overlap", overlap, f"must be at least 1 and less than the window of {window} latent frames"
-        )
+    if not 0 < overlap < window - 1:
+        allowed = f"must leave each window of {window} latent frames one of its own, beside the first of the video"
+        raise ConfigError("generate.window_overlap", overlap, allowed)
     if length <= window:
-        return [slice(0, length)]
-    starts = [*range(0, length - window, window - overlap), length - window]
-    return [slice(start, start + window) for start in starts]
+        return [torch.arange(length)]
+    own, last = window - 1, length - window + 1
+    starts = [*range(1, last, own - overlap), last]
+    return [torch.cat([torch.zeros(1, dtype=torch.int64), torch.arange(start, start + own)]) for start in starts]
 
 
-def ramp(part: slice, length: int, overlap: int) -> Tensor:
-    """Return a window's weights, float32 [frames]: rising and falling over `overlap`, not at the video's ends."""
-    frames = part.stop - part.start
-    rising = torch.arange(1, frames + 1) / (overlap + 1)
-    weight = torch.ones(frames)
-    if part.start > 0:
+def ramp(part: Tensor, length: int, overlap: int) -> Tensor:
+    """Return a window's weights, float32 [frames]: rising and falling over `overlap`, not at the video's ends.
+
+    Frame 0 counts in the first window alone.
+    """
+    own = len(part) - 1
+    rising = torch.arange(1, own + 1) / (overlap + 1)
+    weight = torch.ones(own)
+    is_first = own == 0 or int(part[1]) == 1
+    if not is_first:
         weight = torch.minimum(weight, rising)
-    if part.stop < length:
+    if int(part[-1]) + 1 < length:
         weight = torch.minimum(weight, rising.flip(0))
-    return weight
+    return torch.cat([torch.tensor([float(is_first)]), weight])
 
 
 def joined(velocity: PartVelocity, window: int, overlap: int) -> Callable[[Tensor, Tensor], Tensor]:
@@ -47,7 +54,7 @@ def joined(velocity: PartVelocity, window: int, overlap: int) -> Callable[[Tenso
     result: neither contrast nor colour can grow from one to the next.
 
     Args:
-        velocity: (latents of a window, timestep, its slice of the latent frames) -> velocity.
+        velocity: (latents of a window, timestep, indices of its latent frames) -> velocity.
         window, overlap: latent frames.
     """
 
@@ -55,10 +62,10 @@ def joined(velocity: PartVelocity, window: int, overlap: int) -> Callable[[Tenso
         length = latents.shape[2]
         total = torch.zeros_like(latents)
         weights = torch.zeros(length, device=latents.device)
-        for part in spans(length, window, overlap):
-            weight = ramp(part, length, overlap).to(latents.device)
-            total[:, :, part] += velocity(latents[:, :, part], timestep, part) * weight[:, None, None]
-            weights[part] += weight
+        for part in parts(length, window, overlap):
+            weight, here = ramp(part, length, overlap).to(latents.device), part.to(latents.device)
+            total[:, :, here] += velocity(latents[:, :, here], timestep, here) * weight[:, None, None]
+            weights[here] += weight
         return total / weights[:, None, None]
 
     return whole

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import argparse
 from pathlib import Path
+from typing import Any
 
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
@@ -21,6 +22,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="Folder written by `ex4d train` (its adapter/), or one with two experts' trainings, high and low.",
     )
     parser.add_argument("--output", required=True, metavar="OUT.mp4", help="The video to write.")
+    parser.add_argument(
+        "--also",
+        action="append",
+        default=[],
+        metavar="TRAJECTORY[:DEGREES]",
+        help="Another path over the same depth and model, repeatable; its video is OUT.TRAJECTORY.mp4.",
+    )
     parser.add_argument("--base", help="Base model: tiny, a folder, or a hub id; default: the adapter's own.")
     parser.add_argument("--size", type=flags.size, help="HEIGHTxWIDTH; default: what the adapter was trained at.")
     parser.add_argument("--num-frames", type=int, help="4k+1; default: what the adapter was trained at.")
@@ -39,15 +47,35 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("output", args.output, "must be the name of an .mp4 file")
     if output.exists() and Path(args.video).exists() and output.samefile(args.video):
         raise ConfigError("output", args.output, "must not be the input video, which would be overwritten")
+    paths: dict[Path, dict[str, Any]] = {output: {}} | dict(_further(output, text) for text in args.also)
+    if len(paths) <= len(args.also):
+        raise ConfigError("also", args.also, "must name each path once")
     with writing(output, is_file=True):
-        view = generate.novel_view(
-            video_path=args.video,
-            adapter_path=args.adapter,
+        views = generate.novel_views(
+            args.video,
+            args.adapter,
+            list(paths.values()),
             base=args.base,
             config=sampler,
             device=args.device,
             **flags.path(args, args.video),
         )
-        for path in view.write(args.output):
-            print(path)
+        for place, view in zip(paths, views, strict=True):
+            for path in view.write(place):
+                print(path)
     return 0
+
+
+def _further(output: Path, text: str) -> tuple[Path, dict[str, Any]]:
+    """Return (file, settings that differ) of a further path, TRAJECTORY or TRAJECTORY:DEGREES."""
+    trajectory, colon, degrees = text.rpartition(":")
+    if not colon or Path(text).is_file():
+        trajectory, degrees = text, ""
+    change: dict[str, Any] = {"trajectory": trajectory, "trajectory_options": {}}
+    if degrees:
+        try:
+            change["angle_deg"] = float(degrees)
+        except ValueError:
+            raise ConfigError("also", text, "must be TRAJECTORY or TRAJECTORY:DEGREES") from None
+    name = "-".join(part for part in (Path(trajectory).stem, degrees) if part)
+    return output.with_name(f"{output.stem}.{name}{output.suffix}"), change
