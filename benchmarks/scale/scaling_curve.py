@@ -203,7 +203,7 @@ def preprocess_curve(results: dict[str, Any]) -> dict[str, list[float]]:
     found = replace(measured, in_ray=1.0)  # cores of their own
     driver = results["driver"]
     plan_s = driver["cpu_s_per_video"]
-    overhead = replace(found.overhead, driver_s=driver["s_per_task"], row_s=0.0)
+    overhead = replace(found.overhead, driver_s=driver["cpu_s_per_task"], row_s=0.0)
     quiet = replace(found, warm_s=dict.fromkeys(WARM, 0.0))
     cases = {
         "ideal": (PLAIN, Overhead(), passes(costs, VIDEOS, quiet)),
