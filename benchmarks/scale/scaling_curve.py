@@ -149,42 +149,30 @@ def row(job: str, name: str, workers: int, simulated: Outcome, measured_s: float
 
 
 def compare_training(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return simulated and measured durations of all runs; of a workload, its shortest run shows a rank's step."""
+    """Return simulated and measured durations of a step; what it costs one rank is known from a short run."""
     runs = best(results["runs"])
-    alone = {
-        name: runs[min(case for case in runs if case[0] == name and case[2] == 1)] for name in {c[0] for c in runs}
-    }
-    shortest = {name: min(case[1] for case in runs if case[0] == name) for name in alone}
-    known = {
-        case[1:]: run for case, run in runs.items() if case[0] == "calibration" and case[1] > shortest["calibration"]
-    }
-    lines = {ranks: fit({n: run["wall"] for (n, r), run in known.items() if r == ranks}) for ranks in (1, 2)}
-    longest = max(n for n, _ in known)
-    busy = known[longest, 2]["computing"] / known[longest, 1]["computing"]
-    beside_s = max(0.0, lines[1][0] - alone["calibration"]["step"])  # of a step, outside its own clock
-    step_s = alone["calibration"]["step"] + beside_s
-    reduce_mb_s = results["reduce_mb_s"]
-    latency_s = max(0.0, lines[2][0] - busy * step_s - alone["calibration"]["adapter_mb"] / reduce_mb_s) / 2
+    longest = {name: max(case[1] for case in runs if case[0] == name) for name, _, _ in runs}
+    alone = {name: runs[min(case for case in runs if case[0] == name)] for name in longest}
+    one, two = (runs["calibration", longest["calibration"], ranks] for ranks in (1, 2))
+    busy = two["computing"] / one["computing"]
+    reduce_s = one["adapter_mb"] / results["reduce_mb_s"]
+    latency_s = max(0.0, two["step"] - busy * one["step"] - reduce_s) / 2
     rows = []
-    for (name, num_steps, ranks), run in runs.items():
-        if num_steps == shortest[name]:
-            continue
-        training = Training(
-            num_steps,
-            alone[name]["step"] + beside_s,
-            start_s=lines[ranks][1],
-            gradient_mb=alone[name]["adapter_mb"],
-            reduce_mb_s=reduce_mb_s,
-            latency_s=latency_s,
-        )
-        simulated = train(training, Cluster(cpus=ranks, busy=busy))
-        rows.append(row("train", f"{name}, {num_steps} steps", ranks, simulated, run["wall"]))
+    for name, num_steps in longest.items():
+        facts = {
+            "gradient_mb": alone[name]["adapter_mb"],
+            "reduce_mb_s": results["reduce_mb_s"],
+            "latency_s": latency_s,
+        }
+        for ranks in (1, 2):
+            simulated = train(Training(1, alone[name]["step"], **facts), Cluster(cpus=ranks, busy=busy))
+            rows.append(row("train", f"{name}, a step", ranks, simulated, runs[name, num_steps, ranks]["step"]))
     return rows
 
 
 # ---------------------------------------------------------------- the curve
 
-VIDEOS, VIDEO_MB = 100_000, 20.0
+VIDEOS, VIDEO_MB = 20_000, 20.0
 PLAIN = Cluster(cpus=16, busy=1.0)
 NETWORK = replace(PLAIN, node_mb_s=1250.0, store_mb_s=5000.0)
 SLOW = replace(NETWORK, slow_share=0.05, slow_by=2.0)
@@ -203,7 +191,7 @@ def preprocess_curve(results: dict[str, Any]) -> dict[str, list[float]]:
     found = replace(measured, in_ray=1.0)  # cores of their own
     driver = results["driver"]
     plan_s = driver["cpu_s_per_video"]
-    overhead = replace(found.overhead, driver_s=driver["cpu_s_per_task"], row_s=0.0)
+    overhead = replace(found.overhead, driver_s=driver["s_per_task"], row_s=0.0)
     quiet = replace(found, warm_s=dict.fromkeys(WARM, 0.0))
     cases = {
         "ideal": (PLAIN, Overhead(), passes(costs, VIDEOS, quiet)),
@@ -230,9 +218,13 @@ def training_curve() -> dict[str, list[float]]:
         "and failures": (uneven, replace(fast_link, mtbf_s=30 * 24 * 3600.0)),
         "1.25 GB/s links, 5 GB/s store, all of these": (uneven, replace(slow_link, mtbf_s=30 * 24 * 3600.0)),
     }
-    clips = BIG.num_steps * 4 * 8
+    clips, seeds = BIG.num_steps * 4 * 8, range(5)  # chance decides when nodes fail
+
+    def wall_s(run: Training, cluster: Cluster) -> float:
+        return statistics.fmean(train(run, cluster, seed).wall_s for seed in seeds)
+
     return {
-        name: [clips * nodes / train(run, replace(cluster, nodes=nodes)).wall_s * 3600 for nodes in NODES]
+        name: [clips * nodes / wall_s(run, replace(cluster, nodes=nodes)) * 3600 for nodes in NODES]
         for name, (run, cluster) in cases.items()
     }
 
@@ -266,7 +258,7 @@ def markdown(rows: Sequence[dict[str, Any]], curves: dict[str, dict[str, list[fl
     lines += ["| job | workload | workers | simulated | measured | off |", "|---|---|---|---|---|---|"]
     for one in rows:
         kind = "" if one["is_prediction"] else " (calibration)"
-        figures = f"{one['simulated_s']:.1f} s | {one['measured_s']:.1f} s | {one['off']:+.0%}"
+        figures = f"{one['simulated_s']:.3g} s | {one['measured_s']:.3g} s | {one['off']:+.0%}"
         lines.append(
             f"| {one['job']} | {one['workload'].removeprefix('calibration, ')}{kind} | {one['workers']} | {figures} |"
         )
