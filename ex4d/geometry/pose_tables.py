@@ -6,12 +6,13 @@
 | `tum` | `time tx ty tz qx qy qz qw`: 8, in any order where the first line names them | OpenCV c2w |
 | `kitti` | 3×4: 12 | OpenCV c2w |
 | `euroc` | csv `ns,px,py,pz,qw,qx,qy,qz`: 8, or 17 with velocity and biases | c2w of the sensor |
-| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name`, each with a line of points | OpenCV w2c, by name |
+| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name` and a line of points; `images.bin` | OpenCV w2c, by name |
 """
 
 from __future__ import annotations
 
 import re
+import struct
 from pathlib import Path
 
 import numpy as np
@@ -25,6 +26,7 @@ from ex4d.geometry.pose_file import (
     QUATERNION_TOLERANCE,
     PoseFile,
     bytes_of,
+    looks_like,
     squared,
     world_to_camera,
 )
@@ -174,6 +176,15 @@ def read_matrices(path: str | Path) -> np.ndarray:
 
 
 def read_colmap(path: str | Path) -> PoseFile:
+    cells, names = _binary_images(bytes_of(path)) if looks_like(path, ".bin") else _text_images(path)
+    order = text.in_natural_order(names)
+    w2c = np.tile(np.eye(4), (len(cells), 1, 1))
+    w2c[:, :3, :3], w2c[:, :3, 3] = _rotations(cells[:, [2, 3, 4, 1]]), cells[:, 5:8]
+    return PoseFile(w2c[order])
+
+
+def _text_images(path: str | Path) -> tuple[np.ndarray, list[str]]:
+    """Return (id qw qx qy qz tx ty tz camera [T, 9], names) of an images.txt."""
     lines = [line for line in lines_of(path) if not line.startswith("#")]
     while lines and not lines[-1]:
         lines.pop()
@@ -182,11 +193,24 @@ def read_colmap(path: str | Path) -> PoseFile:
     if any(len(image) != 10 for image in images):
         number = next(index for index, image in enumerate(images, 1) if len(image) != 10)
         raise ValueError(f"image {number} is not `id qw qx qy qz tx ty tz camera name` with a line of points after it")
-    cells = table([image[:9] for image in images], (9,))
-    order = text.in_natural_order([image[9] for image in images])
-    w2c = np.tile(np.eye(4), (len(cells), 1, 1))
-    w2c[:, :3, :3], w2c[:, :3, 3] = _rotations(cells[:, [2, 3, 4, 1]]), cells[:, 5:8]
-    return PoseFile(w2c[order])
+    return table([image[:9] for image in images], (9,)), [image[9] for image in images]
+
+
+def _binary_images(data: bytes) -> tuple[np.ndarray, list[str]]:
+    """Return as `_text_images` does, of an images.bin: little-endian, 24 bytes for each of an image's points."""
+    cells, names, place = [], [], 8
+    try:
+        (count,) = struct.unpack_from("<Q", data)
+        for _ in range(min(count, len(data))):
+            cells.append(struct.unpack_from("<I7dI", data, place))
+            end = data.index(b"\0", place + 64)
+            names.append(data[place + 64 : end].decode())
+            place = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
+    except struct.error:
+        raise ValueError("it is damaged or cut short, or no images.bin of COLMAP") from None
+    if place != len(data) or len(cells) != count or not cells:
+        raise ValueError("it is damaged or cut short, or no images.bin of COLMAP with a pose")
+    return np.array(cells, np.float64), names
 
 
 def _times(poses: PoseFile) -> np.ndarray:

@@ -60,8 +60,9 @@ WRITERS = {
 }
 COLUMNS = {19: "re10k", 8: "tum", 12: "kitti", 17: "euroc"}
 READ = (
-    "read are RealEstate10K (19 columns), TUM (8), KITTI (12), EuRoC csv, COLMAP images.txt, nerfstudio and Blender "
-    "transforms.json, nerfstudio camera_path.json, ReCamMaster json, LLFF poses_bounds.npy, and our json and npz"
+    "read are RealEstate10K (19 columns), TUM (8), KITTI (12), EuRoC csv, COLMAP images.txt and images.bin, "
+    "nerfstudio and Blender transforms.json, nerfstudio camera_path.json, ReCamMaster json, LLFF poses_bounds.npy, "
+    "and our json and npz"
 )
 
 
@@ -162,6 +163,8 @@ def _guess(path: str | Path) -> str:
         return _guess_json(path)
     if looks_like(path, ".npy", ".npz"):
         return _guess_arrays(path)
+    if looks_like(path, ".bin"):
+        return "colmap"
     lines = pose_tables.lines_of(path, 65536)
     rows = pose_tables.rows_of(lines)
     rows = rows[1:] if len(rows) > 1 and len(rows[0]) == 1 else rows

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import io
 import json
+import struct
 from collections.abc import Callable
 
 import numpy as np
@@ -44,6 +45,18 @@ def colmap(c2w: np.ndarray) -> str:
         points = "" if index % 2 else "1.5 2.5 -1 3.5 4.5 7"
         images.append(f"{index + 1} {numbers} 1 frame_{index}.png\n{points}\n")
     return "# Image list with two lines of data per image:\n" + "".join(images)
+
+
+def colmap_binary(c2w: np.ndarray) -> bytes:
+    """Return what COLMAP 4.2 writes as images.bin, byte for byte, where it has these poses."""
+    w2c = np.linalg.inv(c2w)
+    quaternions = Rotation.from_matrix(w2c[:, :3, :3]).as_quat()[:, [3, 0, 1, 2]]
+    images = [struct.pack("<Q", len(c2w))]
+    for index in reversed(range(len(c2w))):
+        images.append(struct.pack("<I7dI", index + 1, *quaternions[index], *w2c[index, :3, 3], 1))
+        images.append(f"frame_{index}.png".encode() + b"\0" + struct.pack("<Q", index % 3))
+        images.append(struct.pack("<ddq", 1.5, 2.5, -1) * (index % 3))
+    return b"".join(images)
 
 
 def nerfstudio(c2w: np.ndarray) -> str:
@@ -92,6 +105,7 @@ FORMATS: dict[str, tuple[str, Callable[[np.ndarray], str | bytes], dict]] = {
     "kitti": ("00.txt", lambda c2w: lines(c2w[:, :3].reshape(len(c2w), 12)), {}),
     "flat matrices": ("a.txt", lambda c2w: lines(c2w.reshape(len(c2w), 16)), {"format": "c2w"}),
     "colmap": ("images.txt", colmap, {}),
+    "colmap, binary": ("images.bin", colmap_binary, {}),
     "nerfstudio": ("transforms.json", nerfstudio, {}),
     "blender": ("transforms_train.json", blender, {}),
     "nerfstudio's viewer": ("camera_path.json", camera_path_json, {}),
@@ -137,6 +151,13 @@ def test_text_with_a_byte_order_mark_is_read(tmp_path, name, encoding):
     )
 
 
+@pytest.mark.parametrize("cut", [0, 7, 8, 60, 90, -1])
+def test_images_of_colmap_that_are_cut_short_are_refused(tmp_path, cut):
+    (tmp_path / "images.bin").write_bytes(colmap_binary(C2W)[:cut])
+    with pytest.raises(ContractError, match=r"images\.bin"):
+        read(tmp_path / "images.bin")
+
+
 def our(format: str) -> Callable[[np.ndarray], bytes]:
     def content(c2w: np.ndarray) -> bytes:
         import tempfile
@@ -152,7 +173,7 @@ def our(format: str) -> Callable[[np.ndarray], bytes]:
 
 
 MATRICES = {
-    **{name: FORMATS[name] for name in FORMATS if "tum" not in name and name not in ("euroc", "colmap")},
+    **{name: FORMATS[name] for name in FORMATS if "tum" not in name and name != "euroc" and "colmap" not in name},
     "ex4d": ("a.npz", our("ex4d"), {}),
     "json": ("a.json", our("json"), {}),
     "recammaster": ("a.json", our("recammaster"), {}),
