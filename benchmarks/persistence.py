@@ -15,6 +15,7 @@ import json
 import time
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -89,7 +90,9 @@ def measure(made: Clip, path: tuple[str, float], radius: float, num_others: int)
         across, down = np.gradient(uv, axis=1), np.gradient(uv, axis=0)
         area = np.abs(across[..., 0] * down[..., 1] - across[..., 1] * down[..., 0])
         places = (uv - 0.5).astype(np.float32)
-        picture = cv2.remap(made.frames[s], places, None, cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE)
+        picture = cv2.remap(
+            made.frames[s], places[..., 0], places[..., 1], cv2.INTER_LINEAR, borderMode=cv2.BORDER_REPLICATE
+        )
         exact[seen & ~union] = picture[seen & ~union]
         union, footprint = union | seen, np.maximum(footprint, np.where(seen, area, 0))
     last = slice(LAST, None)
@@ -124,7 +127,7 @@ def measure(made: Clip, path: tuple[str, float], radius: float, num_others: int)
 
 def rows_of(size: int, num_clips: int, source: str, counts: tuple[int, ...], moving_bodies: bool) -> list[dict]:
     """Return a row for each kind of motion, path and number of other frames; sums of pixels, means of PSNR."""
-    rows = []
+    rows: list[dict[str, Any]] = []
     wanted = set(range(NUM_FRAMES)) if source == "parallax" else {0, LAST}
     wanted |= {s for n in counts for s in persistent.others(LAST, NUM_FRAMES, n)}
     for motion in ("strong", "gentle"):
@@ -139,7 +142,7 @@ def rows_of(size: int, num_clips: int, source: str, counts: tuple[int, ...], mov
                 ]
                 if not views:
                     continue
-                row = {key: float(np.nanmean([view[key] for view in views])) for key in views[0]}
+                row: dict[str, Any] = {key: float(np.nanmean([view[key] for view in views])) for key in views[0]}
                 row |= {"size": size, "source": source, "motion": motion, "path": f"{path[0]} {path[1]:g}"}
                 row |= {"others": count, "clips": len(views), "bodies": moving_bodies}
                 rows.append(row)

@@ -6,7 +6,7 @@
 | `tum` | `time tx ty tz qx qy qz qw`: 8, in any order where the first line names them | OpenCV c2w |
 | `kitti` | 3×4: 12 | OpenCV c2w |
 | `euroc` | csv `ns,px,py,pz,qw,qx,qy,qz`: 8, or 17 with velocity and biases | c2w of the sensor |
-| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name` and a line of points; `images.bin` | OpenCV w2c, by name |
+| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name`, a line of points; `images.bin` | OpenCV w2c, by name |
 """
 
 from __future__ import annotations
