@@ -21,7 +21,7 @@ from typing import Any
 import yaml
 from pydantic import TypeAdapter, ValidationError
 
-from ex4d import text
+from ex4d import storage, text
 from ex4d.config_settings import check_keys, checked, keys, must_be, nested, setting
 from ex4d.errors import ConfigError
 from ex4d.redact import SECRET, without_secrets
@@ -269,7 +269,7 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 def dump(config: Mapping[str, Any], path: str | Path) -> None:
     """Write {section: dataclass or mapping} as YAML that `load` reads back; no passwords of URLs."""
     plain = {name: to_dict(body) if dataclasses.is_dataclass(body) else body for name, body in config.items()}
-    Path(path).write_text(to_yaml(without_secrets(plain)), encoding="utf-8")
+    storage.write_bytes(path, to_yaml(without_secrets(plain)).encode())
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:

@@ -241,6 +241,11 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
     return data
 
 
+def no_links(path: str, flags: int) -> int:
+    """Open a file as `open(…, opener=no_links)` asks: never through a link, which another user may have put there."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
+
+
 def write_bytes(url: str | Path, data: bytes) -> None:
     """Write a whole file atomically, making its folders."""
     if is_local(url):

@@ -34,7 +34,7 @@ class RunLog:
         self.output.mkdir(parents=True, exist_ok=True)
         truncate(self.path, step)
         truncate(self.validation_path, step)
-        self._file = open(self.path, "a", encoding="utf-8")  # noqa: SIM115 - open as long as the run
+        self._file = open(self.path, "a", encoding="utf-8", opener=storage.no_links)  # noqa: SIM115 - as long as the run
         self._wandb = _start_wandb(self.output, wandb_options, facts)
         # A validation is logged later than its step, so it has its own axis.
         self._mirror(lambda run: run.define_metric("validation/*", step_metric="validation/step"))
@@ -49,7 +49,7 @@ class RunLog:
 
     def write_validation(self, result: dict[str, Any]) -> None:
         """Append the result of a separate validation: see validator.Validator.results."""
-        with open(self.validation_path, "a", encoding="utf-8") as file:
+        with open(self.validation_path, "a", encoding="utf-8", opener=storage.no_links) as file:
             file.write(json.dumps(result) + "\n")
         shown = {f"validation/{key}": value for key, value in result.items() if key != "videos" and value is not None}
         videos = result.get("videos", [])

@@ -18,6 +18,7 @@ from typing import Any, Protocol
 from safetensors import SafetensorError
 from torch import Tensor
 
+from ex4d import storage
 from ex4d.train.config import TrainConfig
 from ex4d.train.job import Job
 
@@ -47,7 +48,7 @@ class Child:
         if device == "cpu":
             environment["CUDA_VISIBLE_DEVICES"] = ""
         command = [sys.executable, "-m", "ex4d.train.validation", str(folder)]
-        with open(folder / "log.txt", "wb") as log:
+        with open(folder / "log.txt", "wb", opener=storage.no_links) as log:
             self._process = subprocess.Popen(
                 command, stdin=subprocess.DEVNULL, stdout=log, stderr=log, env=environment, start_new_session=True
             )

@@ -165,7 +165,7 @@ class Progress:
         try:
             if storage.is_local(url):
                 storage.local_path(url).parent.mkdir(parents=True, exist_ok=True)
-                with open(storage.local_path(url), "a" if self._lines else "w") as file:  # the file is one run's
+                with open(storage.local_path(url), "a" if self._lines else "w", opener=storage.no_links) as file:
                     file.write(text)
                 self._lines = [text]
             else:  # object stores cannot append

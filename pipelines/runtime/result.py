@@ -142,7 +142,7 @@ def _append(result: Result, started: float, bugs: Sequence[Mapping[str, Any]], s
     text = json.dumps(without_secrets(line)) + "\n"
     url = storage.join(result.output, "run.jsonl")
     if storage.is_local(url):
-        with open(storage.local_path(url), "a") as file:
+        with open(storage.local_path(url), "a", opener=storage.no_links) as file:
             file.write(text)
         return
     before = storage.read_bytes(url) if storage.exists(url) else b""

@@ -232,7 +232,7 @@ def _start(arguments: list[str], environment: dict[str, str], log: Path | None) 
     options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
     if log is None:
         return subprocess.Popen(command, **options)
-    with open(log, "wb") as file:
+    with open(log, "wb", opener=storage.no_links) as file:
         return subprocess.Popen(command, stdout=file, stderr=subprocess.STDOUT, **options)
 
 

@@ -18,7 +18,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ex4d import config
+from ex4d import config, storage
 from ex4d.data import manifest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
@@ -111,7 +111,7 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
     now = {"sweep": {k: v for k, v in config.to_dict(sweep).items() if k not in free}, **json.loads(json.dumps(tree))}
     path = output / "settings.json"
     if not path.exists():
-        path.write_text(json.dumps(now, indent=2) + "\n", encoding="utf-8")
+        storage.write_bytes(path, (json.dumps(now, indent=2) + "\n").encode())
         return
     before = json.loads(path.read_text(encoding="utf-8"))
     for section in now:

@@ -92,7 +92,7 @@ def write(
         f"step {rows[0]['step']}; train.seed={best['train']['seed']}.\n# {note}\n"
     )
     text = (output / "best.yaml").read_text(encoding="utf-8")
-    (output / "best.yaml").write_text(reason + text, encoding="utf-8")
+    storage.write_bytes(output / "best.yaml", (reason + text).encode())
     page = write_page(rows, noise, note, sweep)
     print(f"best configuration: {output / 'best.yaml'}\n{note}\npage: {page}")
     return 0
@@ -136,7 +136,6 @@ def write_page(
 
     keys = [axis.key for axis in Space.of(sweep.space).axes]
     path = Path(sweep.output) / "report" / "index.html"
-    path.parent.mkdir(parents=True, exist_ok=True)
     values = {name: [row["value"] for row in results if row["value"] is not None] for name, results in noise.items()}
-    path.write_bytes(sweep_page.sweep_page(sweep.metric, keys, rows, importance(rows, sweep), values, note))
+    storage.write_bytes(path, sweep_page.sweep_page(sweep.metric, keys, rows, importance(rows, sweep), values, note))
     return path

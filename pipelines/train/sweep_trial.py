@@ -19,7 +19,7 @@ from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
-from ex4d import config
+from ex4d import config, storage
 from ex4d.train import checkpoint, runlog
 from pipelines.train.launch import PARENT, free_port
 from pipelines.train.sweep_config import SweepConfig
@@ -85,7 +85,7 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
             with checkpoint.as_directory() as source:
                 known = adopt(Path(source), folder / "train", settings)
         config.dump(settings, folder / "config.yaml")
-        (folder / "point.json").write_text(json.dumps(point), encoding="utf-8")
+        storage.write_bytes(folder / "point.json", json.dumps(point).encode())
         _train(folder, sweep, settings, tune, known)
 
 
@@ -101,7 +101,7 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
             tune.report(record | {"folder": str(folder)})
         return
     command, place = _command(folder, settings)
-    with open(folder / "train.log", "ab") as log, _training(command, place, log) as process:
+    with open(folder / "train.log", "ab", opener=storage.no_links) as log, _training(command, place, log) as process:
         for record in rungs(follow(output / "metrics.jsonl", process), sweep, last):
             if record["step"] <= known:
                 continue
@@ -168,7 +168,7 @@ def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterato
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Lock a folder: two trials at the same point take turns, and the second finds the work done."""
-    with open(folder / "lock", "w") as file:
+    with open(folder / "lock", "w", opener=storage.no_links) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 

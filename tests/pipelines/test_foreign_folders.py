@@ -8,13 +8,16 @@ import threading
 
 import pytest
 
-from ex4d import storage
+from ex4d import config, storage
 from ex4d.errors import BadSample, ConfigError, ContractError
+from ex4d.train.runlog import RunLog
 from pipelines.preprocess import fetch
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages.shots import unpack_pts
+from pipelines.runtime import result
 from pipelines.runtime.ledger import CONFIG, Attempts, Ledger
 from pipelines.runtime.output import exclusive
+from pipelines.runtime.progress import Progress
 
 
 def test_retry_takes_no_choices_from_a_folder_of_another_user(tmp_path):
@@ -50,6 +53,31 @@ def test_an_attempt_is_not_written_through_a_link(tmp_path, name):
     Attempts(str(tmp_path), 3).begin("decode", ["key"])
     assert (tmp_path / "precious").read_text() == "precious"
     assert Attempts(str(tmp_path), 3).earlier == {"decode key": 1}
+
+
+def test_no_file_of_a_shared_output_is_written_through_a_link(tmp_path):
+    """Logs, configuration and progress: a link that another user put there keeps what it leads to."""
+    precious = tmp_path / "precious"
+    precious.write_text("keep")
+    out = tmp_path / "out"
+    (out / "staging").mkdir(parents=True)
+    for name in ("progress.jsonl", "run.jsonl", "metrics.jsonl", "validation.jsonl", "config.yaml"):
+        (out / name).symlink_to(precious)
+    with Progress(str(out)).watch("clip", [], 1):
+        pass
+    with pytest.raises(OSError, match="symbolic links"):
+        result._append(result.Result(str(out), {}, []), 0.0, [], {})
+    log = RunLog(out, 0, {"mode": "disabled"}, {})
+    log.write({"step": 1})
+    log.write_validation({"step": 1})
+    log.close()
+    config.dump({"train": {"num_steps": 1}}, out / "config.yaml")
+    for name in ("log", "lock"):
+        (out / name).symlink_to(precious)
+        with pytest.raises(OSError, match="symbolic links"), open(out / name, "w", opener=storage.no_links):
+            pass
+    assert precious.read_text() == "keep"
+    assert not (out / "config.yaml").is_symlink()
 
 
 def test_a_note_s_hash_must_be_one(tmp_path):
