@@ -133,18 +133,29 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 reads on, off, yes and no as booleans, too: preprocess.near_duplicates=off would not be the word "off". A
-# boolean setting still takes these words: validation knows them.
-BOOL = "tag:yaml.org,2002:bool"
+# YAML 1.1 reads on, off, yes and no as booleans, 12:00:00 as a number in base 60 and 2026-11-26 as a date, too: a word
+# such as preprocess.near_duplicates=off, a time limit or a name would not be text. A boolean setting still takes these
+# words: validation knows them.
+_PLAIN = {
+    "bool": ("^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
+    "int": ("^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$", "-+0123456789"),
+    "float": (
+        r"^(?:[-+]?[0-9][0-9_]*\.[0-9_]*(?:[eE][-+][0-9]+)?|\.[0-9][0-9_]*(?:[eE][-+][0-9]+)?"
+        r"|[-+]?\.(?:inf|Inf|INF)|\.(?:nan|NaN|NAN))$",
+        "-+0123456789.",
+    ),
+}
+_TAG = "tag:yaml.org,2002:"
 _Loader.yaml_implicit_resolvers = {
-    first: [(tag, pattern) for tag, pattern in resolvers if tag != BOOL]
+    first: [(tag, pattern) for tag, pattern in resolvers if tag.removeprefix(_TAG) not in (*_PLAIN, "timestamp")]
     for first, resolvers in yaml.SafeLoader.yaml_implicit_resolvers.items()
 }
-_Loader.add_implicit_resolver(BOOL, re.compile("^(?:true|True|TRUE|false|False|FALSE)$"), list("tTfF"))
+for _name, (_pattern, _first) in _PLAIN.items():
+    _Loader.add_implicit_resolver(_TAG + _name, re.compile(_pattern), list(_first))
 
 
 def _parse(text: str) -> Any:
-    """Return what YAML says. Raises YAMLError, ValueError (an invalid number or date) or RecursionError."""
+    """Return what YAML says. Raises YAMLError, ValueError (an invalid number) or RecursionError."""
     tree = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
     # A few lines of aliases of aliases stand for billions of values; an alias of itself for endlessly many.
     open_nodes, count = [tree], 0

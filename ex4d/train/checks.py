@@ -22,22 +22,10 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
         num_processes: ranks on this machine.
 
     Raises:
-        ConfigError: an unknown W&B mode; an expert that the base does not have; float16, whose gradients underflow; a
-            missing GPU; a validation without samples, or on a device that is missing or used by a rank.
-        ContractError: no finished dataset.
+        ConfigError, ContractError: as in `check_settings`; or a GPU is missing, the validation is on a device that is
+            missing or used by a rank, or the base does not have the expert.
     """
-    mode = os.environ.get("WANDB_MODE")
-    if train.wandb_mode != "disabled" and mode not in (None, *WANDB_MODES):
-        raise ConfigError("WANDB_MODE", mode, f"one of {', '.join(WANDB_MODES)}; or unset it and set train.wandb_mode")
-    if model.dtype == "float16":
-        allowed = "must be bfloat16 or float32 in training: small gradients become zero in float16"
-        raise ConfigError("model.dtype", model.dtype, allowed)
-    if train.validate_every:
-        counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
-        if not any(count["samples_val"] for count in counts):
-            paths = ", ".join(data.path for data in train.datasets)
-            allowed = f"must be null, since {paths} has no validation samples; set preprocess.val_fraction to get some"
-            raise ConfigError("train.validate_every", train.validate_every, allowed)
+    check_settings(train, model)
     if train.launcher == "ray":  # the GPUs are on other machines
         return
     import torch
@@ -54,3 +42,24 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
             ranks = f"; ranks use cuda:0 to cuda:{ranks_gpus - 1}" if ranks_gpus else ""
             raise ConfigError("train.validate_device", train.validate_device, ", ".join(free) + ranks)
     experts.timesteps(model.base, model.revision, train.expert)
+
+
+def check_settings(train: TrainConfig, model: ModelConfig) -> None:
+    """Check what does not depend on the machine that trains.
+
+    Raises:
+        ConfigError: an unknown W&B mode; float16, whose gradients underflow; a validation without samples.
+        ContractError: no finished dataset.
+    """
+    mode = os.environ.get("WANDB_MODE")
+    if train.wandb_mode != "disabled" and mode not in (None, *WANDB_MODES):
+        raise ConfigError("WANDB_MODE", mode, f"one of {', '.join(WANDB_MODES)}; or unset it and set train.wandb_mode")
+    if model.dtype == "float16":
+        allowed = "must be bfloat16 or float32 in training: small gradients become zero in float16"
+        raise ConfigError("model.dtype", model.dtype, allowed)
+    if train.validate_every:
+        counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
+        if not any(count["samples_val"] for count in counts):
+            paths = ", ".join(data.path for data in train.datasets)
+            allowed = f"must be null, since {paths} has no validation samples; set preprocess.val_fraction to get some"
+            raise ConfigError("train.validate_every", train.validate_every, allowed)

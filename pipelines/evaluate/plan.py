@@ -191,10 +191,10 @@ def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[d
     """Yield a case for each readable video; append the others to `rejects`."""
     try:
         with web.rules(private="none"):  # a list may name hosts
-            sources = inputs.expand(str(config.videos), exclude=config.output)
+            listed = inputs.expand(str(config.videos), exclude=config.output)
     except ConfigError as error:
         raise ConfigError("evaluate.videos", error.value, error.allowed) from None
-    sources = [source for source in sources if source.reason != "not_a_video"]
+    sources = [source for source in listed if source.reason != "not_a_video"]
     if not sources:
         raise ConfigError("evaluate.videos", config.videos, "no video there")
     known = set()

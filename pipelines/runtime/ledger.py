@@ -130,7 +130,8 @@ class Ledger:
 
     def part(self, prefix: str) -> tuple[str, dict[str, int]]:
         """Return what `Known` is made of, for the videos whose content hash begins with a prefix."""
-        lines, sizes = list(self.records.lines(prefix)), {}
+        lines = list(self.records.lines(prefix))
+        sizes: dict[str, int] = {}
         for folder in FOLDERS:
             first = f"{folder}/{prefix}"
             found = self._scratch.execute(

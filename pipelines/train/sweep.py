@@ -23,6 +23,7 @@ from ex4d.data import manifest
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.redact import without_secrets
+from ex4d.train.checks import check_settings
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
 from pipelines.runtime.cluster import check_output, connected
 from pipelines.runtime.output import exclusive, outside_datasets
@@ -40,16 +41,18 @@ def command(path: str, overrides: Sequence[str]) -> int:
     sweep, train = loaded["sweep"], loaded["train"]
     check_output("sweep.output", sweep.output)
     outside_datasets("sweep.output", sweep.output)
-    tree = trial_tree(sweep, train, config.read_yaml(path), overrides)
+    counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
+    validates = any(count.get("samples_val") for count in counts)
+    if sweep.metric == "validation_loss" and not validates:
+        paths = ", ".join(data.path for data in train.datasets)
+        allowed = f"must be mse, since {paths} has no validation split; or create one with preprocess.val_fraction"
+        raise ConfigError("sweep.metric", sweep.metric, allowed)
+    tree = trial_tree(sweep, train, config.read_yaml(path), overrides, validates)
+    check_settings(config.validate(TrainConfig, tree["train"], "train"), loaded["model"])
     whole = config.to_plain({"sweep": config.to_dict(sweep), **tree})
     if without_secrets(whole) != whole:
         allowed = "must be a URL without password or signature, since it is written to the trials' files"
         raise ConfigError("sweep", path, allowed)
-    counts = [manifest.read_dataset(data.path)["counts"] for data in train.datasets]
-    if sweep.metric == "validation_loss" and not any(count.get("samples_val") for count in counts):
-        paths = ", ".join(data.path for data in train.datasets)
-        allowed = f"must be mse, since {paths} has no validation split; or create one with preprocess.val_fraction"
-        raise ConfigError("sweep.metric", sweep.metric, allowed)
     output = Path(sweep.output).resolve()
     output.mkdir(parents=True, exist_ok=True)
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
@@ -79,9 +82,14 @@ def _say_interrupted(sweep: SweepConfig, tree: dict[str, Any], status: int) -> i
 
 
 def trial_tree(
-    sweep: SweepConfig, train: TrainConfig, file: dict[str, Any], overrides: Sequence[str]
+    sweep: SweepConfig, train: TrainConfig, file: dict[str, Any], overrides: Sequence[str], validates: bool
 ) -> dict[str, Any]:
-    """Return the sections model and train of every trial, before its point is put in."""
+    """Return the sections model and train of every trial, before its point is put in.
+
+    Args:
+        file, overrides: the sweep's config file and what its command line changes.
+        validates: the dataset has samples to validate on.
+    """
     tree = {name: file.get(name) or {} for name in ("model", "train")}
     for override in (o for o in overrides if o.startswith(("train.", "model."))):
         key, _, text = override.partition("=")
@@ -94,7 +102,7 @@ def trial_tree(
         "train.num_steps": train.num_steps,
         "train.wandb_group": sweep.group,
     }
-    for key in ("save_every", "validate_every"):
+    for key in ("save_every", "validate_every") if validates else ("save_every",):
         if tree["train"].get(key) is None:
             values[f"train.{key}"] = sweep.grace_steps
     if sweep.metric == "validation_loss":

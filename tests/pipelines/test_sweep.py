@@ -6,6 +6,7 @@ import json
 import math
 import subprocess
 import sys
+from contextlib import nullcontext
 from types import SimpleNamespace
 
 import pytest
@@ -166,6 +167,23 @@ def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, mon
     monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("a trial was started"))
     with pytest.raises(error):
         sweep.command("some.yaml", [override])
+
+
+def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
+    import sweep_bench
+    from make_run import make_dataset
+
+    make_dataset(tmp_path, val=0)
+    trees = []
+    monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(sweep, "run", lambda _, tree: trees.append(tree) or [])
+    path = sweep_bench.write(tmp_path, "mse", {"num_steps": 6}, metric="mse", grace_steps=3, repeat_seeds=1)
+    with pytest.raises(ConfigError, match=r"validate_every.*has no validation samples"):
+        sweep.command(str(path), ["train.validate_every=2"])
+    assert trees == []
+    sweep.command(str(path), [])
+    assert trees[0]["train"]["save_every"] == 3
+    assert trees[0]["train"].get("validate_every") is None
 
 
 def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):
