@@ -26,7 +26,7 @@ from ex4d.errors import BadSample
 
 # Classes that may be sent besides plain values, as "module:Class".
 DATACLASSES = (
-    *("ex4d.video.source:VideoInfo", "ex4d.isolation:Limits"),
+    *("ex4d.video.source:VideoInfo", "ex4d.isolation.process:Limits"),
     *("ex4d.data.sample:Sample", "ex4d.data.sample:SampleSpec", "ex4d.depth.arrays:Wanted"),
 )
 MAX_JSON_BYTES = 64 << 20
