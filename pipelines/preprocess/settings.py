@@ -153,8 +153,8 @@ class PreprocessConfig:
     max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
     keep_staging: Literal["all", "current", "none"] = setting(
         "all",
-        "After a commit: all keeps the work of earlier settings for reuse; current deletes it; none deletes every "
-        "sample outside the shards, so that the dataset takes its own size alone.",
+        "After a commit: all keeps the work of earlier settings for reuse, current deletes it, none also deletes the "
+        "samples that shards hold.",
     )
     metrics_port: int | None = setting(
         None, "Serve Prometheus metrics on this port while the run lasts; null: off.", ge=1, le=65535

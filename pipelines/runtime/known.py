@@ -21,6 +21,7 @@ class Records(Protocol):
     """What `take` reads and changes."""
 
     def size(self, name: str) -> int | None: ...
+    def has_record(self, name: str) -> bool: ...
     def get(self, name: str) -> dict[str, Any] | None: ...
     def add(self, name: str, body: Mapping[str, Any]) -> None: ...
     def set_aside(self, name: str) -> None: ...
@@ -56,6 +57,10 @@ class Known:
         """Return the bytes of an artifact that is a file of its own, None where it is none."""
         return self.sizes.get(name)
 
+    def has_record(self, name: str) -> bool:
+        """Return True where there is a record."""
+        return name in self.bodies
+
     def get(self, name: str) -> dict[str, Any] | None:
         """Return a record, None where there is none."""
         found = self.bodies.get(name)
@@ -88,11 +93,8 @@ def take(known: Records, keys: Mapping[str, str]) -> set[str]:
     Args:
         keys: {name of an artifact: key of its row}.
     """
-    bodies = {name: known.get(name) for name in keys}
-    damaged = {
-        name for name, body in bodies.items() if name.endswith(".tar") and body and body["size"] != known.size(name)
-    }
-    unknown = [name for name, body in bodies.items() if body is None]
+    unknown = [name for name in keys if not known.has_record(name)]
+    damaged = {name for name in keys if name.endswith(".tar") and _is_cut(known, name)}
 
     def read(name: str) -> dict[str, Any] | None:
         try:
@@ -111,6 +113,11 @@ def take(known: Records, keys: Mapping[str, str]) -> set[str]:
     for name in sorted(damaged):
         known.set_aside(name)
     return damaged
+
+
+def _is_cut(known: Records, name: str) -> bool:
+    body = known.get(name)
+    return body is not None and body["size"] != known.size(name)
 
 
 def _read(url: str, name: str, key: str) -> dict[str, Any]:

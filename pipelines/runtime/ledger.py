@@ -116,6 +116,10 @@ class Ledger:
         self.records.add(name, record)
         self._scratch.execute("INSERT OR REPLACE INTO file VALUES (?, ?, 1)", (name, record["size"]))
 
+    def has_record(self, name: str) -> bool:
+        """Return True where there is a record."""
+        return name in self.records
+
     def get(self, name: str) -> dict[str, Any] | None:
         """Return a record, None where there is none."""
         return self.records.get(name)
