@@ -72,7 +72,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a run takes beside its stages: start and end, the driver's time for a row, a worker's time for a row."""
+    """What a run takes beside its stages: start and end, the driver's time for a task, a worker's time for a row."""
 
     start_s: float = 0.0
     driver_s: float = 0.0
@@ -182,7 +182,7 @@ class Preprocess:
         number, task.step, task.started_s = next(self.numbers), step, self.now_s
         node.running[number] = task
         self.flying[step] += 1
-        self.driver_free_s = max(self.now_s, self.driver_free_s) + self.overhead.driver_s * len(task.rows)
+        self.driver_free_s = max(self.now_s, self.driver_free_s) + self.overhead.driver_s
         starts_s = self._read(node, self.driver_free_s, sum(row[step].mb for row in task.rows))
         is_full = len(node.running) >= self.cluster.cpus > 1
         task.work_s = sum(row[step].seconds for row in task.rows) * node.slow_by * (self.cluster.busy if is_full else 1)
