@@ -74,6 +74,7 @@ def watched(command: list[str], folder: Path, environment: dict[str, str]) -> se
 
 @pytest.mark.ray
 @pytest.mark.heavy
+@pytest.mark.timeout(1200)
 @pytest.mark.parametrize("launcher", ["auto", "ray"])
 def test_a_run_on_one_machine_listens_on_the_loopback_alone(tmp_path, launcher):
     """Preprocess on Ray, then train with two ranks: each listener of their processes, sampled twice a second."""
@@ -97,6 +98,7 @@ def test_a_run_on_one_machine_listens_on_the_loopback_alone(tmp_path, launcher):
 
 @pytest.mark.ray
 @pytest.mark.heavy
+@pytest.mark.timeout(1200)
 def test_the_demo_listens_on_the_loopback_alone(tmp_path):
     environment = os.environ | {"OMP_NUM_THREADS": "1", "WANDB_MODE": "disabled"}
     seen = watched(
