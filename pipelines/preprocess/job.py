@@ -266,7 +266,7 @@ class Job:
         size, tables = self.config.shard_size_mb << 20, self.ledger.url(PACKED)
         contents = Contents(self.tables, self.ledger, self.rejects)
         if self.config.keep_staging == "none":
-            self.ledger.packed.alone()
+            self.ledger.packed.alone(self.ledger.records)
         shards.pack_contents(contents, self.config.output, facts, size, tables=tables, build=self._build)
         if self.config.keep_staging == "none":
             self.ledger.packed.drop(clip.artifact for clip in self.tables.staged())

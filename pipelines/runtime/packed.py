@@ -15,9 +15,10 @@ from typing import Any
 from ex4d import storage
 from ex4d.data import building
 from ex4d.errors import ContractError
+from pipelines.runtime.records import Records
 
 FOLDER = "staging/packed"
-MARK = "staging/packed/alone"  # a file: samples may be missing in staging
+MARK = "packed/alone"  # a record: samples may be missing in staging
 NUM_THREADS = 32
 COLUMNS = ("key", "shard", "offset", "length", "sha256")
 
@@ -32,7 +33,7 @@ class Packed:
     def __init__(self, output: str, scratch: sqlite3.Connection):
         self.output, self._scratch = output, scratch
         self._scratch.execute("CREATE TABLE packed (key TEXT PRIMARY KEY, shard, offset, length, sha256) WITHOUT ROWID")
-        self.is_alone = storage.exists(storage.join(output, MARK))
+        self.is_alone = scratch.execute("SELECT 1 FROM record WHERE name = ?", (MARK,)).fetchone() is not None
         if self.is_alone:
             for rows in _rows(output):
                 self._scratch.executemany("INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?, ?)", rows)
@@ -42,10 +43,12 @@ class Packed:
                 "json_extract(body, '$.sha256') = sha256"
             )
 
-    def alone(self) -> None:
+    def alone(self, records: Records) -> None:
         """Say that samples in shards need no file in staging."""
-        storage.write_bytes(storage.join(self.output, MARK), b"")
-        self.is_alone = True
+        if not self.is_alone:
+            records.add(MARK, {})
+            records.flush()  # before the first of them is deleted
+            self.is_alone = True
 
     def places(self, items: Iterable[Sequence[Any]]) -> list[list[Any]]:
         """Return [url, shard, offset, length, sha256] of the samples that lie in shards alone.
