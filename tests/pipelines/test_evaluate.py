@@ -133,7 +133,9 @@ def test_the_base_alone_is_the_base(folder):
 
 def test_one_expert_of_two_or_both_are_evaluated(folder, tmp_path):
     """Two adapters, each alone and both together: three results, and the base alone is the same in all of them."""
-    from ex4d.models import tiny, weights
+    import tiny
+
+    from ex4d.models import weights
 
     shutil.copytree(folder / "base", tmp_path / "base")
     tiny.new_transformer(8, num_layers=1).save_pretrained(tmp_path / "base" / "transformer_2")
@@ -256,10 +258,10 @@ def test_a_video_that_hangs_its_decoder_costs_its_own_view(folder, tmp_path, mon
     hanging = sorted((folder / "videos").glob("*.mp4"))[1]
     calls, run = [], isolation.run
 
-    def watched(function, args):
+    def watched(function, args, limits=None):
         calls.append((function, args[0]))
         is_hanging = calls[-1] == ("decode", isolation.File(str(hanging)))
-        return run(function, args, isolation.Limits(wall_s=1e-6) if is_hanging else None)
+        return run(function, args, isolation.Limits(wall_s=1e-6) if is_hanging else limits)
 
     monkeypatch.setattr(isolation, "run", watched)
     chosen = {"videos": str(folder / "videos"), "ranges": RANGES, "methods": ("warp",), "max_bad_fraction": 0.5}

@@ -109,6 +109,7 @@ def test_the_demo_listens_on_the_loopback_alone(tmp_path):
 
 @pytest.mark.ray
 @pytest.mark.heavy
+@pytest.mark.timeout(1200)
 def test_a_client_without_the_token_is_refused_by_a_ray_of_one_machine(tmp_path):
     environment = {name: value for name, value in os.environ.items() if name != "RAY_TMPDIR"} | {"HOME": str(tmp_path)}
     pipes = {"stdin": subprocess.PIPE, "stdout": subprocess.PIPE, "text": True}
