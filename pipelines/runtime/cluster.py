@@ -111,7 +111,8 @@ def connected(
         show_workers: print the output of workers here.
 
     Raises:
-        ConfigError: nothing answers at the address, or it refuses the token.
+        ConfigError: nothing answers at the address, or it refuses the token; a Ray that is started here is not ready in
+            time.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
     os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what workers print is shown without control characters
@@ -124,16 +125,7 @@ def connected(
         return
     if address is None:
         require_private_folder()
-        with _on_loopback():
-            ray.init(
-                address="local",  # not a cluster that this machine remembers
-                num_cpus=num_cpus,
-                object_store_memory=None if object_store_mb is None else object_store_mb << 20,
-                include_dashboard=False,
-                dashboard_host="127.0.0.1",
-                log_to_driver=show_workers,
-                logging_level=logging.ERROR,
-            )
+        _start(num_cpus, object_store_mb, show_workers)
     else:
         _join(address, show_workers)
     try:
@@ -154,6 +146,27 @@ def _on_loopback() -> Iterator[None]:
     finally:
         ray_constants.ENABLE_RAY_CLUSTER = before[1]
         os.environ.pop(CLUSTERS) if before[0] is None else os.environ.update({CLUSTERS: before[0]})
+
+
+def _start(num_cpus: int | None, object_store_mb: int | None, show_workers: bool) -> None:
+    import ray
+
+    with _on_loopback():
+        try:
+            ray.init(
+                address="local",  # not a cluster that this machine remembers
+                num_cpus=num_cpus,
+                object_store_memory=None if object_store_mb is None else object_store_mb << 20,
+                include_dashboard=False,
+                dashboard_host="127.0.0.1",
+                log_to_driver=show_workers,
+                logging_level=logging.ERROR,
+            )
+        except Exception as error:
+            if "timed out during startup" not in str(error):  # Ray has no class of its own for this
+                raise
+            allowed = "a running Ray, or null on a machine that starts one within 30 s: this one is too busy; try later"
+            raise ConfigError("ray.address", None, allowed) from error
 
 
 def _join(address: str, show_workers: bool) -> None:

@@ -74,6 +74,18 @@ def test_a_token_that_the_operator_gives_is_left_alone(home, monkeypatch):
     assert not (home / ".ray").exists()
 
 
+def test_a_machine_that_is_too_busy_to_start_a_ray_is_one_sentence(monkeypatch):
+    import ray
+
+    def init(**_):
+        raise Exception("The current node timed out during startup. This could happen because …")  # as Ray 2.60 does
+
+    monkeypatch.setattr(ray, "is_initialized", lambda: False)
+    monkeypatch.setattr(ray, "init", init)
+    with pytest.raises(ConfigError, match="too busy"), cluster.connected(None):
+        pass
+
+
 def test_rays_files_lie_in_a_folder_of_this_user_alone(tmp_path, monkeypatch):
     monkeypatch.setenv("RAY_TMPDIR", "")  # so that what is set below does not outlive the test
     monkeypatch.setenv("TMPDIR", str(tmp_path))
