@@ -17,7 +17,7 @@ import stat
 import uuid
 from collections.abc import Iterator
 from concurrent.futures import ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
 from urllib.parse import unquote, urlsplit
@@ -212,10 +212,9 @@ def _info(url: str | Path) -> dict[str, Any] | None:
     Not by fsspec's `exists`, which takes every error for a No.
     """
     filesystem, path = _filesystem(url)
-    try:
+    with suppress(FileNotFoundError):
         return remote.call(lambda: filesystem.info(path), str(url))
-    except FileNotFoundError:
-        return None
+    return None
 
 
 def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> bytes:
@@ -345,10 +344,8 @@ def remove(url: str | Path) -> None:
         local_path(url).unlink(missing_ok=True)
         return
     filesystem, path = _filesystem(url)
-    try:
+    with suppress(FileNotFoundError):
         remote.call(lambda: filesystem.rm_file(path), str(url))
-    except FileNotFoundError:
-        return
 
 
 def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None = None) -> str:
@@ -389,8 +386,7 @@ def _blocks(url: str | Path) -> Iterator[bytes]:
         yield from _stream(str(url))  # not every web server knows ranges
         return
     with open_read(url) as file:
-        while block := file.read(BLOCK_BYTES):
-            yield block
+        yield from iter(lambda: file.read(BLOCK_BYTES), b"")
 
 
 def _stream(url: str) -> Iterator[bytes]:

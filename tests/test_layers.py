@@ -18,7 +18,7 @@ FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", 
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": {"redact"},
-    "config": {"errors", "redact", "text"},
+    "config": {"errors", "redact", "storage", "text"},
     "redact": set(),
     "remote": {"redact", "web"},
     "storage": {"errors", "remote", "web"},

@@ -127,7 +127,8 @@ def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root, tmp_p
     """Run train.sbatch with stand-ins for SLURM's own commands, which note how they were called."""
     log = tmp_path / "calls"
     for name, body in {
-        "scontrol": f'echo "scontrol $*" >> {log}; [ "$1" = show ] && printf "node1\\nnode2\\n"; exit 0',
+        "scontrol": f'echo "scontrol $*" >> {log}; case "$2" in hostnames) printf "node1\\nnode2\\n" ;; '
+        'node) echo "   NodeAddr=10.0.0.$3 NodeHostName=$3 Version=22.05" ;; esac; exit 0',
         "srun": f'echo "srun $* MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT" >> {log}; exit 75',
     }.items():
         path = tmp_path / name
@@ -144,7 +145,7 @@ def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root, tmp_p
     )
     calls = log.read_text()
     assert done.returncode == 75
-    assert "ex4d train c.yaml train.num_steps=5 MASTER_ADDR=node1 MASTER_PORT=20041" in calls
+    assert "ex4d train c.yaml train.num_steps=5 MASTER_ADDR=10.0.0.node1 MASTER_PORT=20041" in calls
     assert "scontrol requeue 41" in calls
 
 

@@ -30,14 +30,15 @@ class Recorded(Trainer):
     start = 0
     _seen: tuple[int, int] = (0, 0)
 
-    def noise(self, step: int, key: str) -> Any:
-        self._seen = (step, self._seen[1] + 1 if self._seen[0] == step else 0)
-        place = self.place.rank + self.place.world_size * self._seen[1]
+    def accumulate(self, step: int, batch: dict[str, Any], watch: Any) -> Any:
         folder = Path(self.config.output) / "keys"
         folder.mkdir(exist_ok=True)
         with open(folder / f"{self.start}-{self.place.rank}.jsonl", "a", encoding="utf-8") as file:
-            file.write(json.dumps([step, place, key]) + "\n")
-        return super().noise(step, key)
+            for key in batch["keys"]:
+                self._seen = (step, self._seen[1] + 1 if self._seen[0] == step else 0)
+                place = self.place.rank + self.place.world_size * self._seen[1]
+                file.write(json.dumps([step, place, key]) + "\n")
+        return super().accumulate(step, batch, watch)
 
 
 def run(place: Place, chosen: dict[str, Any]) -> int:
