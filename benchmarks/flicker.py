@@ -113,7 +113,7 @@ def main() -> None:
 
     from ex4d import video
 
-    lines = ["# Flicker of masks", "", " ".join((__doc__ or "").split("\n\n", 1)[1].split()), ""]
+    lines = ["# Flicker of masks", "", (__doc__ or "").split("\n\n", 1)[1].strip(), ""]
     lines += ["| clips | other frames | changes % | beyond the camera's % |", "|---|---|---|---|"]
 
     def add(name: str, num_others: int, counts: np.ndarray) -> None:

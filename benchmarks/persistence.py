@@ -152,7 +152,7 @@ def rows_of(size: int, num_clips: int, source: str, counts: tuple[int, ...], mov
 
 def markdown(rows: list[dict]) -> str:
     """Return the tables as a page."""
-    lines = ["# Persistence", "", " ".join((__doc__ or "").split("\n\n", 1)[1].split()), ""]
+    lines = ["# Persistence", "", (__doc__ or "").split("\n\n", 1)[1].strip(), ""]
     groups = {(row["source"], row["size"], row["bodies"]) for row in rows}
     for source, size, bodies in sorted(groups, key=str):
         mine = [row for row in rows if (row["source"], row["size"], row["bodies"]) == (source, size, bodies)]

@@ -9,6 +9,7 @@ import shlex
 import shutil
 import subprocess
 import sys
+import tempfile
 import urllib.request
 from pathlib import Path
 
@@ -123,48 +124,44 @@ def test_what_no_cluster_can_be_is_refused(values):
         config.validate(ClusterConfig, values, "cluster")
 
 
-def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root, tmp_path):
-    """Run train.sbatch with stand-ins for SLURM's own commands, which note how they were called."""
-    log = tmp_path / "calls"
-    for name, body in {
-        "scontrol": f'echo "scontrol $*" >> {log}; case "$2" in hostnames) printf "node1\\nnode2\\n" ;; '
+def run_script(script: Path, *arguments: str, nodes: str, **stand_ins: str) -> tuple[int, str]:
+    """Run a batch script with stand-ins for SLURM's own commands; return its status and what they noted in $CALLS."""
+    with tempfile.TemporaryDirectory() as folder:
+        for name, body in stand_ins.items():
+            (Path(folder) / name).write_text(f"#!/bin/sh\n{body}\n")
+            (Path(folder) / name).chmod(0o755)
+        environment = {"PATH": f"{folder}:/usr/bin:/bin", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": nodes}
+        calls = Path(folder) / "calls"
+        command = ["bash", str(script), "c.yaml", *arguments]
+        done = subprocess.run(command, env=environment | {"CALLS": str(calls)}, capture_output=True, timeout=60)
+        return done.returncode, calls.read_text()
+
+
+def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root):
+    status, calls = run_script(
+        root / "cluster" / "slurm" / "train.sbatch",
+        "train.num_steps=5",
+        nodes="node[1-2]",
+        scontrol='echo "scontrol $*" >> $CALLS; case "$2" in hostnames) printf "node1\\nnode2\\n" ;; '
         'node) echo "   NodeAddr=10.0.0.$3 NodeHostName=$3 Version=22.05" ;; esac; exit 0',
-        "srun": f'echo "srun $* MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT" >> {log}; exit 75',
-    }.items():
-        path = tmp_path / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node[1-2]"}
-    script = root / "cluster" / "slurm" / "train.sbatch"
-    done = subprocess.run(
-        ["bash", str(script), "c.yaml", "train.num_steps=5"],
-        env=environment,
-        capture_output=True,
-        text=True,
-        check=False,
+        srun='echo "srun $* MASTER_ADDR=$MASTER_ADDR MASTER_PORT=$MASTER_PORT" >> $CALLS; exit 75',
     )
-    calls = log.read_text()
-    assert done.returncode == 75
+    assert status == 75
     assert "ex4d train c.yaml train.num_steps=5 MASTER_ADDR=10.0.0.node1 MASTER_PORT=20041" in calls
     assert "scontrol requeue 41" in calls
 
 
-def test_slurm_starts_no_ray_where_the_token_cannot_be_made(root, tmp_path):
+def test_slurm_starts_no_ray_where_the_token_cannot_be_made(root):
     """Within `eval "$(…)"` a failure is lost, and the nodes would listen without a token."""
-    log = tmp_path / "calls"
-    for name, body in {
-        "scontrol": "echo node1",
-        "srun": f'echo "$*" >> {log}; case "$*" in *token*) exit 2;; esac',
-    }.items():
-        path = tmp_path / name
-        path.write_text(f"#!/bin/sh\n{body}\n")
-        path.chmod(0o755)
-    environment = {"PATH": f"{tmp_path}:/usr/bin:/bin", "SLURM_JOB_ID": "41", "SLURM_JOB_NODELIST": "node1"}
-    script = root / "cluster" / "slurm" / "preprocess.sbatch"
-    done = subprocess.run(["bash", str(script), "c.yaml"], env=environment, capture_output=True, text=True, timeout=60)
-    assert done.returncode != 0
-    assert "token" in log.read_text()
-    assert "ray start" not in log.read_text()
+    status, calls = run_script(
+        root / "cluster" / "slurm" / "preprocess.sbatch",
+        nodes="node1",
+        scontrol="echo node1",
+        srun='echo "$*" >> $CALLS; case "$*" in *token*) exit 2;; esac',
+    )
+    assert status != 0
+    assert "token" in calls
+    assert "ray start" not in calls
 
 
 def test_the_image_is_built_from_files_and_extras_that_exist(root):
