@@ -13,6 +13,7 @@ import importlib
 import io
 import logging
 import os
+import signal
 import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -161,5 +162,12 @@ def _name(args: argparse.Namespace) -> str:
     return f"ex4d {args.command}".strip()
 
 
+def script() -> None:
+    """Run one command as this process and exit with its status; a Ctrl-C after its answer no longer changes it."""
+    status = main()
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    sys.exit(status)
+
+
 if __name__ == "__main__":
-    sys.exit(main())
+    script()

@@ -11,6 +11,7 @@ import time
 from functools import partial
 from pathlib import Path
 
+import cv2
 import numpy as np
 import pytest
 
@@ -98,8 +99,9 @@ def test_a_full_disk_is_named_with_its_remedy_and_leaves_no_half_file(place, mon
 
 @pytest.mark.parametrize("after_s", [0.5, 3.0])
 def test_ctrl_c_ends_with_one_line_and_130(place, after_s):
-    """At any moment: while the command is read, or while it works (here: at the motion of a large clip of noise)."""
-    video.write(place / "in/b.mp4", np.random.default_rng(0).integers(0, 255, (49, 128, 128, 3)).astype(np.uint8), 25)
+    """At any moment: while the command is read, or while it works (here: at the motion of a long clip)."""
+    texture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (256, 500, 3)).astype(np.uint8), (0, 0), 3)
+    video.write(place / "in/b.mp4", np.stack([texture[:, 2 * i : 2 * i + 256] for i in range(121)]), 25)
     argv = ["reconstruct", "in/b.mp4", "--output", "out", "--depth", "parallax"]
     command = [sys.executable, "-m", "pipelines.cli", *argv]
     process = subprocess.Popen(
@@ -118,6 +120,13 @@ def test_ctrl_c_ends_with_one_line_and_130(place, after_s):
     assert told.count(b"\n") == 1, told
     assert told.rstrip().endswith(b"interrupted")
     assert not (place / "out").exists()
+
+
+def test_ctrl_c_after_the_answer_leaves_the_answers_status(place):
+    late = "import atexit, os, signal; atexit.register(os.kill, os.getpid(), signal.SIGINT)"
+    source = f"{late}; from pipelines import cli; cli.script()"
+    done = subprocess.run([sys.executable, "-c", source, *VIEW], capture_output=True, timeout=300, check=False)
+    assert (done.returncode, done.stderr) == (0, b"")
 
 
 def interpreting(pid: int) -> bool:
