@@ -19,6 +19,7 @@ import sys
 import tempfile
 import time
 from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
@@ -30,7 +31,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 RESULTS = ROOT / "benchmarks" / "results" / "scaling.json"
 PASSES = {"hash": ("identify",), "split": ("probe", "shots", "record_video"), "pack": ("build_shard",)}
-ALONE_STEPS = 12  # of the short run that shows what a step costs one rank
+ALONE_STEPS = 12  # of the short runs that show what a step costs one rank
 ROUNDS = 2
 
 
@@ -196,8 +197,20 @@ def reduce_mb_s() -> float:
     return min(float(process.communicate()[0]) for process in both) * 1e9 / 8 / 1e6  # 2 (n − 1) / n is in it
 
 
+def step_costs(folder: Path, chosen: Batch) -> dict[str, float]:
+    """Return what a step costs one rank in short runs: alone, and beside another that fills the second core."""
+    with ThreadPoolExecutor(2) as pool:
+        alone = run_training(folder, chosen, ALONE_STEPS, 1)
+        beside = pool.map(lambda _: run_training(folder, chosen, ALONE_STEPS, 1), range(2))
+        return {
+            "alone_s": alone["step"],
+            "beside_s": statistics.fmean(run["step"] for run in beside),
+            "adapter_mb": alone["adapter_mb"],
+        }
+
+
 def training() -> dict[str, Any]:
-    """Measure the steps of runs with one and two ranks, and in a short run what a step costs one rank."""
+    """Measure the cost of a step in short runs, and the steps of runs with one and two ranks."""
     sys.path.insert(0, str(ROOT / "tests" / "train"))
     import make_run
 
@@ -205,10 +218,10 @@ def training() -> dict[str, Any]:
         folders = {key: Path(name) / key for key in BATCHES}
         for key, folder in folders.items():
             make_run.make_dataset(folder, 24, 2, BATCHES[key].clip[0], BATCHES[key].clip[1:])
+        costs = rounds([(key,) for key in BATCHES], lambda key: step_costs(folders[key], BATCHES[key]))
         cases = [(key, one.num_steps, ranks) for key, one in BATCHES.items() for ranks in (1, 2)]
-        cases += [(key, ALONE_STEPS, 1) for key in BATCHES]
         runs = rounds(cases, lambda key, steps, ranks: run_training(folders[key], BATCHES[key], steps, ranks))
-    return {"reduce_mb_s": reduce_mb_s(), "runs": runs}
+    return {"reduce_mb_s": reduce_mb_s(), "costs": costs, "runs": runs}
 
 
 # ---------------------------------------------------------------- what the curve needs beside

@@ -3,9 +3,9 @@
     python benchmarks/scale/scaling_curve.py [compare]
 
 Reads benchmarks/results/scaling.json, which `scaling.py` measured. What Ray, the driver, a second worker and a second
-rank add is taken from the workload `calibration` alone; of a workload that is predicted, only the cost of its stages
-on some of its videos is known, or that of one rank's step in a short run. Writes benchmarks/results/scaling.md and
-docs/images/scaling.svg.
+rank add is taken from the workload `calibration` alone. Of a workload that is predicted, only the cost of its stages
+on some of its videos is known, or that of one rank's step in short runs, alone and beside another such run. Writes
+benchmarks/results/scaling.md and docs/images/scaling.svg.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ WARM = ("split", "clip")  # passes whose workers load libraries and start a deco
 Costs = Sequence[dict[str, float]]
 
 
-def best(runs: Sequence[dict[str, Any]]) -> dict[tuple[str, int, int], dict[str, float]]:
-    """Return {(workload, length, workers): the least of each figure}: what disturbs a run only adds."""
-    found: dict[tuple[str, int, int], dict[str, float]] = {}
+def best(runs: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, float]]:
+    """Return {case, (workload, length, workers) of a run: the least of each figure}: what disturbs a run only adds."""
+    found: dict[tuple[Any, ...], dict[str, float]] = {}
     for run in runs:
         case = tuple(run["case"])
         known = found.setdefault(case, {})
@@ -71,7 +71,7 @@ class OnRay:
     warm_s: dict[str, float]
 
 
-def on_ray(costs: Costs, runs: dict[tuple[str, int, int], dict[str, float]]) -> OnRay:
+def on_ray(costs: Costs, runs: dict[tuple[Any, ...], dict[str, float]]) -> OnRay:
     """Return the calibration of preprocess, from runs of two lengths with one and two workers."""
     known = {case[1:]: run for case, run in runs.items() if case[0] == "calibration"}
     slopes = {workers: fit({n: run["clip"] for (n, w), run in known.items() if w == workers})[0] for workers in (1, 2)}
@@ -149,24 +149,20 @@ def row(job: str, name: str, workers: int, simulated: Outcome, measured_s: float
 
 
 def compare_training(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return simulated and measured durations of a step; what it costs one rank is known from a short run."""
+    """Return simulated and measured durations of a step; what it costs one rank is known from short runs."""
     runs = best(results["runs"])
-    longest = {name: max(case[1] for case in runs if case[0] == name) for name, _, _ in runs}
-    alone = {name: runs[min(case for case in runs if case[0] == name)] for name in longest}
-    one, two = (runs["calibration", longest["calibration"], ranks] for ranks in (1, 2))
-    busy = two["computing"] / one["computing"]
-    reduce_s = one["adapter_mb"] / results["reduce_mb_s"]
-    latency_s = max(0.0, two["step"] - busy * one["step"] - reduce_s) / 2
+    costs = {case[0]: cost for case, cost in best(results["costs"]).items()}
+    known = costs["calibration"]
+    two = next(run for (name, _, ranks), run in runs.items() if (name, ranks) == ("calibration", 2))
+    reduce_mb_s = results["reduce_mb_s"]
+    latency_s = max(0.0, two["step"] - known["beside_s"] - known["adapter_mb"] / reduce_mb_s) / 2
     rows = []
-    for name, num_steps in longest.items():
-        facts = {
-            "gradient_mb": alone[name]["adapter_mb"],
-            "reduce_mb_s": results["reduce_mb_s"],
-            "latency_s": latency_s,
-        }
-        for ranks in (1, 2):
-            simulated = train(Training(1, alone[name]["step"], **facts), Cluster(cpus=ranks, busy=busy))
-            rows.append(row("train", f"{name}, a step", ranks, simulated, runs[name, num_steps, ranks]["step"]))
+    for (name, _, ranks), run in runs.items():
+        cost = costs[name]
+        busy = cost["beside_s"] / cost["alone_s"]
+        one = Training(1, cost["alone_s"], gradient_mb=cost["adapter_mb"], reduce_mb_s=reduce_mb_s, latency_s=latency_s)
+        simulated = train(one, Cluster(cpus=ranks, busy=busy))
+        rows.append(row("train", f"{name}, a step", ranks, simulated, run["step"]))
     return rows
 
 
