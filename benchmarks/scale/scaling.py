@@ -70,13 +70,12 @@ BATCHES = {
 }
 
 
-def rounds(cases: Sequence[tuple], measure: Callable[..., dict[str, float]]) -> list[dict[str, Any]]:
-    """Return what was measured: ROUNDS times each case, in turns, since the machine is shared."""
+def timed(cases: Sequence[tuple[Any, ...]], measure: Callable[..., dict[str, float]]) -> list[dict[str, Any]]:
+    """Return what was measured of each case, one after another."""
     found = []
-    for _ in range(ROUNDS):
-        for case in cases:
-            found.append({"case": [*case], **measure(*case), "load": os.getloadavg()[0]})
-            print({name: round(value, 2) if isinstance(value, float) else value for name, value in found[-1].items()})
+    for case in cases:
+        found.append({"case": [*case], **measure(*case), "load": os.getloadavg()[0]})
+        print({name: round(value, 2) if isinstance(value, float) else value for name, value in found[-1].items()})
     return found
 
 
@@ -105,14 +104,13 @@ def stage_costs(section: dict[str, Any], count: int = 6) -> list[dict[str, float
         config = config_file.load(file.name, preprocess.SECTIONS, (), preprocess.OPTIONAL)["preprocess"]
     videos = cost.spread(preprocess.find_sources(config, None), count)
     cost.measure(config, videos[0])  # compiles
+    measured = [cost.measure(config, video) for video in videos]
+    return [_by_pass(one.worker_s) | {"clips": one.samples, "mb": one.sample_bytes / 1e6} for one in measured]
 
-    found = []
-    for video in videos:
-        both = [cost.measure(config, video) for _ in range(2)]  # the least of each: what disturbs only adds
-        stages = [_by_pass(one.worker_s) for one in both]
-        least = {name: min(one[name] for one in stages) for name in stages[0]}
-        found.append(least | {"clips": both[0].samples, "mb": both[0].sample_bytes / 1e6})
-    return found
+
+def least(rounds: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
+    """Return the least of each figure of each video: what disturbs a measurement only adds."""
+    return [{name: min(one[name] for one in same) for name in same[0]} for same in zip(*rounds, strict=True)]
 
 
 def _by_pass(worker_s: dict[str, float]) -> dict[str, float]:
@@ -146,15 +144,20 @@ def _command(folder: str, job: str, sections: dict[str, Any]) -> float:
 
 
 def preprocess() -> dict[str, Any]:
-    """Measure the stages of all corpora, and runs with one and two workers; of `calibration` also shorter ones."""
+    """Measure the stages of all corpora, and runs with one and two workers; of `calibration` also shorter ones.
+
+    Both in every round: what a shared machine does changes within minutes.
+    """
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as folder:
         sections = {name: write_corpus(Path(folder) / name, chosen) for name, chosen in CORPORA.items()}
-        costs = {name: stage_costs(section) for name, section in sections.items()}
         few = ("calibration", CORPORA["calibration"].videos // 3)
         whole = [few, *((name, chosen.videos) for name, chosen in CORPORA.items())]
         cases = [(*case, workers) for case in whole for workers in (1, 2)]
-        runs = rounds(cases, lambda name, videos, workers: run_preprocess(sections[name], videos, workers))
-    return {"costs": costs, "runs": runs}
+        costs, runs = [], []
+        for _ in range(ROUNDS):
+            costs.append({name: stage_costs(section) for name, section in sections.items()})
+            runs += timed(cases, lambda name, videos, workers: run_preprocess(sections[name], videos, workers))
+    return {"costs": {name: least([one[name] for one in costs]) for name in CORPORA}, "runs": runs}
 
 
 # ---------------------------------------------------------------- training
@@ -218,9 +221,11 @@ def training() -> dict[str, Any]:
         folders = {key: Path(name) / key for key in BATCHES}
         for key, folder in folders.items():
             make_run.make_dataset(folder, 24, 2, BATCHES[key].clip[0], BATCHES[key].clip[1:])
-        costs = rounds([(key,) for key in BATCHES], lambda key: step_costs(folders[key], BATCHES[key]))
         cases = [(key, one.num_steps, ranks) for key, one in BATCHES.items() for ranks in (1, 2)]
-        runs = rounds(cases, lambda key, steps, ranks: run_training(folders[key], BATCHES[key], steps, ranks))
+        costs, runs = [], []
+        for _ in range(ROUNDS):
+            costs += timed([(key,) for key in BATCHES], lambda key: step_costs(folders[key], BATCHES[key]))
+            runs += timed(cases, lambda key, steps, ranks: run_training(folders[key], BATCHES[key], steps, ranks))
     return {"reduce_mb_s": reduce_mb_s(), "costs": costs, "runs": runs}
 
 
@@ -296,7 +301,7 @@ def clip() -> dict[str, Any]:
     """Return the cost of clips of 49 × 512 × 512 with depth beside the video."""
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as folder:
         section = write_corpus(Path(folder) / "large", Corpus(3, 49, (512, 512), 1, 4))
-        return {"costs": stage_costs(section, 3)}
+        return {"costs": least([stage_costs(section, 3) for _ in range(ROUNDS)])}
 
 
 def main() -> None:

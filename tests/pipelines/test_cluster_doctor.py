@@ -160,7 +160,7 @@ def test_each_fault_of_a_cluster_is_found(cluster, tmp_path):
     assert code == 1
     assert str(port) in found["all-reduce (gloo)"]
     assert "TCP ports" in found["all-reduce (gloo)"]
-    assert "cannot be written from here" in found["storage /nowhere/at/all"]
+    assert "cannot be written to from here" in found["storage /nowhere/at/all"]
     if has_mount:
         assert "No space left" in found[f"disk of {disk}"]
     if shutil.which("gcc"):
