@@ -7,6 +7,8 @@ import logging
 import os
 import sys
 import time
+from collections.abc import Iterator
+from contextlib import contextmanager
 from typing import Any
 
 from ex4d.errors import ConfigError
@@ -15,8 +17,11 @@ from pipelines.runtime.cluster import require_token, token_path
 
 DEFAULT = "http://127.0.0.1:8265"
 TIMEOUTS_S = (5.0, 60.0)  # to connect; to wait for an answer
+MAX_REASON = 300  # letters of a server's message
 AGENT_S = 60.0  # a head that has just started has no agent yet
 INTERRUPTED, STOPPED = 130, 75
+# What Ray's client raises for an answer that is no JSON or JSON of another kind; RuntimeError: for a status but 200.
+INVALID = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 HELP = f"address of the head's job server; default: RAY_API_SERVER_ADDRESS, else {DEFAULT}"
 
 
@@ -38,7 +43,8 @@ def connect(address: str | None) -> tuple[Any, str]:
 
     class Client(JobSubmissionClient):
         def _do_request(self, *args: Any, **options: Any) -> Any:
-            return super()._do_request(*args, timeout=TIMEOUTS_S, **options)  # otherwise it would wait forever
+            # Without a timeout it would wait forever, and a redirect would take the token to another server.
+            return super()._do_request(*args, timeout=TIMEOUTS_S, allow_redirects=False, **options)
 
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
         logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # each sets its own, below that of the command
@@ -50,9 +56,26 @@ def connect(address: str | None) -> tuple[Any, str]:
             "0600, or set RAY_AUTH_TOKEN_PATH"
         )
         raise ConfigError("address", redacted(address), allowed) from error
-    except (ConnectionError, RuntimeError, ValueError, KeyError, requests.RequestException) as error:
+    except (*INVALID, ConnectionError, requests.RequestException) as error:
         allowed = "the job server of a running Ray, port 8265 of its head; none answers there"
         raise ConfigError("address", redacted(address), allowed) from error
+
+
+@contextmanager
+def answers(address: str) -> Iterator[None]:
+    """Raise ConnectionError, in one sentence, where the body asks a server whose answers are not those of Ray."""
+    from ray.exceptions import AuthenticationError
+
+    try:
+        yield
+    except (*INVALID, AuthenticationError) as error:
+        raise ConnectionError(
+            f"the job server at {redacted(address)} gave no valid answer: {_reason(error)}"
+        ) from error
+
+
+def _reason(error: Exception) -> str:
+    return printable(str(error).strip().split("\n")[0])[:MAX_REASON]
 
 
 def submit(client: Any, **job: Any) -> str:
@@ -65,9 +88,9 @@ def submit(client: Any, **job: Any) -> str:
     while True:
         try:
             return client.submit_job(**job)
-        except RuntimeError as error:
+        except INVALID as error:
             if "No available agent" not in str(error) or time.monotonic() > deadline:
-                reason = printable(str(error).strip().split("\n")[0])
+                reason = _reason(error)
                 if "No available agent" in reason:
                     port = "--dashboard-agent-listen-port=PORT"
                     reason += f" If another Ray runs on the head's machine, start this one with {port}."
@@ -85,9 +108,8 @@ def follow(client: Any, job_id: str, address: str) -> int:
     except KeyboardInterrupt:
         print(f"\n{job_id} goes on running. {how_to(job_id, address)}", file=sys.stderr)
         return INTERRUPTED
-    except (RuntimeError, OSError, aiohttp.ClientError) as error:
-        reason = printable(str(error).strip().split("\n")[0])
-        print(f"{job_id} cannot be followed any more ({reason}). {how_to(job_id, address)}", file=sys.stderr)
+    except (*INVALID, OSError, aiohttp.ClientError) as error:
+        print(f"{job_id} cannot be followed any more ({_reason(error)}). {how_to(job_id, address)}", file=sys.stderr)
         return 1
 
 

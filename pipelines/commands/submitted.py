@@ -26,6 +26,11 @@ def run(args: argparse.Namespace) -> int:
     if args.id is None and (args.follow or args.stop):
         raise ConfigError("ID", None, "name the job; `ex4d jobs` lists them")
     client, address = job_server.connect(args.address)
+    with job_server.answers(address):
+        return _run(args, client, address)
+
+
+def _run(args: argparse.Namespace, client: Any, address: str) -> int:
     jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
     if args.id is None:
         _print_table(list(jobs.values()))

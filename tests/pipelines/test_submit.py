@@ -3,11 +3,14 @@
 from __future__ import annotations
 
 import importlib
+import json
 import re
 import signal
 import subprocess
 import sys
+import threading
 import time
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
 import kills
@@ -153,6 +156,63 @@ def test_an_address_without_a_job_server_is_one_sentence(here, capsys, address):
     text = capsys.readouterr().err
     assert "job server" in text
     assert len(text.splitlines()) == 1
+
+
+JOB = {"type": "SUBMISSION", "submission_id": "a", "status": "RUNNING", "entrypoint": "ex4d"}
+ANSWERS = {
+    "no JSON": b"<html>",
+    "no list": b"7",
+    "a list of numbers": b"[1]",
+    "a job without a state": json.dumps([{"submission_id": "a"}]).encode(),
+    "a job of the year 10^15": json.dumps([JOB | {"start_time": 10**26}]).encode(),
+    "a status of 500, with colours": None,
+}
+
+
+@pytest.mark.parametrize("name", ANSWERS)
+def test_a_server_that_is_not_rays_is_one_sentence(here, capsys, name):
+    """The version is right, what follows is not."""
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            body = ANSWERS[name] if "version" not in self.path else b'{"ray_version": "2.50.0", "version": "4"}'
+            self.send_response(200 if body is not None else 500)
+            self.end_headers()
+            self.wfile.write(body if body is not None else b"\x1b[31mred\n" * 1000)
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert cli.main(["jobs", "--address", f"http://127.0.0.1:{server.server_port}"]) == 1
+        server.shutdown()
+    text = capsys.readouterr().err
+    assert "gave no valid answer" in text
+    assert len(text.splitlines()) == 1
+    assert len(text) < 500
+    assert "\x1b" not in text
+
+
+def test_the_token_follows_no_redirect(here, capsys):
+    asked = []
+
+    class Handler(BaseHTTPRequestHandler):
+        def do_GET(self):
+            asked.append(self.path)
+            self.send_response(302)
+            self.send_header("Location", "/elsewhere")
+            self.end_headers()
+
+        def log_message(self, *args):
+            pass
+
+    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        assert cli.main(["jobs", "--address", f"http://127.0.0.1:{server.server_port}"]) == 2
+        server.shutdown()
+    assert asked == ["/api/version"]
+    assert "job server" in capsys.readouterr().err
 
 
 @pytest.mark.heavy
