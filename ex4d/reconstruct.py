@@ -16,6 +16,7 @@ from ex4d.errors import BadSample
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.render import choose_backend, persistent, warp_video
 from ex4d.reconstruct_config import MIN_SIDE_PX, ReconstructConfig
+from ex4d.video import pictures
 
 RECORDED = (
     *("trajectory", "angle_deg", "trajectory_options", "source_poses", "source_scale", "source_motion"),
@@ -104,6 +105,7 @@ def reconstruct(
     """Return the first frames of a video as seen along a camera path.
 
     Args:
+        video_path: a video, or a folder of pictures (`video.pictures`).
         config: the settings; changes: those that differ from it, by name.
 
     Raises:
@@ -187,7 +189,8 @@ def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()
 
     The video is decoded in the sandboxed child: one that hangs or crashes its decoder is a BadSample.
     """
-    frames, request, fps = _read(video_path, config.num_frames, config.size, config.fit)
+    with pictures.as_video(video_path, config.image_fps) as path:
+        frames, request, fps = _read(video_path, path, config.num_frames, config.size, config.fit)
     names = ("depth_path", "seed", "device", "fov_deg", "cameras")
     chosen = {name: getattr(config, name) for name in names}
     request = replace(request, fill_px=config.depth_fill_px, python=config.depth_python, **chosen)
@@ -206,10 +209,14 @@ def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()
 
 
 def _read(
-    video_path: str | Path, num_frames: int | None, size: tuple[int, int] | None, fit: str
+    video_path: str | Path, path: str, num_frames: int | None, size: tuple[int, int] | None, fit: str
 ) -> tuple[np.ndarray, depth_estimators.DepthRequest, float]:
-    """Return (frames uint8 [T, H, W, 3], how they lie in the video, frames per second)."""
-    file = isolation.File(str(video_path))
+    """Return (frames uint8 [T, H, W, 3], how they lie in the video, frames per second).
+
+    Args:
+        path: the file that is decoded.
+    """
+    file = isolation.File(path)
     info = isolation.run("probe", (file,))
     pts, time_base = isolation.run("frame_pts", (file,))
     if num_frames is None:

@@ -13,6 +13,7 @@ from ex4d.geometry import camera_path
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.profiles import FIRST_FRAMES, PROFILES
 from ex4d.geometry.trajectory import TRAJECTORIES
+from ex4d.video.pictures import FPS, MAX_FPS
 
 MIN_SIDE_PX, MAX_SIDE_PX = 16, 8192
 
@@ -82,6 +83,7 @@ class ReconstructConfig:
         multiple_of=2,
     )
     fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
+    image_fps: float = setting(FPS, "Frames per second of a video that is a folder of pictures.", gt=0, le=MAX_FPS)
     device: str | None = setting(None, "Device of a depth network; null: a GPU where there is one.")
 
     def __post_init__(self) -> None:

@@ -63,7 +63,7 @@ def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = No
 def sounding(view: Reconstruction, frames: np.ndarray) -> bytes:
     """Return an mp4 of the view's frames with the sound of its source, copied; without it, a warning says why."""
     data = video.encode(frames, view.fps)
-    if not view.video_path:
+    if not view.video_path or Path(view.video_path).is_dir():  # pictures make no sound
         return data
     try:
         result = isolation.run("with_audio", (isolation.File(view.video_path), data))

@@ -27,7 +27,7 @@ MAY_IMPORT = {
     "text": set(),
     "web": set(),
     "metrics": {"errors"},
-    "video": {"errors", "config", "storage"},
+    "video": {"errors", "config", "storage", "text"},
     "geometry": FLOOR,
     "depth": FLOOR | {"geometry"},
     "synthetic": FLOOR | {"geometry"},

@@ -91,6 +91,31 @@ def test_the_command_writes_files_that_say_the_same(clip, tmp_path, capsys):
     assert sorted(p.name for p in (tmp_path / "mesh").iterdir()) == ["000000.ply", "000001.ply", "000002.ply"]
 
 
+def test_a_folder_of_pictures_is_a_video(clip, tmp_path, capsys):
+    import cv2
+
+    frames, _ = video.read(clip)
+    (tmp_path / "clip").mkdir()
+    for number, frame in enumerate(frames):
+        cv2.imwrite(str(tmp_path / f"clip/frame_{number}.png"), frame[..., ::-1])
+    (tmp_path / "clip.depth.npz").write_bytes(clip.with_suffix(".depth.npz").read_bytes())
+    choices = {"angle_deg": 30.0, "num_frames": 5, "size": (64, 64)}
+    view, twin = reconstruct(tmp_path / "clip", image_fps=12.5, **choices), reconstruct(clip, **choices)
+    assert view.fps == 12.5
+    np.testing.assert_array_equal(view.frames, twin.frames)
+    np.testing.assert_array_equal(view.z_depth, twin.z_depth)
+    np.testing.assert_array_equal(view.visible, twin.visible)
+    flags = ["--depth", "auto", "--image-fps", "10", "--num-frames", "3", "--size", "32x32"]
+    assert cli.main(["reconstruct", str(tmp_path / "clip"), *flags, "--output", str(tmp_path / "out")]) == 0
+    assert "depth=auto: sidecar" in capsys.readouterr().out
+    assert video.read(tmp_path / "out/cond.mp4")[1] == 10
+    assert cli.main(["view", str(tmp_path / "clip"), "--size", "32x32", "--output", str(tmp_path / "a.html")]) == 0
+    assert '"shape": [5, 32, 32]' in (tmp_path / "a.html").read_text()
+    (tmp_path / "bare").mkdir()
+    assert cli.main(["reconstruct", str(tmp_path / "bare"), "--output", str(tmp_path / "no")]) == 1
+    assert "holds no JPEG or PNG" in capsys.readouterr().err
+
+
 def test_a_file_of_poses_is_a_trajectory_too(clip, tmp_path):
     path = trajectory.build("orbit", 5, 20.0, 2.0)
     write(tmp_path / "poses.json", PoseFile(path), "json")

@@ -51,7 +51,7 @@ def _has_file(request: DepthRequest) -> bool | None:
     try:
         places.find(request)
     except BadSample:
-        return False if storage.is_file(request.video_path) else None
+        return False if storage.exists(request.video_path) else None
     except OSError:
         return None
     return True

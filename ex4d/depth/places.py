@@ -21,6 +21,7 @@ from ex4d.depth import DepthRequest, videos
 from ex4d.errors import BadSample
 
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
+FOLDERS = (".depth", ".disparity")  # of pictures of depth, one a frame
 # What other programs write beside their npz, or in its place: pictures to look at, in 8 bits, or formats not read here.
 VIDEOS = (".mp4", ".mkv")
 PICTURES = (*videos.SUFFIXES, "_vis.mp4", "_vis.mkv", ".depth.exr", ".depth.png", ".depth.avi", "_depth.avi")

@@ -13,8 +13,8 @@ from typing import IO
 
 from ex4d.errors import BadSample
 
-# format name -> FFmpeg demuxer of the same name
-CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif", "apng")
+# format name -> FFmpeg demuxer of the same name; an animated webp is made a mov first (`pictures.of_webp`)
+CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif", "apng", "webp")
 
 # Allowed decoders, by FFmpeg's names. FFmpeg has about three hundred, many for games or one vendor's files.
 CODECS = (
@@ -85,12 +85,19 @@ def _known_container(head: bytes) -> str | None:
         return "gif"
     if head.startswith(b"\x89PNG") and b"acTL" in head[: head.find(b"IDAT")]:  # else a still picture
         return "apng"
+    if is_animated_webp(head):
+        return "webp"
     if head.startswith(b"\x00\x00\x01\xba"):
         return "mpeg"
     for first, packet_size in ((0, 188), (4, 192)):
         if len(head) > first + 4 * packet_size and all(head[first + i * packet_size] == 0x47 for i in range(5)):
             return "mpegts"
     return None
+
+
+def is_animated_webp(head: bytes) -> bool:
+    """Return whether a file that begins so is an animated WebP (RFC 9649)."""
+    return head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 2)
 
 
 def _refusal(head: bytes) -> BadSample:

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import IO, Any
 
 from ex4d.errors import BadSample
-from ex4d.video import hdr, sniff
+from ex4d.video import hdr, pictures, sniff
 from ex4d.video.sniff import MAX_SIDE_PX
 
 # A path, a file's bytes, or an open, seekable file
@@ -62,13 +62,14 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
 
     Raises:
         BadSample: all of `sniff.container_of`, and `codec_unknown`, `codec_not_allowed`, `no_video_stream`,
-            `size_limit`, `no_size`, `encrypted`,
+            `size_limit`, `no_size`, `encrypted`, `decode_error` (WebP),
             `timescale_zero`, `truncated`, `open_error`, `unreadable` (an error of the system, perhaps a passing one).
     """
     import av
 
-    with _binary(source) as raw:
-        name = sniff.container_of(raw)
+    with _binary(source) as file:
+        name = sniff.container_of(file)
+        raw, demuxer = (pictures.of_webp(file), "mov") if name == "webp" else (file, name)
         num_bytes = raw.seek(0, os.SEEK_END)
         raw.seek(0)
         # FFmpeg reads through our handle, so that no file name is parsed as a URL; the empty whitelist
@@ -76,7 +77,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
         # Probing already opens decoders, so the list of allowed ones goes to the container.
         options = {"protocol_whitelist": "", "max_streams": "64", "codec_whitelist": ",".join(sniff.codecs())}
         with ffmpeg_errors("open_error", f"{name} header"):
-            container = av.open(raw, format=name, container_options=options, buffer_size=1 << 18)
+            container = av.open(raw, format=demuxer, container_options=options, buffer_size=1 << 18)
         with container:
             stream = _choose_stream(container)
             _check_stream(stream, name, num_bytes)

@@ -26,7 +26,7 @@ PATH = (
         "cameras",
     ),
     *("cameras", "source_poses", "source_scale", "source_motion", "first_frame", "persistent_frames"),
-    *("fov_deg", "profile", "backend", "seed"),
+    *("image_fps", "fov_deg", "profile", "backend", "seed"),
 )
 
 

@@ -15,7 +15,7 @@ from pipelines.runtime.output import writing
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d generate`."""
-    parser.add_argument("--video", required=True, help="The video to start from.")
+    parser.add_argument("--video", required=True, help="The video to start from, or a folder of JPEG or PNG frames.")
     parser.add_argument(
         "--adapter",
         required=True,

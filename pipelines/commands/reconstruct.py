@@ -11,7 +11,7 @@ from pipelines.runtime.output import writing
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d reconstruct`."""
-    parser.add_argument("video", metavar="VIDEO", help="The video to start from.")
+    parser.add_argument("video", metavar="VIDEO", help="The video to start from, or a folder of JPEG or PNG frames.")
     parser.add_argument("--output", required=True, metavar="DIR", help="Folder to write.")
     parser.add_argument("--size", type=flags.size, help="HEIGHTxWIDTH; default: the video's own.")
     parser.add_argument("--num-frames", type=int, help="Number of frames; default: all.")

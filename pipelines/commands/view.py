@@ -16,7 +16,9 @@ MAX_VIEW_FRAMES = 49  # of an interactive 3D page: about 10 MB
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d view`."""
-    parser.add_argument("thing", metavar="THING", help="A dataset written by `ex4d preprocess`, or a video.")
+    parser.add_argument(
+        "thing", metavar="THING", help="A dataset written by `ex4d preprocess`, a video, or a folder of frames."
+    )
     parser.add_argument("--output", required=True, metavar="PAGE.html", help="The page to write.")
     parser.add_argument("--key", action="append", default=[], help="Dataset: show this sample; repeatable.")
     parser.add_argument("--samples", type=int, default=8, help="Dataset: number of samples (default: %(default)s).")
@@ -44,15 +46,27 @@ def _write(args: argparse.Namespace) -> int:
             raise ConfigError("samples", args.samples, "must be at least 1")
         print(page.write(sample_page.samples_page(args.thing, args.key, args.samples, args.trust), args.output))
         return 0
-    from ex4d import isolation
     from ex4d.reconstruct import reconstruct
     from ex4d.viewer import scene_page
 
-    if Path(args.thing).is_dir():
-        raise ConfigError("THING", args.thing, "must be a video, or a finished dataset (it has no dataset.json)")
     if args.num_frames is None:
-        args.num_frames = min(MAX_VIEW_FRAMES, len(isolation.run("frame_pts", (isolation.File(args.thing),))[0]))
+        args.num_frames = min(MAX_VIEW_FRAMES, _num_frames(args.thing))
     view = reconstruct(args.thing, **flags.path(args, args.thing))
     title = os.fsencode(Path(args.thing).name).decode("utf-8", "backslashreplace")
     print(scene_page.write(view, args.output, title))
     return 0
+
+
+def _num_frames(video: str) -> int:
+    from ex4d import isolation
+    from ex4d.video import pictures
+
+    if not Path(video).is_dir():
+        return len(isolation.run("frame_pts", (isolation.File(video),))[0])
+    if not pictures.chosen(os.listdir(video)):
+        raise ConfigError(
+            "THING",
+            video,
+            "must be a video, a folder of JPEG or PNG frames, or a finished dataset (it has no dataset.json)",
+        )
+    return len(pictures.names_in(video))

@@ -1,10 +1,10 @@
 """From `preprocess.input` to a list of sources; a run counts what becomes of each.
 
 A folder yields every file under it. A file is taken for a video unless its suffix says otherwise; then it is counted as
-not a video, as is a picture or a video of another video's depth (`clip_depth.mp4` beside `clip.mp4`). Links out of the
-folder and folders that cannot be opened are counted too (`walk`). Sidecars of a video (depth, caption, cameras) belong
-to the video. A list yields what its rows name; see `lists`. Folders, files and lists
-are on this machine or in any store of `storage.SCHEMES`.
+not a video, as is a picture or a video of another video's depth (`clip_depth.mp4` beside `clip.mp4`). With
+`preprocess.image_fps`, a folder of pictures is one video. Links out of the folder and folders that cannot be opened are
+counted too (`walk`). Sidecars of a video (depth, caption, cameras) belong to the video. A list yields what its rows
+name; see `lists`. Folders, files and lists are on this machine or in any store of `storage.SCHEMES`.
 """
 
 from __future__ import annotations
@@ -33,6 +33,7 @@ def expand(
     exclude: str | Path | None = None,
     root: str | None = None,
     follow_links: bool = False,
+    pictures: bool = False,
 ) -> Sources:
     """Return each input file once, sorted by name, and each row or place that cannot be used.
 
@@ -42,12 +43,14 @@ def expand(
         exclude: skip files under this folder (the output).
         root: folder that names in lists are relative to; None: each list's own.
         follow_links: follow links that lead out of the input folder.
+        pictures: a local folder of pictures is one video (`walk.files`).
 
     Raises:
         ConfigError: an input does not exist or cannot be opened, or nothing was found.
     """
     parts = _split(given) if isinstance(given, str) else list(given)
-    entries = (entry for part in parts for entry in _expand_one(part, root, follow_links))
+    rules = walk.Rules(follow_links, pictures)
+    entries = (entry for part in parts for entry in _expand_one(part, root, rules))
     outside = None
     if exclude is not None:
         outside = str(exclude) if not storage.is_local(str(exclude)) else os.path.abspath(exclude)
@@ -75,32 +78,32 @@ def _split(text: str) -> list[str]:
     return [part.strip() for part in _ONE.findall(text) if part.strip()]
 
 
-def _expand_one(place: str, root: str | None, follow_links: bool) -> Iterable[Entry]:
+def _expand_one(place: str, root: str | None, rules: walk.Rules) -> Iterable[Entry]:
     if not place.strip():
         raise ConfigError(KEY, place, "is empty; write . for the current folder")
     if not storage.is_local(place):
-        return _expand_remote(place, root, follow_links)
+        return _expand_remote(place, root, rules)
     path = os.path.abspath(os.path.expanduser(storage.local_path(place)))
     if os.path.isdir(path):
-        return walk.files(path, follow_links)
+        return walk.files(path, rules)
     if os.path.lexists(path):
         if path.endswith(lists.SUFFIXES):
-            return _expand_list(path, root, follow_links)
+            return _expand_list(path, root, rules)
         return [Entry(os.path.dirname(path), path)]
     if glob.has_magic(place):
         fixed = _fixed_part(path, os.sep)
         entries: list[Entry] = []
         for match in sorted(glob.glob(path, recursive=True)):
             if os.path.isdir(match):
-                entries += walk.files(match, follow_links, fixed)
+                entries += walk.files(match, rules, fixed)
             else:
-                entries.append(walk.file(fixed, match, follow_links))
+                entries.append(walk.file(fixed, match, rules))
         if entries:
             return list({entry.path: entry for entry in entries}.values())
     raise ConfigError(KEY, place, "is not a file, a folder, or a glob that matches a file")
 
 
-def _expand_remote(url: str, root: str | None, follow_links: bool) -> Iterable[Entry]:
+def _expand_remote(url: str, root: str | None, rules: walk.Rules) -> Iterable[Entry]:
     shown, plain = remote.redacted(url), without_query(url)
     storage.check_url(url)
     if lists.is_page(url):
@@ -110,7 +113,7 @@ def _expand_remote(url: str, root: str | None, follow_links: bool) -> Iterable[E
         if "*" in plain or (glob.has_magic(plain) and not is_web):
             entries = [Entry(_fixed_part(plain, "/"), file) for file in storage.glob(url)]
         elif plain.endswith(lists.SUFFIXES):
-            return _expand_list(url, root, follow_links)
+            return _expand_list(url, root, rules)
         elif not plain.endswith("/") and storage.is_file(url):
             return [Entry(plain.rpartition("/")[0], url)]
         else:
@@ -122,11 +125,11 @@ def _expand_remote(url: str, root: str | None, follow_links: bool) -> Iterable[E
     return entries
 
 
-def _expand_list(path: str, root: str | None, follow_links: bool) -> Iterator[Entry]:
+def _expand_list(path: str, root: str | None, rules: walk.Rules) -> Iterator[Entry]:
     """Yield what the rows of a list name; folders and globs in a text list are expanded."""
     for entry in lists.read(path, root):
         is_several = entry.span is None and not entry.reason and _is_several(entry.path)
-        yield from _expand_one(entry.path, root, follow_links) if is_several else (entry,)
+        yield from _expand_one(entry.path, root, rules) if is_several else (entry,)
 
 
 def _is_several(path: str) -> bool:

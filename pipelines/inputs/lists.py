@@ -22,33 +22,20 @@ from __future__ import annotations
 import logging
 import os
 from collections.abc import Iterator, Mapping, Sequence
+from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
 
 from ex4d import remote, storage, text
 from ex4d.errors import BadSample, ConfigError
-from pipelines.inputs import rows, tables
+from ex4d.video import sniff
+from pipelines.inputs import rows, tables, walk
 from pipelines.inputs.rows import Entry
 from pipelines.inputs.tables import without_query
 
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".parquet", ".json", ".jsonl")
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".ts",
-    ".m2ts",
-    ".mts",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".ogv",
-)
 # Suffixes of files that are not videos; files with any other suffix are opened and judged by content.
 OTHER_SUFFIXES = (
     *(".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv"),
@@ -62,8 +49,11 @@ PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.co
 
 
 def may_be_video(path: str) -> bool:
-    """Return False where the name shows that this is not a video."""
+    """Return False where the name shows that this is not a video; a local WebP is one if it is animated."""
     name = without_query(path).rpartition("/")[2].lower()
+    if name.endswith(".webp") and storage.is_local(path) and os.path.isfile(path):
+        with suppress(OSError), open(path, "rb") as file:
+            return sniff.is_animated_webp(file.read(32))
     return not name.startswith(".") and not name.endswith(OTHER_SUFFIXES)
 
 
@@ -204,7 +194,7 @@ class _Resolver:
     def _by_stem(self, name: str, url: str) -> str | None:
         """Return the file in the list's folder whose name is the video's id at its site."""
         if self._stems is None:
-            files = sorted(name for name in self._beside() if name.lower().endswith(VIDEO_SUFFIXES))
+            files = sorted(name for name in self._beside() if name.lower().endswith(walk.VIDEO_SUFFIXES))
             self._stems = {os.path.splitext(name)[0]: name for name in reversed(files)}
         parts = urlsplit(url)
         candidates = (name, *parse_qs(parts.query).get("v", []), parts.path.rpartition("/")[2])

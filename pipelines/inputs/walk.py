@@ -3,21 +3,51 @@
 Links within the input are followed. Each folder is entered once, under its own name before that of a link, so loops
 end. A link that leads out of the input is counted as `symlink_outside`, or followed with `preprocess.follow_links`. The
 `blobs` folder of a hub's cache counts as part of each of its snapshots.
+
+Where pictures are videos, a folder is one that itself holds two or more JPEG or PNG and no file with a video's suffix,
+and is not named `*.depth` or `*.disparity`. Its pictures then are counted with it; its other files and its subfolders
+are treated as ever.
 """
 
 from __future__ import annotations
 
 import os
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 
+from ex4d.depth import places
+from ex4d.video import pictures
 from pipelines.inputs.rows import Entry
 
 OUTSIDE = "a link that leads out of the input: preprocess.follow_links=true follows it"
+VIDEO_SUFFIXES = (
+    ".mp4",
+    ".mov",
+    ".m4v",
+    ".mkv",
+    ".webm",
+    ".avi",
+    ".ts",
+    ".m2ts",
+    ".mts",
+    ".mpg",
+    ".mpeg",
+    ".flv",
+    ".ogv",
+)
 
 
-def files(folder: str, follow_links: bool = False, root: str | None = None) -> Iterator[Entry]:
+@dataclass(frozen=True)
+class Rules:
+    """What counts as an input: files that links lead out to, and folders of pictures."""
+
+    follow_links: bool = False
+    pictures: bool = False
+
+
+def files(folder: str, rules: Rules = Rules(), root: str | None = None) -> Iterator[Entry]:
     """Yield an entry for each file under a folder, and for each link or folder that is not entered, with a reason.
 
     Args:
@@ -36,7 +66,7 @@ def files(folder: str, follow_links: bool = False, root: str | None = None) -> I
         if real in entered:
             yield _refused(root, place, "symlink_again", f"the same folder as {entered[real]}")
             continue
-        if place != root and not (follow_links or _is_under(real, inside)):
+        if place != root and not (rules.follow_links or _is_under(real, inside)):
             yield _refused(root, place, "symlink_outside", OUTSIDE)
             continue
         entered[real] = os.path.relpath(place, root)
@@ -46,17 +76,35 @@ def files(folder: str, follow_links: bool = False, root: str | None = None) -> I
         except OSError as error:
             yield _refused(root, place, "unreadable", f"the folder cannot be opened: {error.strerror}")
             continue
+        others = []
         for entry in entries:
             if _is_folder(entry):
                 (links if entry.is_symlink() else waiting).append(entry.path)
             elif not entry.name.startswith(".tmp-"):
-                is_allowed = follow_links or not entry.is_symlink() or _is_under(os.path.realpath(entry.path), inside)
+                others.append(entry)
+        frames = _frames(place, [entry.name for entry in others]) if rules.pictures else set()
+        outside = False
+        for entry in others:
+            is_allowed = rules.follow_links or not entry.is_symlink() or _is_under(os.path.realpath(entry.path), inside)
+            outside |= entry.name in frames and not is_allowed
+            if entry.name not in frames:
                 yield _file(root, entry.path, is_allowed)
+        if frames:
+            above = root if place != root else os.path.dirname(root)
+            yield _refused(above, place, "symlink_outside", OUTSIDE) if outside else Entry(above, place)
 
 
-def file(root: str, path: str, follow_links: bool) -> Entry:
+def _frames(folder: str, names: Sequence[str]) -> set[str]:
+    """Return the pictures of a folder that is a video; empty where it is none."""
+    if folder.endswith(places.FOLDERS) or any(name.lower().endswith(VIDEO_SUFFIXES) for name in names):
+        return set()
+    found = pictures.chosen(names)
+    return set(found) if len(found) > 1 else set()
+
+
+def file(root: str, path: str, rules: Rules = Rules()) -> Entry:
     """Return the entry of one file that was found under `root`; one that a link leads out to has a reason."""
-    return _file(root, path, follow_links or _is_under(os.path.realpath(path), _inside(root)))
+    return _file(root, path, rules.follow_links or _is_under(os.path.realpath(path), _inside(root)))
 
 
 def leads_out(path: str, *roots: str) -> bool:

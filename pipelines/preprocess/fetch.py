@@ -1,5 +1,6 @@
 """Cache remote files on this machine: decoders need a local path, so files are copied once and stay while there is
-room. The processes of one machine share the cache; a file in use is never evicted.
+room. The processes of one machine share the cache; a file in use is never evicted. A folder of pictures becomes one
+file there, too (`video.pictures`).
 """
 
 from __future__ import annotations
@@ -20,6 +21,7 @@ from typing import IO, TYPE_CHECKING, Any
 from ex4d import remote, storage, web
 from ex4d.data.cache import claim, least_used_first
 from ex4d.errors import BadSample
+from ex4d.video import pictures
 from pipelines.inputs import without_query
 from pipelines.runtime.stage import Row
 
@@ -49,10 +51,12 @@ def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
     Raises:
         BadSample: unreadable, truncated_download, source_changed.
     """
-    if storage.is_local(row["path"]):
-        return row["path"]
+    path = row["path"]
+    if storage.is_local(path):
+        is_folder = config.image_fps is not None and os.path.isdir(path)
+        return str(_cache(config).get(path, row["sha256"], "video", config.image_fps)) if is_folder else path
     with web.rules(same_host=False):
-        return str(_cache(config).get(row["path"], row["sha256"], "video"))
+        return str(_cache(config).get(path, row["sha256"], "video"))
 
 
 def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -> DepthRequest:
@@ -178,8 +182,11 @@ class FileCache:
                 if time.time() - path.stat().st_mtime > OLD_S:
                     path.unlink()
 
-    def get(self, url: str, sha256: str, name: str) -> Path:
+    def get(self, url: str, sha256: str, name: str, fps: float | None = None) -> Path:
         """Return the path of a file with that content, locked until the next file of this name is requested.
+
+        Args:
+            fps: of a local folder of pictures; None: it is a file.
 
         Raises:
             BadSample: unreadable, truncated_download; source_changed: the URL has another content by now.
@@ -189,7 +196,7 @@ class FileCache:
             if self._hold(path, name):
                 return path
             try:
-                found, _ = self.add(url, name)
+                found, _ = self.add(url, name, fps=fps)
             except OSError as error:
                 raise unreadable(error) from None
             if found != sha256:
@@ -198,8 +205,9 @@ class FileCache:
             "unreadable", "other processes dropped it before it could be used; give preprocess.cache_mb more"
         )
 
-    def add(self, url: str, name: str, announced: int | None = None) -> tuple[str, int]:
+    def add(self, url: str, name: str, announced: int | None = None, fps: float | None = None) -> tuple[str, int]:
         """Return (sha256, bytes) of a file after copying it here; `announced` bytes, None: ask. Raises OSError."""
+        announced = pictures.size_of(url) if fps else announced
         claim(self.folder, "preprocess.cache_dir")  # the folder may have been deleted
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
         announced = announced if announced is not None else _size_or_none(url) or 0
@@ -207,7 +215,11 @@ class FileCache:
             raise storage.TooLarge(errno.EFBIG, f"more than {self.max_file_bytes} bytes", remote.redacted(url))
         self._make_room(announced)
         try:
-            sha256 = storage.sha256(url, copy_to=temporary, max_bytes=self.max_file_bytes)
+            if fps is None:
+                sha256 = storage.sha256(url, copy_to=temporary, max_bytes=self.max_file_bytes)
+            else:
+                with open(temporary, "xb") as file:
+                    sha256, _ = pictures.digest(url, fps, file, self.max_file_bytes)
             size_bytes = temporary.stat().st_size
             path = self._path(sha256, name)
             _move(temporary, path)

@@ -98,7 +98,8 @@ def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | N
     """Return every input file; where `config.input` is None, write a synthetic corpus and return its files."""
     if config.input is not None:
         with fetch.reach(config):
-            found = inputs.expand(config.input, config.output, config.list_root, config.follow_links)
+            place = (config.output, config.list_root, config.follow_links, config.image_fps is not None)
+            found = inputs.expand(config.input, *place)
         return inputs.Sources(pairs.without_sources(found)) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "must be set, or there must be a section `synthetic`")

@@ -11,6 +11,7 @@ from ex4d.config import Digest, checked, fingerprint, installed_versions, settin
 from ex4d.depth import AUTO, CHOICES, FOREIGN
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
+from ex4d.video.pictures import MAX_FPS
 from pipelines.preprocess.filters import FilterConfig
 
 METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose depth has a unit that cameras can share
@@ -81,6 +82,12 @@ class PreprocessConfig:
 
     list_root: str | None = setting(
         None, "Folder that names in lists are relative to; null: each list's own.", group="Input and cache"
+    )
+    image_fps: float | None = setting(
+        None,
+        "Frames per second of folders of JPEG or PNG, each of which then is a video; null: pictures are no videos.",
+        gt=0,
+        le=MAX_FPS,
     )
     follow_links: bool = setting(False, "Follow links that lead out of the input folder; false: count and skip them.")
     cache_dir: str | None = setting(None, "Local folder for copies of remote videos; null: in the temporary folder.")

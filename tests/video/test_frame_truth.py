@@ -174,6 +174,3 @@ def test_an_animated_png_is_a_video_and_a_still_one_is_not(tmp_path):
     frames = video.decode(tmp_path / "a.apng", pts[[5, 2]])
     np.testing.assert_array_equal(frames[:, 7, 9], [[50, 100, 200], [20, 100, 200]])
     assert reason_of(video.probe, tmp_path / "b.png") == "container_not_allowed"
-    pictures[0].save(tmp_path / "c.webp", save_all=True, append_images=pictures[1:], duration=100)
-    with pytest.raises(BadSample, match="webp"):
-        video.probe(tmp_path / "c.webp")

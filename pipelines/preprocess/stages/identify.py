@@ -10,6 +10,7 @@ from typing import TYPE_CHECKING, Any
 
 from ex4d import storage, text
 from ex4d.errors import BadSample
+from ex4d.video import pictures
 from pipelines.inputs import walk, without_query
 from pipelines.preprocess import fetch, pairs
 from pipelines.runtime.stage import Row, Stage
@@ -29,7 +30,7 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
     Raises:
         BadSample: not_a_file, unreadable, empty_file, truncated_download, sidecar_ambiguous, caption_encoding,
-            symlink_outside: a link of a sidecar leads out of the input.
+            symlink_outside: a link of a sidecar leads out of the input; and the reasons of `pictures.digest`.
     """
     path, pair = row["path"], None
     try:
@@ -38,7 +39,7 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             _check_inside(pairs.files_of(path), row, config)
             pair, filmed = _pair(path, config), pairs.files_of(path).source
         if storage.is_local(path):
-            remote, (sha256, size_bytes) = None, _local(path)
+            remote, (sha256, size_bytes) = None, _local(path, config)
         else:
             remote = fetch.Remote(path, storage.beside(path), row["known_source"] or {})
             sha256, size_bytes = _remote(path, remote, config)
@@ -56,7 +57,11 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         raise fetch.unreadable(error) from error
 
 
-def _local(path: str) -> tuple[str, int]:
+def _local(path: str, config: PreprocessConfig) -> tuple[str, int]:
+    if os.path.isdir(path):
+        if config.image_fps is None:
+            raise BadSample("not_a_file", "is a folder; preprocess.image_fps reads one of pictures as a video")
+        return pictures.digest(path, config.image_fps, max_bytes=config.max_file_mb << 20)
     if not os.path.isfile(path):  # a pipe or device would block whoever opens it
         raise BadSample("not_a_file", "is missing, or no regular file")
     size_bytes = os.path.getsize(path)
@@ -82,7 +87,7 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
     source, *cameras = files
     try:
         alone = fetch.Remote(source, None, {})
-        sha256, size_bytes = _local(source) if storage.is_local(source) else _remote(source, alone, config)
+        sha256, size_bytes = _local(source, config) if storage.is_local(source) else _remote(source, alone, config)
     except BadSample as error:
         raise BadSample(error.reason, f"{source.rpartition('/')[2]} {error.message}") from error
     return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
