@@ -1,4 +1,5 @@
-"""Read depth maps, intrinsics and cameras from an npy or npz file: runs in the sandboxed child, within its limits.
+"""Read depth maps, intrinsics and cameras from an npy or npz file, or from a zip of OpenEXR: runs in the sandboxed
+child, within its limits.
 
 Headers are checked before any array is made. Only the maps that are asked for are held, and pickles are refused.
 """
@@ -75,7 +76,8 @@ def read(file: IO[bytes], name: str, wanted: Wanted) -> dict[str, Any]:
         if zipfile.is_zipfile(file):
             file.seek(0)
             with zipfile.ZipFile(file) as archive:
-                return _of_archive(archive, name, wanted)
+                is_exr = name.lower().endswith(".zip")
+                return _of_pictures(archive, name, wanted) if is_exr else _of_archive(archive, name, wanted)
         num_bytes = file.seek(0, os.SEEK_END)
         values = _frames(file, num_bytes, lambda count: wanted.of(count, None))
         return {"values": values, "kind": "z_depth", "key": "z_depth", "K": None, "w2c": None}
@@ -108,6 +110,30 @@ def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str
     w2c = layouts.cameras(small[layout.poses], layout, chosen[0]) if layout.poses else None
     kind = str(small["kind"]) if "kind" in small else layout.kind
     return {"values": values, "kind": kind, "key": layout.depth, "K": K, "w2c": w2c}
+
+
+def _of_pictures(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str, Any]:
+    """Return what `read` does, of a zip of OpenEXR that are named by their frame, 00000.exr and on, as ViPE writes it.
+
+    Raises:
+        BadSample: depth_missing, depth_frames, depth_shape.
+    """
+    names = sorted(member for member in archive.namelist() if member.endswith(".exr"))
+    if not names:
+        raise BadSample("depth_missing", f"{name} holds no OpenEXR; a zip of them, one a frame, is read")
+    if [member.removesuffix(".exr").lstrip("0") for member in names] != ["", *map(str, range(1, len(names)))]:
+        raise BadSample("depth_frames", f"{name} needs a picture for each frame, 00000.exr and on, without a gap")
+    index = wanted.of(len(names), None)
+    values = np.empty(0)
+    for number in np.unique(index):
+        if archive.getinfo(names[number]).file_size > MAX_WHOLE_BYTES:
+            raise ValueError(f"{names[number]} unpacks to more than {MAX_WHOLE_BYTES} bytes")
+        one = pictures.exr_values(archive.read(names[number]), values.shape[1:] or None, f"{name}/{names[number]}")
+        if not values.size:
+            pictures.check_pixels(len(index) * one.size)
+            values = np.empty((len(index), *one.shape), np.float32)
+        values[index == number] = one
+    return {"values": values, "kind": "z_depth", "key": "exr", "K": None, "w2c": None}
 
 
 def _layout_of(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dict[str, np.ndarray]]:

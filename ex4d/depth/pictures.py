@@ -1,4 +1,6 @@
-"""Read depth from a folder of 16-bit PNG, one per frame, in millimetres, as depth cameras and datasets write it."""
+"""Read depth from a folder of pictures, one per frame: 16-bit PNG in millimetres, as depth cameras and datasets write
+it, or OpenEXR of one channel.
+"""
 
 from __future__ import annotations
 
@@ -11,7 +13,9 @@ import numpy as np
 
 from ex4d import isolation, storage, text
 from ex4d.errors import BadSample
+from ex4d.video import exr
 
+SUFFIXES = (".png", ".exr")
 MAX_SIDE_PX = 16384
 MAX_PIXELS = 2**30  # of a clip's maps together: 129 of 4K; 4 GiB as float32
 MAX_EXTRA_BYTES = 2**20  # of a PNG's text and colour profile
@@ -19,7 +23,9 @@ HEADER_BYTES = 26  # signature, and IHDR up to its colour type
 
 
 def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.ndarray, str]:
-    """Return (values uint16 [T, H, W], "z_depth") of pictures of a folder, in the order of the numbers in their names.
+    """Return (values [T, H, W], kind) of pictures of a folder, in the order of the numbers in their names.
+
+    16-bit PNG are uint16, z_depth; OpenEXR are float16 or float32, disparity in a folder `*.disparity`, else z_depth.
 
     Args:
         index: int [T], which of the source's frames.
@@ -28,29 +34,42 @@ def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.nda
     Raises:
         BadSample: depth_missing, depth_frames, depth_shape.
     """
-    found = list(storage.local_path(folder).glob("*.png"))
-    files = [found[place] for place in text.in_natural_order([file.name for file in found])]
-    if not files:
-        raise BadSample("depth_missing", f"{Path(folder).name} holds no PNG (one 16-bit PNG a frame is read)")
+    files, place = files_in(folder), Path(folder).name
+    kinds = {file.suffix for file in files}
+    if len(kinds) != 1:
+        raise BadSample("depth_missing", f"{place} needs 16-bit PNG or OpenEXR, one a frame; it has {_list(kinds)}")
     if source_frames not in (0, len(files)):
         raise BadSample(
-            "depth_frames", f"{len(files)} PNG for a video of {source_frames} frames: one a frame is needed"
+            "depth_frames", f"{len(files)} pictures for a video of {source_frames} frames: one a frame is needed"
         )
     if index.max(initial=0) >= len(files):
-        raise BadSample("depth_frames", f"{len(files)} PNG, the clip needs that of frame {index.max()}")
+        raise BadSample("depth_frames", f"{len(files)} pictures, the clip needs that of frame {index.max()}")
+    is_disparity = place.endswith(".disparity")
+    if is_disparity and kinds == {".png"}:
+        raise BadSample("depth_shape", f"{place} holds PNG; disparity is read from OpenEXR, PNG are millimetres")
     chosen = [files[int(number)] for number in index]
     sizes = {_size(file) for file in dict.fromkeys(chosen)}
     if len(sizes) > 1:
-        raise BadSample("depth_shape", f"the PNG of {Path(folder).name} have several sizes")
+        raise BadSample("depth_shape", f"the pictures of {place} have several sizes")
     height, width = sizes.pop()
     try:
         check_pixels(len(chosen) * height * width)
     except ValueError as error:
-        raise BadSample("depth_shape", f"{Path(folder).name}: {error}") from None
-    values = np.empty((len(chosen), height, width), np.uint16)
+        raise BadSample("depth_shape", f"{place}: {error}") from None
+    values = np.empty((len(chosen), height, width), np.uint16 if kinds == {".png"} else np.float32)
     for number, file in enumerate(chosen):
         values[number] = isolation.run("depth_picture", (isolation.File(str(file)), (height, width), file.name))
-    return values, "z_depth"
+    return values, "disparity" if is_disparity else "z_depth"
+
+
+def files_in(folder: str | Path) -> list[Path]:
+    """Return the pictures of a local folder of depth, in the order of the numbers in their names."""
+    found = [file for file in storage.local_path(folder).iterdir() if file.suffix in SUFFIXES]
+    return [found[place] for place in text.in_natural_order([file.name for file in found])]
+
+
+def _list(suffixes: set[str]) -> str:
+    return " and ".join(sorted(suffixes)) or "neither"
 
 
 def check_pixels(count: int) -> None:
@@ -60,31 +79,65 @@ def check_pixels(count: int) -> None:
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """Return (height, width) of a 16-bit PNG by its header alone, and check that its bytes can be no more than it."""
+    """Return (height, width) of a picture by its header alone, and check that its bytes can be no more than it."""
     try:
         with storage.open_read(file) as opened:
-            data, num_bytes = opened.read(HEADER_BYTES), opened.seek(0, os.SEEK_END)
+            data, num_bytes = opened.read(exr.HEADER_BYTES), opened.seek(0, os.SEEK_END)
     except OSError as error:
         raise BadSample("unreadable", f"{file.name}: {error.strerror}") from error
-    if len(data) < HEADER_BYTES or data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise BadSample("depth_shape", f"{file.name} is no PNG")
-    width, height, bits, colour = struct.unpack(">IIBB", data[16:HEADER_BYTES])
+    height, width = _png_size(data, file.name) if file.suffix == ".png" else _exr_size(data, file.name)
     if not 0 < width <= MAX_SIDE_PX or not 0 < height <= MAX_SIDE_PX:
         raise BadSample("depth_shape", f"{file.name} has {width} × {height} px")
-    if bits != 16 or colour != 0:
-        raise BadSample(
-            "depth_shape", f"{file.name} is no 16-bit grey PNG of millimetres, but of {bits} bits a channel"
-        )
-    if num_bytes > 4 * height * width + MAX_EXTRA_BYTES:
+    if num_bytes > 8 * height * width + MAX_EXTRA_BYTES:
         raise BadSample("depth_shape", f"{file.name} has {num_bytes} bytes for {width} × {height} px")
     return height, width
 
 
+def _png_size(data: bytes, name: str) -> tuple[int, int]:
+    if len(data) < HEADER_BYTES or data[:8] != b"\x89PNG\r\n\x1a\n":
+        raise BadSample("depth_shape", f"{name} is no PNG")
+    width, height, bits, colour = struct.unpack(">IIBB", data[16:HEADER_BYTES])
+    if bits != 16 or colour != 0:
+        raise BadSample("depth_shape", f"{name} is no 16-bit grey PNG of millimetres, but of {bits} bits a channel")
+    return height, width
+
+
+def _exr_size(data: bytes, name: str) -> tuple[int, int]:
+    try:
+        return exr.header(data).size
+    except ValueError as error:
+        raise BadSample("depth_shape", f"{name} {error}") from None
+
+
 def picture(file: IO[bytes], size: tuple[int, int], name: str) -> np.ndarray:
-    """Return uint16 [H, W] of one PNG of a known size; runs in the sandboxed child. Raises BadSample: depth_shape."""
+    """Return uint16, float16 or float32 [H, W] of one picture of a known size; runs in the sandboxed child.
+
+    Raises:
+        BadSample: depth_shape, decode_error.
+    """
+    data = file.read()
+    if name.endswith(".exr"):
+        return exr_values(data, size, name)
     import cv2
 
-    image = cv2.imdecode(np.frombuffer(file.read(), np.uint8), cv2.IMREAD_UNCHANGED)
+    image = cv2.imdecode(np.frombuffer(data, np.uint8), cv2.IMREAD_UNCHANGED)
     if image is None or image.dtype != np.uint16 or image.shape != size:
         raise BadSample("depth_shape", f"{name} cannot be decoded")
     return image
+
+
+def exr_values(data: bytes, size: tuple[int, int] | None, name: str) -> np.ndarray:
+    """Return float16 or float32 [H, W] of an OpenEXR, of a known size unless that is None; runs in the child.
+
+    Raises:
+        BadSample: depth_shape, decode_error.
+    """
+    try:
+        if max(exr.header(data[: exr.HEADER_BYTES]).size) > MAX_SIDE_PX:
+            raise ValueError("is too large")
+        values = exr.picture(data)
+    except ValueError as error:
+        raise BadSample("depth_shape", f"{name} {error}") from None
+    if size is not None and values.shape != size:
+        raise BadSample("depth_shape", f"{name} is {list(values.shape)}, not {list(size)}")
+    return values

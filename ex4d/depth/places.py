@@ -2,8 +2,10 @@
 
 | video | looked for, the first that exists |
 |---|---|
-| `in/a/clip.mp4` | `in/a/clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`, a folder `clip.depth/` of PNG |
-| with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, a video `clip_depth.mp4`; then in `maps/` |
+| `in/a/clip.mp4` | `in/a/clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`, a folder `clip.depth/` of PNG or |
+| | OpenEXR, or `clip.disparity/` of OpenEXR |
+| with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, a video `clip_depth.mp4`, ViPE's `depth/clip.zip`; |
+| | then in `maps/` |
 
 Where `clip.mov` lies beside `clip.mp4`, either has its own `clip.mp4.depth.npz`; and where `in/b/clip.mp4` is there
 too, `maps/a/` and `maps/b/` are needed: a file that could belong to another video is never used.
@@ -17,18 +19,19 @@ from collections.abc import Callable
 from pathlib import Path, PurePosixPath
 
 from ex4d import hub, storage
-from ex4d.depth import DepthRequest, videos
+from ex4d.depth import DepthRequest, pictures, videos, vipe
 from ex4d.errors import BadSample
 
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 FOLDERS = (".depth", ".disparity")  # of pictures of depth, one a frame
 # What other programs write beside their npz, or in its place: pictures to look at, in 8 bits, or formats not read here.
 VIDEOS = (".mp4", ".mkv")
+VIPE = ".zip"
 PICTURES = (*videos.SUFFIXES, "_vis.mp4", "_vis.mkv", ".depth.exr", ".depth.png", ".depth.avi", "_depth.avi")
 
 
 def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) -> str:
-    """Return the path of the clip's depth file, or of its folder of PNG.
+    """Return the path of the clip's depth file, or of its folder of pictures.
 
     Args:
         exists: returns whether a file or folder exists.
@@ -37,7 +40,7 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
         BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
     """
     chosen = None if request.depth_path is None else str(request.depth_path)
-    if chosen and chosen.lower().endswith((".npz", ".npy", *VIDEOS)) and not _is_folder(chosen):
+    if chosen and chosen.lower().endswith((".npz", ".npy", VIPE, *VIDEOS)) and not _is_folder(chosen):
         if not exists(chosen):
             raise BadSample("depth_missing", f"no depth file {PurePosixPath(chosen).name}")
         return chosen
@@ -49,14 +52,14 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
         folders = [chosen]
     else:
         folders = [storage.join(chosen, str(own.parent)), chosen]
-    suffixes = (*SUFFIXES, ".depth", *(videos.SUFFIXES if chosen else ()))
+    suffixes = (*SUFFIXES, *FOLDERS, *(videos.SUFFIXES if chosen else ()))
     if request.twin:
         whole = _first(
             [
                 storage.join(folder, own.name + suffix)
                 for folder in folders
                 for suffix in suffixes
-                if suffix != ".depth"
+                if suffix not in FOLDERS
             ],
             exists,
         )
@@ -64,7 +67,10 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
             return whole
     for depth, folder in enumerate(folders):
         other = request.twin or (request.namesake if depth else "")
-        file = _first([storage.join(folder, own.stem + suffix) for suffix in suffixes], exists)
+        candidates = [storage.join(folder, own.stem + suffix) for suffix in suffixes]
+        if chosen:
+            candidates.append(storage.join(folder, f"depth/{own.stem}{VIPE}"))
+        file = _first(candidates, exists)
         if file and other:
             raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(file).name, own, other, bool(request.twin)))
         if file:
@@ -92,20 +98,30 @@ def twin_of(path: str) -> str:
 
 
 def sha256(path: str) -> str:
-    """Return the sha256 of a depth file; of a folder, that of its files' names and hashes. Raises OSError."""
+    """Return the sha256 of a depth file; of several files, that of their names and hashes. Raises OSError."""
     if not storage.is_local(path):
         return storage.sha256(path)
     place = storage.local_path(path)
-    if not place.is_dir():
-        # Cached: every clip of a long video needs the hash of the same file, which may have gigabytes.
+    files = sorted(pictures.files_in(place)) if place.is_dir() else [place, *others_of(path)]
+    # Cached: every clip of a long video needs the hash of the same file, which may have gigabytes.
+    if files == [place]:
         return hub.file_sha256(place)
-    lines = [f"{file.name} {hub.file_sha256(file)}\n" for file in sorted(place.glob("*.png"))]
+    lines = [f"{file.name} {hub.file_sha256(file)}\n" for file in files]
     return hashlib.sha256("".join(lines).encode("utf-8", "surrogateescape")).hexdigest()
+
+
+def others_of(path: str) -> list[Path]:
+    """Return the files that belong to a depth file: the pictures of a folder; ViPE's poses and intrinsics."""
+    if not storage.is_local(path):
+        return []
+    if storage.local_path(path).is_dir():
+        return pictures.files_in(path)
+    return vipe.parts_of(storage.local_path(path)) if path.lower().endswith(VIPE) else []
 
 
 def _first(candidates: list[str], exists: Callable[[str], bool]) -> str:
     for candidate in candidates:
-        if candidate.endswith(".depth"):
+        if candidate.endswith(FOLDERS):
             if _is_folder(candidate):
                 return candidate
         elif exists(candidate):
@@ -118,8 +134,7 @@ def _is_folder(path: str) -> bool:
 
 
 def _has_pictures(folder: str) -> bool:
-    place = storage.local_path(folder)
-    return _is_folder(folder) and any(place.glob("*.png"))
+    return _is_folder(folder) and bool(pictures.files_in(folder))
 
 
 def _what_is_missing(folders: list[str], own: PurePosixPath) -> str:

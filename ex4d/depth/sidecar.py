@@ -6,8 +6,9 @@ for each frame of the whole source; if the npz has its own rate as `fps`, the ma
 
 A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
 disparity as `depths` too, so add it there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as
-depth cameras write them; a folder of 16-bit PNG, one a frame, holds such. z_depth of 0, NaN or inf, and disparity of
-NaN or inf, is a hole: the sensor has no value there (`holes`). Pickles are refused.
+depth cameras write them; a folder of 16-bit PNG, one a frame, holds such. A folder of OpenEXR holds floats, as does the
+zip of ViPE (`vipe`). z_depth of 0, NaN or inf, and disparity of NaN or inf, is a hole: the sensor has no value there
+(`holes`). Pickles are refused.
 """
 
 from __future__ import annotations
@@ -22,7 +23,7 @@ from typing import Any
 import numpy as np
 
 from ex4d import isolation, storage
-from ex4d.depth import DepthRequest, Geometry, holes, layouts, pictures, places, videos
+from ex4d.depth import DepthRequest, Geometry, holes, layouts, pictures, places, videos, vipe
 from ex4d.depth.arrays import MAX_BYTES, Wanted
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
@@ -45,12 +46,15 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     index = np.arange(len(frames)) if request.frame_index is None else np.asarray(request.frame_index)
     wanted = Wanted(np.asarray(index, np.int64), request.source_frames, request.source_s, request.frame_s)
     if os.path.isdir(path):
-        values, kind, K, key, w2c = *pictures.read(path, index, request.source_frames), None, "png", None
+        values, kind = pictures.read(path, index, request.source_frames)
+        K, key, w2c = None, "png" if values.dtype == np.uint16 else "exr", None
     elif path.lower().endswith(places.VIDEOS):
         values = videos.read(path, wanted.of)
         kind, K, key, w2c = "disparity", None, "video", None
     else:
         values, kind, K, key, w2c = read(path, wanted)
+        if path.lower().endswith(places.VIPE):
+            K, w2c = vipe.cameras(path, wanted.index, (values.shape[1], values.shape[2]))
     values = _in_one_unit(values, kind, _name(path))
     values, K = _fitted(values, K, frames.shape[1:3], request, _name(path))
     measured = holes.valid_mask(values, kind)

@@ -182,7 +182,7 @@ def _camera_path(tree: dict[str, Any]) -> PoseFile:
 
 
 def read_ex4d(path: str | Path) -> PoseFile:
-    arrays = _arrays(path)
+    arrays = arrays_of(path)
     if "extrinsics" not in arrays or "intrinsics" not in arrays:
         raise ValueError(
             f"has the keys {', '.join(sorted(arrays))}; expected extrinsics and intrinsics, or w2c, or c2w"
@@ -204,7 +204,7 @@ def write_ex4d(poses: PoseFile) -> bytes:
     return buffer.getvalue()
 
 
-def _arrays(path: str | Path) -> dict[str, np.ndarray]:
+def arrays_of(path: str | Path) -> dict[str, np.ndarray]:
     """Return the numeric arrays of an npz, or {"": array} of an npy; others that hold no poses are empty.
 
     Raises ValueError on pickles, text and arrays of more than MAX_BYTES.
@@ -239,7 +239,7 @@ def _array(file: IO[bytes]) -> np.ndarray:
 
 
 def read_llff(path: str | Path) -> PoseFile:
-    array = _arrays(path).get("", np.empty(0)).astype(np.float64)
+    array = arrays_of(path).get("", np.empty(0)).astype(np.float64)
     if array.ndim != 2 or array.shape[1] != 17:
         raise ValueError(f"has the shape {list(array.shape)}, not [T, 17] of poses_bounds")
     bounds = array[:, :15].reshape(-1, 3, 5)
@@ -273,7 +273,7 @@ def read_pi3(path: str | Path) -> PoseFile:
 
 def _named(path: str | Path, key: str) -> np.ndarray:
     """Return the poses [T, 4, 4] under one key of an npz."""
-    arrays = _arrays(path)
+    arrays = arrays_of(path)
     if key not in arrays or arrays[key].ndim != 3 or arrays[key].shape[1:] not in ((3, 4), (4, 4)):
         raise ValueError(f"has no {key} [T, 3, 4]; its keys are {', '.join(sorted(arrays)) or 'nothing'}")
     return squared(arrays[key].astype(np.float64))
@@ -281,7 +281,7 @@ def _named(path: str | Path, key: str) -> np.ndarray:
 
 def read_vipe(path: str | Path) -> PoseFile:
     """Read `pose/NAME.npz`, whose frames are numbered by `inds`."""
-    arrays = _arrays(path)
+    arrays = arrays_of(path)
     if "data" not in arrays or "inds" not in arrays or arrays["inds"].shape != arrays["data"].shape[:1]:
         raise ValueError("has no data and inds of the same length")
     if (np.diff(arrays["inds"].astype(np.int64)) != 1).any():
@@ -293,7 +293,7 @@ def _matrices(path: str | Path, key: str) -> np.ndarray:
     """Return OpenCV matrices [T, 4, 4] of an npy, of a key of an npz, or of a text table."""
     if not looks_like(path, ".npy", ".npz"):
         return read_matrices(path)
-    arrays = _arrays(path)
+    arrays = arrays_of(path)
     matrices = next((arrays[name] for name in (key, f"cam_{key}", "") if name in arrays), None)
     if matrices is None:
         raise ValueError(f"has the keys {', '.join(sorted(arrays))}, but not {key}")
@@ -303,6 +303,6 @@ def _matrices(path: str | Path, key: str) -> np.ndarray:
 
 def contents(path: str | Path) -> tuple[set[str], tuple[int, ...]]:
     """Return (names of an npz's arrays, shape of an npy). The name "axes=opencv" is an array `axes` of that value."""
-    arrays = _arrays(path)
+    arrays = arrays_of(path)
     is_opencv = str(arrays.get("axes", "")).lower() == "opencv"
     return set(arrays) - {""} | ({"axes=opencv"} if is_opencv else set()), arrays.get("", np.empty(0)).shape

@@ -4,7 +4,6 @@ from __future__ import annotations
 
 import os
 from collections.abc import Sequence
-from glob import escape, glob
 from pathlib import PurePosixPath
 from typing import TYPE_CHECKING, Any
 
@@ -113,7 +112,7 @@ def _depth_file(row: Row, config: PreprocessConfig, filmed: str, remote: fetch.R
             raise
         return "", ""  # the depth stage rejects each clip without it
     if found != config.depth_path:  # a file that the settings name may lie anywhere
-        _check_inside([found, *glob(os.path.join(escape(found), "*.png"))], row, config)
+        _check_inside([found, *map(str, places.others_of(found))], row, config)
     if remote is None or storage.is_local(found):
         digest = places.sha256(found)
     else:
