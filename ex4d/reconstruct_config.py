@@ -47,7 +47,8 @@ class ReconstructConfig:
     cameras: str = setting(
         "auto",
         "Cameras of the source; auto: the depth estimator's, if it has any; none: the camera stands still; estimator: "
-        "required from the depth estimator; parallax: estimated from motion; or a file of poses in any unit.",
+        "required from the depth estimator; parallax: estimated from motion; colmap: by COLMAP; or a file of poses in "
+        "any unit.",
     )
     source_poses: str | Path | None = setting(None, "File with the poses of the source camera, where it moves.")
     source_scale: float | None = setting(

@@ -55,19 +55,34 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
     """
     python, adapter, weights = _paths(request, name)
     options = {"weights": weights, "device": request.device, "batch_size": request.batch_size}
+    num_bytes = MAX_VALUE_BYTES * frames.size // 3 + SMALL_BYTES
+    message, arrays = ask(python, adapter, options, {"frames": frames}, num_bytes)
+    if "error" in message:  # an error of the adapter itself: the worker keeps running
+        raise Failure("depth_worker_error", str(message["error"])[:MAX_ERROR])
+    return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
+
+
+def ask(
+    python: str, adapter: str, options: dict[str, Any], arrays: dict[str, np.ndarray], max_bytes: int
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Return the answer of an adapter to one call, `error` in it where it raised; its worker starts if it has to.
+
+    Args:
+        max_bytes: of the answer's arrays.
+
+    Raises:
+        ConfigError: the worker does not start. BadSample: the reasons of Failure but depth_worker_error.
+    """
     with _LOCK:
-        worker = _workers.get((python, adapter, json.dumps(options)))
+        key = (python, adapter, json.dumps(options))
+        worker = _workers.get(key)
         if worker is None or worker.process.poll() is not None:
-            worker = _workers[(python, adapter, json.dumps(options))] = _Worker(python, adapter, options)
+            worker = _workers[key] = _Worker(python, adapter, options)
         try:
-            num_bytes = MAX_VALUE_BYTES * frames.size // 3 + SMALL_BYTES
-            message, arrays = worker.call({}, {"frames": frames}, CLIP_S, num_bytes)
+            return worker.call({}, arrays, CLIP_S, max_bytes)
         except BaseException:
             worker.kill()
             raise
-        if "error" in message:  # an error of the adapter itself: the worker keeps running
-            raise Failure("depth_worker_error", str(message["error"])[:MAX_ERROR])
-    return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
 
 
 def identity(name: str, depth_path: str | None) -> str:

@@ -2,9 +2,9 @@
 
     python foreign_worker.py ADAPTER.py
 
-ADAPTER.py has `load(options) -> model`, called once, and `estimate(model, frames) -> dict`, called for each clip with
-uint8 [T, H, W, 3]. The dict holds `values` [T, H, W] and `kind` ("z_depth" or "disparity"); it may hold `metric`
-(bool), `K` [3, 3], `w2c` [T, 4, 4] and `confidence` [T, H, W].
+An adapter of a depth network has `load(options) -> model`, called once, and `estimate(model, frames) -> dict`, called
+for each clip with uint8 [T, H, W, 3]. The dict holds `values` [T, H, W] and `kind` ("z_depth" or "disparity"); it may
+hold `metric` (bool), `K` [3, 3], `w2c` [T, 4, 4] and `confidence` [T, H, W]. Our adapter of COLMAP gets other arrays.
 
 A message is a line of JSON, {"arrays": [[name, dtype, shape], …], …}, and after it the bytes of the arrays in that
 order. Requests come on standard input; answers go to what was standard output, which is kept clear of prints.
@@ -72,7 +72,7 @@ def main():
         if request is None:
             return
         try:
-            result = adapter.estimate(model, request[1]["frames"])
+            result = adapter.estimate(model, *request[1].values())
             arrays = {name: np.asarray(result[name]) for name in ARRAYS if result.get(name) is not None}
             send(answers, {"kind": result["kind"], "metric": bool(result.get("metric", False))}, arrays)
         except Exception as error:  # noqa: BLE001 (it crosses to the caller, who decides)

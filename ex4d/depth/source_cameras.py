@@ -6,10 +6,13 @@
 | `none` | not used: the source is assumed to stand still |
 | `estimator` | the depth estimator's; a clip without them is rejected |
 | `parallax` | estimated from the motion of the picture, also for a camera at rest or one that turns |
+| `colmap` | found by COLMAP from the points that parallax follows and that do not move by themselves |
 | a file | its poses, as `geometry.trajectory_files` reads them |
 
 Where the depth is z-depth, parallax finds the cameras that explain the flow with that depth: none of the ambiguities of
-depth and motion is left, and nothing moves that stands. Elsewhere it finds them alone (`depth.cameras`).
+depth and motion is left, and nothing moves that stands. Elsewhere it finds them alone (`depth.cameras`). Before COLMAP
+is asked, either says which points move by themselves, and whether the camera moves at all: if it rests or turns, COLMAP
+is not asked.
 
 Cameras of another origin have a unit of their own. It is found from points that their motion triangulates: one factor
 for z-depth, a factor and a shift for relative disparity, both robust, so that moving bodies do not count. What is left
@@ -23,13 +26,13 @@ from pathlib import Path
 
 import numpy as np
 
-from ex4d.depth import DepthRequest, Geometry, bundle, cameras, parallax
+from ex4d.depth import DepthRequest, Geometry, bundle, cameras, colmap, parallax
 from ex4d.errors import BadSample, ConfigError, Filtered
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.camera import FOV_DEG, intrinsics, invert
 from ex4d.geometry.tracks import consistency, one_thread, pair_flows
 
-CHOICES = ("auto", "none", "estimator", "parallax")
+CHOICES = ("auto", "none", "estimator", "parallax", "colmap")
 TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
 MOVES = 0.01  # of the median depth: cameras that move less triangulate nothing that depth could be compared with
 STILL = 1e-4  # of the median depth: cameras that move less have no unit to find
@@ -41,7 +44,9 @@ NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
 
 
 def check(choice: str) -> None:
-    """Raise ConfigError unless `choice` is a key of CHOICES or a file."""
+    """Raise ConfigError unless `choice` is a key of CHOICES whose package is there, or a file."""
+    if choice == "colmap":
+        colmap.check()
     if choice not in CHOICES and not Path(choice).is_file():
         raise ConfigError("cameras", choice, f"must be one of {', '.join(CHOICES)}, or a file of poses")
 
@@ -52,7 +57,8 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
     Its `provenance` has `cameras`, and `camera_depth_error` if the unit had to be found.
 
     Raises:
-        BadSample: cameras_missing: none of the estimator's, too few in the file, or none that agree with the depth.
+        BadSample: cameras_missing: none of the estimator's, too few in the file, none that agree with the depth, or
+            not all of the frames placed by COLMAP; depth_worker_*: COLMAP died, hung or answered nonsense.
         Filtered: no_parallax: parallax finds no camera.
     """
     choice = request.cameras
@@ -74,10 +80,14 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
         matches = parallax.matches_of(flows, weights)
         if choice == "parallax" and not relative(result):
             return _of_depth(result, matches, size, request.fov_deg)
+        focal: float | None = None
         if choice == "parallax":
-            w2c, focal = _from_motion(matches, size, request.fov_deg)
+            found = _from_motion(matches, size, request.fov_deg)
+            w2c, focal = found.w2c, found.focal
+        elif choice == "colmap":
+            w2c, focal = _by_colmap(result, matches, size, request.fov_deg)
         else:
-            w2c, focal = _of_file(request, len(frames)), None
+            w2c = _of_file(request, len(frames))
     if result.K is None:
         K = intrinsics(size, request.fov_deg)
         K[[0, 1], [0, 1]] = focal or K[0, 0]
@@ -97,6 +107,29 @@ def relative(result: Geometry) -> bool:
 
 def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> Geometry:
     """Return the geometry with the cameras that explain the flow with its z-depth, robustly; in its unit."""
+    solution, matches, _ = _explained(result, matches, size, fov_deg)
+    inverse, valid = solution.inverse, _measured(result, matches)
+    w2c = solution.w2c @ invert(solution.w2c[0])
+    K = result.K if result.K is not None else intrinsics(size, fov_deg)
+    if result.K is None and fov_deg is None:
+        K[[0, 1], [0, 1]] = solution.focal
+    points = bundle.points_of(matches, replace(solution, w2c=w2c))
+    sure = cameras.known_points(points) & (points.inverse > 1e-6) & valid
+    error = 0.0
+    if _moved(w2c, inverse[valid]) > MOVES and sure.any():
+        error = weighted_median(np.abs(np.log(inverse[sure] / points.inverse[sure])), np.sqrt(points.information[sure]))
+    return _with_facts(replace(result, w2c=w2c, K=K), "parallax", error)
+
+
+def _moved(w2c: np.ndarray, inverse: np.ndarray) -> float:
+    """Return how far cameras go from the first, in middle depths of the points of these inverse depths."""
+    return float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse))
+
+
+def _explained(
+    result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None
+) -> tuple[bundle.Bundle, bundle.Matches, bundle.Matches]:
+    """Return (the cameras that explain the flow with the z-depth, the matches with depth, those that do not move)."""
     values, valid = _at_points(result.values, matches).astype(np.float64), _measured(result, matches)
     matches = replace(matches, weights=matches.weights * valid[matches.pairs[:, 0]])
     if np.count_nonzero(matches.weights) < MIN_POINTS:
@@ -109,23 +142,40 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
     for trim in range(NUM_TRIMS + 1):
         solution = bundle.adjust(inliers, solution, 30, None if known else usual, fixed_points=True)
         if trim < NUM_TRIMS:
-            residual = np.sqrt(bundle.squared_residuals(matches, solution))
-            limit = max(TRIM_PX, TRIM_RATIO * float(np.median(residual[matches.weights > 0])))
-            inliers = replace(matches, weights=matches.weights * (residual < limit))
-    w2c = solution.w2c @ invert(solution.w2c[0])
-    K = result.K if result.K is not None else intrinsics(size, fov_deg)
-    if not known:
-        K[[0, 1], [0, 1]] = solution.focal
-    points = bundle.points_of(matches, replace(solution, w2c=w2c))
-    sure = cameras.known_points(points) & (points.inverse > 1e-6) & valid
-    error = 0.0
-    if float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse[valid])) > MOVES and sure.any():
-        error = weighted_median(np.abs(np.log(inverse[sure] / points.inverse[sure])), np.sqrt(points.information[sure]))
-    return _with_facts(replace(result, w2c=w2c, K=K), "parallax", error)
+            inliers = _standing(matches, solution)
+    return solution, matches, inliers
 
 
-def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> tuple[np.ndarray, float]:
-    """Return (w2c [T, 4, 4], focal length in px) by parallax; without translation if the camera rests or turns.
+def _standing(matches: bundle.Matches, solution: bundle.Bundle) -> bundle.Matches:
+    """Return the matches without flow that the solution leaves unexplained: of bodies, and of mistakes."""
+    residual = np.sqrt(bundle.squared_residuals(matches, solution))
+    limit = max(TRIM_PX, TRIM_RATIO * float(np.median(residual[matches.weights > 0])))
+    return replace(matches, weights=matches.weights * (residual < limit))
+
+
+def _by_colmap(
+    result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None
+) -> tuple[np.ndarray, float]:
+    """Return (w2c [T, 4, 4], focal length in px) by COLMAP; without translation and by parallax if the camera rests.
+
+    The focal length is sought for the reason that `_from_motion` names.
+    """
+    if relative(result):
+        solution = _from_motion(matches, size, fov_deg)
+        inliers, moved = _standing(matches, solution), float(np.abs(solution.w2c[:, :3, 3]).max())
+    else:
+        solution, matches, inliers = _explained(result, matches, size, fov_deg)
+        solution = replace(solution, w2c=solution.w2c @ invert(solution.w2c[0]))
+        moved = _moved(solution.w2c, solution.inverse[_measured(result, matches)])
+    if moved < MOVES:
+        w2c = solution.w2c.copy()
+        w2c[:, :3, 3] = 0
+        return w2c, solution.focal
+    return colmap.cameras(inliers, size, solution.focal, fov_deg is None)
+
+
+def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bundle.Bundle:
+    """Return the cameras by parallax, the first the identity; without translation if the camera rests or turns.
 
     The focal length is sought even where depth brings one: flow that is a little too short bends cameras with the true
     one more than it bends those with the one that fits (docs/decisions/source_cameras.md).
@@ -134,13 +184,13 @@ def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float 
         solution = cameras.find(matches, size, fov_deg)
         if solution.certainty < parallax.MIN_CERTAINTY:
             raise Filtered("parallax_certainty", solution.certainty, parallax.MIN_CERTAINTY, "near and far are unsure")
-        return solution.bundle.w2c, solution.bundle.focal
+        return solution.bundle
     except Filtered as error:
         turned = cameras.turning(matches, cameras.focal_of(size, fov_deg or FOV_DEG), fov_deg is None)
         left = np.sqrt(bundle.squared_residuals(matches, turned)[matches.weights > 0.5])
         if error.reason != "no_parallax" or not left.size or np.median(left) > TURNS_PX:
             raise
-        return turned.w2c @ invert(turned.w2c[0]), turned.focal
+        return replace(turned, w2c=turned.w2c @ invert(turned.w2c[0]))
 
 
 def _of_file(request: DepthRequest, num_frames: int) -> np.ndarray:

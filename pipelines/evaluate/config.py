@@ -57,7 +57,7 @@ class EvaluateConfig:
     fov_deg: float | None = fov_setting()
     cameras: str = setting(
         "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none; estimator; or parallax: found from motion.",
+        "Source's cameras; auto: the depth estimator's, if any; none; estimator; parallax: found from motion; colmap.",
     )
     source_motion: str = setting(
         "keep",

@@ -125,10 +125,10 @@ class PreprocessConfig:
         None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
     )
     fov_deg: float | None = fov_setting()
-    cameras: Literal["auto", "none", "estimator", "parallax"] = setting(
+    cameras: Literal["auto", "none", "estimator", "parallax", "colmap"] = setting(
         "auto",
         "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator: reject clips without "
-        "any; parallax: found from motion.",
+        "any; parallax: found from motion; colmap: by COLMAP.",
     )
     source_motion: Literal["remove", "keep", "smooth"] = setting(
         "keep",
@@ -275,6 +275,11 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
         chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
     chosen["members"] = sorted(set(config.members))
+    if config.cameras == "colmap":
+        from ex4d.depth import colmap
+
+        colmap.check()
+        chosen |= installed_versions((colmap.PACKAGE,))
     return chosen
 
 
