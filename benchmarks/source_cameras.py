@@ -3,19 +3,21 @@
 Synthetic clips of 9 frames at 256 × 256, with exact depth and without poses. Cameras: rotation and translation error,
 the latter after the similarity that fits the centres best, in shares of the path's length. Views: an orbit by 30°
 that is fixed in the world, its last frame against the exact novel view, over the visible pixels: with true cameras,
-with those that are found, and with a source taken to stand still. Beside them cameras that are found without depth.
+with those that are found, and with a source taken to stand still. Beside them cameras that are found without depth,
+and those of COLMAP (`cameras: colmap`), with exact depth and with relative disparity, which says nothing of motion.
 """
 
 from __future__ import annotations
 
 import argparse
 import json
+import os
 import time
 from pathlib import Path
 
 import numpy as np
 
-from ex4d.depth import DepthRequest, Geometry, parallax, source_cameras
+from ex4d.depth import DepthRequest, Geometry, foreign, parallax, source_cameras
 from ex4d.depth import cameras as cameras_of_flow
 from ex4d.errors import BadSample, Filtered
 from ex4d.geometry import trajectory
@@ -71,6 +73,24 @@ def alone(frames: np.ndarray, truth: np.ndarray) -> dict[str, object]:
     return {"alone": camera_errors(found.bundle.w2c, truth), "alone_seconds": time.process_time() - started}
 
 
+def by_colmap(geometry: Geometry, frames: np.ndarray, truth: np.ndarray) -> dict[str, float] | None:
+    """Return the camera errors of `cameras: colmap`, with its seconds of CPU; None where it refuses the clip."""
+    started = time.process_time() + worker_seconds()
+    try:
+        found = source_cameras.joined(geometry, frames, DepthRequest(cameras="colmap"))
+    except (Filtered, BadSample):
+        return None
+    assert found.w2c is not None
+    return camera_errors(found.w2c, truth) | {"seconds": time.process_time() + worker_seconds() - started}
+
+
+def worker_seconds() -> float:
+    """Return the CPU time of the workers so far."""
+    stats = [Path(f"/proc/{worker.process.pid}/stat").read_text() for worker in foreign._workers.values()]
+    ticks = [sum(map(int, stat.rpartition(")")[2].split()[11:13])) for stat in stats]
+    return sum(ticks) / os.sysconf("SC_CLK_TCK")
+
+
 def measure(seed: int, motion: str, moving_bodies: bool) -> dict[str, object]:
     """Return the figures of one clip; `refused` where no cameras were found."""
     config = SyntheticConfig(
@@ -94,6 +114,10 @@ def measure(seed: int, motion: str, moving_bodies: bool) -> dict[str, object]:
     row |= camera_errors(w2c, truth)
     row["camera_depth_error"] = found.provenance["camera_depth_error"]
     row |= alone(frames, truth)
+    inverse = 1 / z_depth
+    disparity = ((inverse - 0.5 * inverse.min()) / inverse.max()).astype(np.float32)
+    row["colmap"] = by_colmap(exact, frames, truth)
+    row["colmap_relative"] = by_colmap(Geometry(disparity, "disparity"), frames, truth)
     row["found"] = view_psnr(scene, frames, z_depth, cameras, w2c)
     return row
 
@@ -128,24 +152,33 @@ def summary(rows: list[dict]) -> str:
             counts = f"{len(mine)} | {len(mine) - len(got)}"
             errors = f"{both('rotation_deg')} | {both('worst_rotation_deg')} | {both('translation', 100)}"
             lines.append(f"| {motion} | {bodies} | {counts} | {errors} | {psnr} |")
-    lines += [
-        "",
-        "Without depth (`depth: parallax`):",
-        "",
-        "| motion | bodies | refused | rotation ° | worst | translation % |",
-    ]
-    lines.append("|" + "---|" * 6)
+    titles = {
+        "alone": "Without depth (`depth: parallax`)",
+        "colmap": "COLMAP, with exact depth",
+        "colmap_relative": "COLMAP, with relative disparity",
+    }
+    for key, title in titles.items():
+        lines += ["", f"{title}:", "", *other_table(rows, key)]
+    seconds = [row[key]["seconds"] for row in rows for key in ("colmap", "colmap_relative") if row.get(key)]
+    if seconds:
+        lines += ["", f"COLMAP takes {np.median(seconds):.1f} s of CPU a clip (median), {max(seconds):.1f} at most."]
+    return "\n".join(lines) + "\n"
+
+
+def other_table(rows: list[dict], key: str) -> list[str]:
+    """Return the lines of a table of the camera errors under a key of the rows; None there is a refusal."""
+    lines = ["| motion | bodies | refused | rotation ° | worst | translation % |", "|" + "---|" * 6]
     for motion, moving in ((m, b) for m in ("gentle", "strong") for b in (False, True)):
         mine = [row for row in rows if (row["motion"], row["moving_bodies"]) == (motion, moving)]
-        got = [row["alone"] for row in mine if row.get("alone")]
+        got = [row[key] for row in mine if row.get(key)]
         cells = [
             f"{np.median(values):.2f}, {np.percentile(values, 90):.2f}" if got else ""
-            for key, scale in (("rotation_deg", 1), ("worst_rotation_deg", 1), ("translation", 100))
-            for values in [[scale * row[key] for row in got]]
+            for name, scale in (("rotation_deg", 1), ("worst_rotation_deg", 1), ("translation", 100))
+            for values in [[scale * row[name] for row in got]]
         ]
         bodies = "move" if moving else "stand"
         lines.append(f"| {motion} | {bodies} | {len(mine) - len(got)} of {len(mine)} | {' | '.join(cells)} |")
-    return "\n".join(lines) + "\n"
+    return lines
 
 
 def main() -> None:
