@@ -19,7 +19,7 @@ import numpy as np
 from ex4d.depth import layouts, pictures
 from ex4d.errors import BadSample
 
-KEYS = ("z_depth", "disparity", "depth", "depths", "local_points")
+KEYS = ("z_depth", "disparity", "depth", "depths", "local_points", "points")
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 exceeds it and must be split
 # What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
@@ -103,9 +103,11 @@ def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str
     with archive.open(f"{layout.depth}.npy") as member:
         values = _frames(member, archive.getinfo(f"{layout.depth}.npy").file_size, choose)
     K = np.asarray(small[layout.K], np.float64) if layout.K in small else None
-    if layout.depth == "local_points":
-        if values.ndim != 4 or values.shape[3] != 3:
-            raise ValueError(f"local_points is {list(values.shape)}, not [N, H, W, 3]")
+    if layout.depth in ("local_points", "points"):
+        if values.ndim != 4 or values.shape[3] != 3 or values.dtype.kind != "f":
+            raise ValueError(f"{layout.depth} is {values.dtype} {list(values.shape)}, not floats [N, H, W, 3]")
+        if layout.depth == "points":
+            values = layouts.in_cameras(values, small[layout.poses], layout, chosen[0])
         K, values = layouts.lens_of_points(values), values[..., 2]
     w2c = layouts.cameras(small[layout.poses], layout, chosen[0]) if layout.poses else None
     kind = str(small["kind"]) if "kind" in small else layout.kind

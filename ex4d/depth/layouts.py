@@ -3,11 +3,13 @@
 | layout | depth | cameras | intrinsics |
 |---|---|---|---|
 | ours, `ex4d` | `z_depth` or `disparity` | `w2c` [N, 4, 4], OpenCV | `K` [3, 3] |
-| Depth Anything 3 (mini_npz) | `depth`, z-depth | `extrinsics` [N, 3, 4], OpenCV w2c | `intrinsics` [N, 3, 3] |
+| Depth Anything 3 (npz, mini_npz) | `depth`, z-depth | `extrinsics` [N, 3, 4], OpenCV w2c | `intrinsics` [N, 3, 3] |
+| the same without cameras | `depth` beside `conf`, `image` or `intrinsics` | none | `intrinsics`, or none |
 | VGGT | `depth` [N, H, W, 1], z-depth | `extrinsic` [N, 3, 4], OpenCV w2c | `intrinsic` [N, 3, 3] |
 | MegaSaM | `depths`, z-depth | `cam_c2w` [N, 4, 4], OpenCV | `intrinsic` [3, 3] |
 | Pi3, Pi3X | z of `local_points` [N, H, W, 3] | `camera_poses` [N, 4, 4], OpenCV c2w | from the points |
-| DepthCrafter | `depth`, disparity, 1 is near | none | none |
+| the demo of Pi3 | `points` [N, H, W, 3] in the world | the same | the same |
+| DepthCrafter | `depth` alone, disparity, 1 is near | none | none |
 | Video Depth Anything with `--metric` | `depths`, z-depth | none | none |
 
 Intrinsics are in px of the stored maps; the unit of the cameras is that of the z-depth.
@@ -27,13 +29,17 @@ MAX_ZOOM = 0.05  # networks estimate a focal length per frame: largest relative 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one program names its arrays: of depth, kind of it, K, cameras; `c2w`: they go from camera to world."""
+    """How one program names its arrays: of depth, kind of it, K, cameras; `c2w`: they go from camera to world.
+
+    beside: arrays one of which stands beside the depth; (): none has to.
+    """
 
     depth: str
     kind: str
     K: str = "K"
     poses: str = ""
     c2w: bool = False
+    beside: tuple[str, ...] = ()
 
 
 # The first whose depth and cameras are both there is taken.
@@ -45,6 +51,8 @@ LAYOUTS = (
     Layout("depth", "z_depth", "intrinsic", "extrinsic"),
     Layout("depths", "z_depth", "intrinsic", "cam_c2w", c2w=True),
     Layout("local_points", "z_depth", poses="camera_poses", c2w=True),
+    Layout("points", "z_depth", poses="camera_poses", c2w=True),
+    Layout("depth", "z_depth", "intrinsics", beside=("conf", "image", "intrinsics")),
     Layout("depth", "disparity"),
     Layout("depths", "z_depth"),
 )
@@ -52,11 +60,27 @@ LAYOUTS = (
 
 def of(names: set[str]) -> Layout | None:
     """Return the layout of a file with these arrays; None if none of them is a depth."""
-    return next((one for one in LAYOUTS if one.depth in names and one.poses in (names | {""})), None)
+    return next((one for one in LAYOUTS if _fits(one, names)), None)
+
+
+def _fits(layout: Layout, names: set[str]) -> bool:
+    has_arrays = layout.depth in names and layout.poses in (names | {""})
+    return has_arrays and (not layout.beside or bool(names & set(layout.beside)))
 
 
 def cameras(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
     """Return w2c float64 [T, 4, 4] of the frames `index`, the first the identity. Raises ValueError for other poses."""
+    w2c = _w2c(poses, layout, index)
+    return w2c @ invert(w2c[0])
+
+
+def in_cameras(points: np.ndarray, poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
+    """Return points [T, H, W, 3] of the world in the axes of the cameras of the frames `index`."""
+    w2c = _w2c(poses, layout, index)[:, None]
+    return np.asarray(points @ w2c[..., :3, :3].swapaxes(-1, -2) + w2c[..., None, :3, 3], points.dtype)
+
+
+def _w2c(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
     if (
         poses.dtype.kind not in "fiu"
         or poses.ndim != 3
@@ -67,8 +91,7 @@ def cameras(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
     chosen = squared(np.asarray(poses, np.float64)[index])
     check_poses(chosen)
     w2c = nearest_rigid(chosen)
-    w2c = invert(w2c) if layout.c2w else w2c
-    return w2c @ invert(w2c[0])
+    return invert(w2c) if layout.c2w else w2c
 
 
 def one_lens(K: np.ndarray) -> np.ndarray:

@@ -59,7 +59,9 @@ def test_maps_of_another_scale_fit_and_of_another_aspect_do_not(tmp_path):
 @pytest.mark.parametrize(
     ("arrays", "kind"),
     [
-        ({"depth": depth() / 20}, "disparity"),
+        ({"depth": depth() / 20}, "disparity"),  # DepthCrafter
+        ({"depth": depth(), "conf": depth()}, "z_depth"),  # Depth Anything 3 without cameras, mini_npz
+        ({"depth": depth(), "image": np.zeros((10, 24, 32, 3), np.uint8)}, "z_depth"),  # and npz
         ({"depths": depth()}, "z_depth"),
         ({"disparity": 1 / depth()}, "disparity"),
         ({"depths": 1 / depth(), "kind": np.array("disparity")}, "disparity"),
@@ -280,9 +282,20 @@ def files_with_cameras() -> dict[str, dict]:
     return {
         "ours": {"z_depth": z, "K": K, "w2c": w2c},
         "depth anything 3": {"depth": z, "conf": z, "extrinsics": w2c[:, :3], "intrinsics": lens},
-        "vggt": {"depth": z[..., None], "depth_conf": z, "extrinsic": w2c[:, :3], "intrinsic": lens},
+        "depth anything 3, npz": {
+            **{"image": np.zeros((10, *SIZE, 3), np.uint8), "depth": z, "conf": z},
+            **{"extrinsics": w2c[:, :3], "intrinsics": lens},
+        },
+        "vggt": {
+            **{"depth": z[..., None], "depth_conf": z, "extrinsic": w2c[:, :3], "intrinsic": lens},
+            **{"pose_enc": np.zeros((10, 9)), "pose_enc_list": None},  # its demo pickles what is None
+        },
         "megasam": {"images": np.zeros((10, *SIZE, 3), np.uint8), "depths": z, "intrinsic": K, "cam_c2w": c2w},
         "pi3x": {"local_points": points_of(z), "camera_poses": c2w, "conf": z[..., None]},
+        "pi3's demo": {
+            **{"points": points_of(z) @ c2w[:, None, :3, :3].swapaxes(-1, -2) + c2w[:, None, None, :3, 3]},
+            **{"camera_poses": c2w, "conf": z[..., None]},
+        },
     }
 
 

@@ -14,6 +14,7 @@ from scipy.spatial.transform import Rotation
 from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry import camera_path, trajectory
 from ex4d.geometry.trajectory_files import READERS, PoseFile, read, write
+from ex4d.text import in_natural_order
 
 W2C = trajectory.build("spiral", 12, 30, radius=2.5)
 C2W = np.linalg.inv(W2C)
@@ -149,6 +150,20 @@ def test_text_with_a_byte_order_mark_is_read(tmp_path, name, encoding):
         trajectory.relative_to_first(W2C),
         atol=1e-6,
     )
+
+
+@pytest.mark.parametrize("name", ["images.txt", "images.bin"])
+def test_files_that_colmap_itself_wrote(tmp_path, name):
+    pycolmap = pytest.importorskip("pycolmap")
+    pycolmap.set_random_seed(1)
+    options = pycolmap.SyntheticDatasetOptions(num_frames_per_rig=12, num_points3D=20, num_rigs=1)
+    truth = pycolmap.synthesize_dataset(options)
+    truth.write_text(tmp_path) if name.endswith("txt") else truth.write_binary(tmp_path)
+    images = sorted(truth.images.values(), key=lambda image: image.name)
+    wanted = np.tile(np.eye(4), (len(images), 1, 1))
+    order = in_natural_order([image.name for image in images])
+    wanted[:, :3] = [images[place].cam_from_world().matrix() for place in order]
+    np.testing.assert_allclose(read(tmp_path / name).w2c, wanted, atol=1e-9)
 
 
 @pytest.mark.parametrize("cut", [0, 7, 8, 60, 90, -1])
