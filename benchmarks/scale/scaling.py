@@ -268,8 +268,9 @@ def driver(videos: int = 4000) -> dict[str, float]:
     stages = replace(
         plain,
         hash=tuple(map(quick, plain.hash)),
-        split=tuple(
-            quick(stage) if stage.name != "shots" else quick(replace(stage, reads=("path",))) for stage in plain.split
+        find_shots=tuple(
+            quick(stage) if stage.name != "shots" else quick(replace(stage, reads=("path",)))
+            for stage in plain.find_shots
         ),
         clip=(replace(plain.clip[0], function=refuse), *plain.clip[1:]),
     )

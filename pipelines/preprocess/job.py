@@ -31,6 +31,7 @@ if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
 
 CHUNK = 1000  # videos whose records are looked for at a time
+SHOTS_PASS = "split"  # its name in run.jsonl and in measured results, as `videos_split` in dataset.json
 
 
 @dataclass
@@ -57,7 +58,7 @@ class Job:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
         self.counts["videos_in"] = len(sources)
         self._hash(sources)
-        self._split()
+        self._find_shots()
         self._decide()
         number = self._plan()
         self._score(number) if self.config.score_only else self._clips(number)
@@ -102,14 +103,14 @@ class Job:
         """Return the names of a video's record and of its refusal in the ledger."""
         return {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
 
-    def _split(self) -> None:
+    def _find_shots(self) -> None:
         """Make the records of the videos that have none."""
         rows, number = self._without_record(), 0
         while some := list(islice(rows, CHUNK)):
             number += len(some)
             self.tables.add_work(pack_rows(some))
         keep = ("record", "content", "path", "name", *ARTIFACTS)
-        for row in self._run("split", self.stages.split, self.tables.work(), number, keep):
+        for row in self._run(SHOTS_PASS, self.stages.find_shots, self.tables.work(), number, keep):
             record = row["record"] or {"refusal": row["refusal"]}  # no record after an unexpected error
             self._write(row, record, record)
             self._note(row["key"], record["refusal"])

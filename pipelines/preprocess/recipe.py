@@ -31,7 +31,7 @@ class Stages:
 
     hash: tuple[Stage, ...] = (identify.STAGE,)
     # on the driver: two files of one content are one video
-    split: tuple[Stage, ...] = (probe.STAGE, shots.STAGE, commit.RECORD_VIDEO)
+    find_shots: tuple[Stage, ...] = (probe.STAGE, shots.STAGE, commit.RECORD_VIDEO)
     # on the driver: clips.plan
     clip: tuple[Stage, ...] = (
         decode.STAGE,
@@ -45,8 +45,8 @@ class Stages:
         qc.MASKS,
         commit.STAGE_SAMPLE,
     )
-    # with the member `source`, in place of `split` and `clip`: depth is the other camera's, the mask is its warp's
-    split_pair: tuple[Stage, ...] = (
+    # with the member `source`, in place of `find_shots` and `clip`: depth is the other camera's, the mask is its warp's
+    find_shots_pair: tuple[Stage, ...] = (
         probe.STAGE,
         shots.STAGE,
         pair.NEED,
@@ -80,14 +80,15 @@ def stages_of(config: PreprocessConfig) -> Stages:
     actor and on from it, through Ray's object store. Several actors share a GPU (`depth_num_gpus` 0.25: four).
     """
     plain = Stages()
-    split, clip = (plain.split_pair, plain.clip_pair) if "source" in config.members else (plain.split, plain.clip)
+    is_pair = "source" in config.members
+    of_video, clip = (plain.find_shots_pair, plain.clip_pair) if is_pair else (plain.find_shots, plain.clip)
     on_gpu = {"depth_facts", "caption_facts"}
     share = max(config.depth_num_gpus, config.captioner.num_gpus if config.captioner else 0.0)
     gpus = [share if on_gpu & set(stage.writes) else 0.0 for stage in clip]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
         hash=_fetching(plain.hash),
-        split=_fetching([replace(stage, memory_mb=settings.WORKER_MB) for stage in split]),
+        find_shots=_fetching([replace(stage, memory_mb=settings.WORKER_MB) for stage in of_video]),
         clip=_fetching([replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(clip, gpus, strict=True)]),
         score=_fetching([replace(stage, memory_mb=clip_mb) for stage in plain.score]),
     )

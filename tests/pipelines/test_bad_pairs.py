@@ -193,7 +193,7 @@ def test_a_camera_that_changes_after_it_was_hashed_is_not_taken(corpus, tmp_path
         return pair.cameras(row, config)
 
     changed = tuple(replace(s, function=late) if s is pair.CAMERAS else s for s in preprocess.Stages().clip_pair)
-    stages = replace(preprocess.Stages(), split=preprocess.Stages().split_pair, clip=changed)
+    stages = replace(preprocess.Stages(), find_shots=preprocess.Stages().find_shots_pair, clip=changed)
     result = inline(choices(tmp_path / "in", tmp_path / "out", **FEW), stages=stages)
     assert [row["reason"] for row in result.rejects] == ["source_changed"] * 2
 

@@ -196,7 +196,7 @@ def test_only_depth_and_captions_take_the_gpu_and_memory_is_reserved(config, num
     for stage in stages.clip:
         assert stage.num_gpus == (num_gpus if stage.name in ("depth", "caption") else 0)
         assert 700 < stage.memory_mb < 1200
-    assert {stage.memory_mb for stage in stages.split} == {512}
+    assert {stage.memory_mb for stage in stages.find_shots} == {512}
 
 
 @pytest.mark.parametrize(

@@ -48,7 +48,7 @@ def refused(tmp_path, monkeypatch):
     probed = replace(probe.STAGE, function=slow_video)
     decoded = replace(decode.STAGE, function=broken_clip, reads=(*decode.STAGE.reads, "frame_index"))
     stages = Stages(
-        split=tuple(probed if stage is probe.STAGE else stage for stage in usual.split),
+        find_shots=tuple(probed if stage is probe.STAGE else stage for stage in usual.find_shots),
         clip=tuple(decoded if stage is decode.STAGE else stage for stage in usual.clip),
     )
     result = preprocess.run(config, runner_name="inline", stages=stages)
