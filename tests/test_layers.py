@@ -56,6 +56,7 @@ GATES = {
     "transformers": ("ex4d/models/", "ex4d/depth/"),
     "nvdiffrast": ("ex4d/geometry/render/nvdiffrast.py",),
     "numba": ("ex4d/geometry/", "pipelines/preprocess/duplicates.py"),
+    "pycolmap": ("ex4d/depth/adapters/",),
     "ray": ("pipelines/",),
     "argparse": ("pipelines/cli.py", "pipelines/commands/"),
 }

@@ -13,6 +13,7 @@ import av
 import numpy as np
 import pytest
 
+from ex4d import isolation
 from ex4d.depth import DepthRequest, Geometry, estimate, places
 from ex4d.errors import BadSample
 from ex4d.geometry.camera import invert, look_at
@@ -128,6 +129,20 @@ def test_openexr_that_hold_no_depth(tmp_path, how):
         first.write_bytes(data)
     request = DepthRequest(str(tmp_path / "clip.mp4"), source_frames=9 if how == "few" else 0)
     assert refusal(request).reason in ("depth_shape", "depth_missing", "depth_frames", "decode_error")
+
+
+def test_damaged_openexr_end_with_a_reason(tmp_path):
+    data, rng, reasons = packed(maps(1)[0]), np.random.default_rng(0), set()
+    for number in range(24):
+        damaged = bytearray(data[: int(rng.integers(20, len(data)))] if number % 2 else data)
+        for place in rng.integers(8, len(damaged), 6):
+            damaged[place] = int(rng.integers(256))
+        (tmp_path / "a.exr").write_bytes(damaged)
+        try:
+            isolation.run("depth_picture", (isolation.File(str(tmp_path / "a.exr")), SIZE, "a.exr"))
+        except BadSample as error:
+            reasons.add(error.reason)
+    assert reasons == {"depth_shape", "decode_error"}
 
 
 # ---------------------------------------------------------------- ViPE
