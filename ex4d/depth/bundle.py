@@ -46,7 +46,10 @@ class Matches:
 
     def among(self, frames: list[int]) -> Matches:
         """Return the matches whose two frames are both in `frames`."""
-        keep = np.isin(self.pairs, frames).all(axis=1)
+        return self.only(np.isin(self.pairs, frames).all(axis=1))
+
+    def only(self, keep: np.ndarray) -> Matches:
+        """Return the matches of some pairs, bool [P]."""
         return replace(self, pairs=self.pairs[keep], targets=self.targets[keep], weights=self.weights[keep])
 
     def rays(self, focal: float) -> np.ndarray:

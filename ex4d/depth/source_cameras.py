@@ -180,8 +180,10 @@ def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float 
     The focal length is sought even where depth brings one: flow that is a little too short bends cameras with the true
     one more than it bends those with the one that fits (docs/decisions/source_cameras.md).
     """
+    # Over wider gaps the flow's own error, which grows with its length, looks like a translation.
+    gaps = np.abs(matches.pairs[:, 1] - matches.pairs[:, 0])
     try:
-        solution = cameras.find(matches, size, fov_deg)
+        solution = cameras.find(matches.only(gaps <= max(parallax.GAPS)), size, fov_deg)
         if solution.certainty < parallax.MIN_CERTAINTY:
             raise Filtered("parallax_certainty", solution.certainty, parallax.MIN_CERTAINTY, "near and far are unsure")
         return solution.bundle
@@ -190,7 +192,9 @@ def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float 
         left = np.sqrt(bundle.squared_residuals(matches, turned)[matches.weights > 0.5])
         if error.reason != "no_parallax" or not left.size or np.median(left) > TURNS_PX:
             raise
-        return replace(turned, w2c=turned.w2c @ invert(turned.w2c[0]))
+        w2c = turned.w2c @ invert(turned.w2c[0])
+        w2c[:, :3, 3] = 0
+        return replace(turned, w2c=w2c)
 
 
 def _of_file(request: DepthRequest, num_frames: int) -> np.ndarray:

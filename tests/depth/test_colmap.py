@@ -61,7 +61,7 @@ def errors(found: np.ndarray, truth: np.ndarray) -> tuple[float, float]:
     return float(np.degrees(turns[1:].mean())), float(np.sqrt(np.square(left).sum(axis=1).mean()) / path)
 
 
-@pytest.mark.parametrize("moving_bodies", [False, True])
+@pytest.mark.parametrize("moving_bodies", [False, pytest.param(True, marks=pytest.mark.heavy)])
 def test_a_moving_camera_is_found_in_the_unit_of_the_depth(moving_bodies: bool):
     frames, z_depth, truth = filmed(4, 128, moving_bodies=moving_bodies)
     result = source_cameras.joined(exact(z_depth), frames, REQUEST)
@@ -76,6 +76,7 @@ def test_a_moving_camera_is_found_in_the_unit_of_the_depth(moving_bodies: bool):
     np.testing.assert_array_equal(again.w2c, result.w2c)
 
 
+@pytest.mark.heavy
 def test_relative_disparity_gets_its_unit_from_the_cameras():
     frames, z_depth, truth = filmed(4, 128)
     result = source_cameras.joined(relative(z_depth), frames, REQUEST)
@@ -95,20 +96,21 @@ def test_a_camera_that_rests_or_turns_gets_no_translation(depth, turn_deg: float
     frames, z_depth, truth = filmed(1, 96, "static", turn_deg=turn_deg)
     result = source_cameras.joined(depth(z_depth), frames, REQUEST)
     assert np.abs(result.w2c[:, :3, 3]).max() == 0
-    assert errors(result.w2c, truth)[0] < 0.5
+    turns = Rotation.from_matrix(result.w2c[:, :3, :3].swapaxes(1, 2) @ truth[:, :3, :3]).magnitude()
+    assert np.degrees(turns.mean()) < 0.6
 
 
 def scattered(seed: int = 0) -> bundle.Matches:
     """Return matches that no camera explains."""
     rng = np.random.default_rng(seed)
-    pairs = np.array([(i, j) for i in range(4) for j in range(4) if i != j])
-    places = rng.uniform(-60, 60, (4, 80, 2))
-    return bundle.Matches(places, pairs, rng.uniform(-60, 60, (len(pairs), 80, 2)), np.ones((len(pairs), 80)))
+    pairs = np.array([(i, j) for i in range(3) for j in range(3) if i != j])
+    places = rng.uniform(-60, 60, (3, 30, 2))
+    return bundle.Matches(places, pairs, rng.uniform(-60, 60, (len(pairs), 30, 2)), np.ones((len(pairs), 30)))
 
 
 def test_what_cannot_be_placed_is_refused_and_the_worker_goes_on():
     for _ in range(2):
-        with pytest.raises(BadSample, match="COLMAP places 0 of 4 frames") as caught:
+        with pytest.raises(BadSample, match="COLMAP places 0 of 3 frames") as caught:
             colmap.cameras(scattered(), (128, 128), 120.0, True)
         assert caught.value.reason == "cameras_missing"
     assert len([worker for worker in foreign._workers.values() if worker.process.poll() is None]) == 1
@@ -120,8 +122,8 @@ def test_what_cannot_be_placed_is_refused_and_the_worker_goes_on():
         ("import os; os.kill(os.getpid(), 11)", "depth_worker_died"),
         ("import time; time.sleep(60)", "depth_worker_timeout"),
         ("return {'kind': 'cameras', 'w2c': np.eye(4), 'K': np.eye(3)}", "depth_worker_answer"),
-        ("return {'kind': 'cameras', 'w2c': np.full((4, 4, 4), np.nan), 'K': np.eye(3)}", "cameras_missing"),
-        ("return {'kind': 'cameras', 'w2c': np.stack([np.eye(4)] * 4), 'K': -np.eye(3)}", "depth_worker_answer"),
+        ("return {'kind': 'cameras', 'w2c': np.full((3, 4, 4), np.nan), 'K': np.eye(3)}", "cameras_missing"),
+        ("return {'kind': 'cameras', 'w2c': np.stack([np.eye(4)] * 3), 'K': -np.eye(3)}", "depth_worker_answer"),
     ],
 )
 def test_a_worker_that_dies_hangs_or_lies_costs_one_clip(tmp_path, monkeypatch, body: str, reason: str):
