@@ -128,7 +128,7 @@ class PreprocessConfig:
     cameras: Literal["auto", "none", "estimator", "parallax", "colmap"] = setting(
         "auto",
         "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator: reject clips without "
-        "any; parallax: found from motion; colmap: by COLMAP.",
+        "any; parallax or colmap: from motion.",
     )
     source_motion: Literal["remove", "keep", "smooth"] = setting(
         "keep",
