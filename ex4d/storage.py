@@ -15,8 +15,7 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
@@ -28,6 +27,7 @@ from ex4d import remote, web
 from ex4d.errors import ConfigError
 from ex4d.remote import TooLarge as TooLarge
 from ex4d.remote import Truncated as Truncated
+from ex4d.threads import in_order
 
 SHA256 = re.compile(r"[0-9a-f]{64}")  # a path part is made of some hashes, so they are checked to be hashes
 SCHEMES = ("file", "s3", "gs", "gcs", "hf", "http", "https", "memory")
@@ -291,51 +291,51 @@ def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
     Args:
         suffixes: keep only names ending so, lower case with the dot; () keeps all.
     """
-    return sorted(name for name in list_sizes(url) if not suffixes or name.lower().endswith(suffixes))
+    return sorted(name for name, _ in list_sizes(url) if not suffixes or name.lower().endswith(suffixes))
 
 
-def list_sizes(url: str | Path, first_letters: str = "") -> dict[str, int]:
-    """Return {name: bytes} of every file under a folder, named as by `list_files`; 0 where a server does not tell.
+def list_sizes(url: str | Path, prefixes: Iterable[str] = ("",)) -> Iterator[tuple[str, int]]:
+    """Yield (name, bytes) of every file under a folder, named as by `list_files`; 0 where a server does not tell.
 
     Args:
-        first_letters: that names begin with; a bucket is then asked for all of them at once, since it lists a thousand
-            names at a time, one after another. "": it is asked once.
+        prefixes: all that names may begin with; a bucket, which lists a thousand names at a time, is asked for many.
     """
+    if is_local(url):
+        yield from _walk(local_path(url), "")
+        return
     filesystem, path = _filesystem(url)
-    if first_letters and str(url).startswith(BUCKETS):
-        with ThreadPoolExecutor(32) as pool:
-            parts = pool.map(lambda letter: _sizes(filesystem, path, url, prefix=letter), first_letters)
-            return {name: size for part in parts for name, size in part.items()}
-    return _sizes(filesystem, path, url)
+    asked = prefixes if str(url).startswith(BUCKETS) else ("",)
+    for sizes in in_order(lambda prefix: _sizes(filesystem, path, url, prefix), asked, 32):
+        yield from ((name, size) for name, size in sizes if not name.rpartition("/")[2].startswith(".tmp-"))
 
 
-def _sizes(filesystem: Any, path: str, url: str | Path, **options: Any) -> dict[str, int]:
+def _walk(folder: Path, above: str) -> Iterator[tuple[str, int]]:
+    if not folder.is_dir():
+        return
+    with os.scandir(folder) as entries:
+        for entry in entries:
+            if entry.is_dir():
+                yield from _walk(Path(entry), f"{above}{entry.name}/")
+            elif entry.is_file() and not entry.name.startswith(".tmp-"):
+                yield above + entry.name, entry.stat().st_size
+
+
+def _sizes(filesystem: Any, path: str, url: str | Path, prefix: str) -> list[tuple[str, int]]:
     # A web server's folders are walked page by page, and without on_error a page that breaks is an empty one.
-    options |= {"on_error": "raise"} if _is_web(url) else {}
-    root = PurePosixPath(path.replace(os.sep, "/"))
-    try:
-        found = _call(filesystem.find, path, url, detail=True, **options)
-    except FileNotFoundError:
-        return {}
-    sizes = {PurePosixPath(name.replace(os.sep, "/")): facts.get("size") or 0 for name, facts in found.items()}
-    return {
-        str(name.relative_to(root)): size
-        for name, size in sizes.items()
-        if name.is_relative_to(root) and name != root and not name.name.startswith(".tmp-")
-    }
+    options = ({"on_error": "raise"} if _is_web(url) else {}) | ({"prefix": prefix} if prefix else {})
+    root, found = str(PurePosixPath(path)).rstrip("/") + "/", {}
+    with suppress(FileNotFoundError):
+        found = remote.call(lambda: filesystem.find(path, detail=True, **options), str(url))
+    plain = ((str(PurePosixPath(name)) if "//" in name else name, facts) for name, facts in found.items())
+    inside = ((name.removeprefix(root), facts) for name, facts in plain if name.startswith(root))
+    return [(name, facts.get("size") or 0) for name, facts in inside if name]
 
 
 def glob(url: str) -> list[str]:
     """Return the URLs of the remote files that match a pattern (`*`, `**`, `?`, `[…]`), sorted."""
     filesystem, path = _filesystem(url)
-    found = _call(filesystem.glob, path, url, detail=True)
+    found = remote.call(lambda: filesystem.glob(path, detail=True), url)
     return sorted(filesystem.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
-
-
-def _call(function: Any, path: str, url: str | Path, **options: Any) -> Any:
-    if is_local(url):
-        return function(path, **options)
-    return remote.call(lambda: function(path, **options), str(url))
 
 
 def remove(url: str | Path) -> None:

@@ -15,18 +15,20 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
 FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video", "web", "metrics"}
+FLOOR |= {"threads"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": {"redact"},
     "config": {"errors", "redact", "storage", "text"},
     "redact": set(),
     "remote": {"redact", "web"},
-    "storage": {"errors", "remote", "web"},
+    "storage": {"errors", "remote", "threads", "web"},
     "hub": {"errors"},
     "isolation": {"errors"},
     "text": set(),
     "web": set(),
     "metrics": {"errors"},
+    "threads": set(),
     "video": {"errors", "config", "storage", "text"},
     "geometry": FLOOR,
     "depth": FLOOR | {"geometry"},

@@ -63,7 +63,10 @@ def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
 
     row = unpack_row(packed)
     plan = row.get("plan")
-    done = PLAN.function(row, config) if plan is None else {"built": build(plan, row["output"], row["tables"])}
+    if plan is None:
+        done = PLAN.function(row, config)
+    else:
+        done = {"plan": plan, "built": build(plan, row["output"], row["tables"])}
     return pack_row({"key": row["key"], "refusal": None, "seconds": {}, **done})
 
 

@@ -10,9 +10,7 @@ import hashlib
 import json
 import shutil
 import tempfile
-from collections import deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -25,6 +23,7 @@ from ex4d.data import manifest
 from ex4d.data.members import decode_json, type_tree
 from ex4d.data.tar import END, entries
 from ex4d.errors import ContractError
+from ex4d.threads import in_order
 
 NUM_READERS = 8
 FACTS = b"ex4d"  # of a shard, in the metadata of its table
@@ -49,7 +48,7 @@ def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -
         path, rows = folder / plan["name"].rpartition("/")[2], []
         damaged, position = [], 0
         with open(path, "wb") as file:
-            for (key, _, _, sha256), blob in _read_ahead(plan["items"]):
+            for (key, _, _, sha256), blob in in_order(_read, plan["items"], NUM_READERS):
                 if blob is None or (sha256 and hashlib.sha256(blob).hexdigest() != sha256):
                     damaged.append(key)
                     continue
@@ -126,24 +125,12 @@ def _work_folder(work: str | None) -> Iterator[Path]:
         shutil.rmtree(folder, ignore_errors=True)
 
 
-def _read_ahead(items: Sequence[Sequence[Any]]) -> Iterator[tuple[Sequence[Any], bytes | None]]:
-    """Yield (item, its bytes; None where it is missing) in order; the next few are read meanwhile."""
-
-    def read(item: Sequence[Any]) -> bytes | None:
-        try:
-            return storage.read_bytes(item[1])
-        except FileNotFoundError:
-            return None
-
-    with ThreadPoolExecutor(NUM_READERS) as pool:
-        ahead: deque[tuple[Sequence[Any], Future[bytes | None]]] = deque()
-        for item in items:
-            ahead.append((item, pool.submit(read, item)))
-            if len(ahead) > NUM_READERS:
-                first, future = ahead.popleft()
-                yield first, future.result()
-        for item, future in ahead:
-            yield item, future.result()
+def _read(item: Sequence[Any]) -> tuple[Sequence[Any], bytes | None]:
+    """Return an item of a plan and its bytes, None where they are missing."""
+    try:
+        return item, storage.read_bytes(item[1])
+    except FileNotFoundError:
+        return item, None
 
 
 def _row(key: str, split: str, blob: bytes, shard: str, offset: int) -> dict[str, Any]:

@@ -14,9 +14,11 @@ import tempfile
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import pyarrow as pa
 import pyarrow.compute as pc
 
@@ -30,8 +32,22 @@ from ex4d.errors import ContractError
 __all__ = ["Build", "Contents", "DamagedSamples", "Staged", "pack", "pack_contents", "sample_tar", "split_of"]
 
 SHARD_SIZE_BYTES = 256 * 2**20
-# (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines.
+# (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines. The plans may
+# be read more than once.
 Build = Callable[[Iterable[Mapping[str, Any]], str, str, str | None], Iterator[dict[str, Any]]]
+
+
+@dataclass(frozen=True)
+class Missing:
+    """The plans of all shards that are not `built`, as often as they are asked for: gigabytes for a million."""
+
+    contents: Contents
+    shard_size_bytes: int
+    built: frozenset[str]
+
+    def __iter__(self) -> Iterator[dict[str, Any]]:
+        every = plans(self.contents.staged(), self.shard_size_bytes)
+        return (plan for plan in every if plan["name"] not in self.built)
 
 
 class DamagedSamples(ContractError):
@@ -95,7 +111,7 @@ def pack_contents(
     with _work_folder(output) as work:
         rows = tables or str(work / "tables")
         built = _in_place(digests, output, rows)
-        missing = (plan for plan in plans(contents.staged(), shard_size_bytes) if plan["name"] not in built)
+        missing = Missing(contents, shard_size_bytes, frozenset(built))
         built |= _built(missing, output, rows, work, build if tables else building.here)
         shards = [built[name] for name in digests]
         _write_tables(work, shards, rows, contents.rejects())
@@ -140,7 +156,10 @@ def _write_tables(
             if shard[what] != shards[0][what]:
                 first = shards[0]
                 raise ContractError(f"{shard['url']}: {what} are {shard[what]}, unlike {first['url']}: {first[what]}")
-    rows = (building.read_rows(tables, shard["url"]) for shard in shards)
+
+    def rows() -> Iterator[pa.Table]:
+        return (building.read_rows(tables, shard["url"]) for shard in shards)
+
     manifest.write_manifest(work / manifest.MANIFEST, _checked(rows) if shards else [manifest.table([], [])])
     manifest.write_rejects(work / manifest.REJECTS, rejected)
     names = ("url", "nsamples", "filesize", "sha256")
@@ -218,16 +237,26 @@ def _work_folder(output: str) -> Iterator[Path]:
         shutil.rmtree(work, ignore_errors=True)
 
 
-def _checked(tables: Iterable[pa.Table]) -> Iterator[pa.Table]:
-    """Yield the tables after checking that no source is in both splits; the splits come one after the other."""
-    groups: dict[str, list[pa.Array]] = {split: [] for split in manifest.SPLITS}
-    for table in tables:
-        sources = pa.concat_arrays([pc.unique(table[name]) for name in ("source_sha256", "source_group")])
-        groups[table["split"][0].as_py()].append(sources)
+def _checked(read: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
+    """Yield the tables after checking that no source is in both splits; the splits come one after the other.
+
+    Hashes are compared, of eight bytes in place of the 64 of a source's name; where two are equal, the names.
+    """
+    found: dict[str, list[np.ndarray]] = {split: [np.zeros(0, np.int64)] for split in manifest.SPLITS}
+    for table in read():
+        names = _sources(table)
+        found[table["split"][0].as_py()].append(np.fromiter(map(hash, names), np.int64, len(names)))
         yield table
-    train, val = (
-        pc.unique(pa.concat_arrays(parts)) if parts else pa.array([], pa.string()) for parts in groups.values()
-    )
-    both = val.filter(pc.is_in(val, value_set=train))
-    if len(both):
-        raise ContractError(f"source {both[0].as_py()} is in both train and val")
+    suspects = np.intersect1d(*map(np.concatenate, found.values()))
+    if not len(suspects):
+        return
+    split_of_source: dict[str, str] = {}
+    for table in read():
+        split = table["split"][0].as_py()
+        for name, is_suspect in zip(names := _sources(table), np.isin([*map(hash, names)], suspects), strict=True):
+            if is_suspect and split_of_source.setdefault(name, split) != split:
+                raise ContractError(f"source {name} is in both train and val")
+
+
+def _sources(table: pa.Table) -> list[str]:
+    return pa.concat_arrays([pc.unique(table[name]) for name in ("source_sha256", "source_group")]).to_pylist()

@@ -6,17 +6,15 @@ import hashlib
 import json
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass, replace
 from itertools import chain, groupby
-from typing import Any, Protocol
+from typing import Any, NamedTuple, Protocol
 
 from ex4d import storage
 from ex4d.data import building, manifest
 from ex4d.data.tar import END
 
 
-@dataclass(frozen=True)
-class Staged:
+class Staged(NamedTuple):
     """A finished sample that waits to be packed.
 
     Args:
@@ -57,7 +55,7 @@ def with_sizes(staged: Iterable[Staged]) -> list[Staged]:
 
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
         for index, num_bytes in zip(unknown, pool.map(size, unknown), strict=True):
-            items[index] = replace(items[index], size=num_bytes)
+            items[index] = items[index]._replace(size=num_bytes)
     return items
 
 

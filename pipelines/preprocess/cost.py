@@ -14,11 +14,13 @@ import os
 import statistics
 import tempfile
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
 from pathlib import Path
 from typing import Any
+
+import numpy as np
 
 from ex4d import config as config_file
 from ex4d import storage
@@ -162,27 +164,41 @@ def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfi
     """Return the plan, after running a sample of the corpus through the stages in this process."""
     sources = preprocess.find_sources(config, synthetic)
     config = preprocess.with_depth(config, sources)
-    videos = [source for source in sources if source.is_video]
-    if not videos:
+    if not sources.num_videos:
         raise ConfigError("preprocess.input", config.input, "must hold at least one file that may be a video")
     with fetch.reach(config):
-        chosen = spread(videos, choice.sample_videos)
+        chosen = spread(sources, choice.sample_videos)
     measure(config, chosen[0])  # warm-up: compilation and decoding child cost once per worker, not per video
-    return scale([measure(config, source) for source in chosen], len(videos), config, choice)
+    return scale([measure(config, source) for source in chosen], sources.num_videos, config, choice)
 
 
-def spread(videos: Sequence[Source], count: int) -> list[Source]:
+def spread(sources: Iterable[Source], count: int) -> list[Source]:
     """Return `count` videos: the middle ones of equal groups by file size, so that the long ones are in it.
 
-    A store may have to be asked for every size: of many remote videos MOST_ASKED, evenly spread by name, stand for all.
+    A store may have to be asked for every size: of many remote videos MOST_ASKED, evenly spread, stand for all.
+
+    Args:
+        sources: in the order of their names; they are read three times.
     """
-    asked: Sequence[Source] = sorted(videos, key=lambda source: source.name)
-    if not all(storage.is_local(source.path) for source in asked):
+    asked: Sequence[int] = range(sum(1 for _ in _videos(sources)))
+    if not all(storage.is_local(video.path) for video in _videos(sources)):
         asked = _middles(asked, MOST_ASKED)
-    return _middles(sorted(asked, key=lambda source: (_size(source), source.name)), count)
+    sizes = np.fromiter((_size(video) for _, video in _chosen(sources, asked)), np.int64, len(asked))
+    numbers = [asked[index] for index in _middles(np.argsort(sizes, kind="stable"), count)]
+    found = dict(_chosen(sources, numbers))
+    return [found[number] for number in numbers]
 
 
-def _middles(ordered: Sequence[Source], count: int) -> list[Source]:
+def _videos(sources: Iterable[Source]) -> Iterator[Source]:
+    return (source for source in sources if source.is_video)
+
+
+def _chosen(sources: Iterable[Source], numbers: Sequence[int]) -> Iterator[tuple[int, Source]]:
+    wanted = numbers if isinstance(numbers, range) else frozenset(numbers)
+    return ((number, video) for number, video in enumerate(_videos(sources)) if number in wanted)
+
+
+def _middles(ordered: Sequence[int], count: int) -> list[int]:
     count = min(count, len(ordered))
     return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
 

@@ -20,6 +20,7 @@ NUM_FRAMES = 8
 MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
 FLAT_LEVELS = 4.0  # standard deviation of luma; below it the signs are noise, and all such frames look alike
+FLAT = "0" * 16  # in place of the hash of a flat frame
 UNSEEN = [""] * NUM_FRAMES  # hashes of a video that has no near duplicate
 MANY = 50_000  # videos from which comparing them pays for compiling how
 WINDOW = 64  # compare each video with at most so many of those that share a key of the index
@@ -89,17 +90,17 @@ class Identity:
 
     def __init__(self) -> None:
         self._names, self._pixels, self._duration_s = bytearray(), array("q"), array("d")
-        self._values, self._seen = array("Q"), array("B")
+        self._values, self._seen = bytearray(), array("B")
         self._others: list[tuple[str, str, list[str]]] = []
 
     def add(self, sha256: str, record: Mapping[str, Any], other_sha256: str = "") -> None:
         """Add a video: its record, and the sha256 of the other camera's video, "" for none."""
         hashes, info = record["hashes"], record["info"]
-        self._names += sha256.encode()
+        self._names += bytes.fromhex(sha256)
         self._pixels.append(info["size"][0] * info["size"][1])
         self._duration_s.append(info["duration_s"])
-        self._values.extend([int(text or "0", 16) for text in hashes])
-        self._seen.extend([bool(text) for text in hashes])
+        self._values += bytes.fromhex("".join(text or FLAT for text in hashes))
+        self._seen.extend(map(bool, hashes))
         if other_sha256:
             self._others.append((sha256, other_sha256, record["other"]["hashes"]))
 
@@ -111,8 +112,11 @@ class Identity:
         Args:
             how: preprocess.near_duplicates.
         """
-        names, order = np.unique(np.frombuffer(bytes(self._names), "S64"), return_index=True)
-        values = np.frombuffer(self._values, np.uint64).reshape(-1, NUM_FRAMES)[order]
+        names = np.frombuffer(self._names, "S32")  # equal lengths: numpy's zeros at the end change no order
+        order = np.arange(len(names))
+        if not (names[1:] > names[:-1]).all():
+            names, order = np.unique(names, return_index=True)
+        values = np.frombuffer(self._values, ">u8").astype(np.uint64).reshape(-1, NUM_FRAMES)[order]
         seen = np.frombuffer(self._seen, np.uint8).astype(bool).reshape(-1, NUM_FRAMES)[order]
         alone = np.arange(len(names))
         firsts = alone if how == "off" else _components(values, seen)
@@ -120,7 +124,7 @@ class Identity:
         if not self._others:
             return _others_than_self(names, firsts), stand_ins
         # A clip and its source belong to one group: what is a source in training must not be a target in validation.
-        looks = {name.decode(): _texts(*row) for name, *row in zip(names, values, seen, strict=True)}
+        looks = {name: _texts(*row) for name, *row in zip(_hex(names), values, seen, strict=True)}
         looks |= {other: hashes for _, other, hashes in self._others}
         looks = dict.fromkeys(looks, UNSEEN) if how == "off" else looks
         return groups(looks, [(sha256, other) for sha256, other, _ in self._others]), stand_ins
@@ -136,7 +140,11 @@ class Identity:
 
 def _others_than_self(names: np.ndarray, chosen: np.ndarray) -> dict[str, str]:
     others = np.flatnonzero(chosen != np.arange(len(names)))
-    return dict(zip(names[others].astype(str).tolist(), names[chosen[others]].astype(str).tolist(), strict=True))
+    return dict(zip(_hex(names[others]), _hex(names[chosen[others]]), strict=True))
+
+
+def _hex(names: np.ndarray) -> list[str]:
+    return [name.ljust(32, b"\0").hex() for name in names.tolist()]
 
 
 def _texts(values: np.ndarray, seen: np.ndarray) -> list[str]:

@@ -277,13 +277,15 @@ class Job:
     ) -> Iterator[dict[str, Any]]:
         """Yield the facts of each shard; they are built by the workers. Raises ContractError."""
         if self.ledger.packed.is_alone:
-            plans = list(plans)  # all samples are put back before any shard is overwritten
+            # All samples are put back before any shard is overwritten.
             places = ((plan["name"], self.ledger.packed.places(plan["items"])) for plan in plans)
             rows = (new_row(name, places=found) for name, found in places if found)
             for _ in self._all("restore", commit.RESTORE, rows, 0, ()):
                 pass
         rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-        for row in self._all("pack", commit.BUILD_SHARD, rows, 0, ("built",)):
+        for row in self._all("pack", commit.BUILD_SHARD, rows, 0, ("built", "plan")):
+            if self.config.keep_staging == "none" and "url" in row["built"]:
+                self.ledger.packed.dropped(row["plan"]["items"])
             yield row["built"]
 
     def _all(self, name: str, stage: Stage, rows: Iterable[Row], total: int, keep: tuple[str, ...]) -> Iterator[Row]:

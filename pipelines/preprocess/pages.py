@@ -4,10 +4,15 @@ from __future__ import annotations
 
 import hashlib
 import heapq
-import io
 import json
-from collections.abc import Iterable, Mapping
-from typing import Any
+import tempfile
+from array import array
+from collections import Counter
+from collections.abc import Iterable, Iterator, Mapping
+from contextlib import contextmanager
+from itertools import chain
+from pathlib import Path
+from typing import IO, Any
 
 from ex4d import storage
 from ex4d.errors import Filtered
@@ -20,6 +25,7 @@ FOLDER = "report"
 PREVIEWS = 12
 THUMBNAIL_PX = 192
 PLACE = ["key", "shard", "offset", "length"]
+_SCORE_ROW = ("key", "source_path", "start_frame", "end_frame", "refused_by")
 EXAMPLES = 20_000  # values per histogram; more change no bar by a pixel
 
 
@@ -35,33 +41,58 @@ def write_scores(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]], r
         clips: `units.scored`, in the order of their keys.
     """
     import pyarrow as pa
-    import pyarrow.parquet as pq
 
+    from ex4d.data import manifest
     from ex4d.viewer import report_page
 
-    scored = list(clips)
-    names = [name for name in SCORES if scored and name in scored[0]["scores"]]
-    table = [
-        {
-            "key": row["key"],
-            "source_path": row["name"].encode("utf-8", "backslashreplace").decode(),
-            "start_frame": row["start_frame"],
-            "end_frame": row["end_frame"],
-            "refused_by": _refused_by(row["scores"], config.filters),
-            **{name: row["scores"][name] for name in names},
-        }
-        for row in scored
-    ]
-    buffer = io.BytesIO()
-    pq.write_table(pa.Table.from_pylist(table), buffer, compression="zstd")
-    _write(config, "scores.parquet", buffer.getvalue())
-    _write(config, "scores.json", (json.dumps(table, indent=1) + "\n").encode())
-    kept = sum(not row["refused_by"] for row in table)
-    values = {name: [row[name] for row in table] for name in names}
+    rows, refused = _score_rows(config, clips), Counter[str]()
+    first = next(rows, {})
+    names = [name for name in SCORES if name in first]
+    values = {name: array("d") for name in names}  # of every clip: the page says exactly how many each keeps
+
+    def counted() -> Iterator[dict[str, Any]]:
+        for row in chain([first] if first else (), rows):
+            refused[row["refused_by"]] += 1
+            for name in names:
+                values[name].append(row[name])
+            yield row
+
+    kinds = {**dict.fromkeys(_SCORE_ROW, pa.string()), "start_frame": pa.int64(), "end_frame": pa.int64()}
+    schema = pa.schema([*kinds.items(), *((name, pa.float64()) for name in names)])
+    with _folder(config) as folder:
+        with open(folder / "scores.json", "w") as text:
+            manifest.write_table(folder / "scores.parquet", _with_json(counted(), text), schema)
+        for name in ("scores.parquet", "scores.json"):
+            storage.move_file(folder / name, storage.join(config.output, FOLDER, name))
     page = report_page.score_page(
-        _name(config), result.counts, values, _thresholds(config.filters), kept, result.rejects
+        _name(config), result.counts, values, _thresholds(config.filters), refused[""], result.rejects
     )
     return _write(config, "scores.html", page)
+
+
+def _score_rows(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]]) -> Iterator[dict[str, Any]]:
+    for row in clips:
+        path = row["name"].encode("utf-8", "backslashreplace").decode()
+        facts = (row["key"], path, row["start_frame"], row["end_frame"], _refused_by(row["scores"], config.filters))
+        yield {**dict(zip(_SCORE_ROW, facts, strict=True)), **row["scores"]}
+
+
+def _with_json(rows: Iterable[dict[str, Any]], file: IO[str]) -> Iterator[dict[str, Any]]:
+    """Yield the rows, after writing each to a JSON list."""
+    before = "["
+    for row in rows:
+        file.write(before + json.dumps([row], indent=1)[1:-2])
+        before = ","
+        yield row
+    file.write("[]\n" if before == "[" else "\n]\n")
+
+
+@contextmanager
+def _folder(config: PreprocessConfig) -> Iterator[Path]:
+    """Yield a folder for unfinished files, on the disk of a local output so that moving is a rename."""
+    place = storage.local_path(config.output) if storage.is_local(config.output) else None
+    with tempfile.TemporaryDirectory(prefix=".tmp-report-", dir=place) as folder:
+        yield Path(folder)
 
 
 def write_report(config: PreprocessConfig, result: Result) -> str:

@@ -34,6 +34,7 @@ import time
 from collections import Counter
 from collections.abc import Iterable, Mapping, Sequence
 from functools import cached_property
+from itertools import product
 from typing import Any
 
 from ex4d import storage
@@ -53,7 +54,7 @@ ATTEMPTS = "staging/attempts.json"
 CONFIG = "staging/config.json"
 DAMAGED = "staging/damaged"
 RECORDS = "staging/records"
-MANY = 5000  # records from which a listing is split by first letters
+MANY = (5000, 200_000)  # records from which a listing is split by the first letter, and by the first two
 LETTERS = string.ascii_lowercase + string.digits  # that keys of samples begin with
 LAST = "\x7f"  # after all letters of names
 PACKED = "packed"  # in staging: what the dataset was packed from
@@ -79,10 +80,11 @@ class Ledger:
         """The records in parts; of files of their own, those that `take` has read."""
         database, folder, damaged = self._scratch, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
         records = Records(database, folder, damaged)
-        letters = LETTERS if len(records) > MANY else ""
+        digits = sum(len(records) > many for many in MANY)
+        prefixes = ["".join(letters) for letters in product(LETTERS, repeat=digits)]
         for folder in FOLDERS:
-            sizes = storage.list_sizes(storage.join(self.output, "staging", folder), letters)
-            rows = sorted((f"{folder}/{name}", size) for name, size in sizes.items())
+            sizes = storage.list_sizes(storage.join(self.output, "staging", folder), prefixes)
+            rows = ((f"{folder}/{name}", size) for name, size in sizes)
             database.executemany("INSERT INTO file VALUES (?, ?, 1)", rows)
         self.packed = Packed(self.output, database)
         return records

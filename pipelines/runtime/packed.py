@@ -9,12 +9,12 @@ from __future__ import annotations
 import hashlib
 import sqlite3
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ex4d import storage
 from ex4d.data import building
 from ex4d.errors import ContractError
+from ex4d.threads import in_order
 from pipelines.runtime.records import Records
 
 FOLDER = "staging/packed"
@@ -66,16 +66,17 @@ class Packed:
         return found
 
     def dropped(self, items: Iterable[Sequence[Any]]) -> None:
-        """Note that the files of these samples were deleted."""
+        """Note that a worker deleted the files of these samples, the items of a shard's plan."""
         names = ((f"clips/{url.rpartition('/')[2]}",) for _, url, *_ in items)
         self._scratch.executemany("UPDATE file SET is_here = 0 WHERE name = ?", names)
 
     def drop(self, names: Iterable[str]) -> None:
         """Delete the files of samples that are in place in shards."""
+        if not self._scratch.execute("SELECT 1 FROM file WHERE is_here AND name LIKE '%.tar' LIMIT 1").fetchone():
+            return
         here = (name for name in names if self._is_here(name))
-        with ThreadPoolExecutor(NUM_THREADS) as pool:
-            for name in pool.map(self._delete, here):
-                self._scratch.execute("UPDATE file SET is_here = 0 WHERE name = ?", (name,))
+        for name in in_order(self._delete, here, NUM_THREADS):
+            self._scratch.execute("UPDATE file SET is_here = 0 WHERE name = ?", (name,))
 
     def _is_here(self, name: str) -> bool:
         return bool(self._scratch.execute("SELECT is_here FROM file WHERE name = ?", (name,)).fetchone()[0])
@@ -97,8 +98,7 @@ def _rows(output: str) -> Iterator[Iterable[tuple[Any, ...]]]:
         table = building.read_rows(folder, name)
         return list(zip(*(table[column].to_pylist() for column in COLUMNS), strict=True))
 
-    with ThreadPoolExecutor(4) as pool:
-        yield from pool.map(read, names)
+    yield from in_order(read, names, 4)
 
 
 def restore(places: Iterable[Sequence[Any]]) -> None:
@@ -113,11 +113,11 @@ def restore(places: Iterable[Sequence[Any]]) -> None:
             )
         storage.write_bytes(url, blob)
 
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        list(pool.map(copy, places))
+    for _ in in_order(copy, places, NUM_THREADS):
+        pass
 
 
 def delete(items: Iterable[Sequence[Any]]) -> None:
     """Delete the staged files of a plan's items."""
-    with ThreadPoolExecutor(NUM_THREADS) as pool:
-        list(pool.map(storage.remove, (url for _, url, *_ in items)))
+    for _ in in_order(storage.remove, (url for _, url, *_ in items), NUM_THREADS):
+        pass

@@ -1,7 +1,7 @@
 """Records of a ledger, many to a file: `staging/records/NUMBER.records`, written by the driver alone.
 
 A line is `CRC NAME JSON`; CRC, 8 hex digits, is the CRC-32 of the rest. A later line of a name replaces an earlier one,
-and `null` forgets it. On a local disk a run appends to one part, line by line, so that what it knew outlives its
+and `null` forgets it. On a local disk a run appends to a part, line by line, so that what it knew outlives its
 process; in an object store, where nothing can be appended to, it writes a part every few seconds.
 """
 
@@ -14,18 +14,17 @@ import sqlite3
 import time
 import zlib
 from collections.abc import Iterator, Mapping
-from concurrent.futures import ThreadPoolExecutor
 from typing import Any
 
 from ex4d import storage
+from ex4d.threads import in_order
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".records"
-NUM_READERS = 32  # threads that read parts: an object store answers many at once
+NUM_READERS = 16  # threads that read parts: an object store answers many at once
 PART_EVERY_S = 10.0  # between two parts in an object store
-REWRITTEN = 100_000  # records of a part that replaces others
-PART_RECORDS = 5000  # of a part at most
+PART_RECORDS = 5000  # of a part at most: parts are read whole
 
 
 class Records:
@@ -43,6 +42,7 @@ class Records:
         self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID")
         self._waiting: list[bytes] = []
         self._file: int | None = None
+        self._num_lines = 0
         self._written = time.monotonic()
         self._parts = storage.list_files(folder, (SUFFIX,))
         self._number = 1 + max((int(name[: -len(SUFFIX)]) for name in self._parts), default=0)
@@ -82,7 +82,7 @@ class Records:
         if self._file is not None:
             os.fsync(self._file)
             os.close(self._file)
-            self._file = None
+            self._file, self._num_lines = None, 0
 
     def lines(self, prefix: str) -> Iterator[str]:
         """Yield `NAME JSON` of all records of videos, clips and scores whose name goes on with a prefix."""
@@ -97,16 +97,15 @@ class Records:
         self.flush()
         old = list(self._parts)
         rows = self._scratch.execute("SELECT name, body FROM record ORDER BY name")
-        while some := rows.fetchmany(REWRITTEN):
+        while some := rows.fetchmany(PART_RECORDS):
             self._write_part(b"".join(_line(name, body) for name, body in some))
         for name in old:  # the oldest first: what was forgotten must not come back where this is interrupted
             storage.remove(storage.join(self.folder, name))
         self._parts = [name for name in self._parts if name not in old]
 
     def _load(self) -> None:
-        with ThreadPoolExecutor(NUM_READERS) as pool:
-            for name, blob in zip(self._parts, pool.map(self._read, self._parts), strict=True):
-                self._take(name, blob)
+        for name, blob in zip(self._parts, in_order(self._read, self._parts, NUM_READERS), strict=True):
+            self._take(name, blob)
 
     def _read(self, name: str) -> bytes:
         return storage.read_bytes(storage.join(self.folder, name))
@@ -134,6 +133,9 @@ class Records:
             if self._file is None:
                 self._file = self._open()
             os.write(self._file, line)
+            self._num_lines += 1
+            if self._num_lines == PART_RECORDS:
+                self.flush()
             return
         self._waiting.append(line)
         if len(self._waiting) >= PART_RECORDS or time.monotonic() - self._written >= PART_EVERY_S:

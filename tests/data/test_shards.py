@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import io
 import json
 import os
@@ -144,7 +143,7 @@ def test_what_does_not_add_up_is_not_committed(staged16, tmp_path):
 
 
 def test_a_source_in_both_splits_is_refused(staged16, tmp_path):
-    mixed = [dataclasses.replace(staged16[0], split="val"), *staged16[1:]]
+    mixed = [staged16[0]._replace(split="val"), *staged16[1:]]
     with pytest.raises(ContractError, match="both train and val"):
         pack(mixed, str(tmp_path), facts(16), REJECTS)
     assert not (tmp_path / "dataset.json").exists()
@@ -215,9 +214,7 @@ def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_pa
 
 def known(staged):
     """The same samples with what a ledger knows of them."""
-    return [
-        dataclasses.replace(item, size=os.path.getsize(item.url), sha256=storage.sha256(item.url)) for item in staged
-    ]
+    return [item._replace(size=os.path.getsize(item.url), sha256=storage.sha256(item.url)) for item in staged]
 
 
 def test_one_sample_more_builds_only_the_shards_that_it_changes(tmp_path, dataset16, staged16):

@@ -59,7 +59,11 @@ def test_the_sample_is_spread_over_file_sizes(tmp_path):
         path = tmp_path / f"{(7 * index) % 9}.mp4"
         path.write_bytes(b"x" * (1 + (7 * index) % 9))
         sources.append(Source(str(path), path.name, True))
-    assert [source.name for source in plan.spread(sources, 3)] == ["1.mp4", "4.mp4", "7.mp4"]
+    assert [source.name for source in plan.spread(sorted(sources, key=lambda one: one.name), 3)] == [
+        "1.mp4",
+        "4.mp4",
+        "7.mp4",
+    ]
     assert len(plan.spread(sources, 20)) == 9
 
 
@@ -69,7 +73,11 @@ def test_sizes_in_a_store_count_too_and_few_are_asked_for(monkeypatch):
         url = f"memory://plan/{(7 * index) % 9}.mp4"
         storage.write_bytes(url, b"x" * (1 + (7 * index) % 9))
         sources.append(Source(url, url.rpartition("/")[2]))
-    assert [source.name for source in plan.spread(sources, 3)] == ["1.mp4", "4.mp4", "7.mp4"]
+    assert [source.name for source in plan.spread(sorted(sources, key=lambda one: one.name), 3)] == [
+        "1.mp4",
+        "4.mp4",
+        "7.mp4",
+    ]
     asked = []
     size = storage.size
     monkeypatch.setattr(storage, "size", lambda url: asked.append(url) or size(url))
