@@ -74,7 +74,8 @@ def _is_web(url: str | Path) -> bool:
     return str(url).startswith(("http://", "https://"))
 
 
-def _filesystem(url: str | Path) -> tuple[Any, str]:
+def filesystem_of(url: str | Path) -> tuple[Any, str]:
+    """Return the fsspec filesystem of a path or URL, and its path there."""
     if is_local(url):
         return fsspec.core.url_to_fs(str(local_path(url)))
     url = str(url)
@@ -192,7 +193,7 @@ def beside(url: str) -> dict[str, tuple[int, str]] | None:
     stem, suffix = os.path.splitext(url.rpartition("/")[2])
     if not str(url).startswith(BUCKETS) or not suffix:
         return None
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     folder = path.rpartition("/")[0]
     try:
         found = remote.call(lambda: filesystem.find(folder, prefix=f"{stem}.", detail=True), url)
@@ -211,7 +212,7 @@ def _info(url: str | Path) -> dict[str, Any] | None:
 
     Not by fsspec's `exists`, which takes every error for a No.
     """
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     with suppress(FileNotFoundError):
         return remote.call(lambda: filesystem.info(path), str(url))
     return None
@@ -225,7 +226,7 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
             # No more than there is: a length may come from a stranger's table, and would be allocated at once.
             there = max(0, os.fstat(file.fileno()).st_size - offset)
             return file.read() if length is None else file.read(min(length, there))
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     if offset and length is None:
         length = max(0, size(url) - offset)
     if length == 0:
@@ -251,7 +252,7 @@ def write_bytes(url: str | Path, data: bytes) -> None:
         with atomic_path(local_path(url)) as temporary:
             temporary.write_bytes(data)
         return
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     remote.call(lambda: filesystem.pipe_file(path, data), str(url))
 
 
@@ -280,7 +281,7 @@ def move_file(source: Path, url: str | Path) -> None:
             os.fsync(file.fileno())
         os.replace(source, target)
         return
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     remote.call(lambda: filesystem.put_file(str(source), path), str(url))
     source.unlink()
 
@@ -303,7 +304,7 @@ def list_sizes(url: str | Path, prefixes: Iterable[str] = ("",)) -> Iterator[tup
     if is_local(url):
         yield from _walk(local_path(url), "")
         return
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     asked = prefixes if str(url).startswith(BUCKETS) else ("",)
     for sizes in in_order(lambda prefix: _sizes(filesystem, path, url, prefix), asked, 32):
         yield from ((name, size) for name, size in sizes if not name.rpartition("/")[2].startswith(".tmp-"))
@@ -333,7 +334,7 @@ def _sizes(filesystem: Any, path: str, url: str | Path, prefix: str) -> list[tup
 
 def glob(url: str) -> list[str]:
     """Return the URLs of the remote files that match a pattern (`*`, `**`, `?`, `[…]`), sorted."""
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     found = remote.call(lambda: filesystem.glob(path, detail=True), url)
     return sorted(filesystem.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
 
@@ -343,7 +344,7 @@ def remove(url: str | Path) -> None:
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     with suppress(FileNotFoundError):
         remote.call(lambda: filesystem.rm_file(path), str(url))
 
@@ -364,7 +365,7 @@ def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None =
     def once() -> str:
         digest, count = hashlib.sha256(), 0
         if copy_to is not None and str(url).startswith("s3://"):  # one request, where blocks would be one each
-            filesystem, path = _filesystem(url)
+            filesystem, path = filesystem_of(url)
             filesystem.get_file(path, str(copy_to), max_concurrency=1)
             with open(copy_to, "rb") as copy:
                 return hashlib.file_digest(copy, "sha256").hexdigest()
@@ -390,7 +391,7 @@ def _blocks(url: str | Path) -> Iterator[bytes]:
 
 
 def _stream(url: str) -> Iterator[bytes]:
-    filesystem, path = _filesystem(url)
+    filesystem, path = filesystem_of(url)
     info, count = filesystem.info(path), 0
     with filesystem.open(path, "rb", block_size=0) as file:
         while block := file.read(BLOCK_BYTES):

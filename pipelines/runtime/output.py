@@ -12,13 +12,14 @@ from pathlib import Path
 from ex4d import storage
 from ex4d.data.manifest import DATASET
 from ex4d.errors import ConfigError
+from pipelines.runtime import lease
 
 LOCK = ".lock"
 
 
 @contextmanager
 def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
-    """Hold a folder for one run; the lock ends with the process, however it ends. Local folders only.
+    """Hold an output for one run: a folder by a lock that ends with the process, a place in S3 by a lease.
 
     Args:
         output: the folder, made where it is not there.
@@ -28,7 +29,8 @@ def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
         ConfigError: another run has it.
     """
     if not storage.is_local(output):
-        yield
+        with lease.held(output):
+            yield
         return
     folder = storage.local_path(output)
     folder.mkdir(parents=True, exist_ok=True)

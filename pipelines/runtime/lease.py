@@ -1,0 +1,135 @@
+"""Hold an output in an object store for one run, by a small object that its holder writes anew every few seconds.
+
+No clock is compared: who finds a lease watches whether it changes. Every write says which one it replaces (`If-Match`,
+`If-None-Match`), so of two runs that want the same lease one is refused. Other stores than S3 have no lease.
+"""
+
+from __future__ import annotations
+
+import _thread
+import json
+import logging
+import os
+import platform
+import threading
+import time
+import uuid
+from collections.abc import Iterator
+from contextlib import contextmanager
+from typing import Any
+
+from ex4d import remote, storage
+from ex4d.errors import ConfigError, ContractError
+
+logger = logging.getLogger(__name__)
+
+NAME = "lease.json"
+RENEW_S = 10.0  # between two writes of the holder
+LOST_S = 35.0  # without one, the holder is taken for dead
+LOOK_S = 1.0  # between two looks of one who waits
+_REFUSED = ("status 409", "status 412")  # somebody else was first
+
+
+class Lease:
+    """The lease of one output.
+
+    Args:
+        output: the URL of a folder in S3.
+    """
+
+    def __init__(self, output: str):
+        self.output, self.url = output, storage.join(output, NAME)
+        self.holder, self.tag, self.number = uuid.uuid4().hex, "", 0
+        self.is_lost = False
+        self._ended = threading.Event()
+
+    def take(self) -> None:
+        """Take the lease, at once or from a holder that is dead. Raises ConfigError where the holder lives."""
+        first = seen = self._read()
+        deadline = time.monotonic() + LOST_S
+        if seen:
+            logger.warning("%s: held by %s; waiting %.0f s to see whether it lives", self.url, seen[1], LOST_S)
+        while seen and time.monotonic() < deadline:
+            time.sleep(LOOK_S)
+            seen = self._read()
+            if seen and first and seen[0] != first[0]:
+                raise ConfigError("output", self.output, f"another run is writing there: {seen[1]}")
+        self.tag = seen[0] if seen else ""
+        if not self.write():
+            raise ConfigError("output", self.output, "another run began to write there at the same time")
+
+    def write(self) -> bool:
+        """Write the lease in place of the one that this run knows; return False where another one is there."""
+        self.number += 1
+        who = {"run": self.holder, "node": platform.node(), "pid": os.getpid(), "number": self.number}
+        filesystem, path = storage.filesystem_of(self.url)
+        condition = {"IfMatch": self.tag} if self.tag else {"IfNoneMatch": "*"}
+        try:
+            remote.call(lambda: filesystem.pipe_file(path, json.dumps(who).encode(), **condition), self.url)
+        except OSError as error:
+            if not str(error.strerror).endswith(_REFUSED):
+                raise
+        now = self._read()  # a write may have been done whose answer was lost
+        if now is None or now[2] != self.holder:
+            return False
+        self.tag = now[0]
+        return True
+
+    def renew(self) -> None:
+        """Write the lease every RENEW_S until the end of the run; where it was lost, interrupt the run."""
+        while not self._ended.wait(RENEW_S):
+            try:
+                self.is_lost = not self.write()
+            except OSError as error:  # nobody else can write there either; and if one could, the next write says so
+                logger.warning("%s is not renewed: %s", self.url, error.strerror)
+            if self.is_lost:
+                _thread.interrupt_main()
+                return
+
+    def release(self) -> None:
+        """Stop renewing, and delete the lease unless it was lost."""
+        self._ended.set()
+        try:
+            now = self._read()
+            if now and now[2] == self.holder:
+                storage.remove(self.url)
+        except OSError as error:  # it is taken for dead later
+            logger.warning("%s is not deleted: %s", self.url, error.strerror)
+
+    def _read(self) -> tuple[str, str, str] | None:
+        """Return (tag, a text on the holder, the holder) of the lease that is there, None for none."""
+        filesystem, path = storage.filesystem_of(self.url)
+        try:
+            tag = str(remote.call(lambda: filesystem.info(path), self.url)["ETag"])
+            who: Any = json.loads(storage.read_bytes(self.url))
+            return tag, f"process {int(who['pid'])} on {str(who['node'])[:100]}", str(who["run"])
+        except FileNotFoundError:
+            return None
+        except (ValueError, KeyError, TypeError) as error:
+            raise ConfigError("output", self.output, f"{NAME} is not a lease: delete it if no run is there") from error
+
+
+@contextmanager
+def held(output: str) -> Iterator[None]:
+    """Hold an output in an object store for one run.
+
+    Raises:
+        ConfigError: another run has it.
+        ContractError: another run took it meanwhile, since this one could not write for too long.
+    """
+    if not output.startswith("s3://"):
+        yield
+        return
+    lease = Lease(output)
+    lease.take()
+    thread = threading.Thread(target=lease.renew, daemon=True)
+    thread.start()
+    try:
+        yield
+    except KeyboardInterrupt:
+        if lease.is_lost:
+            raise ContractError(f"{output}: another run took it over, since {NAME} was not renewed in time") from None
+        raise
+    finally:
+        lease.release()
+        thread.join()
