@@ -47,6 +47,7 @@ COMMANDS = {
     "generate": Command("generate a video as seen along a camera path", "pipelines.commands.generate"),
     "view": Command("write a page of a dataset's samples, or of a video's mesh", "pipelines.commands.view"),
     "export": Command("convert an adapter for other programs, and back", "pipelines.commands.export"),
+    "import": Command("arrange MultiCamVideo or SynCamVideo as pairs of cameras", "pipelines.commands.import_cameras"),
     "verify": Command("check a dataset completely", "pipelines.commands.verify"),
     "retry": Command("retry what preprocess rejected for a given reason", "pipelines.commands.retry"),
     "submit": Command("run a job on a Ray cluster that is up, and follow its log", "pipelines.commands.submit"),
