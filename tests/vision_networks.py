@@ -1,10 +1,11 @@
-"""Tiny checkpoints of the networks behind Fréchet distances, by the library's own classes."""
+"""Tiny checkpoints, by the library's own classes: of the networks behind Fréchet distances, and of captioners."""
 
 from __future__ import annotations
 
 import json
 from pathlib import Path
 
+WORDS = ["a", "an", "the", "man", "woman", "dog", "room", "walks", "sits", "red", "blue", "box", "ball", "in", "on"]
 SHAPE = {"hidden_size": 32, "num_hidden_layers": 2, "num_attention_heads": 2}
 PREPROCESSOR = {"image_mean": [0.485, 0.456, 0.406], "image_std": [0.229, 0.224, 0.225]}
 
@@ -22,6 +23,70 @@ def make_videomae(folder: Path) -> Path:
 
     config = VideoMAEConfig(**SHAPE, image_size=32, patch_size=16, num_frames=4, intermediate_size=64)
     return _write(folder, VideoMAEModel(config))
+
+
+def make_blip(folder):
+    """Write a BLIP of about 40,000 parameters with its tokenizer and image processor; return its folder."""
+    import torch
+    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
+
+    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *WORDS]
+    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
+    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    ids = {"bos_token_id": 5, "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3}
+    text = {**shape, **ids, "vocab_size": len(vocabulary), "encoder_hidden_size": 32, "max_position_embeddings": 64}
+    vision = {**shape, "image_size": 32, "patch_size": 8}
+    torch.manual_seed(0)
+    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
+    model = BlipForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    model.save_pretrained(folder)
+    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
+    return folder
+
+
+def make_llava(folder):
+    """Write a LLaVA of about 60,000 parameters with its processor and chat template; return its folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import (
+        CLIPImageProcessorPil,
+        LlavaConfig,
+        LlavaForConditionalGeneration,
+        LlavaProcessor,
+        PreTrainedTokenizerFast,
+    )
+
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", "<image>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    fast = PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special, additional_special_tokens=["<image>"])
+    template = (
+        "{% for message in messages %}{% for part in message.content %}{% if part.type == 'image' %}<image>"
+        "{% else %}{{ part.text }}{% endif %}{% endfor %}{% endfor %}"
+    )
+    pictures = CLIPImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+    processor = LlavaProcessor(
+        **{"image_processor": pictures, "tokenizer": fast, "patch_size": 8, "num_additional_image_tokens": 1},
+        **{"vision_feature_select_strategy": "default", "chat_template": template},
+    )
+    processor.save_pretrained(folder)
+    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
+    vision = {"model_type": "clip_vision_model", **shape, "image_size": 32, "patch_size": 8, "projection_dim": 16}
+    ids = {"pad_token_id": 0, "bos_token_id": 1, "eos_token_id": 2}
+    text = {"model_type": "llama", **shape, **ids, "vocab_size": len(words), "num_key_value_heads": 2}
+    config = LlavaConfig(vision_config=vision, text_config=text, image_token_index=4, vision_feature_layer=-2)
+    torch.manual_seed(0)
+    model = LlavaForConditionalGeneration(config)
+    for parameter in model.parameters():
+        if parameter.ndim > 1:
+            torch.nn.init.normal_(parameter, std=0.4)
+    model.save_pretrained(folder)
+    return folder
 
 
 def _write(folder: Path, model) -> Path:

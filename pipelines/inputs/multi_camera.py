@@ -1,4 +1,4 @@
-"""MultiCamVideo and SynCamVideo (of ReCamMaster and SynCamMaster) as pairs of cameras, for `preprocess.members=[source]`.
+"""MultiCamVideo and SynCamVideo (of ReCamMaster and SynCamMaster) as pairs of cameras: `preprocess.members=[source]`.
 
 Both have, for each scene that ten synchronous cameras filmed,
 

@@ -40,8 +40,14 @@ class DecodeLimits:
 class CaptionerConfig:
     """A network that describes clips without a caption. It runs in the actor of the depth stage."""
 
-    model: str = setting(MISSING, "A BLIP checkpoint: hub-id[@revision] or a local folder.", not_empty=True)
-    prompt: str = setting("", "Text that every caption begins with.")
+    model: str = setting(
+        MISSING,
+        "Vision-language model of transformers (BLIP, LLaVA, Qwen-VL …): hub-id[@revision] or a local folder.",
+        not_empty=True,
+    )
+    prompt: str = setting(
+        "", "BLIP: text that every caption begins with; others: the question; empty: they are asked to describe it."
+    )
     max_new_tokens: int = setting(40, "Longest caption, in tokens.", ge=1)
     num_gpus: float = setting(
         0.0, "Share of a GPU; 0: on the CPU. The actor gets the larger of this and the depth's.", ge=0

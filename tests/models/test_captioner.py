@@ -7,12 +7,11 @@ import shutil
 
 import numpy as np
 import pytest
+from vision_networks import WORDS, make_blip, make_llava
 
 from ex4d import hub
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import captioner
-
-WORDS = ["a", "an", "the", "man", "woman", "dog", "room", "walks", "sits", "red", "blue", "box", "ball", "in", "on"]
 
 
 @pytest.fixture(scope="module")
@@ -20,27 +19,29 @@ def blip(tmp_path_factory):
     return make_blip(tmp_path_factory.mktemp("blip"))
 
 
-def make_blip(folder):
-    """Write a BLIP of about 40,000 parameters with its tokenizer and image processor; return its folder."""
-    import torch
-    from transformers import BertTokenizerFast, BlipConfig, BlipForConditionalGeneration, BlipImageProcessorPil
+@pytest.fixture(scope="module")
+def llava(tmp_path_factory):
+    return make_llava(tmp_path_factory.mktemp("llava"))
 
-    vocabulary = ["[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]", "[DEC]", *WORDS]
-    (folder / "vocab.txt").write_text("\n".join(vocabulary) + "\n")
-    BertTokenizerFast(str(folder / "vocab.txt")).save_pretrained(folder)
-    shape = {"hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
-    ids = {"bos_token_id": 5, "pad_token_id": 0, "eos_token_id": 3, "sep_token_id": 3}
-    text = {**shape, **ids, "vocab_size": len(vocabulary), "encoder_hidden_size": 32, "max_position_embeddings": 64}
-    vision = {**shape, "image_size": 32, "patch_size": 8}
-    torch.manual_seed(0)
-    config = BlipConfig(text_config=text, vision_config=vision, projection_dim=16)
-    model = BlipForConditionalGeneration(config)
-    for parameter in model.parameters():
-        if parameter.ndim > 1:
-            torch.nn.init.normal_(parameter, std=0.4)
-    model.save_pretrained(folder)
-    BlipImageProcessorPil(size={"height": 32, "width": 32}).save_pretrained(folder)
-    return folder
+
+def test_a_chat_model_is_shown_frames_of_the_whole_clip_and_asked(llava, tmp_path):
+    rng = np.random.default_rng(0)
+    clips = rng.integers(0, 255, (4, 9, 48, 64, 3), dtype=np.uint8)
+    found = [captioner.caption(clip, str(llava), max_new_tokens=6) for clip in clips]
+    assert found == [captioner.caption(clip.copy(), str(llava), max_new_tokens=6) for clip in clips]
+    assert len({text for text, _ in found}) > 1
+    assert set(" ".join(text for text, _ in found).split()) <= set(WORDS)
+    assert found[0][1]["weights_sha256"] == hub.fingerprint([llava], ("*.safetensors",))
+    ends = clips[0].copy()
+    ends[-2:] = 255 - ends[-2:]  # the last of the frames that are shown, and not the middle one
+    assert len({captioner.caption(clip, str(llava), max_new_tokens=30)[0] for clip in (clips[0], ends)}) == 2
+    asked = captioner.caption(clips[0], str(llava), prompt="the red ball", max_new_tokens=6)[0]
+    assert asked != found[0][0]
+    mute = tmp_path / "mute"
+    shutil.copytree(llava, mute)
+    (mute / "chat_template.jinja").unlink()
+    with pytest.raises(ConfigError, match="has no chat template"):
+        captioner.caption(clips[0], str(mute))
 
 
 def test_equal_frames_get_equal_words_that_depend_on_the_picture(blip):

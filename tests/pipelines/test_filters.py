@@ -10,8 +10,9 @@ import numpy as np
 import pyarrow.parquet as pq
 import pytest
 from small_corpus import inline
+from vision_networks import WORDS, make_llava
 
-from ex4d import video
+from ex4d import hub, video
 from ex4d.data import sample
 from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
@@ -142,24 +143,24 @@ def test_scores_are_the_same_on_ray(config, tmp_path, ray_local):
     assert tables[0] == tables[1]
 
 
-def test_captions_come_from_files_first_and_else_from_a_captioner(config, corpus, tmp_path, monkeypatch):
-    from ex4d.models import captioner
-
+def test_captions_come_from_files_first_and_else_from_a_vision_language_model(config, corpus, tmp_path):
     folder = tmp_path / "in"
     folder.mkdir()
     for number, path in enumerate(sorted(corpus.glob("*.mp4"))[:2]):
         for suffix in (".mp4", ".depth.npz", *([".txt"] if number else [])):
             (folder / f"{path.stem}{suffix}").write_bytes(path.with_suffix(suffix).read_bytes())
-    weights = tmp_path / "blip"
-    weights.mkdir()
-    (weights / "config.json").write_text('{"model_type": "blip"}')
-    made = ("a made caption", {"model": "blip", "revision": "", "weights_sha256": "0" * 64})
-    monkeypatch.setattr(captioner, "caption", lambda frames, *choices: made)
-    one = replace(config, input=str(folder), clips_per_shot=1, captioner=CaptionerConfig(model=str(weights)))
+    (tmp_path / "llava").mkdir()
+    weights = make_llava(tmp_path / "llava")
+    captioner = CaptionerConfig(model=str(weights), max_new_tokens=8)
+    one = replace(config, input=str(folder), clips_per_shot=1, captioner=captioner)
     assert inline(one).counts["samples"] == 2
     found = {sample.caption: sample.provenance["caption"] for sample in samples(one)}
-    assert found["a made caption"] == {"source": "model", **made[1]}
-    (theirs,) = [facts for text, facts in found.items() if text != "a made caption"]
+    (made,) = [text for text, facts in found.items() if facts["source"] == "model"]
+    assert made
+    assert set(made.split()) <= set(WORDS)
+    digest = hub.fingerprint([weights], ("*.safetensors",))
+    assert found[made] == {"source": "model", "model": "llava", "revision": "", "weights_sha256": digest}
+    (theirs,) = [facts for text, facts in found.items() if text != made]
     assert theirs == {"source": "sidecar", "model": "", "revision": "", "weights_sha256": ""}
     assert str(tmp_path) not in json.dumps(preprocess.settings.sample_settings(one))
     with pytest.raises(ConfigError, match=r"preprocess\.captioner\.model"):

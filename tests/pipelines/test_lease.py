@@ -62,11 +62,15 @@ def test_of_two_that_find_a_dead_lease_one_gets_it(store):
 
 
 def test_a_run_whose_lease_was_taken_over_stops_and_leaves_it_to_the_other(store):
-    with pytest.raises(ContractError, match="another run took it over"), exclusive(OUTPUT):
-        storage.remove(URL)
-        lease.Lease(OUTPUT).take()
-        time.sleep(10)
-        raise AssertionError
+    def run():
+        with exclusive(OUTPUT):
+            storage.remove(URL)
+            lease.Lease(OUTPUT).take()
+            time.sleep(10)
+            raise AssertionError
+
+    with pytest.raises(ContractError, match="another run took it over"):
+        run()
     assert storage.exists(URL)
 
 
