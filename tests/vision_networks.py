@@ -89,6 +89,26 @@ def make_llava(folder):
     return folder
 
 
+def make_clip(folder: Path) -> Path:
+    """Write a CLIP of pictures of 32 px with its processor; return its folder."""
+    import torch
+    from tokenizers import Tokenizer, models, pre_tokenizers
+    from transformers import CLIPConfig, CLIPImageProcessorPil, CLIPModel, CLIPProcessor, PreTrainedTokenizerFast
+
+    words = {word: number for number, word in enumerate(["<pad>", "<s>", "</s>", "<unk>", *WORDS])}
+    tokenizer = Tokenizer(models.WordLevel(words, unk_token="<unk>"))
+    tokenizer.pre_tokenizer = pre_tokenizers.Whitespace()
+    special = {"pad_token": "<pad>", "bos_token": "<s>", "eos_token": "</s>", "unk_token": "<unk>"}
+    pictures = CLIPImageProcessorPil(size={"height": 32, "width": 32}, crop_size={"height": 32, "width": 32})
+    CLIPProcessor(pictures, PreTrainedTokenizerFast(tokenizer_object=tokenizer, **special)).save_pretrained(folder)
+    shape = {**SHAPE, "intermediate_size": 48, "projection_dim": 16}
+    text = {**shape, "vocab_size": len(words), "eos_token_id": 2, "bos_token_id": 1, "pad_token_id": 0}
+    torch.manual_seed(0)
+    model = CLIPModel(CLIPConfig(text_config=text, vision_config={**shape, "image_size": 32, "patch_size": 8}))
+    model.save_pretrained(folder)
+    return folder
+
+
 def _write(folder: Path, model) -> Path:
     import torch
 

@@ -3,11 +3,12 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import MISSING, dataclass
 
 from ex4d.config import checked, setting
 from ex4d.errors import Filtered
 from ex4d.quality import SCORES
+from ex4d.quality.own import OWN
 
 
 @dataclass(frozen=True)
@@ -63,12 +64,30 @@ class FilterConfig:
         checked(self, "preprocess.filters")
 
 
-def decide(scores: Mapping[str, float], filters: FilterConfig) -> None:
+@dataclass(frozen=True)
+class ScorerConfig:
+    """A score of your own and its thresholds: docs/how-to/own-score.md. It runs in the actor of the depth stage."""
+
+    file: str = setting(
+        MISSING, "Python file with `score(model, frames, fps)` and `load(weights, device)`.", not_empty=True
+    )
+    weights: str | None = setting(None, "What `load` gets: a file, a folder or an id; null: None.")
+    min: float | None = setting(None, "Drop clips whose score is lower; null: off.")
+    max: float | None = setting(None, "Drop clips whose score is higher; null: off.")
+    num_gpus: float = setting(
+        0.0, "Share of a GPU; 0: on the CPU. The actor gets the largest of this, the depth's and the captioner's.", ge=0
+    )
+
+    def __post_init__(self) -> None:
+        checked(self, "preprocess.scorer")
+
+
+def decide(scores: Mapping[str, float], filters: FilterConfig, scorer: ScorerConfig | None = None) -> None:
     """Raise Filtered with the name of the first score that misses its threshold, if any."""
-    for name in SCORES:
+    for name in (*SCORES, OWN):
         score = scores.get(name)
-        low: float | None = getattr(filters, f"min_{name}", None)
-        high: float | None = getattr(filters, f"max_{name}", None)
+        limits = (getattr(filters, f"min_{name}", None), getattr(filters, f"max_{name}", None))
+        low, high = (scorer.min, scorer.max) if name == OWN and scorer is not None else limits
         if score is not None and low is not None and score < low:
             raise Filtered(name, score, low)
         if score is not None and high is not None and score > high:

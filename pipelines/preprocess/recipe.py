@@ -16,6 +16,7 @@ from pipelines.preprocess.stages import (
     depth,
     identify,
     masks,
+    own_score,
     pair,
     probe,
     qc,
@@ -76,15 +77,20 @@ class Stages:
 def stages_of(config: PreprocessConfig) -> Stages:
     """Return the stages with the resources that the configuration gives them.
 
-    Depth and captions run in the actors of the GPU, everything else as tasks on the CPUs: a clip's frames travel to the
-    actor and on from it, through Ray's object store. Several actors share a GPU (`depth_num_gpus` 0.25: four).
+    Depth, captions and a score of one's own run in the actors of the GPU, everything else as tasks on the CPUs: a
+    clip's frames travel to the actor and on from it, through Ray's object store. Several actors share a GPU
+    (`depth_num_gpus` 0.25: four).
     """
     plain = Stages()
     is_pair = "source" in config.members
     of_video, clip = (plain.find_shots_pair, plain.clip_pair) if is_pair else (plain.find_shots, plain.clip)
+    if config.scorer is not None:
+        before = clip.index(score.FILTER) + 1
+        clip = (*clip[:before], own_score.STAGE, *clip[before:])
     on_gpu = {"depth_facts", "caption_facts"}
-    share = max(config.depth_num_gpus, config.captioner.num_gpus if config.captioner else 0.0)
-    gpus = [share if on_gpu & set(stage.writes) else 0.0 for stage in clip]
+    chosen = (config.captioner, config.scorer)
+    share = max(config.depth_num_gpus, *(one.num_gpus for one in chosen if one is not None), 0.0)
+    gpus = [share if on_gpu & set(stage.writes) or stage is own_score.STAGE else 0.0 for stage in clip]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
         hash=_fetching(plain.hash),

@@ -12,7 +12,7 @@ from ex4d.depth import AUTO, CHOICES, FOREIGN
 from ex4d.geometry.camera import fov_setting
 from ex4d.geometry.masks import MaskConfig
 from ex4d.video.pictures import MAX_FPS
-from pipelines.preprocess.filters import FilterConfig
+from pipelines.preprocess.filters import FilterConfig, ScorerConfig
 
 METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose depth has a unit that cameras can share
 # Packages whose version may change a sample's bytes.
@@ -113,6 +113,7 @@ class PreprocessConfig:
     min_shot_s: float = setting(0.0, "Skip shots shorter than this many seconds.", ge=0)
     crop_bars: bool = setting(True, "Crop black bars before resizing.")
     filters: FilterConfig = setting(FilterConfig(), "Thresholds on scores that decide which clips are kept.")
+    scorer: ScorerConfig | None = setting(None, "A score of your own that filters clips before depth; null: none.")
     captioner: CaptionerConfig | None = setting(None, "Network that describes clips without a caption; null: none.")
 
     depth_python: str | None = setting(
@@ -286,7 +287,16 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
 
         colmap.check()
         chosen |= installed_versions((colmap.PACKAGE,))
+    if config.scorer is not None and not config.score_only:
+        chosen["scorer"] = _scorer(config.scorer.file, config.scorer.weights)
     return chosen
+
+
+@cache
+def _scorer(file: str, weights: str | None) -> str:
+    from ex4d.quality import own
+
+    return own.identity(file, weights)
 
 
 @cache
@@ -341,4 +351,8 @@ def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
         "shard_size_mb",
     )
     everything = to_dict(config)
-    return sample_settings(config) | {name: everything[name] for name in names}
+    scorer = {"scorer": everything["scorer"]} if config.scorer is not None else {}
+    made = sample_settings(config)
+    if scorer:  # its thresholds, and what it is known by; no path of this machine
+        scorer["scorer"] = {**{name: scorer["scorer"][name] for name in ("min", "max")}, "identity": made["scorer"]}
+    return made | {name: everything[name] for name in names} | scorer

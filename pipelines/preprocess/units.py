@@ -21,7 +21,7 @@ from pipelines import inputs
 from pipelines.preprocess import clips, pairs, settings
 from pipelines.preprocess.filters import decide
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.preprocess.stages import pair
+from pipelines.preprocess.stages import own_score, pair
 from pipelines.preprocess.tables import pack_rows
 from pipelines.runtime.known import Known, take
 from pipelines.runtime.ledger import superseded
@@ -201,9 +201,10 @@ def load(known: Any, rows: Sequence[Row]) -> None:
 def judged(row: Row, scores: dict[str, float], config: PreprocessConfig) -> dict[str, Any] | None:
     """Return the rejection of a clip with these scores under today's thresholds."""
     try:
-        decide(scores, config.filters)
+        decide(scores, config.filters, config.scorer)
     except Filtered as error:
-        return refuse(row, SCORES[error.reason].stage, error)["refusal"]
+        stage = SCORES[error.reason].stage if error.reason in SCORES else own_score.STAGE.name
+        return refuse(row, stage, error)["refusal"]
     return None
 
 
