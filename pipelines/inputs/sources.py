@@ -9,6 +9,8 @@ import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
+from itertools import groupby, islice
+from operator import itemgetter
 from typing import Any
 from urllib.parse import unquote
 
@@ -19,6 +21,7 @@ from pipelines.inputs.rows import Entry, Span
 from pipelines.inputs.tables import without_query
 from pipelines.runtime.scratch import scratch
 
+CHUNK = 5000  # entries that are written at a time
 SIDECAR_SUFFIXES = (".camera.json", ".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
 
 DEPTH = "by its name, it shows the depth of the video beside it; depth_path reads a grey one as depth"
@@ -103,7 +106,7 @@ class Found:
         execute("CREATE TABLE entry (number INTEGER PRIMARY KEY, path BLOB, span TEXT, reason TEXT, message TEXT)")
         execute(
             "CREATE TABLE file (path BLOB PRIMARY KEY, root BLOB, is_good INTEGER, is_named INTEGER, is_video INTEGER, "
-            "is_depth INTEGER DEFAULT 0, name TEXT, place BLOB) WITHOUT ROWID"
+            "is_depth INTEGER DEFAULT 0, name TEXT, place BLOB, stem BLOB) WITHOUT ROWID"
         )
         self._roots: set[str] = set()
         self._add(entries)
@@ -112,22 +115,16 @@ class Found:
     def _add(self, entries: Iterable[Entry]) -> None:
         add_entry = "INSERT INTO entry (path, span, reason, message) VALUES (?, ?, ?, ?)"
         add_file = (
-            "INSERT INTO file (path, root, is_good, is_named, is_video, place) VALUES (?, ?, ?, ?, ?, ?) "
+            "INSERT INTO file (path, root, is_good, is_named, is_video, place, stem) VALUES (?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET root = excluded.root, is_good = is_good OR excluded.is_good, "
             "is_video = is_video OR excluded.is_video"
         )
-        execute = self._scratch.execute
-        for entry in entries:
-            path = _key(entry.path)
-            is_good, is_named = not entry.reason, not entry.reason or entry.is_place
-            if is_named:
-                self._roots.add(entry.root)
-            if entry.span is not None or not is_good:
-                span = None if entry.span is None else json.dumps(_values(entry.span))
-                execute(add_entry, (path, span, entry.reason, entry.message))
-            place = _key(_place(entry.path))
-            facts = (_key(entry.root), is_good, is_named, is_good and may_be_video(entry.path), place)
-            execute(add_file, (path, *facts))
+        rest = iter(entries)
+        while some := list(islice(rest, CHUNK)):
+            self._roots |= {entry.root for entry in some if not entry.reason or entry.is_place}
+            self._scratch.executemany(add_file, map(_file, some))
+            told = (entry for entry in some if entry.span is not None or entry.reason)
+            self._scratch.executemany(add_entry, map(_entry, told))
 
     def _name(self) -> None:
         """Give each file a unique name relative to the deepest folder above all roots."""
@@ -160,31 +157,40 @@ class Found:
         execute = self._scratch.execute
         execute("CREATE INDEX file_place ON file (place, path) WHERE is_video")
         execute("CREATE INDEX entry_path ON entry (path, number)")
-        self._scratch.create_function("stem_of", 1, lambda place: place.rpartition(b"/")[2], deterministic=True)
-        execute("CREATE INDEX file_stem ON file (stem_of(place), path) WHERE is_video")
+        execute("CREATE INDEX file_stem ON file (stem, path) WHERE is_video")
         videos = (_text(key) for (key,) in execute("SELECT path FROM file WHERE is_video"))
         depth = [(_key(path),) for path in videos if self._belongs(path, places.PICTURES)]
         self._scratch.executemany("UPDATE file SET is_depth = 1 WHERE path = ?", depth)
         return heapq.merge(self._files(), self._refused(), key=lambda source: source.name)
 
     def _files(self) -> Iterator[Source]:
-        query = "SELECT path, name, root, place, is_video, is_depth FROM file WHERE is_good ORDER BY name"
-        spans = "SELECT span FROM entry WHERE path = ? AND span IS NOT NULL ORDER BY number"
-        twins = "SELECT name FROM file WHERE is_video AND place = ? AND NOT is_depth ORDER BY path LIMIT 2"
-        stems = "SELECT name FROM file WHERE is_video AND stem_of(place) = ? AND NOT is_depth ORDER BY path LIMIT 2"
-        has_spans = self._scratch.execute("SELECT 1 FROM entry WHERE span IS NOT NULL LIMIT 1").fetchone() is not None
-        for key, name, root, place, is_video, is_depth in self._scratch.execute(query):
+        shared = {}  # what several videos are called; only there a twin is looked for
+        for column in ("place", "stem"):
+            shared[column] = f"SELECT {column} FROM file WHERE is_video GROUP BY {column} HAVING COUNT(*) > 1"
+        query = (
+            f"SELECT file.path, name, root, place, stem, is_video, is_depth, place IN ({shared['place']}), "
+            f"stem IN ({shared['stem']}), span FROM file LEFT JOIN entry ON entry.path = file.path AND "
+            "span IS NOT NULL WHERE is_good ORDER BY name, file.path, entry.number"
+        )
+        for _, rows in groupby(self._scratch.execute(query), key=itemgetter(0)):
+            first, *others = rows
+            key, name, root, place, stem, is_video, is_depth, has_twin, has_namesake, span = first
             path = _text(key)
             if not is_video and self._belongs(path, SIDECAR_SUFFIXES):
                 continue
-            same = (self._scratch.execute(twins, (place,)), self._scratch.execute(stems, (place.rpartition(b"/")[2],)))
-            twin, namesake = (next((other for (other,) in found if other != name), "") for found in same)
+            twin = self._other("place", place, name) if has_twin or not is_video else ""
+            namesake = self._other("stem", stem, name) if has_namesake or not is_video else ""
             if not is_video or is_depth:
                 yield Source(path, name, (), twin, namesake, "not_a_video", DEPTH if is_depth else "by its name")
                 continue
-            texts = self._scratch.execute(spans, (key,)) if has_spans else ()
-            found = dict.fromkeys(Span(*json.loads(text)) for (text,) in texts)
+            texts = [span, *(row[-1] for row in others)] if span is not None else []
+            found = dict.fromkeys(Span(*json.loads(text)) for text in texts)
             yield Source(path, name, tuple(found), twin, namesake, root=_text(root))
+
+    def _other(self, column: str, value: bytes, name: str) -> str:
+        """Return the first video that shares a place or a stem with the file of a name, "" for none."""
+        query = f"SELECT name FROM file WHERE is_video AND {column} = ? AND NOT is_depth ORDER BY path LIMIT 2"
+        return next((other for (other,) in self._scratch.execute(query, (value,)) if other != name), "")
 
     def _refused(self) -> Iterator[Source]:
         query = (
@@ -203,6 +209,17 @@ class Found:
                     if place == owner or without_query(_text(key)) == owner:
                         return True
         return False
+
+
+def _file(entry: Entry) -> tuple[Any, ...]:
+    is_good, place = not entry.reason, _key(_place(entry.path))
+    facts = (_key(entry.root), is_good, is_good or entry.is_place, is_good and may_be_video(entry.path))
+    return _key(entry.path), *facts, place, place.rpartition(b"/")[2]
+
+
+def _entry(entry: Entry) -> tuple[Any, ...]:
+    span = None if entry.span is None else json.dumps(_values(entry.span))
+    return _key(entry.path), span, entry.reason, entry.message
 
 
 def _key(path: str) -> bytes:

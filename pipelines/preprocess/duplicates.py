@@ -93,16 +93,22 @@ class Identity:
         self._values, self._seen = bytearray(), array("B")
         self._others: list[tuple[str, str, list[str]]] = []
 
-    def add(self, sha256: str, record: Mapping[str, Any], other_sha256: str = "") -> None:
-        """Add a video: its record, and the sha256 of the other camera's video, "" for none."""
-        hashes, info = record["hashes"], record["info"]
+    def add(
+        self,
+        sha256: str,
+        hashes: Sequence[str],
+        size: Sequence[int],
+        duration_s: float,
+        other: tuple[str, list[str]] | None = None,
+    ) -> None:
+        """Add a video. Args: hashes: `sampled`. size: [H, W]. other: sha256 and hashes of the other camera's video."""
         self._names += bytes.fromhex(sha256)
-        self._pixels.append(info["size"][0] * info["size"][1])
-        self._duration_s.append(info["duration_s"])
+        self._pixels.append(size[0] * size[1])
+        self._duration_s.append(duration_s)
         self._values += bytes.fromhex("".join(text or FLAT for text in hashes))
         self._seen.extend(map(bool, hashes))
-        if other_sha256:
-            self._others.append((sha256, other_sha256, record["other"]["hashes"]))
+        if other is not None:
+            self._others.append((sha256, *other))
 
     def decide(self, how: str) -> tuple[dict[str, str], dict[str, str]]:
         """Return ({sha256: its group, which goes to one split}, {sha256: the one that is taken in its place}).

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 from collections import Counter
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -44,7 +45,7 @@ class Job:
     retry: frozenset[str]
     counts: Counter[str] = field(default_factory=Counter)
     rejects: Rejects = field(default_factory=Rejects)
-    tables: Tables = field(default_factory=Tables)
+    tables: Tables = field(init=False)
     problems: list[str] = field(default_factory=list)
     superseded: list[str] = field(default_factory=list)
     retried: dict[str, tuple[str, str]] = field(default_factory=dict)
@@ -52,6 +53,7 @@ class Job:
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.config.output)
+        self.tables = Tables(self.ledger.database)
         self.digests = settings.video_fingerprints(self.config)
 
     def work(self, sources: inputs.Sources) -> None:
@@ -121,7 +123,8 @@ class Job:
 
     def _without_record(self) -> Iterator[Row]:
         """Yield the videos without a record, after removing the rejections that are to be retried."""
-        videos = self.tables.videos()
+        known = len(self.ledger.records) and self.digests[: 1 if self.retry else 2]
+        videos = self.tables.without_record(known) if known else self.tables.videos()
         while rows := list(islice(videos, CHUNK)):
             units.load(self.ledger, rows)
             for row in rows:
@@ -138,10 +141,9 @@ class Job:
     def _decide(self) -> None:
         """Decide across all videos which are near duplicates: they share a split, or one is taken for all."""
         identity = duplicates.Identity()
-        for row in self.tables.videos():
-            record: Any = self.ledger.get(units.finished(self.ledger, row))
-            if record["refusal"] is None:
-                identity.add(row["sha256"], record, row.get("other_sha256", ""))
+        for sha256, other_sha256, facts in self.tables.identities(self.digests[0]):
+            *seen, other_hashes = json.loads(facts)
+            identity.add(sha256, *seen, (other_sha256, other_hashes) if other_sha256 else None)
         self.tables.decide(*identity.decide(self.config.near_duplicates))
 
     # ------------------------------------------------------------ clips

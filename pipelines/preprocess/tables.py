@@ -3,17 +3,17 @@
 from __future__ import annotations
 
 import json
+import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
-from pipelines.runtime.scratch import scratch
 from pipelines.runtime.stage import Row
 
 UNIT_VIDEOS = 2000  # of a unit at most, where content hashes are spread evenly
 HEX = "0123456789abcdef"
 _TABLES = (
-    "video (content TEXT, name TEXT, sha256 TEXT, body TEXT, PRIMARY KEY (content, name)) WITHOUT ROWID",
+    "video (content TEXT, name TEXT, sha256 TEXT, pair INTEGER, body TEXT, PRIMARY KEY (content, name)) WITHOUT ROWID",
     "staged (split TEXT, key TEXT, artifact TEXT, size INTEGER, sha256 BLOB, PRIMARY KEY (split, key)) WITHOUT ROWID",
     "decided (sha256 TEXT PRIMARY KEY, source_group TEXT, stand_in TEXT) WITHOUT ROWID",
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
@@ -37,10 +37,14 @@ class Clip(NamedTuple):
 
 
 class Tables:
-    """The videos, clips and rejects of one run."""
+    """The videos, clips and rejects of one run.
 
-    def __init__(self) -> None:
-        self._scratch = scratch()
+    Args:
+        database: of the ledger, whose table `record` is joined.
+    """
+
+    def __init__(self, database: sqlite3.Connection):
+        self._scratch = database
         for table in _TABLES:
             self._scratch.execute(f"CREATE TABLE {table}")
 
@@ -48,8 +52,8 @@ class Tables:
 
     def add_video(self, row: Row) -> None:
         """Add a video that was hashed; it has a `content`."""
-        values = (row["content"], row["name"], row["sha256"], json.dumps(row))
-        self._scratch.execute("INSERT INTO video VALUES (?, ?, ?, ?)", values)
+        values = (row["content"], row["name"], row["sha256"], "other_sha256" in row, json.dumps(row))
+        self._scratch.execute("INSERT INTO video VALUES (?, ?, ?, ?, ?)", values)
 
     def duplicates(self) -> Iterator[tuple[Row, str]]:
         """Yield each video whose content came under another name before, with that name."""
@@ -63,18 +67,44 @@ class Tables:
         """Yield the first video of each content that begins with a prefix, in the order of the contents."""
         return (json.loads(body) for body, *_ in self._firsts(prefix))
 
+    def without_record(self, digests: Sequence[str]) -> Iterator[Row]:
+        """Yield the videos, as `videos`, that have no record with one of these digests in its name."""
+        lacks = " AND ".join(
+            "NOT EXISTS (SELECT 1 FROM record WHERE name = 'videos/' || content || ?)" for _ in digests
+        )
+        suffixes = [f".{digest}.json" for digest in digests]
+        return (json.loads(body) for body, *_ in self._firsts("", f"AND {lacks}", suffixes))
+
+    def identities(self, digest: str) -> Iterator[tuple[str, str, str]]:
+        """Yield (sha256, other_sha256, facts) of each video with a record: facts: hashes, size, duration_s, and the
+        hashes of the other camera's video, as JSON has them.
+        """
+        query = (
+            "SELECT content, sha256, iif(pair, json_extract(video.body, '$.other_sha256'), ''), "
+            "json_extract(record.body, '$.hashes', '$.info.size', '$.info.duration_s', '$.other.hashes') "
+            "FROM video JOIN record ON record.name = 'videos/' || content || ? "
+            "WHERE json_extract(record.body, '$.refusal') IS NULL ORDER BY content, video.name"
+        )
+        last = None
+        for content, *found in self._scratch.execute(query, (f".{digest}.json",)):
+            if content != last:
+                yield tuple(found)
+            last = content
+
     def unit(self, prefix: str) -> bytes:
         """Return the videos of a unit as JSON: [row, its group, the name of the video in its place]; None: its own."""
         parts = [f"[{body},{json.dumps(group)},{json.dumps(name)}]" for body, group, name in self._firsts(prefix)]
         return f"[{','.join(parts)}]".encode()
 
-    def _firsts(self, prefix: str) -> Iterator[tuple[str, str | None, str | None]]:
+    def _firsts(
+        self, prefix: str, more: str = "", values: Sequence[str] = ()
+    ) -> Iterator[tuple[str, str | None, str | None]]:
         query = (
             "SELECT content, body, source_group, stand_in FROM video LEFT JOIN decided USING (sha256) "
-            "WHERE content BETWEEN ? AND ? ORDER BY content, name"
+            f"WHERE content BETWEEN ? AND ? {more} ORDER BY content, name"
         )
         last = None
-        for content, body, group, stand_in in self._scratch.execute(query, (prefix, f"{prefix}g")):
+        for content, body, group, stand_in in self._scratch.execute(query, (prefix, f"{prefix}g", *values)):
             if content != last:
                 yield body, group, stand_in
             last = content

@@ -70,7 +70,8 @@ class Ledger:
         self.output = output
 
     @cached_property
-    def _scratch(self) -> sqlite3.Connection:
+    def database(self) -> sqlite3.Connection:
+        """The scratch database, with the tables `file` and, once `records` were asked for, `record`."""
         connection = scratch()
         connection.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER, is_here INTEGER) WITHOUT ROWID")
         return connection
@@ -78,7 +79,7 @@ class Ledger:
     @cached_property
     def records(self) -> Records:
         """The records in parts; of files of their own, those that `take` has read."""
-        database, folder, damaged = self._scratch, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
+        database, folder, damaged = self.database, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
         records = Records(database, folder, damaged)
         digits = sum(len(records) > many for many in MANY)
         prefixes = ["".join(letters) for letters in product(LETTERS, repeat=digits)]
@@ -92,7 +93,7 @@ class Ledger:
     def names(self) -> set[str]:
         """Return the names of everything that is done, e.g. `clips/KEY.FP.tar`."""
         records = {name for name in self.records if name.partition("/")[0] in FOLDERS and not name.endswith(".tar")}
-        return records | {name for (name,) in self._scratch.execute("SELECT name FROM file")}
+        return records | {name for (name,) in self.database.execute("SELECT name FROM file")}
 
     def __contains__(self, name: str) -> bool:
         """Return True where an artifact is done; a sample is where its file is."""
@@ -101,7 +102,7 @@ class Ledger:
     def size(self, name: str) -> int | None:
         """Return the bytes of an artifact that is a file of its own, None where it is none."""
         self.records  # noqa: B018 (with them come the files)
-        found = self._scratch.execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
+        found = self.database.execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
         return None if found is None else int(found[0])
 
     def url(self, name: str) -> str:
@@ -116,7 +117,7 @@ class Ledger:
     def finished(self, name: str, record: Mapping[str, Any]) -> None:
         """Note on the driver that a worker has written a sample."""
         self.records.add(name, record)
-        self._scratch.execute("INSERT OR REPLACE INTO file VALUES (?, ?, 1)", (name, record["size"]))
+        self.database.execute("INSERT OR REPLACE INTO file VALUES (?, ?, 1)", (name, record["size"]))
 
     def has_record(self, name: str) -> bool:
         """Return True where there is a record."""
@@ -140,7 +141,7 @@ class Ledger:
         sizes: dict[str, int] = {}
         for folder in FOLDERS:
             first = f"{folder}/{prefix}"
-            found = self._scratch.execute(
+            found = self.database.execute(
                 "SELECT name, size FROM file WHERE name BETWEEN ? AND ?", (first, first + LAST)
             )
             sizes.update(found.fetchall())
@@ -167,7 +168,7 @@ class Ledger:
         """Delete an artifact; the next run makes it again."""
         if self.size(name) is not None:
             storage.remove(self.url(name))
-            self._scratch.execute("DELETE FROM file WHERE name = ?", (name,))
+            self.database.execute("DELETE FROM file WHERE name = ?", (name,))
         if name in self.records:
             self.records.forget(name)
 

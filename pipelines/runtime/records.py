@@ -114,10 +114,9 @@ class Records:
         """Put the lines of a part into the scratch database; set the part aside where one is damaged."""
         lines = blob.splitlines(keepends=True)
         good = [_parsed(line) for line in lines]
-        self._scratch.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", (pair for pair in good if pair))
-        self._scratch.executemany(
-            "DELETE FROM record WHERE name = ?", ((pair[0],) for pair in good if pair and pair[1] == "null")
-        )
+        self._scratch.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", filter(None, good))
+        forgotten = [(pair[0],) for pair in good if pair and pair[1] == "null"]
+        self._scratch.executemany("DELETE FROM record WHERE name = ?", forgotten)
         if None in good:
             url, place = storage.join(self.folder, part), storage.join(self.damaged, part)
             numbers = [number for number, pair in enumerate(good, 1) if pair is None]
@@ -166,8 +165,8 @@ def _line(name: str, text: str) -> bytes:
 
 def _parsed(line: bytes) -> tuple[str, str] | None:
     """Return (name, JSON) of a line, None where it is damaged."""
-    crc, _, rest = line.rstrip(b"\n").partition(b" ")
-    if not line.endswith(b"\n") or crc != b"%08x" % zlib.crc32(rest):
+    rest = line[9:-1]
+    if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(rest):
         return None
     name, _, text = rest.decode().partition(" ")
     return name, text

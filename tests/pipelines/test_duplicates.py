@@ -157,7 +157,7 @@ def test_of_a_group_the_largest_then_the_longest_is_taken():
     identity = duplicates.Identity()
     for name, height, duration_s in (("d", 8, 1.0), ("b", 64, 2.0), ("c", 64, 3.0), ("a", 32, 9.0), ("e", 64, 3.0)):
         look = hashes if name != "d" else hashes[::-1]
-        identity.add(name * 64, {"hashes": look, "info": {"size": [height, 64], "duration_s": duration_s}})
+        identity.add(name * 64, look, [height, 64], duration_s)
     near = {name * 64: "a" * 64 for name in "bce"}
     assert identity.decide("group") == (near, {})
     assert identity.decide("filter") == (near, {name * 64: "c" * 64 for name in "abe"})

@@ -11,6 +11,7 @@ from ex4d.data.verify import verify
 from pipelines.inputs import Entry, Source, Sources, Span
 from pipelines.inputs.sources import Found
 from pipelines.preprocess import tables
+from pipelines.runtime.scratch import scratch
 
 
 @pytest.mark.parametrize("keep_staging", ["all", "current"])
@@ -25,7 +26,7 @@ def test_units_of_any_size_give_the_same_dataset(config, tmp_path, monkeypatch, 
 
 
 def test_units_hold_each_content_once_under_its_first_name():
-    table = tables.Tables()
+    table = tables.Tables(scratch())
     contents = [f"{random.Random(number).getrandbits(256):064x}" for number in range(300)]
     for number, content in enumerate([*contents, *contents[:50]]):
         table.add_video(
