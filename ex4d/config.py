@@ -262,6 +262,8 @@ class Digest:
 
 
 def _plain_json(part: Any) -> str:
+    if isinstance(part, str):  # the same text as below, by an encoder that is made once
+        return json.dumps(part)
     plain = to_dict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
 

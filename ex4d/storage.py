@@ -19,7 +19,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path, PurePosixPath
 from typing import IO, Any
-from urllib.parse import unquote, urlsplit
+from urllib.parse import unquote
 
 import fsspec
 
@@ -60,9 +60,7 @@ def check_url(url: str) -> None:
     shown = remote.redacted(url)
     if scheme not in SCHEMES:
         raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
-    try:
-        urlsplit(url).port  # noqa: B018 (reading it parses it)
-    except ValueError:
+    if not web.has_host(f"{scheme}://{rest.partition('/')[0]}"):
         raise ConfigError("url", shown, "no valid URL: its host or port cannot be read") from None
     if "::" in rest or "://" in rest.partition("?")[0]:
         raise ConfigError("url", shown, "one scheme, not a chain of them")

@@ -14,6 +14,7 @@ from collections.abc import Awaitable, Callable, Iterator
 from contextlib import contextmanager
 from contextvars import ContextVar
 from dataclasses import dataclass, replace
+from functools import lru_cache
 from typing import TYPE_CHECKING, Any, Literal
 from urllib.parse import urlsplit
 
@@ -21,6 +22,16 @@ if TYPE_CHECKING:
     import aiohttp
 
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # its last 32 bits are an IPv4 address
+
+
+@lru_cache(maxsize=1024)  # a list of a million URLs names few hosts
+def has_host(url: str) -> bool:
+    """Return True where the host and port of a URL can be read."""
+    try:
+        urlsplit(url).port  # noqa: B018 (reading it parses it)
+    except ValueError:
+        return False
+    return True
 
 
 class PrivateHost(OSError):

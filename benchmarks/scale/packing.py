@@ -16,8 +16,10 @@ import signal
 import subprocess
 import sys
 import tempfile
+import threading
 import time
 from collections.abc import Iterator
+from contextlib import contextmanager, suppress
 from pathlib import Path
 from typing import Any
 
@@ -52,8 +54,8 @@ def make(folder: Path, count: int, size: int) -> None:
     (folder / "samples.json").write_text(json.dumps(sizes))
 
 
-def pack(samples: Path, output: str, workers: int) -> dict[str, Any]:
-    """Pack the samples with so many workers; return seconds, and how many shards were built."""
+def pack(samples: Path, output: str, workers: int, keep_staging: str) -> dict[str, Any]:
+    """Pack the samples with so many workers; return seconds, how many shards were built, and the peak on the disk."""
     from ex4d.data import shards
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.preprocess.stages.commit import BUILD_SHARD
@@ -63,18 +65,46 @@ def pack(samples: Path, output: str, workers: int) -> dict[str, Any]:
     items, built = staged(samples), []
     counts = {"videos_in": len(items), "videos_split": len(items), "clips_planned": len(items)}
     facts = {"sample": {"num_frames": 49, "size": [512, 512]}, "counts": counts}
-    with runner("ray", RayConfig(), workers) as execute:
+    config = PreprocessConfig(output=output, keep_staging=keep_staging)
+    with runner("ray", RayConfig(), workers) as execute, watched(samples, Path(output)) as peak:
 
         def build(plans: Any, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
             rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-            for row in execute((BUILD_SHARD,), rows, PreprocessConfig(output=output), ("built",)):
+            for row in execute((BUILD_SHARD,), rows, config, ("built",)):
                 built.append(row["key"])
                 yield row["built"]
 
-        list(execute((BUILD_SHARD,), [], PreprocessConfig(output=output), ("built",)))
-        started = time.monotonic()
+        list(execute((BUILD_SHARD,), [], config, ("built",)))
+        before, started = read_bytes(), time.monotonic()
         shards.pack(items, output, facts, [], SHARD_BYTES, tables=f"{output}/staging/packed", build=build)
-        return {"seconds": round(time.monotonic() - started, 2), "shards_built": len(built)}
+        seconds, read = round(time.monotonic() - started, 2), read_bytes() - before
+    found = {"seconds": seconds, "shards_built": len(built), "driver_read_mb": round(read / 2**20, 2)}
+    return found | {"peak_mb": round(max(peak) / 2**20)}
+
+
+def read_bytes() -> int:
+    """Return the bytes that this process has read."""
+    lines = Path("/proc/self/io").read_text().splitlines()
+    return int(lines[0].rpartition(" ")[2])
+
+
+@contextmanager
+def watched(*folders: Path) -> Iterator[list[int]]:
+    """Yield a list that gets the bytes under some folders, several times a second."""
+    found, ended = [0], threading.Event()
+
+    def watch() -> None:
+        while not ended.wait(0.2):
+            with suppress(FileNotFoundError):
+                found.append(sum(path.stat().st_size for folder in folders for path in folder.rglob("*")))
+
+    thread = threading.Thread(target=watch)
+    thread.start()
+    try:
+        yield found
+    finally:
+        ended.set()
+        thread.join()
 
 
 def tree(output: str) -> str:
@@ -89,32 +119,38 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20000)
     parser.add_argument("--kb", type=int, default=50)
-    parser.add_argument("--one", nargs=3, help=argparse.SUPPRESS)
+    parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(pack(Path(args.one[0]), args.one[1], int(args.one[2]))))
+        print(json.dumps(pack(Path(args.one[0]), args.one[1], int(args.one[2]), args.one[3])))
         return
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples"
         make(samples, args.samples, args.kb * 1000)
 
-        def run(name: str, workers: int, kill_after: int | None = None) -> dict[str, Any]:
+        def run(name: str, workers: int, kill_after: int | None = None, keep: str = "all") -> dict[str, Any]:
             output = Path(folder) / name
-            command = [sys.executable, __file__, "--one", str(samples), str(output), str(workers)]
+            command = [sys.executable, __file__, "--one", str(samples), str(output), str(workers), keep]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
-            while kill_after is not None and len(list(output.glob("staging/packed/*.parquet"))) < kill_after:
-                time.sleep(0.02)
-            if kill_after is not None:
-                os.kill(process.pid, signal.SIGKILL)
-            text, _ = process.communicate()
-            return json.loads(text.splitlines()[-1]) if kill_after is None else {}
+            if kill_after is None:
+                text, _ = process.communicate()
+                return json.loads(text.splitlines()[-1])
+            while len(list(output.glob("staging/packed/*.parquet"))) < kill_after or not list(half(output)):
+                assert process.poll() is None
+                time.sleep(0.005)
+            os.kill(process.pid, signal.SIGKILL)
+            process.communicate()
+            return {"half a shard": [path.stat().st_size for path in half(output)]}
+
+        def half(output: Path) -> Iterator[Path]:
+            return (path for path in output.glob(".tmp-pack/shard-*/*.tar") if path.stat().st_size > 0)
 
         found = {"one worker": run("one", 1), "two workers": run("two", 2)}
         found |= {"one worker again": run("one-2", 1), "two workers again": run("two-2", 2)}
         whole = tree(f"{folder}/two")
         same = tree(f"{folder}/one") == whole
         found["nothing to do"] = run("two", 2)
-        run("killed", 2, kill_after=max(1, found["two workers"]["shards_built"] // 3))
+        found["kill -9"] = run("killed", 2, kill_after=max(1, found["two workers"]["shards_built"] // 3))
         found["after kill -9"] = run("killed", 2)
         same = same and tree(f"{folder}/killed") == whole
         sizes = json.loads((samples / "samples.json").read_text())
@@ -122,10 +158,12 @@ def main() -> None:
         sizes[key] = write_sample(samples, key, args.kb * 1000, b"another")
         (samples / "samples.json").write_text(json.dumps(sizes))
         found["one changed sample"] = run("two", 2)
+        found["staging dropped"] = run("dropped", 2, keep="none")
         pairs = (("one worker", "two workers"), ("one worker again", "two workers again"))
         ratios = [round(found[one]["seconds"] / found[two]["seconds"], 2) for one, two in pairs]
+        share = found["staging dropped"]["peak_mb"] * 2**20 / sum(size for size, _ in sizes.values())
         facts = {"samples": args.samples, "kb": args.kb, "two workers over one": ratios, "same bytes": same}
-        print(json.dumps(facts | {"runs": found}, indent=1))
+        print(json.dumps(facts | {"peak without staging over the samples": round(share, 3), "runs": found}, indent=1))
 
 
 if __name__ == "__main__":

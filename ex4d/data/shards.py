@@ -32,22 +32,32 @@ from ex4d.errors import ContractError
 __all__ = ["Build", "Contents", "DamagedSamples", "Staged", "pack", "pack_contents", "sample_tar", "split_of"]
 
 SHARD_SIZE_BYTES = 256 * 2**20
-# (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines. The plans may
-# be read more than once.
-Build = Callable[[Iterable[Mapping[str, Any]], str, str, str | None], Iterator[dict[str, Any]]]
 
 
 @dataclass(frozen=True)
 class Missing:
-    """The plans of all shards that are not `built`, as often as they are asked for: gigabytes for a million."""
+    """The plans of all shards that are not `built`, as often as they are asked for: gigabytes for a million.
+
+    Args:
+        count: their number.
+    """
 
     contents: Contents
     shard_size_bytes: int
     built: frozenset[str]
+    count: int
+
+    def __len__(self) -> int:
+        return self.count
 
     def __iter__(self) -> Iterator[dict[str, Any]]:
         every = plans(self.contents.staged(), self.shard_size_bytes)
         return (plan for plan in every if plan["name"] not in self.built)
+
+
+# (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines. The plans may
+# be read more than once.
+Build = Callable[[Missing, str, str, str | None], Iterator[dict[str, Any]]]
 
 
 class DamagedSamples(ContractError):
@@ -111,7 +121,7 @@ def pack_contents(
     with _work_folder(output) as work:
         rows = tables or str(work / "tables")
         built = _in_place(digests, output, rows)
-        missing = Missing(contents, shard_size_bytes, frozenset(built))
+        missing = Missing(contents, shard_size_bytes, frozenset(built), len(digests) - len(built))
         built |= _built(missing, output, rows, work, build if tables else building.here)
         shards = [built[name] for name in digests]
         _write_tables(work, shards, rows, contents.rejects())
@@ -180,9 +190,7 @@ def _in_place(digests: Mapping[str, str], output: str, tables: str) -> dict[str,
         return {name: facts for name, facts in known if facts}
 
 
-def _built(
-    missing: Iterable[Mapping[str, Any]], output: str, tables: str, work: Path, build: Build
-) -> dict[str, dict[str, Any]]:
+def _built(missing: Missing, output: str, tables: str, work: Path, build: Build) -> dict[str, dict[str, Any]]:
     """Return {name: facts} of the shards with these plans, after building them. Raises DamagedSamples."""
     built: dict[str, dict[str, Any]] = {}
     damaged: list[str] = []

@@ -274,20 +274,17 @@ class Job:
         if self.config.keep_staging == "none":
             self.ledger.packed.drop(clip.artifact for clip in self.tables.staged())
 
-    def _build(
-        self, plans: Iterable[Mapping[str, Any]], output: str, tables: str, work: str | None
-    ) -> Iterator[dict[str, Any]]:
+    def _build(self, plans: shards.Missing, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
         """Yield the facts of each shard; they are built by the workers. Raises ContractError."""
-        if self.ledger.packed.is_alone:
-            # All samples are put back before any shard is overwritten.
-            places = ((plan["name"], self.ledger.packed.places(plan["items"])) for plan in plans)
-            rows = (new_row(name, places=found) for name, found in places if found)
-            for _ in self._all("restore", commit.RESTORE, rows, 0, ()):
+        packed = self.ledger.packed
+        if packed.holds_samples:  # all of them are put back before any shard is overwritten
+            rows = (new_row(plan["name"], places=packed.places(plan["items"])) for plan in plans)
+            for _ in self._all("restore", commit.RESTORE, rows, len(plans), ()):
                 pass
         rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-        for row in self._all("pack", commit.BUILD_SHARD, rows, 0, ("built", "plan")):
+        for row in self._all("pack", commit.BUILD_SHARD, rows, len(plans), ("built", "plan")):
             if self.config.keep_staging == "none" and "url" in row["built"]:
-                self.ledger.packed.dropped(row["plan"]["items"])
+                packed.dropped(row["plan"]["items"])
             yield row["built"]
 
     def _all(self, name: str, stage: Stage, rows: Iterable[Row], total: int, keep: tuple[str, ...]) -> Iterator[Row]:

@@ -43,6 +43,11 @@ class Packed:
                 "json_extract(body, '$.sha256') = sha256"
             )
 
+    @property
+    def holds_samples(self) -> bool:
+        """True where samples may lie in shards alone."""
+        return self._scratch.execute("SELECT 1 FROM packed LIMIT 1").fetchone() is not None
+
     def alone(self, records: Records) -> None:
         """Say that samples in shards need no file in staging."""
         if not self.is_alone:
