@@ -19,10 +19,10 @@ from ex4d import remote, storage
 from ex4d.errors import ConfigError
 from pipelines.inputs import lists, walk
 from pipelines.inputs.rows import Entry, Span
-from pipelines.inputs.sources import Found, Source, Sources
+from pipelines.inputs.sources import AnySources, Found, Source, Sources
 from pipelines.inputs.tables import without_query
 
-__all__ = ["Entry", "Source", "Sources", "Span", "expand", "without_query"]
+__all__ = ["AnySources", "Entry", "Found", "Source", "Sources", "Span", "expand", "without_query"]
 
 KEY = "preprocess.input"
 _ONE = re.compile(r"\s*(?:[A-Za-z][\w+.-]*://[^/]*@)?[^,]*")  # of several: a comma in a password is not between them
@@ -34,7 +34,7 @@ def expand(
     root: str | None = None,
     follow_links: bool = False,
     pictures: bool = False,
-) -> Sources:
+) -> Found:
     """Return each input file once, sorted by name, and each row or place that cannot be used.
 
     Args:
@@ -65,7 +65,7 @@ def expand(
             else:
                 yield entry
 
-    sources = Sources(Found(kept()).sources())
+    sources = Found(kept())
     if not len(sources):
         inside = "every file there is in the output folder, which is not read" if skipped else "there is no file"
         raise ConfigError(KEY, given, inside)

@@ -98,7 +98,10 @@ def _unpacked(body: str) -> Source:
 
 
 class Found:
-    """The entries of an input, which become sources once all are known: names, twins and sidecars depend on all."""
+    """The entries of an input as Sources, by name; once all are known, as names, twins and sidecars depend on all.
+
+    It yields each file once, without the sidecars of videos, and each row or place that cannot be used.
+    """
 
     def __init__(self, entries: Iterable[Entry]):
         self._scratch = scratch()
@@ -111,6 +114,7 @@ class Found:
         self._roots: set[str] = set()
         self._add(entries)
         self._name()
+        self._sort_out()
 
     def _add(self, entries: Iterable[Entry]) -> None:
         add_entry = "INSERT INTO entry (path, span, reason, message) VALUES (?, ?, ?, ?)"
@@ -152,15 +156,31 @@ class Found:
         execute("CREATE TEMP TABLE twice AS SELECT name FROM file GROUP BY name HAVING COUNT(*) > 1")
         execute("UPDATE file SET name = unlike(name, path) WHERE name IN (SELECT name FROM twice)")
 
-    def sources(self) -> Iterator[Source]:
-        """Yield each file once, without the sidecars of videos, and each row or place that cannot be used, by name."""
+    def _sort_out(self) -> None:
+        """Mark the videos that show the depth of another one; a sidecar is no source."""
         execute = self._scratch.execute
         execute("CREATE INDEX file_place ON file (place, path) WHERE is_video")
-        execute("CREATE INDEX entry_path ON entry (path, number)")
         execute("CREATE INDEX file_stem ON file (stem, path) WHERE is_video")
-        videos = (_text(key) for (key,) in execute("SELECT path FROM file WHERE is_video"))
-        depth = [(_key(path),) for path in videos if self._belongs(path, places.PICTURES)]
-        self._scratch.executemany("UPDATE file SET is_depth = 1 WHERE path = ?", depth)
+        execute("CREATE INDEX entry_path ON entry (path, number)")
+        for is_video, suffixes, change in ((1, places.PICTURES, "is_depth = 1"), (0, SIDECAR_SUFFIXES, "is_good = 0")):
+            files = (
+                _text(key) for (key,) in execute("SELECT path FROM file WHERE is_good AND is_video = ?", (is_video,))
+            )
+            found = [(_key(path),) for path in files if self._belongs(path, suffixes)]
+            self._scratch.executemany(f"UPDATE file SET {change} WHERE path = ?", found)
+
+    def __len__(self) -> int:
+        return self._count("file WHERE is_good") + self._count("entry WHERE reason != ''")
+
+    @property
+    def num_videos(self) -> int:
+        """How many of them may be videos."""
+        return self._count("file WHERE is_good AND is_video AND NOT is_depth")
+
+    def _count(self, what: str) -> int:
+        return int(self._scratch.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0])
+
+    def __iter__(self) -> Iterator[Source]:
         return heapq.merge(self._files(), self._refused(), key=lambda source: source.name)
 
     def _files(self) -> Iterator[Source]:
@@ -176,8 +196,6 @@ class Found:
             first, *others = rows
             key, name, root, place, stem, is_video, is_depth, has_twin, has_namesake, span = first
             path = _text(key)
-            if not is_video and self._belongs(path, SIDECAR_SUFFIXES):
-                continue
             twin = self._other("place", place, name) if has_twin or not is_video else ""
             namesake = self._other("stem", stem, name) if has_namesake or not is_video else ""
             if not is_video or is_depth:
@@ -209,6 +227,9 @@ class Found:
                     if place == owner or without_query(_text(key)) == owner:
                         return True
         return False
+
+
+AnySources = Sources | Found
 
 
 def _file(entry: Entry) -> tuple[Any, ...]:

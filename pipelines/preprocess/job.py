@@ -56,7 +56,7 @@ class Job:
         self.tables = Tables(self.ledger.database)
         self.digests = settings.video_fingerprints(self.config)
 
-    def work(self, sources: inputs.Sources) -> None:
+    def work(self, sources: inputs.AnySources) -> None:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
         self.counts["videos_in"] = len(sources)
         self._hash(sources)
@@ -67,7 +67,7 @@ class Job:
 
     # ------------------------------------------------------------ videos
 
-    def _hash(self, sources: inputs.Sources) -> None:
+    def _hash(self, sources: inputs.AnySources) -> None:
         """Fill the table of videos; reject those that cannot be read or are copies, and what is no video."""
         keep: tuple[str, ...] = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair")
         keep += ("depth_file", "depth_place", "known_source", "fetched")
@@ -84,7 +84,7 @@ class Job:
         for row, first in self.tables.duplicates():
             self._reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
 
-    def _sources(self, sources: inputs.Sources) -> Iterator[Row]:
+    def _sources(self, sources: inputs.AnySources) -> Iterator[Row]:
         """Yield the rows of the videos; reject what is no video."""
         for source in sources:
             if not source.is_video:

@@ -47,7 +47,7 @@ def run(
     synthetic_config: SyntheticConfig | None = None,
     runner_name: str = "ray",
     stages: Stages | None = None,
-    sources: inputs.Sources | None = None,
+    sources: inputs.AnySources | None = None,
     retry: Sequence[str] = (),
 ) -> Result:
     """Update the dataset folder `config.output` to match the input and return the result.
@@ -82,7 +82,7 @@ def run(
     return result
 
 
-def with_depth(config: PreprocessConfig, sources: inputs.Sources) -> PreprocessConfig:
+def with_depth(config: PreprocessConfig, sources: inputs.AnySources) -> PreprocessConfig:
     """Return the configuration with an estimator in place of `depth: auto`; print the choice in one line."""
     if config.depth != AUTO or config.score_only:  # scores need no depth
         return config
@@ -94,7 +94,7 @@ def with_depth(config: PreprocessConfig, sources: inputs.Sources) -> PreprocessC
     return replace(config, depth=depth)
 
 
-def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> inputs.Sources:
+def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> inputs.AnySources:
     """Return every input file; where `config.input` is None, write a synthetic corpus and return its files."""
     if config.input is not None:
         with fetch.reach(config):

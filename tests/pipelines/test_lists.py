@@ -200,7 +200,7 @@ def expand_list(urls):
     from pipelines import inputs
     from pipelines.inputs.sources import Found
 
-    return list(Found([inputs.Entry(url.rpartition("/")[0], url) for url in urls]).sources())
+    return list(Found([inputs.Entry(url.rpartition("/")[0], url) for url in urls]))
 
 
 @pytest.mark.parametrize(
