@@ -1,6 +1,6 @@
 """`ex4d plan`: estimate the cost of a preprocess run from a few of its videos.
 
-A sample of the corpus, spread over its file sizes, goes through the real stages in this process, one video at a time.
+A sample of the corpus, spread over its file sizes, goes through the real stages, as many videos at a time as workers.
 The means are scaled to the whole corpus and to the stated cluster. The errors of earlier plans of this machine are
 reported beside the new figures.
 """
@@ -10,13 +10,16 @@ from __future__ import annotations
 import io
 import json
 import math
+import multiprocessing
 import os
 import statistics
 import tempfile
 import time
 from collections.abc import Iterable, Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
 from datetime import datetime
+from itertools import repeat
 from pathlib import Path
 from typing import Any
 
@@ -161,15 +164,29 @@ def write(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
 
 
 def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfig | None) -> Plan:
-    """Return the plan, after running a sample of the corpus through the stages in this process."""
+    """Return the plan, after running a sample of the corpus through the stages."""
     sources = preprocess.find_sources(config, synthetic)
     config = preprocess.with_depth(config, sources)
     if not sources.num_videos:
         raise ConfigError("preprocess.input", config.input, "must hold at least one file that may be a video")
     with fetch.reach(config):
         chosen = spread(sources, choice.sample_videos)
-    measure(config, chosen[0])  # warm-up: compilation and decoding child cost once per worker, not per video
-    return scale([measure(config, source) for source in chosen], sources.num_videos, config, choice)
+    return scale(measured(config, chosen), sources.num_videos, config, choice)
+
+
+def measured(config: PreprocessConfig, chosen: Sequence[Source]) -> list[Measured]:
+    """Measure videos, as many at once as this machine would work on: processes slow each other down.
+
+    Each process measures one beforehand, as compilation and the decoding child cost once per worker, not per video.
+    """
+    uses_gpu = any(stage.num_gpus for stage in preprocess.stages_of(config).clip)
+    count = 1 if uses_gpu else min(config.num_workers, os.cpu_count() or 1, len(chosen))
+    if count == 1:
+        measure(config, chosen[0])
+        return [measure(config, source) for source in chosen]
+    context = multiprocessing.get_context("spawn")
+    with ProcessPoolExecutor(count, context, initializer=measure, initargs=(config, chosen[0])) as pool:
+        return list(pool.map(measure, repeat(config), chosen))
 
 
 def spread(sources: Iterable[Source], count: int) -> list[Source]:

@@ -90,7 +90,8 @@ def test_sizes_in_a_store_count_too_and_few_are_asked_for(monkeypatch):
 def test_a_plan_of_a_corpus_and_its_judgement_by_the_run(tmp_path):
     paths = write_corpus(tmp_path / "videos", SyntheticConfig(num_videos=3, num_frames=9, size=(64, 64), supersample=1))
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
-    config = PreprocessConfig(output=str(tmp_path / "out"), input=str(tmp_path / "videos"), num_frames=9, size=(64, 64))
+    few = {"num_frames": 9, "size": (64, 64), "num_workers": 1}
+    config = PreprocessConfig(output=str(tmp_path / "out"), input=str(tmp_path / "videos"), **few)
     sections = {"preprocess": config, "plan": PlanConfig(num_cpus=2), "synthetic": SyntheticConfig()}
     made, earlier = plan.write(sections)
     assert earlier == []
