@@ -40,6 +40,7 @@ FILE = "plan.json"
 EFFICIENCY = 0.9
 RAY_START_S = 10.0
 MOST_ASKED = 300  # most remote videos whose size is requested
+_warm: list[bool] = []  # of a process that measures
 
 
 @dataclass(frozen=True)
@@ -185,8 +186,15 @@ def measured(config: PreprocessConfig, chosen: Sequence[Source]) -> list[Measure
         measure(config, chosen[0])
         return [measure(config, source) for source in chosen]
     context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context, initializer=measure, initargs=(config, chosen[0])) as pool:
-        return list(pool.map(measure, repeat(config), chosen))
+    with ProcessPoolExecutor(count, context) as pool:
+        return list(pool.map(_measure_warm, repeat(config), repeat(chosen[0]), chosen))
+
+
+def _measure_warm(config: PreprocessConfig, first: Source, source: Source) -> Measured:
+    if not _warm:
+        measure(config, first)
+        _warm.append(True)
+    return measure(config, source)
 
 
 def spread(sources: Iterable[Source], count: int) -> list[Source]:
