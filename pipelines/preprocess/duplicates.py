@@ -119,11 +119,12 @@ class Identity:
             how: preprocess.near_duplicates.
         """
         names = np.frombuffer(self._names, "S32")  # equal lengths: numpy's zeros at the end change no order
+        values = np.frombuffer(self._values, ">u8").astype(np.uint64).reshape(-1, NUM_FRAMES)
+        seen = np.frombuffer(self._seen, bool).reshape(-1, NUM_FRAMES)
         order = np.arange(len(names))
-        if not (names[1:] > names[:-1]).all():
+        if not (names[1:] > names[:-1]).all():  # videos with a pair come in another order, or twice
             names, order = np.unique(names, return_index=True)
-        values = np.frombuffer(self._values, ">u8").astype(np.uint64).reshape(-1, NUM_FRAMES)[order]
-        seen = np.frombuffer(self._seen, np.uint8).astype(bool).reshape(-1, NUM_FRAMES)[order]
+            values, seen = values[order], seen[order]
         alone = np.arange(len(names))
         firsts = alone if how == "off" else _components(values, seen)
         stand_ins = _others_than_self(names, self._best(firsts, order) if how == "filter" else alone)

@@ -47,7 +47,6 @@ class Job:
     rejects: Rejects = field(default_factory=Rejects)
     tables: Tables = field(init=False)
     problems: list[str] = field(default_factory=list)
-    superseded: list[str] = field(default_factory=list)
     retried: dict[str, tuple[str, str]] = field(default_factory=dict)
     committed: bool = False
 
@@ -177,7 +176,7 @@ class Job:
             self.tables.add_scored(row)
         self.retried.update({key: (reason, "") for key, reason in planned["retried"].items()})
         self.ledger.apply(planned["changes"])
-        self.superseded += planned["superseded"]
+        self.tables.add_superseded(planned["superseded"])
 
     def _score(self, number: int) -> None:
         """Measure the scores that are not known."""
@@ -260,7 +259,7 @@ class Job:
             return
         self.committed = True
         self.ledger.sweep()
-        self.ledger.prune(self.superseded)
+        self.ledger.prune(self.tables.superseded())
         self.problems += self.passes.problems()
 
     def _pack(self) -> None:

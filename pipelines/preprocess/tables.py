@@ -18,6 +18,7 @@ _TABLES = (
     "decided (sha256 TEXT PRIMARY KEY, source_group TEXT, stand_in TEXT) WITHOUT ROWID",
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
     "scored (key TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID",
+    "superseded (name TEXT PRIMARY KEY) WITHOUT ROWID",
 )
 
 
@@ -171,6 +172,14 @@ class Tables:
     def scored(self) -> Iterator[dict[str, Any]]:
         """Yield what `add_scored` got, in the order of the keys."""
         return (json.loads(body) for (body,) in self._scratch.execute("SELECT body FROM scored ORDER BY key"))
+
+    def add_superseded(self, names: Iterable[str]) -> None:
+        """Add artifacts that nothing uses while others of the same video are in use."""
+        self._scratch.executemany("INSERT INTO superseded VALUES (?)", ((name,) for name in names))
+
+    def superseded(self) -> Iterator[str]:
+        """Yield what `add_superseded` got."""
+        return (name for (name,) in self._scratch.execute("SELECT name FROM superseded ORDER BY name"))
 
     def count(self, table: str) -> int:
         """Return the number of rows of `staged` or `scored`."""

@@ -32,7 +32,7 @@ import sqlite3
 import string
 import time
 from collections import Counter
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping
 from functools import cached_property
 from itertools import product
 from typing import Any
@@ -41,9 +41,10 @@ from ex4d import storage
 from ex4d.config import to_dict
 from ex4d.errors import ConfigError
 from ex4d.redact import SECRET, without_secrets
+from ex4d.threads import in_order
 from pipelines.runtime.known import take
 from pipelines.runtime.output import exclusive as exclusive
-from pipelines.runtime.packed import Packed
+from pipelines.runtime.packed import NUM_THREADS, Packed
 from pipelines.runtime.records import Records
 from pipelines.runtime.scratch import scratch
 
@@ -166,9 +167,10 @@ class Ledger:
 
     def remove(self, name: str) -> None:
         """Delete an artifact; the next run makes it again."""
-        if self.size(name) is not None:
-            storage.remove(self.url(name))
-            self.database.execute("DELETE FROM file WHERE name = ?", (name,))
+        self._forget(self._delete((name, self.size(name) is not None)))
+
+    def _forget(self, name: str) -> None:
+        self.database.execute("DELETE FROM file WHERE name = ?", (name,))
         if name in self.records:
             self.records.forget(name)
 
@@ -206,12 +208,20 @@ class Ledger:
             for path in (storage.local_path(self.output) / "staging").rglob(".tmp-*"):
                 path.unlink(missing_ok=True)
 
-    def prune(self, names: Sequence[str]) -> None:
-        """Delete superseded artifacts, and write the other records as one new part."""
-        for name in names:
-            self.remove(name)
-        if names:
+    def prune(self, names: Iterable[str]) -> None:
+        """Delete superseded artifacts, and write the other records as new parts."""
+        count, with_size = 0, ((name, self.size(name) is not None) for name in names)
+        for name in in_order(self._delete, with_size, NUM_THREADS):
+            self._forget(name)
+            count += 1
+        if count:
             self.records.rewrite()
+
+    def _delete(self, artifact: tuple[str, bool]) -> str:
+        name, is_file = artifact
+        if is_file:
+            storage.remove(self.url(name))
+        return name
 
 
 def superseded(names: Iterable[str], used: set[str]) -> list[str]:
