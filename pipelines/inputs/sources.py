@@ -109,7 +109,7 @@ class Found:
         execute("CREATE TABLE entry (number INTEGER PRIMARY KEY, path BLOB, span TEXT, reason TEXT, message TEXT)")
         execute(
             "CREATE TABLE file (path BLOB PRIMARY KEY, root BLOB, is_good INTEGER, is_named INTEGER, is_video INTEGER, "
-            "is_depth INTEGER DEFAULT 0, name TEXT, place BLOB, stem BLOB) WITHOUT ROWID"
+            "is_depth INTEGER DEFAULT 0, name TEXT, place BLOB, stem BLOB)"
         )
         self._roots: set[str] = set()
         self._add(entries)

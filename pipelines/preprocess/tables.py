@@ -13,8 +13,8 @@ from pipelines.runtime.stage import Row
 UNIT_VIDEOS = 2000  # of a unit at most, where content hashes are spread evenly
 HEX = "0123456789abcdef"
 _TABLES = (
-    "video (content TEXT, name TEXT, sha256 TEXT, pair INTEGER, body TEXT, PRIMARY KEY (content, name)) WITHOUT ROWID",
-    "staged (split TEXT, key TEXT, artifact TEXT, size INTEGER, sha256 BLOB, PRIMARY KEY (split, key)) WITHOUT ROWID",
+    "video (content TEXT, name TEXT, sha256 TEXT, pair INTEGER, body TEXT, PRIMARY KEY (content, name))",
+    "staged (split TEXT, key TEXT, artifact TEXT, size INTEGER, sha256 BLOB, PRIMARY KEY (split, key))",
     "decided (sha256 TEXT PRIMARY KEY, source_group TEXT, stand_in TEXT) WITHOUT ROWID",
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
     "scored (key TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID",

@@ -39,7 +39,7 @@ class Records:
 
     def __init__(self, scratch: sqlite3.Connection, folder: str, damaged: str):
         self.folder, self.damaged, self._scratch = folder, damaged, scratch
-        self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID")
+        self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT)")
         self._waiting: list[bytes] = []
         self._file: int | None = None
         self._num_lines = 0
