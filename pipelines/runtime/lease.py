@@ -6,11 +6,11 @@ No clock is compared: who finds a lease watches whether it changes. Every write 
 
 from __future__ import annotations
 
-import _thread
 import json
 import logging
 import os
 import platform
+import signal
 import threading
 import time
 import uuid
@@ -83,7 +83,10 @@ class Lease:
             except OSError as error:  # nobody else can write there either; and if one could, the next write says so
                 logger.warning("%s is not renewed: %s", self.url, error.strerror)
             if self.is_lost:
-                _thread.interrupt_main()
+                logger.error("%s: another run took the lease; this one stops", self.url)
+                # A program in the background may ignore Ctrl-C; SIGTERM then ends it without a word.
+                stop = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
+                signal.pthread_kill(threading.main_thread().ident or 0, stop)
                 return
 
     def release(self) -> None:
