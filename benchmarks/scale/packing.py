@@ -3,7 +3,9 @@
     python benchmarks/scale/packing.py --samples 20000 --kb 50
 
 Samples are invented; shards are built by the workers of a Ray that is started here, as in `ex4d preprocess`. Times are
-on the clock, without Ray's start; a run with two workers follows one with one worker, so that both see the same load.
+on the clock, without the start of Ray and of its workers; a run with two workers follows one with one worker, so that
+both see the same load. `--latency-ms 20 --workers` alone compares one worker with two on samples each of which takes so
+long to come, as from a store; on a busy machine only that says what a second worker gives.
 """
 
 from __future__ import annotations
@@ -19,11 +21,13 @@ import tempfile
 import threading
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import contextmanager, nullcontext, suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
-SHARD_BYTES = 64 * 2**20
+SHARD_BYTES = 32 * 2**20
 
 
 def staged(folder: Path) -> list[Any]:
@@ -54,27 +58,55 @@ def make(folder: Path, count: int, size: int) -> None:
     (folder / "samples.json").write_text(json.dumps(sizes))
 
 
-def pack(samples: Path, output: str, workers: int, keep_staging: str) -> dict[str, Any]:
+def warm(row: dict[str, Any], context: Any) -> dict[str, Any]:
+    """Make a worker import what building needs."""
+    import pyarrow.parquet  # noqa: F401
+
+    from ex4d.data import building  # noqa: F401
+
+    time.sleep(1.0)
+    return {}
+
+
+def build_late(latency_ms: float, row: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Do `commit.build_shard` with samples each of which takes so long to come."""
+    from ex4d import storage
+    from pipelines.preprocess.stages import commit
+
+    if latency_ms and not hasattr(storage, "at_once"):
+        storage.at_once = storage.read_bytes
+
+        def read_bytes(*args: Any) -> bytes:
+            time.sleep(latency_ms / 1000)
+            return storage.at_once(*args)
+
+        storage.read_bytes = read_bytes
+    return commit.build_shard(row, config)
+
+
+def pack(samples: Path, output: str, workers: int, keep_staging: str, latency_ms: float) -> dict[str, Any]:
     """Pack the samples with so many workers; return seconds, how many shards were built, and the peak on the disk."""
     from ex4d.data import shards
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.preprocess.stages.commit import BUILD_SHARD
     from pipelines.runtime.runner import RayConfig, runner
-    from pipelines.runtime.stage import new_row
+    from pipelines.runtime.stage import Stage, new_row
 
+    stage = replace(BUILD_SHARD, function=partial(build_late, latency_ms))
     items, built = staged(samples), []
     counts = {"videos_in": len(items), "videos_split": len(items), "clips_planned": len(items)}
     facts = {"sample": {"num_frames": 49, "size": [512, 512]}, "counts": counts}
     config = PreprocessConfig(output=output, keep_staging=keep_staging)
-    with runner("ray", RayConfig(), workers) as execute, watched(samples, Path(output)) as peak:
+    watch = watched(samples, Path(output)) if keep_staging == "none" else nullcontext([0])
+    with runner("ray", RayConfig(), workers) as execute, watch as peak:
 
         def build(plans: Any, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
             rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-            for row in execute((BUILD_SHARD,), rows, config, ("built",)):
+            for row in execute((stage,), rows, config, ("built",)):
                 built.append(row["key"])
                 yield row["built"]
 
-        list(execute((BUILD_SHARD,), [], config, ("built",)))
+        list(execute((Stage("warm", warm, (), ()),), (new_row(f"{n}") for n in range(4 * workers)), config, ()))
         before, started = read_bytes(), time.monotonic()
         shards.pack(items, output, facts, [], SHARD_BYTES, tables=f"{output}/staging/packed", build=build)
         seconds, read = round(time.monotonic() - started, 2), read_bytes() - before
@@ -119,10 +151,12 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--samples", type=int, default=20000)
     parser.add_argument("--kb", type=int, default=50)
+    parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--workers", action="store_true", help="compare one worker with two, and nothing else")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(pack(Path(args.one[0]), args.one[1], int(args.one[2]), args.one[3])))
+        print(json.dumps(pack(Path(args.one[0]), args.one[1], int(args.one[2]), args.one[3], args.latency_ms)))
         return
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples"
@@ -130,7 +164,8 @@ def main() -> None:
 
         def run(name: str, workers: int, kill_after: int | None = None, keep: str = "all") -> dict[str, Any]:
             output = Path(folder) / name
-            command = [sys.executable, __file__, "--one", str(samples), str(output), str(workers), keep]
+            command = [sys.executable, __file__, "--latency-ms", str(args.latency_ms)]
+            command += ["--one", str(samples), str(output), str(workers), keep]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             if kill_after is None:
                 text, _ = process.communicate()
@@ -147,6 +182,13 @@ def main() -> None:
 
         found = {"one worker": run("one", 1), "two workers": run("two", 2)}
         found |= {"one worker again": run("one-2", 1), "two workers again": run("two-2", 2)}
+        pairs = (("one worker", "two workers"), ("one worker again", "two workers again"))
+        ratios = [round(found[one]["seconds"] / found[two]["seconds"], 2) for one, two in pairs]
+        facts = {"samples": args.samples, "kb": args.kb, "latency_ms": args.latency_ms, "load": os.getloadavg()[0]}
+        facts["two workers over one"] = ratios
+        if args.workers:
+            print(json.dumps(facts | {"runs": found}))
+            return
         whole = tree(f"{folder}/two")
         same = tree(f"{folder}/one") == whole
         found["nothing to do"] = run("two", 2)
@@ -159,11 +201,9 @@ def main() -> None:
         (samples / "samples.json").write_text(json.dumps(sizes))
         found["one changed sample"] = run("two", 2)
         found["staging dropped"] = run("dropped", 2, keep="none")
-        pairs = (("one worker", "two workers"), ("one worker again", "two workers again"))
-        ratios = [round(found[one]["seconds"] / found[two]["seconds"], 2) for one, two in pairs]
         share = found["staging dropped"]["peak_mb"] * 2**20 / sum(size for size, _ in sizes.values())
-        facts = {"samples": args.samples, "kb": args.kb, "two workers over one": ratios, "same bytes": same}
-        print(json.dumps(facts | {"peak without staging over the samples": round(share, 3), "runs": found}, indent=1))
+        facts |= {"same bytes": same, "peak without staging over the samples": round(share, 3)}
+        print(json.dumps(facts | {"runs": found}, indent=1))
 
 
 if __name__ == "__main__":
