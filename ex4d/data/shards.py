@@ -255,7 +255,8 @@ def _checked(read: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
         names = _sources(table)
         found[table["split"][0].as_py()].append(np.fromiter(map(hash, names), np.int64, len(names)))
         yield table
-    suspects = np.intersect1d(*map(np.concatenate, found.values()))
+    train, val = (np.concatenate(found[split]) for split in manifest.SPLITS)
+    suspects = np.intersect1d(train, val)
     if not len(suspects):
         return
     split_of_source: dict[str, str] = {}

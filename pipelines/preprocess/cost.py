@@ -209,7 +209,7 @@ def spread(sources: Iterable[Source], count: int) -> list[Source]:
     if not all(storage.is_local(video.path) for video in _videos(sources)):
         asked = _middles(asked, MOST_ASKED)
     sizes = np.fromiter((_size(video) for _, video in _chosen(sources, asked)), np.int64, len(asked))
-    numbers = [asked[index] for index in _middles(np.argsort(sizes, kind="stable"), count)]
+    numbers = [asked[index] for index in _middles(np.argsort(sizes, kind="stable").tolist(), count)]
     found = dict(_chosen(sources, numbers))
     return [found[number] for number in numbers]
 

@@ -141,8 +141,9 @@ class Job:
         """Decide across all videos which are near duplicates: they share a split, or one is taken for all."""
         identity = duplicates.Identity()
         for sha256, other_sha256, facts in self.tables.identities(self.digests[0]):
-            *seen, other_hashes = json.loads(facts)
-            identity.add(sha256, *seen, (other_sha256, other_hashes) if other_sha256 else None)
+            hashes, size, duration_s, other_hashes = json.loads(facts)
+            other = (other_sha256, other_hashes) if other_sha256 else None
+            identity.add(sha256, hashes, size, duration_s, other)
         self.tables.decide(*identity.decide(self.config.near_duplicates))
 
     # ------------------------------------------------------------ clips
