@@ -164,7 +164,7 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
 
         return call
 
-    for name in ("_hash", "_split", "_decide", "_plan", "_clips", "_pack"):
+    for name in ("_hash", "_find_shots", "_decide", "_plan", "_clips", "_pack"):
         setattr(Job, name, timed(name.strip("_"), getattr(Job, name)))
     begun, clock = time.process_time(), time.monotonic()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
