@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import sqlite3
 
-CACHE_MB = 64
+CACHE_MB = 32
 
 
 def scratch() -> sqlite3.Connection:
