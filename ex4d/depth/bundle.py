@@ -46,7 +46,7 @@ class Matches:
 
     def among(self, frames: list[int]) -> Matches:
         """Return the matches whose two frames are both in `frames`."""
-        return self.only(np.isin(self.pairs, frames).all(axis=1))
+        return self.only(np.asarray(np.isin(self.pairs, frames).all(axis=1)))
 
     def only(self, keep: np.ndarray) -> Matches:
         """Return the matches of some pairs, bool [P]."""

@@ -9,6 +9,7 @@ from __future__ import annotations
 import io
 import struct
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
@@ -38,7 +39,8 @@ def header(data: bytes) -> Header:
     (flags,) = struct.unpack_from("<I", data, 4)
     if flags & 0xFF != 2 or flags & (_DEEP | _PARTS):
         raise ValueError("has several parts or deep pixels")
-    place, at, channels, size = 8, 0, (), (0, 0)
+    channels: tuple[str, ...] = ()
+    place, at, size = 8, 0, (0, 0)
     try:
         while data[place] != 0:
             name, place = _word(data, place)
@@ -90,7 +92,8 @@ def picture(data: bytes) -> np.ndarray:
     elif sorted(facts.channels) != ["B", "G", "R"]:
         raise ValueError(f"has the channels {', '.join(facts.channels)[:80]}; one channel of depth is read")
     options = {"protocol_whitelist": "", "codec_whitelist": "exr"}
-    opening = {"format": "exr_pipe", "container_options": options, "stream_options": [{"layer": layer}]}
+    layers: list[Any] = [{"layer": layer}]
+    opening: dict[str, Any] = {"format": "exr_pipe", "container_options": options, "stream_options": layers}
     with ffmpeg_errors("decode_error", "OpenEXR"), av.open(io.BytesIO(data), **opening) as file:
         stream = file.streams.video[0]
         stream.codec_context.thread_count = 1

@@ -51,7 +51,7 @@ def _write(path, places, pairs, targets, weights, lens):
     width, height, focal = lens
     centre = np.array([width / 2, height / 2])
     keys = [[place + centre] for place in places]
-    joined = {}
+    joined: dict = {}
     for (i, j), target, weight in zip(pairs.tolist(), targets, weights, strict=True):
         good = np.flatnonzero(weight > MIN_WEIGHT)
         first = sum(len(part) for part in keys[j])
