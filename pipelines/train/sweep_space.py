@@ -141,6 +141,9 @@ def _check_key(key: str) -> None:
     section, _, name = key.partition(".")
     if section not in SECTIONS:
         raise ConfigError("sweep.space", key, "keys must start with train. or model.")
+    if key == "train.expert":
+        allowed = "cannot vary: the two are measured at different noise; sweep each, with train.expert=high or low"
+        raise ConfigError("sweep.space", key, allowed)
     if key in FIXED:
         raise ConfigError("sweep.space", key, "cannot vary: the sweep sets it")
     default = config.to_dict(SECTIONS[section]())

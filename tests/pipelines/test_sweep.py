@@ -40,6 +40,7 @@ def test_values_are_put_into_a_copy():
         ({"train.lr": {"choice": [1e-3, -1.0]}}, r"train\.lr"),
         ({"model.lora_rank": {"choice": ["many"]}}, r"model\.lora_rank"),
         ({"train.num_steps": {"choice": [1, 2]}}, "the sweep sets it"),
+        ({"train.expert": {"choice": ["high", "low"]}}, "sweep each, with train.expert=high or low"),
         ({"train.lr": {"uniform": [0.1, 1], "when": {"train.lr_decay": ["none"]}}}, "of earlier settings"),
         ({"model.lora_alpha": "=lora_rank"}, "at least one"),
     ],
@@ -180,6 +181,8 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
     path = sweep_bench.write(tmp_path, "mse", {"num_steps": 6}, metric="mse", grace_steps=3, repeat_seeds=1)
     with pytest.raises(ConfigError, match=r"validate_every.*has no validation samples"):
         sweep.command(str(path), ["train.validate_every=2"])
+    with pytest.raises(ConfigError, match=r"train\.expert='?low'?: must be null"):
+        sweep.command(str(path), ["train.expert=low"])
     assert trees == []
     sweep.command(str(path), [])
     assert trees[0]["train"]["save_every"] == 3

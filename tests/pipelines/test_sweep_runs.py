@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import json
+import shutil
 import signal
 import time
 from pathlib import Path
@@ -11,6 +13,7 @@ import sweep_bench
 from sweep_bench import PLANTED, finish, result, start, write
 
 from ex4d import config
+from ex4d.models import weights
 from ex4d.train import runlog
 
 pytestmark = [pytest.mark.heavy, pytest.mark.ray, pytest.mark.timeout(1800)]
@@ -72,6 +75,22 @@ def test_a_weight_that_only_scales_the_loss_does_not_move_the_objective(bench):
     values = [trial["value"] for trial in result(bench, "weight")["trials"]]
     assert len(values) == 3
     assert max(values) - min(values) <= 1e-6
+
+
+@pytest.mark.parametrize("expert", ["high", "low"])
+def test_either_expert_of_two_is_swept(tmp_path, expert):
+    bench = sweep_bench.make(tmp_path)
+    shutil.copytree(bench / "base" / "transformer", bench / "base" / "transformer_2")
+    (bench / "base" / "model_index.json").write_text(json.dumps({"boundary_ratio": 0.9}))
+    train = PLANTED | {"num_steps": 3, "expert": expert}
+    section = {"space": {"train.lr": {"choice": [1e-5, 1e-3]}}, "search": "grid", "grace_steps": 3, "repeat_seeds": 1}
+    code, text = finish(start(write(bench, "expert", train, scheduler="none", **section)))
+    assert code == 0, text
+    trials = result(bench, "expert")["trials"]
+    assert [trial["step"] for trial in trials] == [3, 3]
+    for trial in trials:
+        assert weights.read_metadata(Path(trial["folder"]) / "train" / "adapter").expert == expert
+    assert config.read_yaml(bench / "expert" / "best.yaml")["train"]["expert"] == expert
 
 
 def test_ctrl_c_says_what_is_kept_and_ends_with_130(bench):
