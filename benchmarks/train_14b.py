@@ -23,7 +23,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from functools import cache
 from pathlib import Path
 from typing import Any
@@ -48,7 +48,8 @@ ROOM = 0.97  # of the GPU's memory: what CUDA itself takes is not PyTorch's to g
 @dataclass(frozen=True)
 class Setting:
     """How a row runs: its base in bfloat16 or quantised, a share of its blocks swapped, blocks compiled or not, a share
-    of them recomputed in the backward pass, with or without the outputs of self-attention.
+    of them recomputed in the backward pass, with or without the outputs of self-attention, products of the frozen
+    layers in bfloat16 or, by torchao, in fp8.
 
     `limit_s` ends a row that takes too long.
     """
@@ -58,6 +59,7 @@ class Setting:
     compile: bool = False
     recomputed: float = 1.0
     keep_attention: bool = False
+    fp8_products: bool = False
     limit_s: float = 45.0
 
 
@@ -72,6 +74,7 @@ ROWS = {
     "nf4": Setting("nf4"),
     "nf4+swap": Setting("nf4", swapped=0.5),
     "bf16+swap": Setting(swapped=1.0),
+    "bf16+compile, fp8 products": Setting(compile=True, fp8_products=True, limit_s=90.0),
     "int8": Setting("int8"),
     "fp8+compile": Setting("fp8", compile=True, limit_s=90.0),
     "nf4+compile": Setting("nf4", compile=True, limit_s=90.0),
@@ -113,6 +116,14 @@ def fill(module: nn.Module, device: torch.device, keep_float32: tuple[str, ...],
             owner._parameters[name] = nn.Parameter(values, requires_grad=False)
 
 
+def use_fp8_products(block: nn.Module, device: torch.device) -> None:
+    """Let the linear layers of a block multiply in fp8, with a scale for each row; a CPU only rounds to it."""
+    from torchao.float8 import Float8LinearConfig, convert_to_float8_training
+
+    recipe = Float8LinearConfig.from_recipe_name("rowwise")
+    convert_to_float8_training(block, config=replace(recipe, emulate=device.type == "cpu"))
+
+
 def random_model(size: Size, row: Setting, device: torch.device) -> tuple[adapter.Ex4dModel, int]:
     """Return (the model of a row with random weights, number of its swapped blocks)."""
     transformer = backbone.meta_transformer(size.shape)
@@ -122,6 +133,8 @@ def random_model(size: Size, row: Setting, device: torch.device) -> tuple[adapte
         fill(block, device, kept, generator)
         if row.quantize:
             quantize.quantize_linears(block, row.quantize, device)
+        if row.fp8_products:
+            use_fp8_products(block, device)
     fill(transformer, device, kept, generator)
     # Its tables are buffers, which were made on the meta device with the rest.
     shape = transformer.config
