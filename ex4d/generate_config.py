@@ -36,6 +36,9 @@ class GenerateConfig:
         None, "Sample a long video in overlapping windows of this many frames (4k+1); null: all frames at once.", ge=5
     )
     window_overlap: int = setting(16, "Frames that two windows share, a multiple of 4.", ge=4)
+    vae_tiling: bool = setting(
+        False, "Encode and decode in overlapping tiles of 256 px: less memory for large videos, slightly other pixels."
+    )
     offload: bool = setting(False, "Keep on the GPU only the network that runs (base, encoder or VAE); slower.")
 
     def __post_init__(self) -> None:

@@ -40,7 +40,7 @@ def load(
         adapter_path: an adapter, or a folder of two experts' (`experts.read`).
         base: overrides the base that the adapter names: tiny, a folder, or a hub id.
         device: default cuda where there is one.
-        config: its quantize, block_swap and offload say how much lies on the device.
+        config: its quantize, block_swap, vae_tiling and offload say how much lies on the device.
     """
     device = device_of(device)
     adapters = experts.read(adapter_path)
@@ -67,6 +67,8 @@ def load(
         if config.offload and len(names) > 1:
             part.transformer.to("cpu")  # it was quantised on the device
     loaded = parts[0]
+    if config.vae_tiling and hasattr(loaded.vae, "enable_tiling"):  # the tiny base's codec works block by block
+        loaded.vae.enable_tiling()
     if boundary is None:
         return loaded, models[None].eval()
     loaded.transformer_2 = parts[1].transformer
@@ -85,6 +87,7 @@ def _with_adapter(
     shape = backbone.ModelConfig(
         lora_rank=metadata.lora_rank,
         lora_alpha=metadata.lora_alpha,
+        lora_targets=metadata.lora_targets,
         adapter_hidden=metadata.adapter_hidden,
         residual_fp32=metadata.residual_fp32,
     )

@@ -187,7 +187,7 @@ def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dMod
     if config.residual_fp32:  # before the hook that adds the geometry, which is float32 too
         keep_residual_float32(transformer)
     scale = (config.lora_rank, config.lora_alpha)
-    lora.add_lora(transformer, *scale, seed, config.lora_dropout, config.lora_rslora)
+    lora.add_lora(transformer, *scale, seed, config.lora_dropout, config.lora_rslora, config.lora_targets)
     shape = transformer.config
     device = transformer.patch_embedding.weight.device
     with torch.device(device):

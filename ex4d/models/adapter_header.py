@@ -11,10 +11,13 @@ from typing import Any, Literal
 
 from ex4d import config, storage
 from ex4d.errors import ConfigError, ContractError
+from ex4d.models import lora
 
 DEFAULT_SHIFT = 5.0  # of the release
 FORMAT_VERSION = 1
 _HEADER = "ex4d"
+# Entries that files from before do not have, and what they mean there.
+_NEWER: dict[str, Any] = {"residual_fp32": False, "expert": None, "lora_targets": lora.TARGETS}
 MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # of a file that may be a stranger's
 CONVENTIONS = (
     "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
@@ -29,7 +32,7 @@ class AdapterMetadata:
     Args:
         base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
         base_fingerprint: of `encoders.base_fingerprint`; None if unknown (the released file).
-        lora_rank, lora_alpha, adapter_hidden, mask_range, source_video, residual_fp32: as in ModelConfig.
+        lora_rank, lora_alpha, lora_targets, adapter_hidden, mask_range, source_video, residual_fp32: as in ModelConfig.
         shift: of the noise schedule in training, and the default of sampling.
         num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
         dataset_fingerprint: tree hash of the dataset; None if unknown.
@@ -54,17 +57,17 @@ class AdapterMetadata:
     dataset_fingerprint: str | None = None
     step: int = 0
     expert: Literal["high", "low"] | None = None
+    lora_targets: tuple[str, ...] = lora.TARGETS
     conventions: str = CONVENTIONS
     format_version: int = FORMAT_VERSION
 
 
 def write(metadata: AdapterMetadata) -> dict[str, str]:
     """Return the header of a file: one entry only, since the order of several is not fixed in safetensors."""
-    fields = asdict(metadata)
-    for newer in ("residual_fp32", "expert"):
-        if not fields[newer]:
-            del fields[newer]  # so that earlier versions read the file
-    return {_HEADER: json.dumps(fields, sort_keys=True)}
+    values = asdict(metadata)
+    # Newer entries are left out where they are the default, so that earlier versions read the file.
+    entries = {name: value for name, value in values.items() if name not in _NEWER or value != _NEWER[name]}
+    return {_HEADER: json.dumps(entries, sort_keys=True)}
 
 
 def read(file: Path) -> AdapterMetadata:
@@ -82,9 +85,7 @@ def read(file: Path) -> AdapterMetadata:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
         raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
-    header.setdefault("shift", DEFAULT_SHIFT)  # adapters from before 2026-11-23 do not say it
-    header.setdefault("residual_fp32", False)
-    header.setdefault("expert", None)
+    header = {"shift": DEFAULT_SHIFT} | _NEWER | header  # adapters from before 2026-11-23 do not say the shift
     names = {field.name for field in fields(AdapterMetadata)}
     if set(header) != names:
         raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
@@ -134,6 +135,10 @@ def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], fi
             f"{file}: its header says rank {metadata.lora_rank} and {metadata.adapter_hidden} channels, "
             f"its tensors have {sorted(ranks)} and {hidden}"
         )
+    targets = metadata.lora_targets
+    modules = {name.split(".lora_")[0].split(".", 3)[-1] for name in shapes if ".lora_A" in name}
+    if not {*targets} <= {*lora.TARGETS} or not all(module.endswith(targets) for module in modules):
+        raise ContractError(f"{file}: its header says LoRA on {', '.join(targets)}, its tensors {sorted(modules)}")
     sizes = (metadata.lora_alpha, metadata.shift, metadata.num_frames, *metadata.size)
     if not all(0 < value < math.inf for value in sizes):
         raise ContractError(f"{file}: its header says alpha, shift, frames and size {sizes}")

@@ -16,7 +16,7 @@ import torch
 from ex4d import hub
 from ex4d.config import checked, setting
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import families, streaming
+from ex4d.models import families, lora, sharing, streaming
 from ex4d.models.encoders import Base
 
 log = logging.getLogger(__name__)
@@ -51,6 +51,9 @@ class ModelConfig:
     lora_alpha: float = setting(16.0, "Scale of the LoRA: its product is multiplied by alpha / rank.")
     lora_dropout: float = setting(0.0, "Fraction of the LoRA's input that training drops.", ge=0, lt=1)
     lora_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead, for high ranks (rank-stabilised LoRA).")
+    lora_targets: tuple[str, ...] = setting(
+        lora.TARGETS, "Layers of each block that get a LoRA.", choices=lora.TARGETS, not_empty=True
+    )
     adapter_hidden: int = setting(1024, "Channels inside the geometry adapter.", ge=1)
     mask_range: Literal["unit", "released"] = setting(
         "unit", "Mask values before the VAE: unit is -1 and +1; released is -3 and +1, as the published weights expect."
@@ -90,7 +93,7 @@ def load_base(
         components: of COMPONENTS; a base without an image encoder has None there. quantize: see ModelConfig.
         transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
         offload: everything stays in the host's memory until it works; see Base.
-        shared: every rank of the process group calls; rank 0 alone reads the transformer, the others receive it.
+        shared: every rank of the process group calls; rank 0 alone reads the weights, the others receive them.
         expert: which of a base's two transformers is loaded; None for a base of one.
 
     Raises:
@@ -109,7 +112,7 @@ def load_base(
         place = device if quantize else torch.device(transformer_device or home)
         loaded["transformer"] = _load_transformer(folder / transformer, main, device, place, quantize, shared)
     others = [name for name in components if name != "transformer"]
-    loaded |= {name: _load(name, folder, vae if name == "vae" else main, home) for name in others}
+    loaded |= {name: _load(name, folder, vae if name == "vae" else main, home, shared) for name in others}
     return Base(
         name=base,
         revision=hub.revision_of(folder) if not _is_local(base) else revision,
@@ -185,24 +188,34 @@ def _load_transformer(
     return model.eval().requires_grad_(False)
 
 
-def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device) -> Any:
+def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device, shared: bool) -> Any:
     """Return one frozen component in eval mode; None for an image encoder that the base does not have."""
     if component == "image_encoder" and not (folder / component / "config.json").is_file():
         return None
-    cls = _class_of(component, read_config(folder, component))
+    config = read_config(folder, component)
+    cls = _class_of(component, config)
     kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}
     if component == "vae":
         kwargs["torch_dtype"] = dtype
     else:  # diffusers classes never run code of a folder and reject this keyword
         kwargs |= {"dtype": dtype, "trust_remote_code": False}
-    try:
-        model = cls.from_pretrained(folder / component, **kwargs)
-    except (OSError, ValueError, RuntimeError, KeyError) as error:
-        raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
+
+    def read() -> Any:
+        try:
+            return cls.from_pretrained(folder / component, **kwargs).to(device)
+        except (OSError, ValueError, RuntimeError, KeyError) as error:
+            raise ContractError(f"{folder / component} cannot be loaded as {cls.__name__}: {error}") from error
+
+    def empty() -> Any:
+        if component == "vae":
+            return cls.from_config(config)
+        return cls(cls.config_class.from_pretrained(folder / component, local_files_only=True))
+
+    model = sharing.loaded_once(read, empty, device) if shared else read()
     if hasattr(model, "enable_slicing"):
         model.enable_slicing()  # a clip at a time: less memory, and latents that do not depend on their batch
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
-    return model.to(device).eval().requires_grad_(False)
+    return model.eval().requires_grad_(False)
 
 
 def _class_of(component: str, config: Mapping[str, Any]) -> Any:

@@ -11,6 +11,7 @@ from torch import Tensor
 
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import experts, weights
+from ex4d.models.lora import TARGETS
 
 logger = logging.getLogger(__name__)
 
@@ -60,6 +61,8 @@ def _export(adapter: str | Path, style: str, output: Path, lora: str | Path | No
     state, metadata = weights.read_adapter(adapter)
     if metadata.source_video and style != "ex4d":
         raise ConfigError("style", style, "must be ex4d: other formats cannot record that it takes the source video")
+    if style == "released" and {*metadata.lora_targets} != {*TARGETS}:
+        raise ConfigError("style", style, "must be another: this format needs a LoRA on every layer")
     if metadata.expert and style == "released":
         raise ConfigError("style", style, "must be another: this format belongs to Wan2.1, which has one transformer")
     if lora is not None:

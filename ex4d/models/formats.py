@@ -55,15 +55,21 @@ _LORA_KEYS = {
 FORMATS = tuple(_LORA_KEYS)
 
 
-def lora_names(num_blocks: int, style: str = "diffusers") -> list[str]:
-    """Return the 20 · num_blocks LoRA names of a format, always in the same order, so that two formats zip together."""
+def lora_names(num_blocks: int, style: str = "diffusers", present: Iterable[str] = ORIGINAL) -> list[str]:
+    """Return the LoRA names of a format, always in the same order, so that two formats zip together.
+
+    Args:
+        present: modules of a block (of ORIGINAL) that have a LoRA.
+    """
     if style not in _LORA_KEYS:
         raise ConfigError("format", style, f"allowed: {', '.join(FORMATS)}")
     modules, *patterns = _LORA_KEYS[style]
+    chosen = {*present}
     return [
         pattern.format(block=block, module=modules[module])
         for block in range(num_blocks)
         for module in ORIGINAL
+        if module in chosen
         for pattern in patterns
     ]
 
@@ -94,7 +100,10 @@ def to_format(state: Mapping[str, Tensor], style: str, alpha: float | None = Non
         ContractError: tensors are missing or surplus.
     """
     num_blocks = count_blocks(state)
-    canonical, renamed = lora_names(num_blocks), lora_names(num_blocks, style)
+    # The released form has a place for each layer, and its reader wants all.
+    all_of_them = style == "released"
+    present = [module for module in ORIGINAL if all_of_them or f"transformer.blocks.0.{module}.lora_A.weight" in state]
+    canonical, renamed = lora_names(num_blocks, present=present), lora_names(num_blocks, style, present)
     geometry = [f"geometry_adapter.{name}" for name in GEOMETRY]
     with_geometry = style == "released" or geometry[0] in state
     require(state, [*canonical, *(geometry if with_geometry else ())], "this adapter")

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
@@ -43,13 +43,18 @@ def _lora_forward(layer: Any, x: Tensor) -> Tensor:
 
 
 def add_lora(
-    transformer: nn.Module, rank: int, alpha: float, seed: int = 0, dropout: float = 0.0, rslora: bool = False
+    transformer: nn.Module,
+    rank: int,
+    alpha: float,
+    seed: int = 0,
+    dropout: float = 0.0,
+    rslora: bool = False,
+    targets: Sequence[str] = TARGETS,
 ) -> None:
-    """Freeze `transformer` and add trainable float32 LoRA to TARGETS in place; its output is unchanged until trained.
+    """Freeze `transformer` and add trainable float32 LoRA to `targets` in place; its output is unchanged until trained.
 
     The product is computed in the dtype of the layer's input and scaled by alpha / rank, or with `rslora` by
-    alpha / sqrt(rank). A is drawn from `seed` alone
-    (Kaiming-uniform, a = √5, as peft does), B is zero.
+    alpha / sqrt(rank). A is drawn from `seed` alone (Kaiming-uniform, a = √5, as peft does), B is zero.
     """
     from peft import LoraConfig, inject_adapter_in_model
     from peft.tuners.lora import LoraLayer
@@ -59,7 +64,7 @@ def add_lora(
     config = LoraConfig(
         r=rank,
         lora_alpha=alpha,  # type: ignore[arg-type]
-        target_modules=list(TARGETS),
+        target_modules=list(targets),
         lora_dropout=dropout,
         use_rslora=rslora,
     )

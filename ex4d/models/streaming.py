@@ -20,6 +20,7 @@ import torch
 from torch import Tensor, nn
 
 from ex4d.errors import ContractError
+from ex4d.models import sharing
 from ex4d.models.quantize import QuantizedLinear
 
 log = logging.getLogger(__name__)
@@ -104,17 +105,11 @@ class _Source:
                 self.stored = index(folder)
             except ContractError as error:
                 problem = f"{folder} cannot be loaded: {error}"
-        # An error on rank 0 is raised on all ranks, with the same message.
-        self.shapes, problem = self._broadcast(({name: at.shape for name, at in self.stored.items()}, problem))
+        self.shapes = {name: at.shape for name, at in self.stored.items()}
+        if shared:  # an error on rank 0 is raised on all ranks, with the same message
+            self.shapes, problem = sharing.agreed((self.shapes, problem), device)
         if problem:
             raise ContractError(problem)
-
-    def _broadcast(self, value: Any) -> Any:
-        if not self.shared:
-            return value
-        values = [value]
-        torch.distributed.broadcast_object_list(values, src=0, device=self.device)
-        return values[0]
 
     def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
         """Return a tensor in a dtype on a device."""
@@ -124,9 +119,7 @@ class _Source:
             value = self.stored[name].read().to(dtype).to(self.device).contiguous()
         else:
             value = torch.empty(self.shapes[name], dtype=dtype, device=self.device)
-        if value.numel():
-            torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)
-        return value.to(device)
+        return sharing.broadcast(value).to(device)
 
 
 def load_transformer(

@@ -64,6 +64,7 @@ def read(path: str, config: ModelConfig, expert: Expert | None = None) -> WarmSt
     pairs = {
         "lora_rank": (config.lora_rank, metadata.lora_rank),
         "lora_alpha": (alpha, metadata.lora_alpha),
+        "lora_targets": (sorted(config.lora_targets), sorted(metadata.lora_targets)),
         "adapter_hidden": (config.adapter_hidden, metadata.adapter_hidden),
         "mask_range": (config.mask_range, metadata.mask_range),
         "source_video": (config.source_video, metadata.source_video),

@@ -78,10 +78,9 @@ class Datasets:
             sizes.append((f, h, w))
         return sizes
 
-    def costs(self, base: backbone.Base, lora_rank: int, adapter_hidden: int) -> list[flops.Cost]:
+    def costs(self, base: backbone.Base, model: backbone.ModelConfig) -> list[flops.Cost]:
         """Return the FLOPs and tokens of a sample of each dataset."""
-        sizes = (lora_rank, adapter_hidden, self.source_video)
-        return [flops.cost(base.shape, size, *sizes) for size in self.latent_sizes(base)]
+        return [flops.cost_of(base.shape, size, model) for size in self.latent_sizes(base)]
 
     def open(
         self, split: str, samples: int, micro_batch_size: int, accum_steps: int = 1

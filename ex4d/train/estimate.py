@@ -6,7 +6,7 @@ import math
 from collections.abc import Mapping
 from typing import Any
 
-from ex4d.models import adapter, backbone, families
+from ex4d.models import adapter, backbone, families, swap
 from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.train import flops
 from ex4d.train.config import BatchPlan, TrainConfig
@@ -27,8 +27,6 @@ _SWAPPED_HERE = 3  # copies of swapped blocks on the device: one at work, one on
 _DEQUANTIZED = {"int8": 2, "fp8": 2, "nf4": 4}
 # Numbers that ZeRO-3 gathers at most, DeepSpeed's stage3_max_live_parameters and its prefetch bucket.
 _GATHERED = 1e9 + 5e7
-# Bytes of the largest file of a base, which is read whole into the host's memory and then goes to the device.
-_SHARD_BYTES = 10e9
 
 
 def count_parameters(shape: Mapping[str, Any], config: backbone.ModelConfig) -> dict[str, int]:
@@ -164,7 +162,7 @@ def summary(
         precomputed: the dataset holds latents and text, so that no encoder is loaded.
     """
     parameters = count_parameters(shape, model)
-    sample = flops.cost(shape, latents, model.lora_rank, model.adapter_hidden, model.source_video)
+    sample = flops.cost_of(shape, latents, model)
     family = families.FAMILIES.get(families.family_of(shape) or "")
     encoders = dict(family.encoders) if family and not precomputed else {}
     if train.prompt is not None:  # the prompt is embedded once, before training
@@ -183,7 +181,7 @@ def summary(
         "flops_per_sample": {"forward": sample.forward, "useful": sample.useful, "executed": sample.executed(*again)},
         "memory_bytes": parts | {"total": total},
         "host_bytes": _host_bytes(shape, parameters, model, train),
-        "host_bytes_loading": _loading_bytes(parameters, model, train),
+        "host_bytes_loading": _loading_bytes(shape, parameters, model, train),
         "fits": total <= flops.memory_of(train.gpu),
         "gpu": train.gpu,
         "seconds_per_step": step_s,
@@ -199,7 +197,8 @@ def _host_bytes(
 ) -> float:
     """Return the bytes of host memory that one process takes: swapped blocks, an offloaded optimizer.
 
-    Of the memory that is pinned PyTorch takes up to twice as much, since it rounds each block up to a power of two.
+    Allocations of pinned memory are rounded up to a power of two: 34.4 GB for the 32.3 of all 40 blocks of 14B in
+    bfloat16 (swap.py).
     """
     weight = QUANTIZED_BYTES[model.quantize] if model.quantize else DTYPE_BYTES.get(model.dtype, 2.0)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
@@ -207,10 +206,16 @@ def _host_bytes(
     return swapped + (12.0 * trainable if train.cpu_offload else 0.0)
 
 
-def _loading_bytes(parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig) -> float:
-    """Return the most bytes of host memory that one process takes while it reads the base.
+def _loading_bytes(
+    shape: Mapping[str, Any], parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig
+) -> float:
+    """Return the most bytes of host memory that one process takes while it reads the transformer.
 
-    A base that is to be quantised, or whose blocks are to be swapped, is read whole before it goes to its place.
+    A tensor is read at a time, stored in up to four bytes a number, and cast; a base whose blocks are to be swapped is
+    whole in the host's memory, beside the first arena for them, unless it is quantised on the device first.
     """
-    whole = parameters["base"] * DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
-    return whole if model.quantize or train.block_swap else min(whole, _SHARD_BYTES)
+    dtype = DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
+    tensor = (4.0 + dtype) * flops.width_of(shape) * shape["ffn_dim"]
+    if not train.block_swap or model.quantize:
+        return tensor
+    return parameters["base"] * dtype + max(tensor, min(swap.ARENA, parameters["blocks"] * dtype))

@@ -6,12 +6,14 @@ One multiply-add is 2 FLOPs. Only matrix products and convolutions count; they a
 from __future__ import annotations
 
 import math
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from ex4d.errors import ConfigError
+from ex4d.models.backbone import ModelConfig
 from ex4d.models.encoders import TEXT_LENGTH
+from ex4d.models.lora import TARGETS
 
 CLIP_TOKENS = 257
 # Dense bfloat16 FLOP/s and bytes of memory, from NVIDIA's data sheets.
@@ -91,6 +93,7 @@ def cost(
     adapter_hidden: int = 1024,
     source_video: bool = False,
     num_image_tokens: int = CLIP_TOKENS,
+    lora_targets: Sequence[str] = TARGETS,
 ) -> Cost:
     """Return the FLOPs of one sample in training.
 
@@ -99,6 +102,7 @@ def cost(
         latents: (f, h, w).
         source_video: tokens of a source video beside those of the target.
         num_image_tokens: of CLIP, for a base that takes them.
+        lora_targets: layers of a block that have a LoRA.
     """
     patch, cells = math.prod(shape["patch_size"]), math.prod(latents)
     image = num_image_tokens if shape["image_dim"] else 0
@@ -110,7 +114,7 @@ def cost(
     return Cost(
         tokens=tokens,
         parts={
-            **_blocks(shape, tokens, image, lora_rank),
+            **_blocks(shape, tokens, image, lora_rank, lora_targets),
             "embedding": Part(_embedding(shape, tokens, image), 0.0, in_blocks=False),
             "geometry_adapter": Part(first + rest, first + 2 * rest, in_blocks=False),
             "output": Part(out, out, in_blocks=False),
@@ -118,19 +122,31 @@ def cost(
     )
 
 
+def cost_of(shape: Mapping[str, Any], latents: tuple[int, int, int], model: ModelConfig) -> Cost:
+    """Return the FLOPs of one sample in training of a model configuration."""
+    sizes = (model.lora_rank, model.adapter_hidden, model.source_video)
+    return cost(shape, latents, *sizes, lora_targets=model.lora_targets)
+
+
 def width_of(shape: Mapping[str, Any]) -> int:
     """Return the channels of a token."""
     return shape["num_attention_heads"] * shape["attention_head_dim"]
 
 
-def _blocks(shape: Mapping[str, Any], tokens: int, image: int, lora_rank: int) -> dict[str, Part]:
+def _blocks(
+    shape: Mapping[str, Any], tokens: int, image: int, lora_rank: int, lora_targets: Sequence[str]
+) -> dict[str, Part]:
     """Return the parts of all blocks for so many tokens, and `image` tokens of CLIP."""
     width, ffn, blocks = width_of(shape), shape["ffn_dim"], shape["num_layers"]
     # q, k, v, o of self-attention, q and o of cross-attention, two feed-forward layers
     linear = 2.0 * tokens * (6 * width**2 + 2 * width * ffn) * blocks
     context = 4.0 * (TEXT_LENGTH * width**2 + image * width * (shape["added_kv_proj_dim"] or 0)) * blocks
-    lora_tokens = 2.0 * lora_rank * tokens * (12 * width + 2 * (width + ffn)) * blocks
-    lora_text = 2.0 * lora_rank * TEXT_LENGTH * 2 * width * blocks  # A of text k and v, and as much for B
+    text_layers = len({"to_k", "to_v"} & {*lora_targets})  # of cross-attention
+    # Widths of A and B together: q and o of both attentions, k and v of self-attention, the feed-forward layers.
+    widths = {"to_q": 4 * width, "to_out.0": 4 * width, "to_k": 2 * width, "to_v": 2 * width}
+    lora_width = sum(widths.get(name, width + ffn) for name in lora_targets)
+    lora_tokens = 2.0 * lora_rank * tokens * lora_width * blocks
+    lora_text = 2.0 * lora_rank * TEXT_LENGTH * text_layers * width * blocks  # A, and as much for B
     attention = 4.0 * tokens * width * tokens * blocks
     attention_text = 4.0 * tokens * width * TEXT_LENGTH * blocks
     attention_image = 4.0 * tokens * width * image * blocks
@@ -140,7 +156,8 @@ def _blocks(shape: Mapping[str, Any], tokens: int, image: int, lora_rank: int) -
         "context": Part(context, 0.0),
         "lora": Part(lora_tokens + 2 * lora_text, 2 * lora_tokens + 3 * lora_text),
         "attention": Part(attention, 2 * attention),
-        "attention_text": Part(attention_text, 2 * attention_text),
+        # The query's gradient, and that of keys or of values where they have a LoRA.
+        "attention_text": Part(attention_text, (1 + 0.5 * text_layers) * attention_text),
         # Keys and values of the image are frozen: the query's gradient alone.
         "attention_image": Part(attention_image, attention_image),
     }

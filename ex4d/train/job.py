@@ -78,7 +78,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     unneeded = {name for name in backbone.COMPONENTS if data.texts and name != "transformer"}
     unneeded |= {"text_encoder"} if known else set()
     base = _load_base(config, chosen, device, place, [name for name in backbone.COMPONENTS if name not in unneeded])
-    costs = data.costs(base, chosen.lora_rank, chosen.adapter_hidden)
+    costs = data.costs(base, chosen)
     model, recompute = _build_model(config, chosen, base, device)
     base_fingerprint = encoders.base_fingerprint(base.transformer)
     if start:
@@ -143,6 +143,7 @@ def _metadata(
         base_fingerprint=base_fingerprint,
         lora_rank=rank,
         lora_alpha=alpha,
+        lora_targets=chosen.lora_targets,
         adapter_hidden=chosen.adapter_hidden,
         mask_range=chosen.mask_range,
         source_video=chosen.source_video,

@@ -92,32 +92,39 @@ def read():
 import diffusers, accelerate
 from diffusers import WanTransformer3DModel
 from ex4d.models import streaming
-folder, style, shared = sys.argv[1], sys.argv[2] or None, len(sys.argv) > 3
+folder, style, components, shared = sys.argv[1], sys.argv[2] or None, sys.argv[3].split(","), sys.argv[4] == "2"
 if shared:
     torch.distributed.init_process_group("gloo")
 before, done = status("VmRSS"), read()
 open("/proc/self/clear_refs", "w").write("5")
-how = dict(dtype="bfloat16", components=("transformer",), quantize=style, shared=shared)
-model = backbone.load_base(folder, **how).transformer
-tensors = [*model.parameters(), *model.buffers()]
+base = backbone.load_base(folder, dtype="bfloat16", components=components, quantize=style, shared=shared)
+modules = [getattr(base, name) for name in components]
+tensors = [value for module in modules for value in (*module.parameters(), *module.buffers())]
 own = sum(value.nbytes for value in tensors)
 digest = sum(float(value.flatten()[::997].double().sum()) for value in tensors)
-print(json.dumps({"own": own, "peak": status("VmHWM") - before, "read": read() - done, "digest": digest}))
+said = {"own": own, "peak": status("VmHWM") - before, "read": read() - done, "digest": digest}
+if "vae" in components:
+    pixels = torch.linspace(-1, 1, 3 * 5 * 32 * 32).view(1, 3, 5, 32, 32)
+    made = base.encode_video(pixels), base.encode_image(pixels[:, :, 0]), base.encode_text(["a red ball"])
+    said["outputs"] = [float(value.double().sum()) for value in made]
+print(json.dumps(said))
 """
 
 
-def load_in_processes(folder: Path, style: str = "", count: int = 1) -> list[dict[str, float]]:
-    """Return what each of so many ranks says of its loading."""
+def load_in_processes(
+    folder: Path, style: str = "", count: int = 1, components: str = "transformer", others: Path | None = None
+) -> list[dict[str, Any]]:
+    """Return what each of so many ranks says of its loading; those beyond the first may have a folder of their own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
     common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": port}
     common |= {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": "1", "MALLOC_MMAP_THRESHOLD_": "65536"}
-    command = [sys.executable, "-c", RANK, str(folder), style, *(["shared"] if count > 1 else [])]
-    ranks = [
-        subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True)
-        for rank in range(count)
-    ]
+    ranks = []
+    for rank in range(count):
+        place = others if rank and others else folder
+        command = [sys.executable, "-c", RANK, str(place), style, components, str(count)]
+        ranks.append(subprocess.Popen(command, env=common | {"RANK": str(rank)}, stdout=subprocess.PIPE, text=True))
     return [json.loads(rank.communicate(timeout=600)[0].splitlines()[-1]) for rank in ranks]
 
 
@@ -127,6 +134,16 @@ def test_one_rank_reads_and_the_others_receive(wan_folder: Path) -> None:
     size = (wan_folder / "transformer" / "diffusion_pytorch_model.safetensors").stat().st_size
     assert first["read"] > size > second["read"]
     assert first["digest"] == second["digest"] == alone["digest"]
+
+
+def test_encoders_are_read_by_one_rank_too(wan_folder: Path, tmp_path: Path) -> None:
+    """Rank 1 is given a base without weights. (Mapped files are not counted among the bytes that a process reads.)"""
+    names = "vae,image_encoder,text_encoder"
+    shutil.copytree(wan_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
+    alone = load_in_processes(wan_folder, components=names)[0]
+    first, second = load_in_processes(wan_folder, count=2, components=names, others=tmp_path / "base")
+    for what in ("own", "digest", "outputs"):
+        assert first[what] == second[what] == alone[what]
 
 
 @pytest.mark.heavy

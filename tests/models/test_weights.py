@@ -12,7 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ex4d.errors import ConfigError, ContractError
-from ex4d.models import adapter, backbone, encoders, formats, lora_dialects, weights
+from ex4d.models import adapter, backbone, encoders, export, formats, lora_dialects, weights
 
 CONFIG = backbone.ModelConfig(lora_rank=4, lora_alpha=4, adapter_hidden=32)
 
@@ -69,6 +69,31 @@ def test_every_format_round_trips_bit_identical(wan_folder: Path, style: str, dt
     assert equal(back, kept)
     assert alpha == (4.0 if style == "kohya" else None)
     assert len(there) == {"released": 48, "kohya": 60}.get(style, 40)
+
+
+def test_lora_on_fewer_layers_is_written_read_and_exported(wan_folder: Path, tmp_path: Path) -> None:
+    config = dataclasses.replace(CONFIG, lora_targets=("to_q", "ffn.net.2"))
+    model = build(wan_folder, config)
+    metadata = dataclasses.replace(metadata_of(model), lora_targets=config.lora_targets)
+    weights.save_adapter(tmp_path / "few", model, metadata)
+    assert weights.read_metadata(tmp_path / "few").lora_targets == config.lora_targets
+    state = weights.adapter_state(model)
+    loras = {name: value for name, value in state.items() if ".lora_" in name}
+    assert len(loras) == 2 * 3 * 2, "q of two attentions and a feed-forward layer, in two blocks"
+    for style in ("diffusers", "comfyui", "kohya"):
+        path = export.export(tmp_path / "few", style, tmp_path / f"{style}.safetensors")[0]
+        assert equal(lora_dialects.read(load_file(path))[0], loras)
+    with pytest.raises(ConfigError, match="needs a LoRA on every layer"):
+        export.export(tmp_path / "few", "released", tmp_path / "few.ckpt")
+    other = build(wan_folder, config, seed=5)
+    weights.load_adapter(tmp_path / "few", other)
+    assert equal(weights.adapter_state(other), state)
+    for said in (("to_k",), ("to_q", "ffn.net.2", "proj_out"), ()):
+        weights.save_adapter(tmp_path / "odd", model, dataclasses.replace(metadata, lora_targets=said))
+        with pytest.raises(ContractError, match="its header says LoRA on"):
+            weights.read_metadata(tmp_path / "odd")
+    weights.save_adapter(tmp_path / "all", build(wan_folder), metadata_of(model))
+    assert b"lora_targets" not in (tmp_path / "all" / weights.FILE_NAME).read_bytes()
 
 
 def test_released_file_in_and_out(wan_folder: Path, tmp_path: Path) -> None:

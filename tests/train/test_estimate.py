@@ -127,6 +127,23 @@ def test_work_of_the_vae_is_that_of_torch_s_counter() -> None:
     assert flops.vae_flops(SHAPE_14B, LATENTS) == pytest.approx(259e12, rel=0.002)
 
 
+def test_tiles_decode_a_large_video_in_less_memory() -> None:
+    from diffusers import AutoencoderKLWan
+
+    peaks = []
+    for tiled in (False, True):
+        held = trace_memory.Held()
+        with trace_memory.FakeTensorMode(), torch.no_grad():
+            vae = AutoencoderKLWan()
+            if tiled:
+                vae.enable_tiling()
+            with held:
+                assert vae.decode(torch.empty(1, 16, 3, 64, 64)).sample.shape == (1, 3, 9, 512, 512)
+        peaks.append(held.peak / 1e9)
+    print(f"decoding 512 x 512: {peaks[0]:.2f} GB, in tiles {peaks[1]:.2f} GB")
+    assert peaks[1] < 0.5 * peaks[0]
+
+
 @pytest.fixture
 def counted_once(parameters: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
     """Counting takes a second or more each time."""

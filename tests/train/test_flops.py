@@ -18,10 +18,11 @@ PUBLISHED = flops.cost(SHAPE_14B, flops.latent_size((49, 512, 512)))
 
 
 def counted(
-    shape: dict[str, Any], latents: tuple[int, int, int], recomputed: int, source: bool = False
+    shape: dict[str, Any], latents: tuple[int, int, int], recomputed: int, source: bool = False, **chosen: Any
 ) -> tuple[int, int]:
     """The slow twin: run the model in shapes alone under torch's FLOP counter; return (forward, whole step)."""
-    model = adapter.build_model(backbone.meta_transformer(shape), backbone.ModelConfig(lora_rank=8, adapter_hidden=64))
+    config = backbone.ModelConfig(lora_rank=8, adapter_hidden=64, **chosen)
+    model = adapter.build_model(backbone.meta_transformer(shape), config)
     model.set_gradient_checkpointing(recomputed > 0, recomputed)
     z, first = shape["out_channels"], shape["in_channels"] - shape["out_channels"]
 
@@ -52,6 +53,16 @@ def test_formula_equals_the_counter(name: str, recomputed: int, source: bool) ->
     assert cost.tokens == 3 * 6 * 8 * (2 if source else 1)
     assert cost.forward == forward
     assert cost.executed(recomputed / 3) == pytest.approx(step, rel=1e-9)
+
+
+@pytest.mark.parametrize("targets", [("to_q", "to_v"), ("to_k", "ffn.net.2"), ("to_out.0",)])
+def test_formula_with_lora_on_fewer_layers(targets: tuple[str, ...]) -> None:
+    shape, latents = dict(SHAPE_14B) | {"num_layers": 3}, (3, 12, 16)
+    config = backbone.ModelConfig(lora_rank=8, adapter_hidden=64, lora_targets=targets)
+    cost = flops.cost_of(shape, latents, config)
+    forward, step = counted(shape, latents, 3, lora_targets=targets)
+    assert cost.forward == forward
+    assert cost.executed(1.0) == pytest.approx(step, rel=1e-9)
 
 
 def test_kept_self_attention_is_not_executed_again() -> None:

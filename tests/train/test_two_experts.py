@@ -127,8 +127,9 @@ def test_both_adapters_generate_together(trained: Path) -> None:
     found = experts.read(trained)
     assert [metadata.expert for _, metadata in found.values()] == ["high", "low"]
     assert len({metadata.base_fingerprint for _, metadata in found.values()}) == 2
-    config = GenerateConfig(num_inference_steps=4, guidance_scale=1.0)
+    config = GenerateConfig(num_inference_steps=4, guidance_scale=1.0, vae_tiling=True)
     base, model = generate.load(trained, device="cpu", config=config)
+    assert base.vae.use_tiling
     generator = torch.Generator().manual_seed(0)
     frames = torch.randint(0, 256, (5, 32, 32, 3), generator=generator, dtype=torch.uint8).numpy()
     visible = (torch.rand(5, 32, 32, generator=generator) > 0.3).numpy()

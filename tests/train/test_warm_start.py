@@ -74,6 +74,7 @@ def test_weights_of_a_released_file_come_in_bit_for_bit(folder: Path, alone, tmp
     ("model", "message"),
     [
         ({"lora_rank": 4}, r"model.lora_rank=4: must be 3, as in train.init_from="),
+        ({"lora_targets": ["to_q"]}, r"model.lora_targets=.*must be \['ffn.net.0.proj', .*as in train.init_from="),
         ({"lora_rslora": True}, r"model.lora_alpha="),
         ({"adapter_hidden": 16}, r"model.adapter_hidden=16: must be 8"),
         ({"mask_range": "released"}, r"model.mask_range='?released'?: must be 'unit'"),
