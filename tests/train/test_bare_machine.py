@@ -43,6 +43,7 @@ def test_what_trains_imports_nothing_that_is_missing_there(bare: dict[str, str])
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 def test_rehearsal_of_both_runs(bare: dict[str, str], tmp_path: Path) -> None:
     """Every row at tiny size, with the present Python; the wheels themselves, where collect.py has brought them."""
     rows = {}
@@ -52,7 +53,8 @@ def test_rehearsal_of_both_runs(bare: dict[str, str], tmp_path: Path) -> None:
         subprocess.run(command, env=bare, cwd=ROOT, check=True, timeout=3000)
         rows |= {row["row"]: row for row in map(json.loads, (output / "rows.jsonl").read_text().splitlines())}
     failed = {name for name, row in rows.items() if "failed" in row}
-    assert failed <= {"renderer, nvdiffrast", "attention cudnn", "attention efficient", "attention flash"}
+    of_a_gpu = {"renderer, nvdiffrast", "attention cudnn", "attention efficient", "attention flash"}
+    assert failed <= of_a_gpu | {"bf16+compile, fp8 products"}, "torchao is among the wheels alone"
     first, more = rows["trainer, steps 1 to 6"], rows["trainer, steps 7 to 8"]
     assert [step["step"] for step in first["steps"] + more["steps"]] == [*range(1, 9)]
     assert {"forward", "backward", "optimizer", "data"} <= set(first["parts"])

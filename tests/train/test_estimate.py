@@ -96,6 +96,7 @@ def test_estimate_agrees_with_a_traced_step() -> None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(900)
 @pytest.mark.parametrize("micro_size", [1, 4])
 @pytest.mark.parametrize("recomputed", [40, 20])
 def test_estimate_agrees_with_a_traced_step_of_all_blocks(micro_size: int, recomputed: int) -> None:
