@@ -170,7 +170,7 @@ def novel_views(
     lora_files(config)
     config = config.for_adapter(metadata)
     if metadata.mask_range == "released" and not config.prompt:
-        log.warning("the published weights were used with a prompt and a negative prompt: generate.py of EX-4D has them")
+        log.warning("released weights were used with a prompt and a negative one: generate.py of EX-4D has them")
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
     encoders.check_clip((view_config.num_frames or 0, *(view_config.size or metadata.size), 3), stride)
     clip = read(video_path, view_config)
