@@ -128,6 +128,18 @@ def test_work_of_the_vae_is_that_of_torch_s_counter() -> None:
     assert flops.vae_flops(SHAPE_14B, LATENTS) == pytest.approx(259e12, rel=0.002)
 
 
+@pytest.mark.usefixtures("counted_once")
+def test_host_memory_of_loading_is_one_tensor_unless_blocks_wait_there(parameters: dict[str, int]) -> None:
+    def loading(style: Any = None, swapped: int = 0) -> float:
+        model = replace(MODEL, quantize=style)
+        train = TrainConfig(activation_checkpointing=True, block_swap=swapped, num_processes=1)
+        return estimate.summary(SHAPE_14B, model, train, LATENTS, ALONE, precomputed=True)["host_bytes_loading"]
+
+    largest = 6 * 5120 * 13824  # read in float32, cast to bfloat16
+    assert loading() == loading("nf4") == loading("nf4", 20) == largest
+    assert loading(swapped=40) == 2 * parameters["base"] + swap.ARENA
+
+
 def test_tiles_decode_a_large_video_in_less_memory() -> None:
     from diffusers import AutoencoderKLWan
 
