@@ -49,9 +49,10 @@ def command(path: str, overrides: Sequence[str]) -> int:
         raise ConfigError("sweep.metric", sweep.metric, allowed)
     tree = trial_tree(sweep, train, config.read_yaml(path), overrides, validates)
     check_settings(config.validate(TrainConfig, tree["train"], "train"), loaded["model"])
-    from ex4d.models import experts
+    if loaded["ray"].address is None:  # else the base is on other machines
+        from ex4d.models import experts
 
-    experts.timesteps(loaded["model"].base, loaded["model"].revision, train.expert)  # each trial would trip over it
+        experts.timesteps(loaded["model"].base, loaded["model"].revision, train.expert)
     whole = config.to_plain({"sweep": config.to_dict(sweep), **tree})
     if without_secrets(whole) != whole:
         allowed = "must be a URL without password or signature, since it is written to the trials' files"

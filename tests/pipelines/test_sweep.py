@@ -182,9 +182,9 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
     with pytest.raises(ConfigError, match=r"validate_every.*has no validation samples"):
         sweep.command(str(path), ["train.validate_every=2"])
     with pytest.raises(ConfigError, match=r"train\.expert='?low'?: must be null"):
-        sweep.command(str(path), ["train.expert=low"])
+        sweep.command(str(path), ["train.expert=low", "model.base=tiny"])
     assert trees == []
-    sweep.command(str(path), [])
+    sweep.command(str(path), ["model.base=tiny"])
     assert trees[0]["train"]["save_every"] == 3
     assert trees[0]["train"].get("validate_every") is None
 
@@ -196,7 +196,7 @@ def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):
     make_dataset(tmp_path)
     path = sweep_bench.write(tmp_path, "one", {})
     with exclusive(str(tmp_path / "one")), pytest.raises(ConfigError, match="another run is writing there"):
-        sweep.command(str(path), [])
+        sweep.command(str(path), ["model.base=tiny"])
 
 
 # ---------------------------------------------------------------- what is shown
