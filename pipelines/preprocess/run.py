@@ -6,6 +6,7 @@ every planned clip. A pass runs on Ray or in this process; the bytes are the sam
 
 from __future__ import annotations
 
+import logging
 from collections.abc import Sequence
 from dataclasses import replace
 from functools import partial
@@ -15,6 +16,7 @@ from ex4d import storage
 from ex4d.depth import AUTO, auto
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
+from ex4d.video.pictures import SUFFIXES
 from pipelines import inputs
 from pipelines.preprocess import fetch, pages, pairs, settings
 from pipelines.preprocess.job import Job
@@ -27,6 +29,8 @@ from pipelines.runtime.result import Result
 from pipelines.runtime.runner import RayConfig
 
 __all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
+
+logger = logging.getLogger(__name__)
 
 SECTIONS = {"preprocess": PreprocessConfig, "ray": RayConfig, "synthetic": SyntheticConfig}
 OPTIONAL = ("synthetic",)  # no synthetic corpus by default
@@ -100,6 +104,9 @@ def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | N
         with fetch.reach(config):
             place = (config.output, config.list_root, config.follow_links, config.image_fps is not None)
             found = inputs.expand(config.input, *place)
+        is_pictures = not found.num_videos and any(source.name.lower().endswith(SUFFIXES) for source in found)
+        if is_pictures and config.image_fps is None:
+            logger.warning("no video there, but pictures: preprocess.image_fps=24 takes folders of them for videos")
         return inputs.Sources(pairs.without_sources(found)) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "must be set, or there must be a section `synthetic`")

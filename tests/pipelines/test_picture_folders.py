@@ -13,6 +13,7 @@ from small_corpus import choices, inline
 
 from ex4d.data.manifest import MANIFEST, read_table
 from pipelines.inputs import expand
+from pipelines.preprocess.run import find_sources
 
 FPS = 25.0
 
@@ -121,6 +122,16 @@ def test_a_run_with_folders_of_pictures(tmp_path):
     inline(replace(config, output=str(tmp_path / "slow"), image_fps=5.0))
     others = read_table(str(tmp_path / "slow"), MANIFEST).to_pylist()
     assert {row["key"] for row in others}.isdisjoint(row["key"] for row in rows.values())
+
+
+def test_pictures_without_a_rate_are_counted_and_the_setting_is_named(tmp_path, caplog):
+    write(tmp_path / "in/bear", 3)
+    config = choices(tmp_path / "in", tmp_path / "out")
+    assert find_sources(config, None).num_videos == 0
+    assert "preprocess.image_fps=24" in caplog.text
+    caplog.clear()
+    assert find_sources(replace(config, image_fps=24.0), None).num_videos == 1
+    assert not caplog.text
 
 
 def test_pictures_that_change_between_the_passes_are_noticed(tmp_path):
