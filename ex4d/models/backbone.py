@@ -211,7 +211,7 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
             return cls.from_config(config)
         return cls(cls.config_class.from_pretrained(folder / component, local_files_only=True))
 
-    model = sharing.loaded_once(read, empty, device) if shared else read()
+    model: Any = sharing.loaded_once(read, empty, device) if shared else read()
     if hasattr(model, "enable_slicing"):
         model.enable_slicing()  # a clip at a time: less memory, and latents that do not depend on their batch
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
