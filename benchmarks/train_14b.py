@@ -117,10 +117,10 @@ def fill(module: nn.Module, device: torch.device, keep_float32: tuple[str, ...],
 
 
 def use_fp8_products(block: nn.Module, device: torch.device) -> None:
-    """Let the linear layers of a block multiply in fp8, with a scale for each row; a CPU only rounds to it."""
+    """Let the linear layers of a block multiply in fp8, with a scale for each tensor; a CPU only rounds to it."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
-    recipe = Float8LinearConfig.from_recipe_name("rowwise")
+    recipe = Float8LinearConfig.from_recipe_name("tensorwise")
     convert_to_float8_training(block, config=replace(recipe, emulate=device.type == "cpu"))
 
 
