@@ -2,8 +2,9 @@
 
 Optical flow (DIS) between frames 1, 2, 4 apart → cameras and focal length by bundle adjustment (`depth.cameras`) →
 inverse depth of every pixel, by least squares over all its flows (weights: forward–backward consistency, and the
-epipolar residual) → fusion with what neighbouring frames say of the same point → gaps filled from around them → what
-moves by itself placed on the surface below it (`depth.moving`).
+epipolar residual) → fusion with what neighbouring frames say of the same point → gaps filled from around them → all
+of it again, twice, with flow measured from where it puts each pixel → what moves by itself placed on the surface below
+it (`depth.moving`).
 
 It needs a camera that moves sideways or forward. A clip whose camera rests or only turns is filtered (no_parallax),
 and so is one that a scene turned inside out explains as well (parallax_certainty), or of noise (parallax_noise). The
@@ -12,16 +13,18 @@ scale is arbitrary: the median depth of the clip is 1. Everything runs on one th
 
 from __future__ import annotations
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 
 import numpy as np
 
 from ex4d.depth import DepthRequest, Geometry, moving
+from ex4d.depth import bundle as bundles
 from ex4d.depth import cameras as camera_search
-from ex4d.depth.bundle import Matches
+from ex4d.depth.bundle import MIN_Z, Bundle, Matches
 from ex4d.errors import Filtered
-from ex4d.geometry.camera import invert, pixel_rays
-from ex4d.geometry.tracks import Flows, consistency, one_thread, pair_flows, sample
+from ex4d.geometry.camera import FOV_DEG, invert, pixel_rays
+from ex4d.geometry.tracks import Flows, measure_again, one_thread, pair_flows, sample, trust
 
 GAPS = (1, 2, 4)
 MIN_MOTION_PX = 0.3  # below it DIS measures noise (its median error is 0.15–0.3 px)
@@ -34,6 +37,9 @@ MIN_LIKENESS = 0.75
 MIN_CERTAINTY, MAX_CERTAINTY = 1.02, 100.0
 RESIDUAL_PX = 0.5  # scale of the Cauchy weights
 WORST = 400.0  # squared residual in that scale: more is not worse
+# Rounds in which the flow is measured again from where cameras and depth put each pixel, and steps of each: a round
+# halves the errors of depth and turn, a second one takes a third of what is left (docs/decisions/source_cameras.md).
+NUM_AGAIN, NUM_STEPS = 2, 30
 GRID = 16  # points along the shorter side that cameras are found with
 
 
@@ -51,20 +57,16 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     with one_thread():
         flows = pair_flows(frames, GAPS)
         _check_motion(frames, flows)
-        weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
+        weights = trust(flows)
         cameras = camera_search.find(matches_of(flows, weights), (height, width), request.fov_deg)
         if cameras.certainty < MIN_CERTAINTY:
             why = "near and far could be exchanged: the clip turns too much for its parallax"
             raise Filtered("parallax_certainty", cameras.certainty, MIN_CERTAINTY, why)
-        w2c, focal = cameras.bundle.w2c, cameras.bundle.focal
-        K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
-        rays = pixel_rays((height, width), K).astype(np.float32)
-        views = [_inverse_depth(i, flows, weights, rays, w2c, focal) for i in range(num_frames)]
-        fused = np.stack([_fuse(i, views, flows, weights, rays, w2c) for i in range(num_frames)])
-        residual = np.stack([_along(i, views, flows, weights) for i in range(num_frames)])
-        mask = moving.find(fused, residual, flows, weights)
-        fused = moving.place(fused, mask)
-    values = (1.0 / fused).astype(np.float32)
+        bundle, inverse, mask = refined(frames, flows, cameras.bundle, request.fov_deg)
+        inverse = moving.place(inverse, mask)
+    w2c, focal = bundle.w2c, bundle.focal
+    K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    values = (1.0 / inverse).astype(np.float32)
     middle = float(np.median(values))
     values, w2c = values / np.float32(middle), w2c.copy()
     w2c[:, :3, 3] /= middle
@@ -72,7 +74,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
     facts = {
         "estimator": "parallax",
         "fov_deg": fov_deg,
-        "residual_px": cameras.bundle.residual_px,
+        "residual_px": bundle.residual_px,
         "certainty": min(cameras.certainty, MAX_CERTAINTY),
         "moving_share": float(mask.mean()),
     }
@@ -132,6 +134,60 @@ def matches_of(flows: Flows, weights: Flows) -> Matches:
     votes = np.stack([weights[pair][cut].ravel() for pair in pairs]).astype(np.float64)
     num_frames = 1 + max(j for _, j in pairs)
     return Matches(np.tile(places, (num_frames, 1, 1)), np.array(pairs), targets, np.where(votes < 0.05, 0, votes))
+
+
+def induced(inverse: np.ndarray, w2c: np.ndarray, focal: float, pairs: Iterable[tuple[int, int]]) -> Flows:
+    """Return the flow float32 [H, W, 2] px of a scene that stands, for each of `pairs` (i, j).
+
+    Args:
+        inverse: [T, H, W] > 0, 1/z. w2c: [T, 4, 4], in the unit of z. focal: px.
+    """
+    size = inverse.shape[1:]
+    K = np.array([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]])
+    rays = pixel_rays(size, K)
+    flows: Flows = {}
+    for i, j in pairs:
+        relative = w2c[j] @ invert(w2c[i])
+        there = rays @ relative[:3, :3].T + inverse[i][..., None] * relative[:3, 3]
+        seen = there[..., :2] / np.maximum(there[..., 2:], MIN_Z)
+        flows[i, j] = np.clip(focal * (seen - rays[..., :2]), -max(size), max(size)).astype(np.float32)
+    return flows
+
+
+def refined(
+    frames: np.ndarray, flows: Flows, bundle: Bundle, fov_deg: float | None
+) -> tuple[Bundle, np.ndarray, np.ndarray]:
+    """Return (bundle, 1/z float32 [T, H, W], mask bool [T, H, W] of what moves) with flow measured again from there.
+
+    Args:
+        flows: what `bundle` explains.
+
+    Raises:
+        Filtered: parallax_moving, where most of the picture moves by itself.
+    """
+    height, width = frames.shape[1:3]
+    weights = trust(flows)
+    inverse, residual = _dense(bundle, flows, weights)
+    mask = moving.find(inverse, residual, flows, weights)  # after the rounds, bodies would be better explained
+    usual = None if fov_deg is not None else camera_search.focal_of((height, width), FOV_DEG)
+    for _ in range(NUM_AGAIN):
+        flows = measure_again(frames, induced(inverse, bundle.w2c, bundle.focal, flows))
+        weights = trust(flows)
+        matches = matches_of(flows, {(i, j): weights[i, j] * ~mask[i] for i, j in flows})
+        near = bundles.forward(bundles.points_of(matches, bundle))
+        bundle = bundles.normal(bundles.adjust(matches, near, NUM_STEPS, usual))
+        inverse, _ = _dense(bundle, flows, weights)
+    return bundle, inverse, mask
+
+
+def _dense(bundle: Bundle, flows: Flows, weights: Flows) -> tuple[np.ndarray, np.ndarray]:
+    """Return (1/z float32 [T, H, W] > 0, residual float32 [T, H, W] px that it leaves of the flows)."""
+    height, width = next(iter(flows.values())).shape[:2]
+    K = np.array([[bundle.focal, 0, width / 2], [0, bundle.focal, height / 2], [0, 0, 1]])
+    rays, frames = pixel_rays((height, width), K).astype(np.float32), range(len(bundle.w2c))
+    views = [_inverse_depth(i, flows, weights, rays, bundle.w2c, bundle.focal) for i in frames]
+    inverse = np.stack([_fuse(i, views, flows, weights, rays, bundle.w2c) for i in frames])
+    return inverse, np.stack([_along(i, views, flows, weights) for i in frames])
 
 
 @dataclass(frozen=True)

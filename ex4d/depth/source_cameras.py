@@ -30,7 +30,7 @@ from ex4d.depth import DepthRequest, Geometry, bundle, cameras, colmap, parallax
 from ex4d.errors import BadSample, ConfigError, Filtered
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.camera import FOV_DEG, intrinsics, invert
-from ex4d.geometry.tracks import consistency, one_thread, pair_flows
+from ex4d.geometry.tracks import Flows, measure_again, one_thread, pair_flows, trust
 
 CHOICES = ("auto", "none", "estimator", "parallax", "colmap")
 TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
@@ -41,6 +41,7 @@ NUM_ROUNDS = 10
 GAPS = (1, 2, 4, 8)
 # After each round but the last, flow is left out that is off by so many times the median, and so many px: bodies.
 NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
+NUM_AGAIN = 2  # rounds with flow that is measured again, from where the cameras of the round before put each pixel
 
 
 def check(choice: str) -> None:
@@ -74,16 +75,21 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
     size = (frames.shape[1], frames.shape[2])
     with one_thread():
         flows = pair_flows(frames, GAPS) if len(frames) > 1 else {}
-        weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
         if not flows:
             return _with_facts(replace(result, w2c=np.eye(4)[None]), choice)
-        matches = parallax.matches_of(flows, weights)
+        matches = parallax.matches_of(flows, trust(flows))
         if choice == "parallax" and not relative(result):
+            for _ in range(NUM_AGAIN):
+                flows = _measured_again(frames, flows, _of_depth(result, matches, size, request.fov_deg))
+                matches = parallax.matches_of(flows, trust(flows))
             return _of_depth(result, matches, size, request.fov_deg)
         focal: float | None = None
         if choice == "parallax":
             found = _from_motion(matches, size, request.fov_deg)
-            w2c, focal = found.w2c, found.focal
+            if found.w2c[:, :3, 3].any():
+                narrow = {pair: flow for pair, flow in flows.items() if abs(pair[1] - pair[0]) <= max(parallax.GAPS)}
+                found = parallax.refined(frames, narrow, found, request.fov_deg)[0]
+            w2c, focal = found.w2c @ invert(found.w2c[0]), found.focal
         elif choice == "colmap":
             w2c, focal = _by_colmap(result, matches, size, request.fov_deg)
         else:
@@ -119,6 +125,17 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
     if _moved(w2c, inverse[valid]) > MOVES and sure.any():
         error = weighted_median(np.abs(np.log(inverse[sure] / points.inverse[sure])), np.sqrt(points.information[sure]))
     return _with_facts(replace(result, w2c=w2c, K=K), "parallax", error)
+
+
+def _measured_again(frames: np.ndarray, flows: Flows, found: Geometry) -> Flows:
+    """Return the flows measured again, from where depth and cameras put each pixel with depth."""
+    assert found.w2c is not None
+    assert found.K is not None
+    inverse = 1 / found.values if found.kind == "z_depth" else np.maximum(found.values, 1e-9)
+    starts = parallax.induced(inverse, found.w2c, float(found.K[0, 0]), flows)
+    if found.valid_mask is not None:
+        starts = {(i, j): np.where(found.valid_mask[i][..., None], starts[i, j], flows[i, j]) for i, j in flows}
+    return measure_again(frames, starts)
 
 
 def _moved(w2c: np.ndarray, inverse: np.ndarray) -> float:

@@ -72,6 +72,32 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int 
     return flows
 
 
+def measure_again(frames: np.ndarray, starts: Flows, finest_px: int = FINEST_PX) -> Flows:
+    """Return flow like `pair_flows`, measured between pictures that `starts` has brought together.
+
+    The search finds 97 to 99 % of a displacement. After good starts that is 97 to 99 % of next to nothing.
+
+    Args:
+        frames: uint8 [T, H, W, 3].
+        starts: {(i, j): flow float32 [H, W, 2] px} near the true one, of any smoothness.
+    """
+    import cv2
+
+    gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
+    dis, none = _dis(frames.shape[1:3], finest_px), np.zeros((*frames.shape[1:3], 2), np.float32)
+    flows: Flows = {}
+    with one_thread():
+        for (i, j), start in starts.items():
+            left = dis.calc(gray[i], sample(gray[j], start), none)
+            flows[i, j] = left + sample(start, left)
+    return flows
+
+
+def trust(flows: Flows) -> Flows:
+    """Return weights float32 [H, W] of flows, 0 to 1, by their forward–backward error; each pair needs its reverse."""
+    return {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
+
+
 def _dis(size: tuple[int, ...], finest_px: int, num_steps: tuple[int, int] | None = None) -> Any:
     """Return a search that ends at about `finest_px`; `num_steps`: iterations of its two parts, None: 25 and 5."""
     import cv2
