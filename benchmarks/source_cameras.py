@@ -18,12 +18,10 @@ from pathlib import Path
 import numpy as np
 
 from ex4d.depth import DepthRequest, Geometry, foreign, parallax, source_cameras
-from ex4d.depth import cameras as cameras_of_flow
 from ex4d.errors import BadSample, Filtered
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import Camera, invert
 from ex4d.geometry.render import warp_video
-from ex4d.geometry.tracks import consistency, pair_flows
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 RESULTS = Path(__file__).parent / "results"
@@ -61,16 +59,13 @@ def view_psnr(scene, frames, z_depth, cameras, source_w2c) -> float:
 
 def alone(frames: np.ndarray, truth: np.ndarray) -> dict[str, object]:
     """Return the camera errors of `depth: parallax`, which has no other depth; None where it refuses the clip."""
-    flows = pair_flows(frames, parallax.GAPS)
-    weights = {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
     started = time.process_time()
     try:
-        found = cameras_of_flow.find(parallax.matches_of(flows, weights), SIZE)
+        found = parallax.estimate(frames, DepthRequest())
     except Filtered:
         return {"alone": None}
-    if found.certainty < parallax.MIN_CERTAINTY:
-        return {"alone": None}
-    return {"alone": camera_errors(found.bundle.w2c, truth), "alone_seconds": time.process_time() - started}
+    assert found.w2c is not None
+    return {"alone": camera_errors(found.w2c, truth), "alone_seconds": time.process_time() - started}
 
 
 def by_colmap(geometry: Geometry, frames: np.ndarray, truth: np.ndarray) -> dict[str, float] | None:

@@ -78,10 +78,11 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
         if not flows:
             return _with_facts(replace(result, w2c=np.eye(4)[None]), choice)
         matches = parallax.matches_of(flows, trust(flows))
-        if choice == "parallax" and not relative(result):
+        if choice in ("parallax", "colmap") and not relative(result):
             for _ in range(NUM_AGAIN):
                 flows = _measured_again(frames, flows, _of_depth(result, matches, size, request.fov_deg))
                 matches = parallax.matches_of(flows, trust(flows))
+        if choice == "parallax" and not relative(result):
             return _of_depth(result, matches, size, request.fov_deg)
         focal: float | None = None
         if choice == "parallax":
