@@ -72,29 +72,34 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
         return _with_facts(replace(result, w2c=None), "none")
     if choice == "parallax" and result.provenance.get("estimator") == "parallax":
         return _with_facts(result, "parallax")
-    size = (frames.shape[1], frames.shape[2])
+    if len(frames) == 1:
+        return _with_facts(replace(result, w2c=np.eye(4)[None]), choice)
     with one_thread():
-        flows = pair_flows(frames, GAPS) if len(frames) > 1 else {}
-        if not flows:
-            return _with_facts(replace(result, w2c=np.eye(4)[None]), choice)
-        matches = parallax.matches_of(flows, trust(flows))
-        if choice in ("parallax", "colmap") and not relative(result):
-            for _ in range(NUM_AGAIN):
-                flows = _measured_again(frames, flows, _of_depth(result, matches, size, request.fov_deg))
-                matches = parallax.matches_of(flows, trust(flows))
-        if choice == "parallax" and not relative(result):
-            return _of_depth(result, matches, size, request.fov_deg)
-        focal: float | None = None
-        if choice == "parallax":
-            found = _from_motion(matches, size, request.fov_deg)
-            if found.w2c[:, :3, 3].any():
-                narrow = {pair: flow for pair, flow in flows.items() if abs(pair[1] - pair[0]) <= max(parallax.GAPS)}
-                found = parallax.refined(frames, narrow, found, request.fov_deg)[0]
-            w2c, focal = found.w2c @ invert(found.w2c[0]), found.focal
-        elif choice == "colmap":
-            w2c, focal = _by_colmap(result, matches, size, request.fov_deg)
-        else:
-            w2c = _of_file(request, len(frames))
+        return _of_flow(result, frames, request)
+
+
+def _of_flow(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geometry:
+    """Return the geometry with the cameras of parallax, COLMAP or a file; the flow says where, or in which unit."""
+    choice, size = request.cameras, (frames.shape[1], frames.shape[2])
+    flows = pair_flows(frames, GAPS)
+    matches = parallax.matches_of(flows, trust(flows))
+    if choice in ("parallax", "colmap") and not relative(result):
+        for _ in range(NUM_AGAIN):
+            flows = _measured_again(frames, flows, _of_depth(result, matches, size, request.fov_deg))
+            matches = parallax.matches_of(flows, trust(flows))
+    if choice == "parallax" and not relative(result):
+        return _of_depth(result, matches, size, request.fov_deg)
+    focal: float | None = None
+    if choice == "parallax":
+        found = _from_motion(matches, size, request.fov_deg)
+        if found.w2c[:, :3, 3].any():
+            narrow = {pair: flow for pair, flow in flows.items() if abs(pair[1] - pair[0]) <= max(parallax.GAPS)}
+            found = parallax.refined(frames, narrow, found, request.fov_deg)[0]
+        w2c, focal = found.w2c @ invert(found.w2c[0]), found.focal
+    elif choice == "colmap":
+        w2c, focal = _by_colmap(result, matches, size, request.fov_deg)
+    else:
+        w2c = _of_file(request, len(frames))
     if result.K is None:
         K = intrinsics(size, request.fov_deg)
         K[[0, 1], [0, 1]] = focal or K[0, 0]
