@@ -27,8 +27,6 @@ from functools import partial
 from pathlib import Path
 from typing import Any
 
-SHARD_BYTES = 32 * 2**20
-
 
 def staged(folder: Path) -> list[Any]:
     """Return the samples of a folder."""
@@ -84,7 +82,9 @@ def build_late(latency_ms: float, row: dict[str, Any], config: Any) -> dict[str,
     return commit.build_shard(row, config)
 
 
-def pack(samples: Path, output: str, workers: int, keep_staging: str, latency_ms: float) -> dict[str, Any]:
+def pack(
+    samples: Path, output: str, workers: int, keep_staging: str, latency_ms: float, shard_mb: int
+) -> dict[str, Any]:
     """Pack the samples with so many workers; return seconds, how many shards were built, and the peak on the disk."""
     from ex4d.data import shards
     from pipelines.preprocess.settings import PreprocessConfig
@@ -108,7 +108,7 @@ def pack(samples: Path, output: str, workers: int, keep_staging: str, latency_ms
 
         list(execute((Stage("warm", warm, (), ()),), (new_row(f"{n}") for n in range(4 * workers)), config, ()))
         before, started = read_bytes(), time.monotonic()
-        shards.pack(items, output, facts, [], SHARD_BYTES, tables=f"{output}/staging/packed", build=build)
+        shards.pack(items, output, facts, [], shard_mb << 20, tables=f"{output}/staging/packed", build=build)
         seconds, read = round(time.monotonic() - started, 2), read_bytes() - before
     found = {"seconds": seconds, "shards_built": len(built), "driver_read_mb": round(read / 2**20, 2)}
     return found | {"peak_mb": round(max(peak) / 2**20)}
@@ -152,11 +152,16 @@ def main() -> None:
     parser.add_argument("--samples", type=int, default=20000)
     parser.add_argument("--kb", type=int, default=50)
     parser.add_argument("--latency-ms", type=float, default=0.0)
+    parser.add_argument("--shard-mb", type=int, default=32)
     parser.add_argument("--workers", action="store_true", help="compare one worker with two, and nothing else")
     parser.add_argument("--one", nargs=4, help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
-        print(json.dumps(pack(Path(args.one[0]), args.one[1], int(args.one[2]), args.one[3], args.latency_ms)))
+        print(
+            json.dumps(
+                pack(Path(args.one[0]), args.one[1], int(args.one[2]), args.one[3], args.latency_ms, args.shard_mb)
+            )
+        )
         return
     with tempfile.TemporaryDirectory() as folder:
         samples = Path(folder) / "samples"
@@ -164,7 +169,7 @@ def main() -> None:
 
         def run(name: str, workers: int, kill_after: int | None = None, keep: str = "all") -> dict[str, Any]:
             output = Path(folder) / name
-            command = [sys.executable, __file__, "--latency-ms", str(args.latency_ms)]
+            command = [sys.executable, __file__, "--latency-ms", str(args.latency_ms), "--shard-mb", str(args.shard_mb)]
             command += ["--one", str(samples), str(output), str(workers), keep]
             process = subprocess.Popen(command, stdout=subprocess.PIPE, text=True)
             if kill_after is None:
