@@ -20,7 +20,6 @@ NUM_FRAMES = 8
 MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
 FLAT_LEVELS = 4.0  # standard deviation of luma; below it the signs are noise, and all such frames look alike
-FLAT = "0" * 16  # in place of the hash of a flat frame
 UNSEEN = [""] * NUM_FRAMES  # hashes of a video that has no near duplicate
 MANY = 50_000  # videos from which comparing them pays for compiling how
 WINDOW = 64  # compare each video with at most so many of those that share a key of the index
@@ -90,7 +89,7 @@ class Identity:
 
     def __init__(self) -> None:
         self._names, self._pixels, self._duration_s = bytearray(), array("q"), array("d")
-        self._values, self._seen = bytearray(), array("B")
+        self._values, self._seen = array("Q"), array("B")
         self._others: list[tuple[str, str, list[str]]] = []
 
     def add(
@@ -105,7 +104,7 @@ class Identity:
         self._names += bytes.fromhex(sha256)
         self._pixels.append(size[0] * size[1])
         self._duration_s.append(duration_s)
-        self._values += bytes.fromhex("".join(text or FLAT for text in hashes))
+        self._values.extend([int(text or "0", 16) for text in hashes])
         self._seen.extend(map(bool, hashes))
         if other is not None:
             self._others.append((sha256, *other))
@@ -119,7 +118,7 @@ class Identity:
             how: preprocess.near_duplicates.
         """
         names = np.frombuffer(self._names, "S32")  # equal lengths: numpy's zeros at the end change no order
-        values = np.frombuffer(self._values, ">u8").astype(np.uint64).reshape(-1, NUM_FRAMES)
+        values = np.frombuffer(self._values, np.uint64).reshape(-1, NUM_FRAMES)
         seen = np.frombuffer(self._seen, bool).reshape(-1, NUM_FRAMES)
         order = np.arange(len(names))
         if not (names[1:] > names[:-1]).all():  # videos with a pair come in another order, or twice
