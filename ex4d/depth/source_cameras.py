@@ -35,6 +35,7 @@ from ex4d.geometry.tracks import Flows, measure_again, one_thread, pair_flows, t
 CHOICES = ("auto", "none", "estimator", "parallax", "colmap")
 TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
 MOVES = 0.01  # of the median depth: cameras that move less triangulate nothing that depth could be compared with
+MOVES_SURELY = 0.1  # below it, what z-depth calls a move may be that of bodies, and parallax is asked, too
 STILL = 1e-4  # of the median depth: cameras that move less have no unit to find
 MIN_POINTS = 32
 NUM_ROUNDS = 10
@@ -190,11 +191,21 @@ def _by_colmap(
         solution, matches, inliers = _explained(result, matches, size, fov_deg)
         solution = replace(solution, w2c=solution.w2c @ invert(solution.w2c[0]))
         moved = _moved(solution.w2c, solution.inverse[_measured(result, matches)])
+        if MOVES <= moved < MOVES_SURELY and _rests_or_turns(matches, size, fov_deg):
+            moved = 0.0
     if moved < MOVES:
         w2c = solution.w2c.copy()
         w2c[:, :3, 3] = 0
         return w2c, solution.focal
     return colmap.cameras(inliers, size, solution.focal, fov_deg is None)
+
+
+def _rests_or_turns(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bool:
+    """Return whether parallax says so of the flow, without the depth."""
+    try:
+        return not _from_motion(matches, size, fov_deg).w2c[:, :3, 3].any()
+    except Filtered:
+        return False
 
 
 def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bundle.Bundle:
