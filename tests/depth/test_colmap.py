@@ -162,6 +162,7 @@ def outcome(frames, geometry: Geometry) -> np.ndarray | None:
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize("moving_bodies", [False, True])
 @pytest.mark.parametrize("depth", [exact, relative])
 def test_twenty_resting_and_turning_cameras_get_no_translation(depth, moving_bodies: bool):
@@ -176,6 +177,7 @@ def test_twenty_resting_and_turning_cameras_get_no_translation(depth, moving_bod
 
 
 @pytest.mark.heavy
+@pytest.mark.timeout(1800)
 @pytest.mark.parametrize(("motion", "most_refused"), [("gentle", 5), ("strong", 2)])
 def test_the_cameras_of_twenty_clips(motion: str, most_refused: int):
     """10 clips of each motion at 256², half of them with moving bodies, relative disparity alone."""
