@@ -14,7 +14,7 @@ from pathlib import Path
 ROUNDS = 20
 RENAMES = 200
 TOLD_BYTES = 64 << 10
-PEERS_S = 15.0  # how long the nodes wait for each other's files
+PEERS_S = 30.0  # how long the nodes wait for each other's files; a busy one starts a worker in 10 to 20
 CONNECT_S = 12.0
 REDUCED_BYTES = 32 << 20
 TIMES = 3

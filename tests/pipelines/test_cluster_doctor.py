@@ -165,6 +165,7 @@ def test_each_fault_of_a_cluster_is_found(cluster, tmp_path):
         assert "No space left" in found[f"disk of {disk}"]
     if shutil.which("gcc"):
         title = f"storage {tmp_path / 'loose'}"
+        assert f"{title}: created once (O_EXCL)" in found, found
         assert "several" in found[f"{title}: created once (O_EXCL)"]
         assert "POSIX" in found[f"{title}: rename is atomic"]
 
