@@ -12,7 +12,7 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROUNDS = 20
-RENAMES = 200
+RENAMES, MIN_RENAMES = 200, 10  # of all participants, of each
 TOLD_BYTES = 64 << 10
 PEERS_S = 30.0  # how long the nodes wait for each other's files; a busy one starts a worker in 10 to 20
 CONNECT_S = 12.0
@@ -44,7 +44,7 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
 
     Args:
         word: the content of the driver's file `driver`.
-        index: of this participant. Number 0 renames, the others read.
+        index: of this participant. In turn one renames, and the others read.
     """
     result, place = Race(), Path(folder)
     try:
@@ -52,20 +52,17 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
         result.peers = _meet(place, "ready", index, count)
         if result.peers < count:
             return result
-        result.won = [number for number in range(ROUNDS) if _creates(place / f"round-{number}")]
+        result.won = [number for number in range(ROUNDS) if _creates(place / f"round-{number}", number, index, count)]
         with open(place / "lock", "ab") as file:
             with contextlib.suppress(BlockingIOError):
                 fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
                 result.locked = True
             _meet(place, "locked", index, count)  # held until everyone has tried
-        if index == 0:
-            for number in range(RENAMES):
-                temporary = place / f"new-{number}"
-                temporary.write_bytes(bytes([number % 256]) * TOLD_BYTES)
-                os.replace(temporary, place / "renamed")
-            (place / "renamed-all").write_text("")
-        else:
-            result.torn = _count_torn(place)
+        for writer in range(count):
+            if index == writer:
+                _rename(place, writer, max(MIN_RENAMES, RENAMES // count))
+            else:
+                result.torn += _count_torn(place, writer)
     except OSError as error:
         result.problem = f"{error.strerror or error}"
     return result
@@ -80,7 +77,14 @@ def _meet(place: Path, name: str, index: int, count: int) -> int:
     return there
 
 
-def _creates(path: Path) -> bool:
+def _creates(path: Path, number: int, index: int, count: int) -> bool:
+    """Return whether this participant created the file of a round.
+
+    In even rounds all try at once. In odd ones they try after one of them, so that no order of nodes hides a fault.
+    """
+    deadline = time.monotonic() + PEERS_S
+    while number % 2 and index != number // 2 % count and not path.exists() and time.monotonic() < deadline:
+        time.sleep(0.001)
     try:
         os.close(os.open(path, os.O_WRONLY | os.O_CREAT | os.O_EXCL, 0o600))
     except FileExistsError:
@@ -88,14 +92,24 @@ def _creates(path: Path) -> bool:
     return True
 
 
-def _count_torn(place: Path) -> int:
+def _rename(place: Path, writer: int, times: int) -> None:
+    """Rename new files over one that others read."""
+    for number in range(times):
+        temporary = place / f"new-{writer}-{number}"
+        temporary.write_bytes(bytes([number % 256]) * TOLD_BYTES)
+        os.replace(temporary, place / f"renamed-{writer}")
+    (place / f"all-{writer}").write_text("")
+
+
+def _count_torn(place: Path, writer: int) -> int:
     """Return how many reads of the file that is renamed over were missing, short or mixed."""
     torn, deadline = 0, time.monotonic() + PEERS_S
-    while not (place / "renamed").exists() and time.monotonic() < deadline:
+    file, last = place / f"renamed-{writer}", place / f"all-{writer}"
+    while not file.exists() and time.monotonic() < deadline:
         time.sleep(0.001)
-    while not (place / "renamed-all").exists() and time.monotonic() < deadline:
+    while not last.exists() and time.monotonic() < deadline:
         try:
-            content = (place / "renamed").read_bytes()
+            content = file.read_bytes()
         except FileNotFoundError:
             torn += 1
             continue
