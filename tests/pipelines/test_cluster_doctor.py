@@ -7,6 +7,7 @@ import os
 import shutil
 import socket
 import subprocess
+import sys
 import time
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
@@ -82,6 +83,31 @@ def test_a_folder_that_all_see_is_judged_sound_and_two_folders_are_not(tmp_path)
         node_pairs.PEERS_S = node_pairs_s
     assert finding.ok is False
     assert "not one folder" in finding.found
+
+
+RACE = """
+import dataclasses, json, sys
+from pipelines.commands.node_pairs import race
+print(json.dumps(dataclasses.asdict(race(sys.argv[1], "word", int(sys.argv[2]), 2))))
+"""
+
+
+@pytest.mark.skipif(shutil.which("gcc") is None, reason="the loose file system is made by gcc")
+@pytest.mark.parametrize("loose", [0, 1])
+def test_a_store_that_is_not_atomic_is_found_whichever_node_has_it(tmp_path, loose):
+    place = tmp_path / "loose"
+    place.mkdir()
+    (place / "driver").write_text("word")
+    environments = [os.environ, os.environ]
+    environments[loose] = {**os.environ, "LD_PRELOAD": preloadable("loose_store", tmp_path)}
+    both = [
+        subprocess.Popen([sys.executable, "-c", RACE, str(place), str(index)], env=one, stdout=subprocess.PIPE)
+        for index, one in enumerate(environments)
+    ]
+    races = [node_pairs.Race(**json.loads(process.communicate(timeout=120)[0])) for process in both]
+    found = {one.check: one.ok for one in cluster_doctor._judge("/data", ["a", "b"], races)}
+    assert found["storage /data: created once (O_EXCL)"] is False
+    assert found["storage /data: rename is atomic"] is False
 
 
 def test_relative_storage_and_an_address_without_a_ray_end_with_2(capsys):
