@@ -32,7 +32,7 @@ SHARED = {
 # Last words of the other settings that may name files; test_submit.py compares them with every setting's help.
 NAMES = (
     *("input", "list_root", "cache_dir", "depth_path", "tracker_path", "model", "base", "init_from", "adapter"),
-    *("videos", "trajectories", "ranges", "generation", "image_features", "video_features", "lora"),
+    *("videos", "trajectories", "ranges", "generation", "image_features", "video_features", "lora", "file", "weights"),
 )
 CODE = ("ex4d", "pipelines")
 

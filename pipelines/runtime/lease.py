@@ -27,6 +27,7 @@ NAME = "lease.json"
 RENEW_S = 10.0  # between two writes of the holder
 LOST_S = 35.0  # without one, the holder is taken for dead
 LOOK_S = 1.0  # between two looks of one who waits
+STOP = signal.SIGUSR2  # to the main thread of a run that lost its lease: SIGINT may be ignored, Ray takes SIGTERM
 _REFUSED = ("status 409", "status 412")  # somebody else was first
 
 
@@ -84,9 +85,7 @@ class Lease:
                 logger.warning("%s is not renewed: %s", self.url, error.strerror)
             if self.is_lost:
                 logger.error("%s: another run took the lease; this one stops", self.url)
-                # A program in the background may ignore Ctrl-C; SIGTERM then ends it without a word.
-                stop = signal.SIGINT if callable(signal.getsignal(signal.SIGINT)) else signal.SIGTERM
-                signal.pthread_kill(threading.main_thread().ident or 0, stop)
+                signal.pthread_kill(threading.main_thread().ident or 0, STOP)  # wakes it where it sleeps, too
                 return
 
     def release(self) -> None:
@@ -125,6 +124,7 @@ def held(output: str) -> Iterator[None]:
         return
     lease = Lease(output)
     lease.take()
+    before = signal.signal(STOP, signal.default_int_handler)
     thread = threading.Thread(target=lease.renew, daemon=True)
     thread.start()
     try:
@@ -136,3 +136,4 @@ def held(output: str) -> Iterator[None]:
     finally:
         lease.release()
         thread.join()
+        signal.signal(STOP, before)

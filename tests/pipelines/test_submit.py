@@ -133,7 +133,7 @@ def test_a_list_with_a_shared_root_may_name_relative_files(here):
 NO_FILES = {
     *("depth", "follow_links", "max_file_mb", "profile", "visibility", "max_angle_deg", "tracker", "output", "data"),
     *("revision", "mask_range", "save_every", "keep_last", "ema_decay", "wandb_mode", "wandb_project", "wandb_group"),
-    *("dry_run", "repeat_seeds", "address"),
+    *("dry_run", "repeat_seeds", "address", "image_fps"),
     *("source_motion", "persistent_frames", "residual_fp32"),
 }
 
