@@ -65,7 +65,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
         bundle, inverse, mask = refined(frames, flows, cameras.bundle, request.fov_deg)
         inverse = moving.place(inverse, mask)
     w2c, focal = bundle.w2c, bundle.focal
-    K = np.array([[focal, 0, width / 2], [0, focal, height / 2], [0, 0, 1]])
+    K = _intrinsics((height, width), focal)
     values = (1.0 / inverse).astype(np.float32)
     middle = float(np.median(values))
     values, w2c = values / np.float32(middle), w2c.copy()
@@ -136,6 +136,11 @@ def matches_of(flows: Flows, weights: Flows) -> Matches:
     return Matches(np.tile(places, (num_frames, 1, 1)), np.array(pairs), targets, np.where(votes < 0.05, 0, votes))
 
 
+def _intrinsics(size: tuple[int, ...], focal: float) -> np.ndarray:
+    """Return K [3, 3] of a picture (H, W), px, whose principal point is its centre."""
+    return np.array([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]])
+
+
 def induced(inverse: np.ndarray, w2c: np.ndarray, focal: float, pairs: Iterable[tuple[int, int]]) -> Flows:
     """Return the flow float32 [H, W, 2] px of a scene that stands, for each of `pairs` (i, j).
 
@@ -143,8 +148,7 @@ def induced(inverse: np.ndarray, w2c: np.ndarray, focal: float, pairs: Iterable[
         inverse: [T, H, W] > 0, 1/z. w2c: [T, 4, 4], in the unit of z. focal: px.
     """
     size = inverse.shape[1:]
-    K = np.array([[focal, 0, size[1] / 2], [0, focal, size[0] / 2], [0, 0, 1]])
-    rays = pixel_rays(size, K)
+    rays = pixel_rays(size, _intrinsics(size, focal))
     flows: Flows = {}
     for i, j in pairs:
         relative = w2c[j] @ invert(w2c[i])
@@ -182,9 +186,8 @@ def refined(
 
 def _dense(bundle: Bundle, flows: Flows, weights: Flows) -> tuple[np.ndarray, np.ndarray]:
     """Return (1/z float32 [T, H, W] > 0, residual float32 [T, H, W] px that it leaves of the flows)."""
-    height, width = next(iter(flows.values())).shape[:2]
-    K = np.array([[bundle.focal, 0, width / 2], [0, bundle.focal, height / 2], [0, 0, 1]])
-    rays, frames = pixel_rays((height, width), K).astype(np.float32), range(len(bundle.w2c))
+    size, frames = next(iter(flows.values())).shape[:2], range(len(bundle.w2c))
+    rays = pixel_rays(size, _intrinsics(size, bundle.focal)).astype(np.float32)
     views = [_inverse_depth(i, flows, weights, rays, bundle.w2c, bundle.focal) for i in frames]
     inverse = np.stack([_fuse(i, views, flows, weights, rays, bundle.w2c) for i in frames])
     return inverse, np.stack([_along(i, views, flows, weights) for i in frames])

@@ -10,6 +10,8 @@ import subprocess
 import sys
 import threading
 import time
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 
@@ -169,24 +171,28 @@ ANSWERS = {
 }
 
 
+@contextmanager
+def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]:
+    """Yield the address of a server that answers each GET by `answer`."""
+    handler = type("Handler", (BaseHTTPRequestHandler,), {"do_GET": answer, "log_message": lambda *_: None})
+    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
+        threading.Thread(target=server.serve_forever, daemon=True).start()
+        yield f"http://127.0.0.1:{server.server_port}"
+        server.shutdown()
+
+
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_server_that_is_not_rays_is_one_sentence(here, capsys, name):
     """The version is right, what follows is not."""
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            body = ANSWERS[name] if "version" not in self.path else b'{"ray_version": "2.50.0", "version": "4"}'
-            self.send_response(200 if body is not None else 500)
-            self.end_headers()
-            self.wfile.write(body if body is not None else b"\x1b[31mred\n" * 1000)
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        body = ANSWERS[name] if "version" not in request.path else b'{"ray_version": "2.50.0", "version": "4"}'
+        request.send_response(200 if body is not None else 500)
+        request.end_headers()
+        request.wfile.write(body if body is not None else b"\x1b[31mred\n" * 1000)
 
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert cli.main(["jobs", "--address", f"http://127.0.0.1:{server.server_port}"]) == 1
-        server.shutdown()
+    with answering(answer) as address:
+        assert cli.main(["jobs", "--address", address]) == 1
     text = capsys.readouterr().err
     assert "gave no valid answer" in text
     assert len(text.splitlines()) == 1
@@ -197,20 +203,14 @@ def test_a_server_that_is_not_rays_is_one_sentence(here, capsys, name):
 def test_the_token_follows_no_redirect(here, capsys):
     asked = []
 
-    class Handler(BaseHTTPRequestHandler):
-        def do_GET(self):
-            asked.append(self.path)
-            self.send_response(302)
-            self.send_header("Location", "/elsewhere")
-            self.end_headers()
+    def answer(request: BaseHTTPRequestHandler) -> None:
+        asked.append(request.path)
+        request.send_response(302)
+        request.send_header("Location", "/elsewhere")
+        request.end_headers()
 
-        def log_message(self, *args):
-            pass
-
-    with ThreadingHTTPServer(("127.0.0.1", 0), Handler) as server:
-        threading.Thread(target=server.serve_forever, daemon=True).start()
-        assert cli.main(["jobs", "--address", f"http://127.0.0.1:{server.server_port}"]) == 2
-        server.shutdown()
+    with answering(answer) as address:
+        assert cli.main(["jobs", "--address", address]) == 2
     assert asked == ["/api/version"]
     assert "job server" in capsys.readouterr().err
 
