@@ -91,11 +91,12 @@ def generate(
     conditions = (image_condition, cond_latents, source_latents)
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
     # Under equal prompts both passes predict the same, whatever the scale.
-    guided = config.guidance_scale != 1.0 and config.prompt != config.negative_prompt
+    texts = [config.prompt or "", config.negative_prompt or ""]
+    guided = config.guidance_scale != 1.0 and texts[0] != texts[1]
     if config.guidance_scale != 1.0 and not guided:
         log.warning("prompt and negative_prompt are equal: guidance_scale=%g has no effect", config.guidance_scale)
-    positive = _velocity(base, model, config, config.prompt, image_embeds, conditions)
-    negative = _velocity(base, model, config, config.negative_prompt, image_embeds, conditions) if guided else None
+    positive = _velocity(base, model, config, texts[0], image_embeds, conditions)
+    negative = _velocity(base, model, config, texts[1], image_embeds, conditions) if guided else None
     base.bring("transformer")
     latents = flow.sample(
         positive,
@@ -169,8 +170,6 @@ def novel_views(
     view_config = configs[0]
     lora_files(config)
     config = config.for_adapter(metadata)
-    if metadata.mask_range == "released" and not config.prompt:
-        log.warning("released weights were used with a prompt and a negative one: generate.py of EX-4D has them")
     stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
     encoders.check_clip((view_config.num_frames or 0, *(view_config.size or metadata.size), 3), stride)
     clip = read(video_path, view_config)

@@ -21,8 +21,12 @@ class GenerateConfig:
     erosion_px: int = setting(
         5, "Erode the visible region by a square of this side, px at 512; training uses 2 to 8.", ge=0
     )
-    prompt: str = setting("", "Text that describes the video.")
-    negative_prompt: str = setting("", "Text that describes what to avoid; needs guidance_scale above 1.")
+    prompt: str | None = setting(
+        None, "Text that describes the video; null: the one text that the adapter was trained or released with."
+    )
+    negative_prompt: str | None = setting(
+        None, "Text that describes what to avoid, where guidance_scale is above 1; null: the one of the release."
+    )
     quantize: Literal["int8", "fp8", "nf4"] | None = setting(
         None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
     )
@@ -49,4 +53,5 @@ class GenerateConfig:
 
     def for_adapter(self, metadata: AdapterMetadata) -> GenerateConfig:
         """Return these choices with the adapter's own where none was made."""
-        return self if self.shift is not None else replace(self, shift=metadata.shift)
+        names = ("shift", "prompt", "negative_prompt")
+        return replace(self, **{name: getattr(metadata, name) for name in names if getattr(self, name) is None})

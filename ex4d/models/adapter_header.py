@@ -17,7 +17,10 @@ DEFAULT_SHIFT = 5.0  # of the release
 FORMAT_VERSION = 1
 _HEADER = "ex4d"
 # Entries that files from before do not have, and what they mean there.
-_NEWER: dict[str, Any] = {"residual_fp32": False, "expert": None, "lora_targets": lora.TARGETS}
+_NEWER: dict[str, Any] = {
+    **{"residual_fp32": False, "expert": None, "lora_targets": lora.TARGETS},
+    **{"prompt": "", "negative_prompt": ""},
+}
 MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # of a file that may be a stranger's
 CONVENTIONS = (
     "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
@@ -38,6 +41,7 @@ class AdapterMetadata:
         dataset_fingerprint: tree hash of the dataset; None if unknown.
         step: training step of the weights.
         expert: of a base of two, the one it was trained on: "high" (noise) or "low"; None for a base of one.
+        prompt, negative_prompt: what it was trained or released with, and the default of sampling; "" for captions.
         conventions: for readers, not for code.
         format_version: of this layout.
     """
@@ -58,6 +62,8 @@ class AdapterMetadata:
     step: int = 0
     expert: Literal["high", "low"] | None = None
     lora_targets: tuple[str, ...] = lora.TARGETS
+    prompt: str = ""
+    negative_prompt: str = ""
     conventions: str = CONVENTIONS
     format_version: int = FORMAT_VERSION
 

@@ -18,6 +18,15 @@ from ex4d.models.encoders import base_fingerprint
 
 FILE_NAME = "adapter.safetensors"
 RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
+# The text inputs that the release's sampler gives its network; the second one is Wan's own, as diffusers documents it.
+RELEASED_PROMPT = "4K ultra HD, surround motion, realistic tone, panoramic shot, wide-angle view, cinematic quality"
+RELEASED_NEGATIVE_PROMPT = (
+    "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, "
+    "static, overall gray, worst quality, low quality, JPEG compression residue, ugly, incomplete, extra "
+    "fingers, poorly drawn hands, poorly drawn faces, deformed, disfigured, misshapen limbs, fused "
+    "fingers, still picture, messy background, three legs, many people in the background, walking "
+    "backwards"
+)
 # What torch's unpickler raises on other data, or on pickles that hold more than tensors.
 _UNPICKLABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
@@ -228,4 +237,6 @@ def _released_metadata(tensors: Mapping[str, Tensor]) -> AdapterMetadata:
         adapter_hidden=tensors["latent_encoder.0.weight"].shape[0],
         mask_range="released",
         residual_fp32=True,
+        prompt=RELEASED_PROMPT,
+        negative_prompt=RELEASED_NEGATIVE_PROMPT,
     )

@@ -154,6 +154,7 @@ def _metadata(
         dataset_fingerprint=data.fingerprint,
         step=0,
         expert=config.expert,
+        prompt=config.prompt or "",
     )
 
 

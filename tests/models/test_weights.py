@@ -12,6 +12,7 @@ import torch
 from safetensors.torch import load_file, save_file
 
 from ex4d.errors import ConfigError, ContractError
+from ex4d.generate_config import GenerateConfig
 from ex4d.models import adapter, backbone, encoders, export, formats, lora_dialects, weights
 
 CONFIG = backbone.ModelConfig(lora_rank=4, lora_alpha=4, adapter_hidden=32)
@@ -105,6 +106,8 @@ def test_released_file_in_and_out(wan_folder: Path, tmp_path: Path) -> None:
     other = build(wan_folder, seed=5)
     metadata = weights.load_adapter(tmp_path / "ex4d.ckpt", other)
     assert (metadata.mask_range, metadata.lora_alpha, metadata.adapter_hidden) == ("released", 4.0, 32)
+    sampler = GenerateConfig().for_adapter(metadata)
+    assert (sampler.prompt, sampler.negative_prompt) == (weights.RELEASED_PROMPT, weights.RELEASED_NEGATIVE_PROMPT)
     assert equal(weights.adapter_state(other), weights.adapter_state(model))
     assert equal(weights.read_adapter(tmp_path / "ex4d.ckpt")[0], weights.adapter_state(model))
 

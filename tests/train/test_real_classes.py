@@ -81,6 +81,16 @@ def test_the_adapter_is_sampled_with_the_shift_that_it_was_trained_with(resident
         GenerateConfig(shift=0.0)
 
 
+def test_the_adapter_is_sampled_under_the_prompt_that_it_was_trained_with(
+    alone: Place, dataset: Path, tmp_path: Path
+) -> None:
+    make_trainer(dataset, tmp_path, alone, prompt="a street").run()
+    metadata = weights.read_metadata(tmp_path / "adapter")
+    sampler = GenerateConfig().for_adapter(metadata)
+    assert (sampler.prompt, sampler.negative_prompt) == ("a street", "")
+    assert GenerateConfig(prompt="").for_adapter(metadata).prompt == ""
+
+
 def test_the_loader_is_the_configured_one(alone: Place, dataset: Path, tmp_path: Path) -> None:
     chosen = LoaderConfig(num_threads=0, prefetch_batches=0, cache_dir=str(tmp_path / "cache"))
     trainer = make_trainer(dataset, tmp_path / "run", alone, loader=chosen)
