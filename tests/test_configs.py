@@ -11,7 +11,7 @@ import pytest
 from ex4d import config
 from pipelines.commands import demo
 from pipelines.encode import job as encode
-from pipelines.preprocess import settings
+from pipelines.preprocess import fingerprints
 from pipelines.train import launch as train
 from pipelines.train import sweep
 
@@ -32,7 +32,7 @@ def test_a_config_loads(path):
     assert all(isinstance(loaded[name], CLASSES[name]) for name in present)
     if "preprocess" in loaded:
         # A depth network's weights are looked for there, which are not here.
-        settings.check(dataclasses.replace(loaded["preprocess"], depth="sidecar"))
+        fingerprints.check(dataclasses.replace(loaded["preprocess"], depth="sidecar"))
 
 
 @pytest.mark.parametrize("path", TRAININGS, ids=lambda path: path.name)

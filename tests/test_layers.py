@@ -48,7 +48,7 @@ MAY_IMPORT = {
 GATES = {
     "av": ("ex4d/video",),
     "decord": ("ex4d/video",),
-    "fsspec": ("ex4d/storage.py",),
+    "fsspec": ("ex4d/storage/urls.py",),
     "yaml": ("ex4d/config.py",),
     "jinja2": ("ex4d/viewer/html.py",),
     "deepspeed": ("ex4d/train/engine.py",),

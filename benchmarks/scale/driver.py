@@ -142,6 +142,7 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
     """Return CPU seconds of each part of a run, and its peak memory."""
     from pipelines.preprocess import run as preprocess
     from pipelines.preprocess.job import Job
+    from pipelines.preprocess.packing import Packing
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.runtime.passes import Passes
     from pipelines.runtime.progress import Progress
@@ -164,8 +165,9 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
 
         return call
 
-    for name in ("_hash", "_find_shots", "_decide", "_plan", "_clips", "_pack"):
+    for name in ("_hash", "_find_shots", "_decide", "_plan", "_clips"):
         setattr(Job, name, timed(name.strip("_"), getattr(Job, name)))
+    Packing.pack = timed("pack", Packing.pack)
     begun, clock = time.process_time(), time.monotonic()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         sources = timed("sources", preprocess.find_sources)(config, None)

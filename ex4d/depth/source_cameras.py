@@ -13,10 +13,6 @@ Where the depth is z-depth, parallax finds the cameras that explain the flow wit
 depth and motion is left, and nothing moves that stands. Elsewhere it finds them alone (`depth.cameras`). Before COLMAP
 is asked, either says which points move by themselves, and whether the camera moves at all: if it rests or turns, COLMAP
 is not asked.
-
-Cameras of another origin have a unit of their own. It is found from points that their motion triangulates: one factor
-for z-depth, a factor and a shift for relative disparity, both robust, so that moving bodies do not count. What is left
-is `camera_depth_error`, the weighted median of |log(depth / triangulated depth)|.
 """
 
 from __future__ import annotations
@@ -27,6 +23,7 @@ from pathlib import Path
 import numpy as np
 
 from ex4d.depth import DepthRequest, Geometry, bundle, cameras, colmap, parallax
+from ex4d.depth.camera_unit import MIN_POINTS, at_points, in_one_unit, measured, relative, weighted_median
 from ex4d.errors import BadSample, ConfigError, Filtered
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.camera import FOV_DEG, intrinsics, invert
@@ -36,9 +33,6 @@ CHOICES = ("auto", "none", "estimator", "parallax", "colmap")
 TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
 MOVES = 0.01  # of the median depth: cameras that move less triangulate nothing that depth could be compared with
 MOVES_SURELY = 0.1  # below it, what z-depth calls a move may be that of bodies, and parallax is asked, too
-STILL = 1e-4  # of the median depth: cameras that move less have no unit to find
-MIN_POINTS = 32
-NUM_ROUNDS = 10
 GAPS = (1, 2, 4, 8)
 # After each round but the last, flow is left out that is off by so many times the median, and so many px: bodies.
 NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
@@ -105,7 +99,8 @@ def _of_flow(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geo
         K = intrinsics(size, request.fov_deg)
         K[[0, 1], [0, 1]] = focal or K[0, 0]
         result = replace(result, K=K)
-    return _in_one_unit(replace(result, w2c=w2c), matches, choice, focal)
+    result, error = in_one_unit(replace(result, w2c=w2c), matches, focal)
+    return _with_facts(result, choice, error)
 
 
 def _with_facts(result: Geometry, choice: str, error: float | None = None) -> Geometry:
@@ -113,15 +108,10 @@ def _with_facts(result: Geometry, choice: str, error: float | None = None) -> Ge
     return replace(result, provenance={**result.provenance, **facts})
 
 
-def relative(result: Geometry) -> bool:
-    """Return whether the depth is known up to a scale and a shift only."""
-    return result.kind == "disparity" and not result.metric
-
-
 def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> Geometry:
     """Return the geometry with the cameras that explain the flow with its z-depth, robustly; in its unit."""
     solution, matches, _ = _explained(result, matches, size, fov_deg)
-    inverse, valid = solution.inverse, _measured(result, matches)
+    inverse, valid = solution.inverse, measured(result, matches)
     w2c = solution.w2c @ invert(solution.w2c[0])
     K = result.K if result.K is not None else intrinsics(size, fov_deg)
     if result.K is None and fov_deg is None:
@@ -154,7 +144,7 @@ def _explained(
     result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None
 ) -> tuple[bundle.Bundle, bundle.Matches, bundle.Matches]:
     """Return (the cameras that explain the flow with the z-depth, the matches with depth, those that do not move)."""
-    values, valid = _at_points(result.values, matches).astype(np.float64), _measured(result, matches)
+    values, valid = at_points(result.values, matches).astype(np.float64), measured(result, matches)
     matches = replace(matches, weights=matches.weights * valid[matches.pairs[:, 0]])
     if np.count_nonzero(matches.weights) < MIN_POINTS:
         raise BadSample("cameras_missing", "too few points with depth are followed to find cameras")
@@ -190,7 +180,7 @@ def _by_colmap(
     else:
         solution, matches, inliers = _explained(result, matches, size, fov_deg)
         solution = replace(solution, w2c=solution.w2c @ invert(solution.w2c[0]))
-        moved = _moved(solution.w2c, solution.inverse[_measured(result, matches)])
+        moved = _moved(solution.w2c, solution.inverse[measured(result, matches)])
         if MOVES <= moved < MOVES_SURELY and _rests_or_turns(matches, size, fov_deg):
             moved = 0.0
     if moved < MOVES:
@@ -239,71 +229,3 @@ def _of_file(request: DepthRequest, num_frames: int) -> np.ndarray:
         name = Path(request.cameras).name
         raise BadSample("cameras_missing", f"{name} has {len(w2c)} poses, the clip needs that of frame {index.max()}")
     return w2c[index] @ invert(w2c[index[0]])
-
-
-def _in_one_unit(result: Geometry, matches: bundle.Matches, choice: str, focal: float | None) -> Geometry:
-    """Return the geometry with depth and cameras in one unit: that of z-depth, else that of the cameras.
-
-    Args:
-        focal: px, that the cameras were found with; None: that of `result.K`.
-    """
-    assert result.w2c is not None
-    assert result.K is not None
-    start = bundle.Bundle(result.w2c, focal or float(result.K[0, 0]), *np.ones((2, *matches.places.shape[:2])))
-    solution = bundle.points_of(matches, start)
-    known = cameras.known_points(solution) & (solution.inverse > 1e-6)
-    moved = float(np.linalg.norm(invert(result.w2c)[:, :3, 3], axis=1).max())
-    if moved == 0 or (moved * float(np.median(solution.inverse[known])) if known.any() else 0.0) < STILL:
-        w2c = result.w2c.copy()
-        w2c[:, :3, 3] = 0
-        return _with_facts(replace(result, w2c=w2c), choice, 0.0)
-    known &= _measured(result, matches)
-    if known.sum() < MIN_POINTS:
-        raise BadSample("cameras_missing", "too few points can be triangulated to bring cameras and depth together")
-    values = _at_points(result.values, matches)[known]
-    inverse, weight = solution.inverse[known], np.sqrt(solution.information[known])
-    if relative(result):
-        return _with_facts(*_of_disparity(result, values, inverse, weight, choice))
-    logs = np.log((values if result.kind == "z_depth" else 1 / np.maximum(values, 1e-9)) * inverse)
-    middle = weighted_median(logs, weight)
-    w2c = result.w2c.copy()
-    w2c[:, :3, 3] *= np.exp(middle)
-    return _with_facts(replace(result, w2c=w2c), choice, weighted_median(np.abs(logs - middle), weight))
-
-
-def _at_points(values: np.ndarray, matches: bundle.Matches) -> np.ndarray:
-    """Return [T, N]: the values [T, H, W] at the points of the matches."""
-    places = np.floor(matches.places + np.array(values.shape[:0:-1]) / 2).astype(int)
-    return np.stack([one[at[:, 1], at[:, 0]] for one, at in zip(values, places, strict=True)])
-
-
-def _measured(result: Geometry, matches: bundle.Matches) -> np.ndarray:
-    """Return bool [T, N]: points whose depth is not that of a closed hole."""
-    if result.valid_mask is None:
-        return np.ones(matches.places.shape[:2], bool)
-    return _at_points(result.valid_mask, matches)
-
-
-def _of_disparity(
-    result: Geometry, values: np.ndarray, inverse: np.ndarray, weight: np.ndarray, choice: str
-) -> tuple[Geometry, str, float]:
-    """Return (z-depth in the unit of the cameras, choice, error): 1/z = factor · disparity + shift, robustly fitted."""
-    columns, robust = np.stack([values, np.ones_like(values)], axis=1).astype(np.float64), weight
-    for _ in range(NUM_ROUNDS):
-        root = np.sqrt(robust)
-        factor, shift = np.linalg.lstsq(columns * root[:, None], inverse * root, rcond=None)[0]
-        off = np.abs(columns @ (factor, shift) - inverse)
-        robust = weight / np.maximum(off, 1e-3 * np.median(inverse))
-    if factor <= 0:
-        raise BadSample("cameras_missing", "the cameras contradict the depth: what it has near is far")
-    nearest = float(np.percentile(inverse, 1)) / 10  # what the fit sends behind infinity is far
-    z_depth = 1 / np.maximum(factor * result.values.astype(np.float64) + shift, nearest)
-    error = weighted_median(np.abs(np.log(np.maximum(columns @ (factor, shift), nearest) / inverse)), weight)
-    return replace(result, values=z_depth.astype(np.float32), kind="z_depth"), choice, error
-
-
-def weighted_median(values: np.ndarray, weights: np.ndarray) -> float:
-    """Return the value at which half of the weight is reached."""
-    order = np.argsort(values, kind="stable")
-    running = np.cumsum(weights[order])
-    return float(values[order][np.searchsorted(running, 0.5 * running[-1])])

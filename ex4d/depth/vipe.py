@@ -21,8 +21,8 @@ from ex4d.depth import layouts
 from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.camera import check_lens, invert
+from ex4d.geometry.pose_arrays import arrays_of
 from ex4d.geometry.pose_file import bytes_of
-from ex4d.geometry.pose_trees import arrays_of
 
 
 def parts_of(depth: str | Path) -> list[Path]:

@@ -1,8 +1,8 @@
 """Files of camera poses, in and out. Whatever the file's convention, what leaves `read` is OpenCV w2c.
 
-Formats of text are in `pose_tables` (re10k, tum, kitti, euroc, colmap), those of JSON and NumPy in `pose_trees` (json,
-recammaster, nerfstudio, ex4d, llff, w2c, c2w). Each row, matrix, quaternion and K is checked: what is of another kind
-is refused by name, never reshaped.
+Formats of text are in `pose_tables` (re10k, tum, kitti, euroc, colmap), those of JSON in `pose_trees` (json,
+recammaster, nerfstudio), those of NumPy in `pose_arrays` (ex4d, llff, networks' cameras, w2c, c2w). Each row, matrix,
+quaternion and K is checked: what is of another kind is refused by name, never reshaped.
 
 `K` of our JSON is [3, 3], or [T, 3, 3] along a zoom. A JSON file with `key_poses` instead of `w2c` holds poses that a
 spline goes through (`read_key_poses`).
@@ -21,7 +21,7 @@ import numpy as np
 
 from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
-from ex4d.geometry import pose_tables, pose_trees
+from ex4d.geometry import pose_arrays, pose_tables, pose_trees
 from ex4d.geometry.camera import check_rigid, look_at
 from ex4d.geometry.pose_file import PoseFile, bytes_of, checked, looks_like, numbers
 
@@ -42,18 +42,18 @@ READERS: dict[str, Callable[[str | Path, str], PoseFile]] = {
     "json": lambda path, camera: pose_trees.read_json(path),
     "recammaster": pose_trees.read_recammaster,
     "nerfstudio": lambda path, camera: pose_trees.read_nerfstudio(path),
-    "ex4d": lambda path, camera: pose_trees.read_ex4d(path),
-    "llff": lambda path, camera: pose_trees.read_llff(path),
-    "da3": lambda path, camera: pose_trees.read_da3(path),
-    "vggt": lambda path, camera: pose_trees.read_vggt(path),
-    "pi3": lambda path, camera: pose_trees.read_pi3(path),
-    "vipe": lambda path, camera: pose_trees.read_vipe(path),
-    "w2c": lambda path, camera: pose_trees.read_w2c(path),
-    "c2w": lambda path, camera: pose_trees.read_c2w(path),
+    "ex4d": lambda path, camera: pose_arrays.read_ex4d(path),
+    "llff": lambda path, camera: pose_arrays.read_llff(path),
+    "da3": lambda path, camera: pose_arrays.read_da3(path),
+    "vggt": lambda path, camera: pose_arrays.read_vggt(path),
+    "pi3": lambda path, camera: pose_arrays.read_pi3(path),
+    "vipe": lambda path, camera: pose_arrays.read_vipe(path),
+    "w2c": lambda path, camera: pose_arrays.read_w2c(path),
+    "c2w": lambda path, camera: pose_arrays.read_c2w(path),
 }
 WRITERS = {
     "re10k": pose_tables.write_re10k,
-    "ex4d": pose_trees.write_ex4d,
+    "ex4d": pose_arrays.write_ex4d,
     "tum": pose_tables.write_tum,
     "recammaster": pose_trees.write_recammaster,
     "json": pose_trees.write_json,
@@ -193,7 +193,7 @@ def _guess_json(path: str | Path) -> str:
 
 
 def _guess_arrays(path: str | Path) -> str:
-    keys, shape = pose_trees.contents(path)
+    keys, shape = pose_arrays.contents(path)
     of_networks = {
         "da3": {"extrinsics", "depth"},
         "vggt": {"extrinsic"},

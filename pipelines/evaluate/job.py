@@ -27,8 +27,9 @@ from pipelines.evaluate.config import EvaluateConfig as EvaluateConfig
 from pipelines.evaluate.report import Report, View
 from pipelines.evaluate.stages import METHODS
 from pipelines.runtime import runner
+from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.cluster import check_output
-from pipelines.runtime.ledger import Attempts, Ledger
+from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress

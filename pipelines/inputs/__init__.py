@@ -4,7 +4,7 @@ A folder yields every file under it. A file is taken for a video unless its suff
 not a video, as is a picture or a video of another video's depth (`clip_depth.mp4` beside `clip.mp4`). With
 `preprocess.image_fps`, a folder of pictures is one video. Links out of the folder and folders that cannot be opened are
 counted too (`walk`). Sidecars of a video (depth, caption, cameras) belong to the video. A list yields what its rows
-name; see `lists`. Folders, files and lists are on this machine or in any store of `storage.SCHEMES`.
+name; see `lists`. Folders, files and lists are on this machine or in any store of `storage.urls.SCHEMES`.
 """
 
 from __future__ import annotations

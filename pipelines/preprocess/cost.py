@@ -14,11 +14,9 @@ import multiprocessing
 import os
 import statistics
 import tempfile
-import time
 from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from dataclasses import asdict, dataclass, replace
-from datetime import datetime
 from itertools import repeat
 from pathlib import Path
 from typing import Any
@@ -31,7 +29,7 @@ from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig
 from pipelines.inputs import Source, Sources
-from pipelines.preprocess import fetch
+from pipelines.preprocess import cost_history, fetch
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
 
@@ -151,16 +149,16 @@ class Plan:
 def command(config_path: str, overrides: Sequence[str]) -> int:
     """Do `ex4d plan`; return the exit status."""
     estimate, earlier = write(config_file.load(config_path, SECTIONS, overrides, OPTIONAL))
-    print(estimate.table(), judgement(earlier), sep="\n")
+    print(estimate.table(), cost_history.judgement(earlier), sep="\n")
     return 0
 
 
 def write(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
     """Return the plan of a configuration and the errors of earlier ones; it is written to OUTPUT/plan.json."""
     config, choice = sections["preprocess"], sections["plan"]
-    plan, earlier = make(config, choice, sections["synthetic"]), earlier_errors()
+    plan, earlier = make(config, choice, sections["synthetic"]), cost_history.earlier_errors()
     storage.write_bytes(storage.join(config.output, FILE), json.dumps(asdict(plan), indent=2).encode())
-    remember(config.output, plan)
+    cost_history.remember(config.output, plan.cpu_s.value)
     return plan, earlier
 
 
@@ -294,61 +292,6 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
         gpu_actors=math.ceil(gpu_s.value / config.depth_num_gpus / (cpu_s.value / num_cpus)) if gpu_s.value else 0,
         usd=None if prices == (None, None) else cpu_h * (prices[0] or 0) + gpu_h * (prices[1] or 0),
     )
-
-
-# ---------------------------------------------------------------- how good earlier plans were
-
-
-def remember(output: str, plan: Plan) -> None:
-    """Append a plan to this machine's list of plans."""
-    line = {"time": time.time(), "output": _absolute(output), "cpu_s_per_video": plan.cpu_s.value}
-    history = history_file()
-    history.parent.mkdir(parents=True, exist_ok=True)
-    with open(history, "a") as file:
-        file.write(json.dumps(line) + "\n")
-
-
-def history_file() -> Path:
-    """Return the file of this machine's earlier plans, under XDG_STATE_HOME."""
-    return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ex4d" / "plans.jsonl"
-
-
-def earlier_errors() -> list[float]:
-    """Return predicted over actual CPU seconds a video, less 1, of every earlier plan whose run has ended."""
-    file = history_file()
-    errors = []
-    for line in file.read_text().splitlines() if file.exists() else ():
-        earlier = json.loads(line)
-        actual = _actual_cpu_s(earlier["output"], earlier["time"])
-        if actual:
-            errors.append(earlier["cpu_s_per_video"] / actual - 1)
-    return errors
-
-
-def judgement(errors: Sequence[float]) -> str:
-    """Return a sentence on how far earlier plans were from their runs."""
-    if not errors:
-        return "no earlier plan of this machine has been run yet"
-    middle, worst = statistics.median(errors), max(errors, key=abs)
-    return f"{len(errors)} earlier plans of this machine were off by {middle:+.0%} (median), {worst:+.0%} (worst)"
-
-
-def _actual_cpu_s(output: str, since: float) -> float | None:
-    """Return CPU seconds a video of the runs in a folder after a time, up to the first that committed; else None."""
-    url = storage.join(output, "run.jsonl")
-    spent = 0.0
-    for text in storage.read_bytes(url).decode().splitlines() if storage.exists(url) else ():
-        line = json.loads(text)
-        if datetime.fromisoformat(line["started"]).timestamp() + line["wall_s"] < since:
-            continue
-        spent += sum(stage["worker_s"] * stage["num_cpus"] for stage in line["stages"].values())
-        if line["committed"]:
-            return spent / line["counts"]["videos_in"] if spent else None
-    return None
-
-
-def _absolute(url: str) -> str:
-    return str(Path(storage.local_path(url)).resolve()) if storage.is_local(url) else url
 
 
 def _duration(hours: float) -> str:

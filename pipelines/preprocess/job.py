@@ -15,14 +15,13 @@ from ex4d import storage
 from ex4d.config import fingerprint
 from ex4d.data import shards
 from ex4d.data.manifest import DATASET
-from ex4d.errors import ContractError
 from pipelines import inputs
-from pipelines.preprocess import duplicates, pairs, settings, units
+from pipelines.preprocess import duplicates, fingerprints, pairs, units
+from pipelines.preprocess.packing import Packing
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.preprocess.stages import commit
 from pipelines.preprocess.tables import Clip, Tables, pack_rows
 from pipelines.preprocess.units import ARTIFACTS
-from pipelines.runtime.ledger import PACKED, Ledger
+from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.rejects import Rejects, reject_of
 from pipelines.runtime.result import Result
@@ -53,7 +52,7 @@ class Job:
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.config.output)
         self.tables = Tables(self.ledger.database)
-        self.digests = settings.video_fingerprints(self.config)
+        self.digests = fingerprints.video_fingerprints(self.config)
 
     def work(self, sources: inputs.AnySources) -> None:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
@@ -151,8 +150,8 @@ class Job:
     def _plan(self) -> int:
         """Plan the clips of all units; return how many are to be made."""
         number = 0
-        prefixes = self.tables.units()
-        for row in self._all("plan", units.PLAN, self._units(prefixes), len(prefixes), ("planned", "todo")):
+        prefixes, keep = self.tables.units(), ("planned", "todo")
+        for row in self.passes.must("plan", units.PLAN, self._units(prefixes), self.config, keep, len(prefixes)):
             number += row["planned"]["num_todo"]
             self._take(row["planned"])
             self.tables.add_work(row["todo"].tobytes())
@@ -252,7 +251,7 @@ class Job:
         if self.problems or self.config.score_only:
             return
         try:
-            self._pack()
+            Packing(self.config, self.ledger, self.tables, self.rejects, self.passes).pack(self.counts)
         except shards.DamagedSamples as error:
             for key in error.keys:
                 self.ledger.set_aside(self.tables.artifact(key))
@@ -262,39 +261,6 @@ class Job:
         self.ledger.sweep()
         self.ledger.prune(self.tables.superseded())
         self.problems += self.passes.problems()
-
-    def _pack(self) -> None:
-        """Write the dataset. Raises DamagedSamples."""
-        facts = settings.facts(self.config, self.counts)
-        size, tables = self.config.shard_size_mb << 20, self.ledger.url(PACKED)
-        contents = Contents(self.tables, self.ledger, self.rejects)
-        if self.config.keep_staging == "none":
-            self.ledger.packed.alone(self.ledger.records)
-        shards.pack_contents(contents, self.config.output, facts, size, tables=tables, build=self._build)
-        if self.config.keep_staging == "none":
-            self.ledger.packed.drop(clip.artifact for clip in self.tables.staged())
-
-    def _build(self, plans: shards.Missing, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
-        """Yield the facts of each shard; they are built by the workers. Raises ContractError."""
-        packed = self.ledger.packed
-        if packed.holds_samples:  # all of them are put back before any shard is overwritten
-            rows = (new_row(plan["name"], places=packed.places(plan["items"])) for plan in plans)
-            for _ in self._all("restore", commit.RESTORE, rows, len(plans), ()):
-                pass
-        rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-        for row in self._all("pack", commit.BUILD_SHARD, rows, len(plans), ("built", "plan")):
-            if self.config.keep_staging == "none" and "url" in row["built"]:
-                packed.dropped(row["plan"]["items"])
-            yield row["built"]
-
-    def _all(self, name: str, stage: Stage, rows: Iterable[Row], total: int, keep: tuple[str, ...]) -> Iterator[Row]:
-        """Yield each row after a stage that must succeed. Raises ContractError."""
-        with self.passes.progress.watch(name, (stage,), total) as count:
-            for row in self.passes.execute((stage,), rows, self.config, keep):
-                count(row, 0.0)
-                if row["refusal"] is not None:
-                    raise ContractError(f"{name} of {row['key']} failed: {row['refusal']['message']}")
-                yield row
 
     def finish(self) -> Result:
         """Return the Result, its counts complete."""
@@ -322,21 +288,3 @@ def _with_scores(row: Row) -> dict[str, Any] | None:
 def _source_name(url: str) -> str:
     """Return the name of the ledger's record of a remote file and its sidecars."""
     return f"sources/{fingerprint(url)}"
-
-
-@dataclass(frozen=True)
-class Contents:
-    """What the dataset is packed of."""
-
-    tables: Tables
-    ledger: Ledger
-    rejected: Rejects
-
-    def staged(self) -> Iterator[shards.Staged]:
-        """Yield the finished samples in the order of split and key."""
-        for split, key, artifact, size, sha256 in self.tables.staged():
-            yield shards.Staged(key, split, self.ledger.url(artifact), size, sha256)
-
-    def rejects(self) -> Iterator[Mapping[str, str]]:
-        """Yield the rejects in their order."""
-        return self.rejected.in_order()

@@ -183,7 +183,7 @@ def _thresholds(filters: FilterConfig) -> dict[str, dict[str, float]]:
 
 
 def _facts(config: PreprocessConfig) -> dict[str, str]:
-    from pipelines.preprocess.settings import dataset_settings, versions
+    from pipelines.preprocess.fingerprints import dataset_settings, versions
 
     shown = {name: json.dumps(value) for name, value in dataset_settings(config).items()}
     return shown | {f"version of {name}": version for name, version in versions().items()}

@@ -18,7 +18,7 @@ from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from ex4d.video.pictures import SUFFIXES
 from pipelines import inputs
-from pipelines.preprocess import fetch, pages, pairs, settings
+from pipelines.preprocess import fetch, fingerprints, pages, pairs
 from pipelines.preprocess.job import Job
 from pipelines.preprocess.recipe import Stages, stages_of
 from pipelines.preprocess.settings import PreprocessConfig
@@ -70,7 +70,7 @@ def run(
         ContractError: a file in the folder is damaged or of another kind.
     """
     outside_datasets("preprocess.output", config.output, own="clips")
-    settings.check(config)
+    fingerprints.check(config)
     if sources is None:
         sources = find_sources(config, synthetic_config)
     config = with_depth(config, sources)

@@ -18,7 +18,7 @@ from ex4d.data.shards import split_of
 from ex4d.errors import BadSample, Filtered
 from ex4d.quality import SCORES
 from pipelines import inputs
-from pipelines.preprocess import clips, pairs, settings
+from pipelines.preprocess import clips, fingerprints, pairs
 from pipelines.preprocess.filters import decide
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import own_score, pair
@@ -56,7 +56,7 @@ class Unit:
 
     def __init__(self, config: PreprocessConfig, known: Known, retry: Sequence[str]):
         self.config, self.known, self.retry = config, known, retry
-        self.names = settings.ClipNames(config)
+        self.names = fingerprints.ClipNames(config)
         self.everything = list(known)
         self.counts: Counter[str] = Counter()
         self.rejects: list[dict[str, str]] = []
@@ -132,7 +132,7 @@ class Unit:
             **clips.in_source(clip, video["record"]),
             size=video["record"]["info"]["size"],
             seed=self.names.seed(clip.key),
-            versions=settings.versions(),
+            versions=fingerprints.versions(),
             fingerprint=sample,
             artifact=f"clips/{clip.key}.{sample}.tar",
             refusal_artifact=f"clips/{clip.key}.{refusal}.json",

@@ -7,7 +7,8 @@ from contextlib import contextmanager
 from typing import Any, Protocol
 
 from pipelines.runtime import runner
-from pipelines.runtime.ledger import Attempts, exclusive
+from pipelines.runtime.attempts import Attempts
+from pipelines.runtime.output import exclusive
 from pipelines.runtime.passes import Passes, TooManyBugs
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.result import Result, logged

@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
-from ex4d.errors import Ex4dError
+from ex4d.errors import ContractError, Ex4dError
 from pipelines.runtime.progress import Progress
 from pipelines.runtime.runner import Runner
 from pipelines.runtime.stage import Row, Stage, is_bug
@@ -67,6 +67,17 @@ class Passes:
                             f"stopped after {len(self.bugs)} unexpected errors, more than {self.job}.max_bugs="
                             f"{self.max_bugs}; their tracebacks are in run.jsonl"
                         )
+                yield row
+
+    def must(
+        self, name: str, stage: Stage, rows: Iterable[Row], context: Any, keep: tuple[str, ...], total: int
+    ) -> Iterator[Row]:
+        """Yield each row after a stage that must succeed. Raises ContractError."""
+        with self.progress.watch(name, (stage,), total) as count:
+            for row in self.execute((stage,), rows, context, keep):
+                count(row, 0.0)
+                if row["refusal"] is not None:
+                    raise ContractError(f"{name} of {row['key']} failed: {row['refusal']['message']}")
                 yield row
 
     def problems(self) -> list[str]:

@@ -9,8 +9,8 @@ from typing import Any, Protocol
 
 from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
+from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.cluster import connected
-from pipelines.runtime.ledger import Attempts
 from pipelines.runtime.stage import Chain, Row, Stage, chains, check, quiet_threads
 
 RUNNERS = ("ray", "inline")

@@ -21,9 +21,10 @@ from itertools import islice
 from typing import Any
 
 from ex4d.errors import ConfigError, ContractError, Ex4dError
-from pipelines.runtime.ledger import Attempts
+from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.pool import Cluster, Pool
-from pipelines.runtime.stage import Chain, Row, pack_row, quiet_threads, refused, unpack_row
+from pipelines.runtime.stage import Chain, Row, pack_row, refused, unpack_row
+from pipelines.runtime.worker import Facts, Work, Worker, run_batch
 
 logger = logging.getLogger(__name__)
 
@@ -34,78 +35,6 @@ STORE_SHARE = 0.5  # of Ray's object store, which rows between two chains may ta
 NUM_LOST = 20  # times that a row is begun again for reasons that are not its own
 # Ray's errors that mean that the process died that worked on a row; others mean that its input was lost.
 _DIED = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ActorDiedError", "ActorUnavailableError")
-
-
-@dataclass(frozen=True)
-class Work:
-    """What a worker does with each row: a chain of stages, their context, and where the driver runs."""
-
-    chain: Chain
-    context: Any
-    folder: str
-
-    def __call__(self, packed: dict[str, Any]) -> dict[str, Any]:
-        """Return the packed row after the chain."""
-        row = unpack_row(packed)
-        if row["refusal"] is not None and row["refusal"]["fate"] == "stop":
-            return packed
-        try:
-            return pack_row(self.chain(row, self.context))
-        except (ConfigError, ContractError) as error:
-            # Ray would wrap it; as a row it reaches the driver as what it is.
-            kind = type(error).__name__
-            parts = [error.key, str(error.value), error.allowed] if isinstance(error, ConfigError) else []
-            refusal = {"fate": "stop", "stage": "", "reason": kind, "message": str(error), "arguments": parts}
-            return pack_row({"key": row["key"], "refusal": refusal, "seconds": {}})
-
-    def prepare(self) -> None:
-        """Make this process one where the work means the same as in the driver's: relative paths, threads."""
-        if os.path.isdir(self.folder):
-            os.chdir(self.folder)
-        quiet_threads()
-
-
-@dataclass(frozen=True)
-class Facts:
-    """What the driver must know of a finished call beside its rows; `has_bug`: one of them ended in a bug there."""
-
-    seconds: float
-    size_bytes: int
-    node: str
-    has_bug: bool
-
-
-def run_batch(work: Work, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list[dict[str, Any]]]:
-    """Return (Facts, the packed rows after the chain). Runs in a worker."""
-    import ray
-
-    work.prepare()
-    started = time.monotonic()
-    done = [work(row) for row in packed]
-    size_bytes = sum(len(row["json"]) + len(row["arrays"]) for row in done)
-    has_bug = any(_has_bug(after) and not _has_bug(before) for before, after in zip(packed, done, strict=True))
-    return Facts(time.monotonic() - started, size_bytes, ray.get_runtime_context().get_node_id(), has_bug), done
-
-
-def _has_bug(packed: dict[str, Any]) -> bool:
-    return '"reason": "bug:' in packed["json"]
-
-
-class Worker:
-    """An actor: a process that keeps its models between rows."""
-
-    def __init__(self, work: Work):
-        self.work = work
-
-    def node(self) -> str:
-        """Return the id of the node that it runs on."""
-        import ray
-
-        return str(ray.get_runtime_context().get_node_id())
-
-    def run(self, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list[dict[str, Any]]]:
-        """Return what `run_batch` does."""
-        return run_batch(self.work, packed)
 
 
 @dataclass

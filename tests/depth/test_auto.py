@@ -14,8 +14,8 @@ from ex4d.errors import ConfigError
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines import cli
+from pipelines.preprocess import fingerprints
 from pipelines.preprocess import run as preprocess
-from pipelines.preprocess import settings
 from pipelines.preprocess.run import PreprocessConfig, find_sources
 
 
@@ -110,7 +110,7 @@ def test_a_depth_path_must_say_what_it_is_for(corpus, tmp_path):
 
 def test_the_choices_of_a_setting_are_the_estimators_and_auto():
     assert ("auto", *depth.ESTIMATORS) == depth.CHOICES
-    settings.check(PreprocessConfig(depth="auto"))
+    fingerprints.check(PreprocessConfig(depth="auto"))
 
 
 def test_reconstruct_takes_it_too(corpus, tmp_path, capsys):

@@ -19,6 +19,7 @@ from ex4d.data.verify import verify
 from ex4d.errors import ConfigError
 from ex4d.quality import SCORES
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
+from pipelines.preprocess import fingerprints
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.run import RayConfig
@@ -162,7 +163,7 @@ def test_captions_come_from_files_first_and_else_from_a_vision_language_model(co
     assert found[made] == {"source": "model", "model": "llava", "revision": "", "weights_sha256": digest}
     (theirs,) = [facts for text, facts in found.items() if text != made]
     assert theirs == {"source": "sidecar", "model": "", "revision": "", "weights_sha256": ""}
-    assert str(tmp_path) not in json.dumps(preprocess.settings.sample_settings(one))
+    assert str(tmp_path) not in json.dumps(fingerprints.sample_settings(one))
     with pytest.raises(ConfigError, match=r"preprocess\.captioner\.model"):
         inline(replace(one, captioner=CaptionerConfig(model="nobody/has-this"), output=str(tmp_path / "no")))
     assert not (tmp_path / "no").exists()
@@ -176,13 +177,13 @@ def test_weights_of_depth_are_known_by_content_and_not_by_where_they_lie(config,
         (folder / "config.json").write_text("{}")
         (folder / "model.safetensors").write_bytes(b"weights")
         one = replace(config, depth="depth-anything-v2", depth_path=str(folder))
-        found.add(json.dumps(preprocess.settings.dataset_settings(one)))
+        found.add(json.dumps(fingerprints.dataset_settings(one)))
     assert len(found) == 1
     assert str(tmp_path) not in found.pop()
     (tmp_path / "other").mkdir()
     (tmp_path / "other" / "model.safetensors").write_bytes(b"others")
     other = replace(config, depth="depth-anything-v2", depth_path=str(tmp_path / "other"))
-    assert preprocess.settings.sample_settings(other) != preprocess.settings.sample_settings(one)
+    assert fingerprints.sample_settings(other) != fingerprints.sample_settings(one)
 
 
 @pytest.mark.parametrize(("rate", "spacing"), [({"stride": 1}, 1), ({"stride": 3}, 3), ({"fps": 4.0}, 2)])

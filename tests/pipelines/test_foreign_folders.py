@@ -11,11 +11,12 @@ import pytest
 from ex4d import config, storage
 from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.train.runlog import RunLog
-from pipelines.preprocess import fetch
+from pipelines.preprocess import fetch, file_cache
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages.shots import unpack_pts
 from pipelines.runtime import result
-from pipelines.runtime.ledger import CONFIG, Attempts, Ledger
+from pipelines.runtime.attempts import Attempts
+from pipelines.runtime.ledger import CONFIG, Ledger
 from pipelines.runtime.output import exclusive
 from pipelines.runtime.progress import Progress
 
@@ -122,11 +123,11 @@ class Endless(http.server.BaseHTTPRequestHandler):
 def test_an_endless_file_is_given_up_at_the_limit(tmp_path):
     server = http.server.ThreadingHTTPServer(("127.0.0.1", 0), Endless)
     threading.Thread(target=server.serve_forever, daemon=True).start()
-    cache = fetch.FileCache(tmp_path / "cache", 2**30, max_file_bytes=8 << 20)
+    cache = file_cache.FileCache(tmp_path / "cache", 2**30, max_file_bytes=8 << 20)
     with pytest.raises(OSError, match="more than 8388608 bytes") as caught:
         cache.add(f"http://127.0.0.1:{server.server_port}/a.mp4", "video")
     server.shutdown()
-    assert fetch.unreadable(caught.value).reason == "file_too_large"
+    assert file_cache.unreadable(caught.value).reason == "file_too_large"
     assert [path.name for path in (tmp_path / "cache").iterdir()] == [".ex4d-cache"]
 
 

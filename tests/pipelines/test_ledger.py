@@ -16,10 +16,12 @@ from ex4d.config import validate
 from ex4d.errors import ConfigError, Filtered
 from pipelines.preprocess import clips
 from pipelines.preprocess.filters import FilterConfig
-from pipelines.preprocess.settings import ClipNames, DecodeLimits, PreprocessConfig, video_fingerprints
+from pipelines.preprocess.fingerprints import ClipNames, video_fingerprints
+from pipelines.preprocess.settings import DecodeLimits, PreprocessConfig
 from pipelines.preprocess.stages.shots import pack_pts, unpack_pts
 from pipelines.runtime import records
-from pipelines.runtime.ledger import Attempts, Ledger, superseded
+from pipelines.runtime.attempts import Attempts
+from pipelines.runtime.ledger import Ledger, superseded
 
 CONFIG = PreprocessConfig(output="unused", num_frames=5, clips_per_shot=10)
 

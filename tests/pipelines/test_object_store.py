@@ -23,7 +23,7 @@ from ex4d.data.loader import LoaderConfig, ShardLoader
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample
 from ex4d.synthetic import write_corpus
-from pipelines.preprocess import fetch
+from pipelines.preprocess import fetch, file_cache
 
 
 @pytest.fixture(scope="module")
@@ -170,7 +170,7 @@ def test_a_full_cache_drops_what_nobody_works_with(tmp_path):
     for name in names:
         (tmp_path / name).write_bytes(name.encode() * 10)
     digests = [storage.sha256(tmp_path / name) for name in names]
-    one, other = (fetch.FileCache(tmp_path / "cache", max_bytes=1, max_file_bytes=2**20) for _ in range(2))
+    one, other = (file_cache.FileCache(tmp_path / "cache", max_bytes=1, max_file_bytes=2**20) for _ in range(2))
     held = one.get(str(tmp_path / "a"), digests[0], "video")
     later = other.get(str(tmp_path / "b"), digests[1], "video")
     assert (held.read_bytes(), later.read_bytes()) == (b"a" * 10, b"b" * 10)

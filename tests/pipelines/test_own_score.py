@@ -13,6 +13,7 @@ from vision_networks import make_clip
 
 from ex4d.data.verify import verify
 from ex4d.errors import ConfigError
+from pipelines.preprocess import fingerprints
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.filters import ScorerConfig
 
@@ -64,6 +65,6 @@ def test_what_is_no_score_is_named(config, tmp_path, scorer):
         path = tmp_path / "wrong.py"
         if text is not None:
             path.write_text(text)
-        preprocess.settings._scorer.cache_clear()
+        fingerprints._scorer.cache_clear()
         with pytest.raises(ConfigError, match=r"preprocess\.scorer\.file"):
             inline(replace(config, output=str(tmp_path / "no"), scorer=ScorerConfig(file=str(path))))

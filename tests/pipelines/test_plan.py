@@ -13,6 +13,7 @@ from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines.inputs import Source
 from pipelines.preprocess import cost as plan
+from pipelines.preprocess import cost_history
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.cost import Measured, PlanConfig
 from pipelines.preprocess.settings import PreprocessConfig
@@ -95,7 +96,7 @@ def test_a_plan_of_a_corpus_and_its_judgement_by_the_run(tmp_path):
     sections = {"preprocess": config, "plan": PlanConfig(num_cpus=2), "synthetic": SyntheticConfig()}
     made, earlier = plan.write(sections)
     assert earlier == []
-    assert "no earlier plan" in plan.judgement(earlier)
+    assert "no earlier plan" in cost_history.judgement(earlier)
     assert (made.num_videos, made.sample_videos, made.samples) == (4, 4, len(paths))
     assert made.cpu_s.value == pytest.approx(sum(mean.value for mean in made.stage_s.values()))
     assert made.stage_s["masks"].value > 0
@@ -105,9 +106,9 @@ def test_a_plan_of_a_corpus_and_its_judgement_by_the_run(tmp_path):
     preprocess.run(config, runner_name="inline")
     line = json.loads((tmp_path / "out" / "run.jsonl").read_text().splitlines()[-1])
     actual = sum(stage["worker_s"] for stage in line["stages"].values()) / 4
-    (error,) = plan.earlier_errors()
+    (error,) = cost_history.earlier_errors()
     assert error == pytest.approx(made.cpu_s.value / actual - 1)
-    assert f"{error:+.0%} (median)" in plan.judgement([error])
+    assert f"{error:+.0%} (median)" in cost_history.judgement([error])
 
 
 def test_a_run_from_before_the_plan_does_not_judge_it(tmp_path):
@@ -115,12 +116,12 @@ def test_a_run_from_before_the_plan_does_not_judge_it(tmp_path):
     line = {"wall_s": 1.0, "stages": stages, "committed": True, "counts": {"videos_in": 4}}
     (tmp_path / "run.jsonl").write_text(json.dumps({**line, "started": "2020-01-01T00:00:00Z"}) + "\n")
     made = plan.scale([measured(4.0)], 4, PreprocessConfig(output=str(tmp_path)), PlanConfig())
-    plan.remember(str(tmp_path), made)
-    assert plan.earlier_errors() == []
+    cost_history.remember(str(tmp_path), made.cpu_s.value)
+    assert cost_history.earlier_errors() == []
     later = time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime(time.time() + 60))
     with open(tmp_path / "run.jsonl", "a") as file:
         file.write(json.dumps({**line, "started": later}) + "\n")
-    assert plan.earlier_errors() == [1.0]
+    assert cost_history.earlier_errors() == [1.0]
 
 
 @pytest.mark.parametrize("choice", [{"sample_videos": 0}, {"num_cpus": 0}, {"num_gpus": -1}, {"usd_per_gpu_hour": -1}])

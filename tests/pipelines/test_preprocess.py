@@ -17,7 +17,7 @@ from small_corpus import CORPUS, inline
 
 from ex4d import config as config_file
 from ex4d import video
-from ex4d.config import setting
+from ex4d.config import setting, to_dict
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
@@ -25,7 +25,7 @@ from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
 from pipelines.preprocess.stages import decode
-from pipelines.runtime import pool, stream
+from pipelines.runtime import pool, worker
 from pipelines.runtime.output import exclusive
 from pipelines.runtime.stage import chains, pack_row
 
@@ -59,7 +59,7 @@ def test_one_and_two_workers_give_the_same_bytes(config, tmp_path):
             "c = config.validate(preprocess.PreprocessConfig, json.loads(sys.argv[1]), 'preprocess');"
             "sys.exit(preprocess.run(c).exit_code)"
         )
-        settings = json.dumps({**preprocess.settings.to_dict(config), "output": output, "num_workers": workers})
+        settings = json.dumps({**to_dict(config), "output": output, "num_workers": workers})
         subprocess.run([sys.executable, "-c", script, settings], check=True, timeout=200)
         found.add(tree(replace(config, output=output)))
     assert len(found) == 1
@@ -240,7 +240,7 @@ def test_an_invalid_choice_that_a_worker_finds_passes_through_the_stages_after_i
     }
     last = list(chains(preprocess.stages_of(config).clip, (), propagate=False))[-1]
     packed = pack_row(row)
-    assert stream.Work(last, config, ".")(packed) == packed
+    assert worker.Work(last, config, ".")(packed) == packed
 
 
 def test_every_input_is_accounted_for(config, corpus, tmp_path):

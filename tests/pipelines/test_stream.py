@@ -20,7 +20,7 @@ import collections, json, os, sys, threading, time
 import ray
 from ray.cluster_utils import Cluster
 from pipelines.runtime import pool, runner
-from pipelines.runtime.ledger import Attempts
+from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.stage import Stage, new_row
 folder = sys.argv[1]
 

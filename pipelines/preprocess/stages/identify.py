@@ -11,7 +11,7 @@ from ex4d import storage, text
 from ex4d.errors import BadSample
 from ex4d.video import pictures
 from pipelines.inputs import walk, without_query
-from pipelines.preprocess import fetch, pairs
+from pipelines.preprocess import fetch, file_cache, pairs
 from pipelines.runtime.stage import Row, Stage
 
 if TYPE_CHECKING:
@@ -53,7 +53,7 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             "fetched": remote.lasting() if remote else None,
         }
     except OSError as error:
-        raise fetch.unreadable(error) from error
+        raise file_cache.unreadable(error) from error
 
 
 def _local(path: str, config: PreprocessConfig) -> tuple[str, int]:

@@ -13,7 +13,7 @@ import numpy as np
 
 from ex4d import storage
 from ex4d.errors import BadSample, ConfigError, ContractError
-from pipelines.preprocess import fetch, pairs
+from pipelines.preprocess import file_cache, pairs
 from pipelines.preprocess.stages import isolated
 from pipelines.preprocess.stages.shots import unpack_pts
 from pipelines.runtime.stage import Row, Stage
@@ -117,7 +117,7 @@ def _poses(
     try:
         data = storage.read_bytes(path, 0, MAX_CAMERA_BYTES + 1)
     except OSError as error:
-        raise fetch.unreadable(error) from error
+        raise file_cache.unreadable(error) from error
     if len(data) > MAX_CAMERA_BYTES:
         raise BadSample("pair_cameras", f"{name} has more than {MAX_CAMERA_BYTES} bytes")
     if hashlib.sha256(data).hexdigest() != row["pair"]["sha256"][1 + which]:

@@ -1,4 +1,4 @@
-"""Files by path or URL, local or in an object store, with atomic writes. The only gate to fsspec.
+"""Files by path or URL, local or in an object store, with atomic writes.
 
 A URL is a local path or `scheme://…`. Writes appear whole or not at all: on a local disk by a temporary file and
 rename, in an object store because a put is atomic there, also one that is tried again. What fails for a passing reason
@@ -15,85 +15,26 @@ import os
 import re
 import stat
 import uuid
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterator
 from contextlib import contextmanager, suppress
-from pathlib import Path, PurePosixPath
+from pathlib import Path
 from typing import IO, Any
-from urllib.parse import unquote
 
-import fsspec
-
-from ex4d import remote, web
-from ex4d.errors import ConfigError
+from ex4d import remote
 from ex4d.remote import TooLarge as TooLarge
 from ex4d.remote import Truncated as Truncated
-from ex4d.threads import in_order
+from ex4d.storage.listing import glob as glob
+from ex4d.storage.listing import list_files as list_files
+from ex4d.storage.listing import list_sizes as list_sizes
+from ex4d.storage.urls import BUCKETS, is_web
+from ex4d.storage.urls import check_url as check_url
+from ex4d.storage.urls import filesystem_of as filesystem_of
+from ex4d.storage.urls import is_local as is_local
+from ex4d.storage.urls import join as join
+from ex4d.storage.urls import local_path as local_path
 
 SHA256 = re.compile(r"[0-9a-f]{64}")  # a path part is made of some hashes, so they are checked to be hashes
-SCHEMES = ("file", "s3", "gs", "gcs", "hf", "http", "https", "memory")
-BUCKETS = ("s3://", "gs://", "gcs://")  # stores that list names by a prefix
 BLOCK_BYTES = 4 * 2**20  # of one ranged read where a file is read from end to end
-
-
-def is_local(url: str | Path) -> bool:
-    """Return True where `url` is a path on this machine."""
-    return "://" not in str(url) or str(url).startswith("file://")
-
-
-def local_path(url: str | Path) -> Path:
-    """Return the path of a local URL."""
-    return Path(str(url).removeprefix("file://"))
-
-
-def join(url: str | Path, *parts: str) -> str:
-    """Return `url` with path parts appended."""
-    return "/".join([str(url).rstrip("/"), *parts])
-
-
-def check_url(url: str) -> None:
-    """Check that a remote URL may be opened.
-
-    Raises:
-        ConfigError: another scheme than SCHEMES, a chain of them (`zip::s3://…`), or `..` among its folders.
-    """
-    scheme, _, rest = url.partition("://")
-    shown = remote.redacted(url)
-    if scheme not in SCHEMES:
-        raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
-    if not web.has_host(f"{scheme}://{rest.partition('/')[0]}"):
-        raise ConfigError("url", shown, "no valid URL: its host or port cannot be read") from None
-    if "::" in rest or "://" in rest.partition("?")[0]:
-        raise ConfigError("url", shown, "one scheme, not a chain of them")
-    if ".." in unquote(unquote(rest)).replace("\\", "/").partition("?")[0].split("/"):
-        raise ConfigError("url", shown, "no .. in it")
-
-
-def _is_web(url: str | Path) -> bool:
-    return str(url).startswith(("http://", "https://"))
-
-
-def filesystem_of(url: str | Path) -> tuple[Any, str]:
-    """Return the fsspec filesystem of a path or URL, and its path there."""
-    if is_local(url):
-        return fsspec.core.url_to_fs(str(local_path(url)))
-    url = str(url)
-    check_url(url)
-    scheme = url.partition("://")[0]
-    # What others write must be seen, so listings are never remembered.
-    options: dict[str, Any] = {"use_listings_cache": False}
-    try:
-        if _is_web(url):
-            import aiohttp
-
-            # By default a file that takes longer than five minutes is cut off.
-            waits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
-            options["client_kwargs"] = {"timeout": waits, **web.client_kwargs(url)}
-            options["get_client"] = web.client
-        return fsspec.core.url_to_fs(url, **options)
-    except ImportError as error:
-        raise ConfigError(
-            "url", remote.redacted(url), f"{scheme}:// needs a package that is not installed here ({error})"
-        ) from error
 
 
 def open_read(url: str | Path) -> IO[bytes]:
@@ -284,59 +225,6 @@ def move_file(source: Path, url: str | Path) -> None:
     source.unlink()
 
 
-def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Return every file under a folder, sorted, as paths relative to it with forward slashes; none for no folder.
-
-    Args:
-        suffixes: keep only names ending so, lower case with the dot; () keeps all.
-    """
-    return sorted(name for name, _ in list_sizes(url) if not suffixes or name.lower().endswith(suffixes))
-
-
-def list_sizes(url: str | Path, prefixes: Iterable[str] = ("",)) -> Iterator[tuple[str, int]]:
-    """Yield (name, bytes) of every file under a folder, named as by `list_files`; 0 where a server does not tell.
-
-    Args:
-        prefixes: all that names may begin with; a bucket, which lists a thousand names at a time, is asked for many.
-    """
-    if is_local(url):
-        yield from _walk(local_path(url), "")
-        return
-    filesystem, path = filesystem_of(url)
-    asked = prefixes if str(url).startswith(BUCKETS) else ("",)
-    for sizes in in_order(lambda prefix: _sizes(filesystem, path, url, prefix), asked, 32):
-        yield from ((name, size) for name, size in sizes if not name.rpartition("/")[2].startswith(".tmp-"))
-
-
-def _walk(folder: Path, above: str) -> Iterator[tuple[str, int]]:
-    if not folder.is_dir():
-        return
-    with os.scandir(folder) as entries:
-        for entry in entries:
-            if entry.is_dir():
-                yield from _walk(Path(entry), f"{above}{entry.name}/")
-            elif entry.is_file() and not entry.name.startswith(".tmp-"):
-                yield above + entry.name, entry.stat().st_size
-
-
-def _sizes(filesystem: Any, path: str, url: str | Path, prefix: str) -> list[tuple[str, int]]:
-    # A web server's folders are walked page by page, and without on_error a page that breaks is an empty one.
-    options = ({"on_error": "raise"} if _is_web(url) else {}) | ({"prefix": prefix} if prefix else {})
-    root, found = str(PurePosixPath(path)).rstrip("/") + "/", {}
-    with suppress(FileNotFoundError):
-        found = remote.call(lambda: filesystem.find(path, detail=True, **options), str(url))
-    plain = ((str(PurePosixPath(name)) if "//" in name else name, facts) for name, facts in found.items())
-    inside = ((name.removeprefix(root), facts) for name, facts in plain if name.startswith(root))
-    return [(name, facts.get("size") or 0) for name, facts in inside if name]
-
-
-def glob(url: str) -> list[str]:
-    """Return the URLs of the remote files that match a pattern (`*`, `**`, `?`, `[…]`), sorted."""
-    filesystem, path = filesystem_of(url)
-    found = remote.call(lambda: filesystem.glob(path, detail=True), url)
-    return sorted(filesystem.unstrip_protocol(name) for name, info in found.items() if info["type"] == "file")
-
-
 def remove(url: str | Path) -> None:
     """Delete one file; nothing happens where it is not there."""
     if is_local(url):
@@ -381,7 +269,7 @@ def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None =
 
 def _blocks(url: str | Path) -> Iterator[bytes]:
     """Yield a file's content in order."""
-    if _is_web(url):
+    if is_web(url):
         yield from _stream(str(url))  # not every web server knows ranges
         return
     with open_read(url) as file:

@@ -1,0 +1,177 @@
+"""What each artifact of a preprocess run depends on: the fingerprints in its name, and the facts in dataset.json."""
+
+from __future__ import annotations
+
+from collections.abc import Mapping
+from functools import cache
+from typing import Any
+
+from ex4d.config import Digest, fingerprint, installed_versions, to_dict
+from ex4d.depth import AUTO
+from pipelines.preprocess.settings import PreprocessConfig
+
+# Packages whose version may change a sample's bytes.
+PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
+VIDEO_CODE, CLIP_CODE = 3, 6  # raised when stages change their output, so that older staging is not reused
+
+
+def check(config: PreprocessConfig) -> None:
+    """Raise ConfigError if weights that the settings need are missing and cannot be fetched."""
+    sample_settings(config)
+
+
+@cache
+def versions() -> dict[str, str]:
+    """Return {package: version} of what may change a sample's bytes; "" where it is not installed."""
+    return dict.fromkeys(PACKAGES, "") | installed_versions(PACKAGES)
+
+
+def video_fingerprints(config: PreprocessConfig) -> tuple[str, str]:
+    """Return the fingerprints of a video's record and of its refusal; the content hash stands in the name beside."""
+    parts = ("video", VIDEO_CODE, versions())
+    return fingerprint(*parts), fingerprint(*parts, differing(to_dict(config.limits), to_dict(type(config)().limits)))
+
+
+class ClipNames:
+    """The names of a clip's artifacts in the ledger, for one configuration; most of each digest is the same for all."""
+
+    def __init__(self, config: PreprocessConfig):
+        usual = type(config)()
+        chosen = differing(sample_settings(config), sample_settings(usual))
+        limits = differing(to_dict(config.limits), to_dict(usual.limits))
+        filters = differing(to_dict(config.filters), to_dict(usual.filters))
+        self._made = Digest("clip", CLIP_CODE, versions(), chosen)
+        self._judged = (limits, filters)
+        self._seen = Digest("scores", CLIP_CODE, versions(), config.size, config.fit)
+        self._drawn = Digest(config.seed)
+
+    def of(self, facts: Mapping[str, Any]) -> tuple[str, str, str]:
+        """Return the fingerprints of a clip's sample, of its refusal, and of its scores.
+
+        Args:
+            facts: what of the source and of the plan reaches the sample's bytes.
+        """
+        seen = {name: facts[name] for name in ("sha256", "pts", "fps", "box", "shot_scores")}
+        sample, refusal = self._made.of(dict(facts)), self._made.of(dict(facts), *self._judged)
+        return sample, refusal, self._seen.of(seen)
+
+    def seed(self, key: str) -> int:
+        """Return the seed of what is drawn for a clip."""
+        return int(self._drawn.of(key)[:8], 16)
+
+
+def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
+    """Return the settings that differ from their defaults.
+
+    A fingerprint holds these alone, so that staged work stays valid when a setting is added. Where a default changes,
+    raise CLIP_CODE.
+    """
+    inner = {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
+    return {
+        name: differing(value, default) if isinstance(value, dict) and isinstance(default, dict) else value
+        for name, (value, default) in inner.items()
+    }
+
+
+def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """Return the settings that every sample depends on, whatever its source; no path of this machine is among them."""
+    names = (
+        "num_frames",
+        "size",
+        "fit",
+        "fps",
+        "stride",
+        "depth",
+        "cameras",
+        "source_motion",
+        "persistent_frames",
+        "depth_fill_px",
+        "fov_deg",
+        "profile",
+        "masks",
+        "seed",
+    )
+    everything = to_dict(config)
+    chosen = {name: everything[name] for name in names}
+    without_depth = config.score_only or config.depth == AUTO  # auto: before `run` has chosen
+    chosen["depth_weights"] = "" if without_depth else _depth_weights(config.depth, config.depth_path)
+    chosen["depth_batch_size"] = config.depth_batch_size  # another order of sums may change the last digits
+    chosen["captioner"] = None
+    if config.captioner is not None and not config.score_only:
+        made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
+        chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
+    chosen["members"] = sorted(set(config.members))
+    if config.cameras == "colmap":
+        from ex4d.depth import colmap
+
+        colmap.check()
+        chosen |= installed_versions((colmap.PACKAGE,))
+    if config.scorer is not None and not config.score_only:
+        chosen["scorer"] = _scorer(config.scorer.file, config.scorer.weights)
+    return chosen
+
+
+@cache
+def _scorer(file: str, weights: str | None) -> str:
+    from ex4d.quality import own
+
+    return own.identity(file, weights)
+
+
+@cache
+def _depth_weights(depth: str, depth_path: str | None) -> str:
+    """Return the content hash of an estimator's weights; a sidecar's hash is among the clip's facts."""
+    from ex4d import hub
+    from ex4d.depth import FOREIGN, weight_folders
+
+    if depth in FOREIGN:
+        from ex4d.depth import foreign
+
+        return foreign.identity(depth, depth_path)
+    folders = weight_folders(depth, depth_path)
+    return hub.fingerprint(folders) if folders else ""
+
+
+@cache
+def _caption_weights(model: str) -> str:
+    from ex4d import hub
+    from ex4d.models.captioner import folder_of
+
+    return hub.fingerprint([folder_of(model)])
+
+
+def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]:
+    """Return the contents of dataset.json, without what packing adds."""
+    from ex4d.geometry import masks
+
+    return {
+        "sample": {
+            "num_frames": config.num_frames,
+            "size": list(config.size),
+            "num_masks": config.masks.num_masks,
+            "mask_kinds": list(masks.KINDS),
+        },
+        "config": dataset_settings(config),
+        "versions": versions(),
+        "counts": {name: counts[name] for name in ("videos_in", "videos_split", "clips_planned")},
+    }
+
+
+def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
+    """Return the settings that dataset.json shows: those that decide which samples there are, and how they look."""
+    names = (
+        "clips_per_shot",
+        "clips_per_video",
+        "min_shot_s",
+        "crop_bars",
+        "filters",
+        "near_duplicates",
+        "val_fraction",
+        "shard_size_mb",
+    )
+    everything = to_dict(config)
+    scorer = {"scorer": everything["scorer"]} if config.scorer is not None else {}
+    made = sample_settings(config)
+    if scorer:  # its thresholds, and what it is known by; no path of this machine
+        scorer["scorer"] = {**{name: scorer["scorer"][name] for name in ("min", "max")}, "identity": made["scorer"]}
+    return made | {name: everything[name] for name in names} | scorer

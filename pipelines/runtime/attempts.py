@@ -1,0 +1,92 @@
+"""How often work on each row ended with its process: one file of the ledger."""
+
+from __future__ import annotations
+
+import json
+import logging
+import os
+import time
+from collections import Counter
+from collections.abc import Iterable
+
+from ex4d import storage
+
+logger = logging.getLogger(__name__)
+
+FILE = "staging/attempts.json"
+
+
+class Attempts:
+    """Counts how often work on each row killed its process, so that no row is retried for ever.
+
+    A row is rejected after `limit` deaths in one run. When the run itself dies, every row in work counts as one more,
+    since a row may bring down the whole machine; as most are innocent, `RUNS_LIMIT` times as many such deaths are
+    allowed. Only the driver keeps the count, in one file of the ledger.
+
+    Args:
+        output: the dataset folder.
+        limit: deaths in one run.
+    """
+
+    RUNS_LIMIT = 3
+    EVERY_S = 10.0  # between two writes to an object store
+
+    def __init__(self, output: str, limit: int):
+        self.limit, self.url = limit, storage.join(output, FILE)
+        self.deaths: Counter[str] = Counter()
+        self.working: set[str] = set()
+        self.earlier = self._read()
+        self._written = -self.EVERY_S
+
+    def may(self, work: str, key: str) -> bool:
+        """Return True where `work` on the row `key` may be tried once more."""
+        name = f"{work} {key}"
+        return self.deaths[name] < self.limit and self.deaths[name] + self.earlier[name] < self.limit * self.RUNS_LIMIT
+
+    def begin(self, work: str, keys: Iterable[str]) -> None:
+        """Note that work on these rows begins: if the driver dies before their `end`, it counts as a death of each."""
+        self.working |= {f"{work} {key}" for key in keys}
+        self._write()
+
+    def end(self, work: str, keys: Iterable[str]) -> None:
+        """Note that the work ended and its process lives."""
+        for name in (f"{work} {key}" for key in keys):
+            self.working.discard(name)
+            self.deaths.pop(name, None)
+            self.earlier.pop(name, None)
+
+    def died(self, work: str, keys: Iterable[str]) -> None:
+        """Note that the process died that worked on these rows."""
+        self.deaths.update(f"{work} {key}" for key in keys)
+        self._write()
+
+    def _read(self) -> Counter[str]:
+        if not storage.exists(self.url):
+            return Counter()
+        try:
+            kept = json.loads(storage.read_bytes(self.url))
+            return Counter({str(name): int(count) for name, count in kept.items()})
+        except (ValueError, AttributeError, TypeError) as error:
+            logger.warning("%s is damaged and starts anew: %s", self.url, error)
+            return Counter()
+
+    def _write(self) -> None:
+        is_local = storage.is_local(self.url)
+        if not is_local and time.monotonic() - self._written < self.EVERY_S:
+            return
+        self._written = time.monotonic()
+        counts = self.earlier + self.deaths + Counter(dict.fromkeys(self.working - self.deaths.keys(), 1))
+        data = json.dumps(counts, sort_keys=True).encode()
+        try:
+            if is_local:  # not flushed: it must survive a process, not the machine, and is written for every task
+                path = storage.local_path(self.url)
+                path.parent.mkdir(parents=True, exist_ok=True)
+                half = path.with_name(".tmp-attempts")
+                half.unlink(missing_ok=True)  # not through a link, which somebody else may have put there
+                with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW), "wb") as file:
+                    file.write(data)
+                half.replace(path)
+            else:
+                storage.write_bytes(self.url, data)
+        except OSError as error:  # a passing failure of a store must not end a run
+            logger.warning("attempts are not written down: %s", error)
