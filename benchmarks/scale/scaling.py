@@ -67,8 +67,9 @@ class Batch:
 
 BATCHES = {
     "calibration": Batch((9, 64, 64), 4, 16, 40),
+    "calibration, more weights": Batch((5, 64, 64), 4, 64, 40),  # what gradients cost, by their size
     "larger clips": Batch((9, 96, 96), 6, 16, 40),
-    "more weights": Batch((5, 64, 64), 4, 64, 40),
+    "larger clips, more weights": Batch((9, 96, 96), 6, 48, 40),
 }
 
 
@@ -188,20 +189,6 @@ def run_training(folder: Path, chosen: Batch, num_steps: int, ranks: int) -> dic
     return {"wall": wall_s, **deciles, "adapter_mb": size / 1e6}
 
 
-def reduce_mb_s() -> float:
-    """Return the all-reduce between two processes of this machine in MB/s, as `ex4d doctor --cluster` measures it."""
-    code = (
-        "import sys; from pipelines.commands.node_pairs import all_reduce; "
-        "print(all_reduce('127.0.0.1', int(sys.argv[1]), int(sys.argv[2]), 2, False)[0])"
-    )
-    words = [sys.executable, "-c", code, "29871"]
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
-    both = [
-        subprocess.Popen([*words, str(rank)], env=environment, stdout=subprocess.PIPE, text=True) for rank in (0, 1)
-    ]
-    return min(float(process.communicate()[0]) for process in both) * 1e9 / 8 / 1e6  # 2 (n − 1) / n is in it
-
-
 def step_costs(folder: Path, chosen: Batch) -> dict[str, float]:
     """Return what a step costs one rank in short runs: alone, and beside another that fills the second core."""
     with ThreadPoolExecutor(2) as pool:
@@ -228,7 +215,7 @@ def training() -> dict[str, Any]:
         for _ in range(ROUNDS):
             costs += timed([(key,) for key in BATCHES], lambda key: step_costs(folders[key], BATCHES[key]))
             runs += timed(cases, lambda key, steps, ranks: run_training(folders[key], BATCHES[key], steps, ranks))
-    return {"reduce_mb_s": reduce_mb_s(), "costs": costs, "runs": runs}
+    return {"costs": costs, "runs": runs}
 
 
 # ---------------------------------------------------------------- what the curve needs beside

@@ -152,15 +152,19 @@ def compare_training(results: dict[str, Any]) -> list[dict[str, Any]]:
     """Return simulated and measured durations of a step; what it costs one rank is known from short runs."""
     runs = best(results["runs"])
     costs = {case[0]: cost for case, cost in best(results["costs"]).items()}
-    known = costs["calibration"]
-    two = next(run for (name, _, ranks), run in runs.items() if (name, ranks) == ("calibration", 2))
-    reduce_mb_s = results["reduce_mb_s"]
-    latency_s = max(0.0, two["step"] - known["beside_s"] - known["adapter_mb"] / reduce_mb_s) / 2
+    small, large = "calibration", "calibration, more weights"
+    # What a second rank adds beside what it takes from the first: a part for each message and one for each MB.
+    added = {name: run["step"] - costs[name]["beside_s"] for (name, _, ranks), run in runs.items() if ranks == 2}
+    more_mb = costs[large]["adapter_mb"] - costs[small]["adapter_mb"]
+    s_per_mb = max(1e-6, (added[large] - added[small]) / more_mb)
+    latency_s = max(0.0, added[small] - costs[small]["adapter_mb"] * s_per_mb) / 2
     rows = []
     for (name, _, ranks), run in runs.items():
         cost = costs[name]
         busy = cost["beside_s"] / cost["alone_s"]
-        one = Training(1, cost["alone_s"], gradient_mb=cost["adapter_mb"], reduce_mb_s=reduce_mb_s, latency_s=latency_s)
+        one = Training(
+            1, cost["alone_s"], gradient_mb=cost["adapter_mb"], reduce_mb_s=1 / s_per_mb, latency_s=latency_s
+        )
         simulated = train(one, Cluster(cpus=ranks, busy=busy))
         rows.append(row("train", f"{name}, a step", ranks, simulated, run["step"]))
     return rows
