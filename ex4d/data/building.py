@@ -63,11 +63,8 @@ def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -
         facts |= {"sha256": place(path, output, plan["name"]), "digest": plan["digest"]}
         facts |= {"stamp": stamp(storage.join(output, plan["name"])), "types": rows[0]["types"]}
         facts |= {"members": [member["name"] for member in rows[0]["members"]]}
-        text = json.dumps(facts)
-        table = manifest.table(rows, rows[0]["scores"]).replace_schema_metadata({FACTS: text})
-        pq.write_table(table, folder / "rows", compression="zstd")
-        storage.move_file(folder / "rows", table_url(tables, plan["name"]))
-    return json.loads(text)  # as `read_facts` will give them
+        _write_rows(manifest.table(rows, rows[0]["scores"]), facts, tables)
+    return json.loads(json.dumps(facts))  # as `read_facts` will give them
 
 
 def table_url(tables: str, name: str) -> str:
@@ -90,6 +87,25 @@ def read_rows(tables: str, name: str) -> pa.Table:
         table = pq.read_table(file).replace_schema_metadata(None)
     # Parquet calls the elements of lists by another name.
     return table.cast(manifest.schema_of(name[6:] for name in table.column_names if name.startswith("score_")))
+
+
+def _write_rows(table: pa.Table, facts: Mapping[str, Any], tables: str) -> None:
+    blob = pa.BufferOutputStream()
+    pq.write_table(table.replace_schema_metadata({FACTS: json.dumps(facts)}), blob, compression="zstd")
+    storage.write_bytes(table_url(tables, facts["url"]), blob.getvalue().to_pybytes())
+
+
+def is_as_built(facts: Mapping[str, Any], output: str, tables: str) -> bool:
+    """Return True where a shard is what was built: by its stamp, else by its content, as after a folder was copied."""
+    url = storage.join(output, facts["url"])
+    now = stamp(url)
+    if now and now == facts["stamp"]:
+        return True
+    if not storage.is_file(url) or storage.size(url) != facts["filesize"] or storage.sha256(url) != facts["sha256"]:
+        return False
+    if now:  # so that it is read no more than once
+        _write_rows(read_rows(tables, facts["url"]), {**facts, "stamp": now}, tables)
+    return True
 
 
 def place(source: Path, output: str, name: str) -> str:

@@ -181,9 +181,9 @@ def _in_place(digests: Mapping[str, str], output: str, tables: str) -> dict[str,
 
     def in_place(name: str) -> dict[str, Any] | None:
         facts = building.read_facts(tables, name) if digests[name] else None
-        if not facts or facts["digest"] != digests[name] or not facts["stamp"]:
+        if not facts or facts["digest"] != digests[name]:
             return None
-        return facts if facts["stamp"] == building.stamp(storage.join(output, name)) else None
+        return facts if building.is_as_built(facts, output, tables) else None
 
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
         known = zip(digests, pool.map(in_place, digests), strict=True)

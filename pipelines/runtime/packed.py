@@ -98,7 +98,7 @@ def _rows(output: str) -> Iterator[Iterable[tuple[Any, ...]]]:
 
     def read(name: str) -> list[tuple[Any, ...]]:
         facts = building.read_facts(folder, name)
-        if not facts or not facts["stamp"] or facts["stamp"] != building.stamp(storage.join(output, name)):
+        if not facts or not building.is_as_built(facts, output, folder):
             return []
         table = building.read_rows(folder, name)
         return list(zip(*(table[column].to_pylist() for column in COLUMNS), strict=True))

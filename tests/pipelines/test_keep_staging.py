@@ -9,6 +9,7 @@ from pathlib import Path
 import pytest
 from small_corpus import inline
 
+from ex4d import storage
 from ex4d.data import building, shards
 from ex4d.data.verify import verify
 
@@ -108,3 +109,23 @@ def test_a_shard_that_was_changed_costs_its_samples(config, tmp_path, small_shar
     shard.write_bytes(bytes(blob))
     assert 0 < inline(dropped).worked["clip"] < 12
     assert tree(dropped) == whole
+
+
+@pytest.mark.parametrize("keep", ["all", "none"])
+def test_a_folder_that_was_copied_makes_nothing_again_and_is_read_once(
+    config, tmp_path, small_shards, keep, monkeypatch
+):
+    first = replace(config, output=str(tmp_path / "first"), keep_staging=keep)
+    inline(first)
+    copy = replace(config, output=str(tmp_path / "copy"), keep_staging=keep)
+    shutil.copytree(first.output, copy.output)
+    read, built, whole = [], [], storage.sha256
+    monkeypatch.setattr(storage, "sha256", lambda url, *more: read.append(Path(url).name) or whole(url, *more))
+    monkeypatch.setattr(building, "build", lambda *_: built.append(1))
+    assert inline(copy).worked["clip"] == 0
+    assert {path.name for path in Path(copy.output, "shards").iterdir()} <= set(read)
+    assert tree(copy) == tree(first)
+    read.clear()
+    assert inline(copy).worked["clip"] == 0
+    assert not [name for name in read if name.endswith(".tar")]
+    assert built == []
