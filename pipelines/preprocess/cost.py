@@ -32,6 +32,7 @@ from pipelines.inputs import Source, Sources
 from pipelines.preprocess import cost_history, fetch
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.runtime.stage import quiet_threads
 
 FILE = "plan.json"
 # Share of a worker's time on Ray that is spent in stages: benchmarks/results/preprocess.md.
@@ -180,15 +181,18 @@ def measured(config: PreprocessConfig, chosen: Sequence[Source]) -> list[Measure
     """
     uses_gpu = any(stage.num_gpus for stage in preprocess.stages_of(config).clip)
     count = 1 if uses_gpu else min(config.num_workers, os.cpu_count() or 1, len(chosen))
-    if count == 1:
-        measure(config, chosen[0])
-        return [measure(config, source) for source in chosen]
-    context = multiprocessing.get_context("spawn")
-    with ProcessPoolExecutor(count, context) as pool:
-        return list(pool.map(_measure_warm, repeat(config), repeat(chosen[0]), chosen))
+    is_set = "OMP_NUM_THREADS" in os.environ
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray does for workers of one CPU
+    try:
+        with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
+            return list(pool.map(_measure_warm, repeat(config), repeat(chosen[0]), chosen))
+    finally:
+        if not is_set:
+            del os.environ["OMP_NUM_THREADS"]
 
 
 def _measure_warm(config: PreprocessConfig, first: Source, source: Source) -> Measured:
+    quiet_threads()
     if not _warm:
         measure(config, first)
         _warm.append(True)
