@@ -19,7 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         required=True,
-        help="Folder written by `ex4d train` (its adapter/), or one with two experts' trainings, high and low.",
+        help="Folder written by `ex4d train` (its adapter/), one with two experts' trainings, high and low, or the "
+        "published ex4d.ckpt.",
     )
     parser.add_argument("--output", required=True, metavar="OUT.mp4", help="The video to write.")
     parser.add_argument(
