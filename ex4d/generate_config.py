@@ -25,7 +25,9 @@ class GenerateConfig:
         None, "Text that describes the video; null: the one text that the adapter was trained or released with."
     )
     negative_prompt: str | None = setting(
-        None, "Text that describes what to avoid, where guidance_scale is above 1; null: the one that the adapter was released with."
+        None,
+        "Text that describes what to avoid, where guidance_scale is above 1; null: the one that the adapter was "
+        "released with.",
     )
     quantize: Literal["int8", "fp8", "nf4"] | None = setting(
         None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
