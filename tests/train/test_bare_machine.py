@@ -18,12 +18,16 @@ MISSING = (
     *("moto", "boto3", "s3fs", "datasets", "embreex", "imagehash"),
 )
 BLOCK = f"""
-import importlib.abc, sys
+import importlib.abc, importlib.util, sys
 class Blocked(importlib.abc.MetaPathFinder):
     def find_spec(self, name, path=None, target=None):
         if name.split(".")[0] in {MISSING!r}:
             raise ModuleNotFoundError(f"No module named {{name!r}}", name=name)
 sys.meta_path.insert(0, Blocked())
+find = importlib.util.find_spec  # libraries ask it what there is
+importlib.util.find_spec = lambda name, package=None: (
+    None if name.split(".")[0] in {MISSING!r} else find(name, package)
+)
 """
 
 
