@@ -32,7 +32,7 @@ from ex4d.geometry.tracks import Flows, measure_again, one_thread, pair_flows, t
 CHOICES = ("auto", "none", "estimator", "parallax", "colmap")
 TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
 MOVES = 0.01  # of the median depth: cameras that move less triangulate nothing that depth could be compared with
-MOVES_SURELY = 0.1  # below it, what z-depth calls a move may be that of bodies, and parallax is asked, too
+MOVES_SURELY = 0.3  # below it, what z-depth calls a move may be that of bodies, and parallax is asked, too
 GAPS = (1, 2, 4, 8)
 # After each round but the last, flow is left out that is off by so many times the median, and so many px: bodies.
 NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
@@ -113,9 +113,14 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
     solution, matches, _ = _explained(result, matches, size, fov_deg)
     inverse, valid = solution.inverse, measured(result, matches)
     w2c = solution.w2c @ invert(solution.w2c[0])
+    focal = solution.focal
+    if _is_doubtful(_moved(w2c, inverse[valid])) and (turned := _at_rest(matches, size, fov_deg)) is not None:
+        if result.K is not None:
+            turned = cameras.turning(_standing(matches, turned), float(result.K[0, 0]), False)
+        w2c, focal = turned.w2c @ invert(turned.w2c[0]), turned.focal
     K = result.K if result.K is not None else intrinsics(size, fov_deg)
     if result.K is None and fov_deg is None:
-        K[[0, 1], [0, 1]] = solution.focal
+        K[[0, 1], [0, 1]] = focal
     points = bundle.points_of(matches, replace(solution, w2c=w2c))
     sure = cameras.known_points(points) & (points.inverse > 1e-6) & valid
     error = 0.0
@@ -181,8 +186,8 @@ def _by_colmap(
         solution, matches, inliers = _explained(result, matches, size, fov_deg)
         solution = replace(solution, w2c=solution.w2c @ invert(solution.w2c[0]))
         moved = _moved(solution.w2c, solution.inverse[measured(result, matches)])
-        if MOVES <= moved < MOVES_SURELY and _rests_or_turns(matches, size, fov_deg):
-            moved = 0.0
+        if _is_doubtful(moved) and (turned := _at_rest(matches, size, fov_deg)) is not None:
+            solution, moved = replace(solution, w2c=turned.w2c), 0.0
     if moved < MOVES:
         w2c = solution.w2c.copy()
         w2c[:, :3, 3] = 0
@@ -190,12 +195,18 @@ def _by_colmap(
     return colmap.cameras(inliers, size, solution.focal, fov_deg is None)
 
 
-def _rests_or_turns(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bool:
-    """Return whether parallax says so of the flow, without the depth."""
+def _is_doubtful(moved: float) -> bool:
+    """Return whether a move that z-depth asks for may be that of bodies. Args: moved: in median depths."""
+    return MOVES <= moved < MOVES_SURELY
+
+
+def _at_rest(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bundle.Bundle | None:
+    """Return the cameras where parallax says, without the depth, that they rest or turn; else None."""
     try:
-        return not _from_motion(matches, size, fov_deg).w2c[:, :3, 3].any()
+        found = _from_motion(matches, size, fov_deg)
     except Filtered:
-        return False
+        return None
+    return None if found.w2c[:, :3, 3].any() else found
 
 
 def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bundle.Bundle:

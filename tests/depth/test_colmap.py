@@ -153,9 +153,9 @@ def test_the_adapter_needs_numpy_and_colmap_alone():
 # ---------------------------------------------------------------- heavy
 
 
-def outcome(frames, geometry: Geometry) -> np.ndarray | None:
+def outcome(frames, geometry: Geometry, cameras: str = "colmap") -> np.ndarray | None:
     try:
-        return source_cameras.joined(geometry, frames, REQUEST).w2c
+        return source_cameras.joined(geometry, frames, DepthRequest(cameras=cameras)).w2c
     except (Filtered, BadSample) as error:
         print(error)
         return None
@@ -164,13 +164,13 @@ def outcome(frames, geometry: Geometry) -> np.ndarray | None:
 @pytest.mark.heavy
 @pytest.mark.timeout(1800)
 @pytest.mark.parametrize("moving_bodies", [False, True])
-@pytest.mark.parametrize("depth", [exact, relative])
-def test_twenty_resting_and_turning_cameras_get_no_translation(depth, moving_bodies: bool):
+@pytest.mark.parametrize(("depth", "cameras"), [(exact, "colmap"), (relative, "colmap"), (exact, "parallax")])
+def test_twenty_resting_and_turning_cameras_get_no_translation(depth, cameras: str, moving_bodies: bool):
     for seed in range(20):
         turn_deg = float(np.random.default_rng([5, seed]).uniform(6, 24))
         for more in ({"motion": "static"}, {"turn_deg": turn_deg}):
             frames, z_depth, _ = filmed(seed, 128, moving_bodies=moving_bodies, **more)
-            w2c = outcome(frames, depth(z_depth))
+            w2c = outcome(frames, depth(z_depth), cameras)
             if w2c is not None:
                 moved = float(np.linalg.norm(invert(w2c)[:, :3, 3], axis=1).max())
                 assert moved <= 0.01 * (float(np.median(z_depth)) if depth is exact else 1.0)
