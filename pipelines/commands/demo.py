@@ -131,6 +131,8 @@ def _novel_view(settings: Mapping[str, Any], out: Path, adapter: Path) -> Path:
         angle_deg=angle_deg,
         config=settings["generate"],
         seed=chosen.seed,
+        source_motion=chosen.source_motion,
+        persistent_frames=chosen.persistent_frames,
     )
     return view.write(out / "novel_view.mp4")[0]
 
