@@ -11,7 +11,7 @@ import numpy as np
 from ex4d import depth as depth_estimators
 from ex4d import isolation, video
 from ex4d.config import to_dict
-from ex4d.depth import AUTO, auto, places
+from ex4d.depth import AUTO, auto, dynamic, places
 from ex4d.errors import BadSample
 from ex4d.geometry import camera, camera_path, trajectory
 from ex4d.geometry.render import choose_backend, persistent, warp_video
@@ -180,7 +180,10 @@ def _warp(
     if not config.persistent_frames:
         return cond_video, visible
     still = np.tile(np.eye(4), (len(clip.frames), 1, 1)) if source_w2c is None else source_w2c
-    seen_by = (clip.frames, clip.z_depth, clip.K, w2c, still, config.persistent_frames, clip.dynamic_mask)
+    moves = clip.dynamic_mask
+    if moves is None:
+        moves = dynamic.of_flow(clip.frames, clip.z_depth, clip.K, source_w2c)
+    seen_by = (clip.frames, clip.z_depth, clip.K, w2c, still, config.persistent_frames, moves)
     return persistent.fill(cond_video, visible, *seen_by, clip.profile, config.backend, view_K, clip.valid_mask)
 
 

@@ -101,6 +101,8 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
         chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
     chosen["members"] = sorted(set(config.members))
+    if config.persistent_frames:
+        chosen["moving_bodies"] = "flow"  # what finds them where the depth does not say
     if config.cameras == "colmap":
         from ex4d.depth import colmap
 

@@ -23,7 +23,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
     """
-    from ex4d.depth import estimate, z_depth_of
+    from ex4d.depth import dynamic, estimate, z_depth_of
     from ex4d.geometry import camera
     from ex4d.video import Fit
 
@@ -52,7 +52,10 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
     absolute = result.metric or result.kind == "z_depth"
     w2c = result.w2c if absolute else None  # else depth was mapped to another unit
-    told = {"source_w2c": w2c, "dynamic_mask": result.dynamic_mask, "valid": result.valid_mask}
+    moves = result.dynamic_mask
+    if moves is None and config.persistent_frames:
+        moves = dynamic.of_flow(frames, z_depth, K, w2c)
+    told = {"source_w2c": w2c, "dynamic_mask": moves, "valid": result.valid_mask}
     return {"z_depth": z_depth, "K": K, "depth_facts": facts, "absolute": absolute, **told}
 
 
