@@ -167,6 +167,9 @@ def script() -> None:
     """Run one command as this process and exit with its status; a Ctrl-C after its answer no longer changes it."""
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
+    exec(
+        ""
+    )  # a Ctrl-C inside of an exec, as dataclasses use it, has Python 3.11 end by the signal, unless one succeeds
     sys.exit(status)
 
 

@@ -129,6 +129,25 @@ def test_ctrl_c_after_the_answer_leaves_the_answers_status(place):
     assert (done.returncode, done.stderr) == (0, b"")
 
 
+def test_ctrl_c_inside_of_an_exec_leaves_the_status(tmp_path):
+    """As while a module with dataclasses is imported."""
+    (tmp_path / "interrupted.py").write_text(
+        "import os, signal, time\nfrom pipelines import cli\n"
+        "def main():\n    try:\n        exec('os.kill(os.getpid(), signal.SIGINT); time.sleep(60)')\n"
+        "    except KeyboardInterrupt:\n        return 130\n"
+        "cli.main = main\ncli.script()\n"
+    )
+    places = {**os.environ, "PYTHONPATH": f"{tmp_path}:{Path(cli.__file__).parents[1]}"}
+    done = subprocess.run(
+        [sys.executable, "-m", "interrupted"],
+        env=places,
+        timeout=300,
+        check=False,
+        preexec_fn=partial(signal.signal, signal.SIGINT, signal.SIG_DFL),
+    )
+    assert done.returncode == 130
+
+
 def interpreting(pid: int) -> bool:
     """Return whether a process has our code open: what Python does before that cannot be caught."""
     return b"numpy" in Path(f"/proc/{pid}/maps").read_bytes()
