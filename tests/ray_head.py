@@ -140,3 +140,18 @@ def free_port() -> int:
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
+
+
+def run_script(source: str, *arguments: str, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
+    """Run Python source that starts a Ray of its own, in a process of its own: one process can be in one cluster."""
+    folder = tempfile.mkdtemp(prefix="ex4d-")
+    try:
+        return subprocess.run(
+            [sys.executable, "-c", source, *arguments],
+            env=os.environ | {"RAY_TMPDIR": folder},
+            capture_output=True,
+            text=True,
+            timeout=timeout_s,
+        )
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)

@@ -76,20 +76,8 @@ def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
 def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings that every sample depends on, whatever its source; no path of this machine is among them."""
     names = (
-        "num_frames",
-        "size",
-        "fit",
-        "fps",
-        "stride",
-        "depth",
-        "cameras",
-        "source_motion",
-        "persistent_frames",
-        "depth_fill_px",
-        "fov_deg",
-        "profile",
-        "masks",
-        "seed",
+        *("num_frames", "size", "fit", "fps", "stride", "depth", "cameras"),
+        *("source_motion", "persistent_frames", "depth_fill_px", "fov_deg", "profile", "masks", "seed"),
     )
     everything = to_dict(config)
     chosen = {name: everything[name] for name in names}
@@ -162,14 +150,8 @@ def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]
 def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
     """Return the settings that dataset.json shows: those that decide which samples there are, and how they look."""
     names = (
-        "clips_per_shot",
-        "clips_per_video",
-        "min_shot_s",
-        "crop_bars",
-        "filters",
-        "near_duplicates",
-        "val_fraction",
-        "shard_size_mb",
+        *("clips_per_shot", "clips_per_video", "min_shot_s", "crop_bars"),
+        *("filters", "near_duplicates", "val_fraction", "shard_size_mb"),
     )
     everything = to_dict(config)
     scorer = {"scorer": everything["scorer"]} if config.scorer is not None else {}

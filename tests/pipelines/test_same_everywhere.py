@@ -3,14 +3,10 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 from pathlib import Path
 
 import pytest
+import ray_head
 import yaml
 
 from ex4d import config as config_file
@@ -18,7 +14,6 @@ from ex4d.data.verify import verify
 from ex4d.synthetic import write_corpus
 from pipelines.commands import demo
 
-# In a process of its own: one process can be in one cluster only.
 SCRIPT = """
 import sys
 from pipelines.runtime.cluster import require_token
@@ -80,17 +75,7 @@ def test_the_tree_hash_is_the_same_in_every_way_of_running(corpus, tmp_path, req
         chosen = {**section, "output": str(output), "masks": {"num_masks": 1}, "shard_size_mb": 1}
         chosen |= {name: way[name] for name in ("num_workers", "keep_staging")}
         (tmp_path / "run.yaml").write_text(yaml.safe_dump({"preprocess": chosen}))
-        scratch = tempfile.mkdtemp(prefix="ex4d-")
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", SCRIPT, str(tmp_path / "run.yaml"), way["where"]],
-                env=os.environ | {"RAY_TMPDIR": scratch},
-                capture_output=True,
-                text=True,
-                timeout=900,
-            )
-        finally:
-            shutil.rmtree(scratch, ignore_errors=True)
+        done = ray_head.run_script(SCRIPT, str(tmp_path / "run.yaml"), way["where"])
         assert done.returncode == 0, done.stdout[-2000:] + done.stderr[-2000:]
         report = verify(str(output), full=True)
         assert report.problems == ()

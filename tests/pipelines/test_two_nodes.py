@@ -3,16 +3,11 @@
 from __future__ import annotations
 
 import json
-import os
-import shutil
-import subprocess
-import sys
-import tempfile
 
 import kills
 import pytest
+import ray_head
 
-# In a process of its own: one process can be in one cluster only.
 SCRIPT = """
 import json, sys, threading, time
 from pathlib import Path
@@ -52,17 +47,7 @@ def test_a_node_that_is_lost_midway_costs_nothing(tmp_path, wanted):
     with kills.bench(tmp_path, num_videos=8, clips_per_video=6) as bench:
         whole = bench.finish("whole", "inline")
         bench.write_config("two")
-        folder = tempfile.mkdtemp(prefix="ex4d-")
-        try:
-            done = subprocess.run(
-                [sys.executable, "-c", SCRIPT, str(tmp_path / "two.yaml"), str(wanted)],
-                env=os.environ | {"RAY_TMPDIR": folder},
-                capture_output=True,
-                text=True,
-                timeout=900,
-            )
-        finally:
-            shutil.rmtree(folder, ignore_errors=True)
+        done = ray_head.run_script(SCRIPT, str(tmp_path / "two.yaml"), str(wanted))
         assert done.returncode == 0, done.stderr[-2000:]
         facts = json.loads(done.stdout.splitlines()[-1])
         assert facts["exit_code"] == 0
