@@ -2,7 +2,7 @@
 
     python benchmarks/preprocess.py --hardware "2 x86-64 cores"
 
-The same stage functions over the same clips, once as two nested `for` loops in one process, once on Ray Data with two
+The same stage functions over the same clips, once as two nested `for` loops in one process, once on Ray with two
 workers that are already started; interleaved runs, each into an empty folder. A rate counts the clips that are finished
 after the first quarter, so that the start of a pass is not in it; the start is reported beside it. Then the stages of
 one process at the size that the 14B model is trained on. Writes benchmarks/results/preprocess.{json,md}.
@@ -17,8 +17,8 @@ import os
 import statistics
 import tempfile
 import time
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 from typing import Any, ClassVar
@@ -28,8 +28,8 @@ os.environ.setdefault("OMP_NUM_THREADS", "1")
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.runtime import progress, runner
-from pipelines.runtime.stage import Row, Stage, quiet_threads
+from pipelines.runtime import job, progress, runner
+from pipelines.runtime.stage import Row, Track, quiet_threads
 
 RESULTS = Path(__file__).parent / "results"
 PASS = "clip"
@@ -42,35 +42,37 @@ class Bare:
     problems = ()
 
     def __call__(
-        self, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
-    ) -> Iterator[Row]:
+        self, tracks: Sequence[Track], rows: Iterable[Row], context: Any, added: deque[tuple[str, Row]]
+    ) -> Iterator[tuple[str, Row]]:
         """Yield finished rows."""
         quiet_threads()
-        for row in rows:
-            for stage in stages:
-                if row["refusal"] is None or stage.takes_rejected:
-                    row = row | stage.function({name: row[name] for name in stage.reads}, context)
-            yield row
+        stages = {track.name: track.stages for track in tracks}
+        for first in rows:
+            todo = deque([(tracks[0].name, first)])
+            while todo:
+                name, row = todo.popleft()
+                for stage in stages[name]:
+                    if row["refusal"] is None or stage.takes_rejected:
+                        row = row | stage.function({name: row[name] for name in stage.reads}, context)
+                yield name, row
+                todo.extend(added)
+                added.clear()
 
 
 class Stamped(progress.Progress):
-    """Progress that notes when each row of the clip pass came out."""
+    """Progress that notes when each clip came out."""
 
     stamps: ClassVar[list[float]] = []
     began: ClassVar[float] = 0.0
 
-    @contextmanager
-    def watch(self, name: str, stages: Sequence[Stage], total: int) -> Iterator[Any]:
-        with super().watch(name, stages, total) as count:
-            if name == PASS:
-                Stamped.stamps, Stamped.began = [], time.perf_counter()
+    def __init__(self, *args: Any, **kwargs: Any):
+        super().__init__(*args, **kwargs)
+        Stamped.stamps, Stamped.began = [], time.perf_counter()
 
-            def stamped(row: Row, video_s: float = 0.0) -> None:
-                count(row, video_s)
-                if name == PASS:
-                    Stamped.stamps.append(time.perf_counter())
-
-            yield stamped
+    def count(self, current: progress.Pass, row: Row, video_s: float) -> None:
+        super().count(current, row, video_s)
+        if current.name == PASS:
+            Stamped.stamps.append(time.perf_counter())
 
 
 def timed(config: PreprocessConfig, runner_name: str) -> dict[str, float]:
@@ -160,7 +162,7 @@ def main() -> None:
     parser.add_argument("--large-clips", type=int, default=3)
     parser.add_argument("--no-write", action="store_true", help="print only")
     arguments = parser.parse_args()
-    preprocess.Progress = Stamped  # type: ignore[misc]
+    job.Progress = Stamped  # type: ignore[misc]
     import ray
 
     start = time.perf_counter()

@@ -20,7 +20,7 @@ import sys
 import tempfile
 import time
 from collections import deque
-from collections.abc import Iterable, Iterator
+from collections.abc import Iterable, Iterator, Sequence
 from concurrent.futures import ProcessPoolExecutor
 from pathlib import Path
 from typing import Any
@@ -35,6 +35,7 @@ SCORES = {"source_side": 720.0} | {
     name: 0.5 for name in ("motion", "camera_motion", "sharpness", "exposure", "texture", "text")
 }
 SAMPLE_BYTES, SHARD_MB = 1_000_000, 1024
+AT_ONCE = 32  # rows at the other process
 
 
 def write_list(path: Path, count: int) -> None:
@@ -57,16 +58,17 @@ def record_of(key: str) -> dict[str, Any]:
 
 
 def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Do what a worker does with the row of a unit or of a shard; of a shard only its rows are written."""
-    from pipelines.preprocess.units import PLAN
+    """Do what a worker does with the row of a video, a unit or a shard; of a shard only its rows are written."""
+    from pipelines.preprocess.units import FIRST_CLIPS, PLAN
     from pipelines.runtime.stage import pack_row, unpack_row
 
     row = unpack_row(packed)
-    plan = row.get("plan")
-    if plan is None:
-        done = PLAN.function(row, config)
+    if "record" in row:
+        done = {**row, **FIRST_CLIPS.function(row, config)}
+    elif "plan" in row:
+        done = {"plan": row["plan"], "built": build(row["plan"], row["output"], row["tables"])}
     else:
-        done = {"plan": plan, "built": build(plan, row["output"], row["tables"])}
+        done = PLAN.function(row, config)
     return pack_row({"key": row["key"], "refusal": None, "seconds": {}, **done})
 
 
@@ -98,33 +100,42 @@ def build(plan: dict[str, Any], output: str, tables: str) -> dict[str, Any]:
 
 
 class Stub:
-    """A runner: passes over videos and clips yield invented rows, units and shards go to other processes."""
+    """A runner: stages yield invented rows; what a worker plans or builds goes to another process."""
 
     problems: tuple[str, ...] = ()
 
     def __init__(self, pool: ProcessPoolExecutor):
         self.pool = pool
 
-    def __call__(self, stages: Any, rows: Iterable[dict[str, Any]], config: Any, keep: Any) -> Iterator[dict[str, Any]]:
+    def __call__(
+        self, tracks: Sequence[Any], rows: Iterable[dict[str, Any]], config: Any, added: deque[Any]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
         """Yield each row as the stages would leave it."""
-        name = stages[0].name
-        if name in ("plan", "build_shard"):
-            yield from self._elsewhere(rows, config)
-            return
-        for row in rows:
-            kept = {column: row.get(column) for column in keep}
-            yield {**kept, "key": row["key"], "refusal": None, "seconds": {name: 0.1}, **made(name, row)}
-
-    def _elsewhere(self, rows: Iterable[dict[str, Any]], config: Any) -> Iterator[dict[str, Any]]:
         from pipelines.runtime.stage import pack_row, unpack_row
 
+        named = {track.name: track for track in tracks}
+        todo: deque[Any] = deque()
         waiting: deque[Any] = deque()
-        for row in rows:
-            waiting.append(self.pool.submit(on_worker, pack_row(row), config))
-            if len(waiting) > 3:
-                yield unpack_row(waiting.popleft().result())
-        for future in waiting:
-            yield unpack_row(future.result())
+        source = iter(rows)
+        while True:
+            while len(waiting) < AT_ONCE and (todo or (row := next(source, None)) is not None):
+                name, row = todo.popleft() if todo else (tracks[0].name, row)
+                stage, kept = named[name].stages[0].name, {one: row.get(one) for one in named[name].keep}
+                done = {"key": row["key"], "refusal": None, "seconds": {stage: 0.1}, **kept, **made(stage, row)}
+                if stage in ("plan", "build_shard", "probe"):
+                    sent = row | made(stage, row)
+                    waiting.append((name, done, self.pool.submit(on_worker, pack_row(sent), config)))
+                    continue
+                yield name, done
+                todo.extend(added)
+                added.clear()
+            if not waiting:
+                return
+            name, done, future = waiting.popleft()
+            found = unpack_row(future.result())
+            yield name, done | {one: found.get(one) for one in named[name].keep} | {"seconds": {}}
+            todo.extend(added)
+            added.clear()
 
 
 def made(name: str, row: dict[str, Any]) -> dict[str, Any]:
@@ -134,6 +145,8 @@ def made(name: str, row: dict[str, Any]) -> dict[str, Any]:
         return {**facts, "sha256": hashlib.sha256(row["key"].encode()).hexdigest(), "fetched": None}
     if name == "probe":
         return {"record": record_of(row["key"])}
+    if name in ("plan", "build_shard"):
+        return {}
     digest = hashlib.sha256(row["key"].encode()).hexdigest()
     return {"scores": SCORES, "staged": {"size": SAMPLE_BYTES, "sha256": digest, "scores": SCORES}}
 
@@ -165,7 +178,7 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
 
         return call
 
-    for name in ("_hash", "_find_shots", "_decide", "_plan", "_clips"):
+    for name in ("_stream", "_find_shots", "_decide", "_plan", "_clips"):
         setattr(Job, name, timed(name.strip("_"), getattr(Job, name)))
     Packing.pack = timed("pack", Packing.pack)
     begun, clock = time.process_time(), time.monotonic()

@@ -19,7 +19,7 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
-from simulate import Cluster, Outcome, Overhead, Pass, Preprocess, Step
+from simulate import Cluster, Outcome, Overhead, Pass, Preprocess, Row, Step
 from simulate_training import Training, train
 
 ROOT = Path(__file__).resolve().parents[2]
@@ -96,26 +96,21 @@ def passes(costs: Costs, videos: int, found: OnRay, mb: float = 0.0, plan_s: flo
     """Return the passes over so many videos that cost what some of them were measured to.
 
     Args:
-        mb: of a video, read in each of three passes. plan_s: the driver's work for a video, between the passes.
+        mb: of a video, which is read once. plan_s: the driver's work for a video when all of them are known.
     """
     of_videos = [costs[index % len(costs)] for index in range(videos)]
 
-    def rows(name: str) -> list[tuple[Step, ...]]:
-        return [(Step("cpu", one[name] * found.in_ray, mb),) for one in of_videos]
+    def step(seconds: float, mb: float = 0.0) -> tuple[Step]:
+        return (Step("cpu", seconds * found.in_ray, mb),)
 
-    clips = [
-        (Step("cpu", one["clip"] / one["clips"] * found.in_ray, mb / one["clips"] + one["mb"]),)
-        for one in of_videos
-        for _ in range(int(one["clips"]))
-    ]
+    def row(one: dict[str, float]) -> Row:
+        clips = [Row(step(one["clip"] / one["clips"], one["mb"] * bool(mb)))] * int(one["clips"])
+        return Row(step(one["hash"], mb), [Row(step(one["split"]), clips)])
+
     shards = max(1, round(sum(one["mb"] for one in of_videos) / 1024))
-    packed = [(Step("cpu", sum(one["pack"] for one in of_videos) / shards, 2 * 1024.0 * bool(mb)),)] * shards
-    return [
-        Pass(rows("hash")),
-        Pass(rows("split"), found.warm_s["split"], plan_s * videos / 2),
-        Pass(clips, found.warm_s["clip"], plan_s * videos / 2),
-        Pass(packed),
-    ]
+    packed = [Row((Step("cpu", sum(one["pack"] for one in of_videos) / shards, 2 * 1024.0 * bool(mb)),))] * shards
+    warm_s = (0.0, found.warm_s["split"], found.warm_s["clip"])
+    return [Pass([row(one) for one in of_videos], warm_s), Pass(packed, plan_s=plan_s * videos)]
 
 
 def compare_preprocess(results: dict[str, Any]) -> list[dict[str, Any]]:
@@ -189,14 +184,15 @@ def preprocess_curve(results: dict[str, Any]) -> dict[str, list[float]]:
     measured = on_ray(results["preprocess"]["costs"]["calibration"], best(results["preprocess"]["runs"]))
     found = replace(measured, in_ray=1.0)  # cores of their own
     driver = results["driver"]
-    plan_s = driver["cpu_s_per_video"]
-    overhead = replace(found.overhead, driver_s=driver["s_per_task"], row_s=0.0)
+    plan_s = driver["plan_cpu_s_per_video"]
+    row_s = driver["stream_cpu_s_per_video"] / (2 + mean(costs, "clips"))
+    overhead = replace(found.overhead, driver_s=driver["s_per_task"], driver_row_s=row_s, row_s=0.0)
     cases = {
-        "start, driver, barriers": (PLAIN, passes(costs, VIDEOS, found, 0.0, plan_s)),
+        "start, driver, tail": (PLAIN, passes(costs, VIDEOS, found, 0.0, plan_s)),
         "and network, store, slow nodes": (SLOW, passes(costs, VIDEOS, found, VIDEO_MB, plan_s)),
         "and failures": (FAILING, passes(costs, VIDEOS, found, VIDEO_MB, plan_s)),
     }
-    work_s = sum(step.seconds for one in passes(costs, VIDEOS, found) for steps in one.rows for step in steps)
+    work_s = VIDEOS * sum(mean(costs, name) for name in ("hash", "split", "clip", "pack"))
     curves = {"ideal": [VIDEOS / (work_s / PLAIN.cpus / nodes) * 3600 for nodes in NODES]}
     for name, (cluster, work) in cases.items():
         walls = (Preprocess(replace(cluster, nodes=nodes), overhead).run(work).wall_s for nodes in NODES)

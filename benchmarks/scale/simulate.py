@@ -1,9 +1,10 @@
 """How long preprocess takes on a cluster of so many nodes: a simulation of discrete events.
 
-As in `pipelines/runtime/stream.py` there are passes with a barrier between them, rows that go through chains of
-stages, tasks of about a second, and one driver. A node has CPUs, GPUs and a network; all nodes share a store. A node
-may be slow, and may die: its tasks begin again elsewhere. Links and the driver serve one request after another at full
-speed, which gives the throughput of fair sharing. `scaling.py` measures costs and runs, `scaling_curve.py` compares.
+As in `pipelines/runtime/stream.py` rows go through chains of stages, finished ones give rows of a later track (a video
+its clips), the later ones come first, tasks take about a second, and there is one driver. A node has CPUs, GPUs and a
+network; all nodes share a store. A node may be slow, and may die: its tasks begin again elsewhere. Links and the driver
+serve one request after another at full speed, which gives the throughput of fair sharing. `scaling.py` measures costs
+and runs, `scaling_curve.py` compares.
 """
 
 from __future__ import annotations
@@ -18,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TASK_S, MAX_ROWS_PER_TASK = 1.0, 64  # of pipelines/runtime/stream.py
+TASK_S, MAX_ROWS_PER_TASK, AHEAD = 1.0, 64, 8  # of pipelines/runtime/stream.py
 INF = math.inf
 
 
@@ -56,26 +57,36 @@ class Step(NamedTuple):
     mb: float = 0.0
 
 
+class Row(NamedTuple):
+    """A row of some track, and the rows of the next track that it gives when it is finished."""
+
+    steps: Sequence[Step]
+    gives: Sequence[Row] = ()
+
+
 @dataclass(frozen=True)
 class Pass:
-    """Rows of one pass, each a list of steps; all rows have the same kinds.
+    """Rows of one pass; all of a track have the same kinds of steps.
 
     Args:
-        warm_s: what the first task of a process takes longer.
+        tracks: of each track, what the first task of a process takes longer, seconds.
         plan_s: the driver's work before it, with no task running.
     """
 
-    rows: Sequence[Sequence[Step]]
-    warm_s: float = 0.0
+    rows: Sequence[Row]
+    tracks: Sequence[float] = (0.0,)
     plan_s: float = 0.0
 
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a run takes beside its stages: start and end, the driver's time for a task, a worker's time for a row."""
+    """What a run takes beside its stages: start and end, the driver's time for a task and for each of its rows, a
+    worker's time for a row.
+    """
 
     start_s: float = 0.0
     driver_s: float = 0.0
+    driver_row_s: float = 0.0
     row_s: float = 0.0
 
 
@@ -91,9 +102,9 @@ class Outcome:
 
 @dataclass
 class Task:
-    """Rows that travel together. step: what they wait for or are in; work_s: of that step, once begun."""
+    """Rows that travel together. step: of all tracks, what they wait for or are in; work_s: of that, once begun."""
 
-    rows: Sequence[Sequence[Step]]
+    rows: list[Row]
     step: int = 0
     started_s: float = 0.0
     work_s: float = 0.0
@@ -106,7 +117,7 @@ class Node:
     slow_by: float
     link_free_s: float = 0.0
     life: int = 0
-    warm: int = 0
+    warm: Counter[int] = field(default_factory=Counter)
     running: dict[int, Task] = field(default_factory=dict)
     lost: list[Task] = field(default_factory=list)
 
@@ -139,16 +150,23 @@ class Preprocess:
         return self.outcome
 
     def _run_pass(self, one: Pass) -> None:
-        self.kinds = [step.kind for step in one.rows[0]] if one.rows else []
+        levels, example = [], one.rows[:1]
+        while example:  # the first row of each track shows its steps
+            levels.append([step.kind for step in example[0].steps])
+            example = example[0].gives[:1]
+        self.kinds = [kind for kinds in levels for kind in kinds]
+        self.track = [number for number, kinds in enumerate(levels) for _ in kinds]
+        self.first = [self.track.index(number) for number in range(len(levels))]
         self.waiting: list[deque[Task]] = [deque() for _ in self.kinds]
         self.source, self.left = deque(one.rows), len(one.rows)
         self.flying: Counter[int] = Counter()
-        self.rows_per_task, self.warm_s = 1, one.warm_s
+        self.rows_per_task: Counter[int] = Counter()
+        self.warm_s = one.tracks
         for node in self.nodes:
-            node.warm = 0
+            node.warm.clear()
         while self.left:
             while (step := self._next_step()) is not None:
-                self._begin(self.waiting[step].popleft() if self.waiting[step] else self._from_source(), step)
+                self._begin(self._take(step), step)
             if not self.events:
                 raise RuntimeError("every node is gone, and none comes back")
             self.now_s, number, what, node, life = heapq.heappop(self.events)
@@ -157,15 +175,18 @@ class Preprocess:
     def _next_step(self) -> int | None:
         """Return the step to begin now: a GPU must never wait for what feeds it; else the latest."""
         able = [step for step in range(len(self.kinds)) if self._has_input(step) and self._has_slot(self.kinds[step])]
-        for step in able:
-            following = self.kinds[step + 1] if step + 1 < len(self.kinds) else "cpu"
+        for gpu in (step for step, kind in enumerate(self.kinds) if kind == "gpu"):
+            feeding = [step for step in able if step < gpu]
             hunger = 2 * self.cluster.gpus * self.cluster.nodes
-            if following == "gpu" and len(self.waiting[step + 1]) + self.flying[step] < hunger:
-                return step
+            if feeding and len(self.waiting[gpu]) + sum(self.flying[step] for step in range(gpu)) < hunger:
+                return max(feeding)
         return max(able, default=None)
 
     def _has_input(self, step: int) -> bool:
-        return bool(self.waiting[step] or (step == 0 and self.source))
+        if self.waiting[step]:
+            return True
+        ahead = sum(len(self.waiting[first]) for first in self.first[1:])
+        return step == 0 and bool(self.source) and ahead <= AHEAD * self.cluster.nodes * self.cluster.cpus
 
     def _has_slot(self, kind: str) -> bool:
         slots = self.free[kind]
@@ -173,22 +194,31 @@ class Preprocess:
             slots.popleft()
         return bool(slots)
 
-    def _from_source(self) -> Task:
-        number = self.rows_per_task if len(self.kinds) == 1 else 1
-        return Task([self.source.popleft() for _ in range(min(number, len(self.source)))])
+    def _take(self, step: int) -> Task:
+        waiting, track = self.waiting[step], self.track[step]
+        number = max(1, self.rows_per_task[track]) if self.track.count(track) == 1 else 1
+        if not waiting:
+            return Task([self.source.popleft() for _ in range(min(number, len(self.source)))])
+        task = waiting.popleft()
+        while step == self.first[track] and waiting and len(task.rows) < number:
+            task.rows += waiting.popleft().rows
+        return task
 
     def _begin(self, task: Task, step: int) -> None:
         node, life = self.free[self.kinds[step]].popleft()
         number, task.step, task.started_s = next(self.numbers), step, self.now_s
         node.running[number] = task
         self.flying[step] += 1
-        self.driver_free_s = max(self.now_s, self.driver_free_s) + self.overhead.driver_s
-        starts_s = self._read(node, self.driver_free_s, sum(row[step].mb for row in task.rows))
+        driver_s = self.overhead.driver_s + self.overhead.driver_row_s * len(task.rows)
+        self.driver_free_s = max(self.now_s, self.driver_free_s) + driver_s
+        track = self.track[step]
+        steps = [row.steps[step - self.first[track]] for row in task.rows]
+        starts_s = self._read(node, self.driver_free_s, sum(one.mb for one in steps))
         is_full = len(node.running) >= self.cluster.cpus > 1
-        task.work_s = sum(row[step].seconds for row in task.rows) * node.slow_by * (self.cluster.busy if is_full else 1)
-        if len(node.running) > node.warm:
-            node.warm += 1
-            task.work_s += self.warm_s
+        task.work_s = sum(one.seconds for one in steps) * node.slow_by * (self.cluster.busy if is_full else 1)
+        if sum(self.track[other.step] == track for other in node.running.values()) > node.warm[track]:
+            node.warm[track] += 1
+            task.work_s += self.warm_s[track]
         self.outcome.work_s += task.work_s
         ends_s = starts_s + self.overhead.row_s * len(task.rows) + task.work_s
         self._at(ends_s, "end", node, life, number)
@@ -208,14 +238,18 @@ class Preprocess:
         if life != node.life:
             return  # it died with its node
         task = node.running.pop(number)
+        track, following = self.track[task.step], task.step + 1
         self.flying[task.step] -= 1
         self.free[self.kinds[task.step]].append((node, life))
-        if task.step + 1 < len(self.kinds):
-            self.waiting[task.step + 1].append(Task(task.rows, task.step + 1))
+        if following < len(self.kinds) and self.track[following] == track:
+            self.waiting[following].append(Task(task.rows, following))
             return
-        self.left -= len(task.rows)
-        wanted = int(TASK_S * len(task.rows) / max(task.work_s, 1e-6))
-        self.rows_per_task = max(1, min(wanted, 2 * self.rows_per_task, MAX_ROWS_PER_TASK))
+        given = [row for finished in task.rows for row in finished.gives]
+        self.left += len(given) - len(task.rows)
+        if given:
+            self.waiting[following].extend(Task([row], following) for row in given)
+        wanted = 1 if given else int(TASK_S * len(task.rows) / max(task.work_s, 1e-6))
+        self.rows_per_task[track] = max(1, min(wanted, 2 * max(1, self.rows_per_task[track]), MAX_ROWS_PER_TASK))
 
     # ------------------------------------------------------------ failures
 
@@ -237,11 +271,12 @@ class Preprocess:
         """Put the tasks of a lost node back to the start."""
         for task in node.lost:
             self.flying[task.step] -= 1
-            self.waiting[0].extendleft(Task([row]) for row in task.rows)
+            first = self.first[self.track[task.step]]
+            self.waiting[first].extendleft(Task([row], first) for row in task.rows)
         node.lost.clear()
 
     def _back(self, number: int, node: Node, life: int) -> None:
-        node.warm = 0
+        node.warm.clear()
         for kind, each in self._slots():
             self.free[kind].extend((node, node.life) for _ in range(each))
         self._fail_some_day(node)

@@ -72,9 +72,13 @@ def utilisation(count: int, cpus: int) -> dict[str, float]:
     draw = random.Random(0)
     rows = [new_row(f"row-{number}", sleep_s=0.6 + 0.7 * draw.random()) for number in range(count)]
     execute = runner.OnRay(runner.RayConfig(), None)
-    list(execute(stages, [new_row(f"warm-{number}", sleep_s=0.5) for number in range(4 * cpus)], None, ()))
+    list(
+        runner.through(
+            execute, stages, [new_row(f"warm-{number}", sleep_s=0.5) for number in range(4 * cpus)], None, ()
+        )
+    )
     started, worked = time.monotonic(), 0.0
-    for row in execute(stages, rows, None, ("worked_s",)):
+    for row in runner.through(execute, stages, rows, None, ("worked_s",)):
         worked += row["worked_s"]
     return {"utilisation": worked / cpus / (time.monotonic() - started)}
 
@@ -107,7 +111,7 @@ def rate(count: int, cpus: int) -> dict[str, float]:
     execute = runner.OnRay(runner.RayConfig(), None)
     stages = (Stage("nothing", nothing, reads=("pts",), writes=("done",)),)
     started, cpu = time.monotonic(), time.process_time()
-    num_rows = sum(1 for _ in execute(stages, rows, None, ()))
+    num_rows = sum(1 for _ in runner.through(execute, stages, rows, None, ()))
     used = time.process_time() - cpu
     return {"rows_per_s": num_rows / (time.monotonic() - started), "driver_cpu_s_per_1000": 1000 * used / num_rows}
 
@@ -122,7 +126,7 @@ def _through_gpu(count: int) -> Iterator[dict[str, Any]]:
         Stage("masks", masks, reads=("z_depth",), writes=("visible",)),
     )
     execute = runner.OnRay(runner.RayConfig(), None)
-    return execute(stages, (new_row(f"row-{number}") for number in range(count)), None, ())
+    return runner.through(execute, stages, (new_row(f"row-{number}") for number in range(count)), None, ())
 
 
 def main() -> None:

@@ -60,6 +60,16 @@ class ClipNames:
         return int(self._drawn.of(key)[:8], 16)
 
 
+_last: list[tuple[PreprocessConfig, ClipNames]] = []
+
+
+def clip_names(config: PreprocessConfig) -> ClipNames:
+    """Return the ClipNames of a configuration; those of the last one are kept, since a worker plans video by video."""
+    if not _last or _last[0][0] != config:
+        _last[:] = [(config, ClipNames(config))]
+    return _last[0][1]
+
+
 def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that differ from their defaults.
 

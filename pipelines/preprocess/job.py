@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, deque
 from collections.abc import Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
@@ -19,18 +19,24 @@ from pipelines import inputs
 from pipelines.preprocess import duplicates, fingerprints, pairs, units
 from pipelines.preprocess.packing import Packing
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.preprocess.tables import Clip, Tables, pack_rows
+from pipelines.preprocess.tables import Clip, Tables, pack_rows, unpack_rows
 from pipelines.preprocess.units import ARTIFACTS
 from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.rejects import Rejects, reject_of
 from pipelines.runtime.result import Result
-from pipelines.runtime.stage import Row, Stage, is_lasting, new_row, refused
+from pipelines.runtime.stage import Row, Stage, Track, is_lasting, new_row, refused
 
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
 
 CHUNK = 1000  # videos whose records are looked for at a time
+# What is kept of a row, for the tables and for what is made of it.
+VIDEO_COLUMNS = (
+    *("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair"),
+    *("depth_file", "depth_place", "known_source", "fetched"),
+)
+CLIP_COLUMNS = ("scores", "staged", "name", "path", "source_group", "frame_index", *ARTIFACTS)
 SHOTS_PASS = "split"  # its name in run.jsonl and in measured results, as `videos_split` in dataset.json
 
 
@@ -57,7 +63,10 @@ class Job:
     def work(self, sources: inputs.AnySources) -> None:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
         self.counts["videos_in"] = len(sources)
-        self._hash(sources)
+        self._stream(sources)
+        # Now every video is known, and what one decides for another.
+        for row, first in self.tables.duplicates():
+            self._reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
         self._find_shots()
         self._decide()
         number = self._plan()
@@ -65,22 +74,49 @@ class Job:
 
     # ------------------------------------------------------------ videos
 
-    def _hash(self, sources: inputs.AnySources) -> None:
-        """Fill the table of videos; reject those that cannot be read or are copies, and what is no video."""
-        keep: tuple[str, ...] = ("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair")
-        keep += ("depth_file", "depth_place", "known_source", "fetched")
-        for row in self._run("hash", self.stages.hash, self._sources(sources), sources.num_videos, keep):
-            fetched, known = row.pop("fetched"), row.pop("known_source")
-            if fetched and fetched != known:
-                self.ledger.records.add(_source_name(row["path"]), fetched)
-            if row["refusal"] is not None:
-                self._reject("video", row)
-                continue
-            content = pairs.content(row["sha256"], row["pair"])
-            row |= {"content": content, "seconds": {}}  # the seconds of this pass are counted
-            self.tables.add_video(row | self._artifacts(content) | pairs.other_of(row))
-        for row, first in self.tables.duplicates():
-            self._reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
+    def _stream(self, sources: inputs.AnySources) -> None:
+        """Hash every video; find the shots of new ones, and make their clips, while others are still hashed.
+
+        A video is taken to be the only one of its kind. Where others decide otherwise, its clips get other names and
+        are made again. So what is made here goes into the ledger alone, and is counted when all videos are known.
+        """
+        last, clips = ("score", self.stages.score) if self.config.score_only else ("clip", self.stages.clip)
+        tracks = (
+            Track("hash", self.stages.hash, VIDEO_COLUMNS),
+            Track(SHOTS_PASS, self.stages.find_shots, ("record", "clips", *ARTIFACTS)),
+            Track(last, clips, CLIP_COLUMNS),
+        )
+        later: deque[tuple[str, Row]] = deque()
+        rows = self._sources(sources)
+        for name, row in self.passes.flow(tracks, rows, self.config, sources.num_videos, later):
+            if name == "hash":
+                video = self._hashed(row)
+                if video is not None:
+                    later.append((SHOTS_PASS, video))
+            elif name == SHOTS_PASS:
+                self._write_video(row)
+                later.extend((last, clip) for clip in row["clips"] or () if not self._is_done(clip))
+            else:
+                self._write_clip(row)
+            if row["refusal"] is not None and name != "hash" and not is_lasting(row):
+                self.tables.add_tried(row["artifact"], row["refusal"])
+
+    def _hashed(self, row: Row) -> Row | None:
+        """Put a video into the table, or reject it; return it if its shots are to be found."""
+        fetched, known = row.pop("fetched"), row.pop("known_source")
+        if fetched and fetched != known:
+            self.ledger.records.add(_source_name(row["path"]), fetched)
+        if row["refusal"] is not None:
+            self._reject("video", row)
+            return None
+        content = pairs.content(row["sha256"], row["pair"])
+        row |= {"content": content, "seconds": {}}  # the seconds of this pass are counted
+        video = row | self._artifacts(content) | pairs.other_of(row)
+        is_new = self.tables.add_video(video) and not self._is_done(video)
+        return video if is_new else None
+
+    def _is_done(self, row: Row) -> bool:
+        return bool(units.finished(self.ledger, row))
 
     def _sources(self, sources: inputs.AnySources) -> Iterator[Row]:
         """Yield the rows of the videos; reject what is no video."""
@@ -104,20 +140,35 @@ class Job:
         return {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
 
     def _find_shots(self) -> None:
-        """Make the records of the videos that have none."""
+        """Make the records that are still missing: of videos that are to be retried or whose record is damaged."""
         rows, number = self._without_record(), 0
         while some := list(islice(rows, CHUNK)):
-            number += len(some)
-            self.tables.add_work(pack_rows(some))
+            number += self._add_work("video", pack_rows(some), len(some))
         keep = ("record", "content", "path", "name", *ARTIFACTS)
         for row in self._run(SHOTS_PASS, self.stages.find_shots, self.tables.work(), number, keep):
-            record = row["record"] or {"refusal": row["refusal"]}  # no record after an unexpected error
-            self._write(row, record, record)
-            self._note(row["key"], record["refusal"])
-            if record["refusal"] is not None and not is_lasting(row):
+            self._write_video(row)
+            self._note(row["key"], row["refusal"])
+            if row["refusal"] is not None and not is_lasting(row):
                 self._reject("video", row)
                 self.tables.drop_video(row["content"])
         self.tables.clear_work()
+
+    def _add_work(self, unit: str, packed: bytes, number: int) -> int:
+        """Add rows to the next pass, but for those that this run has tried in vain; return how many."""
+        if self.tables.count("tried"):
+            rows = [row for row in unpack_rows(packed) if not self._was_tried(unit, row)]
+            packed, number = pack_rows(rows), len(rows)
+        self.tables.add_work(packed)
+        return number
+
+    def _was_tried(self, unit: str, row: Row) -> bool:
+        """Reject a row that this run has tried in vain; return False for any other."""
+        refusal = self.tables.tried(row["artifact"])
+        if refusal is not None:
+            self._reject(unit, row | {"refusal": refusal})
+            if unit == "video":
+                self.tables.drop_video(row["content"])
+        return refusal is not None
 
     def _without_record(self) -> Iterator[Row]:
         """Yield the videos without a record, after removing the rejections that are to be retried."""
@@ -152,9 +203,8 @@ class Job:
         number = 0
         prefixes, keep = self.tables.units(), ("planned", "todo")
         for row in self.passes.must("plan", units.PLAN, self._units(prefixes), self.config, keep, len(prefixes)):
-            number += row["planned"]["num_todo"]
             self._take(row["planned"])
-            self.tables.add_work(row["todo"].tobytes())
+            number += self._add_work("clip", row["todo"].tobytes(), row["planned"]["num_todo"])
         return number
 
     def _units(self, prefixes: Sequence[str]) -> Iterator[Row]:
@@ -180,9 +230,8 @@ class Job:
 
     def _score(self, number: int) -> None:
         """Measure the scores that are not known."""
-        keep = ("scores", "name", "path", "frame_index", *ARTIFACTS)
-        for row in self._run("score", self.stages.score, self.tables.work(), number, keep):
-            self._write(row, row["scores"], _with_scores(row))
+        for row in self._run("score", self.stages.score, self.tables.work(), number, CLIP_COLUMNS):
+            self._write_clip(row)
             self._note(row["key"], row["refusal"])
             if row["scores"] is None:
                 self._reject("clip", row)
@@ -191,9 +240,8 @@ class Job:
 
     def _clips(self, number: int) -> None:
         """Make the clips that are not done."""
-        keep = ("scores", "staged", "name", "path", "source_group", *ARTIFACTS)
-        for row in self._run("clip", self.stages.clip, self.tables.work(), number, keep):
-            self._write(row, row["staged"], _with_scores(row))
+        for row in self._run("clip", self.stages.clip, self.tables.work(), number, CLIP_COLUMNS):
+            self._write_clip(row)
             self._note(row["key"], row["refusal"])
             if row["refusal"] is not None:
                 self._reject("clip", row)
@@ -208,6 +256,13 @@ class Job:
         self, name: str, stages: Sequence[Stage], rows: Iterable[Row], total: int, keep: tuple[str, ...]
     ) -> Iterator[Row]:
         return self.passes.run(name, stages, rows, self.config, keep, total)
+
+    def _write_video(self, row: Row) -> None:
+        record = row["record"] or {"refusal": row["refusal"]}  # no record after an unexpected error
+        self._write(row, record, record)
+
+    def _write_clip(self, row: Row) -> None:
+        self._write(row, row["scores"] if self.config.score_only else row["staged"], _with_scores(row))
 
     def _write(self, row: Row, made: Any, refused: Any) -> None:
         """Record the outcome of a row: its result, or its permanent rejection."""

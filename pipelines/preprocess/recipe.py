@@ -6,7 +6,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
-from pipelines.preprocess import fetch, settings
+from pipelines.preprocess import fetch, settings, units
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import (
     caption,
@@ -28,12 +28,11 @@ from pipelines.runtime.stage import Stage
 
 @dataclass(frozen=True)
 class Stages:
-    """The whole pipeline, top to bottom: three passes over rows."""
+    """The whole pipeline, top to bottom: what is done with each file, each new content, and each of its clips."""
 
     hash: tuple[Stage, ...] = (identify.STAGE,)
     # on the driver: two files of one content are one video
-    find_shots: tuple[Stage, ...] = (probe.STAGE, shots.STAGE, commit.RECORD_VIDEO)
-    # on the driver: clips.plan
+    find_shots: tuple[Stage, ...] = (probe.STAGE, shots.STAGE, commit.RECORD_VIDEO, units.FIRST_CLIPS)
     clip: tuple[Stage, ...] = (
         decode.STAGE,
         score.MEASURE,
@@ -55,6 +54,7 @@ class Stages:
         shots.STAGE.over(pair.OTHER, "other_shots"),
         pair.CHECK,
         commit.RECORD_PAIR,
+        units.FIRST_CLIPS,
     )
     clip_pair: tuple[Stage, ...] = (
         decode.STAGE,

@@ -19,12 +19,19 @@ _TABLES = (
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
     "scored (key TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID",
     "superseded (name TEXT PRIMARY KEY) WITHOUT ROWID",
+    "tried (artifact TEXT PRIMARY KEY, refusal TEXT)",
 )
 
 
 def pack_rows(rows: Sequence[Row]) -> bytes:
     """Return rows as bytes."""
     return zlib.compress(json.dumps(rows).encode(), 1)
+
+
+def unpack_rows(packed: bytes) -> list[Row]:
+    """Return the rows of `pack_rows`."""
+    rows: list[Row] = json.loads(zlib.decompress(packed))
+    return rows
 
 
 class Clip(NamedTuple):
@@ -51,10 +58,12 @@ class Tables:
 
     # ------------------------------------------------------------ videos
 
-    def add_video(self, row: Row) -> None:
-        """Add a video that was hashed; it has a `content`."""
+    def add_video(self, row: Row) -> bool:
+        """Add a video that was hashed; return True if it is the first that came with its `content`."""
+        known = self._scratch.execute("SELECT 1 FROM video WHERE content = ?", (row["content"],)).fetchone()
         values = (row["content"], row["name"], row["sha256"], "other_sha256" in row, json.dumps(row))
         self._scratch.execute("INSERT INTO video VALUES (?, ?, ?, ?, ?)", values)
+        return known is None
 
     def duplicates(self) -> Iterator[tuple[Row, str]]:
         """Yield each video whose content came under another name before, with that name."""
@@ -145,7 +154,7 @@ class Tables:
     def work(self) -> Iterator[Row]:
         """Yield the rows of the next pass."""
         for (packed,) in self._scratch.execute("SELECT rows FROM work ORDER BY number"):
-            yield from json.loads(zlib.decompress(packed))
+            yield from unpack_rows(packed)
 
     def clear_work(self) -> None:
         """Forget the rows of a pass."""
@@ -181,6 +190,15 @@ class Tables:
         """Yield what `add_superseded` got."""
         return (name for (name,) in self._scratch.execute("SELECT name FROM superseded ORDER BY name"))
 
+    def add_tried(self, artifact: str, refusal: Mapping[str, Any]) -> None:
+        """Note why a row failed that may not fail in the next run, so that this one does not try it again."""
+        self._scratch.execute("INSERT INTO tried VALUES (?, ?)", (artifact, json.dumps(refusal)))
+
+    def tried(self, artifact: str) -> dict[str, Any] | None:
+        """Return the refusal of `add_tried`, None where there is none."""
+        found = self._scratch.execute("SELECT refusal FROM tried WHERE artifact = ?", (artifact,)).fetchone()
+        return None if found is None else json.loads(found[0])
+
     def count(self, table: str) -> int:
-        """Return the number of rows of `staged` or `scored`."""
+        """Return the number of rows of `staged`, `scored` or `tried`."""
         return int(self._scratch.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])

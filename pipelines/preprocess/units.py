@@ -46,6 +46,13 @@ def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     return {"planned": unit.result(len(todo)), "todo": np.frombuffer(pack_rows(todo), np.uint8)}
 
 
+def first_clips(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `clips`, the rows of a new video's clips that are to be made if no other video is the same or nearly."""
+    known = Known(config.output, f"{row['artifact']} {json.dumps(row['record'])}", {})
+    group = min(filter(None, (row["sha256"], pairs.other_of(row).get("other_sha256"))))  # as `duplicates.groups`
+    return {"clips": Unit(config, known, ()).plan([{**row, "source_group": group, "stand_in": ""}])}
+
+
 class Unit:
     """The plan of one unit.
 
@@ -56,7 +63,7 @@ class Unit:
 
     def __init__(self, config: PreprocessConfig, known: Known, retry: Sequence[str]):
         self.config, self.known, self.retry = config, known, retry
-        self.names = fingerprints.ClipNames(config)
+        self.names = fingerprints.clip_names(config)
         self.everything = list(known)
         self.counts: Counter[str] = Counter()
         self.rejects: list[dict[str, str]] = []
@@ -215,3 +222,12 @@ def scored(row: Row, scores: dict[str, float]) -> dict[str, Any]:
 
 
 PLAN = Stage("plan", plan_unit, reads=("videos", "records", "sizes", "retry"), writes=("planned", "todo"))
+FIRST_CLIPS = Stage(
+    "first_clips",
+    first_clips,
+    reads=(
+        *("key", "refusal", "record", "content", "name", "path", "twin", "namesake", "spans", "sha256", "caption"),
+        *("pair", "depth_file", "depth_place", *ARTIFACTS),
+    ),
+    writes=("clips",),
+)

@@ -1,15 +1,16 @@
-"""Run a pass: send rows through stages, count each finished row, and stop the run after too many bugs."""
+"""Send rows through stages, count each finished row, and stop the run after too many bugs."""
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from typing import Any
 
 from ex4d.errors import ContractError, Ex4dError
-from pipelines.runtime.progress import Progress
-from pipelines.runtime.runner import Runner
-from pipelines.runtime.stage import Row, Stage, is_bug
+from pipelines.runtime.progress import Progress, Watched
+from pipelines.runtime.runner import Runner, through
+from pipelines.runtime.stage import Row, Stage, Track, is_bug
 
 
 class TooManyBugs(Ex4dError):
@@ -45,37 +46,71 @@ class Passes:
         keep: tuple[str, ...] = (),
         total: int | None = None,
     ) -> Iterator[Row]:
-        """Yield each finished row, in any order, with its `keep` columns.
+        """Yield each finished row of one pass, in any order, with its `keep` columns; the rest is as of `flow`.
 
         Args:
-            rows: seconds of video are counted too, where rows have a column `video_s`.
-            context: passed to every stage.
             total: number of rows; None: `rows` is a sequence.
+        """
+        total = len(rows) if isinstance(rows, Sequence) else total or 0
+        flow = self.flow((Track(name, tuple(stages), keep),), rows, context, total, deque())
+        return (row for _, row in flow)
+
+    def flow(
+        self,
+        tracks: Sequence[Track],
+        rows: Iterable[Row],
+        context: Any,
+        total: int,
+        added: deque[tuple[str, Row]],
+    ) -> Iterator[tuple[str, Row]]:
+        """Yield (track, finished row), in any order.
+
+        Args:
+            rows: of the first track, `total` of them. Seconds of video are counted where rows have a column `video_s`.
+            context: passed to every stage.
+            added: (track, row) that the caller appends while it has a finished row: rows of a later track.
 
         Raises:
             TooManyBugs: the job had more than `max_bugs`; the ledger keeps finished work.
         """
-        total = len(rows) if isinstance(rows, Sequence) else total or 0
-        self.worked[name] = total
-        with self.progress.watch(name, stages, total) as count:
-            for row in self.execute(stages, rows, context, (*keep, "video_s")):
-                count(row, row.get("video_s") or 0.0)
-                if is_bug(row):
-                    self.bugs.append({"key": row["key"], **row["refusal"]})
-                    if len(self.bugs) > self.max_bugs:
-                        raise TooManyBugs(
-                            f"stopped after {len(self.bugs)} unexpected errors, more than {self.job}.max_bugs="
-                            f"{self.max_bugs}; their tracebacks are in run.jsonl"
-                        )
-                yield row
+        tracks = [replace(track, keep=(*track.keep, "video_s")) for track in tracks]
+        begun: deque[tuple[str, Row]] = deque()
+        for track in tracks:
+            self.worked.setdefault(track.name, 0)
+        with self.progress.watch([(track.name, track.stages) for track in tracks]) as watched:
+            self._expect(watched, tracks[0].name, total)
+            for name, row in self.execute(tracks, rows, context, begun):
+                watched.count(name, row, row.get("video_s") or 0.0)
+                self._check(row)
+                yield name, row
+                for later, _ in added:
+                    self._expect(watched, later, 1)
+                begun.extend(added)
+                added.clear()
+
+    def _expect(self, watched: Watched, name: str, number: int) -> None:
+        self.worked[name] += number
+        watched.expect(name, number)
+
+    def _check(self, row: Row) -> None:
+        """Note a bug. Raises TooManyBugs."""
+        if not is_bug(row):
+            return
+        self.bugs.append({"key": row["key"], **row["refusal"]})
+        if len(self.bugs) > self.max_bugs:
+            raise TooManyBugs(
+                f"stopped after {len(self.bugs)} unexpected errors, more than {self.job}.max_bugs={self.max_bugs}; "
+                "their tracebacks are in run.jsonl"
+            )
 
     def must(
         self, name: str, stage: Stage, rows: Iterable[Row], context: Any, keep: tuple[str, ...], total: int
     ) -> Iterator[Row]:
         """Yield each row after a stage that must succeed. Raises ContractError."""
-        with self.progress.watch(name, (stage,), total) as count:
-            for row in self.execute((stage,), rows, context, keep):
-                count(row, 0.0)
+        with self.progress.watch([(name, (stage,))]) as watched:
+            watched.expect(name, total)
+            for row in through(self.execute, (stage,), rows, context, keep):
+                watched.count(name, row, 0.0)
                 if row["refusal"] is not None:
                     raise ContractError(f"{name} of {row['key']} failed: {row['refusal']['message']}")
                 yield row

@@ -34,6 +34,7 @@ class Cluster:
 
         self._asked = time.monotonic()
         nodes = {node["NodeID"]: node["Resources"] for node in ray.nodes() if node["Alive"]}
+        self.num_nodes = len(nodes)
         self.memory = [int(resources.get("memory", 0)) for resources in nodes.values()]
         self.gpus = {node: resources["GPU"] for node, resources in nodes.items() if resources.get("GPU")}
         self.num_cpus = sum(resources.get("CPU", 0.0) for resources in nodes.values())

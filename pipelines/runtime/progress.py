@@ -10,7 +10,7 @@ import json
 import logging
 import sys
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import asdict, dataclass, field
 from typing import Any
@@ -74,6 +74,12 @@ class Pass:
         """Seconds to go at this rate; None before the first row."""
         return (self.total - self.done) / self.rate if self.done else None
 
+    def figures(self) -> dict[str, Any]:
+        """Return what progress.jsonl says of it."""
+        counts = {"pass": self.name, "done": self.done, "total": self.total, "rejected": self.rejected}
+        eta_s = None if self.eta_s is None else round(self.eta_s, 1)
+        return {**counts, "rate": round(self.rate, 4), "eta_s": eta_s}
+
 
 class Progress:
     """The tallies of one run, and their display.
@@ -118,27 +124,30 @@ class Progress:
         yield from (rows, worker_s, video_s, total, nodes)
 
     @contextmanager
-    def watch(self, name: str, stages: Sequence[Stage], total: int) -> Iterator[Callable[[Row, float], None]]:
-        """Yield a function that counts one finished row of a pass: (row, seconds of video in it)."""
-        current = Pass(name, total)
-        self.passes.append(current)
-        for stage in stages:
-            self.tallies.setdefault(stage.name, Tally(stage.num_cpus, stage.num_gpus))
+    def watch(self, tracks: Sequence[tuple[str, Sequence[Stage]]]) -> Iterator[Watched]:
+        """Yield what counts the rows of these passes, (name, stages), which run side by side."""
+        current = {name: self._pass(name) for name, _ in tracks}
+        for _, stages in tracks:
+            for stage in stages:
+                self.tallies.setdefault(stage.name, Tally(stage.num_cpus, stage.num_gpus))
         with ExitStack() as closing:
-            on_screen = sys.stderr.isatty() and total > 0
-            draw = closing.enter_context(_bars(current, stages, self.tallies)) if on_screen else _log_of(current)
-            write = _every(_LINE_EVERY_S, self._write_line)
+            on_screen = sys.stderr.isatty()
+            draw = closing.enter_context(_bars(current, tracks, self.tallies)) if on_screen else _log_of(current)
+            watched = Watched(self, current, draw, _every(_LINE_EVERY_S, lambda: self._write_line(current)))
+            yield watched
+        if any(one.total for one in current.values()):
+            self._write_line(current)
 
-            def step(row: Row, video_s: float = 0.0) -> None:
-                self._count(current, row, video_s)
-                draw()
-                write()
+    def _pass(self, name: str) -> Pass:
+        """Return the pass of that name, a new one if there is none."""
+        found = next((one for one in self.passes if one.name == name), None)
+        if found is None:
+            found = Pass(name, 0)
+            self.passes.append(found)
+        return found
 
-            yield step
-        if total:
-            self._write_line()
-
-    def _count(self, current: Pass, row: Row, video_s: float) -> None:
+    def count(self, current: Pass, row: Row, video_s: float) -> None:
+        """Count one finished row of a pass."""
         current.done += 1
         current.rejected += row["refusal"] is not None
         for name, seconds in row["seconds"].items():
@@ -149,16 +158,14 @@ class Progress:
         if row["refusal"] is not None and row["refusal"]["stage"] in self.tallies:
             self.tallies[row["refusal"]["stage"]].rejected += 1
 
-    def _write_line(self) -> None:
+    def _write_line(self, passes: Mapping[str, Pass]) -> None:
         if self.output is None:
             return
-        current = self.passes[-1]
+        *others, last = (one.figures() for one in passes.values())
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
-            "pass": current.name,
-            **{"done": current.done, "total": current.total, "rejected": current.rejected},
-            "rate": round(current.rate, 4),
-            "eta_s": None if current.eta_s is None else round(current.eta_s, 1),
+            **last,
+            **({"beside": others} if others else {}),
             "stages": {name: tally.figures() for name, tally in self.tallies.items()},
         }
         url, text = storage.join(self.output, FILE), json.dumps(line) + "\n"
@@ -187,17 +194,41 @@ def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
     return sometimes
 
 
-def _log_of(current: Pass) -> Callable[[], None]:
+@dataclass(frozen=True)
+class Watched:
+    """Counts the rows of passes that run side by side, and shows them."""
+
+    progress: Progress
+    passes: Mapping[str, Pass]
+    draw: Callable[[], None]
+    write: Callable[[], None]
+
+    def expect(self, name: str, number: int) -> None:
+        """Add rows to a pass."""
+        self.passes[name].total += number
+
+    def count(self, name: str, row: Row, video_s: float = 0.0) -> None:
+        """Count one finished row, with so many seconds of video in it."""
+        self.progress.count(self.passes[name], row, video_s)
+        self.draw()
+        self.write()
+
+
+def _log_of(passes: Mapping[str, Pass]) -> Callable[[], None]:
     def log() -> None:
-        counts = (current.name, current.done, current.total, current.rejected, current.rate)
-        logger.info("%s: %d of %d, %d rejected, %.2f/s", *counts)
+        for one in passes.values():
+            if one.total:
+                counts = (one.name, one.done, one.total, one.rejected, one.rate)
+                logger.info("%s: %d of %d, %d rejected, %.2f/s", *counts)
 
     return _every(_LOG_EVERY_S, log)
 
 
 @contextmanager
-def _bars(current: Pass, stages: Sequence[Stage], tallies: dict[str, Tally]) -> Iterator[Callable[[], None]]:
-    """Yield a function that redraws the bars of the pass and of its stages."""
+def _bars(
+    passes: Mapping[str, Pass], tracks: Sequence[tuple[str, Sequence[Stage]]], tallies: dict[str, Tally]
+) -> Iterator[Callable[[], None]]:
+    """Yield a function that redraws the bars of passes and of their stages."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -210,26 +241,32 @@ def _bars(current: Pass, stages: Sequence[Stage], tallies: dict[str, Tally]) -> 
         TextColumn("{task.fields[rate]}"),
         TimeRemainingColumn(),
     )
-    before = {stage.name: asdict(tallies[stage.name]) for stage in stages}
+    before = {stage.name: asdict(tallies[stage.name]) for _, stages in tracks for stage in stages}
     with Bars(
         *columns, redirect_stdout=False, redirect_stderr=False, console=Console(file=terminal(sys.stderr))
     ) as bars:
-        whole = bars.add_task(current.name, total=current.total, rejected=0, rate="")
+        plain: dict[str, Any] = {"total": 0, "rejected": 0, "rate": "", "visible": False}
+        whole = {name: bars.add_task(name, **plain) for name, _ in tracks}
         tasks = {
-            stage.name: bars.add_task(f"  {stage.name}", total=current.total, rejected=0, rate="") for stage in stages
+            (name, stage.name): bars.add_task(f"  {stage.name}", **plain) for name, stages in tracks for stage in stages
         }
 
         def draw() -> None:
-            bars.update(whole, completed=current.done, rejected=current.rejected, rate=f"{current.rate:.1f}/s")
-            for name, task in tasks.items():
-                tally = tallies[name]
-                done, worker_s = tally.done - before[name]["done"], tally.worker_s - before[name]["worker_s"]
+            for name, task in whole.items():
+                current = passes[name]
+                rate, seen = f"{current.rate:.1f}/s", current.total > 0
+                counts: dict[str, Any] = {"completed": current.done, "total": current.total, "visible": seen}
+                bars.update(task, rejected=current.rejected, rate=rate, **counts)
+            for (name, stage), task in tasks.items():
+                current, tally = passes[name], tallies[stage]
+                done, worker_s = tally.done - before[stage]["done"], tally.worker_s - before[stage]["worker_s"]
                 bars.update(
                     task,
                     completed=done,
                     total=current.total - (current.done - done),  # rows that were refused before never come here
-                    rejected=tally.rejected - before[name]["rejected"],
+                    rejected=tally.rejected - before[stage]["rejected"],
                     rate=f"{worker_s / done:.3f} s each" if done else "",
+                    visible=current.total > 0,
                 )
 
         yield draw

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -11,13 +12,13 @@ from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.cluster import connected
-from pipelines.runtime.stage import Chain, Row, Stage, chains, check, quiet_threads
+from pipelines.runtime.stage import Chain, Readable, Row, Stage, Track, quiet_threads
 
 RUNNERS = ("ray", "inline")
 
 
 class Runner(Protocol):
-    """(stages, rows, context, columns to return) -> finished rows, in any order.
+    """Where rows go through stages.
 
     problems: sentences on what went wrong with machines; the run fails with them, after its commit.
     """
@@ -26,8 +27,15 @@ class Runner(Protocol):
     def problems(self) -> Sequence[str]: ...
 
     def __call__(
-        self, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
-    ) -> Iterator[Row]: ...
+        self, tracks: Sequence[Track], rows: Iterable[Row], context: Any, added: deque[tuple[str, Row]]
+    ) -> Iterator[tuple[str, Row]]:
+        """Yield (track, finished row), in any order.
+
+        Args:
+            rows: of the first track.
+            added: (track, row) that the caller appends while it has a finished row; they go through a later track next,
+                where that row's files are.
+        """
 
 
 @dataclass(frozen=True)
@@ -79,13 +87,19 @@ class Inline:
     problems: tuple[str, ...] = ()
 
     def __call__(
-        self, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
-    ) -> Iterator[Row]:
-        """Yield each finished row, in order."""
+        self, tracks: Sequence[Track], rows: Iterable[Row], context: Any, added: deque[tuple[str, Row]]
+    ) -> Iterator[tuple[str, Row]]:
+        """Yield each finished row, in order; what it gives comes before the next one."""
         quiet_threads()
-        whole = Chain(tuple(stages), keep, propagate=True)
-        for row in readable(stages, rows):
-            yield whole(row, context)
+        whole = {track.name: Chain(track.stages, track.keep, propagate=True) for track in tracks}
+        readable = Readable(tracks)
+        for first in rows:
+            todo = deque([(tracks[0].name, first)])
+            while todo:
+                name, row = todo.popleft()
+                yield name, whole[name](readable(name, row), context)
+                todo.extend(added)
+                added.clear()
 
 
 class OnRay:
@@ -100,8 +114,8 @@ class OnRay:
         self.problems: list[str] = []
 
     def __call__(
-        self, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
-    ) -> Iterator[Row]:
+        self, tracks: Sequence[Track], rows: Iterable[Row], context: Any, added: deque[tuple[str, Row]]
+    ) -> Iterator[tuple[str, Row]]:
         """Yield each row when it is finished.
 
         Raises:
@@ -109,18 +123,16 @@ class OnRay:
         """
         from pipelines.runtime.stream import Stream
 
-        _need_gpus(stages, self.ray_config)
-        work = list(chains(stages, keep, propagate=False))
-        stream = Stream(work, context, self.attempts, self.ray_config.gpu_actors, self.problems)
-        yield from stream.run(readable(stages, rows))
+        _need_gpus([stage for track in tracks for stage in track.stages], self.ray_config)
+        stream = Stream(tracks, context, self.attempts, self.ray_config.gpu_actors, self.problems)
+        yield from stream.run(rows, added)
 
 
-def readable(stages: Sequence[Stage], rows: Iterable[Row]) -> Iterator[Row]:
-    """Yield the rows, after comparing the columns of the first with what the stages read. Raises ContractError."""
-    for number, row in enumerate(rows):
-        if not number:
-            check(stages, row)
-        yield row
+def through(
+    execute: Runner, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
+) -> Iterator[Row]:
+    """Yield each finished row of one list of stages, in any order."""
+    return (row for _, row in execute((Track("", tuple(stages), keep),), rows, context, deque()))
 
 
 def _need_gpus(stages: Sequence[Stage], ray_config: RayConfig) -> None:

@@ -149,6 +149,20 @@ class Guard:
         return written
 
 
+@dataclass(frozen=True)
+class Track:
+    """One list of stages of a stream. Its finished rows may give rows of later tracks, as a video gives its clips.
+
+    Args:
+        name: of the pass, in run.jsonl and in progress.
+        keep: columns to return besides ROW_COLUMNS.
+    """
+
+    name: str
+    stages: tuple[Stage, ...]
+    keep: tuple[str, ...]
+
+
 def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
     """Check that each stage reads only columns that rows start with or an earlier stage writes.
 
@@ -164,6 +178,19 @@ def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
         if taken:
             raise ContractError(f"stage {stage.name} writes {taken}, which belong to the runner")
         known |= set(stage.writes)
+
+
+class Readable:
+    """Compares the columns of the first row of each track with what its stages read."""
+
+    def __init__(self, tracks: Sequence[Track]):
+        self._unseen = {track.name: track.stages for track in tracks}
+
+    def __call__(self, name: str, row: Row) -> Row:
+        """Return the row. Raises ContractError as `check`."""
+        if name in self._unseen:
+            check(self._unseen.pop(name), row)
+        return row
 
 
 @dataclass(frozen=True)

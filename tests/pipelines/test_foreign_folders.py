@@ -64,8 +64,8 @@ def test_no_file_of_a_shared_output_is_written_through_a_link(tmp_path):
     (out / "staging").mkdir(parents=True)
     for name in ("progress.jsonl", "run.jsonl", "metrics.jsonl", "validation.jsonl", "config.yaml"):
         (out / name).symlink_to(precious)
-    with Progress(str(out)).watch("clip", [], 1):
-        pass
+    with Progress(str(out)).watch([("clip", [])]) as watched:
+        watched.expect("clip", 1)
     with pytest.raises(OSError, match="symbolic links"):
         result._append(result.Result(str(out), {}, []), 0.0, [], {})
     log = RunLog(out, 0, {"mode": "disabled"}, {})

@@ -21,9 +21,9 @@ class Guarded:
 
     problems = ("a node was quarantined",)
 
-    def __call__(self, stages, rows, context, keep):
+    def __call__(self, tracks, rows, context, added):
         for row in rows:
-            yield Chain(tuple(stages), keep, propagate=False)(row, context)
+            yield tracks[0].name, Chain(tracks[0].stages, tracks[0].keep, propagate=False)(row, context)
 
 
 def passes(max_bugs: int) -> Passes:

@@ -30,9 +30,10 @@ STAGES = (
 
 def run(shown: Progress, count: int = 10) -> None:
     rows = [new_row(f"row-{number}", number=number) for number in range(count)]
-    with shown.watch("numbers", STAGES, len(rows)) as step:
-        for row in runner.Inline()(STAGES, rows, None, ()):
-            step(row, 3.0)
+    with shown.watch([("numbers", STAGES)]) as watched:
+        watched.expect("numbers", len(rows))
+        for row in runner.through(runner.Inline(), STAGES, rows, None, ()):
+            watched.count("numbers", row, 3.0)
 
 
 def test_a_tally_counts_what_each_stage_worked_on_and_refused(tmp_path):

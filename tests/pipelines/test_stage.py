@@ -133,7 +133,7 @@ def test_rows_travel_with_one_schema():
 
 
 def test_inline_runs_in_order_and_counts():
-    done = list(runner.Inline()(STAGES, rows(10), CONTEXT, ("total",)))
+    done = list(runner.through(runner.Inline(), STAGES, rows(10), CONTEXT, ("total",)))
     assert [row["total"] for row in done] == [0, 3, None, 9, 12, None, 18, None, 24, 27]
 
 
@@ -148,7 +148,7 @@ def test_unknown_runner_and_no_workers_are_refused_before_any_work():
 def test_one_bad_row_in_a_thousand_costs_one_row(by_value):
     context = {"bad": (617,), "filtered": (), "bugs": ()}
     with runner.runner("ray", runner.RayConfig(), 2) as execute:
-        done = list(execute(STAGES, rows(1000), context, ("number", "total", "recorded")))
+        done = list(runner.through(execute, STAGES, rows(1000), context, ("number", "total", "recorded")))
     assert sorted(row["number"] for row in done) == list(range(1000))
     assert [row["number"] for row in done if row["refusal"]] == [617]
     assert Counter(row["recorded"] for row in done) == {"good": 999, "unlucky": 1}
@@ -160,7 +160,7 @@ def test_ray_refuses_bugs_keeps_fates_and_crosses_resource_borders(by_value):
     context = {"bad": (2, 5), "filtered": (7,), "bugs": (4,)}
     half = Stage("total", total, reads=("value",), writes=("total",), num_cpus=0.5)
     with runner.runner("ray", runner.RayConfig(), 2) as execute:
-        done = list(execute((PICKY, half, RECORD), rows(12), context, ("number", "total")))
+        done = list(runner.through(execute, (PICKY, half, RECORD), rows(12), context, ("number", "total")))
     fates = {row["number"]: row["refusal"]["reason"] for row in done if row["refusal"]}
     assert fates == {2: "unlucky", 5: "unlucky", 7: "small", 4: "bug:ZeroDivisionError"}
     assert sum(row["total"] for row in done if not row["refusal"]) == 3 * (66 - 18)
@@ -171,7 +171,7 @@ def test_ray_refuses_bugs_keeps_fates_and_crosses_resource_borders(by_value):
 def test_on_ray_too_a_broken_contract_or_choice_stops_the_run_as_what_it_is(by_value, function, kind):
     stage = Stage("stop", function, ("number",), ())
     with runner.runner("ray", runner.RayConfig(), 2) as execute, pytest.raises(kind):
-        list(execute((stage,), rows(6), {}, ()))
+        list(runner.through(execute, (stage,), rows(6), {}, ()))
 
 
 @pytest.mark.ray
@@ -184,7 +184,7 @@ def test_rows_are_taken_from_a_generator_no_faster_than_they_are_worked_on(by_va
             yield row
 
     with runner.runner("ray", runner.RayConfig(), 2) as execute:
-        done = execute((PICKY,), source(), CONTEXT, ("number",))
+        done = runner.through(execute, (PICKY,), source(), CONTEXT, ("number",))
         first = next(done)
         assert len(taken) < 40
         numbers = [first["number"], *(row["number"] for row in done)]
@@ -195,5 +195,5 @@ def test_rows_are_taken_from_a_generator_no_faster_than_they_are_worked_on(by_va
 def test_more_memory_than_there_is_means_one_at_a_time_and_not_for_ever(by_value):
     greedy = Stage("total", total, reads=("value",), writes=("total",), memory_mb=2**30)
     with runner.runner("ray", runner.RayConfig(), 2) as execute:
-        done = list(execute((PICKY, greedy), rows(2), CONTEXT, ("total",)))
+        done = list(runner.through(execute, (PICKY, greedy), rows(2), CONTEXT, ("total",)))
     assert sorted(row["total"] for row in done) == [0, 3]

@@ -97,7 +97,8 @@ def poison(row, context):
 ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
 stages = (Stage("poison", poison, reads=("key", "number"), writes=("mask",)),)
 execute = runner.OnRay(runner.RayConfig(), Attempts(folder, 2))
-report(list(execute(stages, rows(60), None, ("number", "mask"))), execute, tries=lines("tried").count("row-0007"))
+done = list(runner.through(execute, stages, rows(60), None, ("number", "mask")))
+report(done, execute, tries=lines("tried").count("row-0007"))
 """,
     )
     assert (facts["count"], facts["right"], facts["refused"]) == (60, 59, {"row-0007": "worker_crash"})
@@ -129,7 +130,7 @@ def source():
             break
 
 execute = runner.OnRay(runner.RayConfig(address=cluster.address), Attempts(folder, 3))
-done = list(execute(STAGES, source(), None, ("number", "mask")))
+done = list(runner.through(execute, STAGES, source(), None, ("number", "mask")))
 report(done, execute, both=len(lines("both")))
 """,
     )
@@ -158,7 +159,7 @@ def broken(row, context):
 stages = (STAGES[0], Stage("depth", broken, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
 execute = runner.OnRay(runner.RayConfig(address=cluster.address), Attempts(folder, 3))
 bad = other.node_id
-done = list(execute(stages, rows(60), bad, ("number", "mask")))
+done = list(runner.through(execute, stages, rows(60), bad, ("number", "mask")))
 report(done, execute, bad=bad)
 """,
     )
@@ -182,7 +183,7 @@ def picky(row, context):
 
 stages = (STAGES[0], Stage("depth", picky, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
 execute = runner.OnRay(runner.RayConfig(address=cluster.address), None)
-report(list(execute(stages, rows(20), None, ("number", "mask"))), execute)
+report(list(runner.through(execute, stages, rows(20), None, ("number", "mask"))), execute)
 """,
     )
     assert (facts["right"], facts["refused"], facts["problems"]) == (19, {"row-0005": "bug:ZeroDivisionError"}, [])

@@ -1,0 +1,216 @@
+"""A video's clips are made while others are still hashed, where its files are; what that guesses changes no byte."""
+
+from __future__ import annotations
+
+import logging
+import shutil
+from collections import Counter
+from dataclasses import replace
+from pathlib import Path
+
+import flaky_store
+import pytest
+import test_stream
+from small_corpus import choices, inline
+
+from ex4d import storage
+from ex4d.data.verify import verify
+from ex4d.errors import BadSample
+from ex4d.synthetic import SyntheticConfig, write_corpus
+from pipelines.preprocess.run import Stages
+from pipelines.preprocess.stages import decode, identify, shots
+from pipelines.runtime import runner
+
+TRACKS = """
+from collections import deque
+from pipelines.runtime import stream
+from pipelines.runtime.stage import Track
+
+stream.TASK_S = 0.05  # a row a task
+
+def work(row, context):
+    time.sleep(0.05)
+    mark(row["kind"], row["key"])
+    return {"node": node_of()}
+
+STAGE = Stage("work", work, reads=("key", "kind"), writes=("node",))
+videos = Track("video", (STAGE,), ("number", "node"))
+clips = Track("clip", (Stage("clip", work, reads=("key", "kind"), writes=("node",)),), ("video", "home", "node"))
+"""
+
+
+@pytest.mark.ray
+def test_clips_are_made_while_later_videos_are_not_yet_read(tmp_path):
+    facts = test_stream.run(
+        tmp_path,
+        TRACKS
+        + """
+ray.init(address="local", num_cpus=2, include_dashboard=False, log_to_driver=False)
+ahead = []
+
+def source():
+    for number in range(60):
+        ahead.append(2 * number - len(lines("clip")))
+        yield new_row(f"video-{number}", kind="video", number=number)
+
+added, done = deque(), collections.Counter()
+execute = runner.OnRay(runner.RayConfig(), None)
+for name, row in execute((videos, clips), source(), None, added):
+    done[name] += 1
+    if name == "video":
+        rows = (new_row(f"clip-{row['number']}-{part}", kind="clip", video=row["number"], home="") for part in range(2))
+        added.extend(("clip", clip) for clip in rows)
+print(json.dumps({"done": done, "ahead": max(ahead)}), flush=True)
+ray.shutdown()
+os._exit(0)
+""",
+    )
+    assert facts["done"] == {"video": 60, "clip": 120}
+    assert facts["ahead"] < 40  # with a barrier all 120 would wait
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+def test_six_nodes_read_a_remote_video_once(tmp_path, monkeypatch):
+    """Each node has a cache of its own, as on machines of their own; nothing else tells the nodes apart."""
+    logging.getLogger("werkzeug").setLevel(logging.ERROR)
+    write_corpus(tmp_path / "in", SyntheticConfig(num_videos=72, num_frames=17, size=(96, 96), supersample=1))
+    with flaky_store.object_store(share=0.0) as (address, store):
+        flaky_store.use(monkeypatch, address)
+        import boto3
+
+        boto3.client("s3").create_bucket(Bucket="bucket")
+        for path in (tmp_path / "in").iterdir():
+            storage.write_bytes(f"s3://bucket/in/{path.name}", path.read_bytes())
+        store.delay_s = 0.02
+        store.read.clear()
+        monkeypatch.setenv("EX4D_TESTS", str(Path(__file__).parent))
+        facts = test_stream.run(
+            tmp_path,
+            """
+from pathlib import Path
+sys.path.insert(0, os.environ["EX4D_TESTS"])
+from small_corpus import choices
+from pipelines.preprocess import run as preprocess
+
+def caching(number):
+    place = Path(folder) / f"node{number}"
+    place.mkdir()
+    return {"num_cpus": 1, "env_vars": {"TMPDIR": str(place)}, "object_store_memory": 80 * 2**20}
+
+cluster = Cluster(initialize_head=True, head_node_args=caching(0) | {"include_dashboard": False})
+for number in range(1, 6):
+    cluster.add_node(**caching(number))
+cluster.wait_for_nodes()
+ray.init(address=cluster.address, log_to_driver=False)
+config = choices("s3://bucket/in", "s3://bucket/out", size=(96, 96))
+result = preprocess.run(config, runner.RayConfig(address=cluster.address))
+used = sum(any(Path(folder).glob(f"node{number}/ex4d-cache-*/*/video")) for number in range(6))
+print(json.dumps({"counts": result.counts, "committed": result.committed, "nodes": used}), flush=True)
+ray.shutdown()
+os._exit(0)
+""",
+        )
+        reads = Counter(path for path in store.read if path.startswith("/bucket/in/"))
+    assert facts["committed"]
+    assert (facts["counts"]["samples"], facts["nodes"]) == (216, 6)
+    by_kind = {kind: [n for path, n in reads.items() if path.endswith(kind)] for kind in (".mp4", ".npz")}
+    means = {kind: sum(found) / len(found) for kind, found in by_kind.items()}
+    print("\nreads of a file:", means)
+    assert {kind: len(found) for kind, found in by_kind.items()} == {".mp4": 72, ".npz": 72}
+    assert max(means.values()) <= 1.2
+
+
+@pytest.fixture
+def backwards(monkeypatch):
+    """The inline runner gets the videos in the opposite order, as if the last were hashed first."""
+    forwards = runner.Inline.__call__
+
+    def call(self, tracks, rows, context, added):
+        return forwards(self, tracks, reversed(list(rows)), context, added)
+
+    monkeypatch.setattr(runner.Inline, "__call__", call)
+
+
+@pytest.mark.parametrize("near", ["group", "filter", "off"])
+def test_what_other_videos_decide_is_the_same_in_any_order(corpus, tmp_path, request, near):
+    """An exact copy under an earlier name takes the place of the one that was seen first."""
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    for path in corpus.glob("*0.*"):
+        shutil.copy(path, folder / f"a-copy{path.name[path.name.index('.') :]}")
+    usual = choices(folder, tmp_path / "usual", near_duplicates=near)
+    first = inline(usual)
+    request.getfixturevalue("backwards")
+    other = replace(usual, output=str(tmp_path / "other"))
+    second = inline(other)
+    assert second.worked["clip"] == first.worked["clip"] + 3  # those of the copy that was seen first
+    assert (second.counts, list(second.rejects)) == (first.counts, list(first.rejects))
+    assert verify(other.output).tree_sha256 == verify(usual.output).tree_sha256
+    assert inline(other).worked == {"hash": 5, "split": 0, "clip": 0}
+
+
+@pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
+def test_what_fails_for_now_is_tried_once_in_a_run_and_again_in_the_next(config, stage):
+    """A store that does not answer: the row is rejected, nothing of it is kept, and the next run has it."""
+    tries = []
+
+    def failing(row, context):
+        tries.append(row["path"])
+        if row["path"].endswith("0.mp4"):
+            raise BadSample("unreadable", "the store does not answer")
+        return stage.function(row, context)
+
+    def changed(stages):
+        return tuple(replace(one, function=failing) if one is stage else one for one in stages)
+
+    usual = Stages()
+    stages = replace(usual, find_shots=changed(usual.find_shots), clip=changed(usual.clip))
+    result = inline(replace(config, max_bad_fraction=0.5), stages=stages)
+    lost = {"shots": 1, "decode": 3}[stage.name]
+    assert sum(path.endswith("0.mp4") for path in tries) == lost
+    assert [row["reason"] for row in result.rejects] == ["unreadable"] * lost
+    assert result.counts["samples"] == 9
+    again = inline(config)
+    assert (again.worked["split"], again.worked["clip"], again.counts["samples"]) == (int(lost == 1), 3, 12)
+
+
+def test_a_bug_is_counted_once(config, monkeypatch):
+    """As a worker has it: the row is rejected with its traceback; max_bugs allows it once and not twice."""
+
+    def broken(row, context):
+        if row["path"].endswith("0.mp4"):
+            raise ZeroDivisionError("division by zero")
+        return shots.shots(row, context)
+
+    chain = runner.Chain
+    monkeypatch.setattr(runner, "Chain", lambda stages, keep, propagate: chain(stages, keep, False))
+    usual = Stages()
+    found = tuple(replace(one, function=broken) if one is shots.STAGE else one for one in usual.find_shots)
+    result = inline(replace(config, max_bad_fraction=0.5, max_bugs=1), stages=replace(usual, find_shots=found))
+    assert result.committed
+    assert [row["reason"] for row in result.rejects] == ["bug:ZeroDivisionError"]
+    assert result.exit_code == 1  # bugs fail a run, after its commit
+
+
+def test_identify_is_the_first_thing_that_reads_a_video(config):
+    """What is new is decided on the driver: two names of one content are looked at once."""
+    order = []
+
+    def noting(stage):
+        def function(row, context):
+            order.append((stage.name, Path(row["path"]).stem[-1]))
+            return stage.function(row, context)
+
+        return replace(stage, function=function)
+
+    usual = Stages()
+    stages = replace(
+        usual,
+        hash=tuple(map(noting, usual.hash)),
+        clip=tuple(noting(stage) if stage is decode.STAGE else stage for stage in usual.clip),
+    )
+    inline(config, stages=stages)
+    assert order[0] == (identify.STAGE.name, "0")
+    last_hash = max(place for place, (name, _) in enumerate(order) if name == identify.STAGE.name)
+    assert [name for name, _ in order[:last_hash]].count(decode.STAGE.name) == 9  # of the first three videos
