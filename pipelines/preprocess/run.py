@@ -1,7 +1,8 @@
-"""`ex4d preprocess`: videos to training shards. Plan → work on each clip → pack; the ledger is the staging folder.
+"""`ex4d preprocess`: videos to training shards; the ledger of what is done is the staging folder.
 
-Three passes, each over what the ledger lacks: hash every file; find the shots of every new content; make a sample of
-every planned clip. A pass runs on Ray or in this process; the bytes are the same.
+Hash every file, find the shots of every new content, make a sample of every clip: side by side, each for what the
+ledger lacks, on Ray or in this process; the bytes are the same. Then decide across all videos, make what that changes,
+and pack.
 """
 
 from __future__ import annotations

@@ -1,8 +1,9 @@
-"""One stream of rows through chains of stages on a Ray cluster: no waves and no barrier between chains.
+"""One stream of rows through chains of stages on a Ray cluster: no waves, and no barrier between chains or tracks.
 
 A chain that needs no GPU runs as tasks, one that needs a GPU in a pool of actors that keep their model and whose number
-follows the cluster. Rows come from any iterable. Between two chains they wait in Ray's object store, within a bound.
-What dies with its process or node is done again from its first chain, on another one.
+follows the cluster. Rows come from any iterable. Between two chains they wait in Ray's object store, within a bound. A
+finished row may give rows of a later track, which come first and run on its node, where its files are. What dies with
+its process or node is done again from the first chain of its track, on another one.
 
 Ray's own tasks and actors are used and not Ray Data, whose actors do not leave a lost GPU node, whose helpers end the
 driver when they are killed, and which must be given all rows at once: docs/decisions/preprocess.md, 2026-11-26.
