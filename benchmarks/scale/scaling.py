@@ -228,7 +228,7 @@ def training() -> dict[str, Any]:
 def driver(videos: int = 4000) -> dict[str, float]:
     """Return the driver's CPU seconds for a video with stages that do nothing: in the stream, and when it has ended."""
     from ex4d.errors import Filtered
-    from pipelines.inputs import Source
+    from pipelines.inputs import Source, Sources
     from pipelines.preprocess import run as preprocess
     from pipelines.preprocess.job import Job
     from pipelines.preprocess.recipe import Stages
@@ -266,7 +266,7 @@ def driver(videos: int = 4000) -> dict[str, float]:
         ),
         clip=(replace(plain.clip[0], function=refuse), *plain.clip[1:]),
     )
-    sources = [Source(f"/nowhere/{number}.mp4", f"{number}.mp4") for number in range(videos)]
+    sources = Sources([Source(f"/nowhere/{number}.mp4", f"{number}.mp4") for number in range(videos)])
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as folder:
         config = PreprocessConfig(
             output=folder, input=[folder], depth="sidecar", clips_per_shot=1, max_bad_fraction=1.0

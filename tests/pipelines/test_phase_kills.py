@@ -1,4 +1,4 @@
-"""`kill -9` at any call of a phase of the driver: units are planned, records and shards written, tars dropped."""
+"""`kill -9` in any phase of the driver: videos come in, units are planned, records and shards written, tars dropped."""
 
 from __future__ import annotations
 
@@ -18,6 +18,7 @@ from ex4d.config import to_dict
 from ex4d.data.verify import verify
 
 PHASES = {
+    "video": "pipelines.preprocess.tables:Tables.add_video",
     "unit": "pipelines.preprocess.units:Unit.plan",
     "part": "pipelines.runtime.records:Records.add",
     "shard": "ex4d.data.building:place",
