@@ -25,7 +25,7 @@ from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.rejects import Rejects, reject_of
 from pipelines.runtime.result import Result
-from pipelines.runtime.stage import Row, Stage, Track, is_lasting, new_row, refused
+from pipelines.runtime.stage import Row, Stage, Track, is_bug, is_lasting, new_row, refused
 
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
@@ -52,6 +52,7 @@ class Job:
     rejects: Rejects = field(default_factory=Rejects)
     tables: Tables = field(init=False)
     problems: list[str] = field(default_factory=list)
+    guessed_bugs: set[str] = field(default_factory=set)  # keys of clips that may not be planned when all is known
     retried: dict[str, tuple[str, str]] = field(default_factory=dict)
     committed: bool = False
 
@@ -83,7 +84,7 @@ class Job:
         last, clips = ("score", self.stages.score) if self.config.score_only else ("clip", self.stages.clip)
         tracks = (
             Track("hash", self.stages.hash, VIDEO_COLUMNS),
-            Track(SHOTS_PASS, self.stages.find_shots, ("record", "clips", *ARTIFACTS)),
+            Track(SHOTS_PASS, self.stages.find_shots, ("record", "clips", "name", *ARTIFACTS)),
             Track(last, clips, CLIP_COLUMNS),
         )
         later: deque[tuple[str, Row]] = deque()
@@ -98,8 +99,17 @@ class Job:
                 later.extend((last, clip) for clip in row["clips"] or () if not self._is_done(clip))
             else:
                 self._write_clip(row)
-            if row["refusal"] is not None and name != "hash" and not is_lasting(row):
-                self.tables.add_tried(row["artifact"], row["refusal"])
+            if row["refusal"] is not None and name != "hash":
+                self._failed(row, is_guess=name == last)
+
+    def _failed(self, row: Row, is_guess: bool) -> None:
+        """Note that this run is not to try a row again; in the ledger stand only refusals that last."""
+        if not is_lasting(row):
+            self.tables.add_tried(row["artifact"], row["name"], row["refusal"])
+        elif self.retry:  # what was refused before is tried again, this was not
+            self.tables.add_tried(row["refusal_artifact"], row["name"], row["refusal"])
+        if is_guess and is_bug(row):
+            self.guessed_bugs.add(row["key"])
 
     def _hashed(self, row: Row) -> Row | None:
         """Put a video into the table, or reject it; return it if its shots are to be found."""
@@ -163,7 +173,7 @@ class Job:
 
     def _was_tried(self, unit: str, row: Row) -> bool:
         """Reject a row that this run has tried in vain; return False for any other."""
-        refusal = self.tables.tried(row["artifact"])
+        refusal = self.tables.tried(row["artifact"], row["name"])
         if refusal is not None:
             self._reject(unit, row | {"refusal": refusal})
             if unit == "video":
@@ -178,7 +188,7 @@ class Job:
             units.load(self.ledger, rows)
             for row in rows:
                 name = units.finished(self.ledger, row)
-                if self.retry and name == row["refusal_artifact"]:
+                if self.retry and name == row["refusal_artifact"] and not self.tables.tried(name, row["name"]):
                     reason = (self.ledger.get(name) or {})["refusal"]["reason"]
                     if reason in self.retry:
                         self.ledger.remove(name)
@@ -213,7 +223,8 @@ class Job:
             records, sizes = self.ledger.part(prefix)
             arrays = {"videos": self.tables.unit(prefix), "records": records.encode()}
             bodies = {name: np.frombuffer(data, np.uint8) for name, data in arrays.items()}
-            yield new_row(f"unit {prefix}", **bodies, sizes=sizes, retry=retry)
+            tried = self.tables.tried_in(prefix) if retry else []
+            yield new_row(f"unit {prefix}", **bodies, sizes=sizes, retry=retry, tried=tried)
 
     def _take(self, planned: Mapping[str, Any]) -> None:
         """Count what the plan of a unit says: what is done and what is rejected."""
@@ -258,7 +269,8 @@ class Job:
         return self.passes.run(name, stages, rows, self.config, keep, total)
 
     def _write_video(self, row: Row) -> None:
-        record = row["record"] or {"refusal": row["refusal"]}  # no record after an unexpected error
+        has_record = row["record"] and row["record"]["refusal"] == row["refusal"]  # none after an unexpected error
+        record = row["record"] if has_record else {"refusal": row["refusal"]}
         self._write(row, record, record)
 
     def _write_clip(self, row: Row) -> None:
@@ -279,6 +291,7 @@ class Job:
 
     def _reject(self, unit: str, row: Row) -> None:
         reject = reject_of(unit, row)
+        self.guessed_bugs.discard(row["key"])
         self._count(reject)
         self.rejects.add([reject])
 
@@ -290,6 +303,7 @@ class Job:
 
     def judge(self) -> None:
         """Commit the dataset, unless too many rows are bad."""
+        self.passes.forget_bugs(self.guessed_bugs)
         self.counts["samples"] = self.tables.count("staged")
         shares = {
             "videos": (self.counts["videos_bad"], self.counts["videos_in"]),

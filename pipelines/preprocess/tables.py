@@ -19,7 +19,7 @@ _TABLES = (
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
     "scored (key TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID",
     "superseded (name TEXT PRIMARY KEY) WITHOUT ROWID",
-    "tried (artifact TEXT PRIMARY KEY, refusal TEXT)",
+    "tried (artifact TEXT, name TEXT, refusal TEXT, PRIMARY KEY (artifact, name))",
 )
 
 
@@ -190,14 +190,24 @@ class Tables:
         """Yield what `add_superseded` got."""
         return (name for (name,) in self._scratch.execute("SELECT name FROM superseded ORDER BY name"))
 
-    def add_tried(self, artifact: str, refusal: Mapping[str, Any]) -> None:
-        """Note why a row failed that may not fail in the next run, so that this one does not try it again."""
-        self._scratch.execute("INSERT INTO tried VALUES (?, ?)", (artifact, json.dumps(refusal)))
+    def add_tried(self, artifact: str, name: str, refusal: Mapping[str, Any]) -> None:
+        """Note why a row failed, so that this run does not try it again; a copy under another name may not fail."""
+        self._scratch.execute("INSERT INTO tried VALUES (?, ?, ?)", (artifact, name, json.dumps(refusal)))
 
-    def tried(self, artifact: str) -> dict[str, Any] | None:
+    def tried(self, artifact: str, name: str) -> dict[str, Any] | None:
         """Return the refusal of `add_tried`, None where there is none."""
-        found = self._scratch.execute("SELECT refusal FROM tried WHERE artifact = ?", (artifact,)).fetchone()
+        query = "SELECT refusal FROM tried WHERE artifact = ? AND name = ?"
+        found = self._scratch.execute(query, (artifact, name)).fetchone()
         return None if found is None else json.loads(found[0])
+
+    def tried_in(self, prefix: str) -> list[str]:
+        """Return the artifacts of `add_tried` of the clips in a unit."""
+        query = "SELECT artifact FROM tried WHERE artifact BETWEEN ? AND ? ORDER BY artifact"
+        found: list[str] = []
+        for folder in ("clips", "scores"):
+            bounds = (f"{folder}/{prefix}", f"{folder}/{prefix}g")
+            found += [artifact for (artifact,) in self._scratch.execute(query, bounds)]
+        return found
 
     def count(self, table: str) -> int:
         """Return the number of rows of `staged`, `scored` or `tried`."""

@@ -36,10 +36,10 @@ def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
     Args:
         row: `videos`: bytes of `Tables.unit`; `records`, as bytes, and `sizes`: as for Known;
-            `retry`: reasons.
+            `retry`: reasons; `tried`: names of rejections that this run has made.
     """
     known = Known(config.output, row["records"].tobytes().decode(), row["sizes"])
-    unit = Unit(config, known, row["retry"])
+    unit = Unit(config, known, row["retry"], row["tried"])
     videos = json.loads(row["videos"].tobytes())
     own = [{**video, "source_group": group or video["sha256"], "stand_in": name or ""} for video, group, name in videos]
     todo = unit.plan(own)
@@ -58,11 +58,11 @@ class Unit:
 
     Args:
         known: what the ledger has of it.
-        retry: reasons; clips that were rejected with one of them are made again.
+        retry: reasons; clips that were rejected with one of them are made again, but for the names in `tried`.
     """
 
-    def __init__(self, config: PreprocessConfig, known: Known, retry: Sequence[str]):
-        self.config, self.known, self.retry = config, known, retry
+    def __init__(self, config: PreprocessConfig, known: Known, retry: Sequence[str], tried: Sequence[str] = ()):
+        self.config, self.known, self.retry, self.tried = config, known, retry, frozenset(tried)
         self.names = fingerprints.clip_names(config)
         self.everything = list(known)
         self.counts: Counter[str] = Counter()
@@ -154,7 +154,7 @@ class Unit:
         for row in rows:
             self.used |= {row["artifact"], row["refusal_artifact"], row["score_artifact"]}
             name = self._finished(row) if self.retry else ""
-            if name == row["refusal_artifact"]:
+            if name == row["refusal_artifact"] and name not in self.tried:
                 reason = (self.known.get(name) or {})["reason"]
                 if reason in self.retry:
                     self.known.remove(name)
@@ -221,7 +221,7 @@ def scored(row: Row, scores: dict[str, float]) -> dict[str, Any]:
     return {"key": row["key"], "name": row["name"], **frames, "scores": scores}
 
 
-PLAN = Stage("plan", plan_unit, reads=("videos", "records", "sizes", "retry"), writes=("planned", "todo"))
+PLAN = Stage("plan", plan_unit, reads=("videos", "records", "sizes", "retry", "tried"), writes=("planned", "todo"))
 FIRST_CLIPS = Stage(
     "first_clips",
     first_clips,

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections import deque
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Collection, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from typing import Any
 
@@ -36,6 +36,7 @@ class Passes:
     max_bugs: int
     worked: dict[str, int] = field(default_factory=dict)
     bugs: list[dict[str, Any]] = field(default_factory=list)
+    _with_bugs: set[tuple[str, str]] = field(default_factory=set)  # (pass, key)
 
     def run(
         self,
@@ -81,7 +82,7 @@ class Passes:
             self._expect(watched, tracks[0].name, total)
             for name, row in self.execute(tracks, rows, context, begun):
                 watched.count(name, row, row.get("video_s") or 0.0)
-                self._check(row)
+                self._check(name, row)
                 yield name, row
                 for later, _ in added:
                     self._expect(watched, later, 1)
@@ -92,10 +93,15 @@ class Passes:
         self.worked[name] += number
         watched.expect(name, number)
 
-    def _check(self, row: Row) -> None:
-        """Note a bug. Raises TooManyBugs."""
-        if not is_bug(row):
+    def forget_bugs(self, keys: Collection[str]) -> None:
+        """Forget the bugs of these rows, which turned out not to belong to the job."""
+        self.bugs[:] = [bug for bug in self.bugs if bug["key"] not in keys]
+
+    def _check(self, name: str, row: Row) -> None:
+        """Note a bug, once for a row of a pass. Raises TooManyBugs."""
+        if not is_bug(row) or (name, row["key"]) in self._with_bugs:
             return
+        self._with_bugs.add((name, row["key"]))
         self.bugs.append({"key": row["key"], **row["refusal"]})
         if len(self.bugs) > self.max_bugs:
             raise TooManyBugs(

@@ -161,7 +161,8 @@ class Progress:
     def _write_line(self, passes: Mapping[str, Pass]) -> None:
         if self.output is None:
             return
-        *others, last = (one.figures() for one in passes.values())
+        shown = [one for one in passes.values() if one.total] or list(passes.values())
+        *others, last = (one.figures() for one in shown)
         line = {
             "time": time.strftime("%Y-%m-%dT%H:%M:%SZ", time.gmtime()),
             **last,

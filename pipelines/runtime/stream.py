@@ -185,7 +185,9 @@ class Stream:
 
         options = self.tasks[batch.step]
         if node and batch.node == node:
-            options = options | {"scheduling_strategy": NodeAffinitySchedulingStrategy(node, soft=True)}
+            # Beside actors it must not wait for a CPU that one of them has taken meanwhile and never gives back.
+            place = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=bool(self.pools))
+            options = options | {"scheduling_strategy": place}
         return self.call.options(**options).remote(self.steps[batch.step].work, batch.payload or batch.rows)
 
     def _fly(self, batch: Batch, references: Any) -> None:
@@ -239,8 +241,11 @@ class Stream:
         """
         steps = [number for number in self.tasks if self._has_input(number)]
         for number, pool in self.pools.items():  # a GPU must never wait for what feeds it
-            feeding = [step for step in steps if step < number]
-            if feeding and len(self.waiting[number]) + sum(self.counts[step] for step in range(number)) < pool.hunger:
+            first = self.steps[number].first
+            own = [step for step in steps if first <= step < number]
+            feeding = own or [step for step in steps if step < number]
+            coming = sum(self.counts[step] for step in range(first if own else 0, number))
+            if feeding and len(self.waiting[number]) + coming < pool.hunger:
                 steps = feeding
                 break
         near = [number for number in steps if not node or self._is_near(number, node)]
@@ -257,16 +262,16 @@ class Stream:
             return False
         if self.waiting[number]:
             return True
-        if number or self.exhausted or self._num_ahead() > AHEAD * self._num_slots():
+        if number or self.exhausted:
             return False
         self._read_source()
         return bool(self.waiting[0])
 
-    def _num_ahead(self) -> int:
-        """Return how many batches wait for the first chain of a later track."""
-        return sum(len(self.waiting[first]) for first in {step.first for step in self.steps} - {0})
-
     def _has_room(self, first: int) -> bool:
+        """Return False while too much of what this track gives waits: rows of later tracks, or between its chains."""
+        later = {step.first for step in self.steps if step.first > first}
+        if sum(len(self.waiting[number]) for number in later) > AHEAD * self._num_slots():
+            return False
         if self.steps[first].last == first:
             return True
         ahead = self.between_bytes + self.counts[first] * self.largest_bytes

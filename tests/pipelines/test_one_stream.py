@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import hashlib
 import logging
 import shutil
 from collections import Counter
@@ -175,22 +176,80 @@ def test_what_fails_for_now_is_tried_once_in_a_run_and_again_in_the_next(config,
     assert (again.worked["split"], again.worked["clip"], again.counts["samples"]) == (int(lost == 1), 3, 12)
 
 
-def test_a_bug_is_counted_once(config, monkeypatch):
-    """As a worker has it: the row is rejected with its traceback; max_bugs allows it once and not twice."""
+def failing(ending: str, error: Exception, stage, tries: list[str]) -> Stages:
+    """Return stages, one of which fails for the videos whose path ends so."""
 
-    def broken(row, context):
-        if row["path"].endswith("0.mp4"):
-            raise ZeroDivisionError("division by zero")
-        return shots.shots(row, context)
+    def function(row, context):
+        tries.append(row["path"][-len(ending) :])
+        if row["path"].endswith(ending):
+            raise error
+        return stage.function(row, context)
 
+    def changed(stages):
+        return tuple(replace(one, function=function) if one is stage else one for one in stages)
+
+    usual = Stages()
+    return replace(usual, find_shots=changed(usual.find_shots), clip=changed(usual.clip), score=changed(usual.score))
+
+
+@pytest.fixture
+def bugs_reject(monkeypatch):
+    """As a worker has it: a bug rejects its row."""
     chain = runner.Chain
     monkeypatch.setattr(runner, "Chain", lambda stages, keep, propagate: chain(stages, keep, False))
-    usual = Stages()
-    found = tuple(replace(one, function=broken) if one is shots.STAGE else one for one in usual.find_shots)
-    result = inline(replace(config, max_bad_fraction=0.5, max_bugs=1), stages=replace(usual, find_shots=found))
+
+
+@pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
+def test_a_bug_is_counted_once(config, bugs_reject, stage):
+    lost, tries = {"shots": 1, "decode": 3}[stage.name], []
+    stages = failing("0.mp4", ZeroDivisionError("division by zero"), stage, tries)
+    result = inline(replace(config, max_bad_fraction=0.5, max_bugs=lost), stages=stages)
     assert result.committed
-    assert [row["reason"] for row in result.rejects] == ["bug:ZeroDivisionError"]
+    assert [row["reason"] for row in result.rejects] == ["bug:ZeroDivisionError"] * lost
+    assert tries.count("0.mp4") == lost
     assert result.exit_code == 1  # bugs fail a run, after its commit
+
+
+@pytest.mark.parametrize(("near", "bugs"), [("group", 3), ("filter", 0), ("off", 3)])
+def test_a_bug_counts_once_where_another_video_decides(corpus, tmp_path, bugs_reject, near, bugs):
+    """A near duplicate, here the same file with an empty box at its end, changes the names of clips, or drops them."""
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    video = next(folder.glob("*0.mp4"))
+    for path in corpus.glob(f"{video.stem}.*"):
+        shutil.copy(path, folder / f"zz{path.name[path.name.index('.') :]}")
+    with open(folder / "zz.mp4", "ab") as file:
+        file.write((8).to_bytes(4, "big") + b"free")
+    names = sorted([video, folder / "zz.mp4"], key=lambda path: hashlib.sha256(path.read_bytes()).hexdigest())
+    stages = failing(names[-1].name, ZeroDivisionError("x"), decode.STAGE, [])
+    result = inline(choices(folder, tmp_path / "out", near_duplicates=near, max_bad_fraction=1.0), stages=stages)
+    assert sum("bug" in row["reason"] for row in result.rejects) == bugs
+    assert [problem.split()[0] for problem in result.problems] == ["3"] * bool(bugs)
+    assert result.exit_code == int(bool(bugs))
+
+
+@pytest.mark.parametrize("score_only", [False, True])
+@pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
+def test_a_copy_that_cannot_be_read_does_not_cost_the_video(corpus, tmp_path, backwards, stage, score_only):
+    folder = tmp_path / "in"
+    shutil.copytree(corpus, folder)
+    for path in corpus.glob("*0.*"):
+        shutil.copy(path, folder / f"zz{path.name[path.name.index('.') :]}")
+    stages = failing("zz.mp4", BadSample("unreadable", "gone"), stage, [])
+    result = inline(choices(folder, tmp_path / "out", score_only=score_only, max_bad_fraction=1.0), stages=stages)
+    assert [row["reason"] for row in result.rejects] == ["duplicate"]
+    assert (result.scored if score_only else result.counts["samples"]) == 12
+
+
+@pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
+def test_what_is_rejected_in_this_run_is_not_retried_in_it(config, stage):
+    lost, tries = {"shots": 1, "decode": 3}[stage.name], []
+    stages = failing("0.mp4", BadSample("decode_error", "broken"), stage, tries)
+    chosen = replace(config, max_bad_fraction=1.0)
+    first = inline(chosen, stages=stages, retry=["decode_error"])
+    assert (tries.count("0.mp4"), first.retried) == (lost, {})
+    again = inline(chosen, stages=stages, retry=["decode_error"])
+    assert (tries.count("0.mp4"), len(again.retried)) == (2 * lost, lost)
 
 
 def test_identify_is_the_first_thing_that_reads_a_video(config):
