@@ -176,17 +176,20 @@ class Preprocess:
         """Return the step to begin now: a GPU must never wait for what feeds it; else the latest."""
         able = [step for step in range(len(self.kinds)) if self._has_input(step) and self._has_slot(self.kinds[step])]
         for gpu in (step for step, kind in enumerate(self.kinds) if kind == "gpu"):
-            feeding = [step for step in able if step < gpu]
+            first = self.first[self.track[gpu]]
+            own = [step for step in able if first <= step < gpu]
+            feeding = own or [step for step in able if step < gpu]
             hunger = 2 * self.cluster.gpus * self.cluster.nodes
-            if feeding and len(self.waiting[gpu]) + sum(self.flying[step] for step in range(gpu)) < hunger:
+            coming = sum(self.flying[step] for step in range(first if own else 0, gpu))
+            if feeding and len(self.waiting[gpu]) + coming < hunger:
                 return max(feeding)
         return max(able, default=None)
 
     def _has_input(self, step: int) -> bool:
-        if self.waiting[step]:
-            return True
-        ahead = sum(len(self.waiting[first]) for first in self.first[1:])
-        return step == 0 and bool(self.source) and ahead <= AHEAD * self.cluster.nodes * self.cluster.cpus
+        ahead = sum(len(self.waiting[first]) for first in self.first if first > step)
+        if step in self.first and ahead > AHEAD * self.cluster.nodes * self.cluster.cpus:
+            return False
+        return bool(self.waiting[step] or (step == 0 and self.source))
 
     def _has_slot(self, kind: str) -> bool:
         slots = self.free[kind]

@@ -10,12 +10,12 @@ import numpy as np
 import pytest
 
 sys.path.insert(0, str(Path(__file__).resolve().parents[2] / "benchmarks" / "scale"))
-from simulate import Cluster, Outcome, Overhead, Pass, Preprocess, Step
+from simulate import Cluster, Outcome, Overhead, Pass, Preprocess, Row, Step
 from simulate_training import Training, train
 
 
 def rows(seconds, mb=0.0):
-    return [(Step("cpu", one, mb),) for one in seconds]
+    return [Row((Step("cpu", one, mb),)) for one in seconds]
 
 
 def run(passes, seed=0, overhead=None, **cluster) -> Outcome:
@@ -24,7 +24,7 @@ def run(passes, seed=0, overhead=None, **cluster) -> Outcome:
 
 def test_one_worker_takes_the_sum_of_all_costs():
     overhead = Overhead(start_s=5.0, driver_s=0.25, row_s=0.5)
-    passes = [Pass(rows([2.0, 3.0, 4.0]), warm_s=1.0, plan_s=7.0), Pass(rows([10.0]), warm_s=2.0)]
+    passes = [Pass(rows([2.0, 3.0, 4.0]), (1.0,), plan_s=7.0), Pass(rows([10.0]), (2.0,))]
     assert run(passes, overhead=overhead).wall_s == 5 + 7 + (1 + 9 + 3 * 0.75) + (2 + 10 + 0.75)
 
 
@@ -40,8 +40,17 @@ def test_short_rows_travel_together_as_in_the_stream():
     overhead = Overhead(driver_s=0.0, row_s=0.0)
     simulated = Preprocess(Cluster(), overhead)
     simulated.run([Pass(rows([0.01] * 1000))])
-    assert simulated.rows_per_task == 64, "1, 2, 4 … 64"
+    assert simulated.rows_per_task[0] == 64, "1, 2, 4 … 64"
     assert simulated.outcome.wall_s == pytest.approx(10.0)
+
+
+def test_what_a_row_gives_comes_before_the_next_row_and_warms_a_worker_for_itself():
+    video = Row((Step("cpu", 1.0),), rows([2.0, 4.0]))
+    overhead = Overhead(driver_row_s=0.5)
+    assert run([Pass([video] * 3, (0.0, 0.0))]).wall_s == 3 * 7.0
+    assert run([Pass([video] * 3, (10.0, 20.0))]).wall_s == 3 * 7.0 + 10.0 + 20.0
+    assert run([Pass([video] * 3, (0.0, 0.0))], overhead=overhead).wall_s == 3 * 7.0 + 9 * 0.5
+    assert run([Pass([video] * 8, (0.0, 0.0))], nodes=2).wall_s == pytest.approx(8 * 7.0 / 2, abs=2.0)
 
 
 def test_the_scarcest_of_store_link_and_driver_decides():
@@ -54,7 +63,7 @@ def test_the_scarcest_of_store_link_and_driver_decides():
 
 
 def test_a_gpu_that_is_the_bottleneck_is_never_idle():
-    chain = [(Step("cpu", 1.0), Step("gpu", 2.0), Step("cpu", 1.0))] * 20
+    chain = [Row((Step("cpu", 1.0), Step("gpu", 2.0), Step("cpu", 1.0)))] * 20
     assert run([Pass(chain)], cpus=4, gpus=1).wall_s == 1.0 + 20 * 2.0 + 1.0
     assert run([Pass(chain)], cpus=1, gpus=4).wall_s == pytest.approx(40.0, abs=4.0)
 
