@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 TASK_S = 1.0  # a task gets as many rows as take about so long, so that Ray's milliseconds for it do not show
 MAX_ROWS_PER_TASK = 64
-AHEAD = 8  # rows of later tracks that wait, over tasks that can run at once, before no more of the first are begun
+AHEAD = 8  # rows of later tracks that wait, over tasks that can run at once, before no earlier ones are begun
 SPARE_TASKS = 2  # submitted beyond what the CPUs can run at once, so that none waits for the driver
 STORE_SHARE = 0.5  # of Ray's object store, which rows between two chains may take
 NUM_LOST = 20  # times that a row is begun again for reasons that are not its own
@@ -83,7 +83,7 @@ class Stream:
     """Keeps the CPUs and GPUs of a cluster busy with the chains of some tracks, the later ones first.
 
     Args:
-        tracks: rows of the first are read when no row of a later one waits.
+        tracks: rows of the first are read when no row of a later one waits, or none whose files are on the free node.
         context: what stages get.
         attempts: says when a row whose processes die is given up; None: never.
         max_actors: of each chain that needs a GPU; None: what the cluster's GPUs hold.

@@ -151,31 +151,6 @@ def test_what_other_videos_decide_is_the_same_in_any_order(corpus, tmp_path, req
     assert inline(other).worked == {"hash": 5, "split": 0, "clip": 0}
 
 
-@pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
-def test_what_fails_for_now_is_tried_once_in_a_run_and_again_in_the_next(config, stage):
-    """A store that does not answer: the row is rejected, nothing of it is kept, and the next run has it."""
-    tries = []
-
-    def failing(row, context):
-        tries.append(row["path"])
-        if row["path"].endswith("0.mp4"):
-            raise BadSample("unreadable", "the store does not answer")
-        return stage.function(row, context)
-
-    def changed(stages):
-        return tuple(replace(one, function=failing) if one is stage else one for one in stages)
-
-    usual = Stages()
-    stages = replace(usual, find_shots=changed(usual.find_shots), clip=changed(usual.clip))
-    result = inline(replace(config, max_bad_fraction=0.5), stages=stages)
-    lost = {"shots": 1, "decode": 3}[stage.name]
-    assert sum(path.endswith("0.mp4") for path in tries) == lost
-    assert [row["reason"] for row in result.rejects] == ["unreadable"] * lost
-    assert result.counts["samples"] == 9
-    again = inline(config)
-    assert (again.worked["split"], again.worked["clip"], again.counts["samples"]) == (int(lost == 1), 3, 12)
-
-
 def failing(ending: str, error: Exception, stage, tries: list[str]) -> Stages:
     """Return stages, one of which fails for the videos whose path ends so."""
 
@@ -190,6 +165,19 @@ def failing(ending: str, error: Exception, stage, tries: list[str]) -> Stages:
 
     usual = Stages()
     return replace(usual, find_shots=changed(usual.find_shots), clip=changed(usual.clip), score=changed(usual.score))
+
+
+@pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
+def test_what_fails_for_now_is_tried_once_in_a_run_and_again_in_the_next(config, stage):
+    """A store that does not answer: the row is rejected, nothing of it is kept, and the next run has it."""
+    lost, tries = {"shots": 1, "decode": 3}[stage.name], []
+    stages = failing("0.mp4", BadSample("unreadable", "the store does not answer"), stage, tries)
+    result = inline(replace(config, max_bad_fraction=0.5), stages=stages)
+    assert tries.count("0.mp4") == lost
+    assert [row["reason"] for row in result.rejects] == ["unreadable"] * lost
+    assert result.counts["samples"] == 9
+    again = inline(config)
+    assert (again.worked["split"], again.worked["clip"], again.counts["samples"]) == (int(lost == 1), 3, 12)
 
 
 @pytest.fixture
@@ -252,8 +240,8 @@ def test_what_is_rejected_in_this_run_is_not_retried_in_it(config, stage):
     assert (tries.count("0.mp4"), len(again.retried)) == (2 * lost, lost)
 
 
-def test_identify_is_the_first_thing_that_reads_a_video(config):
-    """What is new is decided on the driver: two names of one content are looked at once."""
+def test_in_one_process_the_clips_of_a_video_come_before_the_next_video(config):
+    """Three videos have their clips when the last one is hashed."""
     order = []
 
     def noting(stage):
