@@ -15,7 +15,7 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own room, and the rooms that are named for it.
 FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video", "web", "metrics"}
-FLOOR |= {"threads"}
+FLOOR |= {"npy", "threads"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
     "errors": {"redact"},
@@ -28,6 +28,7 @@ MAY_IMPORT = {
     "text": set(),
     "web": set(),
     "metrics": {"errors"},
+    "npy": set(),
     "threads": set(),
     "video": {"errors", "config", "storage", "text"},
     "geometry": FLOOR,

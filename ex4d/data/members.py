@@ -8,11 +8,11 @@ import math
 import zipfile
 import zlib
 from collections.abc import Mapping
-from typing import IO, Any
+from typing import Any
 
 import numpy as np
 
-from ex4d import video
+from ex4d import npy, video
 from ex4d.errors import BadSample, ContractError
 
 _UNREADABLE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
@@ -106,7 +106,7 @@ def decode_masks(
             if sorted(archive.namelist()) != sorted(f"{name}.npy" for name in _NAMES):
                 raise ValueError(f"arrays {archive.namelist()[:9]}, wanted {_NAMES}")
             with archive.open("kind.npy") as member:
-                shape, _ = npy_header(member)
+                shape = npy.header(member).shape
             count = shape[0] if len(shape) == 1 else 0
             if not 1 <= count <= MAX_MASKS or num_masks not in (None, count):
                 raise ValueError(f"kind has the shape {shape}; wanted {num_masks or f'1 to {MAX_MASKS}'} masks")
@@ -122,28 +122,15 @@ def decode_masks(
     return packed, kind, share
 
 
-def npy_header(file: IO[bytes]) -> tuple[tuple[int, ...], np.dtype]:
-    """Return (shape, type) of an npy stream, which then stands at its numbers. Raises ValueError where it is none.
-
-    Only version 1.0, whose header has 64 kB at most: a later one may announce gigabytes, and numpy reads them.
-    """
-    if np.lib.format.read_magic(file) != (1, 0):
-        raise ValueError("an npy of another version than 1.0")
-    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    if (by_columns and len(shape) > 1) or dtype.hasobject:
-        raise ValueError(f"an array in columns, or of objects ({dtype})")
-    return shape, dtype
-
-
 def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[int, ...]) -> np.ndarray:
     with archive.open(f"{name}.npy") as member:
-        if npy_header(member) != (shape, dtype):
-            raise ValueError(f"{name} is not {dtype} {[*shape]}")
-        num_bytes = math.prod(shape) * dtype.itemsize
-        data = member.read(num_bytes)
-        if len(data) != num_bytes or member.read(1):
-            raise ValueError(f"{name} has more or fewer bytes than its shape says")
-    return np.frombuffer(data, dtype).reshape(shape)
+        header = npy.header(member)
+        if (header.shape, header.dtype) != (shape, dtype) or (header.by_columns and len(shape) > 1):
+            raise ValueError(f"{name} is {header}{' in columns' * header.by_columns}, not {dtype} {[*shape]}")
+        array = npy.numbers(member, header)
+        if member.read(1):
+            raise ValueError(f"{name} has more bytes than its shape says")
+    return array
 
 
 def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:

@@ -16,6 +16,7 @@ from typing import IO, Any
 
 import numpy as np
 
+from ex4d import npy
 from ex4d.depth import layouts, pictures
 from ex4d.errors import BadSample
 
@@ -155,26 +156,11 @@ def _layout_of(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dic
     small = {}
     for known in sorted(there & {"kind", "fps", layout.K, layout.poses}):
         with archive.open(f"{known}.npy") as member:
-            shape, _, dtype = _header(member)
-            if math.prod(shape) * dtype.itemsize > MAX_SMALL_BYTES:
-                raise ValueError(f"{known} is {dtype} {list(shape)}, too large")
-        with archive.open(f"{known}.npy") as member:
-            small[known] = np.lib.format.read_array(member, allow_pickle=False)
+            header = npy.header(member)
+            if header.num_bytes > MAX_SMALL_BYTES:
+                raise ValueError(f"{known} is {header}, too large")
+            small[known] = npy.numbers(member, header)
     return layout, small
-
-
-def _header(file: IO[bytes]) -> tuple[tuple[int, ...], bool, np.dtype]:
-    """Return (shape, whether in columns, type) of an npy stream. Raises ValueError where it is none of numbers."""
-    try:
-        version = np.lib.format.read_magic(file)
-    except ValueError:
-        raise ValueError("is no npy or npz file; fetch the real one where it is a Git LFS pointer or a page") from None
-    if version != (1, 0):  # a later version may announce a header of gigabytes, and numpy reads it
-        raise ValueError(f"npy of version {version}")
-    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    if dtype.hasobject:
-        raise ValueError("holds objects, which need allow_pickle")
-    return shape, by_columns, dtype
 
 
 def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
@@ -185,21 +171,19 @@ def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]
         ValueError: it is no npy of plain numbers, or is cut short. BadSample: as `choose`.
     """
     file.seek(0)
-    shape, by_columns, dtype = _header(file)
+    header = npy.header(file)
+    shape, dtype = header.shape, header.dtype
     start, frame_bytes = file.tell(), math.prod(shape[1:]) * dtype.itemsize
     if not shape or start + shape[0] * frame_bytes > num_bytes:
-        raise ValueError(f"{dtype} {list(shape)}, or cut short, where [N, H, W] is needed")
+        raise ValueError(f"{header}, or cut short, where [N, H, W] is needed")
     if 0 in shape or dtype.kind not in "fiu":
-        raise ValueError(f"{dtype} {list(shape)} is empty, or holds no numbers")
-    if max(shape[1:], default=0) > MAX_SIDE_PX or (by_columns and num_bytes > MAX_WHOLE_BYTES):
-        raise ValueError(
-            f"{dtype} {list(shape)}: {MAX_SIDE_PX} px a side are the most, and in columns {MAX_WHOLE_BYTES} bytes"
-        )
+        raise ValueError(f"{header} is empty, or holds no numbers")
+    if max(shape[1:], default=0) > MAX_SIDE_PX or (header.by_columns and num_bytes > MAX_WHOLE_BYTES):
+        raise ValueError(f"{header}: {MAX_SIDE_PX} px a side are the most, and in columns {MAX_WHOLE_BYTES} bytes")
     index = choose(shape[0])
     pictures.check_pixels(len(index) * math.prod(shape[1:]))
-    if by_columns:
-        file.seek(0)
-        return np.lib.format.read_array(file, allow_pickle=False)[index]
+    if header.by_columns:
+        return npy.numbers(file, header)[index]
     values = np.empty((len(index), *shape[1:]), dtype)
     for number in np.unique(index):
         target = start + int(number) * frame_bytes

@@ -12,14 +12,13 @@
 from __future__ import annotations
 
 import io
-import math
 import zipfile
 from pathlib import Path
 from typing import IO
 
 import numpy as np
 
-from ex4d import storage
+from ex4d import npy, storage
 from ex4d.errors import ConfigError
 from ex4d.geometry.pose_file import MAX_BYTES, OPENGL, PoseFile, check_poses, looks_like, squared, world_to_camera
 from ex4d.geometry.pose_tables import read_matrices
@@ -77,16 +76,10 @@ def arrays_of(path: str | Path) -> dict[str, np.ndarray]:
 
 def _array(file: IO[bytes]) -> np.ndarray:
     """Return the array of an npy stream whose header is checked first."""
-    if np.lib.format.read_magic(file) != (1, 0):  # numpy reads the header of a later version whatever its length
-        raise ValueError("it is no npy of version 1.0")
-    shape, by_columns, dtype = np.lib.format.read_array_header_1_0(file)
-    num_bytes = math.prod(shape) * dtype.itemsize
-    if dtype.hasobject or num_bytes > MAX_BYTES:
-        raise ValueError(f"it holds {dtype} {list(shape)}: pickled objects, or more than {MAX_BYTES} bytes")
-    data = file.read(num_bytes)
-    if len(data) < num_bytes:
-        raise ValueError(f"it is cut short: {dtype} {list(shape)} needs {num_bytes} bytes")
-    return np.frombuffer(data, dtype).reshape(shape, order="F" if by_columns else "C")
+    header = npy.header(file)
+    if header.num_bytes > MAX_BYTES:
+        raise ValueError(f"it holds {header}: more than {MAX_BYTES} bytes")
+    return npy.numbers(file, header)
 
 
 def read_llff(path: str | Path) -> PoseFile:

@@ -20,6 +20,7 @@ from typing import Any
 
 import numpy as np
 
+from ex4d import npy
 from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
 
 logger = logging.getLogger(__name__)
@@ -250,6 +251,5 @@ def unpack_row(packed: Mapping[str, Any]) -> Row:
     """Return the row of `pack_row`."""
     row = json.loads(packed["json"])
     if packed["arrays"]:
-        with np.load(io.BytesIO(packed["arrays"]), allow_pickle=False) as arrays:
-            row.update({name: arrays[name] for name in arrays.files})
+        row.update(npy.archive(packed["arrays"]))
     return row

@@ -1,0 +1,93 @@
+"""Read npy and npz that may come from anywhere, from many threads at once.
+
+NumPy's own reader hands the header to Python's parser, which in Python 3.11 fails now and then ("AST constructor
+recursion depth mismatch") while another thread parses. It also reads headers of gigabytes, and pickles on request.
+Here a header is version 1.0 (64 kB at most), of plain numbers or text, and matched by a pattern.
+"""
+
+from __future__ import annotations
+
+import io
+import math
+import re
+import zipfile
+from dataclasses import dataclass
+from typing import IO
+
+import numpy as np
+
+MAGIC = b"\x93NUMPY"
+_TYPE = re.compile(r"""["']descr["']\s*:\s*["']([<>|=]?[a-zA-Z]\d*)["']\s*(?=[,}])""", re.ASCII)
+_ORDER = re.compile(r"""["']fortran_order["']\s*:\s*(True|False)\s*(?=[,}])""", re.ASCII)
+_SHAPE = re.compile(r"""["']shape["']\s*:\s*\(((?:\s*\d{1,18}L?\s*,)*(?:\s*\d{1,18}L?)?)\s*\)\s*(?=[,}])""", re.ASCII)
+
+
+@dataclass(frozen=True)
+class Header:
+    """What an npy says of its array.
+
+    Args:
+        by_columns: the numbers lie in Fortran's order.
+    """
+
+    shape: tuple[int, ...]
+    dtype: np.dtype
+    by_columns: bool
+
+    @property
+    def num_bytes(self) -> int:
+        return math.prod(self.shape) * self.dtype.itemsize
+
+    def __str__(self) -> str:
+        return f"{self.dtype} {[*self.shape]}"
+
+
+def header(file: IO[bytes]) -> Header:
+    """Read the header of an npy stream, which then stands at its numbers.
+
+    Raises:
+        ValueError: it is no npy of version 1.0, or holds other values than numbers, booleans, times or text; "objects"
+            and "allow_pickle" are in the message where they are pickled.
+    """
+    start = file.read(10)
+    if start[:6] != MAGIC or len(start) < 10:
+        raise ValueError("is no npy or npz file; fetch the real one where it is a Git LFS pointer or a page")
+    if start[6:8] != b"\x01\x00":  # a later version may announce a header of gigabytes
+        raise ValueError(f"npy of version {start[6]}.{start[7]}, not 1.0")
+    length = int.from_bytes(start[8:], "little")
+    text = file.read(length).decode("latin-1")
+    found = [pattern.findall(text) for pattern in (_TYPE, _ORDER, _SHAPE)]
+    if len(text) < length or [len(values) for values in found] != [1, 1, 1]:
+        raise ValueError(f"npy with the header {text[:80]!r}, which is not one array of numbers")
+    (descr,), (order,), (shape,) = found
+    try:
+        dtype = np.dtype(descr)
+    except TypeError as error:
+        raise ValueError(f"npy of the type {descr!r}: {error}") from None
+    if dtype.hasobject:
+        raise ValueError("holds objects, which need allow_pickle")
+    return Header(tuple(int(side.strip(" L")) for side in shape.split(",") if side.strip()), dtype, order == "True")
+
+
+def numbers(file: IO[bytes], of: Header) -> np.ndarray:
+    """Read the array whose header has just been read; it is not writable.
+
+    Raises:
+        ValueError: the file has fewer bytes than the header says.
+    """
+    data = file.read(of.num_bytes)
+    if len(data) < of.num_bytes:
+        raise ValueError(f"is cut short: {of} needs {of.num_bytes} bytes, {len(data)} are there")
+    if not of.dtype.itemsize:  # empty text: no bytes say how many there are
+        return np.zeros(of.shape, of.dtype)
+    return np.frombuffer(data, of.dtype).reshape(of.shape, order="F" if of.by_columns else "C")
+
+
+def archive(data: bytes) -> dict[str, np.ndarray]:
+    """Return the arrays of an npz that this project wrote, by name. Raises ValueError where it holds others."""
+    with zipfile.ZipFile(io.BytesIO(data)) as members:
+        arrays = {}
+        for name in members.namelist():
+            with members.open(name) as member:
+                arrays[name.removesuffix(".npy")] = numbers(member, header(member)).copy()
+    return arrays
