@@ -103,7 +103,8 @@ class Isolated:
         raise _error_of(value)
 
     def _call(self, message: Message) -> tuple[bool, Any]:
-        if self._child is not None and (self._child.num_calls >= self.limits.max_calls or not self._child.alive()):
+        child = self._child
+        if child is not None and (child.spent or child.num_calls >= self.limits.max_calls or not child.alive()):
             self.close()
         if self._child is None:
             self._child = Child(self.limits, self.table)

@@ -45,10 +45,11 @@ def serve(sock: socket.socket, table: str) -> None:
             if isinstance(value, io.BufferedReader):
                 value.close()
         signal.setitimer(signal.ITIMER_REAL, 0)
+        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            send(sock, answer)
+            send(sock, [*answer, peak_kb])
         except TypeError as error:  # nothing was sent yet
-            send(sock, [False, _facts(error)])
+            send(sock, [False, _facts(error), peak_kb])
 
 
 def _answer(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

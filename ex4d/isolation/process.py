@@ -59,6 +59,7 @@ class Child:
 
     def __init__(self, limits: Limits, table: str):
         self.memory_bytes, self.num_calls, self.busy = limits.memory_bytes, 0, False
+        self.spent = False  # it came near its limit once, so that its peak says nothing of a later call
         # A child's peak memory starts at its parent's, since it is the parent until it becomes another program.
         self.inherited_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         ours, theirs = socket.socketpair()
@@ -104,7 +105,7 @@ class Child:
         deadline = time.monotonic() + limits.wall_s
         try:
             transmit(self.socket, packed, deadline)
-            succeeded, value = receive(self.socket, deadline, self.memory_bytes)
+            succeeded, value, peak_kb = _checked(receive(self.socket, deadline, self.memory_bytes))
         except TimeoutError:
             raise BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s") from None
         except ProtocolError as error:
@@ -112,6 +113,7 @@ class Child:
         except (EOFError, ConnectionError):
             raise self._post_mortem(function, limits) from None
         self.busy = False
+        self.spent = self._near_limit(peak_kb * 1024) or (not succeeded and value["type"] == "MemoryError")
         if not succeeded and value["type"] == "MemoryError":
             raise BadSample("decode_memory", f"{function} needs more than {self._memory()}")
         return succeeded, value
@@ -133,8 +135,7 @@ class Child:
         if code == -signal.SIGALRM:
             return BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s")
         tail, peak_bytes = self.stderr.text(), usage.ru_maxrss * 1024
-        its_own = peak_bytes > 1.01 * self.inherited_bytes
-        if (its_own and peak_bytes > 0.8 * self.memory_bytes) or "bad_alloc" in tail:
+        if self._near_limit(peak_bytes) or "bad_alloc" in tail:
             return BadSample("decode_memory", f"{function} needs more than {self._memory()}")
         if code == -signal.SIGKILL:
             return KilledFromOutside("decode_memory", f"{function} was killed twice by the system")
@@ -143,6 +144,10 @@ class Child:
         crash = BadSample("decode_crash", f"{function} died of {how}")
         crash.add_note(f"in the isolated process: {tail}")
         return crash
+
+    def _near_limit(self, peak_bytes: int) -> bool:
+        """Return True where a peak of memory is the child's own and near its limit."""
+        return peak_bytes > 1.01 * self.inherited_bytes and peak_bytes > 0.8 * self.memory_bytes
 
     def _memory(self) -> str:
         return f"{self.memory_bytes / 2**30:.2f} GiB"
@@ -154,6 +159,16 @@ class Child:
             self.process.wait()
         self.socket.close()
         self.stderr.close()
+
+
+def _checked(answer: Any) -> tuple[bool, Any, int]:
+    """Return an answer: (True, result) or (False, facts), and the child's peak memory, kB. Raises ProtocolError."""
+    if not isinstance(answer, list) or list(map(type, answer[::2])) != [bool, int] or len(answer) != 3:
+        raise ProtocolError("is no answer to a call")
+    succeeded, value, peak_kb = answer
+    if not succeeded and not (isinstance(value, dict) and {"type", "message", "values", "trace"} <= value.keys()):
+        raise ProtocolError("says of no exception what it was")
+    return succeeded, value, peak_kb
 
 
 class _Tail:

@@ -152,6 +152,11 @@ def abort() -> None:
     os.abort()
 
 
+def hold(num_bytes: int) -> int:
+    """Fill so much memory and give it back."""
+    return len(bytearray(os.urandom(1)) * num_bytes)
+
+
 def contents(file: IO[bytes]) -> bytes:
     return file.read()
 
@@ -166,5 +171,5 @@ def foreign_class() -> object:
 
 FUNCTIONS = {
     f.__name__: f"{__name__}:{f.__name__}"
-    for f in (everything, milder, facts, other_numbers, abort, contents, foreign_class, read)
+    for f in (everything, milder, facts, other_numbers, abort, hold, contents, foreign_class, read)
 }
