@@ -25,6 +25,7 @@ logger = logging.getLogger(__name__)
 FILE = "progress.jsonl"
 _LINE_EVERY_S = 10.0
 _LOG_EVERY_S = 30.0
+_DRAW_EVERY_S = 0.1  # a row takes the driver less than drawing it does
 
 
 @dataclass
@@ -133,8 +134,9 @@ class Progress:
         with ExitStack() as closing:
             on_screen = sys.stderr.isatty()
             draw = closing.enter_context(_bars(current, tracks, self.tallies)) if on_screen else _log_of(current)
-            watched = Watched(self, current, draw, _every(_LINE_EVERY_S, lambda: self._write_line(current)))
-            yield watched
+            sometimes = _every(_DRAW_EVERY_S, draw) if on_screen else draw
+            yield Watched(self, current, sometimes, _every(_LINE_EVERY_S, lambda: self._write_line(current)))
+            draw()
         if any(one.total for one in current.values()):
             self._write_line(current)
 
