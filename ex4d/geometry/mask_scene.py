@@ -7,12 +7,11 @@ from dataclasses import dataclass, replace
 
 import numpy as np
 
-from ex4d.geometry import camera_path, tracks, trajectory
+from ex4d.geometry import camera_path, tracks, trajectory, visibility
 from ex4d.geometry.camera import Camera, relative_to
 from ex4d.geometry.mesh import DWMesh, build
 from ex4d.geometry.profiles import profile_of
 from ex4d.geometry.render import cpu, persistent
-from ex4d.geometry.visibility import novel_view, visibility
 
 
 @dataclass(frozen=True)
@@ -35,12 +34,15 @@ class SourceMotion:
 
 STANDS = SourceMotion()
 SMALL_PX = 64  # the holes of a path are searched on pictures of about this size
+# Shadow maps are drawn at about this size. Twelve views of three clips of 512² against ray casting: at half the size
+# IoU 0.972, at full size 0.971, where drawing takes four times as long.
+SHADOW_PX = 256
 
 
 class Scene:
     """A clip: frames uint8 [T, H, W, 3], z_depth float32 [T, H, W], K float64 [3, 3], and the radius of its orbits.
 
-    valid: bool [T, H, W], True where depth is known; None: everywhere.
+    valid: bool [T, H, W], True where depth is known; None: everywhere. step: side of its pixels in those of the clip.
     """
 
     def __init__(
@@ -50,12 +52,14 @@ class Scene:
         K: np.ndarray,
         valid: np.ndarray | None = None,
         source: SourceMotion = STANDS,
+        step: int = 1,
     ):
-        self.valid, self.source = valid, source
+        self.valid, self.source, self.step = valid, source, step
         self.frames, self.z_depth, self.K = frames, np.ascontiguousarray(z_depth, np.float32), np.asarray(K, np.float64)
         self.radius = trajectory.radius_of(self.z_depth[0])
         self._meshes: dict[int, DWMesh] = {}
-        self._small: Scene | None = None
+        self._torn: dict[int, np.ndarray] = {}
+        self._reduced: dict[int, Scene] = {1: self}
         still = np.tile(np.eye(4), (len(frames), 1, 1)) if source.w2c is None else source.w2c
         others = (source.persistent_frames, source.dynamic_mask, valid, profile_of("default"), "cpu")
         self._world = persistent.World(frames, self.z_depth, self.K, still, *others)
@@ -76,9 +80,13 @@ class Scene:
         return self._dense
 
     def small(self) -> Scene:
-        """The clip with every n-th pixel, or the clip itself if it is small."""
-        step = max(1, min(self.z_depth.shape[1:]) // SMALL_PX)
-        if self._small is None and step > 1:
+        """The clip with every n-th pixel, about SMALL_PX large."""
+        return self._with_every(min(self.z_depth.shape[1:]) // SMALL_PX)
+
+    def _with_every(self, step: int) -> Scene:
+        """Return the clip with every `step`-th pixel; itself where that is 0 or 1."""
+        step = max(1, step)
+        if step not in self._reduced:
             cut = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
             K = self.K.copy()
             K[:2, 2] = (K[:2, 2] - step // 2 - 0.5) / step + 0.5
@@ -86,9 +94,10 @@ class Scene:
             valid = None if self.valid is None else self.valid[cut]
             moves = self.source.dynamic_mask
             source = replace(self.source, dynamic_mask=None if moves is None else moves[cut])
-            self._small = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K, valid, source)
-            self._small.radius = self.radius
-        return self._small or self
+            reduced = Scene(np.ascontiguousarray(self.frames[cut]), self.z_depth[cut], K, valid, source, step)
+            reduced.radius = self.radius
+            self._reduced[step] = reduced
+        return self._reduced[step]
 
     def path(self, w2c: np.ndarray) -> np.ndarray:
         """Return a path [T, 4, 4] of a camera beside one that stands still, beside the source camera of each frame."""
@@ -96,14 +105,18 @@ class Scene:
 
     def views(self, moments: Iterable[int], w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
         """Return `view` of each of these frames, bool [len(moments), H, W]; w2c [T, 4, 4] is of all frames."""
-        return np.stack([self.view(t, w2c, kind, tolerance) for t in moments])
+        moments = list(moments)
+        visible = np.empty((len(moments), *self.z_depth.shape[1:]), bool)
+        for t, view in zip(moments, visible, strict=True):
+            view[:] = self.view(t, w2c, kind, tolerance)
+        return visible
 
     def view(self, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
         """Return bool [H, W]: the pixels of frame t that a mask keeps for a novel path [T, 4, 4] of `path`."""
         if kind == "novel_view":
-            visible = novel_view(self.mesh(t), w2c[t])
+            visible = visibility.novel_view(self.mesh(t), w2c[t])
             return visible | self._world.fill(t, ~visible, w2c[t] @ self._world.source_w2c[t], self.K)[1]
-        visible = visibility(self.z_depth[t], self.mesh(t), w2c[t], tolerance)
+        visible = self._seen(t, w2c[t], self._shadow_map(t, w2c[t]), tolerance)
         visible |= self._seen_later(t, ~visible, w2c, tolerance)
         return visible if self.valid is None else visible & self.valid[t]
 
@@ -112,7 +125,18 @@ class Scene:
         seen, moves, source = np.zeros_like(hidden), self.source.dynamic_mask, self._world.source_w2c
         static = hidden if moves is None else hidden & ~moves[t]
         for s in persistent.others(t, len(self.frames), self.source.persistent_frames):
-            drawn = cpu.render_depth(self.mesh(s), Camera(self.K, w2c[s], self.mesh(s).size))
             there = relative_to(w2c[s] @ source[s], source[t])
-            seen |= static & visibility(self.z_depth[t], self.mesh(t), there, tolerance, drawn)
+            seen |= static & self._seen(t, there, self._shadow_map(s, w2c[s]), tolerance)
         return seen
+
+    def _seen(self, t: int, w2c: np.ndarray, shadow_map: np.ndarray, tolerance: float) -> np.ndarray:
+        if t not in self._torn:
+            self._torn[t] = visibility.tears(self.z_depth[t], self.K, profile_of("default"))
+        return visibility.seen(self.z_depth[t], self.K, w2c, self._torn[t], shadow_map, tolerance)
+
+    def _shadow_map(self, t: int, w2c: np.ndarray) -> np.ndarray:
+        """Return float32 [h, w], what a camera w2c [4, 4] beside that of frame t sees: z-depth, at about SHADOW_PX."""
+        scene = self._with_every(round(min(self.z_depth.shape[1:]) / SHADOW_PX))
+        mesh, K = scene.mesh(t), self.K.copy()
+        K[:2] *= mesh.size[1] / self.z_depth.shape[2]
+        return cpu.render_depth(mesh, Camera(K, w2c, mesh.size))

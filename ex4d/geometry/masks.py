@@ -22,7 +22,16 @@ from ex4d.errors import BadSample
 from ex4d.geometry import mask_targets, tracks, trajectory
 from ex4d.geometry.mask_config import PATHS, MaskConfig
 from ex4d.geometry.mask_scene import STANDS, Scene, SourceMotion
-from ex4d.geometry.visibility import erode, erode_all, kept_share, novel_view, tracking, visibility
+from ex4d.geometry.visibility import (
+    erode,
+    erode_all,
+    erode_by,
+    erosion_side,
+    kept_share,
+    novel_view,
+    tracking,
+    visibility,
+)
 
 __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tracking", "visibility"]
 
@@ -153,42 +162,67 @@ def _missed(visible: np.ndarray, target: float) -> float:
 def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
     """Return the mask of a random path whose extent makes its share of holes the target.
 
-    Paths are tried in random order until one reaches the target, then all once more with the least erosion. The extent
-    is searched on four frames of small pictures and corrected by the frames with the most holes at full size. All
-    frames are drawn once that is close, or after the last correction.
+    Paths are tried in random order until one reaches the target, then all once more with the least erosion. All frames
+    are drawn for one whose fullest frames come close; if there is none, for the one that comes closest.
     """
     erosion = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
     sign = rng.choice([-1.0, 1.0])
     names = [config.trajectories[index] for index in rng.permutation(len(config.trajectories))]
     tries = [(name, erosion_px) for erosion_px in dict.fromkeys((erosion, config.erosion_px[0])) for name in names]
     num_frames = len(scene.frames)
-    best = NOTHING
+
+    def drawn(aimed: _Aimed) -> _Drawn:
+        visible = scene.views(range(num_frames), aimed.w2c, kind, config.depth_tolerance)
+        visible[0] = True
+        visible = erode(visible, aimed.erosion_px)
+        return _Drawn(kind, visible, aimed.w2c, abs(_missed(visible, target)))
+
+    best, closest = NOTHING, None
     for name, erosion_px in tries:
 
         def path(extent: float, name: str = name) -> np.ndarray:
             keywords = PATHS[name](extent, sign, config.max_angle_deg)
             return scene.path(trajectory.build(name, num_frames, radius=scene.radius, **keywords))
 
-        aim = target
-        for correction in range(CORRECTIONS):
-            w2c, off = _search(scene.small(), path, kind, aim, erosion_px, config.depth_tolerance)
-            if off > CLOSE_ENOUGH and off >= best.error:
-                break
-            fullest = _fullest(scene.small(), w2c, kind, erosion_px, config.depth_tolerance)
-            probed = erode_all(scene.views(fullest, w2c, kind, config.depth_tolerance), erosion_px)
-            missed = _missed(probed, target)
-            if abs(missed) > CLOSE_ENOUGH and correction + 1 < CORRECTIONS:
-                aim = min(max(aim - missed, 0.0), 1.0)
-                continue
-            visible = scene.views(range(num_frames), w2c, kind, config.depth_tolerance)
-            visible[0] = True
-            visible = erode(visible, erosion_px)
-            missed = _missed(visible, target)
-            best = min(best, _Drawn(kind, visible, w2c, abs(missed)), key=lambda mask: mask.error)
+        aimed = _aim(scene, path, kind, target, erosion_px, config.depth_tolerance)
+        if aimed.error <= CLOSE_ENOUGH:
+            best = min(best, drawn(aimed), key=lambda mask: mask.error)
             if best.error <= CLOSE_ENOUGH:
                 return best
-            aim = min(max(aim - missed, 0.0), 1.0)
+        elif closest is None or aimed.error < closest.error:
+            closest = aimed
+    if closest is not None and closest.error < best.error:
+        best = min(best, drawn(closest), key=lambda mask: mask.error)
     return best
+
+
+@dataclass(frozen=True)
+class _Aimed:
+    """A path w2c [T, 4, 4], and by how much its fullest frames miss the target with this erosion."""
+
+    w2c: np.ndarray
+    erosion_px: int
+    error: float
+
+
+def _aim(
+    scene: Scene, path: Callable[[float], np.ndarray], kind: str, target: float, erosion_px: int, tolerance: float
+) -> _Aimed:
+    """Return the extent of a path whose fullest frames come closest to the target share of holes.
+
+    It is searched on four frames of small pictures, and the aim is corrected by the frames with the most holes at full
+    size.
+    """
+    small, aim, found = scene.small(), target, []
+    for _ in range(CORRECTIONS):
+        w2c, off = _search(small, path, kind, aim, erosion_px, tolerance)
+        fullest = _fullest(small, w2c, kind, erosion_px, tolerance)
+        missed = _missed(erode_all(scene.views(fullest, w2c, kind, tolerance), erosion_px), target)
+        found.append(_Aimed(w2c, erosion_px, abs(missed)))
+        if abs(missed) <= CLOSE_ENOUGH or off > CLOSE_ENOUGH:  # there, or the path cannot go further
+            break
+        aim = min(max(aim - missed, 0.0), 1.0)
+    return min(found, key=lambda aimed: aimed.error)
 
 
 def _search(
@@ -201,7 +235,7 @@ def _search(
     low, high, extent = 0.0, 1.0, 1.0
     for _ in range(SEARCH_STEPS):
         w2c = path(extent)
-        missed = _missed(erode_all(small.views(moments, w2c, kind, tolerance), erosion_px), aim)
+        missed = float(1 - _share_left(small, small.views(moments, w2c, kind, tolerance), erosion_px).min()) - aim
         if abs(missed) < least:
             best, least = w2c, abs(missed)
         if least < CLOSE_ENOUGH / 3 or (extent == 1.0 and missed < 0):
@@ -213,8 +247,20 @@ def _search(
 
 def _fullest(small: Scene, w2c: np.ndarray, kind: str, erosion_px: int, tolerance: float) -> list[int]:
     """Return the PROBES frames that have the largest share of holes on the small pictures."""
-    visible = erode_all(small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
-    return sorted(1 + int(index) for index in np.argsort(kept_share(visible), kind="stable")[:PROBES])
+    left = _share_left(small, small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
+    return sorted(1 + int(index) for index in np.argsort(left, kind="stable")[:PROBES])
+
+
+def _share_left(scene: Scene, visible: np.ndarray, erosion_px: int) -> np.ndarray:
+    """Return float64 [T], the shares that the masks of a scene keep once they are eroded at full size.
+
+    On small pictures the square is smaller than a pixel. What it takes is then a part of what one pixel's rim takes.
+    """
+    if scene.step == 1:
+        return kept_share(erode_all(visible, erosion_px))
+    side = erosion_side(erosion_px, [scene.step * length for length in visible.shape[1:]])
+    whole, rim = kept_share(visible), kept_share(erode_by(visible, 3))
+    return whole - max(0, side - 1) / (2 * scene.step) * (whole - rim)
 
 
 def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:

@@ -20,10 +20,11 @@ Flows = dict[tuple[int, int], np.ndarray]
 MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
 MAX_SLOPE = 0.3  # px of flow per px
 FINEST_PX = 256  # the search for flow ends at pictures of about this size
-STEPS_PX = 128  # and at this one where its result only starts another search
-# Iterations of a tracking search: descent, refinement. Half of the preset's numbers keep as many tracks within 2 px
-# in 3/4 of the time.
-NUM_STEPS = (12, 2)
+BACK_PX = 128  # and at this one where its result only judges another flow
+COARSE = 1.7  # the error of such a flow, of one searched to the end
+# Iterations of a tracking search: descent, refinement. A quarter and two fifths of the preset's numbers keep as many
+# tracks within 2 px.
+NUM_STEPS = (6, 2)
 
 
 @contextmanager
@@ -123,7 +124,10 @@ def sample(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
 def consistency(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     """Return the forward–backward error float32 [H, W] in px, +inf where the flow leaves the picture."""
     height, width = forward.shape[:2]
-    error = np.linalg.norm(forward + sample(backward, forward), axis=-1)
+    left = forward + sample(backward, forward)
+    error = np.sqrt(
+        left[..., 0] ** 2 + left[..., 1] ** 2
+    )  # np.linalg.norm along a short axis takes several times longer
     x, y = _target(forward)
     inside = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
     return np.where(inside, error, np.inf).astype(np.float32)
@@ -140,9 +144,10 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (flow float32 [T, h, w, 2] px of `frames` from frame 0 to every frame, visible bool [T, h, w]).
 
     Frames whose shorter side is a multiple n of FINEST_PX are tracked at 1/n of their size, so h, w are H/n, W/n;
-    a larger size does not improve the tracks. Each flow starts at frame 0 and is initialised by the chain so far, so
-    that errors do not add up. A pixel is visible if it stays in the picture, its forward and backward flow agree, and
-    the flow is smooth around it: next to a depth edge, flow follows whichever side has more texture.
+    a larger size does not improve the tracks. Each flow starts at frame 0, so that errors do not add up, and its search
+    where the pixel would be if it went on as before. A pixel is visible if it stays in the picture, its forward and
+    backward flow agree, and the flow is smooth around it: next to a depth edge, flow follows whichever side has more
+    texture.
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -152,22 +157,21 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     ratio = max(1, round(min(frames.shape[1:3]) / FINEST_PX))
     num_frames, height, width = len(frames), frames.shape[1] // ratio, frames.shape[2] // ratio
     _check_size((height, width))
+    forth, home = _dis((height, width), FINEST_PX, NUM_STEPS), _dis((height, width), BACK_PX, NUM_STEPS)
     limit = max(MAX_ERROR_PX, ratio * min(height, width) / 512) / ratio
+    limit *= COARSE if home.getFinestScale() > forth.getFinestScale() else 1
     there = np.zeros((num_frames, height, width, 2), np.float32)
-    back = np.zeros((height, width, 2), np.float32)
+    back, before = np.zeros((2, height, width, 2), np.float32)
     visible = np.ones((num_frames, height, width), bool)
-    step, search = _dis((height, width), STEPS_PX, NUM_STEPS), _dis((height, width), FINEST_PX, NUM_STEPS)
     with one_thread():
         gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
         if ratio > 1:
             gray = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA) for image in gray]
         for t in range(1, num_frames):
-            forth = step.calc(gray[t - 1], gray[t], np.zeros_like(back))
-            home = step.calc(gray[t], gray[t - 1], np.zeros_like(back))
-            there[t] = search.calc(gray[0], gray[t], there[t - 1] + sample(forth, there[t - 1]))
-            back = search.calc(gray[t], gray[0], home + sample(back, home))
+            there[t] = forth.calc(gray[0], gray[t], 2 * there[t - 1] - there[max(0, t - 2)])
+            back, before = home.calc(gray[t], gray[0], 2 * back - before), back
             slopes = [cv2.Sobel(there[t], cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1))]
-            steepest = np.max([(slope * slope).sum(axis=-1) for slope in slopes], axis=0)
+            steepest = np.maximum(*(slope[..., 0] ** 2 + slope[..., 1] ** 2 for slope in slopes))
             visible[t] = (consistency(there[t], back) <= limit) & (steepest <= MAX_SLOPE**2)
     return there * np.float32(ratio), visible
 

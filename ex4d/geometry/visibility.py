@@ -2,11 +2,14 @@
 
 from __future__ import annotations
 
+from collections.abc import Sequence
+
 import numpy as np
 
 from ex4d.geometry import visibility_kernels as kernels
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mesh import DWMesh, angle_threshold_deg, occlusion_flags
+from ex4d.geometry.profiles import Profile
 from ex4d.geometry.render import cpu
 
 COVER = 1.25  # side of a point's square in spacings of the grid: neighbours that drift apart leave no gap
@@ -17,43 +20,57 @@ def novel_view(mesh: DWMesh, w2c: np.ndarray) -> np.ndarray:
     return cpu.render_visible(mesh, Camera(mesh.K, w2c, mesh.size))
 
 
-def visibility(
-    z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: float = 0.02, drawn: np.ndarray | None = None
-) -> np.ndarray:
-    """Return bool [H, W], in the source's pixels: True where a novel camera sees the surface.
-
-    A pixel is kept if it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
-    around that place (a sample of a shadow map lies up to a pixel away, and at 80° a pixel spans many depths), and at
-    least one of its faces is whole and turned towards the camera. Whether its faces are drawn does not count: minified
-    faces win no pixel, and a plane at 80° would keep 35 %.
+def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: float = 0.02) -> np.ndarray:
+    """Return bool [H, W], in the source's pixels: True where a novel camera sees the surface. See `seen`.
 
     Args:
         z_depth: float32 [H, W] of the source frame, its border included, which the mesh has pushed back.
         mesh: the DW-Mesh of that frame.
         w2c: [4, 4] of the novel camera; world = the frame's own camera.
         tolerance: share of its depth that a point may lie behind the drawn surface.
-        drawn: float32 [H, W], z-depth that the novel camera sees; None: render the mesh.
     """
-    if drawn is None:
-        drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
-    depth = np.ascontiguousarray(z_depth, np.float32)
-    # Tears are found in the real depth, whose border is not pushed back. Without the test of winding, pixels just
-    # behind a limb would count as visible, since they are hardly deeper.
-    torn = occlusion_flags(depth, mesh.K, np.radians(angle_threshold_deg(mesh.K[0, 0], mesh.profile)))
-    u, v, z = landing(depth, mesh.K, w2c)
-    kept = np.zeros(mesh.size, bool)
-    kernels.mark_good(torn, u, v, z, kept)
-    kernels.keep_seen(u, v, z, drawn, tolerance, kept)
+    drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
+    return seen(z_depth, mesh.K, w2c, tears(z_depth, mesh.K, mesh.profile), drawn, tolerance)
+
+
+def tears(z_depth: np.ndarray, K: np.ndarray, profile: Profile) -> np.ndarray:
+    """Return bool [2, H−1, W−1]: the faces at a depth edge, by the real depth, whose border is not pushed back."""
+    return occlusion_flags(
+        np.ascontiguousarray(z_depth, np.float32), K, np.radians(angle_threshold_deg(K[0, 0], profile))
+    )
+
+
+def seen(
+    z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray, torn: np.ndarray, drawn: np.ndarray, tolerance: float
+) -> np.ndarray:
+    """Return bool [H, W], in the source's pixels: True where a novel camera sees the surface, by its shadow map.
+
+    A pixel is kept if it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
+    around that place (a sample of a shadow map lies up to a pixel away, and at 80° a pixel spans many depths), and at
+    least one of its faces is whole and turned towards the camera. Whether its faces are drawn does not count: minified
+    faces win no pixel, and a plane at 80° would keep 35 %. Without the test of winding, pixels just behind a limb would
+    count as visible, since they are hardly deeper.
+
+    Args:
+        torn: bool [2, H−1, W−1], `tears`.
+        drawn: float32 [H/n, W/n], z-depth that the novel camera sees, of any n ≥ 1.
+    """
+    kept = np.empty(z_depth.shape, bool)
+    depth, w2c = np.ascontiguousarray(z_depth, np.float32), np.ascontiguousarray(w2c, np.float64)
+    kernels.see(depth, _lens(K), w2c, torn, drawn, tolerance, kept)
     return kept
 
 
 def landing(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (u, v, z) float64 [H, W]: where the novel camera sees each source pixel; u, v = −1 behind it."""
-    u, v, z = (np.empty(z_depth.shape) for _ in range(3))
-    intrinsics = (float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2]))
     depth = np.ascontiguousarray(z_depth, np.float32)
-    kernels.land(depth, intrinsics, np.ascontiguousarray(w2c, np.float64), u, v, z)
-    return u, v, z
+    landed = np.empty((depth.shape[0], 3, depth.shape[1]))
+    kernels.land(depth, _lens(K), np.ascontiguousarray(w2c, np.float64), landed)
+    return landed[:, 0], landed[:, 1], landed[:, 2]
+
+
+def _lens(K: np.ndarray) -> tuple[float, float, float, float]:
+    return float(K[0, 0]), float(K[1, 1]), float(K[0, 2]), float(K[1, 2])
 
 
 def tracking(xy: np.ndarray, seen: np.ndarray, spacing: np.ndarray, size: tuple[int, int]) -> np.ndarray:
@@ -97,10 +114,21 @@ def erode(visible: np.ndarray, erosion_px: int) -> np.ndarray:
 
 def erode_all(visible: np.ndarray, erosion_px: int) -> np.ndarray:
     """Return bool [T, H, W] with the kept region of every frame shrunk; see `erode`."""
+    return erode_by(visible, erosion_side(erosion_px, visible.shape[1:]))
+
+
+def erode_by(visible: np.ndarray, side: int) -> np.ndarray:
+    """Return bool [T, H, W] with the kept region of every frame shrunk by a square of `side` px."""
     import cv2
 
-    side = round(erosion_px * min(visible.shape[1:]) / 512)
     if side < 2:
         return visible.copy()
-    kernel = np.ones((side, side), np.uint8)
-    return np.stack([cv2.erode(frame.view(np.uint8), kernel) for frame in np.ascontiguousarray(visible)]).view(bool)
+    kernel, eroded = np.ones((side, side), np.uint8), np.empty(visible.shape, np.uint8)
+    for frame, target in zip(np.ascontiguousarray(visible).view(np.uint8), eroded, strict=True):
+        cv2.erode(frame, kernel, dst=target)
+    return eroded.view(bool)
+
+
+def erosion_side(erosion_px: int, size: Sequence[int]) -> int:
+    """Return the side in px, at size (H, W), of the square that has `erosion_px` at 512 px."""
+    return round(erosion_px * min(size) / 512)

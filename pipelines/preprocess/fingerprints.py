@@ -12,7 +12,7 @@ from pipelines.preprocess.settings import PreprocessConfig
 
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
-VIDEO_CODE, CLIP_CODE = 3, 6  # raised when stages change their output, so that older staging is not reused
+VIDEO_CODE, CLIP_CODE = 3, 7  # raised when stages change their output, so that older staging is not reused
 
 
 def check(config: PreprocessConfig) -> None:

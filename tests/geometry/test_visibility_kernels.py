@@ -47,8 +47,8 @@ def seen_slowly(z_depth: np.ndarray, mesh, w2c: np.ndarray, tolerance: float = 0
     farthest = np.pad(render(mesh, Camera(mesh.K, w2c, mesh.size), backend="cpu").z_depth, 1, mode="edge")
     farthest = np.maximum(farthest[:-1], farthest[1:])
     farthest = np.maximum(farthest[:, :-1], farthest[:, 1:])  # [i, j]: the four pixels around the corner (j, i)
-    row = np.clip(np.rint(v), 0, height).astype(int)
-    column = np.clip(np.rint(u), 0, width).astype(int)
+    row = np.clip(v + 0.5, 0, height).astype(int)
+    column = np.clip(u + 0.5, 0, width).astype(int)
     behind = z > farthest[row, column] * (1 + tolerance)
     return inside & ~behind & has_good_face(z_depth, mesh, u, v, z > 1e-9)
 
