@@ -295,9 +295,9 @@ def tasks_per_s(count: int = 3000) -> float:
     import ray
     import stream as bench
 
-    from pipelines.runtime import stream
+    from pipelines.runtime import backlog
 
-    stream.TASK_S = 0.0  # no row shares a task
+    backlog.TASK_S = 0.0  # no row shares a task
     ray.init(address="local", num_cpus=2, object_store_memory=300 << 20, include_dashboard=False, log_to_driver=False)
     bench.rate(200, 2)
     found = bench.rate(count, 2)

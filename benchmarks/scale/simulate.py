@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TASK_S, MAX_ROWS_PER_TASK, AHEAD = 1.0, 64, 8  # of pipelines/runtime/stream.py
+TASK_S, MAX_ROWS_PER_TASK, AHEAD = 1.0, 64, 8  # of pipelines/runtime/backlog.py
 INF = math.inf
 
 

@@ -3,8 +3,8 @@
 from __future__ import annotations
 
 import json
-from collections import Counter, deque
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections import deque
+from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, field
 from itertools import islice
 from typing import TYPE_CHECKING, Any
@@ -17,15 +17,15 @@ from ex4d.data import shards
 from ex4d.data.manifest import DATASET
 from pipelines import inputs
 from pipelines.preprocess import duplicates, fingerprints, pairs, units
+from pipelines.preprocess.outcomes import Outcomes
 from pipelines.preprocess.packing import Packing
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.tables import Clip, Tables, pack_rows, unpack_rows
 from pipelines.preprocess.units import ARTIFACTS
 from pipelines.runtime.ledger import Ledger
 from pipelines.runtime.passes import Passes
-from pipelines.runtime.rejects import Rejects, reject_of
 from pipelines.runtime.result import Result
-from pipelines.runtime.stage import Row, Stage, Track, is_bug, is_lasting, new_row, refused
+from pipelines.runtime.stage import Row, Stage, Track, is_lasting, new_row, refused
 
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
@@ -48,17 +48,14 @@ class Job:
     passes: Passes
     stages: Stages
     retry: frozenset[str]
-    counts: Counter[str] = field(default_factory=Counter)
-    rejects: Rejects = field(default_factory=Rejects)
-    tables: Tables = field(init=False)
     problems: list[str] = field(default_factory=list)
-    guessed_bugs: set[str] = field(default_factory=set)  # keys of clips that may not be planned when all is known
-    retried: dict[str, tuple[str, str]] = field(default_factory=dict)
     committed: bool = False
 
     def __post_init__(self) -> None:
         self.ledger = Ledger(self.config.output)
         self.tables = Tables(self.ledger.database)
+        self.outcomes = Outcomes(self.ledger, self.tables, self.config.score_only, self.retry)
+        self.counts = self.outcomes.counts
         self.digests = fingerprints.video_fingerprints(self.config)
 
     def work(self, sources: inputs.AnySources) -> None:
@@ -67,11 +64,10 @@ class Job:
         self._stream(sources)
         # Now every video is known, and what one decides for another.
         for row, first in self.tables.duplicates():
-            self._reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
+            self.outcomes.reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
         self._find_shots()
         self._decide()
-        number = self._plan()
-        self._score(number) if self.config.score_only else self._clips(number)
+        self._clips(self._plan())
 
     # ------------------------------------------------------------ videos
 
@@ -81,7 +77,7 @@ class Job:
         A video is taken to be the only one of its kind. Where others decide otherwise, its clips get other names and
         are made again. So what is made here goes into the ledger alone, and is counted when all videos are known.
         """
-        last, clips = ("score", self.stages.score) if self.config.score_only else ("clip", self.stages.clip)
+        last, clips = self._last()
         tracks = (
             Track("hash", self.stages.hash, VIDEO_COLUMNS),
             Track(SHOTS_PASS, self.stages.find_shots, ("record", "clips", "name", *ARTIFACTS)),
@@ -95,21 +91,12 @@ class Job:
                 if video is not None:
                     later.append((SHOTS_PASS, video))
             elif name == SHOTS_PASS:
-                self._write_video(row)
+                self.outcomes.write_video(row)
                 later.extend((last, clip) for clip in row["clips"] or () if not self._is_done(clip))
             else:
-                self._write_clip(row)
+                self.outcomes.write_clip(row)
             if row["refusal"] is not None and name != "hash":
-                self._failed(row, is_guess=name == last)
-
-    def _failed(self, row: Row, is_guess: bool) -> None:
-        """Note that this run is not to try a row again; in the ledger stand only refusals that last."""
-        if not is_lasting(row):
-            self.tables.add_tried(row["artifact"], row["name"], row["refusal"])
-        elif self.retry:  # what was refused before is tried again, this was not
-            self.tables.add_tried(row["refusal_artifact"], row["name"], row["refusal"])
-        if is_guess and is_bug(row):
-            self.guessed_bugs.add(row["key"])
+                self.outcomes.failed(row, is_guess=name == last)
 
     def _hashed(self, row: Row) -> Row | None:
         """Put a video into the table, or reject it; return it if its shots are to be found."""
@@ -117,7 +104,7 @@ class Job:
         if fetched and fetched != known:
             self.ledger.records.add(_source_name(row["path"]), fetched)
         if row["refusal"] is not None:
-            self._reject("video", row)
+            self.outcomes.reject("video", row)
             return None
         content = pairs.content(row["sha256"], row["pair"])
         row |= {"content": content, "seconds": {}}  # the seconds of this pass are counted
@@ -133,17 +120,14 @@ class Job:
         for source in sources:
             if not source.is_video:
                 row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
-                self._reject("video", row)
+                self.outcomes.reject("video", row)
                 continue
             yield new_row(
                 source.name,
                 spans=[dict(vars(span)) for span in source.spans],
-                known_source=self._known_source(source.path),
+                known_source=self.ledger.records.get(_source_name(source.path)),
                 **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
             )
-
-    def _known_source(self, path: str) -> dict[str, Any] | None:
-        return None if storage.is_local(path) else self.ledger.records.get(_source_name(path))
 
     def _artifacts(self, content: str) -> dict[str, str]:
         """Return the names of a video's record and of its refusal in the ledger."""
@@ -155,30 +139,21 @@ class Job:
         while some := list(islice(rows, CHUNK)):
             number += self._add_work("video", pack_rows(some), len(some))
         keep = ("record", "content", "path", "name", *ARTIFACTS)
-        for row in self._run(SHOTS_PASS, self.stages.find_shots, self.tables.work(), number, keep):
-            self._write_video(row)
-            self._note(row["key"], row["refusal"])
+        for row in self.passes.run(SHOTS_PASS, self.stages.find_shots, self.tables.work(), self.config, keep, number):
+            self.outcomes.write_video(row)
+            self.outcomes.note(row)
             if row["refusal"] is not None and not is_lasting(row):
-                self._reject("video", row)
+                self.outcomes.reject("video", row)
                 self.tables.drop_video(row["content"])
         self.tables.clear_work()
 
     def _add_work(self, unit: str, packed: bytes, number: int) -> int:
         """Add rows to the next pass, but for those that this run has tried in vain; return how many."""
         if self.tables.count("tried"):
-            rows = [row for row in unpack_rows(packed) if not self._was_tried(unit, row)]
+            rows = [row for row in unpack_rows(packed) if not self.outcomes.was_tried(unit, row)]
             packed, number = pack_rows(rows), len(rows)
         self.tables.add_work(packed)
         return number
-
-    def _was_tried(self, unit: str, row: Row) -> bool:
-        """Reject a row that this run has tried in vain; return False for any other."""
-        refusal = self.tables.tried(row["artifact"], row["name"])
-        if refusal is not None:
-            self._reject(unit, row | {"refusal": refusal})
-            if unit == "video":
-                self.tables.drop_video(row["content"])
-        return refusal is not None
 
     def _without_record(self) -> Iterator[Row]:
         """Yield the videos without a record, after removing the rejections that are to be retried."""
@@ -192,7 +167,7 @@ class Job:
                     reason = (self.ledger.get(name) or {})["refusal"]["reason"]
                     if reason in self.retry:
                         self.ledger.remove(name)
-                        self.retried[row["key"]] = (reason, "")
+                        self.outcomes.retried[row["key"]] = (reason, "")
                         name = ""
                 if not name:
                     yield row
@@ -229,81 +204,39 @@ class Job:
     def _take(self, planned: Mapping[str, Any]) -> None:
         """Count what the plan of a unit says: what is done and what is rejected."""
         self.counts.update(planned["counts"])
-        for reject in planned["rejects"]:
-            self._count(reject)
-        self.rejects.add(planned["rejects"])
+        self.outcomes.add_rejects(planned["rejects"])
         self.tables.add_staged(planned["staged"])
         for row in planned["scored"]:
             self.tables.add_scored(row)
-        self.retried.update({key: (reason, "") for key, reason in planned["retried"].items()})
+        self.outcomes.retried.update({key: (reason, "") for key, reason in planned["retried"].items()})
         self.ledger.apply(planned["changes"])
         self.tables.add_superseded(planned["superseded"])
 
-    def _score(self, number: int) -> None:
-        """Measure the scores that are not known."""
-        for row in self._run("score", self.stages.score, self.tables.work(), number, CLIP_COLUMNS):
-            self._write_clip(row)
-            self._note(row["key"], row["refusal"])
-            if row["scores"] is None:
-                self._reject("clip", row)
-            else:
-                self.tables.add_scored(units.scored(row, row["scores"]))
+    def _last(self) -> tuple[str, tuple[Stage, ...]]:
+        """Return name and stages of the last pass."""
+        return ("score", self.stages.score) if self.config.score_only else ("clip", self.stages.clip)
 
     def _clips(self, number: int) -> None:
-        """Make the clips that are not done."""
-        for row in self._run("clip", self.stages.clip, self.tables.work(), number, CLIP_COLUMNS):
-            self._write_clip(row)
-            self._note(row["key"], row["refusal"])
-            if row["refusal"] is not None:
-                self._reject("clip", row)
-                continue
-            split = shards.split_of(row["source_group"], self.config.val_fraction)
-            made = row["staged"]
-            self.tables.add_staged([Clip(split, row["key"], row["artifact"], made["size"], made["sha256"])])
-
-    # ------------------------------------------------------------ one row
-
-    def _run(
-        self, name: str, stages: Sequence[Stage], rows: Iterable[Row], total: int, keep: tuple[str, ...]
-    ) -> Iterator[Row]:
-        return self.passes.run(name, stages, rows, self.config, keep, total)
-
-    def _write_video(self, row: Row) -> None:
-        has_record = row["record"] and row["record"]["refusal"] == row["refusal"]  # none after an unexpected error
-        record = row["record"] if has_record else {"refusal": row["refusal"]}
-        self._write(row, record, record)
-
-    def _write_clip(self, row: Row) -> None:
-        self._write(row, row["scores"] if self.config.score_only else row["staged"], _with_scores(row))
-
-    def _write(self, row: Row, made: Any, refused: Any) -> None:
-        """Record the outcome of a row: its result, or its permanent rejection."""
-        if row["refusal"] is None and row["artifact"].endswith(".tar"):
-            self.ledger.finished(row["artifact"], made)
-        elif row["refusal"] is None:
-            self.ledger.records.add(row["artifact"], made)
-        elif is_lasting(row):
-            self.ledger.records.add(row["refusal_artifact"], refused)
-
-    def _note(self, key: str, refusal: Mapping[str, Any] | None) -> None:
-        if key in self.retried:
-            self.retried[key] = (self.retried[key][0], "done" if refusal is None else refusal["reason"])
-
-    def _reject(self, unit: str, row: Row) -> None:
-        reject = reject_of(unit, row)
-        self.guessed_bugs.discard(row["key"])
-        self._count(reject)
-        self.rejects.add([reject])
-
-    def _count(self, reject: Mapping[str, str]) -> None:
-        self.counts["videos_rejected" if reject["unit"] == "video" else f"clips_{reject['fate']}"] += 1
-        self.counts["videos_bad"] += (reject["unit"], reject["fate"]) == ("video", "bad")
+        """Make the clips, or measure the scores, that are not known."""
+        name, stages = self._last()
+        for row in self.passes.run(name, stages, self.tables.work(), self.config, CLIP_COLUMNS, number):
+            self.outcomes.write_clip(row)
+            self.outcomes.note(row)
+            is_done = row["scores"] is not None if self.config.score_only else row["refusal"] is None
+            if not is_done:
+                self.outcomes.reject("clip", row)
+            elif self.config.score_only:
+                self.tables.add_scored(units.scored(row, row["scores"]))
+            else:
+                split = shards.split_of(row["source_group"], self.config.val_fraction)
+                staged = row["staged"]
+                self.tables.add_staged([Clip(split, row["key"], row["artifact"], staged["size"], staged["sha256"])])
 
     # ------------------------------------------------------------ dataset
 
     def judge(self) -> None:
         """Commit the dataset, unless too many rows are bad."""
-        self.passes.forget_bugs(self.guessed_bugs)
+        self.passes.forget_bugs(self.outcomes.guessed_bugs)
         self.counts["samples"] = self.tables.count("staged")
         shares = {
             "videos": (self.counts["videos_bad"], self.counts["videos_in"]),
@@ -320,7 +253,7 @@ class Job:
         if self.problems or self.config.score_only:
             return
         try:
-            Packing(self.config, self.ledger, self.tables, self.rejects, self.passes).pack(self.counts)
+            Packing(self.config, self.ledger, self.tables, self.outcomes.rejects, self.passes).pack(self.counts)
         except shards.DamagedSamples as error:
             for key in error.keys:
                 self.ledger.set_aside(self.tables.artifact(key))
@@ -338,22 +271,17 @@ class Job:
         return Result(
             self.config.output,
             counts,
-            self.rejects,
+            self.outcomes.rejects,
             self.problems,
             self.committed,
             self.passes.progress.tallies,
             self.passes.worked,
-            self.retried,
+            self.outcomes.retried,
             self.tables.count("scored") if self.config.score_only else None,
             stands=not self.committed and storage.exists(storage.join(self.config.output, DATASET)),
         )
 
 
-def _with_scores(row: Row) -> dict[str, Any] | None:
-    """Return a clip's rejection, with its scores if they were measured before."""
-    return row["refusal"] and row["refusal"] | ({} if row["scores"] is None else {"scores": row["scores"]})
-
-
 def _source_name(url: str) -> str:
-    """Return the name of the ledger's record of a remote file and its sidecars."""
+    """Return the name of the ledger's record of a video's files: their hashes, and what would change with them."""
     return f"sources/{fingerprint(url)}"

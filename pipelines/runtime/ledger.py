@@ -15,7 +15,7 @@ A record has a name, of which no other is ever made:
 | `clips/KEY.FP.json` | why a clip was refused |
 | `clips/KEY.FP.tar` | scores, size and hash of the finished sample |
 | `scores/KEY.FP.json` | scores of a clip that was looked at and not yet made |
-| `sources/FP` | hash and size of a remote file, for the tag that its store gives it |
+| `sources/FP` | hash and size of a video file, for the tag that its store gives it or for its times of change |
 
 FP is the fingerprint of all that the artifact depends on, so a changed setting makes other names and redoes only those.
 A refusal also depends on the limits and thresholds that refused it. Samples are written by the workers, records by the

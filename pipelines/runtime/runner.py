@@ -124,8 +124,8 @@ class OnRay:
         from pipelines.runtime.stream import Stream
 
         _need_gpus([stage for track in tracks for stage in track.stages], self.ray_config)
-        stream = Stream(tracks, context, self.attempts, self.ray_config.gpu_actors, self.problems)
-        yield from stream.run(rows, added)
+        stream = Stream(tracks, rows, context, self.attempts, self.ray_config.gpu_actors, self.problems)
+        yield from stream.run(added)
 
 
 def through(

@@ -24,10 +24,10 @@ from pipelines.runtime import runner
 
 TRACKS = """
 from collections import deque
-from pipelines.runtime import stream
+from pipelines.runtime import backlog
 from pipelines.runtime.stage import Track
 
-stream.TASK_S = 0.05  # a row a task
+backlog.TASK_S = 0.05  # a row a task
 
 def work(row, context):
     time.sleep(0.05)
