@@ -78,13 +78,13 @@ def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a local file; a process reads it once, as long as its size and time stay the same."""
+    """Return the sha256 of a local file; a process reads it once, as long as its size and times stay the same."""
     stat = Path(path).stat()
-    return _sha256(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns)
+    return _sha256(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
 
 
 @lru_cache(maxsize=256)
-def _sha256(path: str, size: int, mtime_ns: int) -> str:
+def _sha256(path: str, size: int, mtime_ns: int, ctime_ns: int) -> str:
     with open(path, "rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
 

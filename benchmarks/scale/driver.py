@@ -142,7 +142,9 @@ def made(name: str, row: dict[str, Any]) -> dict[str, Any]:
     """Return the columns that the stages of a pass would write."""
     if name == "identify":
         facts = {"size_bytes": 5_000_000, "depth_file": "", "depth_place": "", "caption": "", "pair": None}
-        return {**facts, "sha256": hashlib.sha256(row["key"].encode()).hexdigest(), "fetched": None}
+        sha256 = hashlib.sha256(row["key"].encode()).hexdigest()
+        note = {"url": row["path"], "tag": f"{sha256[:32]} 5000000", "sha256": sha256, "size_bytes": 5_000_000}
+        return {**facts, "sha256": sha256, "fetched": {"video": note}}
     if name == "probe":
         return {"record": record_of(row["key"])}
     if name in ("plan", "build_shard"):

@@ -6,13 +6,15 @@ import errno
 import os
 import tempfile
 import threading
-from collections.abc import Callable, Mapping
+import time
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
 from ex4d import remote, storage, web
+from ex4d.config import fingerprint
 from pipelines.inputs import without_query
 from pipelines.preprocess.file_cache import FileCache
 from pipelines.runtime.stage import Row
@@ -20,6 +22,9 @@ from pipelines.runtime.stage import Row
 if TYPE_CHECKING:
     from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
+
+
+SETTLED_S = 2.0  # a file that was changed less than so long ago may change again with the same time: coarse clocks
 
 
 def reach(config: PreprocessConfig) -> AbstractContextManager[None]:
@@ -125,6 +130,46 @@ class Remote:
         if name not in self.there:
             raise FileNotFoundError(errno.ENOENT, "No such file", remote.redacted(url))
         return self.there[name]
+
+
+@dataclass(frozen=True)
+class Local:
+    """The files of one local video whose hashes are known, so that another run reads only what was changed.
+
+    Args:
+        known: {kind: what `digest` returned in an earlier run}.
+        found: {kind: what `digest` knows now, for the next run}.
+    """
+
+    known: Mapping[str, Any]
+    found: dict[str, dict[str, Any]] = field(default_factory=dict)
+
+    def digest(self, paths: Sequence[str], kind: str, read: Callable[[], str]) -> tuple[str, int]:
+        """Return (sha256, bytes of the first file), from an earlier run if no file was touched since. Raises OSError.
+
+        Args:
+            read: reads the files and returns their sha256.
+        """
+        known: Any = self.known.get(kind)
+        tag = _stamp(paths)
+        if not (tag and _is_note(known) and (known["url"], known["tag"]) == (paths[0], tag)):
+            known = {"url": paths[0], "sha256": read(), "size_bytes": os.path.getsize(paths[0])}
+            known["tag"] = tag if _stamp(paths) == tag else ""
+        if known["tag"]:
+            self.found[kind] = known
+        return known["sha256"], known["size_bytes"]
+
+
+def _stamp(paths: Sequence[str]) -> str:
+    """Return what a change of local files changes, "" where they were changed a moment ago and may be so again.
+
+    The time of a file's last change of any kind (ctime) can be set by nobody, unlike that of its content.
+    """
+    facts = [os.stat(path) for path in paths]
+    if time.time() - max(fact.st_ctime for fact in facts) < SETTLED_S:
+        return ""
+    stamps = [[fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns] for fact in facts]
+    return " ".join(map(str, stamps[0])) if len(stamps) == 1 else fingerprint([list(paths), stamps])
 
 
 def _redirects(kind: str) -> AbstractContextManager[None]:

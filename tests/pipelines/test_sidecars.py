@@ -53,7 +53,8 @@ def test_a_depth_file_of_another_length_costs_its_clips(corpus, two_folders):
 
 def rows(folder: Path) -> dict[str, dict]:
     return {
-        source.name: {name: getattr(source, name) for name in ("path", "name", "root", "twin", "namesake")}
+        source.name: {"known_source": None}
+        | {name: getattr(source, name) for name in ("path", "name", "root", "twin", "namesake")}
         for source in inputs.expand(str(folder))
         if source.is_video
     }

@@ -22,7 +22,7 @@ MAX_CAPTION_BYTES = 64 * 1024
 
 def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), where that lies, and the
-    caption beside it; of a remote file `fetched`, what the next run needs to know so that it does not read it again.
+    caption beside it; `fetched`, what the next run needs to know so that it does not read the files again.
 
     With the member `source`, `pair` is the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first, {}
     where one is missing, and the depth file is that video's; else None.
@@ -37,12 +37,15 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         if "source" in config.members:
             _check_inside(pairs.files_of(path), row, config)
             pair, filmed = _pair(path, config), pairs.files_of(path).source
+        remote, local = None, fetch.Local(row["known_source"] or {})
         if storage.is_local(path):
-            remote, (sha256, size_bytes) = None, _local(path, config)
+            sha256, size_bytes = _local(path, local, config)
         else:
             remote = fetch.Remote(path, storage.beside(path), row["known_source"] or {})
             sha256, size_bytes = _remote(path, remote, config)
-        depth_file, place = _depth_file(row, config, filmed, remote) if config.depth == "sidecar" else ("", "")
+        depth_file, place = "", ""
+        if config.depth == "sidecar":
+            depth_file, place = _depth_file(row, config, filmed, remote or local)
         return {
             "sha256": sha256,
             "size_bytes": size_bytes,
@@ -50,23 +53,22 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             "depth_place": place,
             "caption": _caption(row, config, remote),
             "pair": pair,
-            "fetched": remote.lasting() if remote else None,
+            "fetched": remote.lasting() if remote else local.found,
         }
     except OSError as error:
         raise file_cache.unreadable(error) from error
 
 
-def _local(path: str, config: PreprocessConfig) -> tuple[str, int]:
+def _local(path: str, local: fetch.Local, config: PreprocessConfig) -> tuple[str, int]:
     if os.path.isdir(path):
         if config.image_fps is None:
             raise BadSample("not_a_file", "is a folder; preprocess.image_fps reads one of pictures as a video")
         return pictures.digest(path, config.image_fps, max_bytes=config.max_file_mb << 20)
     if not os.path.isfile(path):  # a pipe or device would block whoever opens it
         raise BadSample("not_a_file", "is missing, or no regular file")
-    size_bytes = os.path.getsize(path)
-    if size_bytes == 0:
+    if os.path.getsize(path) == 0:
         raise BadSample("empty_file", "has no bytes")
-    return storage.sha256(path), size_bytes
+    return local.digest([path], "video", lambda: storage.sha256(path))
 
 
 def _remote(url: str, remote: fetch.Remote, config: PreprocessConfig) -> tuple[str, int]:
@@ -86,7 +88,9 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
     source, *cameras = files
     try:
         alone = fetch.Remote(source, None, {})
-        sha256, size_bytes = _local(source, config) if storage.is_local(source) else _remote(source, alone, config)
+        sha256, size_bytes = (
+            _local(source, fetch.Local({}), config) if storage.is_local(source) else _remote(source, alone, config)
+        )
     except BadSample as error:
         raise BadSample(error.reason, f"{source.rpartition('/')[2]} {error.message}") from error
     return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
@@ -101,22 +105,26 @@ def _check_inside(files: Sequence[str], row: Row, config: PreprocessConfig) -> N
             raise BadSample("symlink_outside", f"{file.rpartition('/')[2]} is {walk.OUTSIDE}")
 
 
-def _depth_file(row: Row, config: PreprocessConfig, filmed: str, remote: fetch.Remote | None) -> tuple[str, str]:
+def _depth_file(row: Row, config: PreprocessConfig, filmed: str, files: fetch.Remote | fetch.Local) -> tuple[str, str]:
     """Return (NAME:SHA256 of the depth file, where it lies); ("", "") for none."""
     from ex4d.depth import places
 
     try:
-        found = places.find(fetch.depth_request(row, config, filmed), remote.exists if remote else storage.exists)
+        exists = files.exists if isinstance(files, fetch.Remote) else storage.exists
+        found = places.find(fetch.depth_request(row, config, filmed), exists)
     except BadSample as error:
         if error.reason == "sidecar_ambiguous":
             raise
         return "", ""  # the depth stage rejects each clip without it
     if found != config.depth_path:  # a file that the settings name may lie anywhere
         _check_inside([found, *map(str, places.others_of(found))], row, config)
-    if remote is None or storage.is_local(found):
-        digest = places.sha256(found)
+    if not storage.is_local(found):
+        digest = files.digest(found, config, "depth")[0] if isinstance(files, fetch.Remote) else places.sha256(found)
+    elif isinstance(files, fetch.Local):
+        parts = [found, *map(str, places.others_of(found))]
+        digest, _ = files.digest(parts, "depth", lambda: places.sha256(found))
     else:
-        digest, _ = remote.digest(found, config, "depth")
+        digest = places.sha256(found)
     return f"{found.rpartition('/')[2]}:{digest}", found
 
 
