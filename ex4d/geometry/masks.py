@@ -13,7 +13,6 @@ of the frame with the most holes. Frame 0 is complete. Masks are a function of (
 
 from __future__ import annotations
 
-from collections.abc import Callable
 from dataclasses import dataclass
 
 import numpy as np
@@ -22,16 +21,8 @@ from ex4d.errors import BadSample
 from ex4d.geometry import mask_targets, tracks, trajectory
 from ex4d.geometry.mask_config import PATHS, MaskConfig
 from ex4d.geometry.mask_scene import STANDS, Scene, SourceMotion
-from ex4d.geometry.visibility import (
-    erode,
-    erode_all,
-    erode_by,
-    erosion_side,
-    kept_share,
-    novel_view,
-    tracking,
-    visibility,
-)
+from ex4d.geometry.mask_search import CLOSE_ENOUGH, STEPS, Aimed, aim, missed
+from ex4d.geometry.visibility import erode, erode_all, kept_share, novel_view, tracking, visibility
 
 __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tracking", "visibility"]
 
@@ -39,11 +30,7 @@ KINDS = ("visibility", "novel_view", "tracking")
 TRACKING = KINDS.index("tracking")
 # If a kind cannot reach its share of holes on a clip, the next kind of its row is used and recorded.
 INSTEAD = {"visibility": ("novel_view",), "novel_view": ("visibility",), "tracking": ("visibility", "novel_view")}
-SEARCH_STEPS = 6
-CLOSE_ENOUGH = 0.03  # to the target share of holes; the search continues while it is farther off
 MET = 0.045  # largest accepted miss; docs promise 5 percentage points
-CORRECTIONS = 4  # of the search on small pictures by what the clip gives at full size
-PROBES = 3  # frames with the most holes; the search looks at these alone until it is close
 REDRAWS = 3  # of a tracking mask's grid and erosion
 DRIFT_CELLS = 4  # cells per side of the noise that decides which points are dropped, so that holes are blobs
 
@@ -154,11 +141,6 @@ def _draw_one(scene: Scene, kind: str, config: MaskConfig, target: float, seed: 
     return best
 
 
-def _missed(visible: np.ndarray, target: float) -> float:
-    """Return the share of holes in the fullest frame, less the target."""
-    return float(1 - kept_share(visible).min()) - target
-
-
 def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
     """Return the mask of a random path whose extent makes its share of holes the target.
 
@@ -171,11 +153,11 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
     tries = [(name, erosion_px) for erosion_px in dict.fromkeys((erosion, config.erosion_px[0])) for name in names]
     num_frames = len(scene.frames)
 
-    def drawn(aimed: _Aimed) -> _Drawn:
+    def drawn(aimed: Aimed) -> _Drawn:
         visible = scene.views(range(num_frames), aimed.w2c, kind, config.depth_tolerance)
         visible[0] = True
         visible = erode(visible, aimed.erosion_px)
-        return _Drawn(kind, visible, aimed.w2c, abs(_missed(visible, target)))
+        return _Drawn(kind, visible, aimed.w2c, abs(missed(visible, target)))
 
     best, closest = NOTHING, None
     for name, erosion_px in tries:
@@ -184,7 +166,7 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
             keywords = PATHS[name](extent, sign, config.max_angle_deg)
             return scene.path(trajectory.build(name, num_frames, radius=scene.radius, **keywords))
 
-        aimed = _aim(scene, path, kind, target, erosion_px, config.depth_tolerance)
+        aimed = aim(scene, path, kind, target, erosion_px, config.depth_tolerance)
         if aimed.error <= CLOSE_ENOUGH:
             best = min(best, drawn(aimed), key=lambda mask: mask.error)
             if best.error <= CLOSE_ENOUGH:
@@ -196,73 +178,6 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
     return best
 
 
-@dataclass(frozen=True)
-class _Aimed:
-    """A path w2c [T, 4, 4], and by how much its fullest frames miss the target with this erosion."""
-
-    w2c: np.ndarray
-    erosion_px: int
-    error: float
-
-
-def _aim(
-    scene: Scene, path: Callable[[float], np.ndarray], kind: str, target: float, erosion_px: int, tolerance: float
-) -> _Aimed:
-    """Return the extent of a path whose fullest frames come closest to the target share of holes.
-
-    It is searched on four frames of small pictures, and the aim is corrected by the frames with the most holes at full
-    size.
-    """
-    small, aim, found = scene.small(), target, []
-    for _ in range(CORRECTIONS):
-        w2c, off = _search(small, path, kind, aim, erosion_px, tolerance)
-        fullest = _fullest(small, w2c, kind, erosion_px, tolerance)
-        missed = _missed(erode_all(scene.views(fullest, w2c, kind, tolerance), erosion_px), target)
-        found.append(_Aimed(w2c, erosion_px, abs(missed)))
-        if abs(missed) <= CLOSE_ENOUGH or off > CLOSE_ENOUGH:  # there, or the path cannot go further
-            break
-        aim = min(max(aim - missed, 0.0), 1.0)
-    return min(found, key=lambda aimed: aimed.error)
-
-
-def _search(
-    small: Scene, path: Callable[[float], np.ndarray], kind: str, aim: float, erosion_px: int, tolerance: float
-) -> tuple[np.ndarray, float]:
-    """Return (w2c [T, 4, 4], how far off its share of holes is) of the extent that comes closest to the target."""
-    last = len(small.frames) - 1
-    moments = sorted({(last + 1) // 4, (last + 1) // 2, 3 * (last + 1) // 4, last})
-    best, least = path(1.0), np.inf
-    low, high, extent = 0.0, 1.0, 1.0
-    for _ in range(SEARCH_STEPS):
-        w2c = path(extent)
-        missed = float(1 - _share_left(small, small.views(moments, w2c, kind, tolerance), erosion_px).min()) - aim
-        if abs(missed) < least:
-            best, least = w2c, abs(missed)
-        if least < CLOSE_ENOUGH / 3 or (extent == 1.0 and missed < 0):
-            break
-        low, high = (extent, high) if missed < 0 else (low, extent)
-        extent = (low + high) / 2
-    return best, least
-
-
-def _fullest(small: Scene, w2c: np.ndarray, kind: str, erosion_px: int, tolerance: float) -> list[int]:
-    """Return the PROBES frames that have the largest share of holes on the small pictures."""
-    left = _share_left(small, small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
-    return sorted(1 + int(index) for index in np.argsort(left, kind="stable")[:PROBES])
-
-
-def _share_left(scene: Scene, visible: np.ndarray, erosion_px: int) -> np.ndarray:
-    """Return float64 [T], the shares that the masks of a scene keep once they are eroded at full size.
-
-    On small pictures the square is smaller than a pixel. What it takes is then a part of what one pixel's rim takes.
-    """
-    if scene.step == 1:
-        return kept_share(erode_all(visible, erosion_px))
-    side = erosion_side(erosion_px, [scene.step * length for length in visible.shape[1:]])
-    whole, rim = kept_share(visible), kept_share(erode_by(visible, 3))
-    return whole - max(0, side - 1) / (2 * scene.step) * (whole - rim)
-
-
 def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
     """Return the mask of tracked points, where points are dropped over time until its share of holes is the target."""
     best = NOTHING
@@ -272,7 +187,7 @@ def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, r
         if attempt == REDRAWS:
             count, erosion_px = config.grid[1], config.erosion_px[0]
         visible = _tracked(scene, config, count, erosion_px, target, rng)
-        candidate = _Drawn(kind, visible, None, abs(_missed(visible, target)))
+        candidate = _Drawn(kind, visible, None, abs(missed(visible, target)))
         best = min(best, candidate, key=lambda mask: mask.error)
         if best.error <= MET:
             break
@@ -303,11 +218,11 @@ def _tracked(
 
     low, high, best, least = 0.0, 1.0, 0.0, np.inf
     moments = np.array(sorted({num_frames // 2, num_frames - 1}))
-    for _ in range(SEARCH_STEPS):
-        missed = _missed(mask_at((low + high) / 2, moments), target)
-        if abs(missed) < least:
-            best, least = (low + high) / 2, abs(missed)
-        low, high = ((low + high) / 2, high) if missed < 0 else (low, (low + high) / 2)
+    for _ in range(STEPS):
+        error = missed(mask_at((low + high) / 2, moments), target)
+        if abs(error) < least:
+            best, least = (low + high) / 2, abs(error)
+        low, high = ((low + high) / 2, high) if error < 0 else (low, (low + high) / 2)
     visible = mask_at(best, np.arange(num_frames))
     visible[0] = True
     return visible
