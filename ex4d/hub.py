@@ -4,15 +4,19 @@ from __future__ import annotations
 
 import hashlib
 import logging
+import os
 import re
 import shlex
-from collections.abc import Sequence
+import time
+from collections.abc import Iterable, Sequence
 from functools import lru_cache
 from pathlib import Path
 
 from ex4d.errors import ConfigError
 
 log = logging.getLogger(__name__)
+
+SETTLED_S = 2.0  # a file that was changed less than so long ago may change again without another time
 
 # What ends up in URLs, in paths of the hub's cache and in commands that people copy.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
@@ -79,8 +83,14 @@ def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*
 
 def file_sha256(path: str | Path) -> str:
     """Return the sha256 of a local file; a process reads it once, as long as its size and times stay the same."""
-    stat = Path(path).stat()
-    return _sha256(str(Path(path).resolve()), stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns)
+    stat, place = Path(path).stat(), str(Path(path).resolve())
+    times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
+    return _sha256.__wrapped__(place, *times) if is_fresh([stat]) else _sha256(place, *times)
+
+
+def is_fresh(facts: Iterable[os.stat_result]) -> bool:
+    """Return True where a file was changed so lately that its times may not tell another change: clocks are coarse."""
+    return time.time() - max(fact.st_ctime for fact in facts) < SETTLED_S
 
 
 @lru_cache(maxsize=256)

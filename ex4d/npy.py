@@ -17,7 +17,9 @@ from typing import IO
 import numpy as np
 
 MAGIC = b"\x93NUMPY"
-_TYPE = re.compile(r"""["']descr["']\s*:\s*["']([<>|=]?[a-zA-Z]\d*)["']\s*(?=[,}])""", re.ASCII)
+_TYPE = re.compile(
+    r"""["']descr["']\s*:\s*u?["']([<>|=]?[a-zA-Z?][a-z0-9]{0,11}(?:\[\w{1,8}\])?)["']\s*(?=[,}])""", re.ASCII
+)
 _ORDER = re.compile(r"""["']fortran_order["']\s*:\s*(True|False)\s*(?=[,}])""", re.ASCII)
 _SHAPE = re.compile(r"""["']shape["']\s*:\s*\(((?:\s*\d{1,18}L?\s*,)*(?:\s*\d{1,18}L?)?)\s*\)\s*(?=[,}])""", re.ASCII)
 
@@ -46,8 +48,8 @@ def header(file: IO[bytes]) -> Header:
     """Read the header of an npy stream, which then stands at its numbers.
 
     Raises:
-        ValueError: it is no npy of version 1.0, or holds other values than numbers, booleans, times or text; "objects"
-            and "allow_pickle" are in the message where they are pickled.
+        ValueError: it is no npy of version 1.0, or holds other values than numbers, booleans, times or text; the message
+            has "allow_pickle" where it holds pickled objects.
     """
     start = file.read(10)
     if start[:6] != MAGIC or len(start) < 10:
@@ -56,17 +58,21 @@ def header(file: IO[bytes]) -> Header:
         raise ValueError(f"npy of version {start[6]}.{start[7]}, not 1.0")
     length = int.from_bytes(start[8:], "little")
     text = file.read(length).decode("latin-1")
-    found = [pattern.findall(text) for pattern in (_TYPE, _ORDER, _SHAPE)]
-    if len(text) < length or [len(values) for values in found] != [1, 1, 1]:
+    parts = [pattern.findall(text) for pattern in (_TYPE, _ORDER, _SHAPE)]
+    if len(text) < length or [len(part) for part in parts] != [1, 1, 1]:
         raise ValueError(f"npy with the header {text[:80]!r}, which is not one array of numbers")
-    (descr,), (order,), (shape,) = found
+    (descr,), (order,), (shape,) = parts
     try:
         dtype = np.dtype(descr)
-    except TypeError as error:
+    except (TypeError, ValueError) as error:
         raise ValueError(f"npy of the type {descr!r}: {error}") from None
     if dtype.hasobject:
         raise ValueError("holds objects, which need allow_pickle")
-    return Header(tuple(int(side.strip(" L")) for side in shape.split(",") if side.strip()), dtype, order == "True")
+    sides = tuple(int(side.strip(" L")) for side in shape.split(",") if side.strip())
+    found = Header(sides, dtype, order == "True")
+    if not dtype.itemsize or found.num_bytes >= 2**63:  # of empty texts no byte says how many there are
+        raise ValueError(f"npy with the header {text[:80]!r}, which no memory holds")
+    return found
 
 
 def numbers(file: IO[bytes], of: Header) -> np.ndarray:
@@ -78,8 +84,6 @@ def numbers(file: IO[bytes], of: Header) -> np.ndarray:
     data = file.read(of.num_bytes)
     if len(data) < of.num_bytes:
         raise ValueError(f"is cut short: {of} needs {of.num_bytes} bytes, {len(data)} are there")
-    if not of.dtype.itemsize:  # empty text: no bytes say how many there are
-        return np.zeros(of.shape, of.dtype)
     return np.frombuffer(data, of.dtype).reshape(of.shape, order="F" if of.by_columns else "C")
 
 

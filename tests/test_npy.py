@@ -31,7 +31,13 @@ def with_header(text: str) -> io.BytesIO:
 
 @given(
     hnp.arrays(
-        st.one_of(hnp.floating_dtypes(), hnp.integer_dtypes(), hnp.boolean_dtypes(), hnp.unicode_string_dtypes()),
+        st.one_of(
+            hnp.floating_dtypes(),
+            hnp.integer_dtypes(),
+            hnp.boolean_dtypes(),
+            hnp.datetime64_dtypes(),
+            hnp.unicode_string_dtypes(),
+        ),
         hnp.array_shapes(min_dims=0, max_dims=4, min_side=0, max_side=4),
     ),
     st.booleans(),
@@ -66,6 +72,7 @@ def test_no_header_reaches_pythons_parser(monkeypatch):
         "{'shape': (2, 3), 'fortran_order': False, 'descr': '<f4'}",  # another order, no comma at the end
         '{"descr": "<f4", "fortran_order": False, "shape": (2, 3, ), }\n',
         "{'descr': '<f4', 'fortran_order': False, 'shape': (2L, 3L), }",  # Python 2
+        "{'descr': u'float32', 'fortran_order': False, 'shape': (2, 3), }",
     ],
 )
 def test_headers_of_other_writers_are_read(text):
@@ -82,6 +89,8 @@ def test_headers_of_other_writers_are_read(text):
         "{'descr': '<f4', 'fortran_order': False, 'shape': (2 3)}",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (2,), 'shape': (3,)}",
         "{'descr': '<q9', 'fortran_order': False, 'shape': (2,)}",
+        "{'descr': '|S0', 'fortran_order': False, 'shape': (1000000000000000,)}",
+        "{'descr': '<f8', 'fortran_order': False, 'shape': (1000000000000000, 1000000000000000)}",
         "{'descr': [('a', '<f4')], 'fortran_order': False, 'shape': (2,)}",
         "{'descr': '<f4', 'fortran_order': False, 'shape': (__import__('os'),)}",
     ],

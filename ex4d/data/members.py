@@ -126,7 +126,7 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[in
     with archive.open(f"{name}.npy") as member:
         header = npy.header(member)
         if (header.shape, header.dtype) != (shape, dtype) or (header.by_columns and len(shape) > 1):
-            raise ValueError(f"{name} is {header}{' in columns' * header.by_columns}, not {dtype} {[*shape]}")
+            raise ValueError(f"{name} is {header}, not {dtype} {[*shape]} in rows")
         array = npy.numbers(member, header)
         if member.read(1):
             raise ValueError(f"{name} has more bytes than its shape says")

@@ -135,8 +135,9 @@ class Scene:
         return visibility.seen(self.z_depth[t], self.K, w2c, self._torn[t], shadow_map, tolerance)
 
     def _shadow_map(self, t: int, w2c: np.ndarray) -> np.ndarray:
-        """Return float32 [h, w], what a camera w2c [4, 4] beside that of frame t sees: z-depth, at about SHADOW_PX."""
+        """Return the z-depth that a camera w2c [4, 4] beside frame t's sees: float32 [h, w], about SHADOW_PX."""
         scene = self._with_every(round(min(self.z_depth.shape[1:]) / SHADOW_PX))
         mesh, K = scene.mesh(t), self.K.copy()
-        K[:2] *= mesh.size[1] / self.z_depth.shape[2]
+        K[0] *= mesh.size[1] / self.z_depth.shape[2]
+        K[1] *= mesh.size[0] / self.z_depth.shape[1]
         return cpu.render_depth(mesh, Camera(K, w2c, mesh.size))

@@ -125,9 +125,8 @@ def consistency(forward: np.ndarray, backward: np.ndarray) -> np.ndarray:
     """Return the forward–backward error float32 [H, W] in px, +inf where the flow leaves the picture."""
     height, width = forward.shape[:2]
     left = forward + sample(backward, forward)
-    error = np.sqrt(
-        left[..., 0] ** 2 + left[..., 1] ** 2
-    )  # np.linalg.norm along a short axis takes several times longer
+    # np.linalg.norm along a short axis takes several times longer.
+    error = np.sqrt(left[..., 0] ** 2 + left[..., 1] ** 2)
     x, y = _target(forward)
     inside = (x >= -0.5) & (x <= width - 0.5) & (y >= -0.5) & (y <= height - 0.5)
     return np.where(inside, error, np.inf).astype(np.float32)
@@ -168,8 +167,10 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if ratio > 1:
             gray = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA) for image in gray]
         for t in range(1, num_frames):
-            there[t] = forth.calc(gray[0], gray[t], 2 * there[t - 1] - there[max(0, t - 2)])
-            back, before = home.calc(gray[t], gray[0], 2 * back - before), back
+            # Where nothing is found a flow goes anywhere; its continuation stays within a picture's length.
+            start, back_start = np.clip([2 * there[t - 1] - there[max(0, t - 2)], 2 * back - before], -width, width)
+            there[t] = forth.calc(gray[0], gray[t], start)
+            back, before = home.calc(gray[t], gray[0], back_start), back
             slopes = [cv2.Sobel(there[t], cv2.CV_32F, *order, scale=1 / 8) for order in ((1, 0), (0, 1))]
             steepest = np.maximum(*(slope[..., 0] ** 2 + slope[..., 1] ** 2 for slope in slopes))
             visible[t] = (consistency(there[t], back) <= limit) & (steepest <= MAX_SLOPE**2)

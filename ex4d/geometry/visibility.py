@@ -53,7 +53,7 @@ def seen(
 
     Args:
         torn: bool [2, H−1, W−1], `tears`.
-        drawn: float32 [H/n, W/n], z-depth that the novel camera sees, of any n ≥ 1.
+        drawn: float32 [h, w], z-depth that the novel camera sees, of the same view with pixels of any size.
     """
     kept = np.empty(z_depth.shape, bool)
     depth, w2c = np.ascontiguousarray(z_depth, np.float32), np.ascontiguousarray(w2c, np.float64)

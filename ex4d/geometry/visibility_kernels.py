@@ -64,22 +64,24 @@ def _mark_faces(lanes, above, below, torn, faces):
 
 
 @kernel
-def _see_row(lane, drawn, scale, tolerance, corner, seen):
+def _see_row(lane, height, drawn, tolerance, corner, seen):
     """Clear seen float64 [W] for pixels of a row outside the novel picture, or behind what is drawn there.
 
     Args:
-        corner: int32 [2, W], scratch.
+        height: of the novel picture, as W in its own pixels. corner: int32 [2, W], scratch.
     """
-    rows, columns = np.float64(drawn.shape[0]), np.float64(drawn.shape[1])
-    for j in range(len(seen)):
-        x, y = lane[0, j] * scale, lane[1, j] * scale
-        inside = (lane[2, j] > AHEAD) & (x >= 0) & (x < columns) & (y >= 0) & (y < rows)
+    width, rows, columns = len(seen), np.float64(drawn.shape[0]), np.float64(drawn.shape[1])
+    scale_x, scale_y = columns / width, rows / height
+    for j in range(width):
+        u, v = lane[0, j], lane[1, j]
+        inside = (lane[2, j] > AHEAD) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
         seen[j] = seen[j] if inside else 0.0
+        x, y = u * scale_x, v * scale_y
         # The corner between the four pixels around the point; where that is outside, any will do.
         corner[0, j] = np.int32(min(max(y, 0.0), rows) + 0.5)
         corner[1, j] = np.int32(min(max(x, 0.0), columns) + 0.5)
     one = np.uint32(1)
-    for j in range(len(seen)):
+    for j in range(width):
         row, column = np.uint32(corner[0, j]), np.uint32(corner[1, j])
         top, bottom = row - min(row, one), min(row, np.uint32(drawn.shape[0] - 1))
         left, right = column - min(column, one), min(column, np.uint32(drawn.shape[1] - 1))
@@ -93,10 +95,9 @@ def see(z_depth, intrinsics, w2c, torn, drawn, tolerance, seen):
 
     Args:
         z_depth, intrinsics, w2c: as in `land`. torn: bool [2, H−1, W−1] by the real depth.
-        drawn: float32 [H/n, W/n], z-depth of the novel view; the farthest of the four pixels around a point counts.
+        drawn: float32 [h, w], z-depth of the novel view; the farthest of the four pixels around a point counts.
     """
     height, width = z_depth.shape
-    scale = drawn.shape[1] / width
     lanes, faces = np.empty((2, 3, width)), np.zeros((2, width + 1))
     good, corner = np.zeros((2, width)), np.empty((2, width), np.int32)  # good: of a row, and of the row below
     for i in range(height):
@@ -107,9 +108,9 @@ def see(z_depth, intrinsics, w2c, torn, drawn, tolerance, seen):
             for j in range(width):
                 good[0, j] = max(good[1, j], faces[0, j + 1], faces[0, j], faces[1, j])
                 good[1, j] = max(faces[0, j + 1], faces[1, j + 1], faces[1, j])
-            _see_row(lanes[above], drawn, scale, tolerance, corner, good[0])
+            _see_row(lanes[above], height, drawn, tolerance, corner, good[0])
             for j in range(width):
                 seen[i - 1, j] = good[0, j] > 0
-    _see_row(lanes[(height - 1) % 2], drawn, scale, tolerance, corner, good[1])
+    _see_row(lanes[(height - 1) % 2], height, drawn, tolerance, corner, good[1])
     for j in range(width):
         seen[height - 1, j] = good[1, j] > 0

@@ -126,12 +126,11 @@ def _error_of(facts: Mapping[str, Any]) -> Exception:
     """Return the exception that a child's function raised; its message is plain text of limited length."""
     kind, text = str(facts["type"]), str(facts["message"])[:_MAX_TEXT]
     values = [value if isinstance(value, int | float) else str(value)[:_MAX_TEXT] for value in facts["values"]]
+    ours = {name: getattr(errors, name) for name in ("BadSample", "ContractError", "ConfigError", "Filtered")}
     error: Exception
-    if kind in ("BadSample", "ContractError", "ConfigError", "Filtered"):
-        error = getattr(errors, kind)(*values)
-    elif kind in _BUILTIN_ERRORS:
-        error = _BUILTIN_ERRORS[kind](*values)
-    else:
+    try:
+        error = {**_BUILTIN_ERRORS, **ours}[kind](*values)
+    except (KeyError, TypeError):  # another kind, or values that do not make one
         error = RuntimeError(f"{kind[:80]}: {text}")
     error.add_note(f"in the isolated process:\n{str(facts['trace'])[:_MAX_TEXT]}")
     return error

@@ -45,11 +45,11 @@ def serve(sock: socket.socket, table: str) -> None:
             if isinstance(value, io.BufferedReader):
                 value.close()
         signal.setitimer(signal.ITIMER_REAL, 0)
-        peak_kb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         try:
-            send(sock, [*answer, peak_kb])
+            send(sock, answer)
         except TypeError as error:  # nothing was sent yet
-            send(sock, [False, _facts(error), peak_kb])
+            send(sock, [False, _facts(error)])
+        send(sock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # last: packing an answer takes memory, too
 
 
 def _answer(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:

@@ -59,7 +59,7 @@ class Child:
 
     def __init__(self, limits: Limits, table: str):
         self.memory_bytes, self.num_calls, self.busy = limits.memory_bytes, 0, False
-        self.spent = False  # it came near its limit once, so that its peak says nothing of a later call
+        self.spent = False  # it came near its limit once, so its peak cannot explain a later crash
         # A child's peak memory starts at its parent's, since it is the parent until it becomes another program.
         self.inherited_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         ours, theirs = socket.socketpair()
@@ -105,7 +105,10 @@ class Child:
         deadline = time.monotonic() + limits.wall_s
         try:
             transmit(self.socket, packed, deadline)
-            succeeded, value, peak_kb = _checked(receive(self.socket, deadline, self.memory_bytes))
+            succeeded, value = _checked(receive(self.socket, deadline, self.memory_bytes))
+            peak_kb = receive(self.socket, deadline)
+            if type(peak_kb) is not int:
+                raise ProtocolError("says nothing of its memory")
         except TimeoutError:
             raise BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s") from None
         except ProtocolError as error:
@@ -161,14 +164,15 @@ class Child:
         self.stderr.close()
 
 
-def _checked(answer: Any) -> tuple[bool, Any, int]:
-    """Return an answer: (True, result) or (False, facts), and the child's peak memory, kB. Raises ProtocolError."""
-    if not isinstance(answer, list) or list(map(type, answer[::2])) != [bool, int] or len(answer) != 3:
+def _checked(answer: Any) -> tuple[bool, Any]:
+    """Return an answer: (True, result) or (False, facts of an exception). Raises ProtocolError."""
+    if not isinstance(answer, list) or len(answer) != 2 or type(answer[0]) is not bool:
         raise ProtocolError("is no answer to a call")
-    succeeded, value, peak_kb = answer
-    if not succeeded and not (isinstance(value, dict) and {"type", "message", "values", "trace"} <= value.keys()):
-        raise ProtocolError("says of no exception what it was")
-    return succeeded, value, peak_kb
+    succeeded, value = answer
+    is_error = isinstance(value, dict) and {"type", "message", "values", "trace"} <= value.keys()
+    if not succeeded and not (is_error and isinstance(value["values"], list)):
+        raise ProtocolError("has no facts of the exception")
+    return succeeded, value
 
 
 class _Tail:

@@ -6,14 +6,13 @@ import errno
 import os
 import tempfile
 import threading
-import time
 from collections.abc import Callable, Mapping, Sequence
 from contextlib import AbstractContextManager, nullcontext
 from dataclasses import dataclass, field
 from pathlib import Path, PurePosixPath
 from typing import TYPE_CHECKING, Any
 
-from ex4d import remote, storage, web
+from ex4d import hub, remote, storage, web
 from ex4d.config import fingerprint
 from pipelines.inputs import without_query
 from pipelines.preprocess.file_cache import FileCache
@@ -22,9 +21,6 @@ from pipelines.runtime.stage import Row
 if TYPE_CHECKING:
     from ex4d.depth import DepthRequest
     from pipelines.preprocess.settings import PreprocessConfig
-
-
-SETTLED_S = 2.0  # a file that was changed less than so long ago may change again with the same time: coarse clocks
 
 
 def reach(config: PreprocessConfig) -> AbstractContextManager[None]:
@@ -153,7 +149,7 @@ class Local:
         known: Any = self.known.get(kind)
         tag = _stamp(paths)
         if not (tag and _is_note(known) and (known["url"], known["tag"]) == (paths[0], tag)):
-            known = {"url": paths[0], "sha256": read(), "size_bytes": os.path.getsize(paths[0])}
+            known = {"url": paths[0], "sha256": read(), "size_bytes": storage.local_path(paths[0]).stat().st_size}
             known["tag"] = tag if _stamp(paths) == tag else ""
         if known["tag"]:
             self.found[kind] = known
@@ -163,12 +159,13 @@ class Local:
 def _stamp(paths: Sequence[str]) -> str:
     """Return what a change of local files changes, "" where they were changed a moment ago and may be so again.
 
-    The time of a file's last change of any kind (ctime) can be set by nobody, unlike that of its content.
+    On Linux's own file systems no program can set the time of a file's last change of any kind (ctime), unlike that of
+    its content (mtime).
     """
-    facts = [os.stat(path) for path in paths]
-    if time.time() - max(fact.st_ctime for fact in facts) < SETTLED_S:
+    facts = [storage.local_path(path).stat() for path in paths]
+    if hub.is_fresh(facts):
         return ""
-    stamps = [[fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns] for fact in facts]
+    stamps = [[fact.st_size, fact.st_mtime_ns, fact.st_ctime_ns, fact.st_ino] for fact in facts]
     return " ".join(map(str, stamps[0])) if len(stamps) == 1 else fingerprint([list(paths), stamps])
 
 

@@ -25,7 +25,6 @@ logger = logging.getLogger(__name__)
 FILE = "progress.jsonl"
 _LINE_EVERY_S = 10.0
 _LOG_EVERY_S = 30.0
-_DRAW_EVERY_S = 0.1  # a row takes the driver less than drawing it does
 
 
 @dataclass
@@ -133,10 +132,10 @@ class Progress:
                 self.tallies.setdefault(stage.name, Tally(stage.num_cpus, stage.num_gpus))
         with ExitStack() as closing:
             on_screen = sys.stderr.isatty()
-            draw = closing.enter_context(_bars(current, tracks, self.tallies)) if on_screen else _log_of(current)
-            sometimes = _every(_DRAW_EVERY_S, draw) if on_screen else draw
-            yield Watched(self, current, sometimes, _every(_LINE_EVERY_S, lambda: self._write_line(current)))
-            draw()
+            if on_screen:
+                closing.enter_context(_bars(current, tracks, self.tallies))
+            log = (lambda: None) if on_screen else _log_of(current)
+            yield Watched(self, current, log, _every(_LINE_EVERY_S, lambda: self._write_line(current)))
         if any(one.total for one in current.values()):
             self._write_line(current)
 
@@ -203,7 +202,7 @@ class Watched:
 
     progress: Progress
     passes: Mapping[str, Pass]
-    draw: Callable[[], None]
+    log: Callable[[], None]
     write: Callable[[], None]
 
     def expect(self, name: str, number: int) -> None:
@@ -213,7 +212,7 @@ class Watched:
     def count(self, name: str, row: Row, video_s: float = 0.0) -> None:
         """Count one finished row, with so many seconds of video in it."""
         self.progress.count(self.passes[name], row, video_s)
-        self.draw()
+        self.log()
         self.write()
 
 
@@ -230,8 +229,8 @@ def _log_of(passes: Mapping[str, Pass]) -> Callable[[], None]:
 @contextmanager
 def _bars(
     passes: Mapping[str, Pass], tracks: Sequence[tuple[str, Sequence[Stage]]], tallies: dict[str, Tally]
-) -> Iterator[Callable[[], None]]:
-    """Yield a function that redraws the bars of passes and of their stages."""
+) -> Iterator[None]:
+    """Show the bars of passes and of their stages inside the block."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -245,25 +244,22 @@ def _bars(
         TimeRemainingColumn(),
     )
     before = {stage.name: asdict(tallies[stage.name]) for _, stages in tracks for stage in stages}
-    with Bars(
-        *columns, redirect_stdout=False, redirect_stderr=False, console=Console(file=terminal(sys.stderr))
-    ) as bars:
-        plain: dict[str, Any] = {"total": 0, "rejected": 0, "rate": "", "visible": False}
-        whole = {name: bars.add_task(name, **plain) for name, _ in tracks}
-        tasks = {
-            (name, stage.name): bars.add_task(f"  {stage.name}", **plain) for name, stages in tracks for stage in stages
-        }
+    whole: dict[str, Any] = {}
+    tasks: dict[tuple[str, str], Any] = {}
 
-        def draw() -> None:
-            for name, task in whole.items():
+    class Live(Bars):
+        """Bars that read the figures when they are drawn, ten times a second, since rows may come far faster."""
+
+        def get_renderables(self) -> Iterator[Any]:
+            for name, task in list(whole.items()):
                 current = passes[name]
                 rate, seen = f"{current.rate:.1f}/s", current.total > 0
                 counts: dict[str, Any] = {"completed": current.done, "total": current.total, "visible": seen}
-                bars.update(task, rejected=current.rejected, rate=rate, **counts)
-            for (name, stage), task in tasks.items():
+                self.update(task, rejected=current.rejected, rate=rate, **counts)
+            for (name, stage), task in list(tasks.items()):
                 current, tally = passes[name], tallies[stage]
                 done, worker_s = tally.done - before[stage]["done"], tally.worker_s - before[stage]["worker_s"]
-                bars.update(
+                self.update(
                     task,
                     completed=done,
                     total=current.total - (current.done - done),  # rows that were refused before never come here
@@ -271,5 +267,12 @@ def _bars(
                     rate=f"{worker_s / done:.3f} s each" if done else "",
                     visible=current.total > 0,
                 )
+            yield from super().get_renderables()
 
-        yield draw
+    console = Console(file=terminal(sys.stderr))
+    with Live(*columns, redirect_stdout=False, redirect_stderr=False, console=console) as bars:
+        plain: dict[str, Any] = {"total": 0, "rejected": 0, "rate": "", "visible": False}
+        whole.update({name: bars.add_task(name, **plain) for name, _ in tracks})
+        for name, stages in tracks:
+            tasks.update({(name, stage.name): bars.add_task(f"  {stage.name}", **plain) for stage in stages})
+        yield

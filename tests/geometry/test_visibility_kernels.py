@@ -6,7 +6,8 @@ import numpy as np
 import pytest
 
 from ex4d.geometry import trajectory
-from ex4d.geometry.camera import Camera, pixel_rays
+from ex4d.geometry.camera import Camera, intrinsics, pixel_rays
+from ex4d.geometry.mask_scene import Scene
 from ex4d.geometry.mesh import PROFILES, angle_threshold_deg, build, occlusion_flags
 from ex4d.geometry.render import cpu, render
 from ex4d.geometry.visibility import landing, visibility
@@ -65,6 +66,14 @@ def test_the_compiled_rule_is_the_one_in_numpy(index):
         assert 0 < fast.mean() < 1
         for ours, theirs in zip(landing(depths[0], mesh.K, w2c), land_slowly(depths[0], mesh.K, w2c), strict=True):
             np.testing.assert_allclose(ours, theirs, rtol=1e-9, atol=1e-9)
+
+
+@pytest.mark.parametrize("size", [(720, 1280), (721, 1280), (511, 512), (385, 600), (512, 511)])
+def test_a_smaller_shadow_map_leaves_no_row_and_no_column_out(size):
+    """Sides that are no multiples of its step are rounded, each in its own way."""
+    z_depth, K = np.full((1, *size), 3.0, np.float32), intrinsics(size)
+    scene = Scene(np.zeros((1, *size, 3), np.uint8), z_depth, K)
+    assert scene.view(0, np.eye(4)[None], "visibility", 0.02).all()
 
 
 def test_depth_alone_is_the_depth_of_the_whole_picture():

@@ -157,6 +157,13 @@ def hold(num_bytes: int) -> int:
     return len(bytearray(os.urandom(1)) * num_bytes)
 
 
+def strided(num_bytes: int) -> object:
+    """Return an array of so many bytes that must be copied to be sent."""
+    import numpy as np
+
+    return np.ones((num_bytes // 2, 2), np.uint8)[:, ::-1]
+
+
 def contents(file: IO[bytes]) -> bytes:
     return file.read()
 
@@ -171,5 +178,5 @@ def foreign_class() -> object:
 
 FUNCTIONS = {
     f.__name__: f"{__name__}:{f.__name__}"
-    for f in (everything, milder, facts, other_numbers, abort, hold, contents, foreign_class, read)
+    for f in (everything, milder, facts, other_numbers, abort, hold, strided, contents, foreign_class, read)
 }
