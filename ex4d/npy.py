@@ -48,8 +48,8 @@ def header(file: IO[bytes]) -> Header:
     """Read the header of an npy stream, which then stands at its numbers.
 
     Raises:
-        ValueError: it is no npy of version 1.0, or holds other values than numbers, booleans, times or text; the message
-            has "allow_pickle" where it holds pickled objects.
+        ValueError: it is no npy of version 1.0, or holds other values than numbers, booleans, times or text; the
+            message has "allow_pickle" where it holds pickled objects.
     """
     start = file.read(10)
     if start[:6] != MAGIC or len(start) < 10:
