@@ -64,6 +64,10 @@ def test_a_file_is_read_once_until_it_changes(tmp_path, monkeypatch):
     real = hashlib.file_digest
     monkeypatch.setattr(hashlib, "file_digest", lambda file, name: read.append(name) or real(file, name))
     assert hub.file_sha256(path) == hub.file_sha256(str(path)) == hashlib.sha256(b"one").hexdigest()
+    assert len(read) == 2  # it was changed a moment ago, and may be again without another time
+    read.clear()
+    monkeypatch.setattr(hub, "SETTLED_S", -1.0)
+    assert hub.file_sha256(path) == hub.file_sha256(str(path)) == hashlib.sha256(b"one").hexdigest()
     assert len(read) == 1
     path.write_bytes(b"two!")
     assert hub.file_sha256(path) == hashlib.sha256(b"two!").hexdigest()
