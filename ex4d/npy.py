@@ -2,7 +2,7 @@
 
 NumPy's own reader hands the header to Python's parser, which in Python 3.11 fails now and then ("AST constructor
 recursion depth mismatch") while another thread parses. It also reads headers of gigabytes, and pickles on request.
-Here a header is version 1.0 (64 kB at most), of plain numbers or text, and matched by a pattern.
+Here a header is version 1.0 (64 kB at most), of numbers, booleans, times or text, and matched by a pattern.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""The files that a row needs, on this machine: its video, and what a store knows of its remote files."""
+"""The files that a row needs, on this machine: its video, and what is known of its files since an earlier run."""
 
 from __future__ import annotations
 
