@@ -112,7 +112,7 @@ def stage_costs(folder: Path, num_clips: int) -> dict[str, float]:
     num_frames, size = LARGE
     made = SyntheticConfig(num_videos=num_clips, num_frames=num_frames, size=size, supersample=1, max_frequency=30.0)
     paths = [str(path) for path in write_corpus(folder / "large", made)]
-    config = PreprocessConfig(output="", input=paths, num_frames=num_frames, size=size)
+    config = PreprocessConfig(output="unset", input=paths, num_frames=num_frames, size=size)
     with tempfile.TemporaryDirectory() as output:
         preprocess.run(replace(config, output=output, input=paths[:1]), runner_name="inline")
     with tempfile.TemporaryDirectory() as output:
@@ -171,7 +171,7 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as name:
         corpus = SyntheticConfig(num_videos=arguments.clips, num_frames=9, size=(128, 128), supersample=1)
         paths = [str(path) for path in write_corpus(Path(name) / "small", corpus)]
-        config = PreprocessConfig(output="", input=paths, num_frames=9, size=(128, 128), num_workers=2)
+        config = PreprocessConfig(output="unset", input=paths, num_frames=9, size=(128, 128), num_workers=2)
         overhead = compare(config, arguments.pairs)
         costs = stage_costs(Path(name), arguments.large_clips)
     facts = {
