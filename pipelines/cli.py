@@ -140,36 +140,28 @@ def _main(argv: Sequence[str] | None) -> int:
         return module.command(args.config, args.overrides) if args.command in JOBS else module.run(args)
     except KeyboardInterrupt:
         goes_on = "; the same command goes on from there" if args.command in JOBS else ""
-        print(f"{_name(args)}: interrupted{goes_on}", file=sys.stderr)
-        return 130
+        status, message = 130, f"interrupted{goes_on}"
     except ConfigError as error:
-        print(f"{_name(args)}: {error}", file=sys.stderr)
-        return 2
+        status, message = 2, str(error)
     except (BadSample, Filtered) as error:
         named = [getattr(args, name) for name in ("video", "thing") if name in args]  # reasons themselves name no paths
-        print(f"{_name(args)}: {': '.join([*named, str(error)])}", file=sys.stderr)
-        return 1
+        status, message = 1, ": ".join([*named, str(error)])
     except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
         logging.getLogger(__name__).debug("where it was raised", exc_info=True)
-        reason = str(error)
+        status, message = 1, str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
             where = f" ({error.filename})" if error.filename else ""
-            reason = f"the disk is full{where}: free some space, then run the same command again"
-        print(f"{_name(args)}: {reason}", file=sys.stderr)
-        return 1
-
-
-def _name(args: argparse.Namespace) -> str:
-    return f"ex4d {args.command}".strip()
+            message = f"the disk is full{where}: free some space, then run the same command again"
+    print(f"{f'ex4d {args.command}'.strip()}: {message}", file=sys.stderr)
+    return status
 
 
 def script() -> None:
     """Run one command as this process and exit with its status; a Ctrl-C after its answer no longer changes it."""
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    exec(
-        ""
-    )  # a Ctrl-C inside of an exec, as dataclasses use it, has Python 3.11 end by the signal, unless one succeeds
+    # A Ctrl-C inside of an exec, as dataclasses use it, has Python 3.11 end by the signal, unless one succeeds.
+    exec("")
     sys.exit(status)
 
 

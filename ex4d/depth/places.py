@@ -21,6 +21,7 @@ from pathlib import Path, PurePosixPath
 from ex4d import hub, storage
 from ex4d.depth import DepthRequest, pictures, videos, vipe
 from ex4d.errors import BadSample
+from ex4d.video import sniff
 
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
 FOLDERS = (".depth", ".disparity")  # of pictures of depth, one a frame
@@ -93,8 +94,8 @@ def twin_of(path: str) -> str:
     if not storage.is_local(path) or not place.parent.is_dir():
         return ""
     others = (other for other in sorted(os.listdir(place.parent)) if other != place.name)
-    suffixes = (".mp4", ".mov", ".m4v", ".mkv", ".webm", ".avi", ".ts", ".mpg", ".mpeg", ".flv", ".wmv", ".3gp", ".ogv")
-    return next((other for other in others if Path(other).stem == place.stem and other.lower().endswith(suffixes)), "")
+    beside = (other for other in others if other.lower().endswith(sniff.VIDEO_SUFFIXES))
+    return next((other for other in beside if Path(other).stem == place.stem), "")
 
 
 def sha256(path: str) -> str:

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import dataclasses
 import os
-from collections.abc import Callable
 from dataclasses import dataclass
+from pathlib import Path
 from typing import Any, ClassVar, Literal
 
 from ex4d.config import checked, setting
@@ -191,11 +191,15 @@ class TrainConfig:
         """The datasets with their weights; one has the weight 1."""
         return (WeightedData(self.data),) if isinstance(self.data, str) else self.data
 
-    def data_at(self, place: Callable[[str], str]) -> str | tuple[WeightedData, ...]:
-        """Return `data` with `place` of each path."""
-        if isinstance(self.data, str):
-            return place(self.data)
-        return tuple(dataclasses.replace(data, path=place(data.path)) for data in self.data)
+    def absolute(self) -> TrainConfig:
+        """Return the settings with absolute paths of data and output; URLs stay."""
+
+        def place(path: str) -> str:
+            return path if "://" in path else str(Path(path).resolve())
+
+        many = self.data if isinstance(self.data, tuple) else ()
+        data = tuple(dataclasses.replace(one, path=place(one.path)) for one in many) or place(str(self.data))
+        return dataclasses.replace(self, data=data, output=place(self.output))
 
     def recomputed_blocks(self, num_blocks: int) -> int:
         """Return how many of the blocks recompute their activations; all of them if the memory decides (auto)."""

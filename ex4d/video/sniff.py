@@ -23,6 +23,12 @@ CODECS = (
     *("ffv1", "theora", "gif", "webp", "apng", "png", "flv"),
 )
 
+# How files with videos are called; any file is opened by its content all the same.
+VIDEO_SUFFIXES = (
+    *(".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg"),
+    *(".flv", ".ogv"),
+)
+
 _MOV_BOXES = (b"ftyp", b"moov", b"mdat", b"free", b"skip", b"wide", b"pnot", b"styp", b"uuid", b"moof", b"sidx")
 _PICTURES = (
     (b"\xff\xd8\xff", "jpeg"),

@@ -18,7 +18,7 @@ from ex4d.errors import ConfigError
 from ex4d.redact import printable, terminal
 from pipelines.commands import job_server, node_checks, node_pairs
 from pipelines.commands.node_checks import Asked, Finding
-from pipelines.runtime.cluster import connected
+from pipelines.runtime.cluster import connected, free_address
 
 LIMIT_S = 40.0  # time limit of one check over all nodes
 MAX_SKEW_S = 1.0
@@ -223,7 +223,7 @@ def _all_reduce(nodes: Sequence[dict[str, Any]], names: Sequence[str], port: int
     on_gpu = all(node["Resources"].get("GPU", 0) >= 1 for node in nodes)
     kind = "NCCL" if on_gpu else "gloo"
     address = str(nodes[0]["NodeManagerAddress"])
-    chosen = _on_nodes(node_pairs.free_address, nodes[:1], [(address, port)], limit_s=LIMIT_S / 2)[0]
+    chosen = _on_nodes(free_address, nodes[:1], [(address, port)], limit_s=LIMIT_S / 2)[0]
     remedy = f"let the nodes reach each other on all TCP ports, among them {port or 'those above 1024'} of {address}"
     if isinstance(chosen, str):
         return Finding(f"all-reduce ({kind})", f"port {port} of {address} cannot be used: {chosen}", False, remedy)

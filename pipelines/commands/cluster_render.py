@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import shlex
 from collections.abc import Callable
+from functools import partial
 from importlib import metadata
 from importlib.resources import files
 from typing import Any
@@ -97,12 +98,13 @@ def _group(name: str, replicas: tuple[int, int, int], size: dict[str, str], clus
 
 
 def _pod(name: str, size: dict[str, str], cluster: ClusterConfig) -> dict[str, Any]:
+    key = {"name": "wandb", "key": "api-key", "optional": True}
     container: dict[str, Any] = {
         "name": name,
         "image": cluster.image,
         "resources": {"limits": dict(size), "requests": dict(size)},
         "volumeMounts": [{"name": "data", "mountPath": "/data"}, {"name": "shm", "mountPath": "/dev/shm"}],
-        "env": [_secret("WANDB_API_KEY", "wandb", "api-key")],
+        "env": [{"name": "WANDB_API_KEY", "valueFrom": {"secretKeyRef": key}}],
         "securityContext": {"runAsNonRoot": True, "allowPrivilegeEscalation": False},
     }
     if cluster.store_secret:
@@ -115,33 +117,26 @@ def _pod(name: str, size: dict[str, str], cluster: ClusterConfig) -> dict[str, A
     return {"spec": {"containers": [container], "volumes": volumes}}
 
 
-def _secret(variable: str, name: str, key: str) -> dict[str, Any]:
-    return {"name": variable, "valueFrom": {"secretKeyRef": {"name": name, "key": key, "optional": True}}}
-
-
 # ---------------------------------------------------------------- SLURM
 
 
-def _slurm(name: str) -> Callable[[ClusterConfig], str]:
-    def fill(cluster: ClusterConfig) -> str:
-        text = (files("pipelines.commands") / "templates" / f"{name}.sbatch").read_text(encoding="utf-8")
-        container = ""
-        if cluster.container:
-            container = f"--container-image={cluster.container} --container-mounts={cluster.mounts} "
-        values = {
-            "NAME": cluster.name,
-            "NODES": str(cluster.nodes if name == "preprocess" else cluster.gpu_nodes),
-            "CPUS": str(cluster.node_cpus if name == "preprocess" else cluster.gpu_node_cpus // cluster.gpus_per_node),
-            "GPUS": str(cluster.gpus_per_node),
-            "TIME": cluster.time_limit,
-            "CONTAINER": container,
-            "HEADER": HEADER.format(kind=f"slurm-{name}").strip(),
-        }
-        for key, value in values.items():
-            text = text.replace(f"@{key}@", value)
-        return text
-
-    return fill
+def _slurm(name: str, cluster: ClusterConfig) -> str:
+    text = (files("pipelines.commands") / "templates" / f"{name}.sbatch").read_text(encoding="utf-8")
+    container = ""
+    if cluster.container:
+        container = f"--container-image={cluster.container} --container-mounts={cluster.mounts} "
+    values = {
+        "NAME": cluster.name,
+        "NODES": str(cluster.nodes if name == "preprocess" else cluster.gpu_nodes),
+        "CPUS": str(cluster.node_cpus if name == "preprocess" else cluster.gpu_node_cpus // cluster.gpus_per_node),
+        "GPUS": str(cluster.gpus_per_node),
+        "TIME": cluster.time_limit,
+        "CONTAINER": container,
+        "HEADER": HEADER.format(kind=f"slurm-{name}").strip(),
+    }
+    for key, value in values.items():
+        text = text.replace(f"@{key}@", value)
+    return text
 
 
 # ---------------------------------------------------------------- AWS
@@ -183,7 +178,7 @@ KINDS: dict[str, Callable[[ClusterConfig], Any]] = {
     "kuberay-preprocess": _rayjob_preprocess,
     "kuberay-train": _rayjob_train,
     "kuberay-cluster": _raycluster,
-    "slurm-preprocess": _slurm("preprocess"),
-    "slurm-train": _slurm("train"),
+    "slurm-preprocess": partial(_slurm, "preprocess"),
+    "slurm-train": partial(_slurm, "train"),
     "aws": _aws,
 }

@@ -15,16 +15,7 @@ from ex4d.reconstruct_config import ReconstructConfig
 
 # The settings of ReconstructConfig that are flags of `reconstruct`, `generate` and `view`.
 PATH = (
-    *(
-        "depth",
-        "depth_path",
-        "depth_python",
-        "depth_fill_px",
-        "trajectory",
-        "angle_deg",
-        "trajectory_options",
-        "cameras",
-    ),
+    *("depth", "depth_path", "depth_python", "depth_fill_px", "trajectory", "angle_deg", "trajectory_options"),
     *("cameras", "source_poses", "source_scale", "source_motion", "first_frame", "persistent_frames"),
     *("image_fps", "fov_deg", "profile", "backend", "seed"),
 )

@@ -6,7 +6,6 @@ import contextlib
 import datetime
 import fcntl
 import os
-import socket
 import time
 from dataclasses import dataclass, field
 from pathlib import Path
@@ -115,14 +114,6 @@ def _count_torn(place: Path, writer: int) -> int:
             continue
         torn += len(content) != TOLD_BYTES or len(set(content)) != 1
     return torn
-
-
-def free_address(address: str, port: int) -> tuple[str, int]:
-    """Return (address, port) of this node where rank 0 can listen; `port` 0: any. Raises OSError where it is taken."""
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-        probe.bind((address, port))
-        return address, probe.getsockname()[1]
 
 
 def all_reduce(address: str, port: int, rank: int, count: int, on_gpu: bool) -> tuple[float, str]:

@@ -27,23 +27,16 @@ def run(args: argparse.Namespace) -> int:
         raise ConfigError("ID", None, "name the job; `ex4d jobs` lists them")
     client, address = job_server.connect(args.address)
     with job_server.answers(address):
-        return _run(args, client, address)
-
-
-def _run(args: argparse.Namespace, client: Any, address: str) -> int:
-    jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
-    if args.id is None:
-        _print_table(list(jobs.values()))
-        return 0
-    if args.id not in jobs:
-        raise ConfigError("ID", args.id, f"allowed: {', '.join(sorted(jobs)) or 'none: no job was submitted here'}")
-    if args.follow:
-        return job_server.follow(client, args.id, address)
-    if args.stop:
-        was_running = client.stop_job(args.id)
-        print(f"{args.id} is being stopped" if was_running else f"{args.id} had ended")
-        return 0
-    _print_table([jobs[args.id]])
+        jobs = {job.submission_id: job for job in client.list_jobs() if job.submission_id}
+        if args.id not in (None, *jobs):
+            raise ConfigError("ID", args.id, f"allowed: {', '.join(sorted(jobs)) or 'none: no job was submitted here'}")
+        if args.follow:
+            return job_server.follow(client, args.id, address)
+        if args.stop:
+            was_running = client.stop_job(args.id)
+            print(f"{args.id} is being stopped" if was_running else f"{args.id} had ended")
+            return 0
+        _print_table(list(jobs.values()) if args.id is None else [jobs[args.id]])
     return 0
 
 

@@ -147,7 +147,8 @@ class _Job:
         for row in rows:
             refusal = refusals.get(row["key"])
             if refusal is not None:
-                self._reject(row, refusal)
+                facts = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
+                self.rejects.append({**facts, "key": row["key"], "unit": "clip"})
                 continue
             self.staged.append(shards.Staged(row["key"], row["split"], self.ledger.url(row["artifact"])))
             captions.setdefault(row["caption"]["sha256"], {"shard": row["shard"], **row["caption"]})
@@ -192,10 +193,6 @@ class _Job:
         missing = [row for row in rows if row["artifact"] not in self.done]
         done = self.passes.run(name, stages.with_gpu(todo, self.config.num_gpus), missing, self.context)
         return {row["key"]: row["refusal"] for row in done if row["refusal"] is not None}
-
-    def _reject(self, row: Row, refusal: Mapping[str, Any]) -> None:
-        facts = {name: refusal[name] for name in ("fate", "stage", "reason", "message")}
-        self.rejects.append({**facts, "key": row["key"], "unit": "clip"})
 
     def judge(self) -> None:
         """Commit the dataset, unless too much was bad."""

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from dataclasses import dataclass, replace
-from functools import lru_cache
+from functools import lru_cache, partial
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
@@ -103,15 +103,9 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
     }
 
 
-def load_models(row: Row, context: Encoding) -> dict[str, Any]:
-    """Load the models for clips, once per process; a stage of its own, so that no clip is charged for the time."""
-    loaded(context.model, context.device, VIDEO_MODELS)
-    return {}
-
-
-def load_text_model(row: Row, context: Encoding) -> dict[str, Any]:
-    """Load the text encoder."""
-    loaded(context.model, context.device, TEXT_MODELS)
+def load_models(components: tuple[str, ...], row: Row, context: Encoding) -> dict[str, Any]:
+    """Load models, once per process; a stage of its own, so that no clip or text is charged for the time."""
+    loaded(context.model, context.device, components)
     return {}
 
 
@@ -221,8 +215,8 @@ READ = Stage(
     reads=("key", "shard", "offset", "length", "sha256"),
     writes=("frames", "packed", "cond", "source_frames", "is_visibility", "kind", "first_shown", "first_index", "kept"),
 )
-LOAD_MODELS = Stage("load_models", load_models, reads=(), writes=())
-LOAD_TEXT_MODEL = Stage("load_text_model", load_text_model, reads=(), writes=())
+LOAD_MODELS = Stage("load_models", partial(load_models, VIDEO_MODELS), reads=(), writes=())
+LOAD_TEXT_MODEL = Stage("load_text_model", partial(load_models, TEXT_MODELS), reads=(), writes=())
 ENCODE_VIDEO = Stage(
     "encode_video",
     encode_video,

@@ -39,12 +39,7 @@ from pipelines.runtime.stage import Row, is_lasting
 
 SHOWN = 4  # clips of each range on the page; the videos of all are beside it
 RECORD = "evaluation.json"
-SECTIONS = {
-    "evaluate": EvaluateConfig,
-    "generate": GenerateConfig,
-    "synthetic": SyntheticConfig,
-    "ray": RayConfig,
-}
+SECTIONS = {"evaluate": EvaluateConfig, "generate": GenerateConfig, "synthetic": SyntheticConfig, "ray": RayConfig}
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:

@@ -9,12 +9,11 @@ from typing import Any
 
 from ex4d.evaluate.summary import Range
 from ex4d.viewer import page
-from pipelines.evaluate.stages import METHODS
+from pipelines.evaluate.stages import METHODS, WARP
 from pipelines.runtime.result import Result
 
-SHOWN = ("source", "depth", "condition", *METHODS, "truth")
-LABELS = {**METHODS, "truth": "true novel view", "condition": "condition"}
-NOT_SHOWN = ("warp",)  # it is shown as the condition
+SHOWN = ("source", "depth", "condition", *(name for name in METHODS if name != WARP), "truth")  # warp: the condition
+LABELS = {**METHODS, "truth": "true novel view"}
 WIDTH = 200  # at most
 
 
@@ -95,13 +94,12 @@ class Report:
 
 
 def _explained(views: Range) -> str:
-    count = views.count
-    clips = "1 clip" if count == 1 else f"{count} clips"
+    clips = "1 clip" if views.count == 1 else f"{views.count} clips"
     return f"mean ± standard deviation over {clips}; frame 0, which the model is given, is left out"
 
 
 def _clips(view: View, videos: str | None) -> list[page.Clip]:
-    names = [name for name in SHOWN if name in view.videos and name not in NOT_SHOWN]
+    names = [name for name in SHOWN if name in view.videos]
     return [
         page.Clip(
             LABELS.get(name, name),

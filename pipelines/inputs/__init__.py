@@ -108,9 +108,8 @@ def _expand_remote(url: str, root: str | None, rules: walk.Rules) -> Iterable[En
     storage.check_url(url)
     if lists.is_page(url):
         raise ConfigError(KEY, shown, "is a web page that shows a video; download the file first")
-    is_web = url.startswith(("http://", "https://"))
     try:
-        if "*" in plain or (glob.has_magic(plain) and not is_web):
+        if "*" in plain or (glob.has_magic(plain) and not storage.is_web(url)):
             entries = [Entry(_fixed_part(plain, "/"), file) for file in storage.glob(url)]
         elif plain.endswith(lists.SUFFIXES):
             return _expand_list(url, root, rules)
@@ -133,7 +132,7 @@ def _expand_list(path: str, root: str | None, rules: walk.Rules) -> Iterator[Ent
 
 
 def _is_several(path: str) -> bool:
-    """Return the entry, as a bad row where its file is missing: a long list must not fail for one file."""
+    """Return True where a path stands for many files: a folder or a pattern."""
     if not storage.is_local(path):
         return without_query(path).endswith("/") or "*" in without_query(path)
     return os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))

@@ -21,7 +21,7 @@ from __future__ import annotations
 
 import logging
 import os
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping
 from contextlib import suppress
 from typing import Any
 from urllib.parse import parse_qs, urlsplit
@@ -29,7 +29,7 @@ from urllib.parse import parse_qs, urlsplit
 from ex4d import remote, storage, text
 from ex4d.errors import BadSample, ConfigError
 from ex4d.video import sniff
-from pipelines.inputs import rows, tables, walk
+from pipelines.inputs import rows, tables
 from pipelines.inputs.rows import Entry
 from pipelines.inputs.tables import without_query
 
@@ -43,8 +43,8 @@ OTHER_SUFFIXES = (
     *(".exr", ".pfm", ".ply", ".glb", ".obj", ".tar", ".zip", ".gz", ".7z", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     *(".tif", ".tiff", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
 )
-# Their URLs are pages with a player.
 MAX_NAME = 16384  # characters of a path or URL; signed ones have some two thousand
+# Sites whose URLs are pages with a player.
 PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com", "tiktok.com", "facebook.com")
 
 
@@ -194,14 +194,10 @@ class _Resolver:
     def _by_stem(self, name: str, url: str) -> str | None:
         """Return the file in the list's folder whose name is the video's id at its site."""
         if self._stems is None:
-            files = sorted(name for name in self._beside() if name.lower().endswith(walk.VIDEO_SUFFIXES))
+            there = os.listdir(self.folder) if storage.is_local(self.folder) else storage.list_files(self.folder)
+            files = sorted(name for name in there if "/" not in name and name.lower().endswith(sniff.VIDEO_SUFFIXES))
             self._stems = {os.path.splitext(name)[0]: name for name in reversed(files)}
         parts = urlsplit(url)
         candidates = (name, *parse_qs(parts.query).get("v", []), parts.path.rpartition("/")[2])
         file = next((self._stems[stem] for stem in candidates if stem in self._stems), None)
         return None if file is None else storage.join(self.folder, file)
-
-    def _beside(self) -> Sequence[str]:
-        if not storage.is_local(self.folder):
-            return [name for name in storage.list_files(self.folder) if "/" not in name]
-        return os.listdir(self.folder)

@@ -233,7 +233,7 @@ AnySources = Sources | Found
 
 
 def _file(entry: Entry) -> tuple[Any, ...]:
-    is_good, place = not entry.reason, _key(_place(entry.path))
+    is_good, place = not entry.reason, _key(os.path.splitext(without_query(entry.path))[0])
     facts = (_key(entry.root), is_good, is_good or entry.is_place, is_good and may_be_video(entry.path))
     return _key(entry.path), *facts, place, place.rpartition(b"/")[2]
 
@@ -250,10 +250,6 @@ def _key(path: str) -> bytes:
 
 def _text(key: bytes) -> str:
     return key.decode("utf-8", "surrogatepass")
-
-
-def _place(path: str) -> str:
-    return os.path.splitext(without_query(path))[0]
 
 
 def _relative(path: str, common: str) -> str:

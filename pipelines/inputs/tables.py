@@ -19,8 +19,7 @@ MAX_WHOLE_BYTES = 512 * 2**20  # of a list that is not read row by row
 
 def without_query(url: str) -> str:
     """Return a web URL without its query and fragment; any other path unchanged."""
-    is_web = url.startswith(("http://", "https://"))
-    return url.partition("?")[0].partition("#")[0] if is_web else url
+    return url.partition("?")[0].partition("#")[0] if storage.is_web(url) else url
 
 
 def read(path: str) -> Iterator[Any]:

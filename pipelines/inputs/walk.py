@@ -18,25 +18,10 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from ex4d.depth import places
-from ex4d.video import pictures
+from ex4d.video import pictures, sniff
 from pipelines.inputs.rows import Entry
 
 OUTSIDE = "a link that leads out of the input: preprocess.follow_links=true follows it"
-VIDEO_SUFFIXES = (
-    ".mp4",
-    ".mov",
-    ".m4v",
-    ".mkv",
-    ".webm",
-    ".avi",
-    ".ts",
-    ".m2ts",
-    ".mts",
-    ".mpg",
-    ".mpeg",
-    ".flv",
-    ".ogv",
-)
 
 
 @dataclass(frozen=True)
@@ -96,7 +81,7 @@ def files(folder: str, rules: Rules = Rules(), root: str | None = None) -> Itera
 
 def _frames(folder: str, names: Sequence[str]) -> set[str]:
     """Return the pictures of a folder that is a video; empty where it is none."""
-    if folder.endswith(places.FOLDERS) or any(name.lower().endswith(VIDEO_SUFFIXES) for name in names):
+    if folder.endswith(places.FOLDERS) or any(name.lower().endswith(sniff.VIDEO_SUFFIXES) for name in names):
         return set()
     found = pictures.chosen(names)
     return set(found) if len(found) > 1 else set()

@@ -6,7 +6,7 @@ import itertools
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass, replace
 from fractions import Fraction
-from typing import TYPE_CHECKING, Any
+from typing import TYPE_CHECKING, Any, TypeVar
 
 import numpy as np
 
@@ -17,6 +17,7 @@ from pipelines.preprocess.stages.shots import unpack_pts
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
+T = TypeVar("T")
 GAP = 2.5  # in usual frame steps; above it there is a gap: a pause counts, one dropped frame does not
 
 
@@ -77,7 +78,8 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
             found.setdefault(clip.key, replace(clip, caption=span.caption, licence=span.licence))
     if not found:
         raise _why_none([part for part, _, _ in parts], pts, time_base, config)
-    return _spread(sorted(found.values(), key=lambda clip: clip.frame_index), config.clips_per_video)
+    ordered = sorted(found.values(), key=lambda clip: clip.frame_index)
+    return middles(ordered, config.clips_per_video or len(ordered))
 
 
 def in_source(clip: Clip, record: Mapping[str, Any]) -> dict[str, Any]:
@@ -155,10 +157,10 @@ def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> l
     return np.split(grid, breaks)
 
 
-def _spread(found: list[Clip], limit: int | None) -> list[Clip]:
-    if limit is None or len(found) <= limit:
-        return found
-    return [found[(2 * number + 1) * len(found) // (2 * limit)] for number in range(limit)]
+def middles(ordered: Sequence[T], count: int) -> list[T]:
+    """Return the middle ones of `count` equal groups, all where there are fewer."""
+    count = min(count, len(ordered))
+    return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
 
 
 def _clip(

@@ -29,8 +29,9 @@ from ex4d.config import checked, setting
 from ex4d.errors import ConfigError
 from ex4d.synthetic import SyntheticConfig
 from pipelines.inputs import Source, Sources
-from pipelines.preprocess import cost_history, fetch
+from pipelines.preprocess import cost_history, fetch, file_cache
 from pipelines.preprocess import run as preprocess
+from pipelines.preprocess.clips import middles
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.runtime.stage import quiet_threads
 
@@ -209,9 +210,11 @@ def spread(sources: Iterable[Source], count: int) -> list[Source]:
     """
     asked: Sequence[int] = range(sum(1 for _ in _videos(sources)))
     if not all(storage.is_local(video.path) for video in _videos(sources)):
-        asked = _middles(asked, MOST_ASKED)
-    sizes = np.fromiter((_size(video) for _, video in _chosen(sources, asked)), np.int64, len(asked))
-    numbers = [asked[index] for index in _middles(np.argsort(sizes, kind="stable").tolist(), count)]
+        asked = middles(asked, MOST_ASKED)
+    sizes = np.fromiter(
+        (file_cache.size_or_0(video.path) for _, video in _chosen(sources, asked)), np.int64, len(asked)
+    )
+    numbers = [asked[index] for index in middles(np.argsort(sizes, kind="stable").tolist(), count)]
     found = dict(_chosen(sources, numbers))
     return [found[number] for number in numbers]
 
@@ -223,18 +226,6 @@ def _videos(sources: Iterable[Source]) -> Iterator[Source]:
 def _chosen(sources: Iterable[Source], numbers: Sequence[int]) -> Iterator[tuple[int, Source]]:
     wanted = numbers if isinstance(numbers, range) else frozenset(numbers)
     return ((number, video) for number, video in enumerate(_videos(sources)) if number in wanted)
-
-
-def _middles(ordered: Sequence[int], count: int) -> list[int]:
-    count = min(count, len(ordered))
-    return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
-
-
-def _size(source: Source) -> int:
-    try:
-        return storage.size(source.path)
-    except OSError:  # missing, or the server does not report a size
-        return 0
 
 
 def measure(config: PreprocessConfig, source: Source) -> Measured:

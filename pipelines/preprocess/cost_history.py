@@ -15,7 +15,8 @@ from ex4d import storage
 
 def remember(output: str, cpu_s_per_video: float) -> None:
     """Append a plan to this machine's list of plans."""
-    line = {"time": time.time(), "output": _absolute(output), "cpu_s_per_video": cpu_s_per_video}
+    output = str(storage.local_path(output).resolve()) if storage.is_local(output) else output
+    line = {"time": time.time(), "output": output, "cpu_s_per_video": cpu_s_per_video}
     history = history_file()
     history.parent.mkdir(parents=True, exist_ok=True)
     with open(history, "a") as file:
@@ -59,7 +60,3 @@ def _actual_cpu_s(output: str, since: float) -> float | None:
         if line["committed"]:
             return spent / line["counts"]["videos_in"] if spent else None
     return None
-
-
-def _absolute(url: str) -> str:
-    return str(Path(storage.local_path(url)).resolve()) if storage.is_local(url) else url

@@ -157,14 +157,6 @@ def _texts(values: np.ndarray, seen: np.ndarray) -> list[str]:
     return [f"{int(value):016x}" if there else "" for value, there in zip(values, seen, strict=True)]
 
 
-def distance(first: Sequence[str], second: Sequence[str]) -> int | None:
-    """Return in how many bits most frames of two videos differ at most; None where too many frames are flat."""
-    values, seen = _arrays([first, second])
-    bits = _bits(values[:1], values[1:], seen[:1] & seen[1:])[0]
-    found = int(np.sort(bits)[MAJORITY - 1])
-    return None if found > 64 else found
-
-
 def _arrays(videos: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
     """Return (uint64 [N,NUM_FRAMES], bool [N,NUM_FRAMES], False for flat frames)."""
     values = np.array([[int(text or "0", 16) for text in hashes] for hashes in videos], np.uint64)

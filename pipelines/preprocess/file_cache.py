@@ -83,7 +83,7 @@ class FileCache:
         announced = pictures.size_of(url) if fps else announced
         claim(self.folder, "preprocess.cache_dir")  # the folder may have been deleted
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
-        announced = announced if announced is not None else _size_or_none(url) or 0
+        announced = announced if announced is not None else size_or_0(url)
         if announced > self.max_file_bytes:
             raise storage.TooLarge(errno.EFBIG, f"more than {self.max_file_bytes} bytes", remote.redacted(url))
         self._make_room(announced)
@@ -158,8 +158,9 @@ def _move(source: Path, target: Path) -> None:
                 raise
 
 
-def _size_or_none(url: str) -> int | None:
+def size_or_0(url: str) -> int:
+    """Return the bytes of a file, 0 where it is missing or its server does not say; it then fails when it is read."""
     try:
         return storage.size(url)
-    except OSError:  # the server does not report it; unreadable files fail when they are read
-        return None
+    except OSError:
+        return 0

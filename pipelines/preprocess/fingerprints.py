@@ -15,11 +15,6 @@ PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedete
 VIDEO_CODE, CLIP_CODE = 3, 7  # raised when stages change their output, so that older staging is not reused
 
 
-def check(config: PreprocessConfig) -> None:
-    """Raise ConfigError if weights that the settings need are missing and cannot be fetched."""
-    sample_settings(config)
-
-
 @cache
 def versions() -> dict[str, str]:
     """Return {package: version} of what may change a sample's bytes; "" where it is not installed."""

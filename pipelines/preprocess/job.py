@@ -92,7 +92,7 @@ class Job:
                     later.append((SHOTS_PASS, video))
             elif name == SHOTS_PASS:
                 self.outcomes.write_video(row)
-                later.extend((last, clip) for clip in row["clips"] or () if not self._is_done(clip))
+                later.extend((last, clip) for clip in row["clips"] or () if not units.finished(self.ledger, clip))
             else:
                 self.outcomes.write_clip(row)
             if row["refusal"] is not None and name != "hash":
@@ -108,12 +108,10 @@ class Job:
             return None
         content = pairs.content(row["sha256"], row["pair"])
         row |= {"content": content, "seconds": {}}  # the seconds of this pass are counted
-        video = row | self._artifacts(content) | pairs.other_of(row)
-        is_new = self.tables.add_video(video) and not self._is_done(video)
+        names = {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
+        video = row | names | pairs.other_of(row)
+        is_new = self.tables.add_video(video) and not units.finished(self.ledger, video)
         return video if is_new else None
-
-    def _is_done(self, row: Row) -> bool:
-        return bool(units.finished(self.ledger, row))
 
     def _sources(self, sources: inputs.AnySources) -> Iterator[Row]:
         """Yield the rows of the videos; reject what is no video."""
@@ -128,10 +126,6 @@ class Job:
                 known_source=self.ledger.records.get(_source_name(source.path)),
                 **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
             )
-
-    def _artifacts(self, content: str) -> dict[str, str]:
-        """Return the names of a video's record and of its refusal in the ledger."""
-        return {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
 
     def _find_shots(self) -> None:
         """Make the records that are still missing: of videos that are to be retried or whose record is damaged."""

@@ -29,8 +29,6 @@ from pipelines.runtime.output import outside_datasets
 from pipelines.runtime.result import Result
 from pipelines.runtime.runner import RayConfig
 
-__all__ = ["OPTIONAL", "SECTIONS", "PreprocessConfig", "RayConfig", "Result", "Stages", "run", "stages_of"]
-
 logger = logging.getLogger(__name__)
 
 SECTIONS = {"preprocess": PreprocessConfig, "ray": RayConfig, "synthetic": SyntheticConfig}
@@ -71,7 +69,7 @@ def run(
         ContractError: a file in the folder is damaged or of another kind.
     """
     outside_datasets("preprocess.output", config.output, own="clips")
-    fingerprints.check(config)
+    fingerprints.sample_settings(config)  # raises where weights are missing and cannot be fetched
     if sources is None:
         sources = find_sources(config, synthetic_config)
     config = with_depth(config, sources)

@@ -125,9 +125,10 @@ class Tables:
 
     def decide(self, groups: Mapping[str, str], stand_ins: Mapping[str, str]) -> None:
         """Note what was decided across videos: {sha256: its group} and {sha256: the one that is taken in its place}."""
-        names = self.names(stand_ins.values())
-        rows = ((key, groups.get(key), names.get(stand_ins.get(key, ""))) for key in {*groups, *stand_ins})
-        self._scratch.executemany("INSERT INTO decided VALUES (?, ?, ?)", rows)
+        if stand_ins:
+            self._scratch.execute("CREATE INDEX IF NOT EXISTS video_sha256 ON video (sha256, name)")
+        rows = ((key, groups.get(key), stand_ins.get(key)) for key in {*groups, *stand_ins})
+        self._scratch.executemany("INSERT INTO decided SELECT ?, ?, MIN(name) FROM video WHERE sha256 = ?", rows)
 
     def units(self) -> list[str]:
         """Return the prefixes of content hashes that cut the videos into units."""
@@ -136,14 +137,6 @@ class Tables:
         while count > UNIT_VIDEOS * len(units):
             units = [prefix + letter for prefix in units for letter in HEX]
         return units
-
-    def names(self, contents: Iterable[str]) -> dict[str, str]:
-        """Return {sha256: the first name of a video of that sha256}."""
-        wanted = set(contents)
-        if wanted:
-            self._scratch.execute("CREATE INDEX IF NOT EXISTS video_sha256 ON video (sha256, name)")
-        query = "SELECT MIN(name) FROM video WHERE sha256 = ?"
-        return {sha256: self._scratch.execute(query, (sha256,)).fetchone()[0] for sha256 in wanted}
 
     # ------------------------------------------------------------ clips
 

@@ -101,7 +101,7 @@ class Unit:
     def _clips(self, row: Row) -> list[clips.Clip]:
         """Return the clips of a video; videos without any are rejected."""
         self.used |= {row[name] for name in ARTIFACTS}
-        record: Any = self.known.get(self._finished(row))
+        record: Any = self.known.get(finished(self.known, row))
         row["record"] = record
         if record["refusal"] is not None:
             self.rejects.append(reject_of("video", row | {"refusal": record["refusal"]}))
@@ -132,10 +132,7 @@ class Unit:
         return new_row(
             **facts,
             **other,
-            path=video["path"],
-            depth_place=video["depth_place"],
-            twin=video["twin"],
-            namesake=video["namesake"],
+            **{name: video[name] for name in ("path", "depth_place", "twin", "namesake")},
             **clips.in_source(clip, video["record"]),
             size=video["record"]["info"]["size"],
             seed=self.names.seed(clip.key),
@@ -153,13 +150,13 @@ class Unit:
         load(self.known, rows)
         for row in rows:
             self.used |= {row["artifact"], row["refusal_artifact"], row["score_artifact"]}
-            name = self._finished(row) if self.retry else ""
+            name = finished(self.known, row) if self.retry else ""
             if name == row["refusal_artifact"] and name not in self.tried:
                 reason = (self.known.get(name) or {})["reason"]
                 if reason in self.retry:
                     self.known.remove(name)
                     self.retried[row["key"]] = reason
-        return [row for row in rows if not self._finished(row)]
+        return [row for row in rows if not finished(self.known, row)]
 
     def _passing(self, missing: Sequence[Row]) -> list[Row]:
         """Return the rows without those that miss a threshold by what is known of them."""
@@ -170,7 +167,7 @@ class Unit:
 
     def _looked_at(self, row: Row) -> None:
         """Count a clip whose scores are known, or that was rejected before they were."""
-        known = self.known.get(self._finished(row)) or {}
+        known = self.known.get(finished(self.known, row)) or {}
         is_refusal = "reason" in known
         scores = known.get("scores") if is_refusal else known
         if scores is None:
@@ -180,7 +177,7 @@ class Unit:
 
     def _done(self, row: Row) -> None:
         """Count a clip that needs no work: a finished sample, or a rejection, perhaps by today's thresholds."""
-        name = self._finished(row)
+        name = finished(self.known, row)
         record: Any = self.known.get(name) if name else {"scores": row["known_scores"] or row["shot_scores"]}
         refusal = record if name == row["refusal_artifact"] else judged(row, record["scores"], self.config)
         if refusal is not None:
@@ -188,9 +185,6 @@ class Unit:
             return
         split = split_of(row["source_group"], self.config.val_fraction)
         self.staged.append([split, row["key"], name, record["size"], record["sha256"]])
-
-    def _finished(self, row: Row) -> str:
-        return finished(self.known, row)
 
 
 def finished(known: Any, row: Row) -> str:

@@ -11,6 +11,7 @@ from __future__ import annotations
 import logging
 import os
 import secrets
+import socket
 import stat
 import sys
 import tempfile
@@ -244,6 +245,14 @@ def count_nodes() -> dict[str, int]:
     nodes = ray.nodes()
     lost = [node for node in nodes if not node["Alive"] and node.get("DeathReason") == UNEXPECTED]
     return {"alive": sum(node["Alive"] for node in nodes), "lost": len(lost)}
+
+
+def free_address(address: str, port: int = 0) -> tuple[str, int]:
+    """Return (address, port) of this node where rank 0 can listen; `port` 0: any. Raises OSError where it is taken."""
+    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
+        probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+        probe.bind((address, port))
+        return address, probe.getsockname()[1]
 
 
 def check_output(key: str, path: str) -> None:

@@ -94,7 +94,8 @@ def take(known: Records, keys: Mapping[str, str]) -> set[str]:
         keys: {name of an artifact: key of its row}.
     """
     unknown = [name for name in keys if not known.has_record(name)]
-    damaged = {name for name in keys if name.endswith(".tar") and _is_cut(known, name)}
+    sizes = {name: body["size"] for name in keys if name.endswith(".tar") and (body := known.get(name)) is not None}
+    damaged = {name for name, size in sizes.items() if size != known.size(name)}
 
     def read(name: str) -> dict[str, Any] | None:
         try:
@@ -113,11 +114,6 @@ def take(known: Records, keys: Mapping[str, str]) -> set[str]:
     for name in sorted(damaged):
         known.set_aside(name)
     return damaged
-
-
-def _is_cut(known: Records, name: str) -> bool:
-    body = known.get(name)
-    return body is not None and body["size"] != known.size(name)
 
 
 def _read(url: str, name: str, key: str) -> dict[str, Any]:

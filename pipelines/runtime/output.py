@@ -6,7 +6,7 @@ import fcntl
 import json
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from ex4d import storage
@@ -78,14 +78,8 @@ def writing(output: str | Path, is_file: bool = False) -> Iterator[None]:
                 (folder / name).unlink(missing_ok=True)
     finally:
         for parent in missing:  # the innermost first
-            _remove_empty(parent)
-
-
-def _remove_empty(folder: Path) -> None:
-    try:
-        folder.rmdir()
-    except OSError:  # it holds what was written
-        return
+            with suppress(OSError):  # it holds what was written
+                parent.rmdir()
 
 
 def outside_datasets(key: str, output: str, own: str = "") -> None:

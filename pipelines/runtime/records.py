@@ -46,7 +46,8 @@ class Records:
         self._written = time.monotonic()
         self._parts = storage.list_files(folder, (SUFFIX,))
         self._number = 1 + max((int(name[: -len(SUFFIX)]) for name in self._parts), default=0)
-        self._load()
+        for name, blob in zip(self._parts, in_order(self._read, self._parts, NUM_READERS), strict=True):
+            self._take(name, blob)
 
     def __contains__(self, name: str) -> bool:
         return self._scratch.execute("SELECT 1 FROM record WHERE name = ?", (name,)).fetchone() is not None
@@ -102,10 +103,6 @@ class Records:
         for name in old:  # the oldest first: what was forgotten must not come back where this is interrupted
             storage.remove(storage.join(self.folder, name))
         self._parts = [name for name in self._parts if name not in old]
-
-    def _load(self) -> None:
-        for name, blob in zip(self._parts, in_order(self._read, self._parts, NUM_READERS), strict=True):
-            self._take(name, blob)
 
     def _read(self, name: str) -> bytes:
         return storage.read_bytes(storage.join(self.folder, name))

@@ -235,10 +235,7 @@ def quiet_threads() -> None:
 
 
 def pack_row(row: Row) -> dict[str, Any]:
-    """Return a row as {"json": str, "arrays": bytes}: the same two columns whatever is in it.
-
-    So blocks of good and of refused rows have one schema. Arrays travel as npz without pickles.
-    """
+    """Return a row as {"json": str, "arrays": bytes}; arrays travel as npz without pickles."""
     arrays = {name: value for name, value in row.items() if isinstance(value, np.ndarray)}
     buffer = io.BytesIO()
     if arrays:

@@ -16,11 +16,9 @@ from __future__ import annotations
 
 import ctypes
 import json
-import logging
 import math
 import os
 import signal
-import socket
 import subprocess
 import sys
 import time
@@ -37,11 +35,9 @@ from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, place_from_environment
 from ex4d.train.identity import check_identity
-from pipelines.runtime.cluster import check_output
+from pipelines.runtime.cluster import check_output, free_address
 from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.runner import RayConfig
-
-logger = logging.getLogger(__name__)
 
 GRACE_S = 15.0  # between one rank's end and killing the others, which may still report the same error
 PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher or trial whose child this is
@@ -195,7 +191,12 @@ def _local_processes(arguments: list[str], count: int, output: Path) -> int:
     """
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
-    common = {**os.environ, "WORLD_SIZE": str(count), "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": str(free_port())}
+    common = {
+        **os.environ,
+        "WORLD_SIZE": str(count),
+        "MASTER_ADDR": "127.0.0.1",
+        "MASTER_PORT": str(free_address("127.0.0.1")[1]),
+    }
     common[PARENT] = str(os.getpid())
     common.setdefault("TQDM_DISABLE", "1")  # progress bars of model loading, one per file and rank
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
@@ -261,13 +262,6 @@ def _explain(codes: list[int], logs: Path) -> int:
     if rank:
         print((logs / f"rank-{rank}.log").read_text(errors="replace")[-2000:], file=sys.stderr)
     return code if code > 0 else 128 - code
-
-
-def free_port() -> int:
-    """Return a port that is free on the loopback interface now."""
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        return probe.getsockname()[1]
 
 
 # ---------------------------------------------------------------- before anything is loaded

@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import dataclasses
 import logging
 import math
 import os
@@ -13,8 +12,6 @@ import time
 from collections.abc import Iterator
 from concurrent.futures import Future, wait
 from contextlib import contextmanager
-from dataclasses import dataclass
-from pathlib import Path
 from typing import TYPE_CHECKING, Any
 
 from ex4d.train import checkpoint
@@ -45,8 +42,8 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
     Args:
         resize_every_s: how often an elastic run checks whether more processes are available.
     """
-    wait = _Wait.of(train, ray_config)
-    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(wait.start_s)
+    start_s, retries = _tries(train, ray_config.ranks_timeout_s)
+    os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
     with connected(ray_config.address, show_workers=True):
         from ray.train import ControllerError, TrainingFailedError
 
@@ -54,7 +51,7 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
             while True:
                 before = _step(train)
                 try:
-                    result = _fit(_trainer(train, model, flag, resize_every_s, wait), flag, asked)
+                    result = _fit(_trainer(train, model, flag, resize_every_s, retries), flag, asked)
                 except ControllerError as error:
                     print(f"ex4d train: {_no_ranks(train, ray_config, error)}", file=sys.stderr)
                     return 1
@@ -72,18 +69,11 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
                     return code
 
 
-@dataclass(frozen=True)
-class _Wait:
-    """How long Ray waits for the ranks' place at a time, and how often it tries again; each try costs a page of log."""
-
-    start_s: float
-    retries: int
-
-    @classmethod
-    def of(cls, train: TrainConfig, ray_config: RayConfig) -> _Wait:
-        # An elastic run uses fewer ranks after a failed try, so it tries often.
-        start_s = min(60.0, ray_config.ranks_timeout_s) if train.min_processes else ray_config.ranks_timeout_s / 4
-        return cls(start_s, max(0, round(ray_config.ranks_timeout_s / start_s) - 1))
+def _tries(train: TrainConfig, limit_s: float) -> tuple[float, int]:
+    """Return how long Ray waits for the ranks' place at a time, s, and how often it tries again, a page of log each."""
+    # An elastic run uses fewer ranks after a failed try, so it tries often.
+    start_s = min(60.0, limit_s) if train.min_processes else limit_s / 4
+    return start_s, max(0, round(limit_s / start_s) - 1)
 
 
 def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
@@ -107,7 +97,7 @@ def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
     return outcome.result()
 
 
-def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: float, wait: _Wait) -> Any:
+def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: float, retries: int) -> Any:
     import ray
     import ray.train.torch
 
@@ -125,7 +115,7 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
 
     on_gpu = train.device == "cuda" or (train.device == "auto" and ray.cluster_resources().get("GPU", 0) >= 1)
     workers = train.num_processes or (int(ray.cluster_resources()["GPU"]) if on_gpu else 2)
-    train = dataclasses.replace(train, data=train.data_at(_absolute), output=_absolute(train.output))
+    train = train.absolute()
     return Trainer(
         rank_loop,
         train_loop_config={"train": train, "model": model, "flag": flag, "folder": os.getcwd()},
@@ -138,13 +128,9 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
         run_config=api.RunConfig(
             name="ray",
             storage_path=train.output,
-            failure_config=api.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=wait.retries),
+            failure_config=api.FailureConfig(max_failures=MAX_FAILURES, controller_failure_limit=retries),
         ),
     )
-
-
-def _absolute(path: str) -> str:
-    return path if "://" in path else str(Path(path).resolve())
 
 
 def _step(train: TrainConfig) -> int:

@@ -9,7 +9,6 @@ Trials are compared after the same number of steps: the furthest step ranks firs
 
 from __future__ import annotations
 
-import dataclasses
 import json
 import os
 import signal
@@ -62,11 +61,11 @@ def command(path: str, overrides: Sequence[str]) -> int:
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
     with exclusive(str(output)):
         _check_same(sweep, tree, output)
-        from pipelines.train.sweep_tune import Interrupted
+        from pipelines.train.sweep_tune import Interrupted, search
 
         with _interruptible(), connected(loaded["ray"].address):
             try:
-                rows = run(sweep, tree)
+                rows = sweep_report.ranked(search(sweep, tree), sweep, tree)
                 noise = confirm(sweep, tree, rows)
             except Interrupted as stop:
                 return _say_interrupted(sweep, tree, stop.status)
@@ -98,11 +97,8 @@ def trial_tree(
     for override in (o for o in overrides if o.startswith(("train.", "model."))):
         key, _, text = override.partition("=")
         tree = with_values(tree, {key: config.parse_value(text)})
-    absolute = dataclasses.replace(
-        train, data=train.data_at(lambda path: path if "://" in path else str(Path(path).resolve()))
-    )
     values = {
-        "train.data": config.to_dict(absolute)["data"],
+        "train.data": config.to_dict(train.absolute())["data"],
         "train.num_steps": train.num_steps,
         "train.wandb_group": sweep.group,
     }
@@ -157,13 +153,6 @@ def _interruptible() -> Iterator[None]:
 
 
 # ---------------------------------------------------------------- the search
-
-
-def run(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials of the whole sweep, best first; finished trials are not repeated."""
-    from pipelines.train.sweep_tune import search
-
-    return sweep_report.ranked(search(sweep, tree), sweep, tree)
 
 
 def confirm(sweep: SweepConfig, tree: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:

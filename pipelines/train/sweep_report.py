@@ -85,14 +85,12 @@ def write(
         return 1
     best = with_values(tree, {**rows[0]["point"], "train.output": str(output / "best")})
     best = with_values(best, {"train.seed": value_in(best, "train.seed")})
-    config.dump(best, output / "best.yaml")
     furthest = [row for row in rows if row["state"] != "failed" and row["step"] == rows[0]["step"]]
     reason = (
         f"# Lowest {sweep.metric} ({rows[0]['value']:.6g}) of the {len(furthest)} of {len(rows)} trials that reached "
         f"step {rows[0]['step']}; train.seed={best['train']['seed']}.\n# {note}\n"
     )
-    text = (output / "best.yaml").read_text(encoding="utf-8")
-    storage.write_bytes(output / "best.yaml", (reason + text).encode())
+    storage.write_bytes(output / "best.yaml", (reason + config.to_yaml(best)).encode())
     page = write_page(rows, noise, note, sweep)
     print(f"best configuration: {output / 'best.yaml'}\n{note}\npage: {page}")
     return 0

@@ -21,7 +21,8 @@ from typing import Any
 
 from ex4d import config, storage
 from ex4d.train import checkpoint, runlog
-from pipelines.train.launch import PARENT, free_port
+from pipelines.runtime.cluster import free_address
+from pipelines.train.launch import PARENT
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space, value_in, with_values
 
@@ -80,9 +81,9 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
     settings = with_values(tree, {**point, "train.output": str(folder / "train")})
     with _alone(folder):
         known = 0  # last step that was reported before
-        checkpoint = tune.get_checkpoint() if sweep.search == "pbt" else None
-        if checkpoint is not None:
-            with checkpoint.as_directory() as source:
+        other = tune.get_checkpoint() if sweep.search == "pbt" else None
+        if other is not None:
+            with other.as_directory() as source:
                 known = adopt(Path(source), folder / "train", settings)
         config.dump(settings, folder / "config.yaml")
         storage.write_bytes(folder / "point.json", json.dumps(point).encode())
@@ -128,7 +129,7 @@ def _command(folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], dict
         return command, {}
     # Start the only rank directly: a launcher would load PyTorch once more, a fifth of a tiny trial's start-up.
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
-    return command, place | {"MASTER_PORT": str(free_port())}
+    return command, place | {"MASTER_PORT": str(free_address("127.0.0.1")[1])}
 
 
 def rungs(records: Iterable[Mapping[str, Any]], sweep: SweepConfig, last: int) -> Iterator[dict[str, Any]]:

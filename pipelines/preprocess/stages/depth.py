@@ -63,20 +63,8 @@ STAGE = Stage(
     "depth",
     depth,
     reads=(
-        *(
-            "frames",
-            "path",
-            "depth_file",
-            "depth_place",
-            "frame_index",
-            "size",
-            "box",
-            "seed",
-            "name",
-            "twin",
-            "namesake",
-        ),
-        *("frame_s", "source_frames", "source_s"),
+        *("frames", "path", "depth_file", "depth_place", "frame_index", "size", "box", "seed", "name", "twin"),
+        *("namesake", "frame_s", "source_frames", "source_s"),
     ),
     writes=("z_depth", "K", "depth_facts", "absolute", "valid", "source_w2c", "dynamic_mask"),
 )

@@ -242,10 +242,7 @@ CHECK = Stage(
     "check_pair",
     check,
     reads=(
-        "path",
-        "pair",
-        "info",
-        "pts_runs",
+        *("path", "pair", "info", "pts_runs"),
         *(OTHER[name] for name in ("info", "pts_runs", "cuts", "shots", "hashes")),
     ),
     writes=("other",),
