@@ -87,11 +87,11 @@ def in_source(clip: Clip, record: Mapping[str, Any]) -> dict[str, Any]:
     and `source_s`, seconds from its first frame to its last.
     """
     first, *steps = record["pts_runs"]
-    tick_s = Fraction(*record["info"]["time_base"])
+    over, under = record["info"]["time_base"]  # a quotient of integers is rounded once, as a Fraction's value is
     return {
-        "frame_s": [float((tick - first) * tick_s) for tick in clip.pts],
+        "frame_s": [(tick - first) * over / under for tick in clip.pts],
         "source_frames": 1 + sum(count for _, count in steps),
-        "source_s": float(sum(step * count for step, count in steps) * tick_s),
+        "source_s": sum(step * count for step, count in steps) * over / under,
     }
 
 

@@ -6,6 +6,7 @@ import hashlib
 import json
 import os
 from dataclasses import replace
+from fractions import Fraction
 
 import flaky_store
 import numpy as np
@@ -304,6 +305,18 @@ def test_stride_and_rate_choose_frames():
     (clip,) = clips.plan("ab" * 32, record(9), replace(CONFIG, fps=12.0))
     assert clip.frame_index == [0, 2, 4, 6, 8]
     assert clip.fps == 12.0
+
+
+def test_times_in_the_source_are_those_of_exact_fractions():
+    rng = np.random.default_rng(0)
+    pts = (-7 + np.cumsum(rng.integers(990, 1013, 300))).tolist()
+    facts = record(pts=pts, time_base=(1001, 30_000_007))
+    tick_s = Fraction(1001, 30_000_007)
+    for clip in clips.plan("ab" * 32, facts, replace(CONFIG, clips_per_shot=9)):
+        found = clips.in_source(clip, facts)
+        assert found["frame_s"] == [float((tick - pts[0]) * tick_s) for tick in clip.pts]
+        assert found["source_s"] == float((pts[-1] - pts[0]) * tick_s)
+        assert found["source_frames"] == len(pts)
 
 
 def test_a_wanted_rate_takes_the_nearest_frame_of_a_variable_one():
