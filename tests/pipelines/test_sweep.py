@@ -14,7 +14,7 @@ import pytest
 from ex4d import config
 from ex4d.errors import ConfigError, ContractError
 from pipelines.runtime.output import exclusive
-from pipelines.train import sweep, sweep_board, sweep_report, sweep_trial
+from pipelines.train import sweep, sweep_board, sweep_report, sweep_trial, sweep_tune
 from pipelines.train.sweep_space import Space, with_values
 
 
@@ -165,7 +165,7 @@ def test_the_page_escapes_what_it_shows(tmp_path):
 def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, monkeypatch, override, error):
     monkeypatch.chdir(tmp_path)
     (tmp_path / "some.yaml").write_text("train:\nsweep: {num_trials: 1}\n")
-    monkeypatch.setattr(sweep, "run", lambda *_: pytest.fail("a trial was started"))
+    monkeypatch.setattr(sweep_tune, "search", lambda *_: pytest.fail("a trial was started"))
     with pytest.raises(error):
         sweep.command("some.yaml", [override])
 
@@ -177,7 +177,7 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
     make_dataset(tmp_path, val=0)
     trees = []
     monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
-    monkeypatch.setattr(sweep, "run", lambda _, tree: trees.append(tree) or [])
+    monkeypatch.setattr(sweep_tune, "search", lambda _, tree: trees.append(tree) or [])
     path = sweep_bench.write(tmp_path, "mse", {"num_steps": 6}, metric="mse", grace_steps=3, repeat_seeds=1)
     with pytest.raises(ConfigError, match=r"validate_every.*has no validation samples"):
         sweep.command(str(path), ["train.validate_every=2"])
