@@ -1,7 +1,7 @@
 """Run a depth network in a separate Python environment, because its pins conflict with ours: a worker over pipes.
 
 The worker (`foreign_worker`, whose docstring is the protocol) loads the network once and serves clip after clip. If it
-takes too long, dies or sends an invalid answer, only that clip is rejected and a new worker starts for the next clip.
+takes too long, dies or sends what cannot be read, only that clip is rejected and a new worker starts for the next clip.
 It ends with this process, because the kernel closes its pipe.
 """
 

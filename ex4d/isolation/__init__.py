@@ -1,10 +1,10 @@
 """Process untrusted bytes in a child process, so that a crash, hang, memory leak or exploit does not reach this one.
 
-A worker keeps one child and sends it one call after another; the child is replaced when it dies, breaks a limit, or
-has served `max_calls`. Its failures become BadSample, so a bad video costs only its own row.
+A worker keeps one child and sends it one call after another; the child is replaced when it dies, breaks a limit, comes
+near that of memory, or has served `max_calls`. Its failures become BadSample, so a bad video costs only its own row.
 
 The child is a sandbox (`ex4d.isolation.sandbox`): no network, no programs, no files but its own libraries and the
-inputs that it is handed open (`File`), none of the parent's environment, and its answers are data, never code.
+inputs that it is handed open (`File`), a few names of the parent's environment, and its answers are data, never code.
 Three independent mechanisms enforce the limits: the parent waits no longer than `wall_s` and then kills; the kernel
 ends a child that burns `cpu_s` or outlives its own alarm (also when its parent is gone, and also when a library hangs
 with the interpreter's lock held); and the address space ends at `memory_bytes`.
@@ -29,7 +29,8 @@ from ex4d.isolation.wire import File
 
 __all__ = ["File", "Isolated", "Limits", "pooled", "run"]
 
-# The only functions that a child runs: name -> "module:function", imported on first use. Tests have their own table.
+# The only functions that a child runs: name -> "module:function", imported on first use. A module that passes `table`
+# has its own.
 FUNCTIONS: dict[str, str] = {
     "probe": "ex4d.video:probe",
     "frame_pts": "ex4d.video:frame_pts",

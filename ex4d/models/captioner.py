@@ -1,6 +1,6 @@
 """Captions of clips by a vision-language model of the transformers library, for videos without captions.
 
-Any local checkpoint that the library knows as image-text-to-text: BLIP, LLaVA, Qwen-VL, SmolVLM and others. BLIP is
+Any checkpoint that the library knows as image-text-to-text: BLIP, LLaVA, Qwen-VL, SmolVLM and others. BLIP is
 shown the middle frame and goes on from a prompt; the others are shown NUM_FRAMES frames, spread over the clip, and
 asked a question. The words are the likeliest ones, so equal frames give equal captions.
 """

@@ -1,7 +1,7 @@
 """The network interface through which ranks reach each other.
 
-gloo resolves this machine's host name, which is 127.0.1.1 on Debian: other machines cannot reach that. Elsewhere it is
-an address that other machines can reach, even where all ranks are on this one.
+gloo resolves this machine's host name, which is 127.0.1.1 on Debian: other machines cannot reach that. On other systems
+the name is an address that other machines can reach, on which ranks of a single machine must not listen.
 """
 
 from __future__ import annotations

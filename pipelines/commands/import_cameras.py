@@ -47,5 +47,6 @@ def run(args: argparse.Namespace) -> int:
             what = f"must hold a scene with videos/camNN.mp4 and {multi_camera.EXTRINSICS}; {found} were found"
             raise ConfigError("FOLDER", args.folder, f"{what}, {skipped} cannot be used")
     print(f"{pairs} pairs of {found - skipped} scenes, {skipped} skipped: {output}")
-    print(f"next: ex4d preprocess CONFIG.yaml preprocess.input={output} preprocess.members=[source]")
+    members = "preprocess.members=[source] preprocess.masks.num_masks=1"
+    print(f"next: ex4d preprocess CONFIG.yaml preprocess.input={output} {members}")
     return 0

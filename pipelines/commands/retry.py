@@ -1,4 +1,4 @@
-"""`ex4d retry`: retry only those videos and clips that a preprocess run rejected for the given reasons."""
+"""`ex4d retry`: try again what a preprocess run rejected for the given reasons, and do what else is missing."""
 
 from __future__ import annotations
 

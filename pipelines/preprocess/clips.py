@@ -1,4 +1,7 @@
-"""Plan the clips of a video: a pure function of its record, run on the driver before any work on clips."""
+"""Plan the clips of a video: a pure function of its record.
+
+Workers run it as soon as the shots of a video are known, and once more when all videos are known.
+"""
 
 from __future__ import annotations
 

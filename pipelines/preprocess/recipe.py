@@ -69,7 +69,7 @@ class Stages:
         qc.PAIR,
         commit.STAGE_PAIR,
     )
-    # on the driver: shards.pack
+    # packing.Packing: workers build the shards, the driver writes the tables
     # with `score_only`, in place of `clip`
     score: tuple[Stage, ...] = (decode.STAGE, score.MEASURE)
 

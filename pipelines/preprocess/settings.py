@@ -43,7 +43,7 @@ class CaptionerConfig:
     )
     max_new_tokens: int = setting(40, "Longest caption, in tokens.", ge=1)
     num_gpus: float = setting(
-        0.0, "Share of a GPU; 0: on the CPU. The actor gets the larger of this and the depth's.", ge=0
+        0.0, "Share of a GPU; 0: on the CPU. The actor gets the largest of this, the depth's and the scorer's.", ge=0
     )
 
     def __post_init__(self) -> None:
@@ -56,8 +56,8 @@ class PreprocessConfig:
 
     input: str | list[str] | None = setting(
         None,
-        "Videos: a file, folder, glob or list (.txt, .csv, .tsv, .parquet), local or remote, or several of them; null: "
-        "the section `synthetic`.",
+        "Videos: a file, folder, glob or list (.txt, .csv, .tsv, .parquet, .json, .jsonl), local or remote, or several "
+        "of them; null: the section `synthetic`.",
     )
     output: str = setting(
         "out/dataset", "Dataset folder to write. The same command run again resumes there.", not_empty=True
@@ -89,9 +89,13 @@ class PreprocessConfig:
         le=MAX_FPS,
     )
     follow_links: bool = setting(False, "Follow links that lead out of the input folder; false: count and skip them.")
-    cache_dir: str | None = setting(None, "Local folder for copies of remote videos; null: in the temporary folder.")
+    cache_dir: str | None = setting(
+        None, "Local folder for copies of remote videos and folders of pictures; null: in a temporary one."
+    )
     cache_mb: int = setting(20480, "Size of that cache, MB, besides the videos in use.", ge=1)
-    max_file_mb: int = setting(65536, "Refuse a remote video larger than this, MB, as file_too_large.", ge=1)
+    max_file_mb: int = setting(
+        65536, "Refuse remote videos and folders of pictures above this, MB, as file_too_large.", ge=1
+    )
     allow_private_hosts: bool = setting(
         False, "Fetch videos from hosts on this machine or its local network, too; false: refuse them as private_host."
     )

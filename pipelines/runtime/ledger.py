@@ -6,8 +6,11 @@
 | `records/NUMBER.records` | what else is known, many records to a file: see `records.py` |
 | `packed/` | what each shard was built from, so that only changed ones are built |
 | `attempts.json` | rows in work, and how often work on them ended with the process |
+| `config.json` | the settings of the last run, for `ex4d retry` |
+| `damaged/` | what could not be read, kept for the user |
+| `texts/` | encoded captions, of `ex4d encode` |
 
-A record has a name, of which no other is ever made:
+The content of a record follows from its name, so a record is never changed, only removed:
 
 | record | what |
 |---|---|
@@ -15,9 +18,10 @@ A record has a name, of which no other is ever made:
 | `clips/KEY.FP.json` | why a clip was refused |
 | `clips/KEY.FP.tar` | scores, size and hash of the finished sample |
 | `scores/KEY.FP.json` | scores of a clip that was looked at and not yet made |
-| `sources/FP` | hash and size of a video file, for the tag that its store gives it or for its times of change |
+| `sources/FP` | of a video file and its depth file: hash, size, and tag of its store or times of change |
 
-FP is the fingerprint of all that the artifact depends on, so a changed setting makes other names and redoes only those.
+FP is the fingerprint of all that the artifact depends on, so a changed setting makes other names and redoes only those;
+of `sources`, that of the file's URL.
 A refusal also depends on the limits and thresholds that refused it. Samples are written by the workers, records by the
 driver alone. Before 2026-11-26 each record but the last kind was a file under its name; these are still read.
 """

@@ -8,8 +8,8 @@ The same command works everywhere; the environment decides how it starts:
     srun ex4d train CONFIG.yaml                               MASTER_ADDR and MASTER_PORT from the batch script
     ex4d train CONFIG.yaml train.launcher=ray                 Ray Train on this machine, or on ray.address
 
-Exit status: 0 done, 1 failed, 2 invalid setting, 75 stopped by SIGTERM after writing a checkpoint: run the same
-command again to resume. All ranks must see `train.output` on one file system.
+Exit status: 0 done, 1 failed, 2 invalid setting, 75 stopped by SIGTERM or Ctrl-C after writing a checkpoint:
+run the same command again to resume. All ranks must see `train.output` on one file system.
 """
 
 from __future__ import annotations

@@ -18,7 +18,7 @@ class SweepConfig:
     """Many short trainings."""
 
     RENAMED: ClassVar[dict[str, str]] = {
-        "start_from_config": "was removed: the file's own values are always the first trial"
+        "start_from_config": "was removed: the first trial always takes the file's own values that lie in the space"
     }
 
     output: str = setting("out/sweep", "Folder of the trials, the table and best.yaml.")
