@@ -19,8 +19,9 @@ import numpy as np
 from ex4d import storage, video
 from ex4d.config import checked, fingerprint, setting
 from ex4d.errors import ConfigError
-from ex4d.geometry import trajectory, trajectory_files
+from ex4d.geometry import pose_trees, trajectory
 from ex4d.geometry.camera import FOV_DEG, Camera, intrinsics, look_at
+from ex4d.geometry.pose_file import PoseFile
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
 # Towards the light, unit length; fixed to the world: shading has no view dependence.
@@ -269,8 +270,8 @@ def _write_video(path: Path, config: SyntheticConfig, index: int) -> None:
     if config.second_camera_deg is not None:
         second = second_cameras(config, index, cameras, trajectory.radius_of(z_depth[0]))
         for which, poses in ((".source.camera.json", cameras), (".camera.json", second)):
-            file = trajectory_files.PoseFile(_w2c(poses), np.stack([camera.K for camera in poses]), size=config.size)
-            trajectory_files.write(path.with_suffix(which), file, "json")
+            file = PoseFile(_w2c(poses), np.stack([camera.K for camera in poses]), size=config.size)
+            storage.write_bytes(path.with_suffix(which), pose_trees.write_json(file))
         _write_filmed(path.with_suffix(".source.mp4"), frames, z_depth, cameras, config.fps)
         cameras = second
         frames, z_depth = render_clip(scene, cameras, config.fps, config.supersample)
