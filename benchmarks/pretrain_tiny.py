@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ex4d import flow
-from ex4d.models import linear_codec
 from ex4d.models.encoders import TEXT_LENGTH, Base
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
@@ -185,7 +184,7 @@ def main() -> None:
 
     clips, captions = render_corpus(args.cache, args.num_clips, num_frames=9, size=96)
     if args.init is None:
-        codec = linear_codec.fit(np.asarray(clips[:300]))
+        codec = tiny.fit_codec(np.asarray(clips[:300]))
         transformer = tiny.new_transformer(codec.config.z_dim, seed=args.seed)
     else:
         before = load_base(str(args.init), dtype="float32")

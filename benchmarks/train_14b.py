@@ -28,10 +28,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor, nn
 
-from ex4d.models import adapter, backbone, blocks, families, quantize, swap
+from ex4d.models import adapter, backbone, blocks, families, swap
 from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.train import estimate, flops
 from ex4d.train.config import BatchPlan, TrainConfig
@@ -132,7 +133,7 @@ def random_model(size: Size, row: Setting, device: torch.device) -> tuple[adapte
     for block in transformer.blocks:
         fill(block, device, kept, generator)
         if row.quantize:
-            quantize.quantize_linears(block, row.quantize, device)
+            tiny.quantize_linears(block, row.quantize, device)
         if row.fp8_products:
             use_fp8_products(block, device)
     fill(transformer, device, kept, generator)

@@ -207,5 +207,4 @@ def z_depth_of(result: Geometry, profile: str = "default") -> np.ndarray:
         BadSample: depth_shape, depth_nan, depth_nonpositive, depth_constant.
     """
     mapping: dict[str, Any] = conversion.RELEASED_MAPPING if profile == "released" else {}
-    shape = (result.values.shape[0], result.values.shape[1], result.values.shape[2])
-    return conversion.to_z_depth(result.values, result.kind, metric=result.metric, shape=shape, **mapping)
+    return conversion.to_z_depth(result.values, result.kind, metric=result.metric, **mapping)

@@ -30,7 +30,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def codec() -> linear_codec.LinearVideoCodec:
-    return linear_codec.fit(clips(6, seed=11), z_dim=16, num_shared=6)
+    return tiny.fit_codec(clips(6, seed=11), z_dim=16, num_shared=6)
 
 
 @pytest.fixture(scope="module")

@@ -61,12 +61,10 @@ def folder(tmp_path_factory) -> Path:
     """Two videos, a base, an adapter that is not zero, feature networks, and an evaluation of it all on two scenes."""
     import tiny
 
-    from ex4d.models import linear_codec
-
     path = tmp_path_factory.mktemp("evaluate")
     videos = synthetic.write_corpus(path / "videos", replace(WORLD, num_videos=2))
     frames = np.stack([video.read(place)[0] for place in videos])
-    codec = linear_codec.fit(frames, z_dim=8, num_shared=4)
+    codec = tiny.fit_codec(frames, z_dim=8, num_shared=4)
     write_adapter(path / "adapter", tiny.build_tiny(path / "base", codec, tiny.new_transformer(8, num_layers=1)))
     for name, make in (("dinov2", make_dinov2), ("videomae", make_videomae)):
         (path / name).mkdir()
