@@ -144,7 +144,7 @@ def train(base: Base, clips: np.ndarray, captions: list[str], args: argparse.Nam
             noise = torch.randn(latents.shape, generator=generator)
             noisy = torch.cat([flow.add_noise(latents, noise, sigma), condition], dim=1)
             predicted = model(noisy, sigma * 1000, text, image, return_dict=False)[0]
-            loss = (predicted - flow.velocity_target(latents, noise)).square().mean()
+            loss = (predicted - (noise - latents)).square().mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
