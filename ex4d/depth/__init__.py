@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +18,6 @@ from ex4d.geometry.camera import Camera
 
 if TYPE_CHECKING:
     from ex4d.video import Fit
-
-log = logging.getLogger(__name__)
 
 
 def release() -> None:
