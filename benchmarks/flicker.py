@@ -13,12 +13,13 @@ import os
 from pathlib import Path
 
 import numpy as np
+from sight import visible_from
 
 from ex4d.depth import DepthRequest, estimate
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import Camera, invert, unproject
 from ex4d.geometry.render import persistent, warp_video
-from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"

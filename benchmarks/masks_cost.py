@@ -17,13 +17,14 @@ import time
 from pathlib import Path
 
 import numpy as np
+from sight import visible_from
 
 from ex4d.geometry import masks, trajectory
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.mask_scene import Scene
 from ex4d.geometry.masks import KINDS, MaskConfig
 from ex4d.geometry.tracks import track
-from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 ROOT = Path(__file__).resolve().parent.parent
 SIZE = (512, 512)

@@ -19,6 +19,7 @@ from typing import Any
 
 import cv2
 import numpy as np
+from sight import visible_from
 from warp import edge_band
 
 from ex4d.depth import DepthRequest, estimate
@@ -27,7 +28,7 @@ from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import Camera
 from ex4d.geometry.render import persistent, warp_video
-from ex4d.synthetic import Scene, SyntheticConfig, clip_scene, visible_from
+from ex4d.synthetic import Scene, SyntheticConfig, clip_scene
 
 RESULTS = Path(__file__).parent / "results"
 NUM_FRAMES, FPS, LAST = 33, 8.0, 32

@@ -21,7 +21,6 @@ from torch import Tensor
 from torch.nn.functional import scaled_dot_product_attention
 
 from ex4d import flow
-from ex4d.models import linear_codec
 from ex4d.models.encoders import TEXT_LENGTH, Base
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
@@ -145,7 +144,7 @@ def train(base: Base, clips: np.ndarray, captions: list[str], args: argparse.Nam
             noise = torch.randn(latents.shape, generator=generator)
             noisy = torch.cat([flow.add_noise(latents, noise, sigma), condition], dim=1)
             predicted = model(noisy, sigma * 1000, text, image, return_dict=False)[0]
-            loss = (predicted - flow.velocity_target(latents, noise)).square().mean()
+            loss = (predicted - (noise - latents)).square().mean()
             loss.backward()
             torch.nn.utils.clip_grad_norm_(model.parameters(), 1.0)
             optimizer.step()
@@ -185,7 +184,7 @@ def main() -> None:
 
     clips, captions = render_corpus(args.cache, args.num_clips, num_frames=9, size=96)
     if args.init is None:
-        codec = linear_codec.fit(np.asarray(clips[:300]))
+        codec = tiny.fit_codec(np.asarray(clips[:300]))
         transformer = tiny.new_transformer(codec.config.z_dim, seed=args.seed)
     else:
         before = load_base(str(args.init), dtype="float32")

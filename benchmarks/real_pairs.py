@@ -10,10 +10,11 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from sight import project
 
 from ex4d.errors import BadSample
 from ex4d.evaluate.metrics import psnr
-from ex4d.geometry.camera import Camera, invert, project, unproject
+from ex4d.geometry.camera import Camera, invert, unproject
 from ex4d.geometry.mesh import build
 from ex4d.geometry.render import render
 

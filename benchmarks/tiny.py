@@ -12,7 +12,12 @@ import json
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import torch
+from torch import Tensor, nn
+
+from ex4d.models.linear_codec import GROUP, LinearVideoCodec, to_blocks
+from ex4d.models.quantize import QuantizedLinear
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "grey")
 THINGS = ("a", "an", "and", "sphere", "box", "in", "room", "under", "the", "sky", "video", "scene", "moving")
@@ -46,6 +51,53 @@ def new_transformer(z_dim: int, seed: int = 0, **changes: Any) -> Any:
     with torch.random.fork_rng(devices=[]):
         torch.manual_seed(seed)
         return WanTransformer3DModel(in_channels=2 * z_dim + 4, out_channels=z_dim, added_kv_proj_dim=width, **config)
+
+
+@torch.no_grad()
+def fit_codec(videos: np.ndarray, z_dim: int = 24, num_shared: int = 12, side: int = 8) -> LinearVideoCodec:
+    """Return a codec fitted to videos, uint8 [N, 4k + 1, H, W, 3] RGB.
+
+    latents_std is the square root of a channel's standard deviation (times a constant that makes the mean square 1):
+    between equal weight for each pixel (no scaling) and equal weight for each channel (full scaling).
+    """
+    pixels = torch.from_numpy(videos).permute(0, 4, 1, 2, 3).double() / 127.5 - 1
+    firsts = to_blocks(pixels[:, :, :1], 1, side).flatten(0, 3)
+    groups = to_blocks(pixels[:, :, 1:], GROUP, side).flatten(0, 3)
+    frame_basis = _principal(firsts - firsts.mean(0), z_dim)
+    shared = frame_basis[:, :num_shared].repeat(GROUP, 1) / GROUP**0.5
+    centred = groups - groups.mean(0)
+    own = _principal(centred - (centred @ shared) @ shared.T, z_dim - num_shared)
+    group_basis = torch.cat([shared, own], dim=1)
+    codes = torch.cat([(firsts - firsts.mean(0)) @ frame_basis, centred @ group_basis / GROUP**0.5])
+    spread = codes.std(0)
+    std = spread.sqrt() * spread.mean().sqrt()
+    codec = LinearVideoCodec(
+        z_dim=z_dim,
+        num_shared=num_shared,
+        latents_mean=[0.0] * z_dim,
+        latents_std=[round(value, 5) for value in std.tolist()],
+        scale_factor_spatial=side,
+    )
+    codec.frame_mean.copy_(firsts.mean(0))
+    codec.frame_basis.copy_(frame_basis)
+    codec.group_mean.copy_(groups.mean(0))
+    codec.group_basis.copy_(group_basis)
+    return codec.eval().requires_grad_(False)
+
+
+def _principal(rows: Tensor, count: int) -> Tensor:
+    """Return the first `count` principal directions [D, count] of centred rows [M, D], each with a fixed sign."""
+    vectors = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :count]
+    strongest = vectors.abs().argmax(dim=0)
+    return vectors * vectors[strongest, torch.arange(count)].sign()
+
+
+def quantize_linears(within: nn.Module, style: str, device: torch.device | str = "cpu") -> None:
+    """Replace every linear layer below a module in place, one at a time; codes land on `device`."""
+    for module in within.modules():
+        for name, child in list(module.named_children()):
+            if type(child) is nn.Linear:
+                setattr(module, name, QuantizedLinear(child, style, device))
 
 
 def build_tiny(folder: str | Path, codec: Any, transformer: Any, seed: int = 0, half: bool = True) -> Path:

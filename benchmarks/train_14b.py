@@ -28,10 +28,11 @@ from functools import cache
 from pathlib import Path
 from typing import Any
 
+import tiny
 import torch
 from torch import Tensor, nn
 
-from ex4d.models import adapter, backbone, blocks, families, quantize, swap
+from ex4d.models import adapter, backbone, blocks, families, swap
 from ex4d.models.encoders import TEXT_LENGTH
 from ex4d.train import estimate, flops
 from ex4d.train.config import BatchPlan, TrainConfig
@@ -132,7 +133,7 @@ def random_model(size: Size, row: Setting, device: torch.device) -> tuple[adapte
     for block in transformer.blocks:
         fill(block, device, kept, generator)
         if row.quantize:
-            quantize.quantize_linears(block, row.quantize, device)
+            tiny.quantize_linears(block, row.quantize, device)
         if row.fp8_products:
             use_fp8_products(block, device)
     fill(transformer, device, kept, generator)
@@ -210,7 +211,7 @@ def measure(name: str, size_name: str, device: torch.device, warm_up: int, steps
     found |= time_steps(model, size, device, warm_up, steps)
     peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
-        cost = flops.cost(size.shape, size.latents, 16, size.adapter_hidden)
+        cost = flops.cost(size.shape, size.latents, backbone.ModelConfig(adapter_hidden=size.adapter_hidden))
         again = (row.recomputed, row.keep_attention)
         found["mfu"], found["hfu"] = flops.utilisation(cost, 1 / found["seconds_median"], peak, *again)
     return found | expected(size, row)
@@ -236,7 +237,7 @@ def expected(size: Size, row: Setting) -> dict[str, Any]:
         checkpoint_keep_attention=row.keep_attention,
     )
     parts = estimate.memory(size.shape, counted_once(size.name), size.latents, model, train, BatchPlan(1, 1, 1, 1))
-    cost = flops.cost(size.shape, size.latents, 16, size.adapter_hidden)
+    cost = flops.cost(size.shape, size.latents, model)
     at_target = flops.seconds_per_step(cost, 1, "H200", row.recomputed, row.keep_attention, TARGET_HFU)
     return {"estimated_gb": sum(parts.values()) / 1e9, "h200_seconds_at_target": at_target}
 
@@ -335,7 +336,7 @@ def measure_row(arguments: argparse.Namespace) -> None:
         gpu_rows.record(name, **profiles.product(device, 8192 if arguments.size == "14b" else 256))
     elif name == "attention":
         shape = size_of(arguments.size)
-        tokens = flops.cost(shape.shape, shape.latents).tokens
+        tokens = flops.cost(shape.shape, shape.latents, backbone.ModelConfig()).tokens
         sizes = (shape.shape["num_attention_heads"], tokens, shape.shape["attention_head_dim"])
         for kernel, figures in profiles.attention(device, *sizes).items():
             gpu_rows.record(f"attention {kernel}", **figures)
@@ -372,7 +373,7 @@ def main() -> None:
         "torch": torch.__version__,
         "size": arguments.size,
         "latents": size.latents,
-        "tokens": flops.cost(size.shape, size.latents).tokens,
+        "tokens": flops.cost(size.shape, size.latents, backbone.ModelConfig()).tokens,
         "steps": arguments.steps,
         "rows": measured,
         "expected": expectations(),

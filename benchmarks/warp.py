@@ -7,6 +7,7 @@ from dataclasses import dataclass, replace
 
 import cv2
 import numpy as np
+from sight import visible_from
 
 from ex4d import synthetic
 from ex4d.evaluate.metrics import psnr
@@ -73,7 +74,7 @@ def make_pair(
     frame, z_depth = scene.render(source, 0.0, supersample)
     camera = Camera(K, build_path("orbit", 2, angle_deg, radius_of(z_depth))[-1], size)
     truth, novel_depth = scene.render(camera, 0.0, supersample)
-    seen, uv = synthetic.visible_from(scene, camera, 0.0, source)
+    seen, uv = visible_from(scene, camera, 0.0, source)
     map_x, map_y = (uv[..., 0] - 0.5).astype(np.float32), (uv[..., 1] - 0.5).astype(np.float32)
     ceiling = cv2.remap(frame, map_x, map_y, cv2.INTER_LANCZOS4, borderMode=cv2.BORDER_REPLICATE)
     near_source_edge = cv2.remap(edge_band(z_depth).astype(np.uint8), map_x, map_y, cv2.INTER_NEAREST) > 0

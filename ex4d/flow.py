@@ -115,11 +115,6 @@ def generator_for(seed: int, *parts: str | int) -> torch.Generator:
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
 
 
-def _over(values: Tensor, like: Tensor) -> Tensor:
-    """Return per-sample values [B] (or a scalar) shaped to multiply `like` [B, …]."""
-    return values.to(like).reshape(values.shape + (1,) * (like.ndim - values.ndim)) if values.ndim else values.to(like)
-
-
 def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
     """Return (1 − sigma) latents + sigma noise.
 
@@ -127,13 +122,8 @@ def add_noise(latents: Tensor, noise: Tensor, sigma: Tensor) -> Tensor:
         latents, noise: normalised latents [B, C, f, h, w], equal shape and dtype.
         sigma: [B] or a scalar, in [0, 1].
     """
-    level = _over(sigma, latents)
+    level = sigma.to(latents).reshape(sigma.shape + (1,) * (latents.ndim - sigma.ndim))
     return (1 - level) * latents + level * noise
-
-
-def velocity_target(latents: Tensor, noise: Tensor) -> Tensor:
-    """Return what the network must predict, noise − latents; shapes and dtype of the inputs."""
-    return noise - latents
 
 
 def sample(

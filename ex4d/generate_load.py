@@ -2,7 +2,6 @@
 
 from __future__ import annotations
 
-import logging
 import math
 from pathlib import Path
 from typing import Any
@@ -13,8 +12,6 @@ from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
 from ex4d.models import backbone, experts, lora, provenance, swap, weights
 from ex4d.models.adapter import Ex4dModel, build_model
-
-log = logging.getLogger(__name__)
 
 
 def device_of(name: str | None) -> str:

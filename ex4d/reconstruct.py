@@ -129,8 +129,7 @@ def along(clip: Clip, config: ReconstructConfig, video_path: str = "") -> Recons
     """
     count, radius, source_w2c, world = len(clip.frames), clip.radius, clip.source_w2c, None
     if config.source_poses is not None:
-        source_w2c = camera_path.source_poses(config.source_poses, count, config.source_scale, radius)
-        world = camera_path.first_pose(config.source_poses, config.source_scale)
+        source_w2c, world = camera_path.source_poses(config.source_poses, count, config.source_scale, radius)
     w2c, view_K = camera_path.build(
         config.trajectory, count, config.angle_deg, radius, clip.K, config.trajectory_options, world
     )

@@ -19,8 +19,9 @@ import numpy as np
 from ex4d import storage, video
 from ex4d.config import checked, fingerprint, setting
 from ex4d.errors import ConfigError
-from ex4d.geometry import trajectory, trajectory_files
+from ex4d.geometry import pose_trees, trajectory
 from ex4d.geometry.camera import FOV_DEG, Camera, intrinsics, look_at
+from ex4d.geometry.pose_file import PoseFile
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
 # Towards the light, unit length; fixed to the world: shading has no view dependence.
@@ -117,7 +118,7 @@ class Scene:
             supersample: n × n rays per pixel for the colours (a box filter); the depth is of the centre ray always.
         """
         height, width = camera.size
-        origin, directions = _pixel_rays(camera, supersample)
+        origin, directions = camera_rays(camera, supersample)
         depth, index, local = self.cast(origin, directions, time_s)
         colours = self._shade(index, local, time_s)
         colours = colours.reshape(height, supersample, width, supersample, 3).mean(axis=(1, 3))
@@ -126,12 +127,12 @@ class Scene:
             middle = supersample // 2
             depth = depth.reshape(height, supersample, width, supersample)[:, middle, :, middle]
         else:
-            depth = self.cast(*_pixel_rays(camera, 1), time_s)[0].reshape(height, width)
+            depth = self.cast(*camera_rays(camera, 1), time_s)[0].reshape(height, width)
         return frame, depth.astype(np.float32)
 
     def moving(self, camera: Camera, time_s: float) -> np.ndarray:
         """Return bool [H, W], True where a pixel centre sees a body that moves in the world."""
-        _, index, _ = self.cast(*_pixel_rays(camera, 1), time_s)
+        _, index, _ = self.cast(*camera_rays(camera, 1), time_s)
         moves = np.array([bool(np.any(body.sway)) or body.spin[0] != 0 for body in self.bodies])
         return moves[index].reshape(camera.size)
 
@@ -183,36 +184,6 @@ class Scene:
             shift = drift * np.array([0.5 * truck, lift, 0.0])
             poses.append(look_at(eye + shift, pivot + 0.5 * shift))
         return [Camera(K=K, w2c=pose, size=size) for pose in poses]
-
-
-def visible_from(
-    scene: Scene, source: Camera, time_s: float, camera: Camera, other_time_s: float | None = None
-) -> tuple[np.ndarray, np.ndarray]:
-    """Return (visible bool [H,W], uv float64 [H,W,2] px): does another camera truly see each source pixel's surface.
-
-    uv is where that surface point lands in the other picture, meaningless where it is behind the camera.
-
-    Args:
-        source: its pixel centres are followed; size [H,W] of the result.
-        time_s: time of the source picture.
-        camera: the other camera.
-        other_time_s: time of the other picture; the surface points move with their bodies. None: the same time.
-    """
-    later = time_s if other_time_s is None else other_time_s
-    _, index, local = scene.cast(*_pixel_rays(source, 1), time_s)
-    world = np.empty_like(local)
-    for number, body in enumerate(scene.bodies):
-        chosen = index == number
-        world[chosen] = body.to_world(local[chosen], later)
-    inside = world @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
-    in_front = inside[:, 2] > 1e-6
-    uv = (inside / np.where(in_front, inside[:, 2], 1.0)[:, None]) @ camera.K.T
-    height, width = camera.size
-    in_frame = (uv[:, 0] >= 0) & (uv[:, 0] < width) & (uv[:, 1] >= 0) & (uv[:, 1] < height)
-    eye = np.linalg.inv(camera.w2c)[:3, 3]
-    reached, hit, _ = scene.cast(eye[None], world - eye, later)
-    seen = in_front & in_frame & (np.abs(reached - 1.0) < 1e-6) & (hit == index)
-    return seen.reshape(source.size), uv[:, :2].reshape(*source.size, 2)
 
 
 def clip_scene(config: SyntheticConfig, index: int) -> tuple[Scene, list[Camera]]:
@@ -269,8 +240,8 @@ def _write_video(path: Path, config: SyntheticConfig, index: int) -> None:
     if config.second_camera_deg is not None:
         second = second_cameras(config, index, cameras, trajectory.radius_of(z_depth[0]))
         for which, poses in ((".source.camera.json", cameras), (".camera.json", second)):
-            file = trajectory_files.PoseFile(_w2c(poses), np.stack([camera.K for camera in poses]), size=config.size)
-            trajectory_files.write(path.with_suffix(which), file, "json")
+            file = PoseFile(_w2c(poses), np.stack([camera.K for camera in poses]), size=config.size)
+            storage.write_bytes(path.with_suffix(which), pose_trees.write_json(file))
         _write_filmed(path.with_suffix(".source.mp4"), frames, z_depth, cameras, config.fps)
         cameras = second
         frames, z_depth = render_clip(scene, cameras, config.fps, config.supersample)
@@ -289,7 +260,7 @@ def _w2c(cameras: list[Camera]) -> np.ndarray:
     return np.stack([camera.w2c for camera in cameras])
 
 
-def _pixel_rays(camera: Camera, supersample: int) -> tuple[np.ndarray, np.ndarray]:
+def camera_rays(camera: Camera, supersample: int) -> tuple[np.ndarray, np.ndarray]:
     """Return the eye [1,3] and ray directions [H·n·W·n,3] with camera z equal to 1, so that ray parameter = z_depth."""
     height, width = camera.size
     u = (np.arange(width * supersample) + 0.5) / supersample

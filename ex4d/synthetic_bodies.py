@@ -69,10 +69,6 @@ class Body:
         """Return world points [N,3] in the body's own coordinates at a time."""
         return (points - self.position(time_s)) @ self.rotation(time_s)
 
-    def to_world(self, points: np.ndarray, time_s: float) -> np.ndarray:
-        """Return body points [N,3] in world coordinates at a time."""
-        return points @ self.rotation(time_s).T + self.position(time_s)
-
     def intersect(self, origins: np.ndarray, directions: np.ndarray, time_s: float) -> np.ndarray:
         """Return the ray parameter of the first hit, float64 [N], inf where there is none.
 

@@ -23,10 +23,8 @@ def write_base(folder: Path, corpus: list[Path]) -> Path:
     """Write an untrained one-block base whose codec is fitted to the corpus."""
     import tiny
 
-    from ex4d.models import linear_codec
-
     frames = [video.decode(p, video.frame_pts(p)[0][:NUM_FRAMES], size=(32, 32)) for p in corpus]
-    codec = linear_codec.fit(np.stack(frames), z_dim=8, num_shared=4)
+    codec = tiny.fit_codec(np.stack(frames), z_dim=8, num_shared=4)
     return tiny.build_tiny(folder, codec, tiny.new_transformer(8, num_layers=1))
 
 

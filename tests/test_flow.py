@@ -91,7 +91,7 @@ def test_noising_is_a_straight_line_with_the_velocity_as_slope() -> None:
     sigma = torch.tensor([0.25, 0.75])
     noisy = flow.add_noise(latents, noise, sigma)
     assert torch.allclose(noisy[1], 0.25 * latents[1] + 0.75 * noise[1])
-    assert torch.allclose(noisy - sigma.view(2, 1, 1, 1, 1) * flow.velocity_target(latents, noise), latents, atol=1e-6)
+    assert torch.allclose(noisy - sigma.view(2, 1, 1, 1, 1) * (noise - latents), latents, atol=1e-6)
 
 
 def test_sampler_ends_on_the_data_and_guidance_is_linear() -> None:

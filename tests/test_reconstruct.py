@@ -7,13 +7,14 @@ import json
 
 import numpy as np
 import pytest
+from pose_writers import write
 
 from ex4d import isolation, synthetic, video
 from ex4d.errors import BadSample, ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import Camera
-from ex4d.geometry.trajectory_files import PoseFile, write
+from ex4d.geometry.pose_file import PoseFile
 from ex4d.reconstruct import reconstruct
 from pipelines import cli
 

@@ -6,11 +6,12 @@ import time
 
 import numpy as np
 import pytest
+from sight import to_world, visible_from
 
 from ex4d import synthetic, video
 from ex4d.errors import ConfigError
 from ex4d.geometry.camera import Camera, intrinsics, look_at
-from ex4d.synthetic import Scene, SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import Scene, SyntheticConfig, clip_scene, render_clip
 from ex4d.synthetic_bodies import Body
 
 SIZE = (48, 64)
@@ -90,7 +91,7 @@ def test_ray_hits_lie_on_surfaces_and_nothing_is_in_front_of_them():
         for share in np.linspace(0.02, 0.98, 49):
             steps = np.stack([clearance(body, points * share, 0.7) for body in scene.bodies])
             assert steps.min() > -1e-9
-        world = np.stack([scene.bodies[i].to_world(p[None], 0.7)[0] for i, p in zip(index, local, strict=True)])
+        world = np.stack([to_world(scene.bodies[i], p[None], 0.7)[0] for i, p in zip(index, local, strict=True)])
         np.testing.assert_allclose(world, points, atol=1e-9)
 
 

@@ -8,10 +8,8 @@ from __future__ import annotations
 
 import hashlib
 import json
-import shutil
 import tempfile
 from collections.abc import Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +42,9 @@ def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -
     Raises:
         ContractError: a staged file is not a sample, or samples differ in members or in the types of their provenance.
     """
-    with _work_folder(work) as folder:
-        path, rows = folder / plan["name"].rpartition("/")[2], []
+    prefix = "shard-" if work else "ex4d-shard-"
+    with tempfile.TemporaryDirectory(prefix=prefix, dir=work, ignore_cleanup_errors=True) as folder:
+        path, rows = Path(folder) / plan["name"].rpartition("/")[2], []
         damaged, position = [], 0
         with open(path, "wb") as file:
             for (key, _, _, sha256), blob in in_order(_read, plan["items"], NUM_READERS):
@@ -130,15 +129,6 @@ def stamp(url: str) -> str:
         return ""
     facts = path.stat()
     return f"{facts.st_size} {facts.st_mtime_ns} {facts.st_ino}"
-
-
-@contextmanager
-def _work_folder(work: str | None) -> Iterator[Path]:
-    folder = Path(tempfile.mkdtemp(prefix="shard-" if work else "ex4d-shard-", dir=work))
-    try:
-        yield folder
-    finally:
-        shutil.rmtree(folder, ignore_errors=True)
 
 
 def _read(item: Sequence[Any]) -> tuple[Sequence[Any], bytes | None]:

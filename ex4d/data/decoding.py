@@ -86,7 +86,6 @@ def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: in
             raise ContractError(f"has {count} masks, {facts['sample'].get('num_masks')} are stated")
         return index
 
-    frames = None
     if "latents" not in facts:
         frames = np.empty((facts["sample"]["num_frames"], *facts["sample"]["size"], 3), np.uint8)
         return decoder_of(facts, with_source)(members, draw, into=frames)

@@ -130,11 +130,6 @@ class ShardLoader(Iterator[Batch]):
         folder = self.config.cache_dir
         self._cache = RangeCache(folder, self.config.cache_size_bytes, identity) if folder else None
 
-    @property
-    def state(self) -> tuple[int, int]:
-        """(epoch of the next sample, samples consumed by all ranks together); the second alone is enough to resume."""
-        return self.samples_consumed // self.num_samples, self.samples_consumed
-
     def __next__(self) -> Batch:
         while len(self._pending) <= (self.config.prefetch_batches if self._pool else 0):
             self._submit()

@@ -16,7 +16,7 @@ import pyarrow as pa
 import pyarrow.parquet as pq
 
 from ex4d import storage
-from ex4d.data.members import MAX_MASKS
+from ex4d.data.members import MAX_MASKS, decode_json
 from ex4d.errors import ContractError
 
 DATASET, INDEX, MANIFEST, REJECTS = "dataset.json", "index.json", "manifest.parquet", "rejects.parquet"
@@ -221,16 +221,11 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
     """Return dataset.json or index.json; ContractError where it is missing or no JSON mapping."""
     try:
         data = storage.read_bytes(storage.join(folder, name), 0, MAX_JSON_BYTES + 1)
-        if len(data) > MAX_JSON_BYTES:
-            raise ContractError(f"{name}: has more than {MAX_JSON_BYTES} bytes")
-        value = json.loads(data)
     except OSError as error:
         raise ContractError(f"{name}: cannot be read ({error})") from error
-    except (ValueError, RecursionError) as error:
-        raise ContractError(f"{name}: is not JSON ({error})") from error
-    if not isinstance(value, dict):
-        raise ContractError(f"{name}: is not a mapping")
-    return value
+    if len(data) > MAX_JSON_BYTES:
+        raise ContractError(f"{name}: has more than {MAX_JSON_BYTES} bytes")
+    return decode_json(data, name)
 
 
 def read_dataset(folder: str) -> dict[str, Any]:

@@ -3,7 +3,6 @@
 from __future__ import annotations
 
 import importlib
-import logging
 from collections.abc import Callable
 from dataclasses import dataclass, field
 from functools import partial
@@ -19,8 +18,6 @@ from ex4d.geometry.camera import Camera
 
 if TYPE_CHECKING:
     from ex4d.video import Fit
-
-log = logging.getLogger(__name__)
 
 
 def release() -> None:
@@ -207,5 +204,4 @@ def z_depth_of(result: Geometry, profile: str = "default") -> np.ndarray:
         BadSample: depth_shape, depth_nan, depth_nonpositive, depth_constant.
     """
     mapping: dict[str, Any] = conversion.RELEASED_MAPPING if profile == "released" else {}
-    shape = (result.values.shape[0], result.values.shape[1], result.values.shape[2])
-    return conversion.to_z_depth(result.values, result.kind, metric=result.metric, shape=shape, **mapping)
+    return conversion.to_z_depth(result.values, result.kind, metric=result.metric, **mapping)

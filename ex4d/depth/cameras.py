@@ -42,12 +42,10 @@ class Found:
     Args:
         bundle: cameras, focal length and points; world = the first frame's camera, median inverse depth 1.
         certainty: cost of the best contradicting solution / cost of this one; inf where there was none.
-        parallax_px: displacement of the first pair that a turning camera does not explain.
     """
 
     bundle: Bundle
     certainty: float
-    parallax_px: float
 
 
 def no_parallax(parallax_px: float, why: str) -> Filtered:
@@ -73,8 +71,9 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
     usual = focal_of(size, fov_deg or FOV_DEG)
     turned = turning(matches, usual, fov_deg is None)
     pairs = first_pairs(matches, usual)
-    window = _window(pairs[0][0], matches.num_frames)
-    inside = [pair for pair, _ in pairs if set(pair) <= set(window)]
+    first = max(0, min(sum(pairs[0]) // 2 - WINDOW // 2, matches.num_frames - WINDOW))
+    window = list(range(first, min(matches.num_frames, first + WINDOW)))
+    inside = [pair for pair in pairs if set(pair) <= set(window)]
     near = matches.among(window)
     solutions = []
     for number, start_deg in enumerate(FOVS_DEG):
@@ -98,7 +97,7 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
     whole = bundles.adjust(matches, _grown(matches, best, window, everywhere), 10)
     if fov_deg is None:
         whole = bundles.adjust(matches, whole, 10, usual)
-    return Found(bundles.normal(whole), float(certainty), pairs[0][1])
+    return Found(bundles.normal(whole), float(certainty))
 
 
 def turning(matches: Matches, focal: float, seek_focal: bool = True) -> Bundle:
@@ -150,7 +149,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
     return np.minimum((CELLS * (values - low) / max(high - low, 1e-9)).astype(int), CELLS - 1)
 
 
-def first_pairs(matches: Matches, focal: float) -> list[tuple[tuple[int, int], float]]:
+def first_pairs(matches: Matches, focal: float) -> list[tuple[int, int]]:
     """Return [((i, j), parallax in px)] of the pairs of frames whose parallax is large and consistent, best first."""
     pairs, largest = [], 0.0
     for number, (i, j) in enumerate(matches.pairs):
@@ -163,16 +162,10 @@ def first_pairs(matches: Matches, focal: float) -> list[tuple[tuple[int, int], f
         parallax = float(np.percentile(residual, 80))
         largest = max(largest, parallax)
         if parallax > MIN_PARALLAX_PX:
-            pairs.append((min(parallax, ENOUGH_PARALLAX_PX) * keep.mean(), (int(i), int(j)), parallax))
+            pairs.append((min(parallax, ENOUGH_PARALLAX_PX) * keep.mean(), (int(i), int(j))))
     if not pairs:
         raise no_parallax(largest, "a camera that only turns explains the motion")
-    return [(pair, parallax) for _, pair, parallax in sorted(pairs, reverse=True)]
-
-
-def _window(pair: tuple[int, int], num_frames: int) -> list[int]:
-    middle = sum(pair) // 2
-    first = max(0, min(middle - WINDOW // 2, num_frames - WINDOW))
-    return list(range(first, min(num_frames, first + WINDOW)))
+    return [pair for _, pair in sorted(pairs, reverse=True)]
 
 
 def _as_rays(places: np.ndarray) -> np.ndarray:

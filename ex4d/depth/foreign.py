@@ -42,23 +42,19 @@ ENVIRONMENT = (
 )
 
 
-class Failure(BadSample):
-    """A worker gave no depth: depth_worker_timeout, depth_worker_died, depth_worker_answer or depth_worker_error."""
-
-
 def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
     """Return the adapter `name`'s depth of the frames; arguments and errors as in `depth.estimate`.
 
     Raises:
         ConfigError: depth_python is not set, it or the adapter is missing, or the network does not load.
-        BadSample: the reasons of Failure.
+        BadSample: depth_worker_timeout, depth_worker_died, depth_worker_answer, depth_worker_error.
     """
     python, adapter, weights = _paths(request, name)
     options = {"weights": weights, "device": request.device, "batch_size": request.batch_size}
     num_bytes = MAX_VALUE_BYTES * frames.size // 3 + SMALL_BYTES
     message, arrays = ask(python, adapter, options, {"frames": frames}, num_bytes)
     if "error" in message:  # an error of the adapter itself: the worker keeps running
-        raise Failure("depth_worker_error", str(message["error"])[:MAX_ERROR])
+        raise BadSample("depth_worker_error", str(message["error"])[:MAX_ERROR])
     return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
 
 
@@ -71,7 +67,7 @@ def ask(
         max_bytes: of the answer's arrays.
 
     Raises:
-        ConfigError: the worker does not start. BadSample: the reasons of Failure but depth_worker_error.
+        ConfigError: the worker does not start. BadSample: depth_worker_timeout, depth_worker_died, depth_worker_answer.
     """
     with _LOCK:
         key = (python, adapter, json.dumps(options))
@@ -87,10 +83,7 @@ def ask(
 
 def identity(name: str, depth_path: str | None) -> str:
     """Return a fingerprint of an adapter and its weights: content hashes, or the hub id."""
-    adapter = Path(depth_path) if name == OWN and depth_path else _adapter(name)
-    if name == OWN and not adapter.is_file():
-        raise ConfigError("depth_path", depth_path, "with depth=own your adapter, a file NAME.py")
-    weights = depth_path or ""
+    adapter, weights = _adapter(name, depth_path), depth_path or ""
     if name != OWN and Path(weights).is_file():
         weights = hub.file_sha256(Path(weights))
     elif name != OWN and weights and Path(weights).is_dir():
@@ -98,19 +91,19 @@ def identity(name: str, depth_path: str | None) -> str:
     return fingerprint(name, hub.file_sha256(adapter), "" if name == OWN else weights)
 
 
-def _adapter(name: str) -> Path:
-    return ADAPTERS / f"{name.replace('-', '_')}.py"
+def _adapter(name: str, depth_path: str | None) -> Path:
+    if name != OWN:
+        return ADAPTERS / f"{name.replace('-', '_')}.py"
+    if depth_path is None or not Path(depth_path).is_file():
+        raise ConfigError("depth_path", depth_path, "with depth=own your adapter, a file NAME.py")
+    return Path(depth_path).resolve()
 
 
 def _paths(request: DepthRequest, name: str) -> tuple[str, str, str | None]:
     python = request.python
     if python is None or not os.access(python, os.X_OK):
         raise ConfigError("depth_python", python, f"the python of an environment that depth={name} can run in")
-    if name != OWN:
-        return python, str(_adapter(name)), request.depth_path
-    if request.depth_path is None or not Path(request.depth_path).is_file():
-        raise ConfigError("depth_path", request.depth_path, "with depth=own your adapter, a file NAME.py")
-    return python, str(Path(request.depth_path).resolve()), None
+    return python, str(_adapter(name, request.depth_path)), None if name == OWN else request.depth_path
 
 
 def _geometry(
@@ -120,9 +113,9 @@ def _geometry(
     expected = {"values": shape, "confidence": shape, "K": (3, 3), "w2c": (shape[0], 4, 4)}
     for key, array in arrays.items():
         if key not in expected or array.shape != tuple(expected[key]):
-            raise Failure("depth_worker_answer", f"{key[:40]} is {list(array.shape)}, not {expected.get(key)}")
+            raise BadSample("depth_worker_answer", f"{key[:40]} is {list(array.shape)}, not {expected.get(key)}")
     if "values" not in arrays or message.get("kind") not in KINDS:
-        raise Failure("depth_worker_answer", f"no values, or a kind that is none of {', '.join(KINDS)}")
+        raise BadSample("depth_worker_answer", f"no values, or a kind that is none of {', '.join(KINDS)}")
     K, w2c = (arrays[key].astype(np.float64) if key in arrays else None for key in ("K", "w2c"))
     if w2c is not None:
         from ex4d.geometry.camera import invert, nearest_rigid
@@ -131,7 +124,7 @@ def _geometry(
         try:
             check_poses(w2c)
         except ValueError as error:
-            raise Failure("depth_worker_answer", f"w2c: {error}") from None
+            raise BadSample("depth_worker_answer", f"w2c: {error}") from None
         w2c = nearest_rigid(w2c)
         w2c = w2c @ invert(w2c[0])
     confidence = arrays["confidence"].astype(np.float32) if "confidence" in arrays else None
@@ -165,7 +158,7 @@ class _Worker:
     def call(
         self, message: dict[str, Any], arrays: dict[str, np.ndarray], limit_s: float, max_bytes: int = 0
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the worker's answer to a message, its arrays of at most `max_bytes`. Raises Failure, after which the
+        """Return the worker's answer to a message, its arrays of at most `max_bytes`. Raises BadSample, after which the
         worker must be replaced.
         """
         deadline = time.monotonic() + limit_s
@@ -209,7 +202,7 @@ class _Worker:
                 arrays[str(name)] = np.frombuffer(self._read(math.prod(shape) * dtype.itemsize, deadline), dtype)
                 arrays[str(name)] = arrays[str(name)].reshape(shape)
         except (ValueError, TypeError, KeyError, RecursionError) as error:
-            raise Failure("depth_worker_answer", f"the worker's answer cannot be read: {error}"[:300]) from None
+            raise BadSample("depth_worker_answer", f"the worker's answer cannot be read: {error}"[:300]) from None
         return message, arrays
 
     def _read(self, num_bytes: int, deadline: float) -> bytearray:
@@ -219,12 +212,12 @@ class _Worker:
         while len(data) < num_bytes:
             left = deadline - time.monotonic()
             if left <= 0 or not select.select([pipe], [], [], left)[0]:
-                raise Failure("depth_worker_timeout", "the worker took too long")
+                raise BadSample("depth_worker_timeout", "the worker took too long")
             chunk = os.read(pipe, min(num_bytes - len(data), 1 << 20))
             if not chunk:
                 status = self.process.wait()
                 how = f"signal {-status}" if status < 0 else f"exit code {status}"
-                raise Failure("depth_worker_died", f"the worker died of {how}")
+                raise BadSample("depth_worker_died", f"the worker died of {how}")
             data += chunk
         return data
 

@@ -60,12 +60,8 @@ LAYOUTS = (
 
 def of(names: set[str]) -> Layout | None:
     """Return the layout of a file with these arrays; None if none of them is a depth."""
-    return next((one for one in LAYOUTS if _fits(one, names)), None)
-
-
-def _fits(layout: Layout, names: set[str]) -> bool:
-    has_arrays = layout.depth in names and layout.poses in (names | {""})
-    return has_arrays and (not layout.beside or bool(names & set(layout.beside)))
+    complete = (one for one in LAYOUTS if one.depth in names and one.poses in names | {""})
+    return next((one for one in complete if not one.beside or names & set(one.beside)), None)
 
 
 def cameras(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:

@@ -37,7 +37,8 @@ def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.nda
     files, place = files_in(folder), Path(folder).name
     kinds = {file.suffix for file in files}
     if len(kinds) != 1:
-        raise BadSample("depth_missing", f"{place} needs 16-bit PNG or OpenEXR, one a frame; it has {_list(kinds)}")
+        has = " and ".join(sorted(kinds)) or "neither"
+        raise BadSample("depth_missing", f"{place} needs 16-bit PNG or OpenEXR, one a frame; it has {has}")
     if source_frames not in (0, len(files)):
         raise BadSample(
             "depth_frames", f"{len(files)} pictures for a video of {source_frames} frames: one a frame is needed"
@@ -66,10 +67,6 @@ def files_in(folder: str | Path) -> list[Path]:
     """Return the pictures of a local folder of depth, in the order of the numbers in their names."""
     found = [file for file in storage.local_path(folder).iterdir() if file.suffix in SUFFIXES]
     return [found[place] for place in text.in_natural_order([file.name for file in found])]
-
-
-def _list(suffixes: set[str]) -> str:
-    return " and ".join(sorted(suffixes)) or "neither"
 
 
 def check_pixels(count: int) -> None:

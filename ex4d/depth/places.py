@@ -76,7 +76,7 @@ def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) 
             raise BadSample("sidecar_ambiguous", ambiguous(PurePosixPath(file).name, own, other, bool(request.twin)))
         if file:
             return file
-    if chosen and not request.name and _has_pictures(chosen):
+    if chosen and not request.name and _is_folder(chosen) and pictures.files_in(chosen):
         return chosen
     raise BadSample("depth_missing", _what_is_missing(folders, own))
 
@@ -132,10 +132,6 @@ def _first(candidates: list[str], exists: Callable[[str], bool]) -> str:
 
 def _is_folder(path: str) -> bool:
     return storage.is_local(path) and storage.local_path(path).is_dir()
-
-
-def _has_pictures(folder: str) -> bool:
-    return _is_folder(folder) and bool(pictures.files_in(folder))
 
 
 def _what_is_missing(folders: list[str], own: PurePosixPath) -> str:

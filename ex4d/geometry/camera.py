@@ -185,19 +185,6 @@ def relative_to(w2c: np.ndarray, source_w2c: np.ndarray) -> np.ndarray:
     return np.asarray(w2c, np.float64) @ invert(source_w2c)
 
 
-def project(points: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """Return (uv float64 [..., 2] in pixels, z float64 [...] along the camera's axis) of world points [..., 3].
-
-    Points on or behind the camera's plane get uv = NaN; z says which they are.
-    """
-    points = np.asarray(points, np.float64)
-    local = points @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
-    z = local[..., 2]
-    safe = np.where(z > 0, z, np.nan)
-    focal, centre = np.array([camera.K[0, 0], camera.K[1, 1]]), camera.K[:2, 2]
-    return local[..., :2] / safe[..., None] * focal + centre, z
-
-
 def pixel_rays(size: tuple[int, int], K: np.ndarray, offset: float = 0.5) -> np.ndarray:
     """Return K⁻¹ (u, v, 1) of every pixel, float64 [H, W, 3]; `offset` is where in the pixel (0.5: its centre)."""
     height, width = size

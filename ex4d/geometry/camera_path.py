@@ -105,8 +105,10 @@ def from_file(
 
 def source_poses(
     path: str | Path, num_frames: int, scale: float | None = None, radius: float | None = None
-) -> np.ndarray:
-    """Return w2c [T, 4, 4] of the camera that took the video: one pose per frame from a file, the first the identity.
+) -> tuple[np.ndarray, np.ndarray]:
+    """Return (w2c [T, 4, 4] of the camera that took the video, its first pose [4, 4] in the world of the file).
+
+    The file has one pose per frame. w2c is relative to the first; the lengths of both are in the depth's unit.
 
     Args:
         scale: depth units per unit of the file; None: 1, if that is plausible.
@@ -115,14 +117,10 @@ def source_poses(
     Raises:
         ConfigError: too few poses, or lengths in a unit that differs from the depth's.
     """
-    return _first_frames(path, trajectory_files.read(path).w2c, num_frames, scale, radius, "source_")
-
-
-def first_pose(path: str | Path, scale: float | None = None) -> np.ndarray:
-    """Return w2c [4, 4] of the source camera of frame 0 in the world of its file, lengths in the depth's unit."""
-    pose = trajectory_files.read(path).w2c[0].copy()
-    pose[:3, 3] *= 1.0 if scale is None else scale
-    return pose
+    poses = trajectory_files.read(path).w2c
+    w2c = _first_frames(path, poses, num_frames, scale, radius, "source_")
+    poses[0, :3, 3] *= 1.0 if scale is None else scale
+    return w2c, poses[0]
 
 
 def _first_frames(

@@ -18,7 +18,6 @@ def to_z_depth(
     kind: str,
     *,
     metric: bool = False,
-    shape: tuple[int, int, int] | None = None,
     percentiles: tuple[float, float] = (1.0, 99.0),
     far_ratio: float = 100.0,
 ) -> np.ndarray:
@@ -33,23 +32,18 @@ def to_z_depth(
         kind: "z_depth" or "disparity".
         metric: disparity is exactly 1/z. Else it is mapped by its percentiles to [0, 1] and z = 2.564 / that, the
             scale of the released code.
-        shape: what [T, H, W] must be, when known.
         percentiles: (far, near) percentiles over the clip of a relative disparity; `near` also sets the near depth of
             metric values, from which the floor is counted.
         far_ratio: largest depth / near depth.
 
     Raises:
-        ConfigError: unknown kind, percentiles or far_ratio out of range.
+        ConfigError: unknown kind.
         BadSample: depth_shape, depth_nan (NaN, or infinite disparity), depth_nonpositive, depth_constant.
     """
     if kind not in KINDS:
         raise ConfigError("depth.kind", kind, f"one of {', '.join(KINDS)}")
     low, high = percentiles
-    if not 0 <= low < high <= 100:
-        raise ConfigError("depth.percentiles", percentiles, "0 <= far < near <= 100")
-    if not far_ratio > 1:
-        raise ConfigError("depth.far_ratio", far_ratio, "more than 1")
-    values = _checked(values, kind, metric, shape)
+    values = _checked(values, kind, metric)
     if kind == "z_depth" or metric:
         disparity = 1.0 / values if kind == "z_depth" else values
         near = np.percentile(disparity, high)
@@ -63,12 +57,10 @@ def to_z_depth(
     return (RELEASED_NEAR / normalised).astype(np.float32)
 
 
-def _checked(values: np.ndarray, kind: str, metric: bool, shape: tuple[int, int, int] | None) -> np.ndarray:
+def _checked(values: np.ndarray, kind: str, metric: bool) -> np.ndarray:
     values = np.asarray(values)
     if values.ndim != 3 or min(values.shape, default=0) < 1 or min(values.shape[1:]) < 2:
         raise BadSample("depth_shape", f"{list(values.shape)}, expected [T, H, W] with H, W at least 2")
-    if shape is not None and values.shape != tuple(shape):
-        raise BadSample("depth_shape", f"{list(values.shape)}, expected {list(shape)}")
     if values.dtype.kind not in "fiu":
         raise BadSample("depth_shape", f"dtype {values.dtype}, expected real numbers")
     values = values.astype(np.float64)
@@ -85,17 +77,12 @@ def _checked(values: np.ndarray, kind: str, metric: bool, shape: tuple[int, int,
     return values
 
 
-def align_scale_shift(
-    source: np.ndarray,
-    target: np.ndarray,
-    valid: np.ndarray | None = None,
-    positive_scale: bool = True,
-) -> tuple[float, float]:
+def align_scale_shift(source: np.ndarray, target: np.ndarray, positive_scale: bool = True) -> tuple[float, float]:
     """Return (scale, shift) that minimise Σ (scale · source + shift − target)² (Ranftl et al. 2020, MiDaS, eq. 4).
 
     Args:
-        source, target: real arrays of one shape, in the same quantity (disparity for relative estimators).
-        valid: bool, same shape: which values count. Non-finite values never do.
+        source, target: real arrays of one shape, in the same quantity (disparity for relative estimators); values that
+            are not finite do not count.
         positive_scale: refuse a negative scale, which would turn near into far.
 
     Raises:
@@ -106,8 +93,6 @@ def align_scale_shift(
     if source.shape != target.shape:
         raise BadSample("depth_shape", f"{list(source.shape)} against {list(target.shape)}")
     keep = np.isfinite(source) & np.isfinite(target)
-    if valid is not None:
-        keep &= valid
     x, y = source[keep], target[keep]
     spread = x - x.mean() if x.size else x
     variance = float(spread @ spread)
@@ -133,7 +118,7 @@ def align_clip(disparity: np.ndarray, num_rounds: int = 5) -> np.ndarray:
     Raises:
         BadSample: depth_shape, depth_nan, depth_constant.
     """
-    values = _checked(disparity, "disparity", False, None)
+    values = _checked(disparity, "disparity", False)
     aligned = values.copy()
     for t in range(1, len(values)):
         source, target = values[t], aligned[t - 1]

@@ -4,6 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
+from functools import cached_property
 
 import numpy as np
 
@@ -63,7 +64,6 @@ class Scene:
         still = np.tile(np.eye(4), (len(frames), 1, 1)) if source.w2c is None else source.w2c
         others = (source.persistent_frames, source.dynamic_mask, valid, profile_of("default"), "cpu")
         self._world = persistent.World(frames, self.z_depth, self.K, still, *others)
-        self._dense: tuple[np.ndarray, np.ndarray] | None = None
 
     def mesh(self, t: int) -> DWMesh:
         """The mesh of frame t."""
@@ -73,11 +73,10 @@ class Scene:
             )
         return self._meshes[t]
 
+    @cached_property
     def dense(self) -> tuple[np.ndarray, np.ndarray]:
         """The result of `tracks.follow`."""
-        if self._dense is None:
-            self._dense = tracks.follow(self.frames)
-        return self._dense
+        return tracks.follow(self.frames)
 
     def small(self) -> Scene:
         """The clip with every n-th pixel, about SMALL_PX large."""

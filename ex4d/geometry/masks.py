@@ -85,7 +85,7 @@ def draw(
     shares = np.array([getattr(config, kind) for kind in KINDS])
     kinds = rng.choice(len(KINDS), size=count, p=shares / shares.sum()).astype(np.uint8)
     if (kinds == TRACKING).any() and config.tracker == "flow":
-        _give_tracking_what_it_can_reach(kinds, targets, 1 - float(scene.dense()[1].mean(axis=(1, 2)).min()))
+        _give_tracking_what_it_can_reach(kinds, targets, 1 - float(scene.dense[1].mean(axis=(1, 2)).min()))
     drawn = [_draw_one(scene, KINDS[kinds[i]], config, targets[i], [seed, count, i]) for i in range(count)]
     visible = np.stack([mask.visible for mask in drawn])
     share = 1 - np.stack([kept_share(mask) for mask in visible])
@@ -206,7 +206,7 @@ def _tracked(
     priority = np.argsort(np.argsort(noise, kind="stable"), kind="stable") / noise.size  # uniform in [0, 1)
     spacing = np.array([width, height]) / count
     points = np.stack(np.meshgrid(*(np.arange(count) + 0.5,) * 2), axis=-1).reshape(-1, 2) * spacing
-    dense = scene.dense() if config.tracker == "flow" else None
+    dense = scene.dense if config.tracker == "flow" else None
     xy, seen = tracks.track(scene.frames, points, dense, config.tracker, config.tracker_path)
 
     def mask_at(dropped: float, moments: np.ndarray) -> np.ndarray:

@@ -124,7 +124,6 @@ def build(
     z_depth: np.ndarray,
     K: np.ndarray,
     profile: str | Profile = "default",
-    boundary_depth: float | None = None,
     valid: np.ndarray | None = None,
 ) -> DWMesh:
     """Return the DW-Mesh of one frame.
@@ -134,15 +133,12 @@ def build(
         z_depth: real [H, W], finite and positive, any unit.
         K: [3, 3] intrinsics in pixels.
         profile: a key of PROFILES, or a Profile.
-        boundary_depth: depth of the border ring, beyond every other depth; None leaves it to the profile. To share
-            it between the frames of a clip, pass 1.5 × the largest depth of the clip.
         valid: bool [H, W], True where depth is known; None: everywhere. Elsewhere the mesh stays watertight,
             but its faces are occluded: they show nothing and have no texture.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive.
-        ConfigError: unknown profile, bad K, or a boundary in front of the scene (except in the released profile, which
-            has that defect).
+        ConfigError: unknown profile, bad K.
     """
     profile = profile_of(profile) if isinstance(profile, str) else profile
     K = check_intrinsics(K)
@@ -155,9 +151,7 @@ def build(
         raise BadSample("depth_nan", "z_depth is not finite; use geometry.depth.to_z_depth")
     if least <= 0:
         raise BadSample("depth_nonpositive", f"least z_depth {least:.6g}; use geometry.depth.to_z_depth")
-    boundary = boundary_depth or profile.boundary_depth or BOUNDARY_RATIO * largest
-    if profile.boundary_depth is None and boundary <= largest:
-        raise ConfigError("boundary_depth", boundary, f"must be greater than the largest depth {largest:.6g}")
+    boundary = profile.boundary_depth or BOUNDARY_RATIO * largest
     depth[0], depth[-1], depth[:, 0], depth[:, -1] = (boundary,) * 4
     occluded = occlusion_flags(depth, K, math.radians(angle_threshold_deg(K[0, 0], profile)), profile.pixel_offset)
     if not profile.vertex_alpha:

@@ -11,7 +11,6 @@
 
 from __future__ import annotations
 
-import io
 import zipfile
 from pathlib import Path
 from typing import IO
@@ -19,7 +18,6 @@ from typing import IO
 import numpy as np
 
 from ex4d import npy, storage
-from ex4d.errors import ConfigError
 from ex4d.geometry.pose_file import MAX_BYTES, OPENGL, PoseFile, check_poses, looks_like, squared, world_to_camera
 from ex4d.geometry.pose_tables import read_matrices
 
@@ -43,15 +41,6 @@ def read_ex4d(path: str | Path) -> PoseFile:
     if intrinsics.shape not in ((3, 3), (len(extrinsics), 3, 3)):
         raise ValueError(f"intrinsics has the shape {list(intrinsics.shape)}, not [3, 3]")
     return PoseFile(OPENGL @ extrinsics, np.broadcast_to(intrinsics, (len(extrinsics), 3, 3)))
-
-
-def write_ex4d(poses: PoseFile) -> bytes:
-    if poses.K is None:
-        raise ConfigError("K", None, "ex4d holds intrinsics: give K")
-    K = poses.K if poses.K.ndim == 2 else poses.K[0]
-    buffer = io.BytesIO()
-    np.savez(buffer, extrinsics=(OPENGL @ poses.w2c).astype(np.float32), intrinsics=K)
-    return buffer.getvalue()
 
 
 def arrays_of(path: str | Path) -> dict[str, np.ndarray]:
@@ -92,30 +81,10 @@ def read_llff(path: str | Path) -> PoseFile:
     K = np.tile(np.eye(3), (len(array), 1, 1))
     K[:, 0, 0] = K[:, 1, 1] = focal
     K[:, 0, 2], K[:, 1, 2] = width / 2, height / 2
-    return PoseFile(w2c, K, None, (int(height[0]), int(width[0])))
+    return PoseFile(w2c, K, (int(height[0]), int(width[0])))
 
 
-def read_w2c(path: str | Path) -> PoseFile:
-    return PoseFile(_matrices(path, "w2c"))
-
-
-def read_c2w(path: str | Path) -> PoseFile:
-    return PoseFile(world_to_camera(_matrices(path, "c2w")))
-
-
-def read_da3(path: str | Path) -> PoseFile:
-    return PoseFile(_named(path, "extrinsics"))
-
-
-def read_vggt(path: str | Path) -> PoseFile:
-    return PoseFile(_named(path, "extrinsic"))
-
-
-def read_pi3(path: str | Path) -> PoseFile:
-    return PoseFile(world_to_camera(_named(path, "camera_poses")))
-
-
-def _named(path: str | Path, key: str) -> np.ndarray:
+def named(path: str | Path, key: str) -> np.ndarray:
     """Return the poses [T, 4, 4] under one key of an npz."""
     arrays = arrays_of(path)
     if key not in arrays or arrays[key].ndim != 3 or arrays[key].shape[1:] not in ((3, 4), (4, 4)):
@@ -133,7 +102,7 @@ def read_vipe(path: str | Path) -> PoseFile:
     return PoseFile(world_to_camera(arrays["data"].astype(np.float64)))
 
 
-def _matrices(path: str | Path, key: str) -> np.ndarray:
+def matrices(path: str | Path, key: str) -> np.ndarray:
     """Return OpenCV matrices [T, 4, 4] of an npy, of a key of an npz, or of a text table."""
     if not looks_like(path, ".npy", ".npz"):
         return read_matrices(path)

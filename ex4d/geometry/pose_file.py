@@ -27,16 +27,12 @@ class PoseFile:
     w2c: float64 [T, 4, 4], OpenCV, in the file's own world and unit (metres for recammaster).
     K: float64 [T, 3, 3], px with pixel centres at +0.5; or, where `size` is None and the format is re10k, in fractions
         of the width and the height; None where the format has none.
-    times: float64 [T] as written (re10k: microseconds, tum: seconds), or None.
     size: (H, W) of the pictures that K belongs to, or None.
-    source: re10k's first line, a URL; "" elsewhere.
     """
 
     w2c: np.ndarray
     K: np.ndarray | None = None
-    times: np.ndarray | None = None
     size: tuple[int, int] | None = None
-    source: str = ""
 
 
 def bytes_of(path: str | Path) -> bytes:
@@ -48,12 +44,10 @@ def bytes_of(path: str | Path) -> bytes:
 
 
 def checked(poses: PoseFile) -> PoseFile:
-    """Return `poses`. Raises ValueError unless each is a rigid motion, each K is valid, and times are finite."""
+    """Return `poses`. Raises ValueError unless each is a rigid motion and each K is valid."""
     check_poses(poses.w2c)
     if poses.K is not None:
         _check_intrinsics(poses.K)
-    if poses.times is not None and not np.isfinite(poses.times).all():
-        raise ValueError("a time is not finite")
     return poses
 
 

@@ -19,7 +19,6 @@ import numpy as np
 from scipy.spatial.transform import Rotation
 
 from ex4d import storage, text
-from ex4d.errors import ConfigError
 from ex4d.geometry.camera import invert
 from ex4d.geometry.pose_file import (
     MAX_FOCAL_SHARE,
@@ -28,7 +27,6 @@ from ex4d.geometry.pose_file import (
     bytes_of,
     looks_like,
     squared,
-    world_to_camera,
 )
 
 TUM_COLUMNS = ("time", "tx", "ty", "tz", "qx", "qy", "qz", "qw")
@@ -92,26 +90,14 @@ def _in_time_order(times: np.ndarray) -> np.ndarray:
 
 def read_re10k(path: str | Path) -> PoseFile:
     lines = [line for line in lines_of(path) if line]
-    has_source = bool(lines) and len(lines[0].split()) == 1
+    has_source = bool(lines) and len(lines[0].split()) == 1  # the video's URL
     cells = table(rows_of(lines[has_source:]), (19,))
     cells = cells[_in_time_order(cells[:, 0])]
     if not ((cells[:, 1:3] > 0) & (cells[:, 1:3] <= MAX_FOCAL_SHARE)).all():
         raise ValueError(f"fx and fy are fractions of the picture's sides, above 0 and at most {MAX_FOCAL_SHARE:g}")
     K = np.tile(np.eye(3), (len(cells), 1, 1))
     K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2] = cells[:, 1:5].T
-    return PoseFile(squared(cells[:, 7:].reshape(-1, 3, 4)), K, cells[:, 0], None, lines[0] if has_source else "")
-
-
-def write_re10k(poses: PoseFile) -> bytes:
-    if poses.K is None:
-        raise ConfigError("K", None, "re10k holds intrinsics: give K, and the size where K is in px")
-    K = np.broadcast_to(poses.K, (len(poses.w2c), 3, 3))
-    height, width = poses.size or (1, 1)
-    lines = [poses.source or "unknown"]
-    for time, k, w2c in zip(_times(poses), K, poses.w2c, strict=True):
-        numbers = [k[0, 0] / width, k[1, 1] / height, k[0, 2] / width, k[1, 2] / height, 0, 0, *w2c[:3].ravel()]
-        lines.append(" ".join([f"{time:.0f}", *(f"{number:.9f}" for number in numbers)]))
-    return ("\n".join(lines) + "\n").encode()
+    return PoseFile(squared(cells[:, 7:].reshape(-1, 3, 4)), K)
 
 
 def read_tum(path: str | Path) -> PoseFile:
@@ -151,22 +137,7 @@ def read_euroc(path: str | Path) -> PoseFile:
 def _from_centres(times: np.ndarray, centres: np.ndarray, quaternions: np.ndarray) -> PoseFile:
     c2w = np.tile(np.eye(4), (len(times), 1, 1))
     c2w[:, :3, :3], c2w[:, :3, 3] = _rotations(quaternions), centres
-    order = _in_time_order(times)
-    return PoseFile(invert(c2w[order]), None, times[order])
-
-
-def write_tum(poses: PoseFile) -> bytes:
-    c2w = np.linalg.inv(poses.w2c)
-    rows = np.concatenate([c2w[:, :3, 3], Rotation.from_matrix(c2w[:, :3, :3]).as_quat()], axis=1)
-    lines = [
-        " ".join([f"{time:.6f}", *(f"{number:.12g}" for number in row)])
-        for time, row in zip(_times(poses), rows, strict=True)
-    ]
-    return ("\n".join(lines) + "\n").encode()
-
-
-def read_kitti(path: str | Path) -> PoseFile:
-    return PoseFile(world_to_camera(read_matrices(path)))
+    return PoseFile(invert(c2w[_in_time_order(times)]))
 
 
 def read_matrices(path: str | Path) -> np.ndarray:
@@ -211,7 +182,3 @@ def _binary_images(data: bytes) -> tuple[np.ndarray, list[str]]:
     if place != len(data) or len(cells) != count or not cells:
         raise ValueError("it is damaged or cut short, or no images.bin of COLMAP with a pose")
     return np.array(cells, np.float64), names
-
-
-def _times(poses: PoseFile) -> np.ndarray:
-    return np.arange(len(poses.w2c), dtype=np.float64) if poses.times is None else poses.times

@@ -35,10 +35,6 @@ UNREAL = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
-def read_json(path: str | Path) -> PoseFile:
-    return of_json(bytes_of(path))
-
-
 def of_json(data: bytes) -> PoseFile:
     """Return what the bytes of a camera.json hold. Raises ValueError, or LookupError where a key is missing."""
     tree = tree_of(data)
@@ -56,7 +52,7 @@ def of_json(data: bytes) -> PoseFile:
     ):
         raise ValueError(f"size {size!r} is not [H, W]")
     K = None if K is None else np.broadcast_to(K, (len(w2c), 3, 3))
-    return PoseFile(w2c, K, None, None if size is None else (size[0], size[1]))
+    return PoseFile(w2c, K, None if size is None else (size[0], size[1]))
 
 
 def check_axes(tree: dict[str, Any]) -> None:
@@ -98,16 +94,6 @@ def read_recammaster(path: str | Path, camera: str) -> PoseFile:
     return PoseFile(world_to_camera(UNREAL @ c2w @ np.linalg.inv(UNREAL)))
 
 
-def write_recammaster(poses: PoseFile) -> bytes:
-    c2w = np.linalg.inv(UNREAL) @ np.linalg.inv(poses.w2c) @ UNREAL
-    c2w[:, :3, 3] *= 100
-    tree = {}
-    for index, matrix in enumerate(c2w):
-        rows = [" ".join(f"{number:.9g}" for number in row) for row in matrix.T]
-        tree[f"frame{index}"] = {"cam01": " ".join(f"[{row}]" for row in rows) + " "}
-    return json.dumps(tree, indent=1).encode()
-
-
 def read_nerfstudio(path: str | Path) -> PoseFile:
     tree = tree_of(bytes_of(path))
     if "camera_path" in tree:
@@ -126,16 +112,16 @@ def _objects(value: Any, name: str, key: str) -> list[dict[str, Any]]:
     return value
 
 
-def _lens(tree: dict[str, Any], frames: list[dict[str, Any]]) -> tuple[np.ndarray | None, None, tuple[int, int] | None]:
-    """Return (K, times, size) of a transforms.json: per frame where given, else of the whole file."""
+def _lens(tree: dict[str, Any], frames: list[dict[str, Any]]) -> tuple[np.ndarray | None, tuple[int, int] | None]:
+    """Return (K, size) of a transforms.json: per frame where given, else of the whole file."""
     lens = [{**tree, **frame} for frame in frames]
     if not all({"fl_x", "cx", "cy"} <= set(one) for one in lens):
-        return None, None, None
+        return None, None
     rows = [[one["fl_x"], one.get("fl_y", one["fl_x"]), one["cx"], one["cy"]] for one in lens]
     K = np.tile(np.eye(3), (len(rows), 1, 1))
     K[:, 0, 0], K[:, 1, 1], K[:, 0, 2], K[:, 1, 2] = numbers(rows, "fl_x").T
     sides = tree.get("h"), tree.get("w")
-    return K, None, (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
+    return K, (int(sides[0]), int(sides[1])) if sides[0] and sides[1] else None
 
 
 def _camera_path(tree: dict[str, Any]) -> PoseFile:
@@ -153,4 +139,4 @@ def _camera_path(tree: dict[str, Any]) -> PoseFile:
     focal = 0.5 * size[0] / np.tan(fov * math.pi / 360)
     K = np.tile(np.array([[1.0, 0, size[1] / 2], [0, 1, size[0] / 2], [0, 0, 1]]), (len(fov), 1, 1))
     K[:, 0, 0] = K[:, 1, 1] = focal
-    return PoseFile(w2c, K, None, size)
+    return PoseFile(w2c, K, size)

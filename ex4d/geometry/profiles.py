@@ -18,7 +18,6 @@ class Profile:
     """How a mesh is built and drawn.
 
     Args:
-        name: its key in PROFILES.
         pixel_offset: where in its pixel a vertex stands: 0.5 is the centre.
         fixed_angle: keep 2.5° at any focal length; else keep the depth jump that 2.5° means at f = 500.
         fan_cap: close the far end by a fan over all border vertices; else two triangles over the four corners.
@@ -32,7 +31,6 @@ class Profile:
             either.
     """
 
-    name: str
     pixel_offset: float = 0.5
     fixed_angle: bool = False
     fan_cap: bool = True
@@ -44,11 +42,10 @@ class Profile:
 
 
 PROFILES = {
-    "default": Profile("default", curtain_reach=CURTAIN_REACH),
-    "closed": Profile("closed"),
-    "torn": Profile("torn", keep_occluded=False, two_sided=True),
+    "default": Profile(curtain_reach=CURTAIN_REACH),
+    "closed": Profile(),
+    "torn": Profile(keep_occluded=False, two_sided=True),
     "released": Profile(
-        "released",
         pixel_offset=0.0,
         fixed_angle=True,
         fan_cap=False,

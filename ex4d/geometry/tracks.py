@@ -40,7 +40,7 @@ def one_thread() -> Iterator[None]:
         cv2.setNumThreads(threads)
 
 
-def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int = FINEST_PX) -> Flows:
+def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     """Return {(i, j): flow float32 [H, W, 2] px (x, y) from frame i to frame j} for every j = i ± gap.
 
     The search of a wider pair starts from the chain of two narrower ones, since alone it loses displacements over
@@ -48,7 +48,6 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int 
 
     Args:
         frames: uint8 [T, H, W, 3].
-        finest_px: side of the pictures that the search ends in.
 
     Raises:
         BadSample: flow_size, where a side is under 16 px, less than two of the method's patches.
@@ -57,7 +56,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int 
 
     _check_size(frames.shape[1:3])
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis = _dis(frames.shape[1:3], finest_px)
+    dis = _dis(frames.shape[1:3], FINEST_PX)
     flows: Flows = {}
     with one_thread():
         for gap in gaps:
@@ -73,7 +72,7 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,), finest_px: int 
     return flows
 
 
-def measure_again(frames: np.ndarray, starts: Flows, finest_px: int = FINEST_PX) -> Flows:
+def measure_again(frames: np.ndarray, starts: Flows) -> Flows:
     """Return flow like `pair_flows`, measured between pictures that `starts` has brought together.
 
     The search finds 97 to 99 % of a displacement. After good starts that is 97 to 99 % of next to nothing.
@@ -85,7 +84,7 @@ def measure_again(frames: np.ndarray, starts: Flows, finest_px: int = FINEST_PX)
     import cv2
 
     gray = [cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames]
-    dis, none = _dis(frames.shape[1:3], finest_px), np.zeros((*frames.shape[1:3], 2), np.float32)
+    dis, none = _dis(frames.shape[1:3], FINEST_PX), np.zeros((*frames.shape[1:3], 2), np.float32)
     flows: Flows = {}
     with one_thread():
         for (i, j), start in starts.items():

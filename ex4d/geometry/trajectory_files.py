@@ -1,4 +1,4 @@
-"""Files of camera poses, in and out. Whatever the file's convention, what leaves `read` is OpenCV w2c.
+"""Files of camera poses. Whatever the file's convention, what leaves `read` is OpenCV w2c.
 
 Formats of text are in `pose_tables` (re10k, tum, kitti, euroc, colmap), those of JSON in `pose_trees` (json,
 recammaster, nerfstudio), those of NumPy in `pose_arrays` (ex4d, llff, networks' cameras, w2c, c2w). Each row, matrix,
@@ -23,9 +23,9 @@ from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry import pose_arrays, pose_tables, pose_trees
 from ex4d.geometry.camera import check_rigid, look_at
-from ex4d.geometry.pose_file import PoseFile, bytes_of, checked, looks_like, numbers
+from ex4d.geometry.pose_file import PoseFile, bytes_of, checked, looks_like, numbers, world_to_camera
 
-__all__ = ["READERS", "WRITERS", "PoseFile", "parse", "read", "read_key_poses", "write"]
+__all__ = ["READERS", "PoseFile", "parse", "read", "read_key_poses"]
 
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
 # What the parsers raise on files that are damaged or of another kind; RuntimeError: JSON nested without end.
@@ -36,27 +36,20 @@ UNREADABLE = (
 READERS: dict[str, Callable[[str | Path, str], PoseFile]] = {
     "re10k": lambda path, camera: pose_tables.read_re10k(path),
     "tum": lambda path, camera: pose_tables.read_tum(path),
-    "kitti": lambda path, camera: pose_tables.read_kitti(path),
+    "kitti": lambda path, camera: PoseFile(world_to_camera(pose_tables.read_matrices(path))),
     "euroc": lambda path, camera: pose_tables.read_euroc(path),
     "colmap": lambda path, camera: pose_tables.read_colmap(path),
-    "json": lambda path, camera: pose_trees.read_json(path),
+    "json": lambda path, camera: pose_trees.of_json(bytes_of(path)),
     "recammaster": pose_trees.read_recammaster,
     "nerfstudio": lambda path, camera: pose_trees.read_nerfstudio(path),
     "ex4d": lambda path, camera: pose_arrays.read_ex4d(path),
     "llff": lambda path, camera: pose_arrays.read_llff(path),
-    "da3": lambda path, camera: pose_arrays.read_da3(path),
-    "vggt": lambda path, camera: pose_arrays.read_vggt(path),
-    "pi3": lambda path, camera: pose_arrays.read_pi3(path),
+    "da3": lambda path, camera: PoseFile(pose_arrays.named(path, "extrinsics")),
+    "vggt": lambda path, camera: PoseFile(pose_arrays.named(path, "extrinsic")),
+    "pi3": lambda path, camera: PoseFile(world_to_camera(pose_arrays.named(path, "camera_poses"))),
     "vipe": lambda path, camera: pose_arrays.read_vipe(path),
-    "w2c": lambda path, camera: pose_arrays.read_w2c(path),
-    "c2w": lambda path, camera: pose_arrays.read_c2w(path),
-}
-WRITERS = {
-    "re10k": pose_tables.write_re10k,
-    "ex4d": pose_arrays.write_ex4d,
-    "tum": pose_tables.write_tum,
-    "recammaster": pose_trees.write_recammaster,
-    "json": pose_trees.write_json,
+    "w2c": lambda path, camera: PoseFile(pose_arrays.matrices(path, "w2c")),
+    "c2w": lambda path, camera: PoseFile(world_to_camera(pose_arrays.matrices(path, "c2w"))),
 }
 COLUMNS = {19: "re10k", 8: "tum", 12: "kitti", 17: "euroc"}
 READ = (
@@ -90,7 +83,7 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         kind = f"no {format} file of poses" if format else "no file of poses that is read"
         raise ContractError(f"{name} is {kind}: {_reason(error)}") from error
     if flip_y:
-        poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.times, poses.size, poses.source)
+        poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.size)
     return poses
 
 
@@ -149,13 +142,6 @@ def _point(value: Any) -> np.ndarray:
     if point.shape != (3,) or not np.isfinite(point).all():
         raise ValueError("a point is not three finite numbers")
     return point
-
-
-def write(path: str | Path, poses: PoseFile, format: str) -> None:
-    """Write poses in the named format (a key of WRITERS), atomically; ConfigError where it lacks what that holds."""
-    if format not in WRITERS:
-        raise ConfigError("format", format, f"allowed: {', '.join(WRITERS)}")
-    storage.write_bytes(path, WRITERS[format](poses))
 
 
 def _guess(path: str | Path) -> str:

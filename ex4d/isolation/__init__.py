@@ -48,7 +48,7 @@ _BUILTIN_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, OSErr
 def run(function: str, args: Sequence[Any] = (), limits: Limits | None = None, table: str = TABLE) -> Any:
     """Return what the named function returns, from this process's child. See `Isolated.call`."""
     limits = limits or Limits()
-    return pooled(limits, table).call_within(limits, function, args)
+    return pooled(limits, table).call(function, *args, limits=limits)
 
 
 _POOL: dict[tuple[int, int, int, str], Isolated] = {}
@@ -66,7 +66,7 @@ class Isolated:
     """One child process, started at the first call and replaced when it dies. Threads take turns.
 
     Args:
-        limits: of each call; a call may override the times.
+        limits: of each call; a call may have other times.
         table: name of a module with FUNCTIONS like this one's.
     """
 
@@ -75,8 +75,8 @@ class Isolated:
         self._lock = threading.Lock()
         self._child: Child | None = None
 
-    def call(self, function: str, *args: Any, **kwargs: Any) -> Any:
-        """Return `function(*args, **kwargs)`, computed in the child.
+    def call(self, function: str, *args: Any, limits: Limits | None = None) -> Any:
+        """Return `function(*args)`, computed in the child, within the wall_s and cpu_s of `limits` or of its own.
 
         Raises:
             BadSample: `decode_timeout`, `decode_cpu`, `decode_memory`, `decode_crash`.
@@ -84,13 +84,7 @@ class Isolated:
             Ex4dError, ValueError, TypeError, OSError: what the function raised, with the child's traceback as a note;
                 RuntimeError for another kind.
         """
-        return self.call_within(self.limits, function, args, kwargs)
-
-    def call_within(
-        self, limits: Limits, function: str, args: Sequence[Any], kwargs: Mapping[str, Any] | None = None
-    ) -> Any:
-        """Return what `call` returns, within the wall_s and cpu_s of other limits."""
-        message = (function, tuple(args), dict(kwargs or {}), limits)
+        message = (function, args, limits or self.limits)
         if function not in importlib.import_module(self.table).FUNCTIONS:
             raise ConfigError("function", function, f"not in the table of {self.table}")
         with self._lock:
@@ -105,7 +99,9 @@ class Isolated:
 
     def _call(self, message: Message) -> tuple[bool, Any]:
         child = self._child
-        if child is not None and (child.spent or child.num_calls >= self.limits.max_calls or not child.alive()):
+        if child is not None and (
+            child.spent or child.num_calls >= self.limits.max_calls or child.process.poll() is not None
+        ):
             self.close()
         if self._child is None:
             self._child = Child(self.limits, self.table)

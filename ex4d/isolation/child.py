@@ -33,15 +33,15 @@ def serve(sock: socket.socket, table: str) -> None:
     send(sock, "ready")
     while True:
         try:
-            function, args, kwargs, (wall_s, cpu_limit_s) = receive(sock, files=True)
+            function, args, (wall_s, cpu_limit_s) = receive(sock, files=True)
         except EOFError:
             return
         used = resource.getrusage(resource.RUSAGE_SELF)
         cpu_s = int(used.ru_utime + used.ru_stime + cpu_limit_s) + 1
         resource.setrlimit(resource.RLIMIT_CPU, (cpu_s, resource.getrlimit(resource.RLIMIT_CPU)[1]))
         signal.setitimer(signal.ITIMER_REAL, wall_s + GRACE_S)
-        answer = _answer(functions[function], args, kwargs)
-        for value in (*args, *kwargs.values()):
+        answer = _answer(functions[function], args)
+        for value in args:
             if isinstance(value, io.BufferedReader):
                 value.close()
         signal.setitimer(signal.ITIMER_REAL, 0)
@@ -52,10 +52,10 @@ def serve(sock: socket.socket, table: str) -> None:
         send(sock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # last: packing an answer takes memory, too
 
 
-def _answer(name: str, args: Sequence[Any], kwargs: dict[str, Any]) -> list[Any]:
+def _answer(name: str, args: Sequence[Any]) -> list[Any]:
     module, _, function = name.partition(":")
     try:
-        return [True, getattr(importlib.import_module(module), function)(*args, **kwargs)]
+        return [True, getattr(importlib.import_module(module), function)(*args)]
     except Exception as error:  # noqa: BLE001 (it crosses to the caller, who decides)
         return [False, _facts(error)]
 

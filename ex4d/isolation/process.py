@@ -46,8 +46,8 @@ class Limits:
     max_calls: int = 500
 
 
-# function, args, kwargs, limits
-Message = tuple[str, tuple[Any, ...], dict[str, Any], Limits]
+# function, args, limits
+Message = tuple[str, tuple[Any, ...], Limits]
 
 
 class KilledFromOutside(BadSample):
@@ -91,14 +91,10 @@ class Child:
         if not self.wrapped:
             _warn(tuple(sandbox.missing()))
 
-    def alive(self) -> bool:
-        """Return whether the process runs."""
-        return self.process.poll() is None
-
     def call(self, message: Message) -> tuple[bool, Any]:
         """Return (True, result) or (False, facts of the exception that it raised). Raises BadSample when it is lost."""
-        function, args, kwargs, limits = message
-        packed = pack([function, args, kwargs, [limits.wall_s, limits.cpu_s]])
+        function, args, limits = message
+        packed = pack([function, args, [limits.wall_s, limits.cpu_s]])
         self.num_calls += 1
         self.busy = True
         self.stderr.clear()

@@ -134,7 +134,8 @@ def enter(readable: Iterable[str]) -> None:
     _prctl(_PR_SET_NO_NEW_PRIVS, 1)
     _prctl(_PR_SET_DUMPABLE, 0)
     _restrict_files(readable)
-    _drop_capabilities()
+    header, none = struct.pack("<Ii", 0x20080522, 0), bytes(24)  # _LINUX_CAPABILITY_VERSION_3, this process
+    _checked(_libc.capset(header, none), "capset")
     for kind, most in ((resource.RLIMIT_FSIZE, 0), (resource.RLIMIT_NPROC, 0), (resource.RLIMIT_NOFILE, _MAX_FILES)):
         resource.setrlimit(kind, (most, most))
     if _has_seccomp():
@@ -172,11 +173,6 @@ def _restrict_files(readable: Iterable[str]) -> None:
         os.close(place)
     _checked(_libc.syscall(_LANDLOCK_RESTRICT, ruleset, 0), "Landlock")
     os.close(ruleset)
-
-
-def _drop_capabilities() -> None:
-    header, none = struct.pack("<Ii", 0x20080522, 0), bytes(24)  # _LINUX_CAPABILITY_VERSION_3, this process
-    _checked(_libc.capset(header, none), "capset")
 
 
 def _filter_calls() -> None:

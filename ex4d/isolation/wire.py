@@ -19,15 +19,14 @@ import struct
 import time
 from collections.abc import Callable
 from fractions import Fraction
-from pathlib import Path
 from typing import Any
 
 from ex4d.errors import BadSample
 
 # Classes that may be sent besides plain values, as "module:Class".
 DATACLASSES = (
-    *("ex4d.video.source:VideoInfo", "ex4d.isolation.process:Limits"),
-    *("ex4d.data.sample:Sample", "ex4d.data.sample:SampleSpec", "ex4d.depth.arrays:Wanted"),
+    *("ex4d.video.source:VideoInfo", "ex4d.depth.arrays:Wanted"),
+    *("ex4d.data.sample:Sample", "ex4d.data.sample:SampleSpec"),
 )
 MAX_JSON_BYTES = 64 << 20
 MAX_PARTS = 4096
@@ -163,8 +162,6 @@ def _plain(value: Any, parts: list[memoryview], files: list[io.FileIO]) -> Any:
     if isinstance(value, File):
         files.append(value.open())
         return {"file": len(files) - 1}
-    if isinstance(value, Path):
-        return {"path": str(value)}
     if dataclasses.is_dataclass(value) and _name(type(value)) in DATACLASSES:
         fields = {field.name: plain(getattr(value, field.name)) for field in dataclasses.fields(value)}
         return {"class": [_name(type(value)), fields]}
@@ -195,7 +192,6 @@ def _value(plain: Any, parts: list[bytearray], fds: list[int]) -> Any:
         "bytes": lambda: bytes(parts[body]),
         "fraction": lambda: Fraction(int(body[0]), int(body[1])),
         "file": lambda: os.fdopen(fds[body], "rb"),
-        "path": lambda: Path(body),
         "class": lambda: _class(body[0])(**{name: _value(child, parts, fds) for name, child in body[1].items()}),
         "array": lambda: _array(body, parts),
         "scalar": lambda: _array(body, parts)[()],

@@ -132,10 +132,11 @@ class Ex4dModel(nn.Module):
     def base_alone(self) -> Iterator[None]:
         """Compute as the base does, without LoRA and geometry, inside the block: the baseline of an adapter."""
         self._alone = True
+        self.transformer.disable_lora()
         try:
-            with lora.disabled(self.transformer):
-                yield
+            yield
         finally:
+            self.transformer.enable_lora()
             self._alone = False
 
     def set_gradient_checkpointing(
@@ -177,11 +178,8 @@ def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dMod
     they are trained.
 
     Raises:
-        ConfigError: a rank or width below 1, an alpha that is not a positive number.
+        ConfigError: an alpha that is not a positive number.
     """
-    for key in ("lora_rank", "adapter_hidden"):
-        if getattr(config, key) < 1:
-            raise ConfigError(f"model.{key}", getattr(config, key), "must be at least 1")
     if not 0 < config.lora_alpha < math.inf:
         raise ConfigError("model.lora_alpha", config.lora_alpha, "must be finite and greater than 0")
     if config.residual_fp32:  # before the hook that adds the geometry, which is float32 too

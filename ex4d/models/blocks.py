@@ -13,17 +13,12 @@ from torch import Tensor, nn
 from torch.utils import checkpoint
 
 from ex4d.errors import ConfigError
+from ex4d.models.attention import KERNELS
 
 logger = logging.getLogger(__name__)
 
 MEMORY_MARGIN = 0.06  # share of a GPU that `fit_memory` leaves free, for fragmentation and longer texts
-_ATEN = torch.ops.aten
-_ATTENTION = (
-    _ATEN._scaled_dot_product_cudnn_attention,
-    _ATEN._scaled_dot_product_flash_attention,
-    _ATEN._scaled_dot_product_efficient_attention,
-    _ATEN._scaled_dot_product_flash_attention_for_cpu,
-)
+_ATTENTION = [operator for _, operators in KERNELS.values() for operator in operators]
 
 
 def _keep_self_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:

@@ -64,11 +64,6 @@ class Base:
         return wanted
 
     @property
-    def latent_channels(self) -> int:
-        """z, the channels of a latent."""
-        return self.shape["out_channels"]
-
-    @property
     def has_first_frame(self) -> bool:
         """True where the transformer takes the first frame as further input channels."""
         return self.shape["in_channels"] > self.shape["out_channels"]
@@ -93,7 +88,7 @@ class Base:
         num_frames, height, width = frames_shape[:3]
         check_clip(frames_shape, self.stride)
         time, down, _ = self.stride
-        return 1, self.latent_channels, (num_frames - 1) // time + 1, height // down, width // down
+        return 1, self.shape["out_channels"], (num_frames - 1) // time + 1, height // down, width // down
 
     def _scale(self) -> tuple[Tensor, Tensor]:
         shape = self._need("vae").config

@@ -41,7 +41,6 @@ class Family:
         encoders: {component: parameters} of what makes latents, text and image features, counted on the meta device.
         boundary: of a base of two experts, the noise level from which on the first one works (diffusers'
             `boundary_ratio`); None for a base of one transformer.
-        note: what is special, for people.
     """
 
     hub_ids: tuple[str, ...]
@@ -49,45 +48,38 @@ class Family:
     stride: tuple[int, int, int] = (4, 8, 8)
     encoders: Mapping[str, int] = field(default_factory=lambda: _ENCODERS)
     boundary: float | None = None
-    note: str = ""
 
 
 FAMILIES = {
-    "wan2.1-i2v-14b": Family(
+    "wan2.1-i2v-14b": Family(  # the base of the published EX-4D weights (480P)
         hub_ids=("Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", "Wan-AI/Wan2.1-I2V-14B-720P-Diffusers"),
         transformer=_14B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 5120},
         encoders=_WITH_CLIP,
-        note="the base of the published EX-4D weights (480P)",
     ),
-    "wan2.1-t2v-1.3b": Family(
+    "wan2.1-t2v-1.3b": Family(  # no first-frame condition: frame 0 reaches the model through the geometry adapter alone
         hub_ids=("Wan-AI/Wan2.1-T2V-1.3B-Diffusers",),
         transformer=_1_3B,
-        note="no first-frame condition: frame 0 reaches the model through the geometry adapter alone",
     ),
-    "wan2.1-fun-1.3b-inp": Family(
+    "wan2.1-fun-1.3b-inp": Family(  # published in its original layout only; convert it to a diffusers folder first
         hub_ids=(),
         transformer=_1_3B | {"in_channels": 36, "image_dim": 1280, "added_kv_proj_dim": 1536},
         encoders=_WITH_CLIP,
-        note="published in its original layout only; convert it to a diffusers folder first",
     ),
-    "wan2.2-ti2v-5b": Family(
+    "wan2.2-ti2v-5b": Family(  # as text-to-video: one timestep for all tokens, frame 0 through the adapter alone
         hub_ids=("Wan-AI/Wan2.2-TI2V-5B-Diffusers",),
         transformer=_5B | {"in_channels": 48, "out_channels": 48},
         stride=(4, 16, 16),
         encoders=_ENCODERS | {"vae": 704_688_668},
-        note="used as text-to-video: one timestep for all tokens, frame 0 through the geometry adapter alone",
     ),
-    "wan2.2-i2v-a14b": Family(
+    "wan2.2-i2v-a14b": Family(  # two experts, an adapter each; the first frame without CLIP
         hub_ids=("Wan-AI/Wan2.2-I2V-A14B-Diffusers",),
         transformer=_14B | {"in_channels": 36},
         boundary=0.9,
-        note="two experts, an adapter each; the first frame without CLIP",
     ),
-    "wan2.2-t2v-a14b": Family(
+    "wan2.2-t2v-a14b": Family(  # two experts, an adapter each; frame 0 through the geometry adapter alone
         hub_ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers",),
         transformer=_14B,
         boundary=0.875,
-        note="two experts, an adapter each; frame 0 reaches the model through the geometry adapter alone",
     ),
 }
 

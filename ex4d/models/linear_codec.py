@@ -8,7 +8,6 @@ There are no learned non-linearities and no overlap between blocks.
 
 from __future__ import annotations
 
-import numpy as np
 import torch
 from diffusers.configuration_utils import ConfigMixin, register_to_config
 from diffusers.models.autoencoders.vae import DecoderOutput, DiagonalGaussianDistribution
@@ -30,7 +29,7 @@ class LinearVideoCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both n
         z_dim: channels of a latent.
         num_shared: the first channels mean the same spatial pattern in a first frame and in a group (constant in time
             there); the others are fitted to each apart.
-        latents_mean, latents_std: per channel; a normalised latent is (latent − mean) / std. Given by `fit`.
+        latents_mean, latents_std: per channel; a normalised latent is (latent − mean) / std.
         scale_factor_temporal: frames in a group; scale_factor_spatial: block size in px.
     """
 
@@ -63,9 +62,9 @@ class LinearVideoCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both n
             raise ContractError(
                 f"pixels {tuple(x.shape)}: not [B, 3, {time}k + 1, H, W] with H and W multiples of {side}"
             )
-        first = (_to_blocks(x[:, :, :1], 1, side) - self.frame_mean) @ self.frame_basis
+        first = (to_blocks(x[:, :, :1], 1, side) - self.frame_mean) @ self.frame_basis
         # Divided by √4, so that a channel has the same scale in a still group as in a first frame.
-        groups = (_to_blocks(x[:, :, 1:], time, side) - self.group_mean) @ self.group_basis / time**0.5
+        groups = (to_blocks(x[:, :, 1:], time, side) - self.group_mean) @ self.group_basis / time**0.5
         mean = torch.cat([first, groups], dim=1).permute(0, 4, 1, 2, 3).contiguous()
         posterior = DiagonalGaussianDistribution(torch.cat([mean, torch.full_like(mean, LOG_VARIANCE)], dim=1))
         return AutoencoderKLOutput(latent_dist=posterior) if return_dict else (posterior,)
@@ -80,7 +79,7 @@ class LinearVideoCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both n
         return DecoderOutput(sample=sample) if return_dict else (sample,)
 
 
-def _to_blocks(pixels: Tensor, time: int, side: int) -> Tensor:
+def to_blocks(pixels: Tensor, time: int, side: int) -> Tensor:
     """Return [B, T/time, H/side, W/side, time·3·side²] of pixels [B, 3, T, H, W]."""
     batch, colours, frames, height, width = pixels.shape
     cut = pixels.reshape(batch, colours, frames // time, time, height // side, side, width // side, side)
@@ -88,46 +87,7 @@ def _to_blocks(pixels: Tensor, time: int, side: int) -> Tensor:
 
 
 def _from_blocks(blocks: Tensor, time: int, side: int) -> Tensor:
-    """Return pixels [B, 3, T, H, W]: the inverse of `_to_blocks`."""
+    """Return pixels [B, 3, T, H, W]: the inverse of `to_blocks`."""
     batch, groups, rows, columns, _ = blocks.shape
     cut = blocks.reshape(batch, groups, rows, columns, time, 3, side, side)
     return cut.permute(0, 5, 1, 4, 2, 6, 3, 7).reshape(batch, 3, groups * time, rows * side, columns * side)
-
-
-@torch.no_grad()
-def fit(videos: np.ndarray, z_dim: int = 24, num_shared: int = 12, side: int = 8) -> LinearVideoCodec:
-    """Return a codec fitted to videos, uint8 [N, 4k + 1, H, W, 3] RGB.
-
-    latents_std is the square root of a channel's standard deviation (times a constant that makes the mean square 1):
-    between equal weight for each pixel (no scaling) and equal weight for each channel (full scaling).
-    """
-    pixels = torch.from_numpy(videos).permute(0, 4, 1, 2, 3).double() / 127.5 - 1
-    firsts = _to_blocks(pixels[:, :, :1], 1, side).flatten(0, 3)
-    groups = _to_blocks(pixels[:, :, 1:], GROUP, side).flatten(0, 3)
-    frame_basis = _principal(firsts - firsts.mean(0), z_dim)
-    shared = frame_basis[:, :num_shared].repeat(GROUP, 1) / GROUP**0.5
-    centred = groups - groups.mean(0)
-    own = _principal(centred - (centred @ shared) @ shared.T, z_dim - num_shared)
-    group_basis = torch.cat([shared, own], dim=1)
-    codes = torch.cat([(firsts - firsts.mean(0)) @ frame_basis, centred @ group_basis / GROUP**0.5])
-    spread = codes.std(0)
-    std = spread.sqrt() * spread.mean().sqrt()
-    codec = LinearVideoCodec(
-        z_dim=z_dim,
-        num_shared=num_shared,
-        latents_mean=[0.0] * z_dim,
-        latents_std=[round(value, 5) for value in std.tolist()],
-        scale_factor_spatial=side,
-    )
-    codec.frame_mean.copy_(firsts.mean(0))
-    codec.frame_basis.copy_(frame_basis)
-    codec.group_mean.copy_(groups.mean(0))
-    codec.group_basis.copy_(group_basis)
-    return codec.eval().requires_grad_(False)
-
-
-def _principal(rows: Tensor, count: int) -> Tensor:
-    """Return the first `count` principal directions [D, count] of centred rows [M, D], each with a fixed sign."""
-    vectors = torch.linalg.eigh(rows.T @ rows).eigenvectors.flip(1)[:, :count]
-    strongest = vectors.abs().argmax(dim=0)
-    return vectors * vectors[strongest, torch.arange(count)].sign()

@@ -4,8 +4,7 @@ from __future__ import annotations
 
 import math
 import types
-from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
@@ -153,21 +152,6 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
         for name, parameter in transformer.named_parameters()
         if ".lora_" in name and name.endswith(marker)
     }
-
-
-@contextmanager
-def disabled(transformer: nn.Module) -> Iterator[None]:
-    """Compute without the LoRA inside the block."""
-    from peft.tuners.lora import LoraLayer
-
-    layers = [layer for layer in transformer.modules() if isinstance(layer, LoraLayer)]
-    for layer in layers:
-        layer.enable_adapters(False)
-    try:
-        yield
-    finally:
-        for layer in layers:
-            layer.enable_adapters(True)
 
 
 def settings(transformer: nn.Module) -> tuple[int, float]:

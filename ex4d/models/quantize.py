@@ -14,8 +14,6 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from ex4d.errors import ConfigError
-
 # Quantiles of a normal distribution in [−1, 1] (Dettmers et al. 2023, QLoRA, appendix E).
 NF4 = (
     *(-1.0, -0.6961928009986877, -0.5250730514526367, -0.39491748809814453, -0.28444138169288635),
@@ -33,12 +31,10 @@ class Style:
     Args:
         encode: weight float32 -> (codes uint8, scale).
         decode: (codes, scale, shape, dtype) -> weight.
-        weight_bytes: of one number, its share of the scales left out.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
     decode: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
-    weight_bytes: float
 
 
 def _row_scale(weight: Tensor, largest: float) -> Tensor:
@@ -85,9 +81,9 @@ def _decode_nf4(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dt
 ROWS = 256
 
 STYLES = {
-    "int8": Style(_encode_int8, _decode_int8, 1.0),
-    "fp8": Style(_encode_fp8, _decode_fp8, 1.0),
-    "nf4": Style(_encode_nf4, _decode_nf4, 0.5),
+    "int8": Style(_encode_int8, _decode_int8),
+    "fp8": Style(_encode_fp8, _decode_fp8),
+    "nf4": Style(_encode_nf4, _decode_nf4),
 }
 
 
@@ -128,19 +124,3 @@ class QuantizedLinear(nn.Linear):
 
     def forward(self, input: Tensor) -> Tensor:
         return _FrozenProduct.apply(input, self.qweight, self.scale, self.bias, self)
-
-
-def quantize_linears(within: nn.Module, style: str, device: torch.device | str = "cpu") -> None:
-    """Replace every linear layer below a module in place, one at a time; codes land on `device`.
-
-    `models.streaming` does the same to a base while it is read. Do it before LoRA is added.
-
-    Raises:
-        ConfigError: the style is not of STYLES.
-    """
-    if style not in STYLES:
-        raise ConfigError("model.quantize", style, f"allowed: {', '.join(STYLES)} or null")
-    for module in within.modules():
-        for name, child in list(module.named_children()):
-            if type(child) is nn.Linear:
-                setattr(module, name, QuantizedLinear(child, style, device))

@@ -114,11 +114,6 @@ class BlockSwap:
         for index in indices:
             blocks[index].forward = self._fetching(index, blocks[index].forward)
 
-    @property
-    def host_bytes(self) -> int:
-        """Bytes that the swapped blocks take in the host's memory, and no longer on the device."""
-        return sum(block.host.nbytes for block in self._host.values())
-
     def _fetching(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def fetch_and_forward(*args: Any, **kwargs: Any) -> Any:
             with _disable_current_modes():  # selective recomputation watches each operator; copies are none of it

@@ -15,56 +15,49 @@ class Score:
 
     Args:
         meaning: one sentence.
-        low, high: the range; high None: no upper end.
         keep: "min": a clip is kept at or above a threshold; "max": at or below.
         suggested: a threshold that `docs/decisions/preprocess.md` measured; None where figures justify none.
         stage: the stage that measures it.
     """
 
     meaning: str
-    low: float
-    high: float | None
     keep: str
     suggested: float | None = None
     stage: str = "score"
 
 
 SCORES: dict[str, Score] = {
-    "motion": Score("mean absolute change of luma from frame to frame", 0.0, 1.0, "min", 0.002),
-    "camera_motion": Score("speed of the picture under one affine motion, longer sides a second", 0.0, None, "min"),
-    "object_motion": Score("share of the texture that moves otherwise than the whole picture", 0.0, 1.0, "max"),
-    "sharpness": Score("share of the gradient that a small blur takes away", 0.0, 1.0, "min", 0.4),
-    "exposure": Score("mean luma", 0.0, 1.0, "min", 0.05),
-    "still": Score("share of frames that repeat the one before", 0.0, 1.0, "max", 0.6),
-    "text": Score("share of the picture under lines of overlaid text", 0.0, 1.0, "max", 0.005),
-    "bars": Score("share of the picture that black bars took and the crop box leaves out", 0.0, 1.0, "max"),
-    "source_side": Score("shorter side of what the clip is made of, inside black bars, px", 0.0, None, "min", 32.0),
-    "hdr": Score("1 where the source is HDR (PQ or HLG), which is tone-mapped", 0.0, 1.0, "max"),
-    "interlaced": Score("1 where the source is interlaced, which is deinterlaced", 0.0, 1.0, "max"),
-    "texture": Score("share of the picture with a gradient of two levels a pixel and more", 0.0, 1.0, "min", 0.02),
-    "logo": Score("share of a corner under edges that stay while the picture moves", 0.0, 1.0, "max", 0.1),
-    "depth_flicker": Score(
-        "jitter of log depth along the flow, frame to frame", 0.0, None, "max", stage="depth_quality"
-    ),
-    "depth_drift": Score("change of the depth's scale over the clip, log", 0.0, None, "max", stage="depth_quality"),
-    "sky": Score("share of the depth beyond 20 × the near depth", 0.0, 1.0, "max", stage="depth_quality"),
-    "depth_holes": Score(
-        "share of pixels for which a depth camera had no value", 0.0, 1.0, "max", stage="depth_quality"
-    ),
+    "motion": Score("mean absolute change of luma from frame to frame", "min", 0.002),
+    "camera_motion": Score("speed of the picture under one affine motion, longer sides a second", "min"),
+    "object_motion": Score("share of the texture that moves otherwise than the whole picture", "max"),
+    "sharpness": Score("share of the gradient that a small blur takes away", "min", 0.4),
+    "exposure": Score("mean luma", "min", 0.05),
+    "still": Score("share of frames that repeat the one before", "max", 0.6),
+    "text": Score("share of the picture under lines of overlaid text", "max", 0.005),
+    "bars": Score("share of the picture that black bars took and the crop box leaves out", "max"),
+    "source_side": Score("shorter side of what the clip is made of, inside black bars, px", "min", 32.0),
+    "hdr": Score("1 where the source is HDR (PQ or HLG), which is tone-mapped", "max"),
+    "interlaced": Score("1 where the source is interlaced, which is deinterlaced", "max"),
+    "texture": Score("share of the picture with a gradient of two levels a pixel and more", "min", 0.02),
+    "logo": Score("share of a corner under edges that stay while the picture moves", "max", 0.1),
+    "depth_flicker": Score("jitter of log depth along the flow, frame to frame", "max", stage="depth_quality"),
+    "depth_drift": Score("change of the depth's scale over the clip, log", "max", stage="depth_quality"),
+    "sky": Score("share of the depth beyond 20 × the near depth", "max", stage="depth_quality"),
+    "depth_holes": Score("share of pixels for which a depth camera had no value", "max", stage="depth_quality"),
     "camera_depth_error": Score(
         "median log ratio of the depth and of what the source's cameras triangulate, where these are found from motion",
-        *(0.0, None, "max"),
+        "max",
         stage="depth",
     ),
-    "holes": Score("mean hole share of the clip's masks", 0.0, 1.0, "max", stage="mask_quality"),
+    "holes": Score("mean hole share of the clip's masks", "max", stage="mask_quality"),
     "generation_holes": Score(
         "mean hole share of the clip along masks.generation, which that of its masks should match",
-        *(0.0, 1.0, "max"),
+        "max",
         stage="mask_quality",
     ),
     "warp_error": Score(
         "mean difference of the clip and what is warped to it from its other camera, where that shows something",
-        *(0.0, 1.0, "max", 0.05),
+        *("max", 0.05),
         stage="mask_quality",
     ),
 }

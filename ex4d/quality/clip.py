@@ -27,6 +27,7 @@ def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
     scaled = grey.astype(np.float32) / 255
     change = np.abs(np.diff(scaled, axis=0))
     camera, objects = motions(small, fps)
+    few = grey[spread(len(grey), SHARP_FRAMES)]
     return {
         "motion": float(change.mean(dtype=np.float64)) if len(change) else 0.0,
         "camera_motion": camera,
@@ -34,7 +35,7 @@ def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
         "sharpness": float(np.median([sharpness(frame) for frame in luma(frames[spread(len(frames), SHARP_FRAMES)])])),
         "exposure": float(scaled.mean(dtype=np.float64)),
         "still": still_share(grey),
-        "texture": float(np.mean([texture(image) for image in grey[spread(len(grey), SHARP_FRAMES)]])),
+        "texture": float(np.mean([(np.hypot(*gradient(image)) >= TEXTURE_LEVELS).mean() for image in few])),
         "text": text_share(luma(medium[spread(len(medium), 8)])),
     }
 
@@ -59,11 +60,6 @@ def sharpness(image: np.ndarray) -> float:
         lost = float(np.maximum(before - after, 0).sum(dtype=np.float64))
         shares.append(lost / total if total > 0.05 * picture.size else 0.0)
     return min(shares)
-
-
-def texture(grey: np.ndarray) -> float:
-    """Return the share of a small picture, uint8 [h,w] luma, with a gradient of at least TEXTURE_LEVELS per pixel."""
-    return float((np.hypot(*gradient(grey)) >= TEXTURE_LEVELS).mean())
 
 
 def still_share(grey: np.ndarray) -> float:

@@ -71,9 +71,6 @@ class _Ranges(io.RawIOBase):
         self.position = max(0, start + offset)
         return self.position
 
-    def tell(self) -> int:
-        return self.position
-
     def readinto(self, buffer: Any) -> int:
         wanted = min(len(buffer), self.length - self.position)
         if wanted <= 0:

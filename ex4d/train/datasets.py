@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Mapping
 from functools import partial
 from typing import Any
 
@@ -24,22 +24,11 @@ def fingerprint(config: TrainConfig) -> str:
     return named[0][0] if len(named) == 1 else " + ".join(f"{weight:g} * {digest}" for digest, weight in named)
 
 
-class Texts:
-    """The prompt embeddings of several latent datasets; each text comes from the first that holds it."""
-
-    def __init__(self, stores: Sequence[TextStore]):
-        self.stores = stores
-
-    def embeds(self, text: str) -> np.ndarray:
-        """Return float32 [text_length, text_dim]; see TextStore.embeds."""
-        return next((store for store in self.stores if text in store), self.stores[0]).embeds(text)
-
-
 class Datasets:
     """The datasets that a run trains on, checked against its model before any base is loaded.
 
     Attributes:
-        facts: dataset.json of each. texts: their prompt embeddings; None for datasets of clips.
+        facts: dataset.json of each. texts: their prompt embeddings; empty for datasets of clips.
 
     Raises:
         ConfigError: mask range or prompt differ from those of the latents; a dataset lacks the source videos; clips
@@ -60,27 +49,26 @@ class Datasets:
             if ("latents" in facts) != ("latents" in self.facts[0]):
                 allowed = f"must be all clips or all latents: {self.paths[0]} and {path} differ"
                 raise ConfigError("train.data", self.paths, allowed)
-        self._stores: list[TextStore] = []
+        self.texts: list[TextStore] = []
         if "latents" in self.facts[0]:
             # This may read gigabytes, so only one rank does it.
             ours = fingerprints.of_components(model.base, model.revision) if place.rank == 0 else {}
             pairs = zip(self.paths, self.facts, strict=True)
-            self._stores = [_check_latents(config, model, *pair, ours) for pair in pairs]
-        self.texts = Texts(self._stores) if self._stores else None
+            self.texts = [_check_latents(config, model, *pair, ours) for pair in pairs]
 
-    def latent_sizes(self, base: backbone.Base) -> list[tuple[int, int, int]]:
-        """Return (f, h, w) of each dataset's latents. Raises ConfigError where the base cannot take its clips."""
-        sizes = []
+    def embeds(self, text: str) -> np.ndarray:
+        """Return float32 [text_length, text_dim] from the first dataset that holds the text; see TextStore.embeds."""
+        return next((store for store in self.texts if text in store), self.texts[0]).embeds(text)
+
+    def costs(self, base: backbone.Base, model: backbone.ModelConfig) -> list[flops.Cost]:
+        """Return the cost of a sample of each dataset. Raises ConfigError where the base cannot take its clips."""
+        costs = []
         for facts in self.facts:
             sample = facts["sample"]
             pixels = (sample["num_frames"], *sample["size"], 3)
             f, h, w = (facts["latents"]["shape"] if self.texts else base.latent_shape(pixels))[-3:]
-            sizes.append((f, h, w))
-        return sizes
-
-    def costs(self, base: backbone.Base, model: backbone.ModelConfig) -> list[flops.Cost]:
-        """Return the FLOPs and tokens of a sample of each dataset."""
-        return [flops.cost_of(base.shape, size, model) for size in self.latent_sizes(base)]
+            costs.append(flops.cost(base.shape, (f, h, w), model))
+        return costs
 
     def open(
         self, split: str, samples: int, micro_batch_size: int, accum_steps: int = 1
@@ -102,8 +90,8 @@ class Datasets:
 
     def _open_one(self, index: int, split: str, micro_batch_size: int, samples: int) -> loader.ShardLoader:
         decode = None
-        if self._stores and self.config.prompt is None:
-            decode = _with_texts(self._stores[index], decoding.decoder_of(self.facts[index], self.source_video))
+        if self.texts and self.config.prompt is None:
+            decode = _with_texts(self.texts[index], decoding.decoder_of(self.facts[index], self.source_video))
         # Validation clips and their masks are the same in every run.
         where = (self.paths[index], split, micro_batch_size, self.config.seed if split == "train" else 0)
         ranks = (self.place.rank, self.place.world_size)

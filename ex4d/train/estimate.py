@@ -162,7 +162,7 @@ def summary(
         precomputed: the dataset holds latents and text, so that no encoder is loaded.
     """
     parameters = count_parameters(shape, model)
-    sample = flops.cost_of(shape, latents, model)
+    sample = flops.cost(shape, latents, model)
     family = families.FAMILIES.get(families.family_of(shape) or "")
     encoders = dict(family.encoders) if family and not precomputed else {}
     if train.prompt is not None:  # the prompt is embedded once, before training

@@ -13,7 +13,6 @@ from typing import Any
 from ex4d.errors import ConfigError
 from ex4d.models.backbone import ModelConfig
 from ex4d.models.encoders import TEXT_LENGTH
-from ex4d.models.lora import TARGETS
 
 CLIP_TOKENS = 257
 # Dense bfloat16 FLOP/s and bytes of memory, from NVIDIA's data sheets.
@@ -86,46 +85,29 @@ def latent_size(clip: tuple[int, int, int], stride: tuple[int, int, int] = (4, 8
     return (clip[0] - 1) // stride[0] + 1, clip[1] // stride[1], clip[2] // stride[2]
 
 
-def cost(
-    shape: Mapping[str, Any],
-    latents: tuple[int, int, int],
-    lora_rank: int = 16,
-    adapter_hidden: int = 1024,
-    source_video: bool = False,
-    num_image_tokens: int = CLIP_TOKENS,
-    lora_targets: Sequence[str] = TARGETS,
-) -> Cost:
+def cost(shape: Mapping[str, Any], latents: tuple[int, int, int], model: ModelConfig) -> Cost:
     """Return the FLOPs of one sample in training.
 
     Args:
         shape: the transformer's configuration (`backbone.transformer_config`).
         latents: (f, h, w).
-        source_video: tokens of a source video beside those of the target.
-        num_image_tokens: of CLIP, for a base that takes them.
-        lora_targets: layers of a block that have a LoRA.
     """
-    patch, cells = math.prod(shape["patch_size"]), math.prod(latents)
-    image = num_image_tokens if shape["image_dim"] else 0
-    tokens = cells // patch * (2 if source_video else 1)
+    patch, cells, hidden = math.prod(shape["patch_size"]), math.prod(latents), model.adapter_hidden
+    image = CLIP_TOKENS if shape["image_dim"] else 0
+    tokens = cells // patch * (2 if model.source_video else 1)
     width = width_of(shape)
     out = 2.0 * tokens * width * shape["out_channels"] * patch
-    first = 2.0 * cells * 2 * shape["out_channels"] * adapter_hidden
-    rest = 2.0 * cells * adapter_hidden * (2 * adapter_hidden + width)
+    first = 2.0 * cells * 2 * shape["out_channels"] * hidden
+    rest = 2.0 * cells * hidden * (2 * hidden + width)
     return Cost(
         tokens=tokens,
         parts={
-            **_blocks(shape, tokens, image, lora_rank, lora_targets),
+            **_blocks(shape, tokens, image, model.lora_rank, model.lora_targets),
             "embedding": Part(_embedding(shape, tokens, image), 0.0, in_blocks=False),
             "geometry_adapter": Part(first + rest, first + 2 * rest, in_blocks=False),
             "output": Part(out, out, in_blocks=False),
         },
     )
-
-
-def cost_of(shape: Mapping[str, Any], latents: tuple[int, int, int], model: ModelConfig) -> Cost:
-    """Return the FLOPs of one sample in training of a model configuration."""
-    sizes = (model.lora_rank, model.adapter_hidden, model.source_video)
-    return cost(shape, latents, *sizes, lora_targets=model.lora_targets)
 
 
 def width_of(shape: Mapping[str, Any]) -> int:

@@ -89,7 +89,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
         return weights.save_adapter(folder, tensors, dataclasses.replace(metadata, step=step))
 
     if data.texts:
-        encoder: Encoder = LatentEncoder(base, data.texts, config.prompt)
+        encoder: Encoder = LatentEncoder(base, data, config.prompt)
     else:
         encoder = Encoder(base, chosen.mask_range, config.prompt, known)
     encoder.timesteps = timesteps

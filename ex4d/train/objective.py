@@ -99,7 +99,7 @@ class Encoder:
             encoded.source,
         )
         valid = on_device(batch["valid"], device).float()
-        return Inputs(model_inputs, flow.velocity_target(latents, noise_latents), sigma, weight, encoded.hole, valid)
+        return Inputs(model_inputs, noise_latents - latents, sigma, weight, encoded.hole, valid)
 
     def clips(self, batch: dict[str, Any]) -> Encoded:
         """Return `frames` u8 [B,T,H,W,3] encoded by the base. The mask `visible` bool [B,T,H,W] shows the colours

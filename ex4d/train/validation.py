@@ -14,12 +14,10 @@ memory runs out. Success or failure is a line in validation.jsonl and does not a
 
 from __future__ import annotations
 
-import ctypes
 import dataclasses
 import json
 import math
 import os
-import signal
 import sys
 from collections.abc import Callable, Mapping
 from pathlib import Path
@@ -31,6 +29,7 @@ from torch import Tensor
 
 from ex4d import config as configs
 from ex4d import flow, generate, storage, video
+from ex4d.isolation.child import die_with
 from ex4d.models.backbone import ModelConfig, load_base
 from ex4d.train import checkpoint, report
 from ex4d.train.config import BatchPlan, Place, TrainConfig
@@ -157,12 +156,7 @@ def sample(
 
 def main(folder: str) -> int:
     """Run one validation in this process."""
-    # A killed rank cannot stop its child, so Linux does it (prctl PR_SET_PDEATHSIG = 1).
-    parent = int(os.environ.get(PARENT, 0))
-    if parent:
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != parent:
-            return 1
+    die_with(int(os.environ.get(PARENT, 0)))  # a killed rank cannot stop its child
     torch.set_num_threads(1)
     judge(Path(folder))
     return 0

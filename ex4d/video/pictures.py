@@ -15,7 +15,6 @@ import io
 import itertools
 import os
 import re
-import stat
 import struct
 import tempfile
 from collections.abc import Iterable, Iterator
@@ -24,7 +23,7 @@ from fractions import Fraction
 from pathlib import Path
 from typing import IO, Any
 
-from ex4d import text
+from ex4d import storage, text
 from ex4d.errors import BadSample
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
@@ -118,13 +117,10 @@ def size_of(folder: str) -> int:
 @contextmanager
 def _regular(path: Path) -> Iterator[IO[bytes]]:
     try:
-        # Opening a pipe could wait forever for a writer.
-        file = os.fdopen(os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK | os.O_NOCTTY), "rb")
+        file = storage.open_read(path)
     except OSError as error:
         raise BadSample("not_a_file", f"{path.name}: {error.strerror}") from error
     with file:
-        if not stat.S_ISREG(os.fstat(file.fileno()).st_mode):
-            raise BadSample("not_a_file", f"{path.name} is no regular file")
         yield file
 
 

@@ -6,7 +6,7 @@ import io
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from dataclasses import dataclass
 from fractions import Fraction
 from pathlib import Path
@@ -67,7 +67,8 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
     """
     import av
 
-    with _binary(source) as file:
+    # The caller closes an open file.
+    with _file(source) if isinstance(source, str | Path | bytes) else nullcontext(source) as file:
         name = sniff.container_of(file)
         raw, demuxer = (pictures.of_webp(file), "mov") if name == "webp" else (file, name)
         num_bytes = raw.seek(0, os.SEEK_END)
@@ -111,15 +112,6 @@ def ffmpeg_errors(reason: str, doing: str) -> Iterator[None]:
         raise BadSample(reason, f"{doing}: {error.strerror}") from error
     except ValueError as error:  # PyAV's own checks
         raise BadSample(reason, f"{doing}: {error}") from error
-
-
-@contextmanager
-def _binary(source: Source) -> Iterator[IO[bytes]]:
-    if not isinstance(source, str | Path | bytes):
-        yield source  # the caller closes it
-        return
-    with _file(source) as file:
-        yield file
 
 
 def _file(source: str | Path | bytes) -> IO[bytes]:

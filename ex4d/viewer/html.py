@@ -10,22 +10,19 @@ import base64
 import hashlib
 from collections.abc import Sequence
 from functools import cache
+from pathlib import Path
 from typing import Any
 
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
+
+ASSETS = Path(__file__).with_name("assets")
 
 
 @cache
 def _environment() -> Environment:
     loader = PackageLoader("ex4d.viewer", "templates")
     return Environment(loader=loader, autoescape=True, undefined=StrictUndefined, trim_blocks=True, lstrip_blocks=True)
-
-
-@cache
-def _assets() -> Environment:
-    """Return the reader of styles and scripts, which are used as they are."""
-    return Environment(loader=PackageLoader("ex4d.viewer", "assets"), autoescape=False)
 
 
 def document(template: str, title: str, styles: Sequence[str], scripts: Sequence[str] = (), **context: Any) -> bytes:
@@ -36,9 +33,9 @@ def document(template: str, title: str, styles: Sequence[str], scripts: Sequence
         styles, scripts: names of files in `assets/`, inlined in this order.
         context: what the template shows. Text is escaped, unless it is Markup.
     """
-    assets = _assets()
-    read = assets.loader.get_source  # type: ignore[union-attr]
-    style, script = (Markup("".join(read(assets, name)[0] for name in names)) for names in (styles, scripts))
+    style, script = (
+        Markup("".join((ASSETS / name).read_text(encoding="utf-8") for name in names)) for names in (styles, scripts)
+    )
     page = _environment().get_template(template)
     text = page.render(title=title, style=style, script=script, policy=policy(style, script), **context)
     return text.encode("utf-8", "backslashreplace")  # a file name may hold lone surrogates

@@ -21,8 +21,9 @@ from random import Random
 
 import numpy as np
 
+from ex4d import storage
 from ex4d.errors import ConfigError, ContractError
-from ex4d.geometry import trajectory_files
+from ex4d.geometry import pose_trees, trajectory_files
 from ex4d.geometry.pose_file import PoseFile
 
 SENSOR_MM = 23.76  # its width and its height
@@ -75,7 +76,7 @@ def import_scene(scene: Path, target_folder: Path, count: int, draw: Random) -> 
             _link(videos[name], target_folder / f"{stem}.mp4")
             lens = None if K is None else np.tile(K, (len(poses[name].w2c), 1, 1))
             file = PoseFile(poses[name].w2c, lens, size=None if K is None else SIZE)
-            trajectory_files.write(target_folder / f"{stem}.camera.json", file, "json")
+            storage.write_bytes(target_folder / f"{stem}.camera.json", pose_trees.write_json(file))
     return len(pairs)
 
 

@@ -14,7 +14,6 @@ run the same command again to resume. All ranks must see `train.output` on one f
 
 from __future__ import annotations
 
-import ctypes
 import json
 import math
 import os
@@ -31,6 +30,7 @@ from ex4d import config as configs
 from ex4d import storage
 from ex4d.data.manifest import DATASET
 from ex4d.errors import ConfigError
+from ex4d.isolation.child import die_with
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, TrainConfig, place_from_environment
@@ -64,7 +64,7 @@ def run(
     Raises:
         ConfigError: the output folder holds a run with other settings.
     """
-    _die_with_parent()
+    die_with(int(os.environ.get(PARENT, 0)))  # a launcher or sweep trial that is killed cannot stop its children
     place = place_from_environment()
     if train.dry_run:
         return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
@@ -115,15 +115,6 @@ def _launch(
         where = f"stopped, with a checkpoint in {path}" if path else "stopped before the first checkpoint"
         print(f"{where}; run the same command again to resume")
     return code
-
-
-def _die_with_parent() -> None:
-    """End this process with the launcher or sweep trial that started it, however that ends."""
-    if int(os.environ.get(PARENT, 0)):
-        # A killed parent cannot stop its children, so Linux does it (prctl PR_SET_PDEATHSIG = 1).
-        ctypes.CDLL(None).prctl(1, signal.SIGKILL)
-        if os.getppid() != int(os.environ[PARENT]):
-            sys.exit(1)
 
 
 def _write_config(train: TrainConfig, model: ModelConfig) -> None:

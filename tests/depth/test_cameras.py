@@ -5,12 +5,13 @@ from __future__ import annotations
 import numpy as np
 import pytest
 from scipy.spatial.transform import Rotation
+from sight import visible_from
 
 from ex4d import video
 from ex4d.depth import DepthRequest, bundle, cameras, estimate, moving, parallax
 from ex4d.errors import Filtered
 from ex4d.geometry.camera import Camera, intrinsics, invert
-from ex4d.synthetic import Scene, SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import Scene, SyntheticConfig, clip_scene, render_clip
 
 SIZE = (96, 128)
 FOV_DEG = 57.4

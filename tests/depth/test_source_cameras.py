@@ -7,12 +7,13 @@ from functools import cache
 
 import numpy as np
 import pytest
+from pose_writers import write
 from scipy.spatial.transform import Rotation
 
 from ex4d.depth import DepthRequest, Geometry, source_cameras
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import invert
-from ex4d.geometry.trajectory_files import PoseFile, write
+from ex4d.geometry.pose_file import PoseFile
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 NO_POSES = np.tile(np.eye(4), (2, 1, 1))

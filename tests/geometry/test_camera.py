@@ -4,9 +4,10 @@ from __future__ import annotations
 
 import numpy as np
 import pytest
+from sight import project
 
 from ex4d.errors import ConfigError
-from ex4d.geometry.camera import Camera, intrinsics, invert, look_at, pixel_rays, project, relative_to, unproject
+from ex4d.geometry.camera import Camera, intrinsics, invert, look_at, pixel_rays, relative_to, unproject
 
 
 def test_axes_are_opencv():

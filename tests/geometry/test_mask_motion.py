@@ -3,13 +3,14 @@
 from __future__ import annotations
 
 import numpy as np
+from sight import visible_from
 
 from ex4d.geometry import trajectory
 from ex4d.geometry.camera import relative_to
 from ex4d.geometry.mask_scene import Scene, SourceMotion
 from ex4d.geometry.masks import MaskConfig, draw
 from ex4d.geometry.render import persistent, warp_video
-from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 FPS, SIZE, NUM_FRAMES = 4.0, (64, 64), 7
 

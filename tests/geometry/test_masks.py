@@ -8,6 +8,7 @@ import cv2
 import numpy as np
 import pytest
 from scipy.stats import wasserstein_distance
+from sight import visible_from
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import mask_targets, masks, tracks, trajectory
@@ -16,7 +17,7 @@ from ex4d.geometry.masks import KINDS, MaskConfig
 from ex4d.geometry.mesh import build
 from ex4d.geometry.profiles import CURTAIN_REACH
 from ex4d.geometry.render import warp_video
-from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 SIZE = (80, 80)
 

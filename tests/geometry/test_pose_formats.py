@@ -9,11 +9,12 @@ from collections.abc import Callable
 
 import numpy as np
 import pytest
+from pose_writers import write
 from scipy.spatial.transform import Rotation
 
 from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry import camera_path, trajectory
-from ex4d.geometry.trajectory_files import READERS, PoseFile, read, write
+from ex4d.geometry.trajectory_files import READERS, PoseFile, read
 from ex4d.text import in_natural_order
 
 W2C = trajectory.build("spiral", 12, 30, radius=2.5)

@@ -9,10 +9,11 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from sight import visible_from
 
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry import cotracker, masks, tracks
-from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip, visible_from
+from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 
 SIZE = (96, 96)
 

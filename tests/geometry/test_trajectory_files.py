@@ -9,17 +9,18 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from pose_writers import write
 
 from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry import camera_path, trajectory
-from ex4d.geometry.trajectory_files import PoseFile, read, write
+from ex4d.geometry.trajectory_files import PoseFile, read
 
 K = np.array([[120.0, 0, 64], [0, 125, 48], [0, 0, 1]])
 
 
 def own_path() -> PoseFile:
     w2c = trajectory.build("spiral", 12, 30, radius=2.5) @ trajectory.build("crane", 3, 40)[-1]
-    return PoseFile(w2c, np.tile(K, (12, 1, 1)), np.arange(12.0) * 40000, (96, 128), "https://example.org/v")
+    return PoseFile(w2c, np.tile(K, (12, 1, 1)), (96, 128))
 
 
 @pytest.mark.parametrize("format", ["re10k", "ex4d", "tum", "recammaster", "json"])
@@ -31,10 +32,7 @@ def test_what_is_written_is_read_again(tmp_path, format: str):
     if format in ("ex4d", "json"):
         np.testing.assert_allclose(again.K, own_path().K)
     if format == "re10k":
-        assert again.source == "https://example.org/v"
         np.testing.assert_allclose(again.K[0], np.diag([1 / 128, 1 / 96, 1]) @ K, atol=1e-8)
-    if format in ("re10k", "tum"):
-        np.testing.assert_allclose(again.times, own_path().times)
 
 
 def test_conventions_are_those_that_are_named(tmp_path):
@@ -85,9 +83,7 @@ def test_bad_choices_name_their_key(tmp_path):
     with pytest.raises(ConfigError, match="trajectory"):
         read(tmp_path / "none.txt")
     with pytest.raises(ConfigError, match="format"):
-        write(tmp_path / "a.txt", own_path(), "colmap")
-    with pytest.raises(ConfigError, match="K="):
-        write(tmp_path / "a.npz", PoseFile(own_path().w2c), "ex4d")
+        read(__file__, format="none")
 
 
 def test_pickled_arrays_are_refused(tmp_path):
@@ -100,7 +96,8 @@ def test_re10k_files_round_trip(media, tmp_path):
     for path in sorted((media / "re10k_poses").glob("*.txt")):
         poses = read(path)
         assert len(poses.w2c) == 16
-        write(tmp_path / "again.txt", poses, "re10k")
+        source, *rows = path.read_text().splitlines()
+        write(tmp_path / "again.txt", poses, "re10k", [float(row.split()[0]) for row in rows], source)
         again = read(tmp_path / "again.txt")
         np.testing.assert_allclose(again.w2c, poses.w2c, atol=1e-9)
         np.testing.assert_allclose(again.K, poses.K, atol=1e-9)
@@ -112,10 +109,11 @@ def test_tum_files_round_trip(media, tmp_path):
     assert paths
     for path in paths:
         poses = read(path)
-        write(tmp_path / "again.txt", poses, "tum")
+        times = np.loadtxt(path)[:, 0]
+        write(tmp_path / "again.txt", poses, "tum", times)
         again = read(tmp_path / "again.txt")
         np.testing.assert_allclose(again.w2c, poses.w2c, atol=1e-6)
-        np.testing.assert_allclose(again.times, poses.times, atol=1e-6)
+        np.testing.assert_allclose(np.loadtxt(tmp_path / "again.txt")[:, 0], times, atol=1e-6)
 
 
 def test_recammaster_cameras_round_trip(media, tmp_path):

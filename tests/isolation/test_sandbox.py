@@ -167,7 +167,7 @@ HOSTILE = {
     "nesting": message(b"[" * 100_000 + b"]" * 100_000),
     "a huge number": message(b"1" * 10_000),
     "a class that is not ours": message({"class": ["os:system", {"command": "true"}]}),
-    "a class with other fields": message({"class": ["ex4d.isolation.process:Limits", {"shell": 1}]}),
+    "a class with other fields": message({"class": ["ex4d.depth.arrays:Wanted", {"shell": 1}]}),
     "an unknown tag": message({"pickle": 0}),
     "a file": message({"file": 0}),
     "an array of objects": message({"array": [0, "|O", [1]]}, b"12345678"),

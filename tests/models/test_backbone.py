@@ -50,7 +50,7 @@ def test_everything_is_frozen_and_where_asked(base: backbone.Base) -> None:
         assert not module.training
         assert not any(parameter.requires_grad for parameter in module.parameters())
     assert base.transformer.dtype == torch.float32
-    assert (base.stride, base.latent_channels, base.has_first_frame) == ((4, 8, 8), 16, True)
+    assert (base.stride, base.shape["out_channels"], base.has_first_frame) == ((4, 8, 8), 16, True)
 
 
 def test_latents_are_the_normalised_mode(base: backbone.Base, pixels: Tensor) -> None:

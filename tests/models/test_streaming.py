@@ -15,10 +15,11 @@ import pytest
 import torch
 from diffusers import WanTransformer3DModel
 from safetensors.torch import load_file, save_file
+from tiny import quantize_linears
 
 from ex4d.errors import ContractError
 from ex4d.models import backbone
-from ex4d.models.quantize import STYLES, quantize_linears
+from ex4d.models.quantize import STYLES
 
 ROOT = Path(__file__).resolve().parents[2]
 

@@ -30,7 +30,7 @@ def psnr(a: torch.Tensor, b: torch.Tensor) -> float:
 
 @pytest.fixture(scope="module")
 def codec() -> linear_codec.LinearVideoCodec:
-    return linear_codec.fit(clips(6, seed=11), z_dim=16, num_shared=6)
+    return tiny.fit_codec(clips(6, seed=11), z_dim=16, num_shared=6)
 
 
 @pytest.fixture(scope="module")
@@ -109,7 +109,7 @@ def test_repository_weights_are_small_and_of_the_real_classes(base):
     size = sum(path.stat().st_size for path in TINY_FOLDER.rglob("*") if path.is_file())
     assert size <= 10_000_000
     assert type(base.transformer).__name__ == "WanTransformer3DModel"
-    assert base.transformer.config.in_channels == 2 * base.latent_channels + 4
+    assert base.transformer.config.in_channels == 2 * base.shape["out_channels"] + 4
     assert base.transformer.config.image_dim == tiny.IMAGE_DIM
     assert all(block.attn2.add_k_proj is not None for block in base.transformer.blocks)
     assert type(base.text_encoder).__name__ == "UMT5EncoderModel"
@@ -140,7 +140,7 @@ def test_the_trained_base_denoises_far_better_than_an_untrained_one(base):
     hidden = torch.cat([0.5 * latents + 0.5 * noise, base.first_frame_condition(pixels[:, :, 0], 9)], dim=1)
     text, image = base.encode_text([""] * 4), base.encode_image(pixels[:, :, 0])
     errors = []
-    for transformer in (base.transformer, tiny.new_transformer(base.latent_channels)):
+    for transformer in (base.transformer, tiny.new_transformer(base.shape["out_channels"])):
         with torch.no_grad():
             velocity = transformer(hidden, torch.full((4,), 500.0), text, image, return_dict=False)[0]
         errors.append(float((velocity - (noise - latents)).square().mean()))

@@ -12,9 +12,10 @@ from ex4d import synthetic, video
 from ex4d.data import manifest
 from ex4d.data.sample import Sample, decode
 from ex4d.data.tar import read_sample
-from ex4d.geometry import trajectory_files
 from ex4d.geometry.camera import Camera, intrinsics
 from ex4d.geometry.masks import MaskConfig
+from ex4d.geometry.pose_file import PoseFile
+from ex4d.geometry.pose_trees import write_json
 
 WORLD = synthetic.SyntheticConfig(num_videos=2, num_frames=11, size=(64, 96), second_camera_deg=40.0, seed=3)
 FEW = {"members": ("source",), "num_frames": 5, "size": (64, 64), "clips_per_shot": 2, "max_bad_fraction": 1.0}
@@ -54,8 +55,8 @@ def film(folder: Path, name: str, own_fov: float, other_fov: float, bars: int, s
             frames[:, :bars] = frames[:, -bars:] = 0
         K = lens[0].K / [[stored], [stored], [1]] if lens is own else lens[0].K
         size = tuple(side // stored for side in WORLD.size) if lens is own else WORLD.size
-        file = trajectory_files.PoseFile(np.stack([camera.w2c for camera in lens]), np.stack([K] * 11), size=size)
-        trajectory_files.write((folder / which).with_suffix(".camera.json"), file, "json")
+        file = PoseFile(np.stack([camera.w2c for camera in lens]), np.stack([K] * 11), size=size)
+        (folder / which).with_suffix(".camera.json").write_bytes(write_json(file))
         np.savez(folder / which.replace(".mp4", ".depth.npz"), z_depth=z_depth)
         (folder / which).write_bytes(video.encode(frames, WORLD.fps))
     return own

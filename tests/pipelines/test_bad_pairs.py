@@ -9,6 +9,7 @@ from pathlib import Path
 
 import av
 import numpy as np
+import pose_writers
 import pytest
 from pair_corpus import FEW, WORLD, film, rewrite, write
 from small_corpus import choices, inline
@@ -17,6 +18,7 @@ from ex4d import synthetic, video
 from ex4d.errors import ConfigError
 from ex4d.geometry import trajectory_files
 from ex4d.geometry.masks import MaskConfig
+from ex4d.geometry.pose_file import PoseFile
 from pipelines.preprocess import pairs
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.filters import FilterConfig
@@ -54,7 +56,7 @@ def as_relative(path: Path) -> None:
 
 
 def as_recammaster(path: Path) -> None:
-    trajectory_files.write(path, trajectory_files.read(path), "recammaster")
+    pose_writers.write(path, trajectory_files.read(path), "recammaster")
 
 
 def move(tree: dict, distance: float) -> None:
@@ -230,7 +232,7 @@ def test_a_cut_of_the_other_video_within_a_clip_is_found(tmp_path):
     np.savez(tmp_path / "in" / "a.source.depth.npz", z_depth=z_depth)
     w2c = np.stack([camera.w2c for camera in cameras])
     for name in ("a.camera.json", "a.source.camera.json"):
-        trajectory_files.write(tmp_path / "in" / name, trajectory_files.PoseFile(w2c), "json")
+        pose_writers.write(tmp_path / "in" / name, PoseFile(w2c), "json")
     config = choices(tmp_path / "in", tmp_path / "out", **FEW | {"clips_per_shot": 8})
     result = inline(config)
     assert [row["message"] for row in result.rejects] == ["a.mp4: the other camera's video is cut within the clip"]

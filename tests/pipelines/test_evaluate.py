@@ -14,11 +14,13 @@ from typing import Any
 import numpy as np
 import pytest
 import yaml
+from pose_writers import write
 
 from ex4d import config, storage, synthetic, video
 from ex4d.errors import ConfigError, ContractError
 from ex4d.evaluate.metrics import psnr
 from ex4d.generate import GenerateConfig
+from ex4d.geometry.pose_file import PoseFile
 from pipelines import cli
 from pipelines.evaluate import job as evaluate
 from pipelines.evaluate.job import EvaluateConfig
@@ -59,12 +61,10 @@ def folder(tmp_path_factory) -> Path:
     """Two videos, a base, an adapter that is not zero, feature networks, and an evaluation of it all on two scenes."""
     import tiny
 
-    from ex4d.models import linear_codec
-
     path = tmp_path_factory.mktemp("evaluate")
     videos = synthetic.write_corpus(path / "videos", replace(WORLD, num_videos=2))
     frames = np.stack([video.read(place)[0] for place in videos])
-    codec = linear_codec.fit(frames, z_dim=8, num_shared=4)
+    codec = tiny.fit_codec(frames, z_dim=8, num_shared=4)
     write_adapter(path / "adapter", tiny.build_tiny(path / "base", codec, tiny.new_transformer(8, num_layers=1)))
     for name, make in (("dinov2", make_dinov2), ("videomae", make_videomae)):
         (path / name).mkdir()
@@ -202,18 +202,17 @@ def test_what_changed_is_not_taken_from_before(folder, tmp_path):
         "ranges": {"path": (str(place / "path.txt"), 0.0)},
         **{"image_features": None, "video_features": None},
     }
-    from ex4d.geometry import trajectory_files
 
     def looked_at() -> tuple[int, dict]:
         report = scenes(folder, tmp_path / "out", **chosen)
         assert report.exit_code == 0
         return report.result.worked["views"], record(tmp_path / "out")["clips"][0]
 
-    trajectory_files.write(place / "path.txt", trajectory_files.PoseFile(poses), "tum")
+    write(place / "path.txt", PoseFile(poses), "tum")
     before = looked_at()
     assert (before[0], looked_at()[0]) == (2, 0)
     poses[:, 0, 3] = np.linspace(0, 0.4, 5)
-    trajectory_files.write(place / "path.txt", trajectory_files.PoseFile(poses), "tum")
+    write(place / "path.txt", PoseFile(poses), "tum")
     moved = looked_at()
     assert moved[0] == 2
     assert moved[1]["visible_share"] < before[1]["visible_share"]

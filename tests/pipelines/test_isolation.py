@@ -44,8 +44,8 @@ def reason_of(child: Isolated, function: str, *args) -> str:
 
 def test_arguments_and_results_cross_unchanged(isolated):
     value = {"a": [1, None, 2.5], "b": np.arange(6, dtype=np.int16).reshape(2, 3)}
-    (back, keyword) = isolated.call("echo", value, x=(1,))
-    assert keyword == {"x": (1,)}
+    (back, other) = isolated.call("echo", value, (1,))
+    assert other == (1,)
     assert back["a"] == value["a"]
     np.testing.assert_array_equal(back["b"], value["b"])
     frames = isolated.call("frames", 3, 40, 50)

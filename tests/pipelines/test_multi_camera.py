@@ -8,6 +8,7 @@ import shutil
 import numpy as np
 import pytest
 from pair_corpus import samples
+from pose_writers import write
 from small_corpus import choices, inline
 
 from ex4d import synthetic, video
@@ -15,6 +16,7 @@ from ex4d.data.verify import verify
 from ex4d.geometry import trajectory, trajectory_files
 from ex4d.geometry.camera import Camera, intrinsics, relative_to
 from ex4d.geometry.masks import MaskConfig
+from ex4d.geometry.pose_file import PoseFile
 from pipelines import cli
 from pipelines.inputs import multi_camera
 
@@ -37,8 +39,8 @@ def film(scene_folder, angles, is_still):
         cameras = [Camera(lens, last @ camera.w2c, WORLD.size) for camera in path]
         frames, z_depth = synthetic.render_clip(scene, cameras, WORLD.fps, WORLD.supersample)
         (scene_folder / "videos" / f"cam{number:02d}.mp4").write_bytes(video.encode(frames, WORLD.fps))
-        poses = trajectory_files.PoseFile(np.stack([camera.w2c for camera in cameras]))
-        trajectory_files.write(scene_folder / "one.json", poses, "recammaster")
+        poses = PoseFile(np.stack([camera.w2c for camera in cameras]))
+        write(scene_folder / "one.json", poses, "recammaster")
         for name, entry in json.loads((scene_folder / "one.json").read_text()).items():
             frames_of.setdefault(name, {})[f"cam{number:02d}"] = entry["cam01"]
         filmed[f"cam{number:02d}"] = (cameras, z_depth)

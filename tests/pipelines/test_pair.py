@@ -11,6 +11,7 @@ import flaky_store
 import numpy as np
 import pytest
 from pair_corpus import FEW, WORLD, film, rewrite, samples
+from sight import visible_from
 from small_corpus import choices, inline
 
 from ex4d import remote, storage, synthetic, video
@@ -82,7 +83,7 @@ def test_frames_cameras_and_mask_are_those_of_the_scene(done, corpus):
             filmed = [scene.render(camera, time_s, WORLD.supersample)[0] for camera in (ours, theirs)]
             assert psnr(sample.frames[t], filmed[0]) > 26  # H.264 was between, twice
             assert psnr(sample.source[t], filmed[1]) > 26
-            truly, _ = synthetic.visible_from(scene, ours, time_s, theirs)
+            truly, _ = visible_from(scene, ours, time_s, theirs)
             seen = sample.visible[0, t]
             if t == 0:
                 assert seen.all()  # frame 0 of a clip is complete, and its own
@@ -161,7 +162,7 @@ def test_each_camera_has_its_lens_its_bars_and_its_file_s_pixels(tmp_path, bars,
     assert sample.provenance["start_s"] == pytest.approx(1 / WORLD.fps)
     for t in range(1, 9):
         ours, theirs = (Camera(K, lens[t + 1].w2c, (64, 64)) for K, lens in ((sample.K, own), (other_K, cameras)))
-        truly, _ = synthetic.visible_from(scene, ours, (t + 1) / WORLD.fps, theirs)
+        truly, _ = visible_from(scene, ours, (t + 1) / WORLD.fps, theirs)
         seen = sample.visible[0, t]
         both = seen & truly  # not seen, and marked: what a body outside the other picture hides
         assert both.sum() > 0.9 * seen.sum()

@@ -70,9 +70,7 @@ def make_base(folder: Path) -> Path:
     """Write an untrained base of one block."""
     import tiny
 
-    from ex4d.models import linear_codec
-
-    codec = linear_codec.fit(np.stack([make_sample(index).frames for index in range(9)]), z_dim=8, num_shared=4)
+    codec = tiny.fit_codec(np.stack([make_sample(index).frames for index in range(9)]), z_dim=8, num_shared=4)
     return tiny.build_tiny(folder / "base", codec, tiny.new_transformer(8, num_layers=1))
 
 

@@ -14,7 +14,7 @@ from ex4d.models import adapter, backbone, families
 from ex4d.train import flops
 
 SHAPE_14B = families.FAMILIES["wan2.1-i2v-14b"].transformer
-PUBLISHED = flops.cost(SHAPE_14B, flops.latent_size((49, 512, 512)))
+PUBLISHED = flops.cost(SHAPE_14B, flops.latent_size((49, 512, 512)), backbone.ModelConfig())
 
 
 def counted(
@@ -48,7 +48,7 @@ def counted(
 @pytest.mark.parametrize(("recomputed", "source"), [(0, False), (3, False), (0, True), (1, False)])
 def test_formula_equals_the_counter(name: str, recomputed: int, source: bool) -> None:
     shape, latents = dict(families.FAMILIES[name].transformer) | {"num_layers": 3}, (3, 12, 16)
-    cost = flops.cost(shape, latents, lora_rank=8, adapter_hidden=64, source_video=source)
+    cost = flops.cost(shape, latents, backbone.ModelConfig(lora_rank=8, adapter_hidden=64, source_video=source))
     forward, step = counted(shape, latents, recomputed, source)
     assert cost.tokens == 3 * 6 * 8 * (2 if source else 1)
     assert cost.forward == forward
@@ -59,7 +59,7 @@ def test_formula_equals_the_counter(name: str, recomputed: int, source: bool) ->
 def test_formula_with_lora_on_fewer_layers(targets: tuple[str, ...]) -> None:
     shape, latents = dict(SHAPE_14B) | {"num_layers": 3}, (3, 12, 16)
     config = backbone.ModelConfig(lora_rank=8, adapter_hidden=64, lora_targets=targets)
-    cost = flops.cost_of(shape, latents, config)
+    cost = flops.cost(shape, latents, config)
     forward, step = counted(shape, latents, 3, lora_targets=targets)
     assert cost.forward == forward
     assert cost.executed(1.0) == pytest.approx(step, rel=1e-9)

@@ -13,7 +13,6 @@ from recorded import run
 from test_exact import chosen, losses, on_ranks, on_two_ranks
 
 from ex4d.errors import ConfigError
-from ex4d.models import linear_codec
 from ex4d.train.config import TrainConfig
 
 PLAIN: dict[str, object] = {}
@@ -37,7 +36,7 @@ def folder(tmp_path_factory) -> Path:
     """A dataset and a base of two blocks."""
     path = tmp_path_factory.mktemp("speed")
     make_dataset(path)
-    codec = linear_codec.fit(np.stack([make_sample(index).frames for index in range(9)]), z_dim=8, num_shared=4)
+    codec = tiny.fit_codec(np.stack([make_sample(index).frames for index in range(9)]), z_dim=8, num_shared=4)
     tiny.build_tiny(path / "base", codec, tiny.new_transformer(8, num_layers=2))
     return path
 

@@ -74,7 +74,6 @@ def render_batch(meshes: list[DWMesh], cameras: list[Camera]) -> list[Rendered]:
     All meshes of a size share their faces, so that they go to the GPU as one instanced batch. The torn profile leaves
     out other faces in each frame and is drawn one by one.
     """
-    _context()
     if not meshes[0].profile.keep_occluded:
         return [_draw([mesh], [camera], ~mesh.occluded)[0] for mesh, camera in zip(meshes, cameras, strict=True)]
     return _draw(meshes, cameras, None)

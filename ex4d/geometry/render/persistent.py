@@ -128,7 +128,8 @@ class World:
             inverse = extended(1 / self.z_depth[s].astype(np.float64))
             K = self.K + np.array([[0, 0, 1], [0, 0, 1], [0, 0, 0]])
             mesh = build(frame, (1 / inverse).astype(np.float32), K, self.profile)
-            hidden = mesh.face_occluded & ~on_planes(inverse) | ~_inner(mesh.face_occluded) | faces_with(~shows)
+            hidden = mesh.face_occluded & ~on_planes(inverse) | faces_with(~shows)
+            hidden[:, [0, -1]] = hidden[:, :, [0, -1]] = True  # the ring of vertices along the border is pushed back
             self.meshes[s] = replace(mesh, face_occluded=hidden)
         return self.meshes[s]
 
@@ -157,13 +158,6 @@ def on_planes(inverse: np.ndarray) -> np.ndarray:
     bend[:, 1:-1] = np.maximum(bend[:, 1:-1], np.abs(np.diff(steps[1], axis=1)))
     linear = cv2.erode((bend <= BEND * slope).astype(np.uint8), np.ones((3, 3), np.uint8)) > 0
     return ~faces_with(~linear)
-
-
-def _inner(faces: np.ndarray) -> np.ndarray:
-    """Return bool of the shape of `faces`, False along the border, whose ring of vertices is pushed back."""
-    inner = np.zeros_like(faces)
-    inner[:, 1:-1, 1:-1] = True
-    return inner
 
 
 def _seen_through(
