@@ -53,8 +53,9 @@ def main() -> None:
         write_corpus(folder / "corpus", SyntheticConfig(num_videos=args.clips, num_frames=9, size=(96, 96), fps=8.0))
         pixels, latents = str(folder / "dataset"), str(folder / "latents")
         clips = {"num_frames": 9, "size": (96, 96), "val_fraction": 0.0}
-        preprocess.run(preprocess.PreprocessConfig(pixels, str(folder / "corpus"), **clips), runner_name="inline")
-        config = encode.EncodeConfig(pixels, latents, dtype="float32")
+        corpus = {"input": str(folder / "corpus"), "output": pixels}
+        preprocess.run(preprocess.PreprocessConfig(**corpus, **clips), runner_name="inline")
+        config = encode.EncodeConfig(data=pixels, output=latents, dtype="float32")
         result = encode.run(config, ModelConfig(), runner_name="inline")
         print(f"- machine: {platform.machine()}, {platform.python_version()}, torch {torch.__version__}, one thread")
         print(f"- encode: {encode.throughput(result)}")

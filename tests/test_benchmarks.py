@@ -20,10 +20,10 @@ SMALLEST = {
     "preprocess.py": "--hardware here --clips 8 --pairs 1 --large-clips 1",
     "source_cameras.py": "--num-clips 1",
     "source_video.py": "--steps 2 --scenes 1",
-    "train_step.py": "1 1",
+    "train_step.py": "2 1",
     "warp_truth.py": "--sizes 64 --num-scenes 1",
     "scale/driver.py": "300 500",
-    "scale/packing.py": "--samples 40 --kb 20 --shard-mb 1",
+    "scale/packing.py": "--samples 200 --kb 50 --shard-mb 1",
     "scale/store.py": "run --videos 2",
     "scale/stream.py": "rate --rows 20 --cpus 2",
 }
@@ -33,7 +33,7 @@ SMALLEST = {
 @pytest.mark.parametrize("script", SMALLEST)
 def test_benchmark_runs(script: str, tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
-    environment = os.environ | {"PYTHONPATH": str(ROOT)}
+    environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, copy / script, *SMALLEST[script].split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, done.stderr[-3000:]
