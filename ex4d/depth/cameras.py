@@ -150,7 +150,7 @@ def _bins(values: np.ndarray) -> np.ndarray:
 
 
 def first_pairs(matches: Matches, focal: float) -> list[tuple[int, int]]:
-    """Return the pairs (i, j) of frames with a large, consistent parallax, best first. Raise Filtered if there is none."""
+    """Return the pairs (i, j) of frames with a large, consistent parallax, best first. Filtered if none has it."""
     pairs, largest = [], 0.0
     for number, (i, j) in enumerate(matches.pairs):
         keep = matches.weights[number] > 0.5
