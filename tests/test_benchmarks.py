@@ -33,6 +33,7 @@ SMALLEST = {
 @pytest.mark.parametrize("script", SMALLEST)
 def test_benchmark_runs(script: str, tmp_path: Path) -> None:
     copy = shutil.copytree(ROOT / "benchmarks", tmp_path / "benchmarks")
+    shutil.copytree(ROOT / "configs", tmp_path / "configs")
     environment = os.environ | {"PYTHONPATH": os.pathsep.join([str(ROOT), str(ROOT / "tests")])}
     command = [sys.executable, copy / script, *SMALLEST[script].split()]
     done = subprocess.run(command, cwd=tmp_path, env=environment, capture_output=True, text=True, timeout=900)

@@ -89,7 +89,7 @@ def pack(
     from ex4d.data import shards
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.preprocess.stages.commit import BUILD_SHARD
-    from pipelines.runtime.runner import RayConfig, runner
+    from pipelines.runtime.runner import RayConfig, runner, through
     from pipelines.runtime.stage import Stage, new_row
 
     stage = replace(BUILD_SHARD, function=partial(build_late, latency_ms))
@@ -102,11 +102,12 @@ def pack(
 
         def build(plans: Any, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
             rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-            for row in execute((stage,), rows, config, ("built",)):
+            for row in through(execute, (stage,), rows, config, ("built",)):
                 built.append(row["key"])
                 yield row["built"]
 
-        list(execute((Stage("warm", warm, (), ()),), (new_row(f"{n}") for n in range(4 * workers)), config, ()))
+        warming = (new_row(f"{n}") for n in range(4 * workers))
+        list(through(execute, (Stage("warm", warm, (), ()),), warming, config, ()))
         before, started = read_bytes(), time.monotonic()
         shards.pack(items, output, facts, [], shard_mb << 20, tables=f"{output}/staging/packed", build=build)
         seconds, read = round(time.monotonic() - started, 2), read_bytes() - before
