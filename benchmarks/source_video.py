@@ -53,7 +53,7 @@ def figures_of(way: str, folder: Path, steps: int, scenes: int) -> tuple[dict[st
     data, run = folder / f"data-{len(members)}", folder / f"run-{way}"
     # A clip is a whole video: the two cameras begin where they are one.
     world = replace(settings["synthetic"], num_frames=9, second_camera_deg=SECOND_CAMERA_DEG if members else None)
-    chosen = replace(settings["preprocess"], output=str(data), **members)
+    chosen = replace(settings["preprocess"], output=str(data), depth="sidecar", **members)
     assert preprocess.run(chosen, settings["ray"], world).exit_code == 0
     started = time.perf_counter()
     asked = [f"train.data={data}", f"train.output={run}", f"train.num_steps={steps}"]
