@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
 from typing import Any, NamedTuple
 
 from pipelines.runtime.stage import Row
@@ -125,10 +125,16 @@ class Tables:
 
     def decide(self, groups: Mapping[str, str], stand_ins: Mapping[str, str]) -> None:
         """Note what was decided across videos: {sha256: its group} and {sha256: the one that is taken in its place}."""
-        if stand_ins:
+        names = self._names(set(stand_ins.values()))
+        rows = ((key, groups.get(key), names.get(stand_ins.get(key, ""))) for key in {*groups, *stand_ins})
+        self._scratch.executemany("INSERT INTO decided VALUES (?, ?, ?)", rows)
+
+    def _names(self, contents: Set[str]) -> dict[str, str]:
+        """Return {sha256: the first name of a video of that sha256}."""
+        if contents:
             self._scratch.execute("CREATE INDEX IF NOT EXISTS video_sha256 ON video (sha256, name)")
-        rows = ((key, groups.get(key), stand_ins.get(key)) for key in {*groups, *stand_ins})
-        self._scratch.executemany("INSERT INTO decided SELECT ?, ?, MIN(name) FROM video WHERE sha256 = ?", rows)
+        query = "SELECT MIN(name) FROM video WHERE sha256 = ?"
+        return {sha256: self._scratch.execute(query, (sha256,)).fetchone()[0] for sha256 in contents}
 
     def units(self) -> list[str]:
         """Return the prefixes of content hashes that cut the videos into units."""

@@ -10,7 +10,7 @@
 | `damaged/` | what could not be read, kept for the user |
 | `texts/` | encoded captions, of `ex4d encode` |
 
-The content of a record follows from its name, so a record is never changed, only removed:
+The content of a record follows from its name, so it is never changed, only removed (but those of `sources`):
 
 | record | what |
 |---|---|

@@ -76,3 +76,16 @@ def test_twins_and_sidecars_are_found_whatever_came_first():
         "a/y.npz": ("", "", "not_a_video"),
         "b/x.mp4": ("", "a/x.mov", ""),
     }
+
+
+def test_what_is_decided_is_noted_in_time_that_grows_with_the_videos_and_not_with_their_square():
+    def steps(count):
+        database, names, found = scratch(), [f"{number:064x}" for number in range(count)], []
+        table = tables.Tables(database)
+        for name in names:
+            table.add_video({"content": name, "name": name, "sha256": name})
+        database.set_progress_handler(lambda: found.append(1), 100)
+        table.decide(dict.fromkeys(names, names[0]), {})
+        return len(found)
+
+    assert steps(2000) < 3 * steps(1000)
