@@ -67,7 +67,7 @@ def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] =
     tree = read_yaml(path)
     for name, body in tree.items():
         if name not in SECTIONS:
-            raise ConfigError(str(name), body, f"unknown section in {path}{_nearest(str(name), SECTIONS)}")
+            raise ConfigError(str(name), body, f"unknown section in {path}{nearest(str(name), SECTIONS)}")
         if body is not None and not isinstance(body, dict):
             raise ConfigError(str(name), body, f"a section of {path} must be a mapping of keys to values")
     for override in overrides:
@@ -89,7 +89,8 @@ def _check_kept(tree: Any, path: str = "") -> None:
         raise ConfigError(path, tree, f"its password or signature was not kept; give the URL again, as {path}=…")
 
 
-def _nearest(word: str, allowed: Sequence[str]) -> str:
+def nearest(word: str, allowed: Sequence[str]) -> str:
+    """Return the end of an error message: the allowed word that is most like `word`, or all of them."""
     close = difflib.get_close_matches(word, allowed, 1)
     return f". Did you mean {close[0]}?" if close else f"; allowed: {', '.join(allowed)}"
 
@@ -209,7 +210,7 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
     if not equals or not dot or not rest:
         raise ConfigError("override", override, "write section.key=value, e.g. train.num_steps=20")
     if section not in allowed:
-        raise ConfigError(key, text, f"this command reads no section {section!r}{_nearest(section, allowed)}")
+        raise ConfigError(key, text, f"this command reads no section {section!r}{nearest(section, allowed)}")
     value = parse_value(text, key)
     node = tree[section] = dict(tree.get(section) or {})
     *parents, leaf = rest.split(".")

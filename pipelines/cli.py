@@ -78,7 +78,9 @@ def command_parser(name: str) -> argparse.ArgumentParser:
     if isinstance(below, JobParser):
         below.job = name
         below.add_argument("config", metavar="CONFIG.yaml", help="settings of this run; see configs/ and `ex4d config`")
-        below.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file's settings")
+        below.add_argument(
+            "overrides", nargs="*", default=[], metavar="section.key=value", help="changes to its settings"
+        )
     else:
         importlib.import_module(command.module).arguments(below)
     return below
@@ -86,7 +88,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     """Return the parsed command line; its attribute `command` is a key of COMMANDS. Exits as argparse does."""
-    from ex4d.config import installed_versions  # here, so that Ctrl-C finds `main` at work as soon as can be
+    from ex4d.config import installed_versions, nearest  # here, so that Ctrl-C finds `main` at work as soon as can be
 
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
@@ -99,13 +101,23 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     version = installed_versions(["ex4d-platform"]).get("ex4d-platform", "not installed")
     top.add_argument("--version", action="version", version=f"ex4d {version}")
     top.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
-    top.add_argument("command", metavar="COMMAND", choices=COMMANDS, help="see below")
+    top.add_argument("command", metavar="COMMAND", nargs="?", help="see below")
     top.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
     args = top.parse_args(argv)
+    if args.command is None:
+        top.print_help(sys.stderr)
+        raise SystemExit(2)
+    if args.command not in COMMANDS:
+        top.error(f"{args.command!r} is not a command{nearest(args.command, list(COMMANDS))}")
     below = command_parser(args.command)
-    # Flags may stand between CONFIG.yaml and overrides; argparse cannot do so where there are subcommands.
-    parse = below.parse_args if below._subparsers else below.parse_intermixed_args
-    return parse(args.arguments, argparse.Namespace(**vars(args)))
+    if below._subparsers:
+        return below.parse_args(args.arguments, args)
+    for word in args.arguments:  # argparse would name the arguments that are missing, and not the one that is misspelt
+        flag = word.partition("=")[0]
+        if flag.startswith("--") and not any(known.startswith(flag) for known in below._option_string_actions):
+            known = nearest(flag, list(below._option_string_actions))
+            below.error(f"{flag} is not an option{'; write section.key=value' if args.command in JOBS else known}")
+    return below.parse_intermixed_args(args.arguments, args)  # options may stand between positional arguments
 
 
 class Lines(logging.Formatter):

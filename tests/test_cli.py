@@ -45,6 +45,23 @@ def test_unknown_commands_and_flags_end_with_2():
         assert ended.value.code == 2
 
 
+@pytest.mark.parametrize(
+    ("argv", "message"),
+    [
+        (["preproces", "a.yaml"], "'preproces' is not a command. Did you mean preprocess?"),
+        (["generate", "--vidoe", "a.mp4"], "--vidoe is not an option. Did you mean --video?"),
+        (["preprocess", "a.yaml", "--num_workers=4"], "--num_workers is not an option; write section.key=value"),
+        (["preprocess"], "the following arguments are required: CONFIG.yaml\n"),
+        ([], "preprocess   turn videos into training shards"),
+    ],
+)
+def test_a_slip_on_the_command_line_is_named(argv, message, capsys):
+    with pytest.raises(SystemExit) as ended:
+        cli.main(argv)
+    assert ended.value.code == 2
+    assert message in capsys.readouterr().err
+
+
 def test_verify_of_nothing_ends_with_1_and_says_so(tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err

@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     writer.add_argument("kind", choices=sorted(KINDS), help="what to print")
     defaults = (f"{one.key.removeprefix('cluster.')}={one.default}" for one in describe(ClusterConfig, "cluster"))
     text = f"settings with their defaults: {', '.join(defaults)}"
-    writer.add_argument("settings", nargs="*", metavar="KEY=VALUE", help=text)
+    writer.add_argument("settings", nargs="*", default=[], metavar="KEY=VALUE", help=text)
 
 
 def run(args: argparse.Namespace) -> int:
