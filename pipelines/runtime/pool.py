@@ -198,7 +198,7 @@ class Pool:
             self._drop(member)
 
     def lost(self, call: Any, actor_died: bool) -> bool:
-        """Record that a call failed in Ray; return True if the actor died while it worked on this very call."""
+        """Record that a call failed; return True if the actor died working on it, unless its node is quarantined."""
         member = self.of_call.pop(call)
         was_first = bool(member.calls) and member.calls[0] == call
         if actor_died:
