@@ -15,13 +15,13 @@ if TYPE_CHECKING:
 
 
 def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance, and
+    """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance,
+    `absolute`: True if the depth has a unit, that of its file or the metre, `valid` bool [T,H,W]: True where depth was
+    measured (None: everywhere), and `source_w2c` float64 [T,4,4] in the unit of the depth and `dynamic_mask` bool
+    [T,H,W], each None if unknown.
 
-    `absolute`: True if the depth has a unit, that of its file or the metre. `valid` bool [T,H,W]: True where depth was
-    measured; None: everywhere. `source_w2c` float64 [T,4,4] in the unit of the depth, and `dynamic_mask` bool [T,H,W];
-    None if unknown.
-
-    Raises: BadSample with the reasons of the estimator and of `geometry.depth.to_z_depth`.
+    Raises:
+        BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
     """
     from ex4d.depth import dynamic, estimate, z_depth_of
     from ex4d.geometry import camera
