@@ -1,8 +1,8 @@
-"""The `ex4d` command: one table of subcommands. Work is done elsewhere and imported only when it is asked for.
+"""The `ex4d` command: a table of subcommands, each of which imports its implementation only when it is called.
 
-Jobs with an experiment behind them read a YAML file: `ex4d COMMAND CONFIG.yaml [section.key=value …]`.
-Commands on one thing take flags. Exit status: 0 done, 1 failed, 2 invalid choice, 75 stopped with a checkpoint, 130
-interrupted.
+Jobs, which run an experiment, read a YAML file: `ex4d COMMAND CONFIG.yaml [section.key=value …]`. The other commands
+work on a single video, dataset or adapter and take flags. Exit status: 0 success, 1 failure, 2 invalid argument or
+setting, 75 stopped after writing a checkpoint, 130 interrupted.
 """
 
 from __future__ import annotations
@@ -25,10 +25,10 @@ from pipelines.commands.jobs import JOBS
 
 @dataclass(frozen=True)
 class Command:
-    """One subcommand: what it does, and its module.
+    """One subcommand: its help text and its module.
 
-    A job's module (`commands.jobs`) has `command(config_path, overrides) -> exit status` and `SECTIONS`. That of a
-    command on one thing has `arguments(parser)` and `run(args) -> exit status`.
+    The module of a job (see `commands.jobs`) has `command(config_path, overrides) -> exit status` and `SECTIONS`. The
+    module of any other command has `arguments(parser)` and `run(args) -> exit status`.
     """
 
     help: str
@@ -59,19 +59,19 @@ COMMANDS = {
 
 
 class JobParser(argparse.ArgumentParser):
-    """The parser of a job, whose help lists every setting; the job's module is imported only for that."""
+    """The parser of a job. Its help lists every setting, and only the help imports the job's module."""
 
     job = ""
 
     def format_help(self) -> str:
-        """Return the usage and every setting of the sections that the job reads."""
+        """Return the usage text followed by every setting of the sections that the job reads."""
         from ex4d.config_help import help_text
 
         return f"{super().format_help()}\n{help_text(importlib.import_module(JOBS[self.job]).SECTIONS, self.job)}"
 
 
 def command_parser(name: str) -> argparse.ArgumentParser:
-    """Return the parser of what follows `ex4d NAME`."""
+    """Return the parser for the arguments after `ex4d NAME`."""
     command = COMMANDS[name]
     kind = JobParser if name in JOBS else argparse.ArgumentParser
     below = kind(prog=f"ex4d {name}", description=f"{command.help[0].upper()}{command.help[1:]}.")
@@ -87,8 +87,8 @@ def command_parser(name: str) -> argparse.ArgumentParser:
 
 
 def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
-    """Return the parsed command line; its attribute `command` is a key of COMMANDS. Exits as argparse does."""
-    from ex4d.config import installed_versions, nearest  # here, so that Ctrl-C finds `main` at work as soon as can be
+    """Parse the command line; `command` of the result is a key of COMMANDS. Exit as argparse does on errors."""
+    from ex4d.config import installed_versions, nearest  # late, so that `main` can catch a Ctrl-C as early as possible
 
     width = max(map(len, COMMANDS))
     commands = "\n".join(f"  {name:{width}}  {command.help}" for name, command in COMMANDS.items())
@@ -112,7 +112,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     below = command_parser(args.command)
     if below._subparsers:
         return below.parse_args(args.arguments, args)
-    for word in args.arguments:  # argparse would name the arguments that are missing, and not the one that is misspelt
+    for word in args.arguments:  # argparse would report missing arguments and not the misspelt option
         flag = word.partition("=")[0]
         if flag.startswith("--") and not any(known.startswith(flag) for known in below._option_string_actions):
             known = nearest(flag, list(below._option_string_actions))
@@ -121,17 +121,17 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
 
 
 class Lines(logging.Formatter):
-    """Log lines without control characters and passwords: names and messages of strangers are in them."""
+    """Format log lines without control characters and passwords, which file names and messages may contain."""
 
     def format(self, record: logging.LogRecord) -> str:
-        """Return the line to write."""
+        """Return the formatted line."""
         return shown(super().format(record))
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one command; return its exit status: 0 done, 1 failed, 2 the choice was invalid, 130 interrupted."""
+    """Run one command and return its exit status; see the module's docstring for its values."""
     for stream in (sys.stdout, sys.stderr):
-        if isinstance(stream, io.TextIOWrapper):  # a terminal of another encoding shows \u2026 for what it lacks
+        if isinstance(stream, io.TextIOWrapper):  # e.g. ASCII output shows \u2026 for a character that it lacks
             stream.reconfigure(errors="backslashreplace")
     with shown_output():
         return _main(argv)
@@ -141,13 +141,13 @@ def _main(argv: Sequence[str] | None) -> int:
     args = argparse.Namespace(command="")
     try:
         args = parse(argv)
-        sys.argv[1:] = [without_secrets(word) for word in sys.argv[1:]]  # W&B writes them down
+        sys.argv[1:] = [without_secrets(word) for word in sys.argv[1:]]  # W&B records the command line
         logging.basicConfig(level=args.log_level)
         for handler in logging.getLogger().handlers:
             handler.setFormatter(Lines("%(levelname)s %(name)s: %(message)s"))
         os.environ.setdefault("TOKENIZERS_PARALLELISM", "false")
         if args.command in ("demo", "encode", "evaluate"):
-            os.environ.setdefault("TQDM_DISABLE", "1")  # no bar for each file of a model
+            os.environ.setdefault("TQDM_DISABLE", "1")  # no progress bar for each file of a model
         module = importlib.import_module(COMMANDS[args.command].module)
         return module.command(args.config, args.overrides) if args.command in JOBS else module.run(args)
     except KeyboardInterrupt:
@@ -156,9 +156,9 @@ def _main(argv: Sequence[str] | None) -> int:
     except ConfigError as error:
         status, message = 2, str(error)
     except (BadSample, Filtered) as error:
-        named = [getattr(args, name) for name in ("video", "thing") if name in args]  # reasons themselves name no paths
+        named = [getattr(args, name) for name in ("video", "thing") if name in args]  # reasons do not include the path
         status, message = 1, ": ".join([*named, str(error)])
-    except (ContractError, OSError) as error:  # OSError: a disk that is full, a folder that may not be written to
+    except (ContractError, OSError) as error:  # OSError: e.g. a full disk or a read-only folder
         logging.getLogger(__name__).debug("where it was raised", exc_info=True)
         status, message = 1, str(error)
         if isinstance(error, OSError) and error.errno in (errno.ENOSPC, errno.EDQUOT):
@@ -169,10 +169,10 @@ def _main(argv: Sequence[str] | None) -> int:
 
 
 def script() -> None:
-    """Run one command as this process and exit with its status; a Ctrl-C after its answer no longer changes it."""
+    """Run one command and exit with its status; a Ctrl-C after the command has finished does not change the status."""
     status = main()
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # A Ctrl-C inside of an exec, as dataclasses use it, has Python 3.11 end by the signal, unless one succeeds.
+    # After a Ctrl-C inside an exec (dataclasses use it), Python 3.11 ends by SIGINT unless another exec succeeds.
     exec("")
     sys.exit(status)
 

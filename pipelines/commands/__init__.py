@@ -1,1 +1,1 @@
-"""Commands that work on one video, adapter or dataset: one file each, with its flags and the call."""
+"""Commands that work on one video, adapter or dataset, and tools for clusters and jobs: one file per command."""

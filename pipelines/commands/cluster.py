@@ -1,4 +1,4 @@
-"""`ex4d cluster`: the token of this user's Rays, and the files that start a cluster."""
+"""`ex4d cluster`: create this user's Ray token, and render the files that start a cluster."""
 
 from __future__ import annotations
 
@@ -30,7 +30,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d cluster token` or `ex4d cluster render`; the token itself is not printed."""
+    """Run `ex4d cluster token` or `ex4d cluster render`; the token itself is not printed."""
     if args.what == "token":
         require_token()
         require_private_folder()

@@ -50,7 +50,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d doctor --cluster`; return 1 where a check failed."""
+    """Run `ex4d doctor --cluster`; return 1 if a check failed, else 0."""
     if args.address.startswith(("http://", "https://")):
         return _as_job(args)
     for folder in args.storage:
@@ -78,7 +78,7 @@ def _as_job(args: argparse.Namespace) -> int:
 
 
 def check(storages: Sequence[str], weights: Sequence[str], min_disk_gb: float, port: int) -> list[tuple[str, Finding]]:
-    """Return (node, finding) of every check on every node of the Ray that this process is connected to."""
+    """Return (node, finding) of every check on every node of the connected Ray cluster."""
     import ray
 
     nodes = [node for node in ray.nodes() if node["Alive"]]
@@ -99,7 +99,7 @@ def check(storages: Sequence[str], weights: Sequence[str], min_disk_gb: float, p
 
 
 def _names(nodes: Sequence[dict[str, Any]]) -> list[str]:
-    """Return the address of each node; with the start of its id if several share an address."""
+    """Return the address of each node; if nodes share an address, also the start of each node's id."""
     addresses = [str(node["NodeManagerAddress"]) for node in nodes]
     if len(set(addresses)) == len(nodes):
         return addresses
@@ -113,9 +113,9 @@ def _on_nodes(
     num_gpus: int = 0,
     limit_s: float = LIMIT_S,
 ) -> list[Any]:
-    """Return work(*arguments) of each node, all in parallel; a sentence in place of a missing result.
+    """Run work(*arguments) on each node in parallel; return the results, with a sentence in place of a missing one.
 
-    Each call has its own worker, so that its process group and its changed environment end with it.
+    Each call gets its own worker, so that its process group and its changed environment end with it.
     """
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
@@ -140,7 +140,7 @@ def _on_nodes(
 
 
 def _clock(node: dict[str, Any]) -> Finding:
-    """Return how far a node's clock is from this one's: the best of three answers."""
+    """Return the offset of a node's clock from this machine's: the most accurate of three measurements."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
@@ -165,7 +165,7 @@ def _clock(node: dict[str, Any]) -> Finding:
 
 
 def _storage(folder: str, nodes: Sequence[dict[str, Any]], names: Sequence[str]) -> list[Finding]:
-    """Return whether all nodes see the same folder, and whether O_EXCL, flock and rename work between them."""
+    """Check that all nodes see the same folder, and that O_EXCL, flock and rename work between them."""
     place = os.path.join(folder, f".ex4d-doctor-{secrets.token_hex(4)}")
     word = secrets.token_hex(8)
     try:
@@ -186,7 +186,7 @@ def _storage(folder: str, nodes: Sequence[dict[str, Any]], names: Sequence[str])
 
 
 def _judge(folder: str, names: Sequence[str], races: Sequence[Any]) -> list[Finding]:
-    """Return the findings about a shared folder: visible, O_EXCL, flock, rename."""
+    """Return the findings about a shared folder: visibility, O_EXCL, flock and rename."""
     title = f"storage {folder}"
     blind = [
         f"{name} ({race if isinstance(race, str) else race.problem or 'does not see it'})"
@@ -217,7 +217,7 @@ def _judge(folder: str, names: Sequence[str], races: Sequence[Any]) -> list[Find
 
 
 def _all_reduce(nodes: Sequence[dict[str, Any]], names: Sequence[str], port: int) -> Finding:
-    """Return the bandwidth of an all-reduce with one rank on each node."""
+    """Measure the bandwidth of an all-reduce with one rank on each node."""
     if len(nodes) < 2:
         return Finding("all-reduce", "one node: nothing to measure", None)
     on_gpu = all(node["Resources"].get("GPU", 0) >= 1 for node in nodes)

@@ -1,4 +1,4 @@
-"""Write a cluster's files from its ClusterConfig: KubeRay manifests, SLURM scripts, `ray up` for AWS."""
+"""Render a cluster's files from its ClusterConfig: KubeRay manifests, SLURM scripts, a `ray up` file for AWS."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ USE = {
 
 
 def render(kind: str, cluster: ClusterConfig) -> str:
-    """Return the text of a file. `kind`: one of KINDS."""
+    """Return the text of a file; `kind` is one of KINDS."""
     contents = KINDS[kind](cluster)
     if isinstance(contents, str):
         return contents
@@ -52,7 +52,7 @@ def _rayjob(name: str, words: list[str], cluster: ClusterConfig, gpu: tuple[int,
         "entrypoint": shlex.join(words),
         "shutdownAfterJobFinishes": True,
         "ttlSecondsAfterFinished": 3600,
-        "backoffLimit": retries,  # a job that is started again does what is missing
+        "backoffLimit": retries,  # a restarted job resumes
         "rayClusterSpec": _ray_cluster(cluster, gpu, with_cpus=name != "train"),
     }
     return {"apiVersion": "ray.io/v1", "kind": "RayJob", "metadata": {"name": f"{cluster.name}-{name}"}, "spec": spec}
@@ -76,10 +76,10 @@ def _ray_cluster(cluster: ClusterConfig, gpu: tuple[int, int, int], with_cpus: b
     head["spec"]["containers"][0]["ports"] = [{"containerPort": port, "name": name} for name, port in names.items()]
     return {
         "rayVersion": metadata.version("ray"),
-        "authOptions": {"mode": "token"},  # the operator makes the token and gives it to every pod
+        "authOptions": {"mode": "token"},  # the operator creates the token and passes it to every pod
         "enableInTreeAutoscaling": True,
         "headGroupSpec": {
-            # The driver and no work. The submitter is another pod, so the job server listens on all addresses.
+            # The head runs the driver and no tasks. The submitter is another pod, so listen on all addresses.
             "rayStartParams": {"num-cpus": "0", "dashboard-host": "0.0.0.0"},
             "template": head,
         },
@@ -167,7 +167,7 @@ def _aws(cluster: ClusterConfig) -> dict[str, Any]:
             "gpu": node(cluster.gpu_instance, 0, cluster.gpu_nodes),
         },
         "head_node_type": "head",
-        # Every node has the token of whoever runs `ray up`: `ex4d cluster token` makes it.
+        # Every node gets the token of the user who runs `ray up`; `ex4d cluster token` creates it.
         "file_mounts": {"/home/ex4d/.ray/auth_token": "~/.ray/auth_token"},
         "head_start_ray_commands": ["ray stop", begin],
         "worker_start_ray_commands": ["ray stop", join],

@@ -1,4 +1,4 @@
-"""`ex4d config`: a complete, commented configuration to start from."""
+"""`ex4d config`: print a complete, commented configuration to start from."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d config`; return the exit status."""
+    """Run `ex4d config`; return the exit status."""
     module = importlib.import_module(jobs.JOBS[args.job])
     print(template(module.SECTIONS, args.job, getattr(module, "OPTIONAL", ())), end="")
     return 0

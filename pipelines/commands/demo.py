@@ -1,4 +1,4 @@
-"""`ex4d demo`: synthetic videos -> shards -> adapter -> a new view -> evaluation -> a page, in one file."""
+"""`ex4d demo`: synthetic videos -> shards -> adapter -> a novel view -> evaluation -> a page, in one file."""
 
 from __future__ import annotations
 
@@ -40,12 +40,12 @@ def sections() -> dict[str, type]:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d demo`; return the exit status."""
+    """Run `ex4d demo`; return the exit status."""
     return main(args.config or default_config(), args.output)
 
 
 def default_config() -> str:
-    """Return the path of the demo's settings: in a checkout, else in the package."""
+    """Return the path of the demo's settings: in the checkout if there is one, else in the package."""
     return CONFIG if Path(CONFIG).exists() else str(files("pipelines.commands") / "tiny.yaml")
 
 
@@ -116,7 +116,7 @@ def _shards(settings: Mapping[str, Any]) -> int:
 
 
 def _novel_view(settings: Mapping[str, Any], out: Path, adapter: Path) -> Path:
-    """Write a novel view of a synthetic video that was not trained on; return where it is."""
+    """Write a novel view of a synthetic video that was not trained on; return its path."""
     from ex4d.generate import novel_view
     from pipelines.evaluate.config import CORPUS_SEED
 
@@ -150,7 +150,7 @@ def _print_leads(report: Report) -> None:
 
 
 def _page(settings: dict[str, Any], report: Report, run_folder: Path, seconds: dict[str, float]) -> Page:
-    """Return the evaluation's page with the training beside it, in one file with its videos."""
+    """Return the evaluation's page extended by the training's losses, as one file with embedded videos."""
     losses = [json.loads(line)["loss"] for line in (run_folder / "metrics.jsonl").read_text().splitlines()]
     notes = (
         "Training pairs were made from single-view videos alone. The scenes below were not among them, and the "

@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def facts() -> dict:
-    """Return the machine and package facts as one JSON-able dict; `missing` lists required packages not found."""
+    """Return the machine and package facts as a JSON-serializable dict; `missing` lists absent required packages."""
     installed = installed_versions(name for name, _, _ in PACKAGES)
     missing = [name for name, _, required in PACKAGES if required and name not in installed]
     gpus = []

@@ -1,4 +1,4 @@
-"""`ex4d export`: an adapter in other programs' formats, and back."""
+"""`ex4d export`: convert an adapter to the formats of other programs, and back."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d export`; return the exit status."""
+    """Run `ex4d export`; return the exit status."""
     from ex4d.models.export import export
 
     with writing(args.output, is_file=args.style != "ex4d"):

@@ -22,9 +22,9 @@ PATH = (
 
 
 def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ()) -> None:
-    """Add a flag for each setting of a dataclass, or those in `names`: `--num-frames` for `num_frames`.
+    """Add a flag for each setting of a dataclass, or for those in `names`: `--num-frames` for `num_frames`.
 
-    A list or mapping is a flag that can be repeated; that of the mapping `xs` is `--x KEY=VALUE`.
+    A list or mapping becomes a repeatable flag; for a mapping `xs` it is `--x KEY=VALUE`.
     """
     for field in dataclasses.fields(cls):
         if names and field.name not in names:
@@ -37,7 +37,7 @@ def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ())
             "" if default in (None, "", False, (), {}) else f"default: {default}",
         )
         shown = "; ".join(note for note in notes if note)
-        # A flag that is left out is what null is in a file.
+        # Omitting a flag corresponds to null in a file.
         help = f"{rule.help.replace('null:', 'default:')}{f' ({shown})' if shown else ''}".replace("%", "%%")
         if isinstance(default, bool):
             parser.add_argument(flag, action="store_true", help=help)
@@ -54,14 +54,14 @@ def add(parser: argparse.ArgumentParser, cls: type, names: Collection[str] = ())
 
 
 def read(args: argparse.Namespace, cls: type) -> Any:
-    """Return the dataclass instance from the flags of `add`. Raises ConfigError for a value out of range."""
+    """Build the dataclass instance from the flags of `add`. Raises ConfigError for a value out of range."""
     return cls(**{field.name: getattr(args, field.name) for field in dataclasses.fields(cls)})
 
 
 def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:
     """Return the settings of ReconstructConfig from the flags of PATH, `--size` and `--num-frames`.
 
-    Prints what `--depth auto` chose for this video. Raises ConfigError for a value out of range.
+    Prints which estimator `--depth auto` chose for this video. Raises ConfigError for a value out of range.
     """
     values = {name: getattr(args, name) for name in (*PATH, "size", "num_frames")}
     values["trajectory_options"] = dict(_option(text) for text in args.trajectory_options)
@@ -76,7 +76,7 @@ def path(args: argparse.Namespace, video_path: str) -> dict[str, Any]:
 
 
 def _option(text: str) -> tuple[str, float | bool | str]:
-    """Return (key, value) of KEY=VALUE: a number, a boolean, or else the text itself."""
+    """Parse KEY=VALUE to (key, value): a number, a boolean, or else the text itself."""
     key, equals, value = text.partition("=")
     if not key or not equals or not value:
         raise ConfigError("trajectory-option", text, "KEY=VALUE, e.g. zoom=3")
@@ -89,7 +89,7 @@ def _option(text: str) -> tuple[str, float | bool | str]:
 
 
 def size(text: str) -> tuple[int, int]:
-    """Return (height, width) of HEIGHTxWIDTH. Raises argparse's error for anything else."""
+    """Parse HEIGHTxWIDTH to (height, width). Raises argparse's error for anything else."""
     height, x, width = text.lower().partition("x")
     if not x or not height.isdecimal() or not width.isdecimal():
         raise argparse.ArgumentTypeError(f"{text!r}: write HEIGHTxWIDTH, e.g. 512x512")

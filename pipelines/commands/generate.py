@@ -1,4 +1,4 @@
-"""`ex4d generate`: a video seen from another camera path."""
+"""`ex4d generate`: generate a video as seen along another camera path."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d generate`; return the exit status."""
+    """Run `ex4d generate`; return the exit status."""
     from ex4d import generate
 
     sampler = flags.read(args, GenerateConfig)
@@ -68,7 +68,7 @@ def run(args: argparse.Namespace) -> int:
 
 
 def _further(output: Path, text: str) -> tuple[Path, dict[str, Any]]:
-    """Return (file, settings that differ) of a further path, TRAJECTORY or TRAJECTORY:DEGREES."""
+    """Return (output file, changed settings) of an additional path, TRAJECTORY or TRAJECTORY:DEGREES."""
     trajectory, colon, degrees = text.rpartition(":")
     if not colon or Path(text).is_file():
         trajectory, degrees = text, ""

@@ -1,4 +1,4 @@
-"""`ex4d import`: scenes that several cameras filmed, as pairs for `preprocess.members=[source]`."""
+"""`ex4d import`: arrange scenes that several cameras filmed as pairs for `preprocess.members=[source]`."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d import`; return the exit status."""
+    """Run `ex4d import`; return the exit status."""
     from pipelines.inputs import multi_camera
 
     folder, output = Path(args.folder), Path(args.output)

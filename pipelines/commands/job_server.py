@@ -1,4 +1,4 @@
-"""The job server of a Ray cluster: connect to it, follow a job, report how it ended."""
+"""The job server of a Ray cluster: connect to it, submit and follow a job, report how the job ended."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ from ex4d.redact import printable, redacted
 from pipelines.runtime.cluster import require_token, token_path
 
 DEFAULT = "http://127.0.0.1:8265"
-TIMEOUTS_S = (5.0, 60.0)  # to connect; to wait for an answer
-MAX_REASON = 300  # letters of a server's message
-AGENT_S = 60.0  # a head that has just started has no agent yet
+TIMEOUTS_S = (5.0, 60.0)  # to connect; to wait for a response
+MAX_REASON = 300  # maximum characters of a server's message
+AGENT_S = 60.0  # how long to retry, since a head that has just started has no agent yet
 INTERRUPTED, STOPPED = 130, 75
-# What Ray's client raises for an answer that is no JSON or JSON of another kind; RuntimeError: for a status but 200.
+# What Ray's client raises for a response that is not (the expected) JSON; RuntimeError: for a status other than 200.
 INVALID = (RuntimeError, ValueError, LookupError, TypeError, AttributeError, ArithmeticError)
 HELP = f"address of the head's job server; default: RAY_API_SERVER_ADDRESS, else {DEFAULT}"
 
 
 def connect(address: str | None) -> tuple[Any, str]:
-    """Return (client, address) of a job server that answers and accepts our token.
+    """Return (client, address) of a job server that responds and accepts our token.
 
     Raises:
         ConfigError: nothing answers at the address, or it refuses the token.
@@ -47,7 +47,7 @@ def connect(address: str | None) -> tuple[Any, str]:
             return super()._do_request(*args, timeout=TIMEOUTS_S, allow_redirects=False, **options)
 
     for name in ("dashboard.modules.job.sdk", "dashboard.modules.dashboard_sdk", "_private.runtime_env.packaging"):
-        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # each sets its own, below that of the command
+        logging.getLogger(f"ray.{name}").setLevel(logging.WARNING)  # each sets its own level, below that of the command
     try:
         return Client(address), address
     except AuthenticationError as error:
@@ -63,7 +63,7 @@ def connect(address: str | None) -> tuple[Any, str]:
 
 @contextmanager
 def answers(address: str) -> Iterator[None]:
-    """Raise ConnectionError, in one sentence, where the body asks a server whose answers are not those of Ray."""
+    """Convert invalid responses of the job server inside the block to a ConnectionError with one sentence."""
     from ray.exceptions import AuthenticationError
 
     try:
@@ -99,7 +99,7 @@ def submit(client: Any, **job: Any) -> str:
 
 
 def follow(client: Any, job_id: str, address: str) -> int:
-    """Print the log of a job until it ends and return its exit status; Ctrl-C returns 130, and the job continues."""
+    """Print the log of a job until it ends; return its exit status. Ctrl-C returns 130, and the job continues."""
     import aiohttp
 
     try:
@@ -120,7 +120,7 @@ async def _print_log(client: Any, job_id: str) -> None:
 
 
 def how_to(job_id: str, address: str) -> str:
-    """Return instructions to follow, stop and resume a job."""
+    """Return instructions for following, stopping and resuming a job."""
     where = "" if address == DEFAULT else f" --address {redacted(address)}"
     return (
         f"Follow it: ex4d jobs {job_id} --follow{where}; stop it: ex4d jobs {job_id} --stop{where}; the same "
@@ -129,7 +129,7 @@ def how_to(job_id: str, address: str) -> str:
 
 
 def _ended(client: Any, job_id: str) -> int:
-    """Return the exit status of a job whose log has ended, and say how it ended."""
+    """Return the exit status of a job whose log has ended, and print how it ended."""
     while not (info := client.get_job_info(job_id)).status.is_terminal():
         time.sleep(0.5)
     state = str(info.status.value)

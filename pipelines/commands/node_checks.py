@@ -1,4 +1,4 @@
-"""The checks of `ex4d doctor --cluster` on one node. Each check is a function that returns findings; none raises."""
+"""The checks of `ex4d doctor --cluster` on one node. Each check yields findings; `look` turns errors into findings."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ class Finding:
     """One row of the table.
 
     Args:
-        ok: None for a plain fact, or for a warning whose remedy explains it.
+        ok: None for a plain fact, or for a warning, which `remedy` explains.
     """
 
     check: str
@@ -43,12 +43,12 @@ class Finding:
 
 @dataclass(frozen=True)
 class Asked:
-    """What the checks of a node need to know.
+    """The input of a node's checks.
 
     Args:
-        versions: of the driver: {package: version}, with the code of this project as "code".
+        versions: {package: version} on the driver, with a hash of this project's code as "code".
         storage: local folders that all nodes share. weights: base models, folders or hub ids.
-        min_disk_gb: free space that each disk must have. gpus: number of GPUs of the node according to Ray.
+        min_disk_gb: free space that each disk must have. gpus: number of the node's GPUs according to Ray.
     """
 
     versions: dict[str, str]
@@ -59,7 +59,7 @@ class Asked:
 
 
 def look(asked: Asked) -> list[Finding]:
-    """Return the findings of every check on this node."""
+    """Run every check on this node and return the findings."""
     findings: list[Finding] = []
     for check in CHECKS:
         try:
@@ -82,7 +82,7 @@ def _versions(asked: Asked) -> Iterator[Finding]:
 
 
 def _torch(asked: Asked) -> Iterator[Finding]:
-    """Check that PyTorch has an allowed version, is the one that is imported, and can use the GPUs."""
+    """Check that PyTorch has an allowed version and, on a node with GPUs, was built with CUDA."""
     from packaging.requirements import Requirement
 
     known = [Requirement(line) for line in metadata.requires(OWN) or ()]
@@ -153,7 +153,7 @@ def _codecs(asked: Asked) -> Iterator[Finding]:
 def _disks(asked: Asked) -> Iterator[Finding]:
     for folder in dict.fromkeys((tempfile.gettempdir(), *asked.storage)):
         if not os.path.isdir(folder):
-            continue  # _storage says so
+            continue  # `_storage` reports it
         free_gb = shutil.disk_usage(folder).free / 2**30
         problem = _write_problem(folder)
         is_good = not problem and free_gb >= asked.min_disk_gb
@@ -163,7 +163,7 @@ def _disks(asked: Asked) -> Iterator[Finding]:
 
 
 def _write_problem(folder: str) -> str:
-    """Return why some megabytes cannot be written into a folder; "" where they can."""
+    """Return why some megabytes cannot be written into a folder; "" if they can."""
     try:
         with tempfile.TemporaryFile(dir=folder, prefix=".ex4d-doctor-") as file:
             file.write(bytes(PROBE_BYTES))

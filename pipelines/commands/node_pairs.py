@@ -1,4 +1,4 @@
-"""The checks of `ex4d doctor --cluster` between nodes: shared storage, and the network of an all-reduce."""
+"""The checks of `ex4d doctor --cluster` between nodes: shared storage, and the network, by an all-reduce."""
 
 from __future__ import annotations
 
@@ -11,9 +11,9 @@ from dataclasses import dataclass, field
 from pathlib import Path
 
 ROUNDS = 20
-RENAMES, MIN_RENAMES = 200, 10  # of all participants, of each
+RENAMES, MIN_RENAMES = 200, 10  # by all participants together; by each at least
 TOLD_BYTES = 64 << 10
-PEERS_S = 30.0  # how long the nodes wait for each other's files; a busy one starts a worker in 10 to 20
+PEERS_S = 30.0  # how long nodes wait for each other's files; a busy node needs 10 to 20 s to start a worker
 CONNECT_S = 12.0
 REDUCED_BYTES = 32 << 20
 TIMES = 3
@@ -21,13 +21,13 @@ TIMES = 3
 
 @dataclass
 class Race:
-    """What one participant saw of a shared folder.
+    """What one participant observed in a shared folder.
 
     Args:
-        sees_driver: it read the driver's file. peers: how many participants' files it saw in time.
-        won: rounds in which it created the file that only one may create.
-        locked: it got the lock that only one may hold.
-        torn: reads during renames that were neither the old nor the new file.
+        sees_driver: it could read the driver's file. peers: number of participants whose files it saw in time.
+        won: rounds in which it created the file that only one participant may create.
+        locked: it got the lock that only one participant may hold.
+        torn: reads during renames that returned neither the old nor the new file.
     """
 
     sees_driver: bool = False
@@ -39,11 +39,11 @@ class Race:
 
 
 def race(folder: str, word: str, index: int, count: int) -> Race:
-    """Return what a participant sees while `count` of them use a folder of the shared storage at once.
+    """Use a folder of the shared storage together with the other participants; return what this one observed.
 
     Args:
-        word: the content of the driver's file `driver`.
-        index: of this participant. In turn one renames, and the others read.
+        word: the expected content of the driver's file `driver`.
+        index: number of this participant, of `count`. They take turns at renaming, while the others read.
     """
     result, place = Race(), Path(folder)
     try:
@@ -68,7 +68,7 @@ def race(folder: str, word: str, index: int, count: int) -> Race:
 
 
 def _meet(place: Path, name: str, index: int, count: int) -> int:
-    """Return how many participants reached this point, once all did or PEERS_S have passed."""
+    """Wait until all participants reached this point, or for PEERS_S; return how many did."""
     (place / f"{name}-{index}").write_text("")
     deadline = time.monotonic() + PEERS_S
     while (there := len(list(place.glob(f"{name}-*")))) < count and time.monotonic() < deadline:
@@ -77,9 +77,9 @@ def _meet(place: Path, name: str, index: int, count: int) -> int:
 
 
 def _creates(path: Path, number: int, index: int, count: int) -> bool:
-    """Return whether this participant created the file of a round.
+    """Return True if this participant created the file of a round.
 
-    In even rounds all try at once. In odd ones they try after one of them, so that no order of nodes hides a fault.
+    In even rounds all try at once. In odd rounds one goes first and the others follow, so that no order hides a fault.
     """
     deadline = time.monotonic() + PEERS_S
     while number % 2 and index != number // 2 % count and not path.exists() and time.monotonic() < deadline:
@@ -92,7 +92,7 @@ def _creates(path: Path, number: int, index: int, count: int) -> bool:
 
 
 def _rename(place: Path, writer: int, times: int) -> None:
-    """Rename new files over one that others read."""
+    """Repeatedly rename a new file over one that the others read."""
     for number in range(times):
         temporary = place / f"new-{writer}-{number}"
         temporary.write_bytes(bytes([number % 256]) * TOLD_BYTES)
@@ -101,7 +101,7 @@ def _rename(place: Path, writer: int, times: int) -> None:
 
 
 def _count_torn(place: Path, writer: int) -> int:
-    """Return how many reads of the file that is renamed over were missing, short or mixed."""
+    """Return how many reads of the replaced file found it missing, short or mixed."""
     torn, deadline = 0, time.monotonic() + PEERS_S
     file, last = place / f"renamed-{writer}", place / f"all-{writer}"
     while not file.exists() and time.monotonic() < deadline:
@@ -117,7 +117,7 @@ def _count_torn(place: Path, writer: int) -> int:
 
 
 def all_reduce(address: str, port: int, rank: int, count: int, on_gpu: bool) -> tuple[float, str]:
-    """Return (Gbit/s of an all-reduce, "") as one rank of it, or (0, why it failed)."""
+    """Run one rank of an all-reduce; return (Gbit/s, "") or (0, reason of the failure)."""
     import torch
     from torch import distributed
 

@@ -1,7 +1,7 @@
-"""What `ex4d submit` sends to a cluster: the settings of the job in one file, and the small files that they name.
+"""Package what `ex4d submit` sends to a cluster: the job's settings in one file, and the small files that they name.
 
-A cluster's nodes share storage with each other, not with this machine. So outputs and datasets must be absolute paths
-or URLs; a relative path is a file of this machine, which is sent along, or an error.
+A cluster's nodes share storage with each other, but not with this machine. So outputs and datasets must be absolute
+paths or URLs. A relative path must be a file on this machine, which is sent along; anything else is an error.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ from pipelines.commands.jobs import JOBS
 
 FILE = "ex4d_submitted.yaml"
 MAX_FILE_MB = 64
-# Settings that all nodes must find in one place.
+# Settings whose paths must be the same for all nodes.
 SHARED = {
     "preprocess": ("preprocess.output",),
     "encode": ("encode.data", "encode.output"),
@@ -29,7 +29,7 @@ SHARED = {
     "sweep": ("train.data", "sweep.output"),
     "evaluate": ("evaluate.adapter", "evaluate.output"),
 }
-# Last words of the other settings that may name files; test_submit.py compares them with every setting's help.
+# Last components of other settings that may name files; test_submit.py compares them with every setting's help.
 NAMES = (
     *("input", "list_root", "cache_dir", "depth_path", "tracker_path", "model", "base", "init_from", "adapter"),
     *("videos", "trajectories", "ranges", "generation", "image_features", "video_features", "lora", "file", "weights"),
@@ -38,10 +38,10 @@ CODE = ("ex4d", "pipelines")
 
 
 def settings(job: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
-    """Return the sections that a job reads, validated as the job itself does, ready to run on a cluster.
+    """Return the sections that a job reads, validated as by the job itself and adapted to run on a cluster.
 
     Raises:
-        ConfigError: a setting is invalid, is relative where it must be shared, or holds a password.
+        ConfigError: a setting is invalid, is a relative path although it must be shared, or contains a password.
     """
     module = importlib.import_module(JOBS[job])
     chosen = config.load(path, module.SECTIONS, overrides, getattr(module, "OPTIONAL", ()))
@@ -79,10 +79,10 @@ def _texts(value: Any, key: str = "") -> Iterator[tuple[str, str]]:
 
 
 def files(tree: Mapping[str, Any]) -> list[str]:
-    """Return the relative paths of the files that the settings name; they are sent along.
+    """Return the relative paths of the files that the settings name and that have to be sent along.
 
     Raises:
-        ConfigError: a folder, a large file or one outside of the current folder; a list whose files lie beside it.
+        ConfigError: a path is a folder, a large file or outside of the current folder, or a list with files beside it.
     """
     paths = []
     for key, text in _texts(tree):
@@ -98,7 +98,7 @@ def files(tree: Mapping[str, Any]) -> list[str]:
 
 
 def _is_packed(key: str, path: str, tree: Mapping[str, Any]) -> bool:
-    """Return False where a relative path names nothing here, such as a hub id. Raises ConfigError: see `files`."""
+    """Return False if a relative path names nothing here, e.g. a hub id. Raises ConfigError, see `files`."""
     is_input = key in ("preprocess.input", "evaluate.videos")
     if not os.path.isfile(path):
         if os.path.isdir(path) or is_input:
@@ -115,7 +115,7 @@ def _is_packed(key: str, path: str, tree: Mapping[str, Any]) -> bool:
 
 
 def _check_list(key: str, path: str, root: str | None) -> None:
-    """Raise ConfigError where an input file is no list, or one that names files beside itself."""
+    """Raise ConfigError if an input file is not a list, or is a list of files in its own folder."""
     from pipelines.inputs import lists
 
     if not path.lower().endswith(lists.SUFFIXES):
@@ -131,7 +131,7 @@ def _check_list(key: str, path: str, root: str | None) -> None:
 
 
 def write(tree: Mapping[str, Any], paths: Sequence[str], folder: Path, with_code: bool) -> None:
-    """Write into an empty folder what is sent: the settings as FILE, the files, and with `with_code` our packages."""
+    """Write what is sent into an empty folder: the settings as FILE, the files, and `with_code` our packages."""
     for path in paths:
         target = folder / path
         target.parent.mkdir(parents=True, exist_ok=True)

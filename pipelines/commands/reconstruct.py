@@ -1,4 +1,4 @@
-"""`ex4d reconstruct`: what a camera path would see of a video."""
+"""`ex4d reconstruct`: show what a camera path would see of a video."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d reconstruct`; return the exit status."""
+    """Run `ex4d reconstruct`; return the exit status."""
     from ex4d import reconstruct_files
     from ex4d.reconstruct import reconstruct
 

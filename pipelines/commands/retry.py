@@ -1,4 +1,4 @@
-"""`ex4d retry`: try again what a preprocess run rejected for the given reasons, and do what else is missing."""
+"""`ex4d retry`: retry what a preprocess run rejected for the given reasons, and do any other missing work."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d retry`; return the exit status."""
+    """Run `ex4d retry`; return the exit status."""
     result = retry(args.dataset, args.reason, args.config)
     print(result.table(), summary(result), sep="\n")
     return result.exit_code
@@ -39,12 +39,12 @@ def retry(output: str, reasons: Sequence[str], config_path: str | None = None, r
 
     Args:
         output: dataset folder.
-        reasons: e.g. "decode_timeout"; the table at the end of a run and rejects.parquet have them.
+        reasons: e.g. "decode_timeout"; they are listed in the table at the end of a run and in rejects.parquet.
         config_path: take the settings from this YAML file instead, e.g. with more time in `preprocess.limits`.
-        runner_name: as for `preprocess.run`.
+        runner_name: see `preprocess.run`.
 
     Raises:
-        ConfigError: no reason, or there is no run to resume.
+        ConfigError: no reason is given, or there is no run to resume.
     """
     from pipelines.preprocess import run as preprocess
     from pipelines.runtime.ledger import Ledger
@@ -67,7 +67,7 @@ def retry(output: str, reasons: Sequence[str], config_path: str | None = None, r
 
 
 def summary(result: Result) -> str:
-    """Return a line with the number of retries, and a line for each kind of outcome."""
+    """Return a line with the number of retried rows, and a line for each kind of outcome."""
     fates = Counter(result.retried.values())
     lines = [f"tried again: {len(result.retried)}"]
     lines += [f"  {before} -> {now or 'not tried'}: {count}" for (before, now), count in sorted(fates.items())]

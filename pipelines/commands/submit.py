@@ -13,9 +13,9 @@ from typing import Any
 from ex4d.config import installed_versions
 from pipelines.commands import job_server, package
 
-# Environment that changes what a job does; nothing else of this machine's environment is sent, no keys above all.
+# Variables that change what a job does. Nothing else of this machine's environment is sent, in particular no keys.
 PASSED = ("EX4D_CODECS", "HF_HUB_OFFLINE", "WANDB_MODE")
-STOP_S = 180  # from SIGTERM to SIGKILL of a job that is stopped; Ray's own 3 s are too short for a checkpoint
+STOP_S = 180  # between SIGTERM and SIGKILL when a job is stopped; Ray's default of 3 s is too short for a checkpoint
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -33,7 +33,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d submit`; return the job's exit status, 0 with --detach, 130 after Ctrl-C."""
+    """Run `ex4d submit`; return the job's exit status, 0 with --detach, 130 after Ctrl-C."""
     tree = package.settings(args.job, args.config, args.overrides)
     paths = package.files(tree)
     client, address = job_server.connect(args.address)
@@ -50,7 +50,7 @@ def start(client: Any, entrypoint: str, label: dict[str, str], folder: str | Non
 
     Args:
         label: job and config, which `ex4d jobs` shows.
-        folder: the working directory to send; None: none.
+        folder: working directory to send; None: none.
     """
     job_id = f"{label['job']}-{time.strftime('%m%d-%H%M%S')}-{secrets.token_hex(2)}"
     passed = {name: os.environ[name] for name in PASSED if name in os.environ}

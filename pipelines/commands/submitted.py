@@ -1,4 +1,4 @@
-"""`ex4d jobs`: the jobs that were submitted to a cluster."""
+"""`ex4d jobs`: list, follow or stop the jobs that were submitted to a cluster."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d jobs`; return the exit status: of the job itself with --follow."""
+    """Run `ex4d jobs`; return the exit status: that of the job with --follow."""
     if args.id is None and (args.follow or args.stop):
         raise ConfigError("ID", None, "name the job; `ex4d jobs` lists them")
     client, address = job_server.connect(args.address)

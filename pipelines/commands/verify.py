@@ -16,7 +16,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d verify`; return the exit status."""
+    """Run `ex4d verify`; return the exit status."""
     from ex4d.data.verify import verify
 
     report = verify(args.dataset, full=not args.quick, trust=args.trust)

@@ -1,4 +1,4 @@
-"""`ex4d view`: a page of a dataset's samples, or of a video's mesh and cameras."""
+"""`ex4d view`: write a page of a dataset's samples, or of a video's mesh and cameras."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ex4d.reconstruct_config import ReconstructConfig
 from pipelines.commands import flags
 from pipelines.runtime.output import writing
 
-MAX_VIEW_FRAMES = 49  # of an interactive 3D page: about 10 MB
+MAX_VIEW_FRAMES = 49  # maximum frames of an interactive 3D page: about 10 MB
 
 
 def arguments(parser: argparse.ArgumentParser) -> None:
@@ -29,7 +29,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
 
 
 def run(args: argparse.Namespace) -> int:
-    """Do `ex4d view`; return the exit status."""
+    """Run `ex4d view`; return the exit status."""
     if Path(args.output).suffix.lower() != ".html":
         raise ConfigError("output", args.output, "must be the name of an .html file")
     with writing(args.output, is_file=True):

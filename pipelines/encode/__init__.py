@@ -1,1 +1,1 @@
-"""`ex4d encode`: clips to latents."""
+"""`ex4d encode`: turn clips into latents."""

@@ -1,7 +1,7 @@
-"""`ex4d encode`: a dataset of clips to a dataset of latents, with the same keys and the same guarantees.
+"""`ex4d encode`: turn a dataset of clips into a dataset of latents, with the same keys and the same guarantees.
 
-Two passes, each over what the ledger lacks: the samples, then each distinct caption of the encoded samples. A staged
-file is named by its key and by a fingerprint of everything that it depends on, including the encoders' weights.
+There are two passes, each over what the ledger lacks: the samples, then each distinct caption of the encoded samples.
+A staged file is named by its key and a fingerprint of everything that it depends on, including the encoders' weights.
 """
 
 from __future__ import annotations
@@ -32,8 +32,8 @@ from pipelines.runtime.result import Result
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, Stage, new_row
 
-CODE = 1  # raise it when stages write something else: older staging is then not reused
-PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")  # may change a latent
+CODE = 1  # increment when stages change their output, so that older staging is not reused
+PACKAGES = ("ex4d-platform", "torch", "diffusers", "transformers", "numpy", "av")  # whose version may change a latent
 TEXTS = "texts"
 SAMPLE_STAGES = (stages.READ, stages.LOAD_MODELS, stages.ENCODE_VIDEO, stages.ENCODE_IMAGE, stages.WRITE_LATENTS)
 TEXT_STAGES = (stages.LOAD_TEXT_MODEL, stages.ENCODE_TEXT, stages.WRITE_TEXT)
@@ -74,7 +74,7 @@ SECTIONS = {"encode": EncodeConfig, "model": ModelConfig, "ray": RayConfig}
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
-    """Do `ex4d encode`; return the exit status."""
+    """Run `ex4d encode`; return the exit status."""
     chosen = config_file.load(config_path, SECTIONS, overrides)
     check_output("encode.output", chosen["encode"].output)
     result = run(chosen["encode"], chosen["model"], chosen["ray"])
@@ -85,15 +85,15 @@ def command(config_path: str, overrides: Sequence[str]) -> int:
 def run(
     config: EncodeConfig, model: ModelConfig, ray_config: RayConfig | None = None, runner_name: str = "ray"
 ) -> Result:
-    """Bring the latent dataset `config.output` up to date with `config.data` and return the result.
+    """Update the latent dataset `config.output` to match `config.data` and return the result.
 
-    A second run resumes. `exit_code` is 1, and nothing is committed, where too many samples are bad.
+    Running it again resumes. `exit_code` is 1, and nothing is committed, if too many samples are bad.
 
     Args:
         runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
 
     Raises:
-        ConfigError: a setting is invalid, or the base cannot take these clips; before any work.
+        ConfigError: a setting is invalid, or the base cannot take these clips; raised before any work.
         ContractError: `config.data` is not a finished dataset of clips.
     """
     outside_datasets("encode.output", config.output, own="latents")
@@ -101,7 +101,7 @@ def run(
     if "latents" in dataset:
         raise ConfigError("encode.data", config.data, "must be a dataset of clips; this one already holds latents")
     if model.family is not None:
-        transformer_config(model.base, model.revision, model.family)  # raises for another family
+        transformer_config(model.base, model.revision, model.family)  # raises if the base is of another family
     models = of_components(model.base, model.revision, ENCODERS)
     with opened("encode", config, ray_config, runner_name) as (passes, end):
         job = _Job(config, model, dataset, models, passes)
@@ -112,7 +112,7 @@ def run(
 
 @dataclass
 class _Job:
-    """One run. Filled in order: samples, texts, then the dataset."""
+    """One run. State is filled in this order: samples, texts, then the dataset."""
 
     config: EncodeConfig
     model: ModelConfig
@@ -136,7 +136,7 @@ class _Job:
         self.context = Encoding(*places, self.model, self.config.dtype, device, kinds)
 
     def work(self) -> None:
-        """Encode every sample that staging lacks, or reject it; then the captions of the encoded samples."""
+        """Encode or reject every sample that staging lacks; then encode the captions of the encoded samples."""
         table = manifest.read_table(
             self.config.data, manifest.MANIFEST, sha256=self.dataset["sha256"][manifest.MANIFEST]
         )
@@ -171,11 +171,11 @@ class _Job:
         )
 
     def _numbers(self) -> dict[str, Any]:
-        """Return the dtypes and the device of the models; "auto" is another dtype on another device."""
+        """Return the models' dtypes and device; "auto" resolves to a different dtype on another device."""
         return {"dtype": self.model.dtype, "vae_dtype": self.model.vae_dtype, "device": self.context.device}
 
     def _texts(self, places: Mapping[str, Mapping[str, Any]]) -> None:
-        """Fill `texts`: {sha256 of the text: where its embeddings lie}."""
+        """Fill `texts`: {sha256 of the text: path or URL of its embeddings}."""
         digest = fingerprint(
             "text", CODE, self.versions, self.config.dtype, self.models.get("text_encoder"), self._numbers()
         )
@@ -189,13 +189,13 @@ class _Job:
         self.texts = {row["key"]: self.ledger.url(row["artifact"]) for row in rows if row["key"] not in refused}
 
     def _pass(self, name: str, todo: tuple[Stage, ...], rows: Sequence[Row]) -> dict[str, dict[str, Any]]:
-        """Work on the rows that the ledger lacks; return {key: refusal} of those that were rejected."""
+        """Run stages on the rows that the ledger lacks; return {key: refusal} of rejected rows."""
         missing = [row for row in rows if row["artifact"] not in self.done]
         done = self.passes.run(name, stages.with_gpu(todo, self.config.num_gpus), missing, self.context)
         return {row["key"]: row["refusal"] for row in done if row["refusal"] is not None}
 
     def judge(self) -> None:
-        """Commit the dataset, unless too much was bad."""
+        """Commit the dataset, unless too many samples are bad."""
         total = self.dataset["counts"]["samples"]
         if len(self.rejects) > self.config.max_bad_fraction * total:
             self.problems.append(
@@ -241,7 +241,7 @@ class _Job:
         }
 
     def finish(self) -> Result:
-        """Return the Result: the counts of the input dataset, less the samples that were rejected."""
+        """Return the Result: the counts of the input dataset, minus the rejected samples."""
         counts = dict(self.dataset["counts"])
         counts["samples"] -= len(self.rejects)
         counts["clips_bad"] += len(self.rejects)
@@ -250,7 +250,7 @@ class _Job:
 
 
 def throughput(result: Result) -> str:
-    """Return one line: clips per second of work, and the share of each stage; loading is listed separately."""
+    """Return one line: clips per second of work, and the fraction of each stage; model loading is listed separately."""
     worker_s_of = {name: tally.worker_s for name, tally in result.stages.items() if tally.done}
     loading = sum(worker_s_of.pop(name, 0.0) for name in (stages.LOAD_MODELS.name, stages.LOAD_TEXT_MODEL.name))
     whole = sum(worker_s_of.values())

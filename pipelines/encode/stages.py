@@ -1,4 +1,4 @@
-"""Encode finished samples and texts with the frozen base, which stays loaded between rows."""
+"""Encode finished samples and texts with the frozen base model, which stays loaded between rows."""
 
 from __future__ import annotations
 
@@ -22,14 +22,14 @@ VIDEO_MODELS, TEXT_MODELS = ("vae", "image_encoder"), ("text_encoder",)
 
 @dataclass(frozen=True)
 class Encoding:
-    """What every row is encoded with.
+    """The settings that all rows are encoded with.
 
     Args:
-        data, output: the dataset to read and the one to write.
+        data, output: the dataset to read and the dataset to write.
         model: the base and its dtypes.
-        dtype: of the stored tensors.
+        dtype: dtype of the stored tensors.
         device: cuda or cpu.
-        mask_kinds: of the dataset that is read.
+        mask_kinds: names of mask kinds in the input dataset.
     """
 
     data: str
@@ -49,24 +49,25 @@ def _dataset(folder: str) -> dict[str, Any]:
 
 @lru_cache(maxsize=1)
 def loaded(model: ModelConfig, device: str, components: tuple[str, ...]) -> Base:
-    """Return the base with these components; this process keeps it until it needs others."""
+    """Load the base with these components; this process caches it until other components are requested."""
     import torch
 
     from ex4d.models.backbone import load_base
 
     if device == "cpu":
-        torch.set_num_threads(1)  # sums depend on the number of threads, and the bytes must not
+        torch.set_num_threads(1)  # sums depend on the number of threads, but the output bytes must not
     torch.backends.cudnn.deterministic, torch.backends.cudnn.benchmark = True, False
     return load_base(model.base, model.revision, model.dtype, device, components, model.vae_dtype)
 
 
 def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return the sample's frames and masks, and the members that are copied unchanged (as text).
+    """Return the sample's frames and masks, and the text members that are copied unchanged.
 
-    `first_shown` uint8 [U,H,W,3] are its distinct first frames under the masks; `first_index` uint8 [S]: which.
+    `first_shown` uint8 [U,H,W,3]: distinct first frames under the masks. `first_index` uint8 [S]: index into it per
+    mask.
 
     Raises:
-        BadSample: damaged_sample: its bytes differ from the manifest, or are not a sample.
+        BadSample: damaged_sample: its bytes differ from the manifest, or are not a valid sample.
     """
     import hashlib
 
@@ -104,13 +105,13 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def load_models(components: tuple[str, ...], row: Row, context: Encoding) -> dict[str, Any]:
-    """Load models, once per process; a stage of its own, so that no clip or text is charged for the time."""
+    """Load models, once per process; a stage of its own, so that the time is not attributed to a clip or text."""
     loaded(context.model, context.device, components)
     return {}
 
 
 def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return `target`, `condition`, `hole`, `first_frame` and `source` as in data.latents, float32.
+    """Return `target`, `condition`, `hole`, `first_frame` and `source`, float32, as described in data.latents.
 
     Raises:
         ConfigError: the base cannot take clips of this size or length.
@@ -146,7 +147,7 @@ def encode_video(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def encode_image(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return `image` float32 [U,n,d], the features of each first frame; None for a base without an image encoder."""
+    """Return `image` float32 [U,n,d], features of each first frame; None if the base has no image encoder."""
     import torch
 
     from ex4d.models.encoders import to_pixels
@@ -160,7 +161,7 @@ def encode_image(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
-    """Write the finished latent sample to staging, atomically."""
+    """Write the finished latent sample to staging atomically."""
     from ex4d.data import latents
     from ex4d.data.tar import sample_tar
 
@@ -173,7 +174,7 @@ def write_latents(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def encode_text(row: Row, context: Encoding) -> dict[str, Any]:
-    """Return `text`, read from the dataset where the row does not hold it, and `embeds` float32 [n, d].
+    """Return `text`, read from the dataset unless the row holds it, and `embeds` float32 [n, d].
 
     Raises:
         ContractError: the text in the dataset differs from its sha256 in the manifest.
@@ -192,7 +193,7 @@ def encode_text(row: Row, context: Encoding) -> dict[str, Any]:
 
 
 def write_text(row: Row, context: Encoding) -> dict[str, Any]:
-    """Write the embeddings to staging, atomically."""
+    """Write the embeddings to staging atomically."""
     from ex4d.data.tensors import encode_tensors, store_as
 
     written = np.frombuffer(row["text"].encode("utf-8"), np.uint8)
@@ -238,6 +239,6 @@ WRITE_TEXT = Stage("write_text", write_text, reads=("text", "embeds", "artifact"
 
 
 def with_gpu(stages: tuple[Stage, ...], num_gpus: float) -> tuple[Stage, ...]:
-    """Return the stages; from the first that loads a model on, they share one GPU actor, so frames travel only once."""
+    """Return the stages; from the first that loads a model on, all share one GPU actor: frames are sent only once."""
     first = next(index for index, stage in enumerate(stages) if stage in (LOAD_MODELS, LOAD_TEXT_MODEL))
     return (*stages[:first], *(replace(stage, num_gpus=num_gpus) for stage in stages[first:]))

@@ -1,1 +1,1 @@
-"""`ex4d evaluate`: how good an adapter is."""
+"""`ex4d evaluate`: measure the quality of an adapter."""

@@ -13,7 +13,7 @@ from ex4d.geometry.camera_path import SOURCE_MOTIONS
 from ex4d.geometry.profiles import PROFILES
 from pipelines.evaluate.stages import CODEC, METHODS, OTHER
 
-CORPUS_SEED = 900_000  # of the scenes; no training corpus may use it
+CORPUS_SEED = 900_000  # seed of the evaluation scenes; no training corpus may use it
 RANGE = re.compile(r"[a-z0-9_-]{1,32}")
 RANGES = {"small": ("orbit", 30.0), "large": ("orbit", 60.0), "extreme": ("orbit", 90.0), "full": ("full", 90.0)}
 Options = dict[str, float | bool | str]
@@ -91,6 +91,6 @@ class EvaluateConfig:
 
     @property
     def compared(self) -> tuple[str, ...]:
-        """The methods, in the order of METHODS."""
+        """The methods to compare, in the order of METHODS."""
         usual = [name for name in METHODS if name != OTHER and (name != CODEC or self.videos is None)]
         return tuple(name for name in METHODS if name in (self.methods or usual))

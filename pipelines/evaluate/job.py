@@ -1,7 +1,7 @@
 """`ex4d evaluate`: measure an adapter over ranges of camera paths, on scenes with known truth or on videos.
 
 A row is one clip along one path. Its figures, features and videos are staged together under a name that fingerprints
-everything they depend on, so a killed run resumes. evaluation.json is written last: it is the commit.
+everything they depend on, so a killed run can resume. evaluation.json is written last and acts as the commit.
 """
 
 from __future__ import annotations
@@ -37,13 +37,13 @@ from pipelines.runtime.result import Result, logged
 from pipelines.runtime.runner import RayConfig
 from pipelines.runtime.stage import Row, is_lasting
 
-SHOWN = 4  # clips of each range on the page; the videos of all are beside it
+SHOWN = 4  # clips per range that the page shows; the videos of all clips are saved next to it
 RECORD = "evaluation.json"
 SECTIONS = {"evaluate": EvaluateConfig, "generate": GenerateConfig, "synthetic": SyntheticConfig, "ray": RayConfig}
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
-    """Do `ex4d evaluate`; return the exit status."""
+    """Run `ex4d evaluate`; return the exit status."""
     chosen = config_file.load(config_path, SECTIONS, overrides)
     check_output("evaluate.output", chosen["evaluate"].output)
     report = run(chosen["evaluate"], chosen["generate"], chosen["synthetic"], chosen["ray"])
@@ -61,11 +61,11 @@ def run(
     """Compute the views that `config.output` lacks and return the report.
 
     Args:
-        world: settings of the scenes; size and length are the adapter's. Not used for videos.
+        world: settings of the scenes; size and length are the adapter's. Unused for videos.
         runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
 
     Raises:
-        ConfigError: a setting is invalid; before any work.
+        ConfigError: a setting is invalid; raised before any work.
         ContractError: the adapter's file or a result of an earlier run is damaged.
     """
     outside_datasets("evaluate.output", config.output)
@@ -75,7 +75,7 @@ def run(
     how = {"runner": runner_name, "num_workers": config.num_workers}
     with exclusive(config.output), logged(config.output, progress.tallies, bugs, how) as end:
         job = _Job(config, planned)
-        chosen = runner_name if job.missing() else "inline"  # do not start Ray where nothing is missing
+        chosen = runner_name if job.missing() else "inline"  # do not start Ray if nothing is missing
         with runner.runner(chosen, ray_config or RayConfig(), config.num_workers, attempts) as execute:
             passes = Passes("evaluate", execute, progress, config.max_bugs, bugs=bugs)
             try:
@@ -90,7 +90,7 @@ def run(
 
 
 class _Job:
-    """One run; `rejects` and `problems` are filled by the work."""
+    """One run; the work fills `rejects` and `problems`."""
 
     def __init__(self, config: EvaluateConfig, planned: evaluate_plan.Planned):
         self.config, self.planned = config, planned
@@ -99,7 +99,7 @@ class _Job:
         self.problems: list[str] = []
 
     def missing(self) -> list[Row]:
-        """Return the rows that are neither done nor rejected for good."""
+        """Return the rows that are neither finished nor permanently rejected."""
         refusals = ((row["refusal_artifact"], row["key"]) for row in self.planned.rows)
         self.ledger.take({name: key for name, key in refusals if name in self.ledger})
         done = self.ledger.names()
@@ -154,7 +154,7 @@ class _Job:
 
     def _write(self, result: Result, rows: list[Row]) -> Report:
         """Write the videos, the page and evaluation.json, and delete older ones; return the Report."""
-        storage.remove(self._url(RECORD))  # until it is written again, nothing is committed
+        storage.remove(self._url(RECORD))  # nothing is committed until it is written again
         ranges = {name: Range() for name in self.config.ranges}
         clips: list[dict[str, Any]] = []
         shown: list[View] = []
@@ -193,7 +193,7 @@ class _Job:
         return report
 
     def _keep(self, name: str, data: bytes) -> str:
-        """Write a video unless it exists with these bytes; return its name."""
+        """Write a video unless the file already has these bytes; return its name."""
         url = self._url("videos", name)
         if not storage.exists(url) or storage.read_bytes(url) != data:
             storage.write_bytes(url, data)

@@ -1,4 +1,4 @@
-"""Plan an evaluation: check the settings, and list a row for each clip along each path."""
+"""Plan an evaluation: check the settings, and list one row for each clip along each path."""
 
 from __future__ import annotations
 
@@ -23,8 +23,8 @@ from pipelines.evaluate.config import CORPUS_SEED, EvaluateConfig
 from pipelines.evaluate.stages import OTHER, Evaluation
 from pipelines.runtime.stage import Row, new_row
 
-CODE = 1  # raise it when stages write something else: older staging is then not reused
-PACKAGES = (  # may change a picture or a figure
+CODE = 1  # increment when stages change their output, so that older staging is not reused
+PACKAGES = (  # packages whose version may change a picture or a figure
     *("ex4d-platform", "torch", "diffusers", "transformers", "peft"),
     *("numpy", "scipy", "numba", "av", "opencv-python-headless"),
 )
@@ -35,9 +35,9 @@ class Planned:
     """The plan of an evaluation.
 
     Args:
-        rows: one for every clip along every path, with `artifact` and `refusal_artifact`, of which one will be written.
+        rows: one for each clip along each path, with `artifact` and `refusal_artifact`, one of which will be written.
         rejects: videos that cannot be used, each with `views`, the number of rows that it would have had.
-        context: what all rows share.
+        context: settings that all rows share.
         facts: what is evaluated, and how, for the page.
     """
 
@@ -48,10 +48,10 @@ class Planned:
 
 
 def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig) -> Planned:
-    """Return the rows of an evaluation.
+    """Return the plan of an evaluation.
 
     Raises:
-        ConfigError: a setting is invalid; before any work.
+        ConfigError: a setting is invalid; raised before any work.
         ContractError: the adapter's file or a file of poses is damaged.
     """
     adapters = experts.read(config.adapter)
@@ -59,7 +59,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     size, num_frames = config.size or metadata.size, config.num_frames
     num_frames = metadata.num_frames if num_frames is None else num_frames
     choices = _reconstruct_choices(config, metadata, num_frames, size)
-    ReconstructConfig(**choices)  # refuses what is invalid
+    ReconstructConfig(**choices)  # raises if a setting is invalid
     _check_size(num_frames, size)
     scenes = config.videos is None
     if scenes and world.seed == CORPUS_SEED:
@@ -131,8 +131,8 @@ def _check_swap(sampler: GenerateConfig, base: tuple[str, str | None]) -> None:
 
 
 def _known_by(config: EvaluateConfig, context: Evaluation) -> list[Any]:
-    """Return what a view's result depends on besides its clip and its path."""
-    # Where idle weights are kept changes no result.
+    """Return everything that a view's result depends on besides its clip and its path."""
+    # Where idle weights are kept does not change the result.
     how = to_dict(replace(context.sampler, offload=False, block_swap=0))
     known_by = [CODE, installed_versions(PACKAGES), context.model, how, config.seed, context.device, config.compared]
     known_by += [config.source_motion, config.persistent_frames]
@@ -149,7 +149,7 @@ def _check_size(num_frames: int, size: tuple[int, int]) -> None:
 
 
 def _path(name: str, chosen: tuple, num_frames: int, size: tuple[int, int]) -> dict[str, Any]:
-    """Check a range's path; return `name`, `angle_deg`, `options` and the `content` of a pose file."""
+    """Check a range's path; return its `name`, `angle_deg`, `options`, and `content`, the hash of a pose file or ""."""
     trajectory, angle_deg = chosen[:2]
     options = dict(chosen[2]) if len(chosen) > 2 else {}
     K = intrinsics(size)
@@ -176,7 +176,7 @@ def _rows(
 
 
 def _cases(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> list[dict[str, Any]]:
-    """Return the scenes, or the videos that can be read; append the others to `rejects`."""
+    """Return the scenes, or the readable videos; append the others to `rejects`."""
     if config.videos is None:
         numbers = range(config.num_scenes)
         cases = [{"name": f"scene-{i:05d}", "index": i, "content": str(i), "video": f"scene {i}"} for i in numbers]
@@ -190,7 +190,7 @@ def _cases(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> list[dict[s
 def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[dict[str, Any]]:
     """Yield a case for each readable video; append the others to `rejects`."""
     try:
-        with web.rules(private="none"):  # a list may name hosts
+        with web.rules(private="none"):  # a list may name remote hosts
             listed = inputs.expand(str(config.videos), exclude=config.output)
     except ConfigError as error:
         raise ConfigError("evaluate.videos", error.value, error.allowed) from None

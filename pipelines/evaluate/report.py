@@ -12,14 +12,14 @@ from ex4d.viewer import page
 from pipelines.evaluate.stages import METHODS, WARP
 from pipelines.runtime.result import Result
 
-SHOWN = ("source", "depth", "condition", *(name for name in METHODS if name != WARP), "truth")  # warp: the condition
+SHOWN = ("source", "depth", "condition", *(name for name in METHODS if name != WARP), "truth")  # condition: the warp
 LABELS = {**METHODS, "truth": "true novel view"}
-WIDTH = 200  # at most
+WIDTH = 200  # maximum width of the terminal tables, in characters
 
 
 @dataclass(frozen=True)
 class View:
-    """One view of the page: its key, its range, and {name of SHOWN: mp4}."""
+    """One view on the page: its key, its range, and {name in SHOWN: mp4}."""
 
     key: str
     range: str
@@ -31,10 +31,10 @@ class Report:
     """The results of an evaluation.
 
     Args:
-        result: counts, rejects and problems, as of any run; `report` is the path of the page.
+        result: counts, rejects and problems, as for any run; `report` is the path of the page.
         tables: {range: (columns, rows of text)}.
         ranges: {range: the figures of every view}.
-        shown: some views to look at.
+        shown: a few views for the page.
         facts: what was evaluated, and how.
     """
 
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def exit_code(self) -> int:
-        """0 done, 1 failed."""
+        """0 success, 1 failure."""
         return self.result.exit_code
 
     def table(self) -> str:
@@ -73,11 +73,11 @@ class Report:
         return "\n".join(line.rstrip() for line in text.getvalue().splitlines())
 
     def page(self, title: str, summary: Sequence[str], videos: str | None = None, **more: Any) -> page.Page:
-        """Return the page.
+        """Return the HTML page.
 
         Args:
             videos: path of the videos relative to the page; None embeds them.
-            more: `losses` of a training; `facts` beside those of the evaluation.
+            more: further fields of the page, e.g. `losses` of a training; `facts` to add to the evaluation's.
         """
         facts = {**self.facts, **more.pop("facts", {})}
         return page.Page(

@@ -1,4 +1,4 @@
-"""Render one view of one clip with each method and measure it. The model stays loaded between rows."""
+"""Render one view of one clip with each method, and measure it. The model stays loaded between rows."""
 
 from __future__ import annotations
 
@@ -36,19 +36,19 @@ METHODS = {
 
 @dataclass(frozen=True)
 class Evaluation:
-    """What every row is evaluated with.
+    """The settings that all rows are evaluated with.
 
     Args:
         output: folder of the results.
-        adapter, base: as in `generate.load`; model: content hashes of both.
-        sampler: how videos are sampled; seed: of the noise.
+        adapter, base: see `generate.load`. model: content hashes of both.
+        sampler: settings of the sampler. seed: seed of the noise.
         methods: keys of METHODS.
         world: settings of the procedural scenes; None for videos.
         reconstruct: settings of ReconstructConfig for videos: depth, size, num_frames, profile, …
-        image_features, video_features: weights of networks; None for none.
+        image_features, video_features: weights of the feature networks; None: not measured.
         mask_range, source_video: as the adapter was trained.
         device: cuda or cpu.
-        source_motion, persistent_frames: as in `ex4d.evaluate.views.along`.
+        source_motion, persistent_frames: see `ex4d.evaluate.views.along`.
     """
 
     output: str
@@ -73,17 +73,17 @@ class Evaluation:
 def loaded(
     adapter: str, base: str | None, model: str, device: str, sampler: GenerateConfig
 ) -> tuple[Base, Ex4dModel | Experts]:
-    """Return the base and its adapter; this process keeps them until it needs others.
+    """Load the base and its adapter; this process caches them until others are requested.
 
     Args:
-        model: content hashes of both, so that a replaced file is read again.
+        model: content hashes of both, so that a replaced file is loaded again.
     """
     import torch
 
     from ex4d.generate import load
 
     if device == "cpu":
-        torch.set_num_threads(1)  # sums depend on the number of threads; rows run side by side
+        torch.set_num_threads(1)  # sums depend on the number of threads, and rows run in parallel
     return load(adapter, base, device, sampler)
 
 
@@ -92,7 +92,7 @@ def _loaded(context: Evaluation) -> tuple[Base, Ex4dModel | Experts]:
 
 
 def load_model(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Load the model, once per process; a stage of its own, so that no view is charged for the time."""
+    """Load the model, once per process; a stage of its own, so that the time is not attributed to a view."""
     _loaded(context)
     return {}
 
@@ -113,7 +113,7 @@ def _video(path: str, content: tuple[str, ...], device: str, choices: tuple[tupl
 
 
 def view_of(row: Row, which: str, context: Evaluation) -> View:
-    """Return the row's `case`, or the `other` one, along its path; its depth is cached for the next path."""
+    """Return a view along the row's path of its `case`, or of `other`; the clip is cached for the next path."""
     from ex4d.evaluate import views
 
     case, path = row[which], row["path"]
@@ -127,7 +127,7 @@ def view_of(row: Row, which: str, context: Evaluation) -> View:
 
 
 def make_view(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return `view`: the clip, its warp along the path, and the truth where it is known."""
+    """Return `view`: the clip, its warp along the path, and the true novel view if it is known."""
     from ex4d.evaluate import views
 
     view = view_of(row, "case", context)
@@ -135,9 +135,9 @@ def make_view(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def make_videos(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the eroded mask that all of them used.
+    """Return `made`: {method: frames uint8 [T, H, W, 3]}, and `seen`: the eroded mask that all methods used.
 
-    A method that cannot run is left out: another clip's condition, where that clip is bad.
+    Methods that cannot run are omitted: OTHER, if the other clip is bad.
     """
     from ex4d.evaluate.metrics import inpaint
     from ex4d.generate import generate, to_frames, to_pixels
@@ -184,9 +184,9 @@ def measure(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Return `features`: {"METHOD.image" or "METHOD.video": float32 [N, D]}, and those of "real".
+    """Return `features`: {"METHOD.image" or "METHOD.video": float32 [N, D]}, and the same for "real".
 
-    "real" is the true novel view where it is known, else the source.
+    "real" is the true novel view if it is known, else the source.
     """
     from ex4d.models import features
 
@@ -201,7 +201,7 @@ def measure_features(row: Row, context: Evaluation) -> dict[str, Any]:
 
 
 def write_view(row: Row, context: Evaluation) -> dict[str, Any]:
-    """Write figures, features and videos to staging, atomically; return the size and hash of what was written."""
+    """Write figures, features and videos to staging atomically; return the size and hash of the written file."""
     from ex4d import video
     from ex4d.data.tar import sample_tar
     from ex4d.data.tensors import encode_tensors
@@ -236,5 +236,5 @@ STAGES = (
 
 
 def stages(num_gpus: float) -> tuple[Stage, ...]:
-    """Return the stages, all with the same share of a GPU, so that one process does a whole row."""
+    """Return the stages, all with the same share of a GPU, so that one process runs a whole row."""
     return tuple(replace(stage, num_gpus=num_gpus) for stage in STAGES)

@@ -1,10 +1,10 @@
-"""From `preprocess.input` to a list of sources; a run counts what becomes of each.
+"""Expand `preprocess.input` to a list of sources; a run accounts for each of them.
 
-A folder yields every file under it. A file is taken for a video unless its suffix says otherwise; then it is counted as
-not a video, as is a picture or a video of another video's depth (`clip_depth.mp4` beside `clip.mp4`). With
-`preprocess.image_fps`, a folder of pictures is one video. Links out of the folder and folders that cannot be opened are
-counted too (`walk`). Sidecars of a video (depth, caption, cameras) belong to the video. A list yields what its rows
-name; see `lists`. Folders, files and lists are on this machine or in any store of `storage.urls.SCHEMES`.
+A folder yields every file under it. A file is taken for a video unless its suffix says otherwise. Other files are
+counted as not a video, and so are pictures and a video that holds another video's depth (`clip_depth.mp4` beside
+`clip.mp4`). With `preprocess.image_fps`, a folder of pictures is one video. Links out of the folder and unreadable
+folders are counted too (`walk`). Sidecars (depth, caption, cameras) belong to their video. A list yields the files
+that its rows name; see `lists`. Inputs are local, or in any store of `storage.urls.SCHEMES`.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from pipelines.inputs.tables import without_query
 __all__ = ["AnySources", "Entry", "Found", "Source", "Sources", "Span", "expand", "without_query"]
 
 KEY = "preprocess.input"
-_ONE = re.compile(r"\s*(?:[A-Za-z][\w+.-]*://[^/]*@)?[^,]*")  # of several: a comma in a password is not between them
+_ONE = re.compile(r"\s*(?:[A-Za-z][\w+.-]*://[^/]*@)?[^,]*")  # one of several; commas in a password do not split
 
 
 def expand(
@@ -39,11 +39,11 @@ def expand(
 
     Args:
         given: a file, folder, glob or list (`lists.SUFFIXES`), several of them separated by commas, or a Python
-            list of them; on this machine or in a store.
+            list of them; local or in a store.
         exclude: skip files under this folder (the output).
-        root: folder that names in lists are relative to; None: each list's own.
+        root: folder that names in lists are relative to; None: the list's own folder.
         follow_links: follow links that lead out of the input folder.
-        pictures: a local folder of pictures is one video (`walk.files`).
+        pictures: treat each local folder of pictures as one video (`walk.files`).
 
     Raises:
         ConfigError: an input does not exist or cannot be opened, or nothing was found.
@@ -125,14 +125,14 @@ def _expand_remote(url: str, root: str | None, rules: walk.Rules) -> Iterable[En
 
 
 def _expand_list(path: str, root: str | None, rules: walk.Rules) -> Iterator[Entry]:
-    """Yield what the rows of a list name; folders and globs in a text list are expanded."""
+    """Yield the entries of a list; folders and globs in a list are expanded."""
     for entry in lists.read(path, root):
         is_several = entry.span is None and not entry.reason and _is_several(entry.path)
         yield from _expand_one(entry.path, root, rules) if is_several else (entry,)
 
 
 def _is_several(path: str) -> bool:
-    """Return True where a path stands for many files: a folder or a pattern."""
+    """Return True if a path stands for many files: a folder or a pattern."""
     if not storage.is_local(path):
         return without_query(path).endswith("/") or "*" in without_query(path)
     return os.path.isdir(path) or (glob.has_magic(path) and not os.path.lexists(path))

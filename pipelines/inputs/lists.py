@@ -1,20 +1,20 @@
 """Lists of videos: a text file with one path per line, or a table with captions, licences and time spans.
 
-A table is CSV (with commas, semicolons or tabs), TSV, Parquet, JSON (a list of objects) or JSON lines; its columns are
-recognised by name, in any order and case (`rows.COLUMNS`). A warning names unused columns:
+A table is CSV (with commas, semicolons or tabs), TSV, Parquet, JSON (a list of objects) or JSON lines. Its columns are
+recognised by name, in any order and case (`rows.COLUMNS`); a warning lists unused columns:
 
-| what | columns |
+| content | columns |
 |---|---|
 | file | `path`, `video` (OpenVid-1M, DiffSynth), `file_path` (VideoX-Fun), `file_name` (Hugging Face); else `url` |
 | caption | `caption`, `text`, `prompt`, `description`, the first of these that exists |
 | licence | `licence`, `license` |
 | span | `start_s`, `end_s`; or `timestamp`: [start, end] (Koala-36M), or a list of these (Panda-70M) |
-| name at the site | `videoID`: where `url` is a page, NAME.mp4 and the like in the list's folder is the file |
+| id at the site | `videoID`: if `url` is a web page, the file is ID.mp4 or similar in the list's folder |
 
-Times are seconds or H:MM:SS. Where `timestamp` is a list, `caption` may be a list with one text for each span; both may
-be written as Python or JSON. A row names one or more spans of a file, or the whole file; a file may appear in several
-rows. A row that cannot be used becomes an Entry with a reason: `bad_row`, `not_a_file_url` (a page that shows a video),
-`url_not_allowed`.
+Times are seconds or H:MM:SS. If `timestamp` is a list of spans, `caption` may be a list with one text per span; both
+may be written as Python or JSON. A row names one or more spans of a file, or the whole file; a file may appear in
+several rows. A row that cannot be used becomes an Entry with a reason: `bad_row`, `not_a_file_url` (a web page that
+shows a video), `url_not_allowed`.
 """
 
 from __future__ import annotations
@@ -36,20 +36,20 @@ from pipelines.inputs.tables import without_query
 logger = logging.getLogger(__name__)
 
 SUFFIXES = (".txt", ".csv", ".tsv", ".parquet", ".json", ".jsonl")
-# Suffixes of files that are not videos; files with any other suffix are opened and judged by content.
+# Suffixes of files that are not videos; files with any other suffix are opened and judged by their content.
 OTHER_SUFFIXES = (
     *(".txt", ".md", ".rst", ".html", ".htm", ".pdf", ".json", ".jsonl", ".yaml", ".yml", ".xml", ".csv", ".tsv"),
     *(".parquet", ".srt", ".vtt", ".ass", ".log", ".sha256", ".md5", ".npy", ".npz", ".pt", ".safetensors", ".ckpt"),
     *(".exr", ".pfm", ".ply", ".glb", ".obj", ".tar", ".zip", ".gz", ".7z", ".png", ".jpg", ".jpeg", ".webp", ".bmp"),
     *(".tif", ".tiff", ".heic", ".wav", ".mp3", ".flac", ".aac", ".m4a", ".ogg", ".py", ".sh", ".toml"),
 )
-MAX_NAME = 16384  # characters of a path or URL; signed ones have some two thousand
-# Sites whose URLs are pages with a player.
+MAX_NAME = 16384  # maximum characters of a path or URL; signed URLs have about two thousand
+# Sites whose URLs are web pages with a player.
 PAGES = ("youtube.com", "youtu.be", "vimeo.com", "dailymotion.com", "bilibili.com", "tiktok.com", "facebook.com")
 
 
 def may_be_video(path: str) -> bool:
-    """Return False where the name shows that this is not a video; a local WebP is one if it is animated."""
+    """Return False if the name shows that this is not a video; a local WebP is a video if it is animated."""
     name = without_query(path).rpartition("/")[2].lower()
     if name.endswith(".webp") and storage.is_local(path) and os.path.isfile(path):
         with suppress(OSError), open(path, "rb") as file:
@@ -64,11 +64,11 @@ def is_page(url: str) -> bool:
 
 
 def read(path: str, root: str | None = None) -> Iterator[Entry]:
-    """Yield what each row of a list names, in order.
+    """Yield the entries of each row of a list, in order.
 
     Args:
         path: absolute path or URL of the list.
-        root: folder that names are relative to; None: the list's own.
+        root: folder that names are relative to; None: the list's own folder.
 
     Raises:
         ConfigError: the list cannot be read, or no column names files.
@@ -86,14 +86,14 @@ def read(path: str, root: str | None = None) -> Iterator[Entry]:
         columns = _columns(list(next(table)), shown)
         for number, row in enumerate(table, start=1):
             yield from resolver.of_row(number, row if isinstance(row, str) else rows.chosen(row, columns))
-    except UnicodeError:  # its byte order mark says UTF-16 or UTF-32, and it is damaged
+    except UnicodeError:  # its byte order mark says UTF-16 or UTF-32, but it does not decode
         raise ConfigError("preprocess.input", shown, "does not decode as its byte order mark says") from None
     except OSError as error:
         raise ConfigError("preprocess.input", shown, f"cannot be read: {error.strerror}") from None
 
 
 def _columns(names: list[Any], shown: str) -> dict[str, str]:
-    """Return {what: column}. Raises ConfigError where no column names files, or two have the same name."""
+    """Return {content: column}. Raises ConfigError if no column names files, or two columns have the same name."""
     columns = rows.known(names)
     if "path" not in columns and "url" not in columns:
         wanted = (*rows.COLUMNS["path"], *rows.COLUMNS["url"])
@@ -111,7 +111,7 @@ def _read_text(resolver: _Resolver) -> Iterator[Entry]:
     with storage.open_read(resolver.listing) as file:
         data = tables.whole(file, resolver.listing)
     encoding = text.encoding_of(data)
-    # File names may hold any bytes; a UTF-8 list holds them unchanged.
+    # File names may hold arbitrary bytes; surrogateescape preserves them in a UTF-8 list.
     lines = data.decode(encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict").splitlines()
     for number, line in enumerate(lines, start=1):
         name = line.strip()
@@ -121,7 +121,7 @@ def _read_text(resolver: _Resolver) -> Iterator[Entry]:
 
 
 class _Resolver:
-    """Convert the rows of one list to entries."""
+    """Converts the rows of one list to entries."""
 
     def __init__(self, listing: str, folder: str):
         self.listing, self.folder = listing, folder
@@ -172,7 +172,7 @@ class _Resolver:
         return self._place(place)
 
     def _place(self, name: str) -> str:
-        """Return the absolute path or URL of what a row names. Raises BadSample."""
+        """Return the absolute path or URL of the file that a row names. Raises BadSample."""
         if len(name) > MAX_NAME:
             raise BadSample("bad_row", f"names a file by more than {MAX_NAME} characters")
         if "://" not in name and storage.is_local(self.folder):
@@ -192,7 +192,7 @@ class _Resolver:
         return name
 
     def _by_stem(self, name: str, url: str) -> str | None:
-        """Return the file in the list's folder whose name is the video's id at its site."""
+        """Return the file in the list's folder that is named by the video's id at its site, or None."""
         if self._stems is None:
             there = os.listdir(self.folder) if storage.is_local(self.folder) else storage.list_files(self.folder)
             files = sorted(name for name in there if "/" not in name and name.lower().endswith(sniff.VIDEO_SUFFIXES))

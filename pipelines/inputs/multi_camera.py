@@ -1,13 +1,13 @@
 """MultiCamVideo and SynCamVideo (of ReCamMaster and SynCamMaster) as pairs of cameras: `preprocess.members=[source]`.
 
-Both have, for each scene that ten synchronous cameras filmed,
+In both, each scene was filmed by ten synchronous cameras and has the files
 
     train/fFF_apertureA/sceneN/videos/camNN.mp4               FF: focal length, mm
     train/fFF_apertureA/sceneN/cameras/camera_extrinsics.json frameN → camNN → camera-to-world, Unreal's axes, cm
 
-and are read in that layout alone (SynCamVideo of December 2024 has another one). A pair becomes the files of
-`preprocess.pairs`: `camNN-camMM.mp4`, filmed by camNN, and `camNN-camMM.source.mp4`, filmed by camMM, with the cameras
-of either in metres. Videos are hard links, so they take no room.
+Only this layout is supported; SynCamVideo of December 2024 has another one. A pair becomes the files that
+`preprocess.pairs` expects: `camNN-camMM.mp4`, filmed by camNN, and `camNN-camMM.source.mp4`, filmed by camMM, with the
+cameras of both in metres. Videos are hard links, which take no space.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ from ex4d.errors import ConfigError, ContractError
 from ex4d.geometry import pose_trees, trajectory_files
 from ex4d.geometry.pose_file import PoseFile
 
-SENSOR_MM = 23.76  # its width and its height
-SIZE = (1280, 1280)  # of the published videos, px; K is scaled where they were shrunk
+SENSOR_MM = 23.76  # width and height of the sensor
+SIZE = (1280, 1280)  # [height, width] of the published videos, px; K is scaled if a video was resized
 EXTRINSICS = Path("cameras", "camera_extrinsics.json")
 _LENS = re.compile(r"f(\d+(?:\.\d+)?)_aperture[\d.]+")
 
@@ -41,7 +41,7 @@ def scenes(folder: Path) -> Iterator[Path]:
 
 
 def pairs_of(cameras: Sequence[str], count: int, draw: Random) -> list[tuple[str, str]]:
-    """Return `count` pairs (target, source) of different cameras; each is a target before any is one again."""
+    """Return up to `count` pairs (target, source) of different cameras; targets are spread evenly over the cameras."""
     targets = [draw.sample(cameras, len(cameras)) for _ in range(-(-count // len(cameras)))]
     chosen = [name for some in targets for name in some][:count]
     found: dict[tuple[str, str], None] = {}
@@ -53,11 +53,11 @@ def pairs_of(cameras: Sequence[str], count: int, draw: Random) -> list[tuple[str
 
 
 def import_scene(scene: Path, target_folder: Path, count: int, draw: Random) -> int:
-    """Write the pairs of a scene into a folder; return their number.
+    """Write the pairs of a scene into a folder and return their number.
 
     Raises:
-        ConfigError: the folder lies on another disk than the scene.
-        ContractError: its cameras cannot be read, or fewer than two of them have a video.
+        ConfigError: the folder is on another disk than the scene.
+        ContractError: the cameras cannot be read, or fewer than two of them have a video.
     """
     videos = {path.stem: path for path in sorted((scene / "videos").glob("cam*.mp4")) if path.is_file()}
     poses: dict[str, PoseFile] = {}
@@ -81,7 +81,7 @@ def import_scene(scene: Path, target_folder: Path, count: int, draw: Random) -> 
 
 
 def _intrinsics(scene: Path) -> np.ndarray | None:
-    """Return K [3,3] px of SIZE by the focal length in a folder's name; None where none tells it."""
+    """Return K [3,3] in px at SIZE, from the focal length in a folder's name; None if no folder states it."""
     found = next((match for name in reversed(scene.parts) if (match := _LENS.fullmatch(name))), None)
     if found is None:
         return None

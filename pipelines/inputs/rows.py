@@ -1,4 +1,4 @@
-"""Parse a row of a list: time spans with their captions, and a licence."""
+"""Parse a row of a list: time spans with their captions, and the licence."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ MAX_CAPTION_CHARS, MAX_LICENCE_CHARS = 65536, 200
 
 @dataclass(frozen=True)
 class Span:
-    """A part of a file, with its facts from a list.
+    """A part of a file, with the metadata that a list gives it.
 
     Args:
-        start_s, end_s: seconds from the first frame; None: to the end.
-        caption: None where the list has none.
-        licence: "" where it is not known.
+        start_s, end_s: seconds from the first frame; end_s None: to the end.
+        caption: None if the list has none.
+        licence: "" if unknown.
     """
 
     start_s: float = 0.0
@@ -43,14 +43,14 @@ class Span:
 
 @dataclass(frozen=True)
 class Entry:
-    """A file with one of its spans; or a row of a list, or a place, that cannot be used.
+    """A file with one of its spans; or a row of a list, a file or a folder that cannot be used.
 
     Args:
         root: folder that the file's name is relative to.
-        path: absolute path or URL; of a bad row `LIST:NUMBER`.
+        path: absolute path or URL; `LIST:NUMBER` for a bad row.
         span: None for the whole file.
-        reason, message: why a row, or a place, cannot be used.
-        is_place: what cannot be used is the file or folder at this path, not a row.
+        reason, message: why the row, file or folder cannot be used; "" if it can.
+        is_place: True if the file or folder at `path` cannot be used, rather than a row.
     """
 
     root: str
@@ -61,13 +61,11 @@ class Entry:
     is_place: bool = False
 
 
-MAX_LIST_CHARACTERS = 100_000  # of a list written as text
+MAX_LIST_CHARACTERS = 100_000  # maximum length of a list written as text
 
 
 def known(names: Iterable[Any]) -> dict[str, str]:
-    """Return {what: column} for the COLUMNS that a table with these column names has; of synonyms, the first in
-    COLUMNS.
-    """
+    """Return {content: column} for the COLUMNS that a table with these names has; the first synonym in COLUMNS wins."""
     there = {str(name).strip().lower().replace(" ", "_"): name for name in names}
     columns = {
         what: next((there[name] for name in aliases if name in there), None) for what, aliases in COLUMNS.items()
@@ -76,12 +74,12 @@ def known(names: Iterable[Any]) -> dict[str, str]:
 
 
 def chosen(row: Mapping[str, Any], columns: Mapping[str, str]) -> dict[str, Any]:
-    """Return {what: value} of a row, without empty values."""
+    """Return {content: value} of a row, without empty values."""
     return {what: row[name] for what, name in columns.items() if row[name] not in (None, "")}
 
 
 def spans(row: Mapping[str, Any]) -> list[Span]:
-    """Return the spans of a row, at least one. Raises BadSample(`bad_row`)."""
+    """Return the spans of a row, at least one. Raises BadSample (bad_row)."""
     make = partial(Span, licence=_text(row.get("licence", ""))[:MAX_LICENCE_CHARS])
     caption = row.get("caption")
     if "timestamp" not in row:
@@ -92,7 +90,7 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
         raise BadSample("bad_row", "timestamp is not a list")
     nested = isinstance(pairs[0], list | tuple)
     pairs = pairs if nested else [pairs]
-    captions = _parsed(caption) if nested else caption  # a caption of one span may begin with a bracket
+    captions = _parsed(caption) if nested else caption  # a caption of a single span may begin with a bracket
     if not isinstance(captions, list | tuple):
         captions = [captions] * len(pairs)
     if len(captions) != len(pairs):
@@ -109,7 +107,7 @@ def _parsed(value: Any) -> Any:
     """Parse a list written as text, in JSON or Python; return any other value unchanged."""
     if not isinstance(value, str) or not value.lstrip().startswith(("[", "(")):
         return value
-    if len(value) > MAX_LIST_CHARACTERS:  # Python's parser needs about a hundred bytes for each
+    if len(value) > MAX_LIST_CHARACTERS:  # Python's parser needs about a hundred bytes per character
         raise BadSample("bad_row", f"a list has more than {MAX_LIST_CHARACTERS} characters")
     try:
         return json.loads(value)
@@ -129,7 +127,7 @@ def _span(start: Any, end: Any) -> tuple[float, float | None]:
 
 
 def seconds(value: Any) -> float:
-    """Parse a number of seconds or [[H:]MM:]SS[.fff]. Raises BadSample(`bad_row`)."""
+    """Parse a number of seconds or [[H:]MM:]SS[.fff]. Raises BadSample (bad_row)."""
     parts = str(value).strip().split(":")
     try:
         numbers = [float(part) for part in parts]
@@ -146,10 +144,10 @@ def _caption(value: Any) -> str | None:
 
 
 def _text(value: Any) -> str:
-    """Return a text as valid Unicode; surrogate pairs that JSON escapes become one character.
+    """Return a text as valid Unicode; surrogate pairs from JSON escapes become one character.
 
     Raises:
-        BadSample: bad_row: the text is not UTF-8, or holds NUL.
+        BadSample: bad_row: the text is not UTF-8, or contains NUL.
     """
     try:
         text = str(value).encode("utf-16", "surrogatepass").decode("utf-16").strip()

@@ -1,4 +1,4 @@
-"""The sources of a run, in a scratch database of this machine: the rows of a million videos take gigabytes."""
+"""The sources of a run, in a scratch database on this machine: the rows of a million videos take gigabytes."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.inputs.rows import Entry, Span
 from pipelines.inputs.tables import without_query
 from pipelines.runtime.scratch import scratch
 
-CHUNK = 5000  # entries that are written at a time
+CHUNK = 5000  # entries that are inserted at a time
 SIDECAR_SUFFIXES = (".camera.json", ".depth.npz", ".npz", ".depth.npy", ".npy", ".txt", ".json")
 
 DEPTH = "by its name, it shows the depth of the video beside it; depth_path reads a grey one as depth"
@@ -33,13 +33,13 @@ class Source:
 
     Args:
         path: path or URL; bytes that are not UTF-8 are Python's surrogates. "" for a bad row.
-        name: the path relative to the input root, forward slashes, always valid Unicode; unique in a run. It never
-            holds the user, password or query of a URL. A bad row is `LIST:NUMBER`.
-        spans: its spans in lists, in their order; () is the whole file.
-        twin, namesake: another video with the same stem, in the same folder or anywhere: a depth file or caption
-            named by the stem could belong to it. "" where there is none.
-        reason, message: why it is not opened; "" where it is.
-        root: the folder or URL that it was found under; links of its sidecars may not leave it.
+        name: path relative to the input root, with forward slashes, always valid Unicode; unique in a run. It never
+            contains the user, password or query of a URL. `LIST:NUMBER` for a bad row.
+        spans: spans that lists give it, in their order; () is the whole file.
+        twin, namesake: another video with the same stem, in the same folder (twin) or anywhere (namesake), to which a
+            depth file or caption named by the stem could belong. "" if there is none.
+        reason, message: why the file is not used; "" if it is.
+        root: folder or URL under which it was found; links of its sidecars must not leave it.
     """
 
     path: str
@@ -53,17 +53,17 @@ class Source:
 
     @property
     def is_video(self) -> bool:
-        """False where the name or the list shows that this is not a video."""
+        """False if the name or the list shows that this is not a video."""
         return not self.reason
 
     @property
     def fate(self) -> str:
-        """How a source that is not a video is counted: a stray file is filtered, a row that names no video is bad."""
+        """Fate of a source that is not a video: a stray file is filtered, a row that names no video is bad."""
         return "filtered" if self.reason in ("not_a_video", "symlink_outside", "symlink_again") else "bad"
 
 
 class Sources:
-    """Sources in a given order, which may be read as often as one likes."""
+    """Sources in a given order, which can be iterated over repeatedly."""
 
     def __init__(self, sources: Iterable[Source]):
         self._scratch = scratch()
@@ -79,7 +79,7 @@ class Sources:
 
     @property
     def num_videos(self) -> int:
-        """How many of them may be videos."""
+        """Number of sources that may be videos."""
         return int(self._scratch.execute("SELECT COUNT(*) FROM source WHERE is_video").fetchone()[0])
 
 
@@ -89,7 +89,7 @@ def _packed(source: Source) -> str:
 
 
 def _values(span: Span) -> list[Any]:
-    return list(vars(span).values())  # `astuple` makes deep copies
+    return list(vars(span).values())  # faster than `astuple`, which makes deep copies
 
 
 def _unpacked(body: str) -> Source:
@@ -98,9 +98,10 @@ def _unpacked(body: str) -> Source:
 
 
 class Found:
-    """The entries of an input as Sources, by name; once all are known, as names, twins and sidecars depend on all.
+    """The entries of an input as Sources, sorted by name.
 
-    It yields each file once, without the sidecars of videos, and each row or place that cannot be used.
+    All entries are read first, since names, twins and sidecars depend on all of them. Iteration yields each file once,
+    without the sidecars of videos, and each row or place that cannot be used.
     """
 
     def __init__(self, entries: Iterable[Entry]):
@@ -131,12 +132,12 @@ class Found:
             self._scratch.executemany(add_entry, map(_entry, told))
 
     def _name(self) -> None:
-        """Give each file a unique name relative to the deepest folder above all roots."""
+        """Give each file a unique name relative to the common parent of all roots."""
         roots: dict[bool, list[str]] = {}
         for root in self._roots:
             roots.setdefault(storage.is_local(root), []).append(_as_path(root))
         common = {is_local: posixpath.commonpath(found) for is_local, found in roots.items()}
-        if len(common) == 2:  # a name of a store's file then begins with its host or bucket
+        if len(common) == 2:  # names of files in stores then begin with the host or bucket
             common[False] = "/"
 
         def name(key: bytes, is_named: int) -> str:
@@ -157,7 +158,7 @@ class Found:
         execute("UPDATE file SET name = unlike(name, path) WHERE name IN (SELECT name FROM twice)")
 
     def _sort_out(self) -> None:
-        """Mark the videos that show the depth of another one; a sidecar is no source."""
+        """Mark videos that hold the depth of another video, and drop sidecars, which are no sources."""
         execute = self._scratch.execute
         execute("CREATE INDEX file_place ON file (place, path) WHERE is_video")
         execute("CREATE INDEX file_stem ON file (stem, path) WHERE is_video")
@@ -174,7 +175,7 @@ class Found:
 
     @property
     def num_videos(self) -> int:
-        """How many of them may be videos."""
+        """Number of sources that may be videos."""
         return self._count("file WHERE is_good AND is_video AND NOT is_depth")
 
     def _count(self, what: str) -> int:
@@ -184,7 +185,7 @@ class Found:
         return heapq.merge(self._files(), self._refused(), key=lambda source: source.name)
 
     def _files(self) -> Iterator[Source]:
-        shared = {}  # what several videos are called; only there a twin is looked for
+        shared = {}  # stems that several videos share; twins are looked up only for these
         for column in ("place", "stem"):
             shared[column] = f"SELECT {column} FROM file WHERE is_video GROUP BY {column} HAVING COUNT(*) > 1"
         query = (
@@ -206,7 +207,7 @@ class Found:
             yield Source(path, name, tuple(found), twin, namesake, root=_text(root))
 
     def _other(self, column: str, value: bytes, name: str) -> str:
-        """Return the first video that shares a place or a stem with the file of a name, "" for none."""
+        """Return the first other video that shares this place or stem, "" if there is none."""
         query = f"SELECT name FROM file WHERE is_video AND {column} = ? AND NOT is_depth ORDER BY path LIMIT 2"
         return next((other for (other,) in self._scratch.execute(query, (value,)) if other != name), "")
 
@@ -218,7 +219,7 @@ class Found:
             yield Source("", name, reason=reason, message=message)
 
     def _belongs(self, path: str, suffixes: Sequence[str]) -> bool:
-        """Return whether a path is a video's with a suffix of `suffixes` instead of, or behind, its own."""
+        """Return True if `path` is a video's path with a suffix of `suffixes` in place of its own, or appended."""
         plain = without_query(path)
         for owner in (plain.removesuffix(suffix) for suffix in suffixes if plain.endswith(suffix)):
             for place in {owner, os.path.splitext(owner)[0]}:
@@ -244,7 +245,7 @@ def _entry(entry: Entry) -> tuple[Any, ...]:
 
 
 def _key(path: str) -> bytes:
-    """Return a path as bytes that sort as the text does, also where it has surrogates."""
+    """Return a path as bytes that sort like the text, even if it contains surrogates."""
     return path.encode("utf-8", "surrogatepass")
 
 

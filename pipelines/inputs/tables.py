@@ -14,7 +14,7 @@ from ex4d.errors import ConfigError, ContractError
 from pipelines.inputs import rows
 
 MAX_FIELD_BYTES = 16 * 2**20
-MAX_WHOLE_BYTES = 512 * 2**20  # of a list that is not read row by row
+MAX_WHOLE_BYTES = 512 * 2**20  # maximum size of a list that is not read row by row
 
 
 def without_query(url: str) -> str:
@@ -37,7 +37,7 @@ def read(path: str) -> Iterator[Any]:
 def _csv_table(file: Any, path: str, is_tabs: bool) -> Iterator[Any]:
     encoding = text.encoding_of(file.read(4))
     file.seek(0)
-    # File names may hold any bytes; captions are checked later.
+    # File names may hold arbitrary bytes; captions are checked later.
     lines = io.TextIOWrapper(file, encoding, "surrogateescape" if encoding == "utf-8-sig" else "strict", newline="")
     csv.field_size_limit(MAX_FIELD_BYTES)
     first = lines.readline(MAX_FIELD_BYTES)
@@ -61,7 +61,7 @@ def _csv_table(file: Any, path: str, is_tabs: bool) -> Iterator[Any]:
 
 
 def _bounded_lines(lines: io.TextIOWrapper, path: str) -> Iterator[str]:
-    """Yield lines. Raises ConfigError at one that is longer than any row, as in a file that is not text."""
+    """Yield lines. Raises ConfigError for a line longer than any valid row, e.g. in a file that is not text."""
     while line := lines.readline(MAX_FIELD_BYTES):
         if len(line) == MAX_FIELD_BYTES and not line.endswith(("\n", "\r")):
             what = f"has a line of more than {MAX_FIELD_BYTES} characters"
@@ -79,7 +79,7 @@ def whole(file: Any, path: str) -> bytes:
 
 
 def _json_table(file: Any, path: str) -> Iterator[Any]:
-    """Yield the keys of all objects of a JSON list or JSON lines, then each object."""
+    """Yield the keys of all objects in a JSON list or in JSON lines, then each object."""
     try:
         data = text.decode(whole(file, path))
         rows = json.loads(data) if without_query(path).endswith(".json") else None

@@ -1,12 +1,12 @@
-"""List every file under a folder, and every link and folder that is not entered, so that all are counted.
+"""List every file under a folder, and every link and folder that is not entered, so that all are accounted for.
 
-Links within the input are followed. Each folder is entered once, under its own name before that of a link, so loops
-end. A link that leads out of the input is counted as `symlink_outside`, or followed with `preprocess.follow_links`. The
-`blobs` folder of a hub's cache counts as part of each of its snapshots.
+Links within the input are followed. Each folder is entered once, by its own path rather than through a link, so loops
+terminate. A link that leads out of the input is counted as `symlink_outside`, unless `preprocess.follow_links` is set.
+The `blobs` folder of a hub's cache counts as part of each of its snapshots.
 
-Where pictures are videos, a folder is one that itself holds two or more JPEG or PNG and no file with a video's suffix,
-and is not named `*.depth` or `*.disparity`. Its pictures then are counted with it; its other files and its subfolders
-are treated as ever.
+If pictures are enabled, a folder is a video if it directly contains two or more JPEG or PNG files and no file with a
+video's suffix, and is not named `*.depth` or `*.disparity`. Its pictures are then part of it; its other files and its
+subfolders are treated as usual.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ OUTSIDE = "a link that leads out of the input: preprocess.follow_links=true foll
 
 @dataclass(frozen=True)
 class Rules:
-    """What counts as an input: files that links lead out to, and folders of pictures."""
+    """What counts as an input: whether links may lead out, and whether folders of pictures are videos."""
 
     follow_links: bool = False
     pictures: bool = False
 
 
 def files(folder: str, rules: Rules = Rules(), root: str | None = None) -> Iterator[Entry]:
-    """Yield an entry for each file under a folder, and for each link or folder that is not entered, with a reason.
+    """Yield an entry for each file under a folder; and an entry with a reason for each link or folder not entered.
 
     Args:
-        root: the input that the folder belongs to, which links may not leave; None: the folder itself.
+        root: the input that the folder belongs to, which links must not leave; None: the folder itself.
 
     Reasons: `unreadable` (a folder that cannot be opened), `symlink_outside`, `symlink_again` (a folder that was
-    entered before: a loop, or a second name).
+    already entered: a loop, or a second path to it).
     """
     root = root or folder
     inside = _inside(root)
@@ -80,7 +80,7 @@ def files(folder: str, rules: Rules = Rules(), root: str | None = None) -> Itera
 
 
 def _frames(folder: str, names: Sequence[str]) -> set[str]:
-    """Return the pictures of a folder that is a video; empty where it is none."""
+    """Return the picture files of a folder that is a video; empty if it is not a video."""
     if folder.endswith(places.FOLDERS) or any(name.lower().endswith(sniff.VIDEO_SUFFIXES) for name in names):
         return set()
     found = pictures.chosen(names)
@@ -88,17 +88,17 @@ def _frames(folder: str, names: Sequence[str]) -> set[str]:
 
 
 def file(root: str, path: str, rules: Rules = Rules()) -> Entry:
-    """Return the entry of one file that was found under `root`; one that a link leads out to has a reason."""
+    """Return the entry of one file under `root`; it has a reason if the file is a link that leads out."""
     return _file(root, path, rules.follow_links or _is_under(os.path.realpath(path), _inside(root)))
 
 
 def leads_out(path: str, *roots: str) -> bool:
-    """Return True where a file or folder lies, by its links, in none of the input folders."""
+    """Return True if a file or folder, with links resolved, lies in none of the input folders."""
     return not _is_under(os.path.realpath(path), [place for root in roots for place in _inside(root)])
 
 
 def _file(root: str, path: str, is_allowed: bool) -> Entry:
-    if is_allowed or not os.path.exists(path):  # who opens a link that leads nowhere finds out
+    if is_allowed or not os.path.exists(path):  # opening a dangling link reports the error later
         return Entry(root, path)
     return _refused(root, path, "symlink_outside", OUTSIDE)
 
@@ -110,12 +110,12 @@ def _refused(root: str, place: str, reason: str, message: str) -> Entry:
 def _is_folder(entry: os.DirEntry[str]) -> bool:
     try:
         return entry.is_dir()
-    except OSError:  # a link through a folder that may not be searched: whoever opens it finds out
+    except OSError:  # a link through a folder without search permission; opening it reports the error later
         return False
 
 
 def _inside(folder: str) -> list[str]:
-    """Return the real folders whose files belong to an input folder."""
+    """Return the resolved folders whose files belong to an input folder."""
     folders = [os.path.realpath(folder)]
     for place in (Path(folder), *Path(folder).parents):
         blobs = place.parent.parent / "blobs"

@@ -1,1 +1,1 @@
-"""`ex4d preprocess` and `ex4d plan`: videos to training shards."""
+"""`ex4d preprocess` and `ex4d plan`: turn videos into training shards, and estimate the cost."""

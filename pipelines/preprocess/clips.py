@@ -1,6 +1,6 @@
-"""Plan the clips of a video: a pure function of its record.
+"""Plan the clips of a video, as a pure function of the video's record.
 
-Workers run it as soon as the shots of a video are known, and once more when all videos are known.
+Workers plan a video's clips as soon as its shots are known, and once more when all videos are known.
 """
 
 from __future__ import annotations
@@ -21,7 +21,7 @@ if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
 T = TypeVar("T")
-GAP = 2.5  # in usual frame steps; above it there is a gap: a pause counts, one dropped frame does not
+GAP = 2.5  # in median frame intervals; a longer interval is a gap: a pause is one, a single dropped frame is not
 
 
 @dataclass(frozen=True)
@@ -29,14 +29,14 @@ class Clip:
     """A fixed number of frames of one shot.
 
     Args:
-        key: from content hash and span; identifies the frames, whatever the other settings.
-        frame_index: positions in the source's order of presentation.
-        pts: of those frames, ticks of time_base.
-        time_base: seconds of a tick, (numerator, denominator).
+        key: content hash and span; identifies the frames, independent of other settings.
+        frame_index: indices of the frames in the source's presentation order.
+        pts: timestamps of these frames, in ticks of time_base.
+        time_base: seconds per tick, (numerator, denominator).
         fps: mean frames per second of the clip.
-        box: [y, x, height, width] px of the source that the frames show: the shot inside black bars.
+        box: [y, x, height, width] px of the source region that the frames show: the shot inside black bars.
         shot_scores: {name: score} of its shot.
-        caption: of its span in a list; None if there is none.
+        caption: caption of its span in a list; None if there is none.
         licence: "" if unknown.
     """
 
@@ -56,12 +56,12 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
 
     Args:
         record: `info`, `pts_runs`, `cuts` and `shots` of the probe and shots stages.
-        spans: each clip lies within one of these and within a shot; () is the whole video. A clip that two spans yield
-            belongs to the first.
+        spans: each clip lies within one of these and within one shot; () is the whole video. If two spans yield the
+            same clip, the first one provides caption and licence.
 
     Raises:
         BadSample: span_outside (the video ends before any span begins).
-        Filtered: shot_length (score: the longest shot, s), frame_rate (score: the best rate a shot could give, 1/s).
+        Filtered: shot_length (score: the longest shot, s), frame_rate (score: mean rate of the longest shot, 1/s).
     """
     pts = np.array(unpack_pts(record["pts_runs"]), np.int64)
     time_base = Fraction(*record["info"]["time_base"])
@@ -86,11 +86,11 @@ def plan(sha256: str, record: Mapping[str, Any], config: PreprocessConfig, spans
 
 
 def in_source(clip: Clip, record: Mapping[str, Any]) -> dict[str, Any]:
-    """Return `frame_s` [T], seconds of the clip's frames from the video's first, its number of frames `source_frames`,
-    and `source_s`, seconds from its first frame to its last.
+    """Return the clip's position in its source: `frame_s` [T], the frames' times in s from the video's first frame;
+    `source_frames`, the video's number of frames; and `source_s`, the time from its first to its last frame in s.
     """
     first, *steps = record["pts_runs"]
-    over, under = record["info"]["time_base"]  # a quotient of integers is rounded once, as a Fraction's value is
+    over, under = record["info"]["time_base"]  # dividing integers rounds once, like the value of a Fraction
     return {
         "frame_s": [(tick - first) * over / under for tick in clip.pts],
         "source_frames": 1 + sum(count for _, count in steps),
@@ -101,12 +101,12 @@ def in_source(clip: Clip, record: Mapping[str, Any]) -> dict[str, Any]:
 def _within(
     span: Span, shots: Sequence[tuple[tuple[int, int], Any]], seconds: np.ndarray
 ) -> Iterator[tuple[tuple[int, int], Any]]:
-    """Yield the part of each shot, as frames [start, stop), that a time span covers, with its facts.
+    """Yield the part of each shot that a time span covers, as frames [start, stop), with the shot's facts.
 
     Args:
-        seconds: of each frame, from the first one.
+        seconds: time of each frame, from the first one.
     """
-    half_frame = 0.5 * float(seconds[-1]) / max(1, len(seconds) - 1)  # times in lists are rounded
+    half_frame = 0.5 * float(seconds[-1]) / max(1, len(seconds) - 1)  # tolerance, as times in lists are rounded
     first = int(np.searchsorted(seconds, span.start_s - half_frame))
     last = len(seconds) if span.end_s is None else int(np.searchsorted(seconds, span.end_s - half_frame))
     for (start, stop), look in shots:
@@ -117,7 +117,7 @@ def _within(
 def _of_shot(
     span: tuple[int, int], pts: np.ndarray, time_base: Fraction, config: PreprocessConfig
 ) -> Iterator[np.ndarray]:
-    """Yield the frame indices of each clip of a shot: disjoint, evenly spread, away from the cuts."""
+    """Yield the frame indices of each clip of a shot: disjoint, evenly spread, and away from the cuts."""
     start, stop = span
     ticks = pts[start:stop]
     if (stop - start) < config.num_frames or float((ticks[-1] - ticks[0]) * time_base) < config.min_shot_s:
@@ -142,8 +142,8 @@ def _of_shot(
 def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> list[np.ndarray]:
     """Return runs of positions in the shot: every stride-th frame, or the frame nearest to each wanted time.
 
-    A run ends where time is not even: at a gap of GAP usual steps or, where a rate is set, where a frame would be
-    shown twice or more than half a step from its time.
+    A run ends where time is uneven: at a gap of GAP median intervals or, with a set rate, where a frame would be
+    repeated or lies more than half a step from its wanted time.
     """
     if config.fps is None:
         steps = np.diff(ticks)
@@ -155,13 +155,13 @@ def _runs(ticks: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> l
     before = after - 1
     grid = np.where(seconds[after] - wanted < wanted - seconds[before], after, before)
     near = np.abs(seconds[grid] - wanted) <= (0.5 + 1e-6) / config.fps
-    # A repeated frame would be a still picture in the clip.
+    # A repeated frame would be a frozen picture in the clip.
     breaks = np.flatnonzero((np.diff(grid) <= 0) | ~near[1:] | ~near[:-1]) + 1
     return np.split(grid, breaks)
 
 
 def middles(ordered: Sequence[T], count: int) -> list[T]:
-    """Return the middle ones of `count` equal groups, all where there are fewer."""
+    """Return the middle elements of `count` equal groups; all elements if there are fewer."""
     count = min(count, len(ordered))
     return [ordered[(2 * number + 1) * len(ordered) // (2 * count)] for number in range(count)]
 
@@ -195,7 +195,7 @@ def _clip(
 
 def _why_none(spans: list[tuple[int, int]], pts: np.ndarray, time_base: Fraction, config: PreprocessConfig) -> Filtered:
     start, stop = max(spans, key=lambda span: pts[span[1] - 1] - pts[span[0]])
-    # Take the mean duration of the others for the last frame.
+    # Assume the mean duration of the other frames for the last one.
     span_s = float((pts[stop - 1] - pts[start]) * time_base) * (stop - start) / max(1, stop - start - 1)
     rate = (stop - start) / span_s if span_s else 0.0
     needed_s = config.num_frames / config.fps if config.fps else config.num_frames * config.stride / rate if rate else 0

@@ -1,8 +1,8 @@
 """`ex4d plan`: estimate the cost of a preprocess run from a few of its videos.
 
-A sample of the corpus, spread over its file sizes, goes through the real stages, as many videos at a time as workers.
-The means are scaled to the whole corpus and to the stated cluster. The errors of earlier plans of this machine are
-reported beside the new figures.
+A sample of the corpus, spread over its file sizes, runs through the real stages, with as many videos in parallel as
+there are workers. The means are scaled to the whole corpus and the specified cluster. The errors of earlier plans on
+this machine are reported beside the new figures.
 """
 
 from __future__ import annotations
@@ -36,11 +36,11 @@ from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.runtime.stage import quiet_threads
 
 FILE = "plan.json"
-# Share of a worker's time on Ray that is spent in stages: benchmarks/results/preprocess.md.
+# Fraction of a worker's time on Ray that is spent in stages: benchmarks/results/preprocess.md.
 EFFICIENCY = 0.9
 RAY_START_S = 10.0
-MOST_ASKED = 300  # most remote videos whose size is requested
-_warm: list[bool] = []  # of a process that measures
+MOST_ASKED = 300  # maximum number of remote videos whose size is requested
+_warm: list[bool] = []  # not empty once a measuring process has warmed up
 
 
 @dataclass(frozen=True)
@@ -66,11 +66,12 @@ OPTIONAL = preprocess.OPTIONAL
 
 @dataclass(frozen=True)
 class Measured:
-    """One video of the sample: the time of its stages, and their output.
+    """Measurements of one video: the time of each stage, and the output.
 
     Args:
-        worker_s: {stage: seconds on the clock}; cpu_s and gpu_s: the same times what the stage reserves, summed.
-        samples, sample_bytes: its output; video_s: its length.
+        worker_s: {stage: wall-clock seconds}.
+        cpu_s, gpu_s: these times multiplied by the CPUs or GPUs that each stage reserves, summed.
+        samples, sample_bytes: number and total size of the samples made. video_s: length of the video.
     """
 
     worker_s: dict[str, float]
@@ -94,14 +95,14 @@ class Mean:
 
 @dataclass(frozen=True)
 class Plan:
-    """What `preprocess.run` on the whole corpus is expected to take. Sums are for the corpus, Means for a video.
+    """What `preprocess.run` on the whole corpus is expected to need. A Mean is per video, other figures are totals.
 
     Args:
-        stage_s: {stage: worker seconds a video}.
-        cpu_s, gpu_s: seconds of reserved CPU and GPU a video.
-        wall_h: on the stated cluster; cpu_h, gpu_h, usd: in all.
+        stage_s: {stage: worker seconds per video}.
+        cpu_s, gpu_s: seconds of reserved CPU and GPU per video.
+        wall_h: hours on the specified cluster. cpu_h, gpu_h, usd: totals.
         gpu_actors: number of GPU actors that keep pace with the CPUs.
-        disk_gb: staging and shards together. samples, shards: how many.
+        disk_gb: staging and shards together. samples, shards: their numbers.
     """
 
     num_videos: int
@@ -149,14 +150,14 @@ class Plan:
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
-    """Do `ex4d plan`; return the exit status."""
+    """Run `ex4d plan`; return the exit status."""
     estimate, earlier = write(config_file.load(config_path, SECTIONS, overrides, OPTIONAL))
     print(estimate.table(), cost_history.judgement(earlier), sep="\n")
     return 0
 
 
 def write(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
-    """Return the plan of a configuration and the errors of earlier ones; it is written to OUTPUT/plan.json."""
+    """Make the plan of a configuration and write it to OUTPUT/plan.json; return it and the errors of earlier plans."""
     config, choice = sections["preprocess"], sections["plan"]
     plan, earlier = make(config, choice, sections["synthetic"]), cost_history.earlier_errors()
     storage.write_bytes(storage.join(config.output, FILE), json.dumps(asdict(plan), indent=2).encode())
@@ -165,7 +166,7 @@ def write(sections: dict[str, Any]) -> tuple[Plan, list[float]]:
 
 
 def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfig | None) -> Plan:
-    """Return the plan, after running a sample of the corpus through the stages."""
+    """Run a sample of the corpus through the stages and return the plan."""
     sources = preprocess.find_sources(config, synthetic)
     config = preprocess.with_depth(config, sources)
     if not sources.num_videos:
@@ -176,14 +177,14 @@ def make(config: PreprocessConfig, choice: PlanConfig, synthetic: SyntheticConfi
 
 
 def measured(config: PreprocessConfig, chosen: Sequence[Source]) -> list[Measured]:
-    """Measure videos, as many at once as this machine would work on: processes slow each other down.
+    """Measure videos, as many in parallel as this machine would process, since processes slow each other down.
 
-    Each process measures one beforehand, as compilation and the decoding child cost once per worker, not per video.
+    Each process first measures one video to warm up: compiling and starting the decoder cost once per worker.
     """
     uses_gpu = any(stage.num_gpus for stage in preprocess.stages_of(config).clip)
     count = 1 if uses_gpu else min(config.num_workers, os.cpu_count() or 1, len(chosen))
     is_set = "OMP_NUM_THREADS" in os.environ
-    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray does for workers of one CPU
+    os.environ.setdefault("OMP_NUM_THREADS", "1")  # as Ray does for workers with one CPU
     try:
         with ProcessPoolExecutor(count, multiprocessing.get_context("spawn")) as pool:
             return list(pool.map(_measure_warm, repeat(config), repeat(chosen[0]), chosen))
@@ -201,12 +202,12 @@ def _measure_warm(config: PreprocessConfig, first: Source, source: Source) -> Me
 
 
 def spread(sources: Iterable[Source], count: int) -> list[Source]:
-    """Return `count` videos: the middle ones of equal groups by file size, so that the long ones are in it.
+    """Return `count` videos: the middle ones of equal groups by file size, so that long videos are represented.
 
-    A store may have to be asked for every size: of many remote videos MOST_ASKED, evenly spread, stand for all.
+    A store may need a request per size. If some videos are remote, only MOST_ASKED, evenly spread, are considered.
 
     Args:
-        sources: in the order of their names; they are read three times.
+        sources: sorted by name; iterated over three times.
     """
     asked: Sequence[int] = range(sum(1 for _ in _videos(sources)))
     if not all(storage.is_local(video.path) for video in _videos(sources)):
@@ -246,16 +247,16 @@ def measure(config: PreprocessConfig, source: Source) -> Measured:
 
 
 def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, choice: PlanConfig) -> Plan:
-    """Return the plan for a corpus of which `sample` was measured.
+    """Return the plan for a corpus, scaled from the measurements of a sample of it.
 
-    Stages overlap, so the wall time is that of the scarcer of CPUs and GPUs.
+    Stages overlap, so the wall time is determined by the scarcer of CPUs and GPUs.
     """
     num_videos = choice.num_videos or corpus
     num_cpus = choice.num_cpus or config.num_workers
 
     def mean(values: Sequence[float]) -> Mean:
         deviation = statistics.stdev(values) if len(values) > 1 else 0.0
-        rest = max(0.0, 1 - len(values) / num_videos)  # measured videos need no estimate
+        rest = max(0.0, 1 - len(values) / num_videos)  # measured videos need no estimate (finite population correction)
         return Mean(statistics.fmean(values), deviation * math.sqrt(rest / len(values)))
 
     cpu_s, gpu_s = mean([one.cpu_s for one in sample]), mean([one.gpu_s for one in sample])

@@ -1,4 +1,4 @@
-"""How good earlier plans of this machine were: what they said, against what their runs took."""
+"""The accuracy of earlier plans on this machine: what they predicted, against what their runs took."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ex4d import storage
 
 
 def remember(output: str, cpu_s_per_video: float) -> None:
-    """Append a plan to this machine's list of plans."""
+    """Append a plan to this machine's history of plans."""
     output = str(storage.local_path(output).resolve()) if storage.is_local(output) else output
     line = {"time": time.time(), "output": output, "cpu_s_per_video": cpu_s_per_video}
     history = history_file()
@@ -24,12 +24,12 @@ def remember(output: str, cpu_s_per_video: float) -> None:
 
 
 def history_file() -> Path:
-    """Return the file of this machine's earlier plans, under XDG_STATE_HOME."""
+    """Return the path of this machine's history of plans, under XDG_STATE_HOME."""
     return Path(os.environ.get("XDG_STATE_HOME") or Path.home() / ".local" / "state") / "ex4d" / "plans.jsonl"
 
 
 def earlier_errors() -> list[float]:
-    """Return predicted over actual CPU seconds a video, less 1, of every earlier plan whose run has ended."""
+    """Return the relative error, predicted / actual - 1, in CPU seconds per video of each plan whose run has ended."""
     file = history_file()
     errors = []
     for line in file.read_text().splitlines() if file.exists() else ():
@@ -41,7 +41,7 @@ def earlier_errors() -> list[float]:
 
 
 def judgement(errors: Sequence[float]) -> str:
-    """Return a sentence on how far earlier plans were from their runs."""
+    """Return a sentence on the accuracy of earlier plans."""
     if not errors:
         return "no earlier plan of this machine has been run yet"
     middle, worst = statistics.median(errors), max(errors, key=abs)
@@ -49,7 +49,7 @@ def judgement(errors: Sequence[float]) -> str:
 
 
 def _actual_cpu_s(output: str, since: float) -> float | None:
-    """Return CPU seconds a video of the runs in a folder after a time, up to the first that committed; else None."""
+    """Return CPU s per video of the runs in a folder since a time, up to the first that committed, or None."""
     url = storage.join(output, "run.jsonl")
     spent = 0.0
     for text in storage.read_bytes(url).decode().splitlines() if storage.exists(url) else ():

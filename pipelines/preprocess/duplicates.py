@@ -1,8 +1,8 @@
 """Find near duplicates: copies of a video that were re-encoded, scaled, brightened or slightly cropped.
 
-Each frame has a perceptual hash: the signs, about their median, of the 8 × 8 lowest cosine frequencies of its 32 × 32
-luma (as ImageHash's phash). Two videos are near duplicates where most of `NUM_FRAMES` frames at the same shares of
-their lengths differ in at most `MAX_BITS` of 64 bits. A copy that was trimmed at an end is not found.
+Each frame has a perceptual hash: whether each of the 8 × 8 lowest cosine frequencies of its 32 × 32 luma lies above
+their median (as in ImageHash's phash). Two videos are near duplicates if more than half of the `NUM_FRAMES` frames at
+equal fractions of their lengths differ in at most `MAX_BITS` of 64 bits. Trimmed copies are not found.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ from typing import Any
 import numpy as np
 
 NUM_FRAMES = 8
-# A crop of 2 % of each side costs up to 12, mostly 4; unrelated videos are 18 or more apart: docs/decisions/data.md.
+# Cropping 2 % of each side changes up to 12 bits, mostly 4; unrelated videos differ in 18+: docs/decisions/data.md
 MAX_BITS = 10
 MAJORITY = NUM_FRAMES // 2 + 1
-FLAT_LEVELS = 4.0  # standard deviation of luma; below it the signs are noise, and all such frames look alike
+FLAT_LEVELS = 4.0  # standard deviation of luma; below it the bits are noise, and all such frames look alike
 UNSEEN = [""] * NUM_FRAMES  # hashes of a video that has no near duplicate
-MANY = 50_000  # videos from which comparing them pays for compiling how
-WINDOW = 64  # compare each video with at most so many of those that share a key of the index
+MANY = 50_000  # number of videos from which compiling the comparison pays off
+WINDOW = 64  # compare each video with at most this many others that share a key of the index
 
 
 def frame_hash(image: np.ndarray) -> int | None:
@@ -38,11 +38,11 @@ def frame_hash(image: np.ndarray) -> int | None:
 
 
 def sampled(hashes: Sequence[int | None], pts: Sequence[int]) -> list[str]:
-    """Return the hashes, 16 hex digits or "" for a flat frame, of NUM_FRAMES frames spread over a video's length.
+    """Return the hashes of NUM_FRAMES frames spread over a video's length: 16 hex digits, or "" for a flat frame.
 
     Args:
         hashes: of every frame.
-        pts: of every frame, rising.
+        pts: of every frame, increasing.
     """
     times = np.asarray(pts)
     wanted = times[0] + (np.arange(NUM_FRAMES) + 0.5) / NUM_FRAMES * (times[-1] - times[0])
@@ -54,13 +54,13 @@ def sampled(hashes: Sequence[int | None], pts: Sequence[int]) -> list[str]:
 
 
 def groups(videos: Mapping[str, Sequence[str]], together: Sequence[tuple[str, str]] = ()) -> dict[str, str]:
-    """Return {sha256: the smallest sha256 of its group}, whatever the order of the videos.
+    """Return {sha256: smallest sha256 of its group}, independent of the order of the videos.
 
-    Groups are connected components, so two members may differ more than neighbours do.
+    Groups are connected components, so two members of a group may differ more than near duplicates do.
 
     Args:
         videos: {sha256: `sampled` hashes}.
-        together: pairs that are in one group whatever they show.
+        together: pairs that always share a group.
     """
     names = sorted(videos)
     place = {name: index for index, name in enumerate(names)}
@@ -70,7 +70,7 @@ def groups(videos: Mapping[str, Sequence[str]], together: Sequence[tuple[str, st
 
 
 def _components(values: np.ndarray, seen: np.ndarray, together: Sequence[tuple[int, int]] = ()) -> np.ndarray:
-    """Return, for each video, the first one of its group."""
+    """Return the index of the first video in each video's group."""
     from scipy.sparse import coo_array
     from scipy.sparse.csgraph import connected_components
 
@@ -82,9 +82,9 @@ def _components(values: np.ndarray, seen: np.ndarray, together: Sequence[tuple[i
 
 
 class Identity:
-    """What decides across videos: a few numbers of each, in arrays, since there may be millions.
+    """What is needed to compare all videos: a few numbers of each, in arrays, since there may be millions.
 
-    Videos with a pair bring the hashes of the other camera's video.
+    Videos with a pair also bring the hashes of the other camera's video.
     """
 
     def __init__(self) -> None:
@@ -110,18 +110,18 @@ class Identity:
             self._others.append((sha256, *other))
 
     def decide(self, how: str) -> tuple[dict[str, str], dict[str, str]]:
-        """Return ({sha256: its group, which goes to one split}, {sha256: the one that is taken in its place}).
+        """Return ({sha256: its group, which goes to one split}, {sha256: the near duplicate that replaces it}).
 
-        Both leave out the videos that are their own.
+        Both omit videos that map to themselves.
 
         Args:
-            how: preprocess.near_duplicates.
+            how: value of preprocess.near_duplicates.
         """
-        names = np.frombuffer(self._names, "S32")  # equal lengths: numpy's zeros at the end change no order
+        names = np.frombuffer(self._names, "S32")  # equal lengths: numpy strips trailing zeros, but keeps the order
         values = np.frombuffer(self._values, np.uint64).reshape(-1, NUM_FRAMES)
         seen = np.frombuffer(self._seen, bool).reshape(-1, NUM_FRAMES)
         order = np.arange(len(names))
-        if not (names[1:] > names[:-1]).all():  # videos with a pair come in another order, or twice
+        if not (names[1:] > names[:-1]).all():  # videos with a pair are added in another order, and may be added twice
             names, order = np.unique(names, return_index=True)
             values, seen = values[order], seen[order]
         alone = np.arange(len(names))
@@ -129,14 +129,14 @@ class Identity:
         stand_ins = _others_than_self(names, self._best(firsts, order) if how == "filter" else alone)
         if not self._others:
             return _others_than_self(names, firsts), stand_ins
-        # A clip and its source belong to one group: what is a source in training must not be a target in validation.
+        # A clip and its source share a group: a source video in training must not be a target in validation.
         looks = {name: _texts(*row) for name, *row in zip(_hex(names), values, seen, strict=True)}
         looks |= {other: hashes for _, other, hashes in self._others}
         looks = dict.fromkeys(looks, UNSEEN) if how == "off" else looks
         return groups(looks, [(sha256, other) for sha256, other, _ in self._others]), stand_ins
 
     def _best(self, firsts: np.ndarray, order: np.ndarray) -> np.ndarray:
-        """Return the best of each one's group: the largest frame, then the longest, then the smallest hash."""
+        """Return the best video of each group: the largest frame, then the longest duration, then the smallest hash."""
         rank = np.lexsort((-np.frombuffer(self._duration_s)[order], -np.frombuffer(self._pixels, np.int64)[order]))
         _, chosen = np.unique(firsts[rank], return_index=True)
         best = np.zeros(len(firsts), np.int64)
@@ -158,7 +158,7 @@ def _texts(values: np.ndarray, seen: np.ndarray) -> list[str]:
 
 
 def _arrays(videos: Sequence[Sequence[str]]) -> tuple[np.ndarray, np.ndarray]:
-    """Return (uint64 [N,NUM_FRAMES], bool [N,NUM_FRAMES], False for flat frames)."""
+    """Return (hashes uint64 [N,NUM_FRAMES], is_seen bool [N,NUM_FRAMES], False for flat frames)."""
     values = np.array([[int(text or "0", 16) for text in hashes] for hashes in videos], np.uint64)
     seen = np.array([[bool(text) for text in hashes] for hashes in videos], bool)
     return values.reshape(-1, NUM_FRAMES), seen.reshape(-1, NUM_FRAMES)
@@ -169,10 +169,10 @@ def _bits(first: np.ndarray, second: np.ndarray, seen: np.ndarray) -> np.ndarray
 
 
 def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
-    """Return the pairs of near duplicates, found by an index.
+    """Find the pairs of near duplicates with an index.
 
-    Two hashes of eight bytes that differ in few bits mostly have two equal bytes: so each pair of bytes of every second
-    frame is a key, and only videos that share a key are compared. This finds all pairs with up to 6 different bits.
+    Two 8-byte hashes that differ in few bits usually have two equal bytes. So each pair of bytes of every second frame
+    is a key, and only videos that share a key are compared. This finds all pairs with up to 6 differing bits.
     """
     neighbours = _neighbours if len(values) < MANY else _compiled_neighbours()
     found: set[tuple[int, int]] = set()
@@ -181,7 +181,7 @@ def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
         parts = values[usable, frame].astype(">u8").view(np.uint8).reshape(-1, 8).astype(np.uint16)
         for one, other in combinations(range(8), 2):
             keys = parts[:, one] << 8 | parts[:, other]
-            order = np.argsort(keys, kind="stable")  # of 16 bits: a radix sort
+            order = np.argsort(keys, kind="stable")  # 16-bit keys: numpy uses a radix sort
             pairs = neighbours(keys[order], usable[order], values, seen)
             found.update(zip(pairs[0].tolist(), pairs[1].tolist(), strict=True))
     return found
@@ -190,7 +190,7 @@ def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
 def _neighbours(
     keys: np.ndarray, index: np.ndarray, values: np.ndarray, seen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the near pairs among videos that share a key and are at most WINDOW apart in the order of the keys."""
+    """Return the near pairs among videos that share a key and are at most WINDOW apart in key order."""
     found = [np.zeros((2, 0), np.int64)]
     for step in range(1, min(WINDOW, len(keys) - 1) + 1):
         same = np.flatnonzero(keys[step:] == keys[:-step])
@@ -206,7 +206,7 @@ def _neighbours(
 
 @cache
 def _compiled_neighbours() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
-    """Return `_neighbours` as machine code: it stops at the fourth frame that is not near, and needs no copies."""
+    """Return `_neighbours` compiled by Numba: it stops at the fourth frame that is not near, and makes no copies."""
     import numba
 
     one, two, four, top = (np.uint64(shift) for shift in (1, 2, 4, 56))

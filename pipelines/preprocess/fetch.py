@@ -1,4 +1,4 @@
-"""The files that a row needs, on this machine: its video, and what is known of its files since an earlier run."""
+"""Fetch the files that a row needs to this machine, and reuse what an earlier run learned about them."""
 
 from __future__ import annotations
 
@@ -29,13 +29,13 @@ def reach(config: PreprocessConfig) -> AbstractContextManager[None]:
 
 
 def sidecar_rules(function: Callable[[Row, Any], Mapping[str, Any]], row: Row, config: Any) -> Mapping[str, Any]:
-    """Return what a stage's function returns, under `reach`; only videos may redirect to another host."""
+    """Call a stage's function under `reach`; within it, only videos may redirect to another host."""
     with reach(config), web.rules(same_host=True):
         return function(row, config)
 
 
 def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
-    """Return the path of a row's video on this machine; it stays there until this process requests another.
+    """Return the local path of a row's video; the file stays until this process requests another one.
 
     Raises:
         BadSample: unreadable, truncated_download, source_changed.
@@ -49,7 +49,7 @@ def video(row: Mapping[str, Any], config: PreprocessConfig) -> str:
 
 
 def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -> DepthRequest:
-    """Return the DepthRequest that locates the depth of the video at `path`: a row's own or its pair's."""
+    """Return the DepthRequest that locates the depth of the video at `path`: a row's own video or its pair's."""
     from ex4d.depth import DepthRequest
 
     plain = without_query(path)
@@ -58,10 +58,10 @@ def depth_request(row: Mapping[str, Any], config: PreprocessConfig, path: str) -
 
 
 def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
-    """Return the `depth_path` for the estimator: `config.depth_path`, or the copy of a remote sidecar.
+    """Return the `depth_path` for the estimator: `config.depth_path`, or the local copy of a remote sidecar.
 
     Raises:
-        BadSample: as `video`.
+        BadSample: see `video`.
     """
     if not row["depth_file"] or storage.is_local(row["depth_place"]):
         return config.depth_path
@@ -71,12 +71,12 @@ def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
 
 @dataclass(frozen=True)
 class Remote:
-    """The known files of one remote video, to keep requests to the store few.
+    """The files of one remote video, with what is known of them, to save requests to the store.
 
     Args:
-        there: of `storage.beside`.
-        known: {kind: what `digest` returned in an earlier run}.
-        fetched: {kind: what `digest` found now}; its URLs are redacted, since it goes into the ledger.
+        there: result of `storage.beside`.
+        known: {kind: result of `digest` in an earlier run}.
+        fetched: {kind: result of `digest` in this run}; its URLs are redacted, since it goes into the ledger.
         urls: {kind: the URL that was read}.
     """
 
@@ -130,18 +130,18 @@ class Remote:
 
 @dataclass(frozen=True)
 class Local:
-    """The files of one local video whose hashes are known, so that another run reads only what was changed.
+    """The files of one local video; if their hashes are known, another run reads only changed files.
 
     Args:
-        known: {kind: what `digest` returned in an earlier run}.
-        found: {kind: what `digest` knows now, for the next run}.
+        known: {kind: result of `digest` in an earlier run}.
+        found: {kind: result of `digest` in this run, for the next one}.
     """
 
     known: Mapping[str, Any]
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def digest(self, paths: Sequence[str], kind: str, read: Callable[[], str]) -> tuple[str, int]:
-        """Return (sha256, bytes of the first file), from an earlier run if no file was touched since. Raises OSError.
+        """Return (sha256, bytes of the first file), from an earlier run if no file has changed since. Raises OSError.
 
         Args:
             read: reads the files and returns their sha256.
@@ -157,10 +157,9 @@ class Local:
 
 
 def _stamp(paths: Sequence[str]) -> str:
-    """Return what a change of local files changes, "" where they were changed a moment ago and may be so again.
+    """Return a string that changes with local files; "" if they changed a moment ago and may be changing still.
 
-    On Linux's own file systems no program can set the time of a file's last change of any kind (ctime), unlike that of
-    its content (mtime).
+    On Linux's own file systems a program can set a file's modification time (mtime), but not its change time (ctime).
     """
     facts = [storage.local_path(path).stat() for path in paths]
     if hub.is_fresh(facts):

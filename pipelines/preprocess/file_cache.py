@@ -1,6 +1,7 @@
-"""Cache remote files on this machine: decoders need a local path, so files are copied once and stay while there is
-room. The processes of one machine share the cache; a file in use is never evicted. A folder of pictures becomes one
-file there, too (`video.pictures`).
+"""Cache remote files on this machine, because decoders need a local path.
+
+Files are copied once and stay while there is room. All processes on a machine share the cache; a file in use is never
+evicted. A folder of pictures is cached as one file, too (`video.pictures`).
 """
 
 from __future__ import annotations
@@ -19,9 +20,9 @@ from ex4d.data.cache import claim, least_used_first
 from ex4d.errors import BadSample
 from ex4d.video import pictures
 
-OLD_S = 86400  # a temporary file older than a day was abandoned
-MAX_TRIES = 10  # attempts to lock a file before other processes evict it
-MAX_NAME_BYTES = 200  # a store's names may be longer than a disk's
+OLD_S = 86400  # temporary files older than a day are abandoned
+MAX_TRIES = 10  # attempts to lock a file before another process evicts it
+MAX_NAME_BYTES = 200  # names in a store may be longer than a disk allows
 
 
 def unreadable(error: OSError) -> BadSample:
@@ -38,11 +39,11 @@ def unreadable(error: OSError) -> BadSample:
 
 
 class FileCache:
-    """A bounded folder of whole files, each under its sha256; the least recently used go first.
+    """A bounded folder of whole files, each stored under its sha256; the least recently used are evicted first.
 
     Args:
         folder: created if missing; see `claim`.
-        max_bytes: limit of the cache, apart from files in use (one per process) and one that is being fetched.
+        max_bytes: limit of the cache, besides files in use (one video, one depth file per process) and one in transfer.
         max_file_bytes: larger files are rejected.
     """
 
@@ -50,19 +51,19 @@ class FileCache:
         self.folder, self.max_bytes, self.max_file_bytes = folder, max_bytes, max_file_bytes
         claim(folder, "preprocess.cache_dir")
         self._held: dict[str, IO[bytes]] = {}
-        for path in folder.glob(".tmp-[0-9a-f]*"):  # of killed processes; others may still write theirs
+        for path in folder.glob(".tmp-[0-9a-f]*"):  # left by killed processes; recent ones may still be in use
             with suppress(FileNotFoundError):
                 if time.time() - path.stat().st_mtime > OLD_S:
                     path.unlink()
 
     def get(self, url: str, sha256: str, name: str, fps: float | None = None) -> Path:
-        """Return the path of a file with that content, locked until the next file of this name is requested.
+        """Return the path of a file with that content, locked until the next file of its kind is requested.
 
         Args:
-            fps: of a local folder of pictures; None: it is a file.
+            fps: for a local folder of pictures; None for a file.
 
         Raises:
-            BadSample: unreadable, truncated_download; source_changed: the URL has another content by now.
+            BadSample: unreadable, truncated_download; source_changed: the URL now has other content.
         """
         path = self._path(sha256, name)
         for _ in range(MAX_TRIES):
@@ -79,7 +80,7 @@ class FileCache:
         )
 
     def add(self, url: str, name: str, announced: int | None = None, fps: float | None = None) -> tuple[str, int]:
-        """Return (sha256, bytes) of a file after copying it here; `announced` bytes, None: ask. Raises OSError."""
+        """Copy a file to the cache; return (sha256, bytes). `announced`: its size, None: query it. Raises OSError."""
         announced = pictures.size_of(url) if fps else announced
         claim(self.folder, "preprocess.cache_dir")  # the folder may have been deleted
         temporary = self.folder / f".tmp-{uuid.uuid4().hex}"
@@ -106,10 +107,10 @@ class FileCache:
         return self.folder / sha256 / name
 
     def _hold(self, path: Path, kind: str) -> bool:
-        """Return True if the file exists; it is then locked against `_make_room` of any process."""
+        """Lock the file against eviction by any process; return False if it does not exist."""
         kind = "video" if kind == "video" else "depth"
         try:
-            file = open(path, "rb")  # noqa: SIM115 (it stays open: that is the lock)
+            file = open(path, "rb")  # noqa: SIM115 (kept open: that is the lock)
         except FileNotFoundError:
             return False
         fcntl.flock(file, fcntl.LOCK_SH)
@@ -133,7 +134,7 @@ class FileCache:
 
 
 def _drop(path: Path) -> bool:
-    """Return True if the file was deleted; a locked file stays."""
+    """Delete a file unless it is locked; return True if it is gone."""
     try:
         with open(path, "rb") as file:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
@@ -142,7 +143,7 @@ def _drop(path: Path) -> bool:
         return True
     except BlockingIOError:
         return False
-    with suppress(OSError):  # it is not empty (any more)
+    with suppress(OSError):  # not empty
         path.parent.rmdir()
     return True
 
@@ -153,13 +154,13 @@ def _move(source: Path, target: Path) -> None:
         try:
             os.replace(source, target)
             return
-        except FileNotFoundError:  # another process found the new folder empty and removed it
+        except FileNotFoundError:  # another process removed the new folder while it was empty
             if not source.exists():
                 raise
 
 
 def size_or_0(url: str) -> int:
-    """Return the bytes of a file, 0 where it is missing or its server does not say; it then fails when it is read."""
+    """Return the bytes of a file; 0 if it is missing or the server does not say, so that reading it fails later."""
     try:
         return storage.size(url)
     except OSError:

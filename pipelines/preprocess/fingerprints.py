@@ -1,4 +1,4 @@
-"""What each artifact of a preprocess run depends on: the fingerprints in its name, and the facts in dataset.json."""
+"""What each artifact of a preprocess run depends on: the fingerprints in its name, and the settings in dataset.json."""
 
 from __future__ import annotations
 
@@ -12,23 +12,23 @@ from pipelines.preprocess.settings import PreprocessConfig
 
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
-VIDEO_CODE, CLIP_CODE = 3, 7  # raised when stages change their output, so that older staging is not reused
+VIDEO_CODE, CLIP_CODE = 3, 7  # increment when stages change their output, so that older staging is not reused
 
 
 @cache
 def versions() -> dict[str, str]:
-    """Return {package: version} of what may change a sample's bytes; "" where it is not installed."""
+    """Return {package: version} of packages that may change a sample's bytes; "" if a package is not installed."""
     return dict.fromkeys(PACKAGES, "") | installed_versions(PACKAGES)
 
 
 def video_fingerprints(config: PreprocessConfig) -> tuple[str, str]:
-    """Return the fingerprints of a video's record and of its refusal; the content hash stands in the name beside."""
+    """Return the fingerprints for the names of a video's record and of its refusal; the content hash is separate."""
     parts = ("video", VIDEO_CODE, versions())
     return fingerprint(*parts), fingerprint(*parts, differing(to_dict(config.limits), to_dict(type(config)().limits)))
 
 
 class ClipNames:
-    """The names of a clip's artifacts in the ledger, for one configuration; most of each digest is the same for all."""
+    """Names a clip's artifacts in the ledger for one configuration, whose part of the digests is computed once."""
 
     def __init__(self, config: PreprocessConfig):
         usual = type(config)()
@@ -44,14 +44,14 @@ class ClipNames:
         """Return the fingerprints of a clip's sample, of its refusal, and of its scores.
 
         Args:
-            facts: what of the source and of the plan reaches the sample's bytes.
+            facts: everything in the source and the plan that affects the sample's bytes.
         """
         seen = {name: facts[name] for name in ("sha256", "pts", "fps", "box", "shot_scores")}
         sample, refusal = self._made.of(dict(facts)), self._made.of(dict(facts), *self._judged)
         return sample, refusal, self._seen.of(seen)
 
     def seed(self, key: str) -> int:
-        """Return the seed of what is drawn for a clip."""
+        """Return the seed for a clip's random choices."""
         return int(self._drawn.of(key)[:8], 16)
 
 
@@ -59,7 +59,7 @@ _last: list[tuple[PreprocessConfig, ClipNames]] = []
 
 
 def clip_names(config: PreprocessConfig) -> ClipNames:
-    """Return the ClipNames of a configuration; those of the last one are kept, since a worker plans video by video."""
+    """Return the ClipNames of a configuration; the last one is cached, since a worker plans video by video."""
     if not _last or _last[0][0] != config:
         _last[:] = [(config, ClipNames(config))]
     return _last[0][1]
@@ -68,8 +68,8 @@ def clip_names(config: PreprocessConfig) -> ClipNames:
 def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[str, Any]:
     """Return the settings that differ from their defaults.
 
-    A fingerprint holds these alone, so that staged work stays valid when a setting is added. Where a default changes,
-    raise CLIP_CODE.
+    A fingerprint holds only these, so that staged work stays valid when a setting is added. If a default changes,
+    increment CLIP_CODE.
     """
     inner = {name: (value, defaults.get(name)) for name, value in values.items() if value != defaults.get(name)}
     return {
@@ -79,23 +79,23 @@ def differing(values: Mapping[str, Any], defaults: Mapping[str, Any]) -> dict[st
 
 
 def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
-    """Return the settings that every sample depends on, whatever its source; no path of this machine is among them."""
+    """Return the settings that every sample depends on, regardless of its source; none is a path of this machine."""
     names = (
         *("num_frames", "size", "fit", "fps", "stride", "depth", "cameras"),
         *("source_motion", "persistent_frames", "depth_fill_px", "fov_deg", "profile", "masks", "seed"),
     )
     everything = to_dict(config)
     chosen = {name: everything[name] for name in names}
-    without_depth = config.score_only or config.depth == AUTO  # auto: before `run` has chosen
+    without_depth = config.score_only or config.depth == AUTO  # auto: `run` has not chosen yet
     chosen["depth_weights"] = "" if without_depth else _depth_weights(config.depth, config.depth_path)
-    chosen["depth_batch_size"] = config.depth_batch_size  # another order of sums may change the last digits
+    chosen["depth_batch_size"] = config.depth_batch_size  # another summation order may change the last digits
     chosen["captioner"] = None
     if config.captioner is not None and not config.score_only:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
         chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
     chosen["members"] = sorted(set(config.members))
     if config.persistent_frames:
-        chosen["moving_bodies"] = "flow"  # what finds them where the depth does not say
+        chosen["moving_bodies"] = "flow"  # how moving bodies are found if the depth estimator does not report them
     if config.cameras == "colmap":
         from ex4d.depth import colmap
 
@@ -115,7 +115,7 @@ def _scorer(file: str, weights: str | None) -> str:
 
 @cache
 def _depth_weights(depth: str, depth_path: str | None) -> str:
-    """Return the content hash of an estimator's weights; a sidecar's hash is among the clip's facts."""
+    """Return the content hash of an estimator's weights; the hash of a sidecar is among the clip's facts."""
     from ex4d import hub
     from ex4d.depth import FOREIGN, weight_folders
 
@@ -136,7 +136,7 @@ def _caption_weights(model: str) -> str:
 
 
 def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]:
-    """Return the contents of dataset.json, without what packing adds."""
+    """Return the contents of dataset.json, except for what packing adds."""
     from ex4d.geometry import masks
 
     return {
@@ -153,7 +153,7 @@ def facts(config: PreprocessConfig, counts: Mapping[str, int]) -> dict[str, Any]
 
 
 def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
-    """Return the settings that dataset.json shows: those that decide which samples there are, and how they look."""
+    """Return the settings in dataset.json: those that decide which samples there are, and what is in them."""
     names = (
         *("clips_per_shot", "clips_per_video", "min_shot_s", "crop_bars"),
         *("filters", "near_duplicates", "val_fraction", "shard_size_mb"),
@@ -161,6 +161,6 @@ def dataset_settings(config: PreprocessConfig) -> dict[str, Any]:
     everything = to_dict(config)
     scorer = {"scorer": everything["scorer"]} if config.scorer is not None else {}
     made = sample_settings(config)
-    if scorer:  # its thresholds, and what it is known by; no path of this machine
+    if scorer:  # thresholds and content identity; no path of this machine
         scorer["scorer"] = {**{name: scorer["scorer"][name] for name in ("min", "max")}, "identity": made["scorer"]}
     return made | {name: everything[name] for name in names} | scorer

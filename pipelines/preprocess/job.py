@@ -30,19 +30,19 @@ from pipelines.runtime.stage import Row, Stage, Track, is_lasting, new_row, refu
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
 
-CHUNK = 1000  # videos whose records are looked for at a time
-# What is kept of a row, for the tables and for what is made of it.
+CHUNK = 1000  # videos whose records are looked up at a time
+# Columns that the driver keeps of a finished row.
 VIDEO_COLUMNS = (
     *("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair"),
     *("depth_file", "depth_place", "known_source", "fetched"),
 )
 CLIP_COLUMNS = ("scores", "staged", "name", "path", "source_group", "frame_index", *ARTIFACTS)
-SHOTS_PASS = "split"  # its name in run.jsonl and in measured results, as `videos_split` in dataset.json
+SHOTS_PASS = "split"  # name of the pass in run.jsonl and in measured results, like `videos_split` in dataset.json
 
 
 @dataclass
 class Job:
-    """One run. Filled in order: videos, what was decided across them, clips, then the outcome of each."""
+    """One run. State is filled in this order: videos, decisions across videos, clips, then the outcome of each clip."""
 
     config: PreprocessConfig
     passes: Passes
@@ -62,7 +62,7 @@ class Job:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
         self.counts["videos_in"] = len(sources)
         self._stream(sources)
-        # Now every video is known, and what one decides for another.
+        # From here on all videos are known, so duplicates can be decided.
         for row, first in self.tables.duplicates():
             self.outcomes.reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
         self._find_shots()
@@ -72,10 +72,10 @@ class Job:
     # ------------------------------------------------------------ videos
 
     def _stream(self, sources: inputs.AnySources) -> None:
-        """Hash every video; find the shots of new ones, and make their clips, while others are still hashed.
+        """Hash every video; find the shots of new videos and make their clips while others are still being hashed.
 
-        A video is taken to be the only one of its kind. Where others decide otherwise, its clips get other names and
-        are made again. So what is made here goes into the ledger alone, and is counted when all videos are known.
+        Each video is first assumed to be unique. If a later decision across videos changes a clip's name, the clip is
+        made again. So what is made here goes only into the ledger, and is counted once all videos are known.
         """
         last, clips = self._last()
         tracks = (
@@ -99,7 +99,7 @@ class Job:
                 self.outcomes.failed(row, is_guess=name == last)
 
     def _hashed(self, row: Row) -> Row | None:
-        """Put a video into the table, or reject it; return it if its shots are to be found."""
+        """Add a video to the tables, or reject it; return it if its shots have to be found."""
         fetched, known = row.pop("fetched"), row.pop("known_source")
         if fetched and fetched != known:
             self.ledger.records.add(_source_name(row["path"]), fetched)
@@ -107,14 +107,14 @@ class Job:
             self.outcomes.reject("video", row)
             return None
         content = pairs.content(row["sha256"], row["pair"])
-        row |= {"content": content, "seconds": {}}  # the seconds of this pass are counted
+        row |= {"content": content, "seconds": {}}  # the seconds of this pass have been counted
         names = {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
         video = row | names | pairs.other_of(row)
         is_new = self.tables.add_video(video) and not units.finished(self.ledger, video)
         return video if is_new else None
 
     def _sources(self, sources: inputs.AnySources) -> Iterator[Row]:
-        """Yield the rows of the videos; reject what is no video."""
+        """Yield the rows of the videos; reject sources that are not videos."""
         for source in sources:
             if not source.is_video:
                 row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
@@ -128,7 +128,7 @@ class Job:
             )
 
     def _find_shots(self) -> None:
-        """Make the records that are still missing: of videos that are to be retried or whose record is damaged."""
+        """Find the shots of videos that still lack a record: those to be retried and those whose record is damaged."""
         rows, number = self._without_record(), 0
         while some := list(islice(rows, CHUNK)):
             number += self._add_work("video", pack_rows(some), len(some))
@@ -142,7 +142,7 @@ class Job:
         self.tables.clear_work()
 
     def _add_work(self, unit: str, packed: bytes, number: int) -> int:
-        """Add rows to the next pass, but for those that this run has tried in vain; return how many."""
+        """Add rows to the next pass, except those that already failed in this run; return the number added."""
         if self.tables.count("tried"):
             rows = [row for row in unpack_rows(packed) if not self.outcomes.was_tried(unit, row)]
             packed, number = pack_rows(rows), len(rows)
@@ -150,7 +150,7 @@ class Job:
         return number
 
     def _without_record(self) -> Iterator[Row]:
-        """Yield the videos without a record, after removing the rejections that are to be retried."""
+        """Yield the videos without a record, after deleting the rejections that are to be retried."""
         known = len(self.ledger.records) and self.digests[: 1 if self.retry else 2]
         videos = self.tables.without_record(known) if known else self.tables.videos()
         while rows := list(islice(videos, CHUNK)):
@@ -167,7 +167,7 @@ class Job:
                     yield row
 
     def _decide(self) -> None:
-        """Decide across all videos which are near duplicates: they share a split, or one is taken for all."""
+        """Find near duplicates across all videos: they share a split, or the best one replaces the others."""
         identity = duplicates.Identity()
         for sha256, other_sha256, facts in self.tables.identities(self.digests[0]):
             hashes, size, duration_s, other_hashes = json.loads(facts)
@@ -178,7 +178,7 @@ class Job:
     # ------------------------------------------------------------ clips
 
     def _plan(self) -> int:
-        """Plan the clips of all units; return how many are to be made."""
+        """Plan the clips of all units; return the number of clips to be made."""
         number = 0
         prefixes, keep = self.tables.units(), ("planned", "todo")
         for row in self.passes.must("plan", units.PLAN, self._units(prefixes), self.config, keep, len(prefixes)):
@@ -196,7 +196,7 @@ class Job:
             yield new_row(f"unit {prefix}", **bodies, sizes=sizes, retry=retry, tried=tried)
 
     def _take(self, planned: Mapping[str, Any]) -> None:
-        """Count what the plan of a unit says: what is done and what is rejected."""
+        """Apply the plan of a unit: count what is finished and what is rejected."""
         self.counts.update(planned["counts"])
         self.outcomes.add_rejects(planned["rejects"])
         self.tables.add_staged(planned["staged"])
@@ -207,11 +207,11 @@ class Job:
         self.tables.add_superseded(planned["superseded"])
 
     def _last(self) -> tuple[str, tuple[Stage, ...]]:
-        """Return name and stages of the last pass."""
+        """Return the name and stages of the last pass."""
         return ("score", self.stages.score) if self.config.score_only else ("clip", self.stages.clip)
 
     def _clips(self, number: int) -> None:
-        """Make the clips, or measure the scores, that are not known."""
+        """Make the missing clips, or measure the missing scores."""
         name, stages = self._last()
         for row in self.passes.run(name, stages, self.tables.work(), self.config, CLIP_COLUMNS, number):
             self.outcomes.write_clip(row)
@@ -259,7 +259,7 @@ class Job:
         self.problems += self.passes.problems()
 
     def finish(self) -> Result:
-        """Return the Result, its counts complete."""
+        """Return the Result with the final counts."""
         names = ("videos_in", "videos_split", "videos_rejected", "clips_planned", "samples")
         counts = {name: self.counts[name] for name in (*names, "clips_filtered", "clips_bad")}
         return Result(
@@ -277,5 +277,5 @@ class Job:
 
 
 def _source_name(url: str) -> str:
-    """Return the name of the ledger's record of a video's files: their hashes, and what would change with them."""
+    """Return the name of the ledger's record of a video's files: their hashes, and tags that change with the files."""
     return f"sources/{fingerprint(url)}"

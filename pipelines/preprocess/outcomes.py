@@ -1,4 +1,4 @@
-"""What a run says of each video and clip: counts, rejects, and the records of the ledger."""
+"""The outcome of each video and clip of a run: counts, rejects, and the records of the ledger."""
 
 from __future__ import annotations
 
@@ -15,13 +15,14 @@ from pipelines.runtime.stage import Row, is_bug, is_lasting
 
 @dataclass
 class Outcomes:
-    """Filled row by row.
+    """Collects outcomes row by row.
 
     Args:
-        ledger, tables: of the run. keeps_scores: the run measures scores and makes no samples.
-        retry: reasons; what was rejected with one of them is tried again.
-        guessed_bugs: keys of clips with a bug that may not be planned when all is known.
-        retried: {key: (reason of the first rejection, how it ended; "" while it has not)}.
+        ledger, tables: those of the run.
+        keeps_scores: the run only measures scores and makes no samples.
+        retry: rows that were rejected for one of these reasons are retried.
+        guessed_bugs: keys of clips that ended in a bug, but may turn out not to be planned once all videos are known.
+        retried: {key: (reason of the earlier rejection, the outcome; "" until it is known)}.
     """
 
     ledger: Ledger
@@ -39,7 +40,7 @@ class Outcomes:
         self.add_rejects([reject_of(unit, row)])
 
     def add_rejects(self, rejects: Iterable[Mapping[str, str]]) -> None:
-        """Count rejects, as `reject_of` makes them."""
+        """Count rejects, as made by `reject_of`."""
         found = list(rejects)
         for reject in found:
             is_video = reject["unit"] == "video"
@@ -48,16 +49,16 @@ class Outcomes:
         self.rejects.add(found)
 
     def failed(self, row: Row, is_guess: bool) -> None:
-        """Note that this run is not to try a row again; the ledger has only refusals that last."""
+        """Record that this run must not retry a row; the ledger stores only lasting refusals."""
         if not is_lasting(row):
             self.tables.add_tried(row["artifact"], row["name"], row["refusal"])
-        elif self.retry:  # what was refused before is tried again, this was not
+        elif self.retry:  # earlier refusals are retried, but not this one
             self.tables.add_tried(row["refusal_artifact"], row["name"], row["refusal"])
         if is_guess and is_bug(row):
             self.guessed_bugs.add(row["key"])
 
     def was_tried(self, unit: str, row: Row) -> bool:
-        """Reject a row that this run has tried in vain; return False for any other."""
+        """Reject a row that already failed in this run; return False for any other row."""
         refusal = self.tables.tried(row["artifact"], row["name"])
         if refusal is not None:
             self.reject(unit, row | {"refusal": refusal})
@@ -66,19 +67,19 @@ class Outcomes:
         return refusal is not None
 
     def note(self, row: Row) -> None:
-        """Note how a row that is tried again ended."""
+        """Record the outcome of a row that was retried."""
         key, refusal = row["key"], row["refusal"]
         if key in self.retried:
             self.retried[key] = (self.retried[key][0], "done" if refusal is None else refusal["reason"])
 
     def write_video(self, row: Row) -> None:
-        """Record a video: its record, or its lasting rejection."""
-        has_record = row["record"] and row["record"]["refusal"] == row["refusal"]  # none after an unexpected error
+        """Record a video in the ledger: its record, or its lasting rejection."""
+        has_record = row["record"] and row["record"]["refusal"] == row["refusal"]  # not after an unexpected error
         record = row["record"] if has_record else {"refusal": row["refusal"]}
         self._write(row, record, record)
 
     def write_clip(self, row: Row) -> None:
-        """Record a clip: its sample or its scores, or its lasting rejection, with scores that were measured before."""
+        """Record a clip in the ledger: its sample or scores, or its lasting rejection with scores measured so far."""
         scores = {} if row["scores"] is None else {"scores": row["scores"]}
         self._write(
             row, row["scores"] if self.keeps_scores else row["staged"], row["refusal"] and row["refusal"] | scores

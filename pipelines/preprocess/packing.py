@@ -1,4 +1,4 @@
-"""Pack the finished samples of a run into the dataset: the workers build the shards, the driver writes the tables."""
+"""Pack the finished samples of a run into the dataset: workers build the shards, the driver writes the tables."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from pipelines.runtime.stage import new_row
 
 @dataclass(frozen=True)
 class Packing:
-    """What a dataset is packed of, and by whom."""
+    """Supplies the samples and rejects of a run to `shards.pack_contents`, and builds shards on the workers."""
 
     config: PreprocessConfig
     ledger: Ledger
@@ -38,18 +38,18 @@ class Packing:
             self.ledger.packed.drop(clip.artifact for clip in self.tables.staged())
 
     def staged(self) -> Iterator[shards.Staged]:
-        """Yield the finished samples in the order of split and key."""
+        """Yield the finished samples, sorted by split and key."""
         for split, key, artifact, size, sha256 in self.tables.staged():
             yield shards.Staged(key, split, self.ledger.url(artifact), size, sha256)
 
     def rejects(self) -> Iterator[Mapping[str, str]]:
-        """Yield the rejects in their order."""
+        """Yield the rejects in the order of rejects.parquet."""
         return self.rejected.in_order()
 
     def _build(self, plans: shards.Missing, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
-        """Yield the facts of each shard; they are built by the workers. Raises ContractError."""
+        """Build shards on the workers; yield the facts of each. Raises ContractError."""
         packed = self.ledger.packed
-        if packed.holds_samples:  # all of them are put back before any shard is overwritten
+        if packed.holds_samples:  # copy all back before any shard is overwritten
             rows = (new_row(plan["name"], places=packed.places(plan["items"])) for plan in plans)
             for _ in self.passes.must("restore", commit.RESTORE, rows, self.config, (), len(plans)):
                 pass

@@ -1,4 +1,4 @@
-"""Write the pages of a run to `report/` in the dataset folder, outside its tree hash."""
+"""Write the HTML pages of a run to `report/` in the dataset folder, which is excluded from the dataset's tree hash."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ PREVIEWS = 12
 THUMBNAIL_PX = 192
 PLACE = ["key", "shard", "offset", "length"]
 _SCORE_ROW = ("key", "source_path", "start_frame", "end_frame", "refused_by")
-EXAMPLES = 20_000  # values per histogram; more change no bar by a pixel
+EXAMPLES = 20_000  # values per histogram; more would not move any bar by a pixel
 
 
 def write(config: PreprocessConfig, scored: Iterable[Mapping[str, Any]], result: Result) -> str:
@@ -38,7 +38,7 @@ def write_scores(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]], r
     """Write the page of scores, with scores.parquet and scores.json beside it; return its path.
 
     Args:
-        clips: `units.scored`, in the order of their keys.
+        clips: results of `units.scored`, sorted by key.
     """
     import pyarrow as pa
 
@@ -48,7 +48,7 @@ def write_scores(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]], r
     rows, refused = _score_rows(config, clips), Counter[str]()
     first = next(rows, {})
     names = [name for name in SCORES if name in first]
-    values = {name: array("d") for name in names}  # of every clip: the page says exactly how many each keeps
+    values = {name: array("d") for name in names}  # of every clip: the page has exact counts per threshold
 
     def counted() -> Iterator[dict[str, Any]]:
         for row in chain([first] if first else (), rows):
@@ -78,7 +78,7 @@ def _score_rows(config: PreprocessConfig, clips: Iterable[Mapping[str, Any]]) ->
 
 
 def _with_json(rows: Iterable[dict[str, Any]], file: IO[str]) -> Iterator[dict[str, Any]]:
-    """Yield the rows, after writing each to a JSON list."""
+    """Write each row to a JSON list, then yield it."""
     before = "["
     for row in rows:
         file.write(before + json.dumps([row], indent=1)[1:-2])
@@ -89,14 +89,14 @@ def _with_json(rows: Iterable[dict[str, Any]], file: IO[str]) -> Iterator[dict[s
 
 @contextmanager
 def _folder(config: PreprocessConfig) -> Iterator[Path]:
-    """Yield a folder for unfinished files, on the disk of a local output so that moving is a rename."""
+    """Yield a temporary folder; it is on the disk of a local output, so that moving a file is a rename."""
     place = storage.local_path(config.output) if storage.is_local(config.output) else None
     with tempfile.TemporaryDirectory(prefix=".tmp-report-", dir=place) as folder:
         yield Path(folder)
 
 
 def write_report(config: PreprocessConfig, result: Result) -> str:
-    """Write the page of the dataset; return its path. Without a commit it shows only the rejects."""
+    """Write the page of the dataset; return its path. Without a commit the page shows only the rejects."""
     from ex4d.viewer import report_page
 
     scores: dict[str, list[float]] = {}
@@ -118,7 +118,7 @@ def write_report(config: PreprocessConfig, result: Result) -> str:
 
 
 def _sampled(config: PreprocessConfig) -> tuple[dict[str, list[float]], list[dict[str, Any]]]:
-    """Return values of each score, at most about EXAMPLES, and the rows of PREVIEWS samples; read batch by batch."""
+    """Return about EXAMPLES values of each score, and the rows of PREVIEWS samples; the manifest is read in batches."""
     import pyarrow.parquet as pq
 
     from ex4d.data.manifest import MANIFEST
@@ -173,7 +173,7 @@ def _refused_by(scores: Mapping[str, float], filters: FilterConfig) -> str:
 
 
 def _thresholds(filters: FilterConfig) -> dict[str, dict[str, float]]:
-    """Return {score: {"min" or "max": threshold}} of the filters that are on."""
+    """Return {score: {"min" or "max": threshold}} of the active filters."""
     found: dict[str, dict[str, float]] = {}
     for key, value in vars(filters).items():
         side, _, name = key.partition("_")

@@ -1,13 +1,13 @@
 """Find the files of a scene that was filmed from two cameras, by name.
 
-| beside `NAME.mp4` | what |
+| beside `NAME.mp4` | contents |
 |---|---|
 | `NAME.source.mp4` | the same scene from the other camera: same number of frames, times and size |
-| `NAME.source.depth.npz` | its z_depth, where `preprocess.depth` is sidecar (`ex4d.depth.sidecar`) |
-| `NAME.camera.json`, `NAME.source.camera.json` | the cameras of either: a pose for each frame |
+| `NAME.source.depth.npz` | its z_depth, if `preprocess.depth` is sidecar (`ex4d.depth.sidecar`) |
+| `NAME.camera.json`, `NAME.source.camera.json` | the two cameras: a pose for each frame |
 
-NAME is the target of training, the other video its input. The cameras are `camera.json` files of
-`ex4d.geometry.trajectory_files`: both in one world, in the unit of the depth; without a K, the depth's K is used.
+NAME is the target of training, the other video is its input. The cameras are `camera.json` files as read by
+`ex4d.geometry.trajectory_files`, in a common world and in the unit of the depth; without a K, the depth's K is used.
 """
 
 from __future__ import annotations
@@ -35,9 +35,9 @@ def files_of(path: str) -> PairFiles:
 
 
 def without_sources(found: Iterable[Source]) -> list[Source]:
-    """Return the sources without those that are the other camera of another one."""
+    """Return the sources without those that are another source's second camera."""
     found, others = list(found), set[str]()
-    # The other camera has the longer name, so its video comes first.
+    # The second camera's name is longer, so its video comes after the target's.
     for source in sorted(found, key=lambda source: len(source.path)):
         if source.is_video and without_query(source.path) not in others:
             others.add(files_of(source.path).source)
@@ -45,10 +45,10 @@ def without_sources(found: Iterable[Source]) -> list[Source]:
 
 
 def other_of(video: Mapping[str, Any]) -> dict[str, Any]:
-    """Return the columns of a video's row on the other camera's video: its path and its content hash.
+    """Return the columns about the other camera's video in a video's row: its path, content hash and size.
 
     Args:
-        video: a row after the stage `identify`. Returns {} where the dataset has no pairs.
+        video: a row after the stage `identify`. Returns {} if the dataset has no pairs.
     """
     pair = video["pair"]
     if pair is None:
@@ -59,10 +59,10 @@ def other_of(video: Mapping[str, Any]) -> dict[str, Any]:
 
 
 def content(sha256: str, pair: Mapping[str, Any] | None) -> str:
-    """Return the key of a video: its sha256, or a hash of its own and its pair's.
+    """Return the key of a video: its sha256, or for pairs a hash of its own and its pair's.
 
     Args:
-        pair: of the stage `identify`: None where the dataset has no pairs, {} where a file is missing.
+        pair: from the stage `identify`: None if the dataset has no pairs, {} if a file is missing.
     """
     if pair is None:
         return sha256

@@ -1,4 +1,4 @@
-"""The stages of a preprocess run, top to bottom. A stage reads and writes columns of a row; see each stage's file."""
+"""The stages of a preprocess run, from top to bottom. A stage reads and writes columns of a row; see its file."""
 
 from __future__ import annotations
 
@@ -28,10 +28,10 @@ from pipelines.runtime.stage import Stage
 
 @dataclass(frozen=True)
 class Stages:
-    """The whole pipeline, top to bottom: what is done with each file, each new content, and each of its clips."""
+    """The whole pipeline, from top to bottom: the stages for each file, for each new content, and for each clip."""
 
     hash: tuple[Stage, ...] = (identify.STAGE,)
-    # on the driver: two files of one content are one video
+    # On the driver: files with the same content become one video.
     find_shots: tuple[Stage, ...] = (probe.STAGE, shots.STAGE, commit.RECORD_VIDEO, units.FIRST_CLIPS)
     clip: tuple[Stage, ...] = (
         decode.STAGE,
@@ -45,7 +45,7 @@ class Stages:
         qc.MASKS,
         commit.STAGE_SAMPLE,
     )
-    # with the member `source`, in place of `find_shots` and `clip`: depth is the other camera's, the mask is its warp's
+    # With the member `source`, these replace `find_shots` and `clip`: depth is the other camera's, the mask its warp's.
     find_shots_pair: tuple[Stage, ...] = (
         probe.STAGE,
         shots.STAGE,
@@ -69,17 +69,16 @@ class Stages:
         qc.PAIR,
         commit.STAGE_PAIR,
     )
-    # packing.Packing: workers build the shards, the driver writes the tables
-    # with `score_only`, in place of `clip`
+    # Then packing.Packing: workers build the shards, the driver writes the tables.
+    # With `score_only`, in place of `clip`:
     score: tuple[Stage, ...] = (decode.STAGE, score.MEASURE)
 
 
 def stages_of(config: PreprocessConfig) -> Stages:
-    """Return the stages with the resources that the configuration gives them.
+    """Return the stages with the resources that the configuration assigns to them.
 
-    Depth, captions and a score of one's own run in the actors of the GPU, everything else as tasks on the CPUs: a
-    clip's frames travel to the actor and on from it, through Ray's object store. Several actors share a GPU
-    (`depth_num_gpus` 0.25: four).
+    Depth, captions and a user's score run in GPU actors, everything else in CPU tasks. A clip's frames travel to the
+    actor and back through Ray's object store. Several actors may share a GPU (`depth_num_gpus` 0.25: four).
     """
     plain = Stages()
     is_pair = "source" in config.members

@@ -1,8 +1,8 @@
-"""`ex4d preprocess`: videos to training shards; the ledger of what is done is the staging folder.
+"""`ex4d preprocess`: turn videos into training shards; the staging folder is the ledger of finished work.
 
-Hash every file, find the shots of every new content, make a sample of every clip: side by side, each for what the
-ledger lacks, on Ray or in this process; the bytes are the same. Then decide across all videos, make what that changes,
-and pack.
+Hash every file, find the shots of all new content, and make a sample of every clip. The three run side by side, each
+only where the ledger lacks results, on Ray or in this process, with identical bytes. Then decide across all videos,
+redo what these decisions change, and pack.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ OPTIONAL = ("synthetic",)  # no synthetic corpus by default
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
-    """Do `ex4d preprocess`; return the exit status."""
+    """Run `ex4d preprocess`; return the exit status."""
     chosen = config_file.load(config_path, SECTIONS, overrides, OPTIONAL)
     check_output("preprocess.output", chosen["preprocess"].output)
     result = run(chosen["preprocess"], chosen["ray"], chosen["synthetic"])
@@ -55,21 +55,21 @@ def run(
 ) -> Result:
     """Update the dataset folder `config.output` to match the input and return the result.
 
-    A second run resumes. `exit_code` is 1, and nothing is committed, if too many videos or clips are bad.
+    Running it again resumes. `exit_code` is 1, and nothing is committed, if too many videos or clips are bad.
 
     Args:
         synthetic_config: the corpus to use if `config.input` is None; it is written to `OUTPUT/source`.
         runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
-        stages: in place of `stages_of(config)`.
-        sources: in place of all that `config.input` names.
-        retry: reasons; rejects of this input under these settings with one of them are tried again.
+        stages: replaces `stages_of(config)`.
+        sources: replaces the sources that `config.input` names.
+        retry: rejects with one of these reasons are retried, for this input and these settings.
 
     Raises:
-        ConfigError: a setting is invalid; before any work.
+        ConfigError: a setting is invalid; raised before any work.
         ContractError: a file in the folder is damaged or of another kind.
     """
     outside_datasets("preprocess.output", config.output, own="clips")
-    fingerprints.sample_settings(config)  # raises where weights are missing and cannot be fetched
+    fingerprints.sample_settings(config)  # raises if weights are missing and cannot be fetched
     if sources is None:
         sources = find_sources(config, synthetic_config)
     config = with_depth(config, sources)
@@ -86,7 +86,7 @@ def run(
 
 
 def with_depth(config: PreprocessConfig, sources: inputs.AnySources) -> PreprocessConfig:
-    """Return the configuration with an estimator in place of `depth: auto`; print the choice in one line."""
+    """Resolve `depth: auto` to an estimator, and print the choice in one line."""
     if config.depth != AUTO or config.score_only:  # scores need no depth
         return config
     videos = (source for source in sources if source.is_video)
@@ -98,7 +98,7 @@ def with_depth(config: PreprocessConfig, sources: inputs.AnySources) -> Preproce
 
 
 def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | None) -> inputs.AnySources:
-    """Return every input file; where `config.input` is None, write a synthetic corpus and return its files."""
+    """Return every input file; if `config.input` is None, write a synthetic corpus and return its files."""
     if config.input is not None:
         with fetch.reach(config):
             place = (config.output, config.list_root, config.follow_links, config.image_fps is not None)

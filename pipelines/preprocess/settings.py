@@ -12,9 +12,9 @@ from ex4d.geometry.masks import MaskConfig
 from ex4d.video.pictures import MAX_FPS
 from pipelines.preprocess.filters import FilterConfig, ScorerConfig
 
-METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose depth has a unit that cameras can share
-WORKER_MB = 512  # resident memory of a worker and its decoding child at 1080p, without the clip: 230 to 260, measured
-CLIP_BYTES_PER_PX = 32  # what a pixel of a clip's frames adds at the peak; 24 measured at 49 × 512 × 512, 4 masks
+METRIC = ("sidecar", "depth-pro", "zoedepth")  # estimators whose depth is in a unit that cameras can share
+WORKER_MB = 512  # resident memory of a worker and its decoding child at 1080p, without the clip; measured: 230 to 260
+CLIP_BYTES_PER_PX = 32  # peak memory per pixel of a clip's frames; measured: 24 at 49 × 512 × 512 with 4 masks
 
 
 @dataclass(frozen=True)
@@ -188,6 +188,6 @@ class PreprocessConfig:
 
 
 def clip_memory_mb(config: PreprocessConfig) -> int:
-    """Return the memory that Ray reserves for work on a clip, MB, so that a small machine works on fewer at once."""
+    """Return the memory, MB, that Ray reserves per clip, so that a small machine works on fewer clips at a time."""
     pixels = config.num_frames * config.size[0] * config.size[1]
     return WORKER_MB + (pixels * CLIP_BYTES_PER_PX >> 20)

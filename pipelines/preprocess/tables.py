@@ -1,4 +1,4 @@
-"""What a run knows of its videos and clips: in a scratch database, since a million videos take gigabytes."""
+"""What a run knows of its videos and clips, in a scratch database, since a million videos take gigabytes."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from typing import Any, NamedTuple
 
 from pipelines.runtime.stage import Row
 
-UNIT_VIDEOS = 2000  # of a unit at most, where content hashes are spread evenly
+UNIT_VIDEOS = 2000  # maximum videos of a unit, if content hashes are evenly distributed
 HEX = "0123456789abcdef"
 _TABLES = (
     "video (content TEXT, name TEXT, sha256 TEXT, pair INTEGER, body TEXT, PRIMARY KEY (content, name))",
@@ -24,12 +24,12 @@ _TABLES = (
 
 
 def pack_rows(rows: Sequence[Row]) -> bytes:
-    """Return rows as bytes."""
+    """Serialize rows to compressed bytes."""
     return zlib.compress(json.dumps(rows).encode(), 1)
 
 
 def unpack_rows(packed: bytes) -> list[Row]:
-    """Return the rows of `pack_rows`."""
+    """Deserialize the result of `pack_rows`."""
     rows: list[Row] = json.loads(zlib.decompress(packed))
     return rows
 
@@ -45,10 +45,10 @@ class Clip(NamedTuple):
 
 
 class Tables:
-    """The videos, clips and rejects of one run.
+    """The videos, clips and pending rows of one run.
 
     Args:
-        database: of the ledger, whose table `record` is joined.
+        database: the ledger's, whose table `record` is joined.
     """
 
     def __init__(self, database: sqlite3.Connection):
@@ -59,14 +59,14 @@ class Tables:
     # ------------------------------------------------------------ videos
 
     def add_video(self, row: Row) -> bool:
-        """Add a video that was hashed; return True if it is the first that came with its `content`."""
+        """Add a hashed video; return True if it is the first with its `content`."""
         known = self._scratch.execute("SELECT 1 FROM video WHERE content = ?", (row["content"],)).fetchone()
         values = (row["content"], row["name"], row["sha256"], "other_sha256" in row, json.dumps(row))
         self._scratch.execute("INSERT INTO video VALUES (?, ?, ?, ?, ?)", values)
         return known is None
 
     def duplicates(self) -> Iterator[tuple[Row, str]]:
-        """Yield each video whose content came under another name before, with that name."""
+        """Yield each video whose content also exists under an alphabetically earlier name, with that name."""
         query = (
             "SELECT body, first FROM video JOIN (SELECT content AS one, MIN(name) AS first FROM video GROUP BY content "
             "HAVING COUNT(*) > 1) ON content = one WHERE name > first ORDER BY name"
@@ -74,11 +74,11 @@ class Tables:
         return ((json.loads(body), first) for body, first in self._scratch.execute(query))
 
     def videos(self, prefix: str = "") -> Iterator[Row]:
-        """Yield the first video of each content that begins with a prefix, in the order of the contents."""
+        """Yield the first video of each content that begins with `prefix`, sorted by content."""
         return (json.loads(body) for body, *_ in self._firsts(prefix))
 
     def without_record(self, digests: Sequence[str]) -> Iterator[Row]:
-        """Yield the videos, as `videos`, that have no record with one of these digests in its name."""
+        """Yield the videos, as `videos` does, that have no record with one of these digests in its name."""
         lacks = " AND ".join(
             "NOT EXISTS (SELECT 1 FROM record WHERE name = 'videos/' || content || ?)" for _ in digests
         )
@@ -86,8 +86,8 @@ class Tables:
         return (json.loads(body) for body, *_ in self._firsts("", f"AND {lacks}", suffixes))
 
     def identities(self, digest: str) -> Iterator[tuple[str, str, str]]:
-        """Yield (sha256, other_sha256, facts) of each video with a record: facts: hashes, size, duration_s, and the
-        hashes of the other camera's video, as JSON has them.
+        """Yield (sha256, other_sha256, facts) of each video with a record. facts: JSON of hashes, size, duration_s and
+        the hashes of the other camera's video.
         """
         query = (
             "SELECT content, sha256, iif(pair, json_extract(video.body, '$.other_sha256'), ''), "
@@ -102,7 +102,7 @@ class Tables:
             last = content
 
     def unit(self, prefix: str) -> bytes:
-        """Return the videos of a unit as JSON: [row, its group, the name of the video in its place]; None: its own."""
+        """Return the videos of a unit as JSON: [row, its group, name of the video that replaces it]; None: its own."""
         parts = [f"[{body},{json.dumps(group)},{json.dumps(name)}]" for body, group, name in self._firsts(prefix)]
         return f"[{','.join(parts)}]".encode()
 
@@ -120,11 +120,11 @@ class Tables:
             last = content
 
     def drop_video(self, content: str) -> None:
-        """Forget a video that is rejected and has no record."""
+        """Delete a video that is rejected and has no record."""
         self._scratch.execute("DELETE FROM video WHERE content = ?", (content,))
 
     def decide(self, groups: Mapping[str, str], stand_ins: Mapping[str, str]) -> None:
-        """Note what was decided across videos: {sha256: its group} and {sha256: the one that is taken in its place}."""
+        """Store decisions across videos: {sha256: its group} and {sha256: the video that replaces it}."""
         names = self._names(set(stand_ins.values()))
         rows = ((key, groups.get(key), names.get(stand_ins.get(key, ""))) for key in {*groups, *stand_ins})
         self._scratch.executemany("INSERT INTO decided VALUES (?, ?, ?)", rows)
@@ -137,7 +137,7 @@ class Tables:
         return {sha256: self._scratch.execute(query, (sha256,)).fetchone()[0] for sha256 in contents}
 
     def units(self) -> list[str]:
-        """Return the prefixes of content hashes that cut the videos into units."""
+        """Return prefixes of content hashes that divide the videos into units."""
         count = self._scratch.execute("SELECT COUNT(*) FROM video").fetchone()[0]
         units = [""]
         while count > UNIT_VIDEOS * len(units):
@@ -147,7 +147,7 @@ class Tables:
     # ------------------------------------------------------------ clips
 
     def add_work(self, packed: bytes) -> None:
-        """Add rows of the next pass, as `pack_rows` packs them."""
+        """Add rows for the next pass, packed by `pack_rows`."""
         self._scratch.execute("INSERT INTO work (rows) VALUES (?)", (packed,))
 
     def work(self) -> Iterator[Row]:
@@ -156,16 +156,16 @@ class Tables:
             yield from unpack_rows(packed)
 
     def clear_work(self) -> None:
-        """Forget the rows of a pass."""
+        """Delete the rows of the last pass."""
         self._scratch.execute("DELETE FROM work")
 
     def add_staged(self, clips: Iterable[Sequence[Any]]) -> None:
-        """Add finished samples, as `Clip` has them."""
+        """Add finished samples, in the form of `Clip`."""
         rows = ((split, key, artifact, size, bytes.fromhex(digest)) for split, key, artifact, size, digest in clips)
         self._scratch.executemany("INSERT INTO staged VALUES (?, ?, ?, ?, ?)", rows)
 
     def staged(self) -> Iterator[Clip]:
-        """Yield the finished samples in the order in which they are packed."""
+        """Yield the finished samples in packing order."""
         rows = self._scratch.execute("SELECT * FROM staged ORDER BY split, key")
         return (Clip(split, key, artifact, size, digest.hex()) for split, key, artifact, size, digest in rows)
 
@@ -174,33 +174,33 @@ class Tables:
         return str(self._scratch.execute("SELECT artifact FROM staged WHERE key = ?", (key,)).fetchone()[0])
 
     def add_scored(self, row: Mapping[str, Any]) -> None:
-        """Add the scores of a clip that was only looked at: key, name, start_frame, end_frame, scores."""
+        """Add the scores of a clip in a `score_only` run: key, name, start_frame, end_frame, scores."""
         self._scratch.execute("INSERT INTO scored VALUES (?, ?)", (row["key"], json.dumps(row)))
 
     def scored(self) -> Iterator[dict[str, Any]]:
-        """Yield what `add_scored` got, in the order of the keys."""
+        """Yield the rows of `add_scored`, sorted by key."""
         return (json.loads(body) for (body,) in self._scratch.execute("SELECT body FROM scored ORDER BY key"))
 
     def add_superseded(self, names: Iterable[str]) -> None:
-        """Add artifacts that nothing uses while others of the same video are in use."""
+        """Add artifacts that are unused while others of the same video are used."""
         self._scratch.executemany("INSERT INTO superseded VALUES (?)", ((name,) for name in names))
 
     def superseded(self) -> Iterator[str]:
-        """Yield what `add_superseded` got."""
+        """Yield the names of `add_superseded`, sorted."""
         return (name for (name,) in self._scratch.execute("SELECT name FROM superseded ORDER BY name"))
 
     def add_tried(self, artifact: str, name: str, refusal: Mapping[str, Any]) -> None:
-        """Note why a row failed, so that this run does not try it again; a copy under another name may not fail."""
+        """Store why a row failed, so that this run does not retry it; a copy under another name may still succeed."""
         self._scratch.execute("INSERT INTO tried VALUES (?, ?, ?)", (artifact, name, json.dumps(refusal)))
 
     def tried(self, artifact: str, name: str) -> dict[str, Any] | None:
-        """Return the refusal of `add_tried`, None where there is none."""
+        """Return the refusal that `add_tried` stored, or None."""
         query = "SELECT refusal FROM tried WHERE artifact = ? AND name = ?"
         found = self._scratch.execute(query, (artifact, name)).fetchone()
         return None if found is None else json.loads(found[0])
 
     def tried_in(self, prefix: str) -> list[str]:
-        """Return the artifacts of `add_tried` of the clips in a unit."""
+        """Return the artifacts that `add_tried` stored for the clips of a unit."""
         query = "SELECT artifact FROM tried WHERE artifact BETWEEN ? AND ? ORDER BY artifact"
         found: list[str] = []
         for folder in ("clips", "scores"):

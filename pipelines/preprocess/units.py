@@ -1,8 +1,8 @@
-"""Plan one unit of videos: which clips there are, which are done, and which are to be made.
+"""Plan one unit of videos: which clips there are, which are finished, and which have to be made.
 
-A unit is all videos whose content hash begins with the same digits. Planning it needs nothing but their records, what
-the ledger has of them and what was decided across all videos, so workers plan units while the driver holds none of
-their rows.
+A unit is all videos whose content hash begins with the same digits. Planning a unit needs only its videos' records,
+the ledger's entries for them, and the decisions made across all videos. So workers plan units, and the driver holds
+none of their rows in memory.
 """
 
 from __future__ import annotations
@@ -28,15 +28,15 @@ from pipelines.runtime.ledger import superseded
 from pipelines.runtime.rejects import reject_of
 from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
 
-ARTIFACTS = ("artifact", "refusal_artifact")  # columns: names of a finished and of a rejected row in the ledger
+ARTIFACTS = ("artifact", "refusal_artifact")  # columns: a row's ledger names, finished and rejected
 
 
 def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `planned`, what `Unit.result` says, and `todo`, packed rows of the clips that are to be made.
+    """Return `planned` (`Unit.result`) and `todo`, the packed rows of the clips to be made.
 
     Args:
-        row: `videos`: bytes of `Tables.unit`; `records`, as bytes, and `sizes`: as for Known;
-            `retry`: reasons; `tried`: names of rejections that this run has made.
+        row: `videos`: bytes of `Tables.unit`. `records` (as bytes) and `sizes`: see Known.
+            `retry`: reasons to retry. `tried`: names of rejections made in this run.
     """
     known = Known(config.output, row["records"].tobytes().decode(), row["sizes"])
     unit = Unit(config, known, row["retry"], row["tried"])
@@ -47,9 +47,9 @@ def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def first_clips(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `clips`, the rows of a new video's clips that are to be made if no other video is the same or nearly."""
+    """Return `clips`: rows of a new video's clips that have to be made, if no other video is a (near) duplicate."""
     known = Known(config.output, f"{row['artifact']} {json.dumps(row['record'])}", {})
-    group = min(filter(None, (row["sha256"], pairs.other_of(row).get("other_sha256"))))  # as `duplicates.groups`
+    group = min(filter(None, (row["sha256"], pairs.other_of(row).get("other_sha256"))))  # as in `duplicates.groups`
     return {"clips": Unit(config, known, ()).plan([{**row, "source_group": group, "stand_in": ""}])}
 
 
@@ -57,8 +57,8 @@ class Unit:
     """The plan of one unit.
 
     Args:
-        known: what the ledger has of it.
-        retry: reasons; clips that were rejected with one of them are made again, but for the names in `tried`.
+        known: the ledger's entries for the unit.
+        retry: clips rejected for one of these reasons are made again, except for the names in `tried`.
     """
 
     def __init__(self, config: PreprocessConfig, known: Known, retry: Sequence[str], tried: Sequence[str] = ()):
@@ -73,7 +73,7 @@ class Unit:
         self.used: set[str] = set()
 
     def result(self, num_todo: int) -> dict[str, Any]:
-        """Return all that the driver must know, as JSON has it."""
+        """Return everything that the driver needs, serializable as JSON."""
         names = ("counts", "rejects", "staged", "scored", "retried")
         drops = self.config.keep_staging != "all" and not self.config.score_only
         old = superseded(self.everything, self.used) if drops else []
@@ -81,10 +81,10 @@ class Unit:
         return {**found, "changes": self.known.changes, "superseded": old, "num_todo": num_todo}
 
     def plan(self, videos: Sequence[Row]) -> list[Row]:
-        """Return the rows of the clips that are to be made.
+        """Return the rows of the clips that have to be made.
 
         Args:
-            videos: rows with `source_group` and `stand_in`, the name of the video that is taken in its place, or "".
+            videos: rows with `source_group` and `stand_in`, the name of the video that replaces this one, or "".
         """
         rows = [self._clip_row(video, clip) for video in videos for clip in self._clips(video)]
         self.counts["clips_planned"] = len(rows)
@@ -99,7 +99,7 @@ class Unit:
         return todo
 
     def _clips(self, row: Row) -> list[clips.Clip]:
-        """Return the clips of a video; videos without any are rejected."""
+        """Return the clips of a video; reject a video that has none."""
         self.used |= {row[name] for name in ARTIFACTS}
         record: Any = self.known.get(finished(self.known, row))
         row["record"] = record
@@ -146,7 +146,7 @@ class Unit:
         )
 
     def _missing(self, rows: Sequence[Row]) -> list[Row]:
-        """Return the rows that the ledger lacks, after removing the rejections that are to be retried."""
+        """Return the rows that the ledger lacks, after deleting the rejections that are to be retried."""
         load(self.known, rows)
         for row in rows:
             self.used |= {row["artifact"], row["refusal_artifact"], row["score_artifact"]}
@@ -159,14 +159,14 @@ class Unit:
         return [row for row in rows if not finished(self.known, row)]
 
     def _passing(self, missing: Sequence[Row]) -> list[Row]:
-        """Return the rows without those that miss a threshold by what is known of them."""
+        """Return the rows without those whose known scores already miss a threshold."""
         take(self.known, {name: row["key"] for row in missing if (name := row["score_artifact"]) in self.known})
         for row in missing:
             row["known_scores"] = self.known.get(row["score_artifact"])
         return [row for row in missing if judged(row, row["known_scores"] or row["shot_scores"], self.config) is None]
 
     def _looked_at(self, row: Row) -> None:
-        """Count a clip whose scores are known, or that was rejected before they were."""
+        """Count a clip whose scores are known, or that was rejected before it was scored."""
         known = self.known.get(finished(self.known, row)) or {}
         is_refusal = "reason" in known
         scores = known.get("scores") if is_refusal else known
@@ -176,7 +176,7 @@ class Unit:
             self.scored.append(scored(row, scores))
 
     def _done(self, row: Row) -> None:
-        """Count a clip that needs no work: a finished sample, or a rejection, perhaps by today's thresholds."""
+        """Count a clip that needs no work: a finished sample, or a rejection, possibly by the current thresholds."""
         name = finished(self.known, row)
         record: Any = self.known.get(name) if name else {"scores": row["known_scores"] or row["shot_scores"]}
         refusal = record if name == row["refusal_artifact"] else judged(row, record["scores"], self.config)
@@ -188,19 +188,19 @@ class Unit:
 
 
 def finished(known: Any, row: Row) -> str:
-    """Return the name of the ledger's record of a row, "" for none."""
+    """Return the name of the ledger's artifact for a row, "" if there is none."""
     return next((row[name] for name in ARTIFACTS if row[name] in known), "")
 
 
 def load(known: Any, rows: Sequence[Row]) -> None:
-    """Read the ledger's records of these rows that no part holds; damaged ones count as missing."""
+    """Load artifacts of these rows that have no record yet; damaged ones count as missing."""
     todo = rows
     while damaged := take(known, {name: row["key"] for row in todo if (name := finished(known, row))}):
         todo = [row for row in todo if damaged & {row[name] for name in ARTIFACTS}]
 
 
 def judged(row: Row, scores: dict[str, float], config: PreprocessConfig) -> dict[str, Any] | None:
-    """Return the rejection of a clip with these scores under today's thresholds."""
+    """Return the rejection of a clip with these scores under the current thresholds, or None."""
     try:
         decide(scores, config.filters, config.scorer)
     except Filtered as error:
@@ -210,7 +210,7 @@ def judged(row: Row, scores: dict[str, float], config: PreprocessConfig) -> dict
 
 
 def scored(row: Row, scores: dict[str, float]) -> dict[str, Any]:
-    """Return what the page of scores shows of a clip."""
+    """Return the fields of a clip for the page of scores."""
     frames = {"start_frame": row["frame_index"][0], "end_frame": row["frame_index"][-1]}
     return {"key": row["key"], "name": row["name"], **frames, "scores": scores}
 

@@ -1,1 +1,1 @@
-"""The base of all jobs: stages, passes, runners, the ledger, progress. Imports no job."""
+"""What all jobs are built on: stages, passes, runners, the ledger and progress. Imports no job."""

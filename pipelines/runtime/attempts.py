@@ -1,4 +1,4 @@
-"""How often work on each row ended with its process: one file of the ledger."""
+"""Count how often each row killed the process that worked on it; the counts are stored in a file of the ledger."""
 
 from __future__ import annotations
 
@@ -17,19 +17,19 @@ FILE = "staging/attempts.json"
 
 
 class Attempts:
-    """Counts how often work on each row killed its process, so that no row is retried for ever.
+    """Counts how often work on each row killed its process, so that no row is retried forever.
 
-    A row is rejected after `limit` deaths in one run. When the run itself dies, every row in work counts as one more,
-    since a row may bring down the whole machine; as most are innocent, `RUNS_LIMIT` times as many such deaths are
-    allowed. Only the driver keeps the count, in one file of the ledger.
+    A row is rejected after `limit` deaths in one run. When the whole run dies, every row in progress is charged with
+    one more death, because a row may bring down the whole machine. Most of these rows are innocent, so `RUNS_LIMIT`
+    times as many such deaths are allowed. Only the driver keeps the count, in one file of the ledger.
 
     Args:
         output: the dataset folder.
-        limit: deaths in one run.
+        limit: deaths of a row that are allowed in one run.
     """
 
     RUNS_LIMIT = 3
-    EVERY_S = 10.0  # between two writes to an object store
+    EVERY_S = 10.0  # minimum interval between two writes to an object store
 
     def __init__(self, output: str, limit: int):
         self.limit, self.url = limit, storage.join(output, FILE)
@@ -39,24 +39,24 @@ class Attempts:
         self._written = -self.EVERY_S
 
     def may(self, work: str, key: str) -> bool:
-        """Return True where `work` on the row `key` may be tried once more."""
+        """Return True if `work` on the row `key` may be tried once more."""
         name = f"{work} {key}"
         return self.deaths[name] < self.limit and self.deaths[name] + self.earlier[name] < self.limit * self.RUNS_LIMIT
 
     def begin(self, work: str, keys: Iterable[str]) -> None:
-        """Note that work on these rows begins: if the driver dies before their `end`, it counts as a death of each."""
+        """Record that work on these rows begins: if the driver dies before `end`, each row is charged with a death."""
         self.working |= {f"{work} {key}" for key in keys}
         self._write()
 
     def end(self, work: str, keys: Iterable[str]) -> None:
-        """Note that the work ended and its process lives."""
+        """Record that the work ended and its process survived."""
         for name in (f"{work} {key}" for key in keys):
             self.working.discard(name)
             self.deaths.pop(name, None)
             self.earlier.pop(name, None)
 
     def died(self, work: str, keys: Iterable[str]) -> None:
-        """Note that the process died that worked on these rows."""
+        """Record that the process that worked on these rows died."""
         self.deaths.update(f"{work} {key}" for key in keys)
         self._write()
 
@@ -78,15 +78,15 @@ class Attempts:
         counts = self.earlier + self.deaths + Counter(dict.fromkeys(self.working - self.deaths.keys(), 1))
         data = json.dumps(counts, sort_keys=True).encode()
         try:
-            if is_local:  # not flushed: it must survive a process, not the machine, and is written for every task
+            if is_local:  # no fsync: it must survive a process, not the machine, and is written for every task
                 path = storage.local_path(self.url)
                 path.parent.mkdir(parents=True, exist_ok=True)
                 half = path.with_name(".tmp-attempts")
-                half.unlink(missing_ok=True)  # not through a link, which somebody else may have put there
+                half.unlink(missing_ok=True)  # never write through a link that another user may have planted
                 with os.fdopen(os.open(half, os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_NOFOLLOW), "wb") as file:
                     file.write(data)
                 half.replace(path)
             else:
                 storage.write_bytes(self.url, data)
-        except OSError as error:  # a passing failure of a store must not end a run
+        except OSError as error:  # a transient failure of a store must not end the run
             logger.warning("attempts are not written down: %s", error)

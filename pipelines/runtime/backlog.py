@@ -1,7 +1,7 @@
-"""The rows of a stream that wait for a task, and which of them comes next.
+"""The queue of a stream: rows that wait for a task, and the choice of which comes next.
 
-A finished row may give rows of a later track, which come first and run on its node, where its files are. Between two
-chains of a track rows wait in the object store, within a bound.
+A finished row may produce rows of a later track; these take priority and run on the same node, where their files are.
+Between two chains of a track, rows wait in Ray's object store, within a size limit.
 """
 
 from __future__ import annotations
@@ -16,10 +16,10 @@ from pipelines.runtime.pool import Cluster, Needs
 from pipelines.runtime.stage import Readable, Row, Track, pack_row
 from pipelines.runtime.worker import Facts
 
-TASK_S = 1.0  # a task gets as many rows as take about so long, so that Ray's milliseconds for it do not show
+TASK_S = 1.0  # target duration of a task, by its number of rows, so that Ray's milliseconds of overhead do not matter
 MAX_ROWS_PER_TASK = 64
-AHEAD = 8  # rows of later tracks that wait, over tasks that can run at once, before no earlier ones are begun
-STORE_SHARE = 0.5  # of Ray's object store, which rows between two chains may take
+AHEAD = 8  # rows of later tracks that may wait, per concurrent task, before earlier tracks are paused
+STORE_SHARE = 0.5  # fraction of Ray's object store that rows between two chains may take
 
 
 @dataclass
@@ -27,11 +27,13 @@ class Batch:
     """Rows that travel together.
 
     Args:
-        rows: packed, as they entered the first chain of their track: what is lost begins again with them.
-        step: the chain that they wait for, or are in.
-        node: where the row ran that they come from, and its files are; "" for none. origin: number of that row.
-        payload: reference to the rows that it takes, None for the first; `size_bytes` of it. result: to what it gives.
-        lost: times that they were begun again; tried_on: nodes where they ended in a bug.
+        rows: packed, as they entered the first chain of their track; a lost batch restarts from them.
+        step: index of the step that they wait for or are in.
+        node: node of the row that produced these, where their files are; "" if any node will do.
+        origin: number of the row that produced these; -1 if none did.
+        payload: reference to the input of the step, None at the first step; `size_bytes` is its size.
+        result: reference to the output of the step.
+        lost: number of restarts. tried_on: nodes where these rows ended in a bug.
     """
 
     rows: list[dict[str, Any]]
@@ -47,13 +49,13 @@ class Batch:
 
     @property
     def is_fresh(self) -> bool:
-        """True where nothing has gone wrong with these rows, so that they may share a task with others."""
+        """True if nothing has gone wrong with these rows yet, so that they may share a task with others."""
         return not self.lost and not self.tried_on
 
 
 @dataclass(frozen=True)
 class Step:
-    """A chain in its place among those of all tracks. first, last: numbers of its track's first and last step."""
+    """A chain and its place among the chains of all tracks. first, last: indices of its track's first and last step."""
 
     track: Track
     work: Any
@@ -63,23 +65,23 @@ class Step:
 
     @property
     def name(self) -> str:
-        """The name of its rows' work, in attempts and messages."""
+        """Name of the work on its rows, in the attempts file and in messages."""
         return self.track.stages[0].name
 
     @property
     def on_gpu(self) -> bool:
-        """True where an actor does it, which keeps its GPU."""
+        """True if actors run it, which hold a GPU."""
         return bool(self.needs[1])
 
 
 class Backlog:
-    """What waits for each step.
+    """The queues of all steps.
 
     Args:
-        steps: of all tracks, in order.
-        rows: of the first track; they are read when no row of a later one waits, or none whose files are on a free
-            node.
-        cluster: how large its object store is now.
+        steps: the steps of all tracks, in order.
+        rows: rows of the first track. They are read lazily, when no row of a later track is waiting, or none whose
+            files are on a free node.
+        cluster: reports the current size of the object store.
     """
 
     def __init__(self, steps: Sequence[Step], rows: Iterable[Row], cluster: Cluster):
@@ -90,14 +92,14 @@ class Backlog:
         self.in_flight: Counter[int] = Counter()  # batches, by step
         self._exhausted = False
         self._origins = count()
-        self._between_bytes = 0  # of payloads that wait or are being read
+        self._between_bytes = 0  # size of the payloads that wait or are being read
         self._largest_bytes = 0
         self._rows_per_task: Counter[int] = Counter()  # by first step
 
-    # ------------------------------------------------------------ in
+    # ------------------------------------------------------------ into the queues
 
     def read_source(self) -> None:
-        """Put the next rows of the first track into the backlog."""
+        """Append the next rows of the first track to its queue."""
         found = list(islice(self._source, self._num_rows(0)))
         self._exhausted = len(found) < self._num_rows(0)
         if found:
@@ -105,16 +107,16 @@ class Backlog:
             self.waiting[0].append(Batch(packed, [row["key"] for row in found]))
 
     def add(self, given: Sequence[tuple[str, Row]], parent: int, node: str) -> None:
-        """Add the rows (track, row) that a finished row of a step gave, on the node where it ran."""
+        """Append the rows (track, row) that a finished row of a step produced on `node`."""
         origin = next(self._origins)
         for name, row in given:
             packed, first = pack_row(self._readable(name, row)), self._firsts[name]
             self.waiting[first].append(Batch([packed], [row["key"]], first, node, origin))
-        if given:  # one row a task, so that what they give can be spread over nodes
+        if given:  # one row per task, so that the rows it produces can spread over the nodes
             self._rows_per_task[self.steps[parent].first] = 1
 
     def advance(self, batch: Batch, size_bytes: int) -> None:
-        """Let a batch whose result has so many bytes wait for its next step."""
+        """Queue a batch for its next step; `size_bytes` is the size of its result."""
         batch.step += 1
         batch.payload, batch.size_bytes = batch.result, size_bytes
         self._between_bytes += size_bytes
@@ -122,31 +124,31 @@ class Backlog:
         self.waiting[batch.step].append(batch)
 
     def restart(self, batch: Batch) -> None:
-        """Begin a batch again, before all others."""
+        """Restart a batch from the first step of its track, ahead of all others."""
         self.drop_payload(batch)
         batch.step = self.steps[batch.step].first
         self.waiting[batch.step].appendleft(batch)
 
     def drop_payload(self, batch: Batch) -> None:
-        """Forget the rows between two chains that a batch took."""
+        """Release the payload of a batch."""
         self._between_bytes -= batch.size_bytes
         batch.payload, batch.size_bytes = None, 0
 
     def learn(self, first: int, facts: Facts, num_rows: int) -> None:
-        """Aim at tasks of TASK_S, from those that have ended; growing by no more than twice at a time."""
+        """Adapt the rows per task to TASK_S, from the duration of a finished task; at most double them at a time."""
         wanted = int(TASK_S * num_rows / max(facts.seconds, 1e-6))
         self._rows_per_task[first] = max(1, min(wanted, 2 * self._num_rows(first), MAX_ROWS_PER_TASK))
 
-    # ------------------------------------------------------------ out
+    # ------------------------------------------------------------ out of the queues
 
     def take(self, number: int, node: str) -> Batch:
-        """Return the next batch of a step, of this node if there is one, filled up to a task's rows.
+        """Return the next batch of a step, preferably one of `node`, filled up with the rows of a task.
 
-        A batch of another node moves to this one, with all that come from the same row: they share its files.
+        If a batch of another node is taken, all batches of the same origin move to this node, as they share its files.
         """
         waiting = self.waiting[number]
         near = (place for place, batch in enumerate(waiting) if batch.node in ("", node))
-        place = next(near, len(waiting) - 1) if node else 0  # of another node the last, which would wait longest
+        place = next(near, len(waiting) - 1) if node else 0  # if none is near, the last, which would wait longest
         batch = waiting[place]
         del waiting[place]
         if node and batch.node and batch.node != node:
@@ -163,12 +165,12 @@ class Backlog:
         return batch
 
     def next_step(self, node: str, hunger: Mapping[int, int], num_slots: int) -> int | None:
-        """Return the step that the next task is for, None where none is to be submitted now.
+        """Return the index of the step that the next task should run, None if none should be submitted now.
 
         Args:
-            node: where a task has just ended, so that its CPU is free; "" if any may be.
-            hunger: {step of actors: batches that they should find}: a GPU must never wait for what feeds it.
-            num_slots: tasks that can run at once.
+            node: where a task has just ended, so that a CPU is free; "" for any.
+            hunger: {index of a GPU step: batches that it should have waiting or on their way}, so that no GPU idles.
+            num_slots: number of tasks that can run concurrently.
         """
         steps = [n for n, step in enumerate(self.steps) if not step.on_gpu and self._has_input(n, num_slots)]
         for number, wanted in hunger.items():
@@ -183,11 +185,11 @@ class Backlog:
         return max(near or steps, default=None)
 
     def _num_rows(self, first: int) -> int:
-        """Return how many rows a task of a track takes; where chains follow, one, so that they can be balanced."""
+        """Return the rows per task of a track: one if it has several chains, so that their load can be balanced."""
         return max(1, self._rows_per_task[first]) if self.steps[first].last == first else 1
 
     def _is_near(self, number: int, node: str) -> bool:
-        """Return True where a step has rows whose files are on a node, or can be on any."""
+        """Return True if a step has waiting rows whose files are on `node`, or that can run on any node."""
         if number == 0 or number != self.steps[number].first:
             return True
         return any(batch.node in ("", node) for batch in self.waiting[number])
@@ -200,7 +202,7 @@ class Backlog:
         return bool(self.waiting[number])
 
     def _has_room(self, first: int, num_slots: int) -> bool:
-        """Return False while too much of what this track gives waits: rows of later tracks, or between its chains."""
+        """Return False while too much output of this track waits: rows of later tracks, or rows between its chains."""
         later = {step.first for step in self.steps if step.first > first}
         if sum(len(self.waiting[number]) for number in later) > AHEAD * num_slots:
             return False

@@ -1,9 +1,9 @@
-"""Start a Ray here or join one, with token authentication. No other module does either.
+"""Start a Ray instance on this machine or join a cluster, with token authentication. No other module does either.
 
-Every Ray requires a token: anyone who can reach its ports can run code. One that is started here listens on the
-loopback alone; a cluster's ports listen on all addresses. The token is Ray's own: RAY_AUTH_TOKEN or the file
-RAY_AUTH_TOKEN_PATH where one of them is set, else ~/.ray/auth_token, which is made here, for its owner alone.
-Ray's sockets and logs lie in a folder of this user alone: Ray itself makes them writable to all.
+Every Ray instance requires a token, because anyone who can reach its ports can run code. An instance started here
+listens on the loopback only; the ports of a cluster listen on all addresses. The token is Ray's own: RAY_AUTH_TOKEN or
+the file RAY_AUTH_TOKEN_PATH if one of them is set, else ~/.ray/auth_token, which is created here and readable by its
+owner alone. Ray's sockets and logs lie in a folder private to this user; Ray by itself makes them writable by everyone.
 """
 
 from __future__ import annotations
@@ -21,20 +21,20 @@ from pathlib import Path
 
 from ex4d.errors import ConfigError
 
-CONNECT_TIMEOUT_S = 15.0  # a head on a busy machine took 3 s
-UNEXPECTED = 2  # NodeDeathInfo.UNEXPECTED_TERMINATION in Ray's gcs.proto; a node that was scaled down has another
-# "0", as Ray has it on those systems: a Ray of one machine, whose ports listen on the loopback alone.
+CONNECT_TIMEOUT_S = 15.0  # connecting to a head on a busy machine took 3 s
+UNEXPECTED = 2  # NodeDeathInfo.UNEXPECTED_TERMINATION in Ray's gcs.proto; nodes that were scaled down have another
+# "0" is Ray's default on Windows and macOS: one machine only, with ports that listen on the loopback alone.
 CLUSTERS = "RAY_ENABLE_WINDOWS_OR_OSX_CLUSTER"
 WORKING_DIR = "runtime_resources/working_dir_files"  # where Ray unpacks the working directory of a submitted job
 
 
 def require_token() -> None:
-    """Make this process and its children use token authentication; create the token where there is none.
+    """Require token authentication in this process and its children; create the token if there is none.
 
-    A RAY_AUTH_MODE that is already set stays, so that a cluster without authentication remains usable.
+    A RAY_AUTH_MODE that is already set is kept, so that a cluster without authentication remains usable.
 
     Raises:
-        ConfigError: the token's file cannot be written.
+        ConfigError: the token file cannot be written.
     """
     os.environ.setdefault("RAY_AUTH_MODE", "token")
     if "ray" in sys.modules:
@@ -55,31 +55,31 @@ def require_token() -> None:
 
 
 def _make_token(path: Path) -> None:
-    """Write a token where there is none. Raises OSError."""
+    """Create a token unless there is one. Raises OSError."""
     path.parent.mkdir(mode=0o700, exist_ok=True)
     path.parent.chmod(0o700)
-    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # 0600; a second process finds a complete token
+    descriptor, temporary = tempfile.mkstemp(dir=path.parent)  # 0600; other processes never see a partial token
     try:
         with open(descriptor, "w") as file:
             file.write(secrets.token_hex(32))
         os.link(temporary, path)
     except FileExistsError:
-        path.chmod(0o600)  # Ray itself makes it readable to all
+        path.chmod(0o600)  # Ray by itself makes it readable by everyone
     finally:
         os.unlink(temporary)
 
 
 def require_private_folder() -> None:
-    """Make the Rays that this process and its children start keep their files in a folder of this user alone.
+    """Make Ray instances that this process and its children start keep their files in a folder private to this user.
 
-    A RAY_TMPDIR that is already set stays.
+    A RAY_TMPDIR that is already set is kept.
 
     Raises:
-        ConfigError: another user has made the folder.
+        ConfigError: the folder belongs to another user.
     """
     if os.environ.get("RAY_TMPDIR"):
         return
-    # A short name: the path of a socket may have 107 bytes.
+    # A short name, since the path of a Unix socket is limited to 107 bytes.
     folder = Path(os.environ.get("TMPDIR") or "/tmp") / f"ex4d_{os.getuid()}"
     with suppress(FileExistsError):
         folder.mkdir(mode=0o700)
@@ -91,7 +91,7 @@ def require_private_folder() -> None:
 
 
 def token_path() -> Path:
-    """Return the file of this user's token."""
+    """Return the path of this user's token file."""
     return Path(os.environ.get("RAY_AUTH_TOKEN_PATH") or Path.home() / ".ray" / "auth_token")
 
 
@@ -102,21 +102,21 @@ def connected(
     object_store_mb: int | None = None,
     show_workers: bool = False,
 ) -> Iterator[None]:
-    """Join the Ray at `address`, or start one on this machine; leave or stop it at the end.
+    """Join the Ray cluster at `address`, or start an instance on this machine; leave or stop it at the end.
 
-    A Ray that this process is already connected to is used and not stopped.
+    If this process is already connected to Ray, that connection is used and left open.
 
     Args:
-        address: "auto", "host:port"; None starts a Ray, whatever other Rays run on this machine.
-        num_cpus, object_store_mb: of a Ray that is started here; None lets Ray choose.
+        address: "auto" or "host:port"; None starts a new instance, even if others run on this machine.
+        num_cpus, object_store_mb: resources of an instance started here; None lets Ray choose.
         show_workers: print the output of workers here.
 
     Raises:
-        ConfigError: nothing answers at the address, or it refuses the token; a Ray that is started here is not ready in
-            time.
+        ConfigError: nothing answers at the address, or it refuses the token; or an instance started here is not ready
+            in time.
     """
     os.environ.setdefault("RAY_USAGE_STATS_ENABLED", "0")
-    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # what workers print is shown without control characters
+    os.environ.setdefault("RAY_COLOR_PREFIX", "0")  # the output of workers is shown without control characters
     os.environ.setdefault("RAY_ACCEL_ENV_VAR_OVERRIDE_ON_ZERO", "0")
     require_token()
     import ray
@@ -137,11 +137,11 @@ def connected(
 
 @contextmanager
 def _on_loopback() -> Iterator[None]:
-    """Make a Ray that is started within listen on the loopback alone; its processes inherit how to find it there."""
+    """Make a Ray instance started in the block listen on the loopback only; its processes inherit the setting."""
     from ray._private import ray_constants
 
     before = os.environ.get(CLUSTERS), ray_constants.ENABLE_RAY_CLUSTER
-    os.environ[CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # the second: Ray may be imported already
+    os.environ[CLUSTERS], ray_constants.ENABLE_RAY_CLUSTER = "0", False  # set both: Ray may be imported already
     try:
         yield
     finally:
@@ -155,7 +155,7 @@ def _start(num_cpus: int | None, object_store_mb: int | None, show_workers: bool
     with _on_loopback():
         try:
             ray.init(
-                address="local",  # not a cluster that this machine remembers
+                address="local",  # not a cluster that Ray remembers for this machine
                 num_cpus=num_cpus,
                 object_store_memory=None if object_store_mb is None else object_store_mb << 20,
                 include_dashboard=False,
@@ -164,7 +164,7 @@ def _start(num_cpus: int | None, object_store_mb: int | None, show_workers: bool
                 logging_level=logging.ERROR,
             )
         except Exception as error:
-            if "timed out during startup" not in str(error):  # Ray has no class of its own for this
+            if "timed out during startup" not in str(error):  # Ray has no exception class for this
                 raise
             allowed = "a running Ray, or null on a machine that starts one within 30 s: this one is too busy; try later"
             raise ConfigError("ray.address", None, allowed) from error
@@ -184,7 +184,7 @@ def _join(address: str, show_workers: bool) -> None:
 
 
 def _bootstrap(address: str) -> str:
-    """Return host:port of "auto" or of an address. Raises ConfigError where there is nothing to join."""
+    """Resolve "auto" or an address to host:port. Raises ConfigError if there is nothing to join."""
     if address.startswith("ray://"):
         raise ConfigError("ray.address", address, "host:port: the driver must run on a machine of the cluster")
     if address != "auto":
@@ -196,10 +196,13 @@ def _bootstrap(address: str) -> str:
 
 
 def _own_heads() -> list[str]:
-    """Return host:port of this user's Rays on this machine, newest first; another user's would be sent our token."""
+    """Return host:port of this user's Ray heads on this machine, newest first.
+
+    Heads of other users are left out, because joining one would send it our token.
+    """
     found: dict[str, int] = {}
     for process in Path("/proc").glob("[0-9]*"):
-        with suppress(OSError):  # it ended meanwhile, or is hidden
+        with suppress(OSError):  # the process has ended, or is hidden
             words = (process / "cmdline").read_text(errors="replace").split("\0")
             heads = [word.partition("=")[2] for word in words if word.startswith("--gcs-address=")]
             if words[0].endswith("/raylet") and heads and process.stat().st_uid == os.getuid():
@@ -209,7 +212,7 @@ def _own_heads() -> list[str]:
 
 
 def _check_head(address: str, head: str) -> None:
-    """Raise ConfigError where no head answers or it refuses our token: Ray itself would try for minutes."""
+    """Raise ConfigError if no head answers or it refuses our token; Ray itself would retry for minutes."""
     import grpc
     import ray
     from ray._private.grpc_utils import init_grpc_channel
@@ -237,7 +240,7 @@ def _check_head(address: str, head: str) -> None:
 
 
 def count_nodes() -> dict[str, int]:
-    """Return {"alive": nodes of the Ray that this process is in, "lost": those that died unasked}; else {}."""
+    """Return {"alive": nodes of the connected cluster, "lost": those that died unexpectedly}; {} if not connected."""
     if "ray" not in sys.modules or not sys.modules["ray"].is_initialized():
         return {}
     import ray
@@ -248,7 +251,7 @@ def count_nodes() -> dict[str, int]:
 
 
 def free_address(address: str, port: int = 0) -> tuple[str, int]:
-    """Return (address, port) of this node where rank 0 can listen; `port` 0: any. Raises OSError where it is taken."""
+    """Return (address, port) where rank 0 can listen on this node; `port` 0: any free one. Raises OSError if taken."""
     with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
         probe.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
         probe.bind((address, port))
@@ -256,7 +259,7 @@ def free_address(address: str, port: int = 0) -> tuple[str, int]:
 
 
 def check_output(key: str, path: str) -> None:
-    """Raise ConfigError for an output inside the folder that Ray unpacked a submitted job into, and deletes later."""
+    """Raise ConfigError for an output inside the working directory of a submitted job, which Ray deletes later."""
     folder = os.path.abspath(path)
     if "://" not in path and WORKING_DIR in folder:
         allowed = (

@@ -1,4 +1,4 @@
-"""The frame of a job with a ledger: lock its folder, show its progress, start its runner, log how it ends."""
+"""The frame of a job with a ledger: lock the output folder, show progress, start the runner, log how the run ends."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ from pipelines.runtime.runner import RayConfig
 
 
 class Settings(Protocol):
-    """The settings of a job that the frame reads."""
+    """Settings that every such job has."""
 
     @property
     def output(self) -> str: ...
@@ -38,19 +38,20 @@ class Job(Protocol):
     problems: list[str]
 
     def judge(self) -> None:
-        """Commit, unless too much was bad."""
+        """Commit the dataset, unless too many rows were bad."""
 
     def finish(self) -> Result:
-        """Return the Result."""
+        """Return the result of the run."""
 
 
 @contextmanager
 def opened(
     name: str, config: Settings, ray_config: RayConfig | None, runner_name: str
 ) -> Iterator[tuple[Passes, Callable[[Result], None]]]:
-    """Yield the passes of the job `name`, and a function that takes the Result for run.jsonl.
+    """Open a job's output and runner; yield its passes, and a function that takes the Result for run.jsonl.
 
     Args:
+        name: section of the job's settings.
         runner_name: "ray", or "inline": row by row in this process, where unexpected errors propagate.
     """
     bugs: list[dict[str, Any]] = []
@@ -67,7 +68,7 @@ def opened(
 
 
 def complete(job: Job, work: Callable[[], None]) -> Result:
-    """Do the job's work, and judge it unless too many bugs stopped it; return its Result."""
+    """Do the job's work, commit it unless it was stopped by too many bugs, and return the Result."""
     try:
         work()
     except TooManyBugs as error:

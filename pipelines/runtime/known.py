@@ -1,4 +1,4 @@
-"""What a ledger has of some rows: all of it on the driver, or that of one unit of videos on a worker."""
+"""What a ledger knows of some rows: everything on the driver, or the part for one unit of videos on a worker."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ from ex4d.errors import ContractError
 
 logger = logging.getLogger(__name__)
 
-NUM_READERS = 32  # threads that read files: an object store answers many at once
+NUM_READERS = 32  # threads that read files; an object store serves many reads at once
 
 
 class Records(Protocol):
-    """What `take` reads and changes."""
+    """The interface that `take` needs: `Ledger` on the driver, `Known` on a worker."""
 
     def size(self, name: str) -> int | None: ...
     def has_record(self, name: str) -> bool: ...
@@ -29,11 +29,12 @@ class Records(Protocol):
 
 
 class Known:
-    """What the ledger of a dataset folder has of one unit. What is changed here is told to the driver, see `changes`.
+    """The part of a dataset's ledger for one unit of videos. Changes are collected in `changes`, for the driver.
 
     Args:
         output: the dataset folder.
-        records: lines `NAME JSON`. sizes: {name: bytes} of the artifacts that are files.
+        records: lines `NAME JSON`.
+        sizes: {name: bytes} of the artifacts that are files of their own.
     """
 
     def __init__(self, output: str, records: str, sizes: Mapping[str, int]):
@@ -45,24 +46,24 @@ class Known:
         return name in self.sizes or (not name.endswith(".tar") and name in self.bodies)
 
     def __iter__(self) -> Iterator[str]:
-        """Yield the names of everything that is done."""
+        """Yield the names of all finished artifacts."""
         yield from self.sizes
         yield from (name for name in self.bodies if name not in self.sizes and not name.endswith(".tar"))
 
     def url(self, name: str) -> str:
-        """Return where an artifact that is a file of its own lies."""
+        """Return the path or URL of an artifact that is a file of its own."""
         return storage.join(self.output, "staging", name)
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of an artifact that is a file of its own, None where it is none."""
+        """Return the bytes of an artifact that is a file of its own, or None if it is not one."""
         return self.sizes.get(name)
 
     def has_record(self, name: str) -> bool:
-        """Return True where there is a record."""
+        """Return True if there is a record of this name."""
         return name in self.bodies
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a record, None where there is none."""
+        """Return a record, or None if there is none."""
         found = self.bodies.get(name)
         return None if found is None else json.loads(found)
 
@@ -86,9 +87,9 @@ class Known:
 
 
 def take(known: Records, keys: Mapping[str, str]) -> set[str]:
-    """Return the names that were damaged, after reading what has no record in a part, in parallel.
+    """Load artifacts that exist as files but have no record yet, in parallel; return the names of damaged ones.
 
-    A damaged artifact is set aside, so that its row is redone and no data is lost.
+    A damaged artifact is set aside: its row is redone, and no data is lost.
 
     Args:
         keys: {name of an artifact: key of its row}.
@@ -117,7 +118,7 @@ def take(known: Records, keys: Mapping[str, str]) -> set[str]:
 
 
 def _read(url: str, name: str, key: str) -> dict[str, Any]:
-    """Return the record of an artifact that is a file of its own. Raises ContractError, KeyError, ValueError."""
+    """Read an artifact's record from its own file. Raises ContractError, KeyError, ValueError, FileNotFoundError."""
     from ex4d.data.tar import read_sample
 
     data = storage.read_bytes(url)
@@ -131,7 +132,7 @@ def _read(url: str, name: str, key: str) -> dict[str, Any]:
 
 
 def _is_record(name: str, body: Mapping[str, Any]) -> bool:
-    """Return True where a record has the keys of its kind."""
+    """Return True if a record has the keys that its kind requires."""
     kind = name.partition("/")[0]
     if kind == "scores" and "reason" not in body:
         return all(isinstance(value, int | float) for value in body.values())

@@ -1,7 +1,8 @@
-"""Hold an output in an object store for one run, by a small object that its holder writes anew every few seconds.
+"""Lock an output in an object store for one run, by a small object that its holder rewrites every few seconds.
 
-No clock is compared: who finds a lease watches whether it changes. Every write says which one it replaces (`If-Match`,
-`If-None-Match`), so of two runs that want the same lease one is refused. Other stores than S3 have no lease.
+No clocks are compared: a run that finds a lease watches whether it changes. Every write is conditional on the version
+that it replaces (`If-Match`, `If-None-Match`), so if two runs want the same lease, one is refused. Only S3 is locked
+in this way, no other store.
 """
 
 from __future__ import annotations
@@ -24,11 +25,11 @@ from ex4d.errors import ConfigError, ContractError
 logger = logging.getLogger(__name__)
 
 NAME = "lease.json"
-RENEW_S = 10.0  # between two writes of the holder
-LOST_S = 35.0  # without one, the holder is taken for dead
-LOOK_S = 1.0  # between two looks of one who waits
-STOP = signal.SIGUSR2  # to the main thread of a run that lost its lease: SIGINT may be ignored, Ray takes SIGTERM
-_REFUSED = ("status 409", "status 412")  # somebody else was first
+RENEW_S = 10.0  # interval at which the holder renews the lease
+LOST_S = 35.0  # a holder that has not renewed it for this long is presumed dead
+LOOK_S = 1.0  # interval at which a waiting run polls the lease
+STOP = signal.SIGUSR2  # interrupts a run that lost its lease; SIGINT may be ignored, and Ray handles SIGTERM
+_REFUSED = ("status 409", "status 412")  # another writer was first
 
 
 class Lease:
@@ -45,7 +46,7 @@ class Lease:
         self._ended = threading.Event()
 
     def take(self) -> None:
-        """Take the lease, at once or from a holder that is dead. Raises ConfigError where the holder lives."""
+        """Take the lease, if it is free or its holder is dead. Raises ConfigError if the holder is alive."""
         first = seen = self._read()
         deadline = time.monotonic() + LOST_S
         if seen:
@@ -60,7 +61,7 @@ class Lease:
             raise ConfigError("output", self.output, "another run began to write there at the same time")
 
     def write(self) -> bool:
-        """Write the lease in place of the one that this run knows; return False where another one is there."""
+        """Write the lease over the version that this run knows; return False if another run holds it."""
         self.number += 1
         who = {"run": self.holder, "node": platform.node(), "pid": os.getpid(), "number": self.number}
         filesystem, path = storage.filesystem_of(self.url)
@@ -70,22 +71,22 @@ class Lease:
         except OSError as error:
             if not str(error.strerror).endswith(_REFUSED):
                 raise
-        now = self._read()  # a write may have been done whose answer was lost
+        now = self._read()  # a write may have succeeded although its response was lost
         if now is None or now[2] != self.holder:
             return False
         self.tag = now[0]
         return True
 
     def renew(self) -> None:
-        """Write the lease every RENEW_S until the end of the run; where it was lost, interrupt the run."""
+        """Renew the lease every RENEW_S until the run ends; if the lease is lost, interrupt the run."""
         while not self._ended.wait(RENEW_S):
             try:
                 self.is_lost = not self.write()
-            except OSError as error:  # nobody else can write there either; and if one could, the next write says so
+            except OSError as error:  # if another run could write meanwhile, the next renewal finds out
                 logger.warning("%s is not renewed: %s", self.url, error.strerror)
             if self.is_lost:
                 logger.error("%s: another run took the lease; this one stops", self.url)
-                signal.pthread_kill(threading.main_thread().ident or 0, STOP)  # wakes it where it sleeps, too
+                signal.pthread_kill(threading.main_thread().ident or 0, STOP)  # also wakes it from a sleep
                 return
 
     def release(self) -> None:
@@ -95,11 +96,11 @@ class Lease:
             now = self._read()
             if now and now[2] == self.holder:
                 storage.remove(self.url)
-        except OSError as error:  # it is taken for dead later
+        except OSError as error:  # others will presume it dead later
             logger.warning("%s is not deleted: %s", self.url, error.strerror)
 
     def _read(self) -> tuple[str, str, str] | None:
-        """Return (tag, a text on the holder, the holder) of the lease that is there, None for none."""
+        """Return (ETag, description of the holder, its id) of the current lease, None if there is none."""
         filesystem, path = storage.filesystem_of(self.url)
         try:
             tag = str(remote.call(lambda: filesystem.info(path), self.url)["ETag"])
@@ -113,11 +114,11 @@ class Lease:
 
 @contextmanager
 def held(output: str) -> Iterator[None]:
-    """Hold an output in an object store for one run.
+    """Hold the lease of an output in S3 for one run; do nothing for other outputs.
 
     Raises:
-        ConfigError: another run has it.
-        ContractError: another run took it meanwhile, since this one could not write for too long.
+        ConfigError: another run holds it.
+        ContractError: another run took it over, because this one could not renew it for too long.
     """
     if not output.startswith("s3://"):
         yield

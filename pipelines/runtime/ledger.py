@@ -1,29 +1,29 @@
-"""The ledger of a job is its folder `staging/`: work whose file is there is done.
+"""The ledger of a job, in the folder `staging/` of its output: an artifact that is in it is finished work.
 
-| file | what |
+| file | contents |
 |---|---|
-| `clips/KEY.FP.tar` | a finished sample, exactly as it will stand in a shard |
-| `records/NUMBER.records` | what else is known, many records to a file: see `records.py` |
-| `packed/` | what each shard was built from, so that only changed ones are built |
-| `attempts.json` | rows in work, and how often work on them ended with the process |
+| `clips/KEY.FP.tar` | a finished sample, byte for byte as it will be in a shard |
+| `records/NUMBER.records` | everything else that is known, many records per file: see `records.py` |
+| `packed/` | what each shard was built from, so that only changed shards are rebuilt |
+| `attempts.json` | rows in progress, and how often each killed its process |
 | `config.json` | the settings of the last run, for `ex4d retry` |
-| `damaged/` | what could not be read, kept for the user |
-| `texts/` | encoded captions, of `ex4d encode` |
+| `damaged/` | unreadable files, kept for the user |
+| `texts/` | encoded captions, written by `ex4d encode` |
 
-The content of a record follows from its name, so it is never changed, only removed (but those of `sources`):
+A record's name determines its content, so a record is never changed, only removed. `sources` is the exception.
 
-| record | what |
+| record | contents |
 |---|---|
-| `videos/SHA.FP.json` | info, frame times and cuts of a video, or its refusal |
+| `videos/SHA.FP.json` | info, frame times and cuts of a video, or why it was refused |
 | `clips/KEY.FP.json` | why a clip was refused |
 | `clips/KEY.FP.tar` | scores, size and hash of the finished sample |
-| `scores/KEY.FP.json` | scores of a clip that was looked at and not yet made |
-| `sources/FP` | of a video file and its depth file: hash, size, and tag of its store or times of change |
+| `scores/KEY.FP.json` | scores of a clip that was scored but not made |
+| `sources/FP` | of a video file and its depth file: hash, size, and its store's tag or modification times |
 
-FP is the fingerprint of all that the artifact depends on, so a changed setting makes other names and redoes only those;
-of `sources`, that of the file's URL.
-A refusal also depends on the limits and thresholds that refused it. Samples are written by the workers, records by the
-driver alone. Before 2026-11-26 each record but the last kind was a file under its name; these are still read.
+FP is the fingerprint of everything that the artifact depends on. A changed setting yields other names, and only those
+artifacts are redone. For `sources`, FP is the fingerprint of the file's URL. A refusal also depends on the limits and
+thresholds that caused it. Workers write samples; only the driver writes records. Before 2026-11-26 each record other
+than `sources` was a file of its own; such files are still read.
 """
 
 from __future__ import annotations
@@ -56,16 +56,16 @@ FOLDERS = ("videos", "clips", "scores")
 CONFIG = "staging/config.json"
 DAMAGED = "staging/damaged"
 RECORDS = "staging/records"
-MANY = (5000, 200_000)  # records from which a listing is split by the first letter, and by the first two
-LETTERS = string.ascii_lowercase + string.digits  # that keys of samples begin with
-LAST = "\x7f"  # after all letters of names
-PACKED = "packed"  # in staging: what the dataset was packed from
+MANY = (5000, 200_000)  # numbers of records beyond which listing is split by the first letter, and by the first two
+LETTERS = string.ascii_lowercase + string.digits  # the first characters of sample keys
+LAST = "\x7f"  # sorts after all characters of names
+PACKED = "packed"  # subfolder of staging: what the shards were built from
 
 
 class Ledger:
     """The staging folder of the dataset folder `output`, local or in an object store.
 
-    What lies there is listed and read once, when it is first asked for, into a scratch database of this machine.
+    On first use it is listed and its records are read, once, into a scratch database on this machine.
     """
 
     def __init__(self, output: str):
@@ -73,14 +73,14 @@ class Ledger:
 
     @cached_property
     def database(self) -> sqlite3.Connection:
-        """The scratch database, with the tables `file` and, once `records` were asked for, `record`."""
+        """The scratch database, with the table `file` and, once `records` has been used, `record`."""
         connection = scratch()
         connection.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER, is_here INTEGER) WITHOUT ROWID")
         return connection
 
     @cached_property
     def records(self) -> Records:
-        """The records in parts; of files of their own, those that `take` has read."""
+        """All records in parts, and those in files of their own that `take` has read."""
         database, folder, damaged = self.database, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
         records = Records(database, folder, damaged)
         digits = sum(len(records) > many for many in MANY)
@@ -93,52 +93,52 @@ class Ledger:
         return records
 
     def names(self) -> set[str]:
-        """Return the names of everything that is done, e.g. `clips/KEY.FP.tar`."""
+        """Return the names of all finished artifacts, e.g. `clips/KEY.FP.tar`."""
         records = {name for name in self.records if name.partition("/")[0] in FOLDERS and not name.endswith(".tar")}
         return records | {name for (name,) in self.database.execute("SELECT name FROM file")}
 
     def __contains__(self, name: str) -> bool:
-        """Return True where an artifact is done; a sample is where its file is."""
+        """Return True if an artifact is finished; a sample is finished if its file exists."""
         return (not name.endswith(".tar") and name in self.records) or self.size(name) is not None
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of an artifact that is a file of its own, None where it is none."""
-        self.records  # noqa: B018 (with them come the files)
+        """Return the bytes of an artifact that is a file of its own, or None if it is not one."""
+        self.records  # noqa: B018 (reading the records also lists the files)
         found = self.database.execute("SELECT size FROM file WHERE name = ?", (name,)).fetchone()
         return None if found is None else int(found[0])
 
     def url(self, name: str) -> str:
-        """Return where an artifact that is a file of its own lies."""
+        """Return the path or URL of an artifact that is a file of its own."""
         return storage.join(self.output, "staging", name)
 
     def write_sample(self, name: str, blob: bytes) -> dict[str, Any]:
-        """Return size and sha256 of a finished sample's tar blocks, after writing them."""
+        """Write the tar blocks of a finished sample; return their size and sha256."""
         storage.write_bytes(self.url(name), blob)
         return {"size": len(blob), "sha256": hashlib.sha256(blob).hexdigest()}
 
     def finished(self, name: str, record: Mapping[str, Any]) -> None:
-        """Note on the driver that a worker has written a sample."""
+        """Record, on the driver, that a worker has written a sample."""
         self.records.add(name, record)
         self.database.execute("INSERT OR REPLACE INTO file VALUES (?, ?, 1)", (name, record["size"]))
 
     def has_record(self, name: str) -> bool:
-        """Return True where there is a record."""
+        """Return True if there is a record of this name."""
         return name in self.records
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a record, None where there is none."""
+        """Return a record, or None if there is none."""
         return self.records.get(name)
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
-        """Write a record down."""
+        """Write a record."""
         self.records.add(name, body)
 
     def take(self, keys: Mapping[str, str]) -> set[str]:
-        """Return the names that were damaged: `known.take`."""
+        """Load the records of artifacts that lack one; return the names of damaged ones. See `known.take`."""
         return take(self, keys)
 
     def part(self, prefix: str) -> tuple[str, dict[str, int]]:
-        """Return what `Known` is made of, for the videos whose content hash begins with a prefix."""
+        """Return (records, sizes) for `Known`, of the videos whose content hash begins with `prefix`."""
         lines = list(self.records.lines(prefix))
         sizes: dict[str, int] = {}
         for folder in FOLDERS:
@@ -150,7 +150,7 @@ class Ledger:
         return "\n".join(lines), sizes
 
     def apply(self, changes: Mapping[str, Iterable[Any]]) -> None:
-        """Make the changes of a `Known`."""
+        """Apply the `changes` of a `Known`."""
         for name, body in changes["added"]:
             self.records.add(name, body)
         for name in changes["damaged"]:
@@ -159,7 +159,7 @@ class Ledger:
             self.remove(name)
 
     def set_aside(self, name: str) -> None:
-        """Move a damaged artifact to `staging/damaged`; the next run makes it again."""
+        """Move a damaged artifact to `staging/damaged`; the next run redoes it."""
         place = storage.join(self.output, DAMAGED, name.replace("/", "-"))
         if storage.exists(self.url(name)):
             storage.write_bytes(place, storage.read_bytes(self.url(name)))
@@ -167,7 +167,7 @@ class Ledger:
         logger.warning("%s is damaged and will be made again; what was there is kept as %s", self.url(name), place)
 
     def remove(self, name: str) -> None:
-        """Delete an artifact; the next run makes it again."""
+        """Delete an artifact; the next run redoes it."""
         self._forget(self._delete((name, self.size(name) is not None)))
 
     def _forget(self, name: str) -> None:
@@ -176,16 +176,16 @@ class Ledger:
             self.records.forget(name)
 
     def write_config(self, sections: Mapping[str, Any]) -> None:
-        """Write a run's settings and working folder for `ex4d retry`, without secrets in URLs."""
+        """Save a run's settings and working directory for `ex4d retry`, without secrets in URLs."""
         plain = {name: to_dict(section) for name, section in sections.items() if section is not None}
         text = json.dumps(without_secrets({"folder": os.getcwd(), "sections": plain}), sort_keys=True)
         storage.write_bytes(storage.join(self.output, CONFIG), text.encode())
 
     def read_config(self) -> tuple[str, dict[str, Any]]:
-        """Return (folder, {section: mapping}) of the last run.
+        """Return (working directory, {section: mapping}) of the last run.
 
         Raises:
-            ConfigError: no run was there, or its settings held a secret.
+            ConfigError: no run has written there, its settings contained a secret, or they belong to another user.
         """
         url = storage.join(self.output, CONFIG)
         if not storage.exists(url):
@@ -200,7 +200,7 @@ class Ledger:
         return kept["folder"], kept["sections"]
 
     def sweep(self) -> None:
-        """Delete what killed processes left: temporary files, and the record of attempts.
+        """Delete what killed processes left behind: temporary files, and the record of attempts.
 
         Only for a run that holds the folder and has nothing left to do. Object stores have no temporary files.
         """
@@ -210,7 +210,7 @@ class Ledger:
                 path.unlink(missing_ok=True)
 
     def prune(self, names: Iterable[str]) -> None:
-        """Delete superseded artifacts, and write the other records as new parts."""
+        """Delete superseded artifacts, and if there were any, rewrite the remaining records as new parts."""
         count, with_size = 0, ((name, self.size(name) is not None) for name in names)
         for name in in_order(self._delete, with_size, NUM_THREADS):
             self._forget(name)
@@ -226,11 +226,11 @@ class Ledger:
 
 
 def superseded(names: Iterable[str], used: set[str]) -> list[str]:
-    """Return the artifacts, sorted, that are not in use while others of the same source are."""
+    """Return, sorted, the artifacts that are not used while others of the same source video are."""
     sources = {_source(name) for name in used}
     return sorted(name for name in names if name not in used and _source(name) in sources)
 
 
 def _source(name: str) -> str:
-    """Return the first 16 digits of the content hash that an artifact's name begins with."""
+    """Return the first 16 hex digits of the content hash, with which an artifact's name begins."""
     return name.partition("/")[2][:16]

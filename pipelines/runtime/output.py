@@ -1,4 +1,4 @@
-"""Who may write an output: one command at a time, and none into a finished dataset."""
+"""Guard outputs: only one command writes to an output at a time, and none writes into a finished dataset."""
 
 from __future__ import annotations
 
@@ -19,14 +19,14 @@ LOCK = ".lock"
 
 @contextmanager
 def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
-    """Hold an output for one run: a folder by a lock that ends with the process, a place in S3 by a lease.
+    """Lock an output for one run: a local folder by a lock that ends with the process, a prefix in S3 by a lease.
 
     Args:
-        output: the folder, made where it is not there.
-        name: of the file that is locked; it stays.
+        output: the folder; created if it does not exist.
+        name: name of the lock file, which is left behind.
 
     Raises:
-        ConfigError: another run has it.
+        ConfigError: another run holds it.
     """
     if not storage.is_local(output):
         with lease.held(output):
@@ -34,7 +34,7 @@ def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
         return
     folder = storage.local_path(output)
     folder.mkdir(parents=True, exist_ok=True)
-    # Not emptied, and not through a link, which somebody else may have put there.
+    # The file is not truncated, nor opened through a link that another user may have planted.
     try:
         fd = os.open(folder / name, os.O_RDWR | os.O_CREAT | os.O_NOFOLLOW | os.O_CLOEXEC, 0o600)
     except OSError as error:
@@ -42,7 +42,7 @@ def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
     with os.fdopen(fd, "r+b") as file:
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            now = os.stat(folder / name)  # `writing` removes its lock: one that is no longer there holds nothing
+            now = os.stat(folder / name)  # `writing` deletes its lock file; a lock on a deleted file protects nothing
             if now.st_ino != os.fstat(file.fileno()).st_ino:
                 raise BlockingIOError
         except OSError as error:
@@ -52,12 +52,12 @@ def exclusive(output: str, name: str = LOCK) -> Iterator[None]:
 
 @contextmanager
 def writing(output: str | Path, is_file: bool = False) -> Iterator[None]:
-    """Hold what a command on one thing writes: its folder, or the files whose names begin with that of `output`.
+    """Lock what a command writes: its folder, or the files whose names begin with that of `output`.
 
-    Where nothing was written, because the command failed, nothing is left: neither lock nor new folder.
+    If the command fails before it writes anything, neither lock nor new folders are left behind.
 
     Raises:
-        ConfigError: another command has it, it cannot be written to, or it lies in a dataset.
+        ConfigError: another command holds it, it is not writable, or it lies in a dataset.
     """
     place = str(output)
     if not storage.is_local(place):
@@ -77,17 +77,17 @@ def writing(output: str | Path, is_file: bool = False) -> Iterator[None]:
             finally:
                 (folder / name).unlink(missing_ok=True)
     finally:
-        for parent in missing:  # the innermost first
-            with suppress(OSError):  # it holds what was written
+        for parent in missing:  # innermost first
+            with suppress(OSError):  # not empty: it contains output
                 parent.rmdir()
 
 
 def outside_datasets(key: str, output: str, own: str = "") -> None:
-    """Raise ConfigError where an output is a finished dataset, or lies in one.
+    """Raise ConfigError if an output is a finished dataset, or lies in one.
 
     Args:
-        key: of the setting.
-        own: "clips" or "latents": the output may be a dataset of that kind, which is brought up to date.
+        key: name of the setting, for the message.
+        own: "clips" or "latents": a dataset of this kind is allowed as the output, to be updated.
     """
     if not storage.is_local(output):
         return
@@ -104,4 +104,4 @@ def _kind(record: Path) -> str:
     try:
         return "latents" if "latents" in json.loads(record.read_bytes()) else "clips"
     except (ValueError, TypeError):
-        return "clips"  # a damaged one is said later
+        return "clips"  # damage is reported later

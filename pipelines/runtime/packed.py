@@ -1,7 +1,7 @@
-"""Samples that lie in the shards alone: once `alone` was called, the shards are their ledger.
+"""Samples that are stored in the shards only: after `alone` was called, the shards are their ledger.
 
-The rows in `staging/packed` say which sample lies where in which shard. Before a shard is built anew, its samples are
-put back into staging, all of them before any shard is overwritten; so nothing is lost, however the run ends.
+The tables in `staging/packed` say where in which shard each sample lies. Before a shard is rebuilt, its samples are
+copied back to staging, and all copies are made before any shard is overwritten, so no sample is lost if the run dies.
 """
 
 from __future__ import annotations
@@ -18,16 +18,16 @@ from ex4d.threads import in_order
 from pipelines.runtime.records import Records
 
 FOLDER = "staging/packed"
-MARK = "packed/alone"  # a record: samples may be missing in staging
+MARK = "packed/alone"  # name of a record: samples may be missing from staging
 NUM_THREADS = 32
 COLUMNS = ("key", "shard", "offset", "length", "sha256")
 
 
 class Packed:
-    """Where samples lie in the shards of a dataset folder.
+    """Locations of samples in the shards of a dataset folder.
 
     Args:
-        scratch: a database with the tables `file` and `record` of the ledger.
+        scratch: a database with the ledger's tables `file` and `record`.
     """
 
     def __init__(self, output: str, scratch: sqlite3.Connection):
@@ -45,21 +45,21 @@ class Packed:
 
     @property
     def holds_samples(self) -> bool:
-        """True where samples may lie in shards alone."""
+        """True if some samples may be stored in shards only."""
         return self._scratch.execute("SELECT 1 FROM packed LIMIT 1").fetchone() is not None
 
     def alone(self, records: Records) -> None:
-        """Say that samples in shards need no file in staging."""
+        """Declare that samples in shards need no file in staging."""
         if not self.is_alone:
             records.add(MARK, {})
-            records.flush()  # before the first of them is deleted
+            records.flush()  # before the first file is deleted
             self.is_alone = True
 
     def places(self, items: Iterable[Sequence[Any]]) -> list[list[Any]]:
-        """Return [url, shard, offset, length, sha256] of the samples that lie in shards alone.
+        """Return [url, shard, offset, length, sha256] of those items that are stored in shards only.
 
         Args:
-            items: of a shard's plan: [key, url, bytes, sha256].
+            items: [key, url, bytes, sha256] of each sample in a shard's plan.
         """
         found = []
         for key, url, _, sha256 in items:
@@ -71,12 +71,12 @@ class Packed:
         return found
 
     def dropped(self, items: Iterable[Sequence[Any]]) -> None:
-        """Note that a worker deleted the files of these samples, the items of a shard's plan."""
+        """Record that a worker deleted the staged files of these items of a shard's plan."""
         names = ((f"clips/{url.rpartition('/')[2]}",) for _, url, *_ in items)
         self._scratch.executemany("UPDATE file SET is_here = 0 WHERE name = ?", names)
 
     def drop(self, names: Iterable[str]) -> None:
-        """Delete the files of samples that are in place in shards."""
+        """Delete the staged files of samples that are already in shards."""
         if not self._scratch.execute("SELECT 1 FROM file WHERE is_here AND name LIKE '%.tar' LIMIT 1").fetchone():
             return
         here = (name for name in names if self._is_here(name))
@@ -92,7 +92,7 @@ class Packed:
 
 
 def _rows(output: str) -> Iterator[Iterable[tuple[Any, ...]]]:
-    """Yield the rows of each shard that nobody has written to since it was built."""
+    """Yield the rows of each shard that is unchanged since it was built."""
     folder = storage.join(output, FOLDER)
     names = [f"shards/{name.removesuffix('.parquet')}.tar" for name in storage.list_files(folder, (".parquet",))]
 
@@ -107,7 +107,7 @@ def _rows(output: str) -> Iterator[Iterable[tuple[Any, ...]]]:
 
 
 def restore(places: Iterable[Sequence[Any]]) -> None:
-    """Put samples back into staging. Args: places: of `Packed.places`. Raises ContractError."""
+    """Copy samples back to staging, given the result of `Packed.places`. Raises ContractError if one is damaged."""
 
     def copy(place: Sequence[Any]) -> None:
         url, shard, offset, length, sha256 = place
@@ -123,6 +123,6 @@ def restore(places: Iterable[Sequence[Any]]) -> None:
 
 
 def delete(items: Iterable[Sequence[Any]]) -> None:
-    """Delete the staged files of a plan's items."""
+    """Delete the staged files of the items of a shard's plan."""
     for _ in in_order(storage.remove, (url for _, url, *_ in items), NUM_THREADS):
         pass

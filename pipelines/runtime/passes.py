@@ -14,7 +14,7 @@ from pipelines.runtime.stage import Row, Stage, Track, is_bug
 
 
 class TooManyBugs(Ex4dError):
-    """More rows than `max_bugs` ended in an unexpected error."""
+    """More rows than `max_bugs` allows ended in an unexpected error."""
 
 
 @dataclass
@@ -22,11 +22,11 @@ class Passes:
     """Runs the passes of one job.
 
     Args:
-        job: name of the job's section, for messages.
-        execute: of `runner.runner`.
-        progress: shows the passes.
+        job: section of the job's settings, for messages.
+        execute: the runner, from `runner.runner`.
+        progress: displays the passes.
         max_bugs: rows of the whole job that may end in an unexpected error.
-        worked: {pass: rows that went through it}.
+        worked: {pass: number of rows sent through it}.
         bugs: {"key", "fate", "stage", "reason", "message", "traceback"} of each such row, for run.jsonl.
     """
 
@@ -47,10 +47,10 @@ class Passes:
         keep: tuple[str, ...] = (),
         total: int | None = None,
     ) -> Iterator[Row]:
-        """Yield each finished row of one pass, in any order, with its `keep` columns; the rest is as of `flow`.
+        """Yield each finished row of one pass, in any order, with its `keep` columns; the rest is as in `flow`.
 
         Args:
-            total: number of rows; None: `rows` is a sequence.
+            total: number of rows; None if `rows` is a sequence.
         """
         total = len(rows) if isinstance(rows, Sequence) else total or 0
         flow = self.flow((Track(name, tuple(stages), keep),), rows, context, total, deque())
@@ -67,12 +67,12 @@ class Passes:
         """Yield (track, finished row), in any order.
 
         Args:
-            rows: of the first track, `total` of them. Seconds of video are counted where rows have a column `video_s`.
+            rows: `total` rows of the first track. Seconds of video are counted for rows with a column `video_s`.
             context: passed to every stage.
-            added: (track, row) that the caller appends while it has a finished row: rows of a later track.
+            added: while the caller has a finished row, it appends to this (track, row) for rows of later tracks.
 
         Raises:
-            TooManyBugs: the job had more than `max_bugs`; the ledger keeps finished work.
+            TooManyBugs: the job had more than `max_bugs` bugs; finished work stays in the ledger.
         """
         tracks = [replace(track, keep=(*track.keep, "video_s")) for track in tracks]
         begun: deque[tuple[str, Row]] = deque()
@@ -94,11 +94,11 @@ class Passes:
         watched.expect(name, number)
 
     def forget_bugs(self, keys: Collection[str]) -> None:
-        """Forget the bugs of these rows, which turned out not to belong to the job."""
+        """Drop the bugs of these rows, which turned out not to belong to the job."""
         self.bugs[:] = [bug for bug in self.bugs if bug["key"] not in keys]
 
     def _check(self, name: str, row: Row) -> None:
-        """Note a bug, once for a row of a pass. Raises TooManyBugs."""
+        """Record a bug, once per row and pass. Raises TooManyBugs."""
         if not is_bug(row) or (name, row["key"]) in self._with_bugs:
             return
         self._with_bugs.add((name, row["key"]))
@@ -112,7 +112,7 @@ class Passes:
     def must(
         self, name: str, stage: Stage, rows: Iterable[Row], context: Any, keep: tuple[str, ...], total: int
     ) -> Iterator[Row]:
-        """Yield each row after a stage that must succeed. Raises ContractError."""
+        """Yield each row after a stage that must not fail. Raises ContractError if it does."""
         with self.progress.watch([(name, (stage,))]) as watched:
             watched.expect(name, total)
             for row in through(self.execute, (stage,), rows, context, keep):
@@ -122,7 +122,7 @@ class Passes:
                 yield row
 
     def problems(self) -> list[str]:
-        """Return sentences on bugs and broken machines; with any, the run fails after its commit."""
+        """Return sentences about bugs and broken machines; if there are any, the run fails after its commit."""
         count = len(self.bugs)
         bugs = [f"{count} rows ended in unexpected errors; their tracebacks are in run.jsonl"] if count else []
         return [*bugs, *self.execute.problems]

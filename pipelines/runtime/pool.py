@@ -1,4 +1,4 @@
-"""The actors of a chain that needs a GPU: as many as the cluster has room for and the work needs, on sound nodes."""
+"""Actors of a chain that needs a GPU: as many as the cluster has room for and the work needs, on healthy nodes only."""
 
 from __future__ import annotations
 
@@ -11,23 +11,23 @@ from typing import Any
 
 logger = logging.getLogger(__name__)
 
-CALLS = 2  # that an actor holds: one that runs, and one whose rows travel to it meanwhile
-IDLE_S = 30.0  # an actor without work for so long gives its CPU and GPU back, unless it is the last
-REFRESH_S = 1.0  # between two questions what the cluster holds
-RUN_OF_FAILURES = 3  # rows in a row that end in a bug on one node, before the node is quarantined
+CALLS = 2  # calls that an actor may hold: one that runs, and one whose rows are transferred meanwhile
+IDLE_S = 30.0  # an actor that idles this long gives its CPU and GPU back, unless it is the first of its pool
+REFRESH_S = 1.0  # minimum interval between two queries of the cluster's state
+RUN_OF_FAILURES = 3  # consecutive rows that end in a bug on one node before it is quarantined
 
 Needs = tuple[float, float, int | None]  # num_cpus, num_gpus, memory_mb of a call
 
 
 class Cluster:
-    """What the cluster holds now: nodes join and leave while a pass runs."""
+    """The cluster's current resources: nodes join and leave while a pass runs."""
 
     def __init__(self) -> None:
         self._asked = -REFRESH_S
         self.refresh()
 
     def refresh(self) -> None:
-        """Ask Ray, unless it was asked a moment ago."""
+        """Query Ray, unless that was done a moment ago."""
         if time.monotonic() - self._asked < REFRESH_S:
             return
         import ray
@@ -41,11 +41,11 @@ class Cluster:
         self.store_bytes = sum(resources.get("object_store_memory", 0.0) for resources in nodes.values())
 
     def options(self, needs: Needs) -> dict[str, Any]:
-        """Return what Ray is told that one call needs, but for GPUs."""
+        """Return the Ray options of one call, except for GPUs."""
         num_cpus, _, memory_mb = needs
         options: dict[str, Any] = {"num_cpus": num_cpus}
         if memory_mb is not None:
-            # A machine that has less takes one call at a time, instead of waiting for ever for a larger one.
+            # A machine with less memory runs one call at a time; else the call would wait forever for a larger node.
             options["memory"] = min(memory_mb << 20, max(self.memory))
         return options
 
@@ -53,14 +53,14 @@ class Cluster:
 def room(
     num_cpus: float, num_gpus: float, memory: Sequence[int], options: dict[str, Any], each: float
 ) -> tuple[int, dict[str, Any]]:
-    """Return (how many actors fit on the GPUs, what each of them takes beside its GPU).
+    """Return (number of actors that fit on the GPUs, what each of them reserves besides its GPU).
 
-    Actors hold what they take, and rows reach them through tasks that need as much: were all CPUs or all memory theirs,
-    neither could begin. Where there is only enough for one, the actor takes none of it.
+    Actors hold their resources, and rows reach them through tasks that need as much again. If actors held all CPUs or
+    all memory, neither could start. If there is only enough for one, the actor reserves none.
 
     Args:
-        num_cpus, num_gpus: of the cluster. memory: bytes of each node.
-        options: `num_cpus` and perhaps `memory` (bytes) of a call. each: GPUs of an actor.
+        num_cpus, num_gpus: totals of the cluster. memory: bytes of each node.
+        options: `num_cpus` and optionally `memory` (bytes) of a call. each: GPUs per actor.
     """
     size, taken = max(1, int(num_gpus / each)), dict(options)
     rooms = {"num_cpus": int(num_cpus / options["num_cpus"]) if options["num_cpus"] else size + 1}
@@ -69,13 +69,13 @@ def room(
     for name, places in rooms.items():
         size = max(1, min(size, places - 1))
         if places < 2:
-            taken[name] = 0 if name == "num_cpus" else None  # Ray takes 1 for no word of CPUs
+            taken[name] = 0 if name == "num_cpus" else None  # Ray reserves 1 CPU if it is given None
     return size, taken
 
 
 @dataclass
 class Member:
-    """An actor: its handle, its node ("" until it has started), and its calls in their order."""
+    """An actor: its handle, its node ("" until it has started), and its pending calls in order."""
 
     actor: Any
     started: Any
@@ -89,9 +89,10 @@ class Pool:
     """The actors of one chain.
 
     Args:
-        worker: the actor's class. work: reference to what it is made with.
-        most: of actors; None: as many as there is room for. At least one is always asked for.
-        problems: gets a sentence for each node that is quarantined.
+        worker: the actor's class.
+        work: reference to the argument of its constructor.
+        most: maximum number of actors; None: as many as fit. At least one is always requested.
+        problems: receives a sentence for each node that is quarantined.
     """
 
     def __init__(self, worker: type, work: Any, needs: Needs, most: int | None, cluster: Cluster, problems: list[str]):
@@ -104,16 +105,16 @@ class Pool:
 
     @property
     def num_cpus(self) -> float:
-        """CPUs that the actors take."""
+        """CPUs that the actors reserve."""
         return sum(member.num_cpus for member in self.members)
 
     @property
     def hunger(self) -> int:
-        """Batches that should wait for the actors or be on their way."""
+        """Number of batches that should be waiting for the actors or be on their way."""
         return CALLS * max(1, len(self.members)) + 1
 
     def resize(self, num_waiting: int, is_awaited: bool) -> None:
-        """Start an actor where work waits for the actors and what follows waits for their work; drop idle ones."""
+        """Add an actor if work waits for the pool and the next step waits for the pool's output; drop idle actors."""
         import ray
 
         for member in [member for member in self.members if not member.node]:
@@ -150,24 +151,24 @@ class Pool:
         self.members.append(Member(actor, actor.node.remote(), float(taken["num_cpus"])))
 
     def free(self, avoided: set[str]) -> Member | None:
-        """Return an actor that takes another call, one off the avoided nodes where there is any such actor."""
+        """Return an actor that accepts another call, preferably not on the avoided nodes; None if all are busy."""
         there = [member for member in self.members if member.node]
         there = [member for member in there if member.node not in avoided] or there
         free = [member for member in there if len(member.calls) < CALLS]
         return min(free, key=lambda member: len(member.calls), default=None)
 
     def call(self, member: Member, rows: Any) -> list[Any]:
-        """Return the references to (Facts, packed rows) of a call."""
+        """Submit a call; return the references to its Facts and its packed rows."""
         references: list[Any] = member.actor.run.options(num_returns=2).remote(rows)
         member.calls.append(references[0])
         self.of_call[references[0]] = member
         return references
 
     def returned(self, call: Any, node: str, has_bug: bool, tried_on: set[str]) -> bool:
-        """Note the end of a call; return True where its bug may be the node's and another node can try.
+        """Record that a call returned; return True if its bug may be the node's fault and another node can try.
 
         Args:
-            tried_on: nodes where these rows ended in a bug before; this one is added.
+            tried_on: nodes where these rows ended in a bug before; after a bug, `node` is added.
         """
         member = self.of_call.pop(call)
         member.calls.remove(call)
@@ -197,7 +198,7 @@ class Pool:
             self._drop(member)
 
     def lost(self, call: Any, actor_died: bool) -> bool:
-        """Note that a call gave an error instead of rows; return True where it was the one that the actor worked on."""
+        """Record that a call failed; return True if the actor died working on it, unless its node is quarantined."""
         member = self.of_call.pop(call)
         was_first = bool(member.calls) and member.calls[0] == call
         if actor_died:
@@ -211,7 +212,7 @@ class Pool:
             self.members.remove(member)
 
     def close(self) -> None:
-        """End the actors."""
+        """Kill the actors."""
         import ray
 
         for member in self.members:

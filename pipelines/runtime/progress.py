@@ -1,7 +1,7 @@
 """Show the progress of a run: bars on a terminal, log lines elsewhere, and the same figures for machines.
 
-Every sink reads the same tallies, one `Tally` per stage: the bars, `OUTPUT/progress.jsonl` (a line every few seconds),
-Prometheus on 127.0.0.1 where a port is given, and `run.jsonl` at the end.
+All outputs read the same tallies, one `Tally` per stage: the bars, `OUTPUT/progress.jsonl` (a line every few seconds),
+Prometheus if a port is set (on 127.0.0.1 by default), and `run.jsonl` at the end.
 """
 
 from __future__ import annotations
@@ -29,12 +29,12 @@ _LOG_EVERY_S = 30.0
 
 @dataclass
 class Tally:
-    """Figures of one stage in this run.
+    """Counters of one stage in this run.
 
     Args:
         num_cpus, num_gpus: reserved by each call.
-        done: rows that it worked on; rejected: those among them that it rejected.
-        worker_s: seconds on the clock inside the stage, summed over workers.
+        done: rows that the stage worked on. rejected: those of them that it rejected.
+        worker_s: wall-clock seconds inside the stage, summed over workers.
         video_s: seconds of video in those rows.
     """
 
@@ -46,7 +46,7 @@ class Tally:
     video_s: float = 0.0
 
     def figures(self) -> dict[str, float | int | None]:
-        """Return the tally with hours of video per reserved CPU hour and GPU hour; None where there was none."""
+        """Return the counters, and hours of video per reserved CPU hour and GPU hour (None without either)."""
         figures: dict[str, float | int | None] = asdict(self)
         for unit, share in (("cpu", self.num_cpus), ("gpu", self.num_gpus)):
             hours = self.worker_s * share
@@ -56,7 +56,7 @@ class Tally:
 
 @dataclass
 class Pass:
-    """One pass over rows: their number, and how many are finished and rejected."""
+    """One pass over rows: how many there are, are finished and are rejected."""
 
     name: str
     total: int
@@ -71,11 +71,11 @@ class Pass:
 
     @property
     def eta_s(self) -> float | None:
-        """Seconds to go at this rate; None before the first row."""
+        """Estimated seconds left at the current rate; None before the first row."""
         return (self.total - self.done) / self.rate if self.done else None
 
     def figures(self) -> dict[str, Any]:
-        """Return what progress.jsonl says of it."""
+        """Return the fields of the pass in progress.jsonl."""
         counts = {"pass": self.name, "done": self.done, "total": self.total, "rejected": self.rejected}
         eta_s = None if self.eta_s is None else round(self.eta_s, 1)
         return {**counts, "rate": round(self.rate, 4), "eta_s": eta_s}
@@ -86,8 +86,8 @@ class Progress:
 
     Args:
         output: folder whose progress.jsonl gets a line every 10 s and at the end of a pass; None writes none.
-        metrics_port: Prometheus scrapes http://HOST:PORT/metrics while the run lasts; None serves nothing.
-        metrics_host: the address that it listens on.
+        metrics_port: Prometheus can scrape http://HOST:PORT/metrics during the run; None serves nothing.
+        metrics_host: address to listen on.
     """
 
     def __init__(self, output: str | None = None, metrics_port: int | None = None, metrics_host: str = "127.0.0.1"):
@@ -98,12 +98,12 @@ class Progress:
 
     @contextmanager
     def serving(self) -> Iterator[None]:
-        """Serve Prometheus metrics inside the block. Raises ConfigError where the port is taken."""
+        """Serve Prometheus metrics inside the block. Raises ConfigError if the port is taken."""
         with metrics.serving(self.metrics_port, self.metrics_host, self.families):
             yield
 
     def families(self) -> Iterator[Any]:
-        """Yield the tallies as Prometheus metrics, read at each scrape."""
+        """Yield the tallies as Prometheus metric families; called at each scrape."""
         from prometheus_client.core import CounterMetricFamily, GaugeMetricFamily
 
         rows = CounterMetricFamily("ex4d_stage_rows", "Rows that a stage worked on.", labels=("stage", "outcome"))
@@ -125,7 +125,7 @@ class Progress:
 
     @contextmanager
     def watch(self, tracks: Sequence[tuple[str, Sequence[Stage]]]) -> Iterator[Watched]:
-        """Yield what counts the rows of these passes, (name, stages), which run side by side."""
+        """Yield an object that counts and shows the rows of these passes, (name, stages), which run side by side."""
         current = {name: self._pass(name) for name, _ in tracks}
         for _, stages in tracks:
             for stage in stages:
@@ -140,7 +140,7 @@ class Progress:
             self._write_line(current)
 
     def _pass(self, name: str) -> Pass:
-        """Return the pass of that name, a new one if there is none."""
+        """Return the pass of that name; create it if there is none."""
         found = next((one for one in self.passes if one.name == name), None)
         if found is None:
             found = Pass(name, 0)
@@ -198,7 +198,7 @@ def _every(seconds: float, call: Callable[[], None]) -> Callable[[], None]:
 
 @dataclass(frozen=True)
 class Watched:
-    """Counts the rows of passes that run side by side, and shows them."""
+    """Counts the rows of passes that run side by side, and shows the counts."""
 
     progress: Progress
     passes: Mapping[str, Pass]
@@ -210,7 +210,7 @@ class Watched:
         self.passes[name].total += number
 
     def count(self, name: str, row: Row, video_s: float = 0.0) -> None:
-        """Count one finished row, with so many seconds of video in it."""
+        """Count one finished row, which holds `video_s` seconds of video."""
         self.progress.count(self.passes[name], row, video_s)
         self.log()
         self.write()
@@ -230,7 +230,7 @@ def _log_of(passes: Mapping[str, Pass]) -> Callable[[], None]:
 def _bars(
     passes: Mapping[str, Pass], tracks: Sequence[tuple[str, Sequence[Stage]]], tallies: dict[str, Tally]
 ) -> Iterator[None]:
-    """Show the bars of passes and of their stages inside the block."""
+    """Show progress bars of the passes and their stages inside the block."""
     from rich.console import Console
     from rich.progress import BarColumn, MofNCompleteColumn, TextColumn, TimeRemainingColumn
     from rich.progress import Progress as Bars
@@ -248,7 +248,7 @@ def _bars(
     tasks: dict[tuple[str, str], Any] = {}
 
     class Live(Bars):
-        """Bars that read the figures when they are drawn, ten times a second, since rows may come far faster."""
+        """Bars that poll the counters when drawn, ten times a second, since rows may finish far more often."""
 
         def get_renderables(self) -> Iterator[Any]:
             for name, task in list(whole.items()):
@@ -262,7 +262,7 @@ def _bars(
                 self.update(
                     task,
                     completed=done,
-                    total=current.total - (current.done - done),  # rows that were refused before never come here
+                    total=current.total - (current.done - done),  # without rows that an earlier stage refused
                     rejected=tally.rejected - before[stage]["rejected"],
                     rate=f"{worker_s / done:.3f} s each" if done else "",
                     visible=current.total > 0,

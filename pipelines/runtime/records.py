@@ -1,8 +1,8 @@
-"""Records of a ledger, many to a file: `staging/records/NUMBER.records`, written by the driver alone.
+"""Records of a ledger, many per file: `staging/records/NUMBER.records`, written by the driver alone.
 
-A line is `CRC NAME JSON`; CRC, 8 hex digits, is the CRC-32 of the rest. A later line of a name replaces an earlier one,
-and `null` forgets it. On a local disk a run appends to a part, line by line, so that what it knew outlives its
-process; in an object store, where nothing can be appended to, it writes a part every few seconds.
+A line is `CRC NAME JSON`; CRC is the CRC-32 of the rest, as 8 hex digits. A later line replaces an earlier one of the
+same name, and `null` deletes the record. On a local disk, a run appends each line to a part as it is written, so that
+records survive the process. An object store cannot append, so there a part is written every few seconds.
 """
 
 from __future__ import annotations
@@ -22,19 +22,20 @@ from ex4d.threads import in_order
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".records"
-NUM_READERS = 16  # threads that read parts: an object store answers many at once
-PART_EVERY_S = 10.0  # between two parts in an object store
-PART_RECORDS = 5000  # of a part at most: parts are read whole
+NUM_READERS = 16  # threads that read parts; an object store serves many reads at once
+PART_EVERY_S = 10.0  # interval between two parts in an object store
+PART_RECORDS = 5000  # maximum records of a part: parts are read whole
 
 
 class Records:
     """The records of one ledger: {name: mapping}.
 
-    They lie in a scratch database of this machine and not in memory: a million videos have gigabytes of them.
+    They are kept in a scratch database on this machine, not in memory: a million videos have gigabytes of records.
 
     Args:
-        scratch: the database. folder: where the parts are, local or in an object store.
-        damaged: folder that gets what cannot be read.
+        scratch: the database.
+        folder: where the parts are, local or in an object store.
+        damaged: folder for copies of damaged parts.
     """
 
     def __init__(self, scratch: sqlite3.Connection, folder: str, damaged: str):
@@ -60,12 +61,12 @@ class Records:
         return (name for (name,) in self._scratch.execute("SELECT name FROM record ORDER BY name"))
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a record, None where there is none."""
+        """Return a record, or None if there is none."""
         found = self._scratch.execute("SELECT body FROM record WHERE name = ?", (name,)).fetchone()
         return None if found is None else json.loads(found[0])
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
-        """Write a record down; in an object store perhaps some seconds later, see `flush`."""
+        """Write a record; in an object store possibly some seconds later, see `flush`."""
         text = json.dumps(body, sort_keys=True)
         self._scratch.execute("INSERT OR REPLACE INTO record VALUES (?, ?)", (name, text))
         self._append(_line(name, text))
@@ -76,7 +77,7 @@ class Records:
         self._append(_line(name, "null"))
 
     def flush(self) -> None:
-        """Write what waits, and end the part."""
+        """Write all pending records, and finish the current part."""
         if self._waiting:
             self._write_part(b"".join(self._waiting))
             self._waiting = []
@@ -86,7 +87,7 @@ class Records:
             self._file, self._num_lines = None, 0
 
     def lines(self, prefix: str) -> Iterator[str]:
-        """Yield `NAME JSON` of all records of videos, clips and scores whose name goes on with a prefix."""
+        """Yield `NAME JSON` of all records of videos, clips and scores whose key begins with `prefix`."""
         for folder in ("clips", "scores", "videos"):
             first = f"{folder}/{prefix}"
             bounds = (first, f"{first}\x7f")
@@ -94,13 +95,13 @@ class Records:
             yield from (line for (line,) in rows)
 
     def rewrite(self) -> None:
-        """Write all records as new parts, one for a small dataset, in place of the others."""
+        """Write all records as new parts of PART_RECORDS, and delete the old parts."""
         self.flush()
         old = list(self._parts)
         rows = self._scratch.execute("SELECT name, body FROM record ORDER BY name")
         while some := rows.fetchmany(PART_RECORDS):
             self._write_part(b"".join(_line(name, body) for name, body in some))
-        for name in old:  # the oldest first: what was forgotten must not come back where this is interrupted
+        for name in old:  # oldest first: after an interruption, deleted records must not come back
             storage.remove(storage.join(self.folder, name))
         self._parts = [name for name in self._parts if name not in old]
 
@@ -108,7 +109,7 @@ class Records:
         return storage.read_bytes(storage.join(self.folder, name))
 
     def _take(self, part: str, blob: bytes) -> None:
-        """Put the lines of a part into the scratch database; set the part aside where one is damaged."""
+        """Load the lines of a part into the scratch database; if any is damaged, copy the part aside and repair it."""
         lines = blob.splitlines(keepends=True)
         good = [_parsed(line) for line in lines]
         self._scratch.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", filter(None, good))
@@ -138,7 +139,7 @@ class Records:
             self.flush()
 
     def _open(self) -> int:
-        """Return the descriptor of a new local part; not through a link, which somebody else may have put there."""
+        """Create a new local part and return its descriptor; never follow a link, which another user may plant."""
         folder = storage.local_path(self.folder)
         folder.mkdir(parents=True, exist_ok=True)
         flags = os.O_WRONLY | os.O_CREAT | os.O_EXCL | os.O_APPEND | os.O_NOFOLLOW | os.O_CLOEXEC
@@ -161,7 +162,7 @@ def _line(name: str, text: str) -> bytes:
 
 
 def _parsed(line: bytes) -> tuple[str, str] | None:
-    """Return (name, JSON) of a line, None where it is damaged."""
+    """Return (name, JSON) of a line, or None if it is damaged."""
     rest = line[9:-1]
     if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(rest):
         return None

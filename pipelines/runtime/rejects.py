@@ -1,4 +1,4 @@
-"""The rejects of a run: rows of rejects.parquet, in a scratch database, since there may be millions."""
+"""The rejects of a run, as rows of rejects.parquet, kept in a scratch database since there may be millions."""
 
 from __future__ import annotations
 
@@ -14,14 +14,14 @@ _NAMES = ", ".join(REJECT_COLUMNS)
 
 
 class Rejects(Sequence[Mapping[str, str]]):
-    """Mappings of REJECT_COLUMNS, in the order in which they came."""
+    """Mappings with the keys REJECT_COLUMNS, in insertion order."""
 
     def __init__(self) -> None:
         self._scratch = scratch()
         self._scratch.execute(f"CREATE TABLE reject (number INTEGER PRIMARY KEY, {_NAMES})")
 
     def add(self, rows: Iterable[Mapping[str, str]]) -> None:
-        """Add rows."""
+        """Append rows."""
         marks = ", ".join(f":{name}" for name in REJECT_COLUMNS)
         self._scratch.executemany(f"INSERT INTO reject ({_NAMES}) VALUES ({marks})", rows)
 
@@ -38,7 +38,7 @@ class Rejects(Sequence[Mapping[str, str]]):
         return isinstance(other, Sequence) and list(self) == list(other)
 
     def in_order(self) -> Iterator[Mapping[str, str]]:
-        """Yield the rows in the order in which they stand in rejects.parquet."""
+        """Yield the rows in the order of rejects.parquet."""
         return self._rows(_NAMES)
 
     def _rows(self, order: str) -> Iterator[Mapping[str, str]]:
@@ -47,13 +47,13 @@ class Rejects(Sequence[Mapping[str, str]]):
 
 
 def reject_of(unit: str, row: Row) -> dict[str, str]:
-    """Return the reject of a row with a refusal.
+    """Return the reject of a row that has a refusal.
 
     Args:
         unit: "video" or "clip".
     """
     refusal = {name: row["refusal"][name] for name in ("fate", "stage", "reason", "message")}
-    # The input's path on this machine must not change the bytes.
+    # rejects.parquet must not depend on where the input lies on this machine.
     folder = row.get("path", "").removesuffix(row.get("name", ""))
     message = refusal["message"].replace(folder, "") if folder else refusal["message"]
     if unit == "clip":

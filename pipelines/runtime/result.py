@@ -1,4 +1,4 @@
-"""The result of a run: counts, reasons, exit status; and its line in run.jsonl."""
+"""The result of a run (counts, reasons, exit status), and its line in run.jsonl."""
 
 from __future__ import annotations
 
@@ -31,14 +31,14 @@ class Result:
         output: the dataset folder.
         counts: videos_in, videos_split, videos_rejected, clips_planned, samples, clips_filtered, clips_bad.
         rejects: rows of rejects.parquet.
-        problems: sentences; without any the run succeeded.
-        committed: True where the dataset folder now holds this run's dataset.
-        stages: {stage: Tally} of the rows that were worked on now.
-        worked: {pass: rows} that were worked on now; the ledger had the rest.
-        scored: clips whose scores were measured, where that was all; else None.
-        stands: True where the folder holds the dataset of an earlier run.
-        report: path of the run's page; "" for none.
-        retried: {key: (its reason before, "done" or its reason now)} of rejects that were tried again.
+        problems: sentences for the user; the run succeeded if there are none.
+        committed: True if the dataset folder now holds this run's dataset.
+        stages: {stage: Tally} of the rows that this run worked on.
+        worked: {pass: rows} that this run worked on; the ledger had the others.
+        scored: number of scored clips, if the run only measured scores; else None.
+        stands: True if the folder holds the dataset of an earlier run.
+        report: path of the run's page; "" if there is none.
+        retried: {key: (earlier reason, "done" or the new reason)} of rejects that were retried.
     """
 
     output: str
@@ -55,7 +55,7 @@ class Result:
 
     @property
     def exit_code(self) -> int:
-        """0 done, 1 failed."""
+        """0 success, 1 failure."""
         return 1 if self.problems else 0
 
     def reasons(self) -> list[tuple[str, str, str, str, int]]:
@@ -65,7 +65,7 @@ class Result:
         return sorted(((*key, count) for key, count in found.items()), key=lambda row: (-row[-1], row))  # type: ignore
 
     def table(self) -> str:
-        """Return the text for the terminal: the table of reasons, the counts, and the problems."""
+        """Return the summary for the terminal: a table of reasons, the counts and the problems."""
         from rich.console import Console
         from rich.table import Table
 
@@ -102,9 +102,9 @@ class Result:
 def logged(
     output: str, tallies: Mapping[str, Tally], bugs: Sequence[Mapping[str, Any]], settings: Mapping[str, Any]
 ) -> Iterator[Callable[[Result], None]]:
-    """Append a line to run.jsonl when the block ends, however it ends; yield a function that takes the Result.
+    """Append a line to run.jsonl however the block ends; yield a function that takes the Result.
 
-    The line holds time, machine and duration, the figures of each stage, the problems, and the traceback of each bug.
+    The line holds the time, machine and duration, the figures of each stage, the problems, and each bug's traceback.
     """
     started = time.time()
     results: list[Result] = []

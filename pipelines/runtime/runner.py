@@ -1,4 +1,4 @@
-"""Run a list of stages on rows, in this process or on a Ray cluster, with the same results."""
+"""Run stages on rows, in this process or on a Ray cluster, with the same results."""
 
 from __future__ import annotations
 
@@ -18,9 +18,9 @@ RUNNERS = ("ray", "inline")
 
 
 class Runner(Protocol):
-    """Where rows go through stages.
+    """Runs rows through stages.
 
-    problems: sentences on what went wrong with machines; the run fails with them, after its commit.
+    problems: sentences about failures of machines; with any, the run fails after its commit.
     """
 
     @property
@@ -32,9 +32,9 @@ class Runner(Protocol):
         """Yield (track, finished row), in any order.
 
         Args:
-            rows: of the first track.
-            added: (track, row) that the caller appends while it has a finished row; they go through a later track next,
-                where that row's files are.
+            rows: rows of the first track.
+            added: while the caller has a finished row, it appends to this (track, row) for rows of later tracks, which
+                run next, preferably on the node where the finished row's files are.
         """
 
 
@@ -62,13 +62,13 @@ class RayConfig:
 
 @contextmanager
 def runner(name: str, ray_config: RayConfig, num_workers: int, attempts: Attempts | None = None) -> Iterator[Runner]:
-    """Yield the runner of that name; a Ray that was started here is stopped at the end.
+    """Yield the runner of that name; a Ray instance that was started for it is stopped at the end.
 
     Args:
-        attempts: rows are tried again whose worker died; these say when to refuse them instead. None: never.
+        attempts: decides when a row whose workers keep dying is rejected instead of retried. None: never.
 
     Raises:
-        ConfigError: unknown name, or no worker.
+        ConfigError: unknown name, or num_workers < 1.
     """
     if name not in RUNNERS:
         raise ConfigError("runner", name, f"allowed: {', '.join(RUNNERS)}")
@@ -89,7 +89,7 @@ class Inline:
     def __call__(
         self, tracks: Sequence[Track], rows: Iterable[Row], context: Any, added: deque[tuple[str, Row]]
     ) -> Iterator[tuple[str, Row]]:
-        """Yield each finished row, in order; what it gives comes before the next one."""
+        """Yield each finished row, in order; rows that it produces run before the next row."""
         quiet_threads()
         whole = {track.name: Chain(track.stages, track.keep, propagate=True) for track in tracks}
         readable = Readable(tracks)
@@ -103,10 +103,11 @@ class Inline:
 
 
 class OnRay:
-    """Run rows on the cluster. A bug rejects its row, and so do repeated deaths of the processes that work on it.
+    """Run rows on a Ray cluster. A row is rejected after a bug, or if the processes that work on it die repeatedly.
 
     Args:
-        ray_config: where Ray is. attempts: when to reject a row whose processes die.
+        ray_config: settings of Ray.
+        attempts: decides when to reject a row whose processes die.
     """
 
     def __init__(self, ray_config: RayConfig, attempts: Attempts | None):
@@ -119,7 +120,7 @@ class OnRay:
         """Yield each row when it is finished.
 
         Raises:
-            ConfigError, ContractError: raised by a stage; the run stops.
+            ConfigError, ContractError: raised by a stage; this stops the run.
         """
         from pipelines.runtime.stream import Stream
 
@@ -131,12 +132,12 @@ class OnRay:
 def through(
     execute: Runner, stages: Sequence[Stage], rows: Iterable[Row], context: Any, keep: tuple[str, ...]
 ) -> Iterator[Row]:
-    """Yield each finished row of one list of stages, in any order."""
+    """Run one list of stages; yield each finished row, in any order."""
     return (row for _, row in execute((Track("", tuple(stages), keep),), rows, context, deque()))
 
 
 def _need_gpus(stages: Sequence[Stage], ray_config: RayConfig) -> None:
-    """Raise ConfigError where a Ray that was started here has not what a stage reserves: it would wait for ever."""
+    """Raise ConfigError if a stage needs more GPUs than a Ray instance started here has: it would wait forever."""
     import ray
 
     there = ray.cluster_resources().get("GPU", 0.0)

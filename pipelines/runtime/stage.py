@@ -1,8 +1,8 @@
-"""Stages, and the Guard that decides what becomes of a row when its stage fails.
+"""Stages, and the Guard that decides what happens to a row whose stage fails.
 
-A row is one video or one clip: a dict of columns. A stage is a function of the columns that it declares to read, and
-returns exactly the columns that it declares to write. So a list of stages is checked before any work, a column is
-dropped once no later stage reads it, and every stage can be tested without a runner.
+A row is one video or one clip: a dict of columns. A stage is a function that gets exactly the columns it declares to
+read, and returns exactly the columns it declares to write. Therefore a list of stages can be checked before any work,
+a column is dropped once no later stage reads it, and every stage can be tested without a runner.
 """
 
 from __future__ import annotations
@@ -27,12 +27,12 @@ logger = logging.getLogger(__name__)
 
 Row = dict[str, Any]
 
-# Columns of every row, besides those that stages declare: its name in logs and tables, how it was rejected
-# ({"fate", "stage", "reason", "message"} or None), and the seconds that each stage took.
+# Columns of every row, besides those that stages declare: its key, used in logs and tables; how it was rejected
+# ({"fate", "stage", "reason", "message"} or None); and the seconds that each stage took.
 ROW_COLUMNS = ("key", "refusal", "seconds")
-# Stores, networks and disks recover: rejects for these reasons are not kept for the next run.
+# Transient failures of stores, networks and disks: rejects for these reasons are not kept for the next run.
 PASSING = ("unreadable", "truncated_download", "private_host")
-# The video is good, but not for this depth estimator.
+# The video is fine, but this depth estimator cannot handle it.
 NO_FAULT = ("no_parallax",)
 
 
@@ -41,12 +41,12 @@ class Stage:
     """One step of a pipeline.
 
     Args:
-        name: stands in rejects and tables.
+        name: used in rejects and tables.
         function: (columns read, context) -> columns written. The context is the job's settings, the same for all rows.
-        reads, writes: names of columns. A stage may read `key` and `refusal` as well.
-        takes_rejected: it also gets rejected rows, with missing columns as None.
+        reads, writes: names of columns. A stage may also read `key` and `refusal`.
+        takes_rejected: also run on rejected rows, where columns of stages that did not run are None.
         num_cpus, num_gpus, memory_mb: resources of one call. Neighbours with equal resources run in one task, so that
-            frames are not moved between them.
+            frames are not moved between processes.
     """
 
     name: str
@@ -60,15 +60,15 @@ class Stage:
 
     @property
     def needs(self) -> tuple[float, float, int | None]:
-        """The resources of one call; equal needs share a task."""
+        """The resources of one call; consecutive stages with equal needs share a task."""
         return self.num_cpus, self.num_gpus, self.memory_mb
 
     def over(self, columns: Mapping[str, str], name: str | None = None) -> Stage:
-        """Return the same stage for other columns of the row.
+        """Return the same stage applied to other columns of the row.
 
         Args:
-            columns: {name in the stage: name in the row}; others keep their names.
-            name: of the new stage; None keeps it.
+            columns: {name in the stage: name in the row}; other columns keep their names.
+            name: name of the new stage; None keeps it.
         """
         reads, writes = (tuple(columns.get(own, own) for own in names) for names in (self.reads, self.writes))
         function = partial(_renamed, self.function, columns)
@@ -89,18 +89,18 @@ def new_row(key: str, **columns: Any) -> Row:
 
 
 def refuse(row: Row, stage: str, error: BadSample | Filtered) -> Row:
-    """Return the row marked as rejected by a stage (or by the driver) for the reason of `error`."""
+    """Return the row marked as rejected by a stage (or the driver) because of `error`."""
     is_fault = not isinstance(error, Filtered) and error.reason not in NO_FAULT
     return refused(row, "bad" if is_fault else "filtered", stage, error.reason, error.message)
 
 
 def is_bug(row: Row) -> bool:
-    """Return True where a row was rejected for an unexpected error."""
+    """Return True if a row was rejected because of an unexpected error."""
     return row["refusal"] is not None and row["refusal"]["reason"].startswith("bug:")
 
 
 def is_lasting(row: Row) -> bool:
-    """Return True where the same settings will reject a row again, so that it need not be retried."""
+    """Return True if the same settings would reject the row again, so that retrying it is pointless."""
     return row["refusal"] is not None and row["refusal"]["reason"] not in PASSING and not is_bug(row)
 
 
@@ -111,17 +111,17 @@ def refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: 
 
 @dataclass(frozen=True)
 class Guard:
-    """Run one stage on one row and turn what it raises into the row's fate.
+    """Run one stage on one row and translate its exception into the row's fate.
 
     BadSample: bad. Filtered: filtered. ConfigError, ContractError: the run stops. Anything else is a bug: with
-    `propagate` it is raised, else the row is rejected as `bug:<Type>` with its traceback, and the run continues.
+    `propagate` it is raised; otherwise the row is rejected as `bug:<Type>` with its traceback, and the run continues.
     """
 
     stage: Stage
     propagate: bool
 
     def __call__(self, row: Row, context: Any) -> Row:
-        """Return the row with the stage's columns; rejected, with these columns None, where the stage failed."""
+        """Return the row with the stage's columns; if the stage fails, they are None and the row is rejected."""
         stage = self.stage
         empty = dict.fromkeys(stage.writes)
         if row["refusal"] is not None and not stage.takes_rejected:
@@ -133,7 +133,7 @@ class Guard:
             row = refuse({**row, **empty}, stage.name, error)
         except (ConfigError, ContractError):
             raise
-        except Exception as error:  # the one place: a clip with a bug must not stop a million
+        except Exception as error:  # the one broad except: a bug in one clip must not stop a run of a million
             if self.propagate:
                 raise
             logger.error("bug in stage %s, row %s", stage.name, row["key"], exc_info=True)
@@ -152,10 +152,10 @@ class Guard:
 
 @dataclass(frozen=True)
 class Track:
-    """One list of stages of a stream. Its finished rows may give rows of later tracks, as a video gives its clips.
+    """One list of stages of a stream. Its finished rows may produce rows of later tracks, as a video produces clips.
 
     Args:
-        name: of the pass, in run.jsonl and in progress.
+        name: name of the pass, in run.jsonl and in progress.
         keep: columns to return besides ROW_COLUMNS.
     """
 
@@ -168,7 +168,7 @@ def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
     """Check that each stage reads only columns that rows start with or an earlier stage writes.
 
     Raises:
-        ContractError: the list cannot work; names the stage and the column.
+        ContractError: the list is invalid; names the stage and the column.
     """
     known = {*columns, *ROW_COLUMNS}
     for stage in stages:
@@ -182,13 +182,13 @@ def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
 
 
 class Readable:
-    """Compares the columns of the first row of each track with what its stages read."""
+    """Checks the columns of the first row of each track against what its stages read."""
 
     def __init__(self, tracks: Sequence[Track]):
         self._unseen = {track.name: track.stages for track in tracks}
 
     def __call__(self, name: str, row: Row) -> Row:
-        """Return the row. Raises ContractError as `check`."""
+        """Return the row unchanged. Raises ContractError, see `check`."""
         if name in self._unseen:
             check(self._unseen.pop(name), row)
         return row
@@ -196,7 +196,7 @@ class Readable:
 
 @dataclass(frozen=True)
 class Chain:
-    """Stages that run one after another in one process; a column is dropped after its last reader.
+    """Stages that run one after another in one process; a column is dropped after the last stage that reads it.
 
     Args:
         stages: in order.
@@ -228,14 +228,14 @@ def chains(stages: Sequence[Stage], keep: tuple[str, ...], propagate: bool) -> I
 
 
 def quiet_threads() -> None:
-    """Keep OpenCV to one thread: processes share the cores, and results must not depend on a pool's size."""
+    """Limit OpenCV to one thread: processes share the cores, and results must not depend on the thread count."""
     import cv2
 
     cv2.setNumThreads(1)
 
 
 def pack_row(row: Row) -> dict[str, Any]:
-    """Return a row as {"json": str, "arrays": bytes}; arrays travel as npz without pickles."""
+    """Serialize a row as {"json": str, "arrays": bytes}; arrays are stored as npz, without pickle."""
     arrays = {name: value for name, value in row.items() if isinstance(value, np.ndarray)}
     buffer = io.BytesIO()
     if arrays:
@@ -245,7 +245,7 @@ def pack_row(row: Row) -> dict[str, Any]:
 
 
 def unpack_row(packed: Mapping[str, Any]) -> Row:
-    """Return the row of `pack_row`."""
+    """Deserialize the result of `pack_row`."""
     row = json.loads(packed["json"])
     if packed["arrays"]:
         row.update(npy.archive(packed["arrays"]))

@@ -1,11 +1,11 @@
-"""One stream of rows through chains of stages on a Ray cluster: no waves, and no barrier between chains or tracks.
+"""Stream rows through chains of stages on a Ray cluster, without waves or barriers between chains or tracks.
 
-A chain that needs no GPU runs as tasks, one that needs a GPU in a pool of actors that keep their model and whose number
-follows the cluster. Rows come from any iterable, and `backlog` says which come next. What dies with its process or node
-is done again from the first chain of its track, on another one.
+A chain that needs no GPU runs as tasks. A chain that needs a GPU runs in a pool of actors, which keep their models and
+whose number follows the cluster. Rows come from any iterable; `backlog` decides which run next. Rows lost with their
+process or node are redone from the first chain of their track, elsewhere.
 
-Ray's own tasks and actors are used and not Ray Data, whose actors do not leave a lost GPU node, whose helpers end the
-driver when they are killed, and which must be given all rows at once: docs/decisions/preprocess.md, 2026-11-26.
+This uses Ray's tasks and actors rather than Ray Data, whose actors do not leave a lost GPU node, whose helper
+processes take the driver down when killed, and which needs all rows up front: docs/decisions/preprocess.md, 2026-11-26.
 """
 
 from __future__ import annotations
@@ -27,22 +27,22 @@ from pipelines.runtime.worker import Facts, Work, Worker, run_batch
 
 logger = logging.getLogger(__name__)
 
-SPARE_TASKS = 2  # submitted beyond what the CPUs can run at once, so that none waits for the driver
-NUM_LOST = 20  # times that a row is begun again for reasons that are not its own
-# Ray's errors that mean that the process died that worked on a row; others mean that its input was lost.
+SPARE_TASKS = 2  # tasks submitted beyond what the CPUs can run at once, so that no CPU waits for the driver
+NUM_LOST = 20  # maximum restarts of a row for reasons that are not its own
+# Ray errors that mean that the process working on a row died; others mean that the row's input was lost.
 _DIED = ("WorkerCrashedError", "OutOfMemoryError", "NodeDiedError", "ActorDiedError", "ActorUnavailableError")
 
 
 class Stream:
-    """Keeps the CPUs and GPUs of a cluster busy with the chains of some tracks, the later ones first.
+    """Keeps the CPUs and GPUs of a cluster busy with the chains of some tracks, later ones first.
 
     Args:
-        tracks: rows of the first give rows of the others.
-        rows: of the first track.
-        context: what stages get.
-        attempts: says when a row whose processes die is given up; None: never.
-        max_actors: of each chain that needs a GPU; None: what the cluster's GPUs hold.
-        problems: gets a sentence for each node that was quarantined.
+        tracks: rows of the first produce rows of the others.
+        rows: rows of the first track.
+        context: passed to every stage.
+        attempts: decides when to give up on a row whose processes die; None: never.
+        max_actors: for each chain that needs a GPU; None: as many as the cluster's GPUs hold.
+        problems: receives a sentence for each node that is quarantined.
     """
 
     def __init__(
@@ -77,10 +77,10 @@ class Stream:
         self.call = ray.remote(run_batch)
         self.backlog = Backlog(self.steps, rows, self.cluster)
         self.flying: dict[Any, Batch] = {}
-        self.freed: deque[str] = deque()  # nodes where tasks have ended
+        self.freed: deque[str] = deque()  # nodes where a task has just ended
 
     def run(self, added: deque[tuple[str, Row]]) -> Iterator[tuple[str, Row]]:
-        """Yield (track, row) of each finished row as it comes. Args: of `Runner`."""
+        """Yield (track, row) of each finished row as it comes. `added` is that of `Runner`."""
         try:
             while True:
                 self._submit()
@@ -97,7 +97,7 @@ class Stream:
         finally:
             self._close()
 
-    # ------------------------------------------------------------ out
+    # ------------------------------------------------------------ submit
 
     def _submit(self) -> None:
         backlog = self.backlog
@@ -124,12 +124,12 @@ class Stream:
         self.freed.clear()
 
     def _task(self, batch: Batch, node: str) -> Any:
-        """Return the references to what a task gives that was just submitted, to a node where its files are."""
+        """Submit a task, if possible on the node where the batch's files are; return its references."""
         from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 
         options = self.tasks[batch.step]
         if node and batch.node == node:
-            # Beside actors it must not wait for a CPU that one of them has taken meanwhile and never gives back.
+            # An actor may have taken the CPU meanwhile and would never give it back, so allow spilling to other nodes.
             place = NodeAffinitySchedulingStrategy(node, soft=True, _spill_on_unavailable=bool(self.pools))
             options = options | {"scheduling_strategy": place}
         return self.call.options(**options).remote(self.steps[batch.step].work, batch.payload or batch.rows)
@@ -143,7 +143,7 @@ class Stream:
         self.backlog.in_flight[batch.step] += 1
 
     def _num_slots(self) -> int:
-        """Return how many tasks the CPUs can run at once, beside the actors."""
+        """Return the number of tasks that the CPUs can run concurrently, beside the actors."""
         taken = sum(pool.num_cpus for pool in self.pools.values())
         each = max((self.steps[number].needs[0] for number in self.tasks), default=1.0)
         return max(1, math.floor((self.cluster.num_cpus - taken) / max(each, 0.01)))
@@ -151,13 +151,13 @@ class Stream:
     def _all_cpus_busy(self) -> bool:
         return sum(self.backlog.in_flight[number] for number in self.tasks) >= self._num_slots() + SPARE_TASKS
 
-    # ------------------------------------------------------------ back
+    # ------------------------------------------------------------ collect
 
     def _landed(self) -> Iterator[tuple[Batch, list[dict[str, Any]], str]]:
-        """Yield (batch, its packed rows, their node) of what ended a track; pass on or begin again all else."""
+        """Yield (batch, its packed rows, their node) of batches that finished a track; advance or restart the rest."""
         import ray
 
-        if not self.flying:  # rows wait for an actor that starts
+        if not self.flying:  # rows wait for an actor to start
             time.sleep(0.1)
             return
         died_errors = tuple(getattr(ray.exceptions, name) for name in _DIED)
@@ -176,7 +176,7 @@ class Stream:
                 self._begin_again(batch, error, died if pool is None else pool.lost(reference, died))
                 continue
             if pool is not None and pool.returned(reference, facts.node, facts.has_bug, batch.tried_on):
-                self.backlog.restart(batch)  # a bug that may be the node's: tried on another
+                self.backlog.restart(batch)  # the bug may be the node's fault: retry on another node
                 continue
             self.backlog.drop_payload(batch)
             if pool is None and self.cluster.num_nodes > 1:
@@ -188,7 +188,7 @@ class Stream:
                 self.backlog.advance(batch, facts.size_bytes)
 
     def _begin_again(self, batch: Batch, error: Exception, is_culprit: bool) -> None:
-        """Put the rows of a call that died with its process back to the start, each alone; refuse those that kill."""
+        """Restart the rows of a lost call, each in a batch of its own; reject those that repeatedly kill processes."""
         from ray.exceptions import RayError, RayTaskError
 
         if isinstance(error, RayTaskError) and not isinstance(error.cause, RayError):
@@ -219,7 +219,7 @@ class Stream:
 
 
 def _fate(row: Row) -> Row:
-    """Return the row. Raises the error that a stage raised to stop the run."""
+    """Return the row. Raises the stage's error if it is to stop the run."""
     refusal = row["refusal"]
     if refusal is None or refusal["fate"] != "stop":
         return row

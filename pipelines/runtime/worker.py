@@ -1,4 +1,4 @@
-"""What a worker of a stream does with rows: in a task, or in an actor that keeps its models between them."""
+"""The worker's side of a stream: runs a chain on rows, in a task or in an actor that keeps its models between calls."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from pipelines.runtime.stage import Chain, pack_row, quiet_threads, unpack_row
 
 @dataclass(frozen=True)
 class Work:
-    """What a worker does with each row: a chain of stages, their context, and where the driver runs."""
+    """What a worker does with each row: a chain of stages, their context, and the driver's working directory."""
 
     chain: Chain
     context: Any
@@ -28,14 +28,14 @@ class Work:
         try:
             return pack_row(self.chain(row, self.context))
         except (ConfigError, ContractError) as error:
-            # Ray would wrap it; as a row it reaches the driver as what it is.
+            # Ray would wrap the exception; as a row, it reaches the driver intact.
             kind = type(error).__name__
             parts = [error.key, str(error.value), error.allowed] if isinstance(error, ConfigError) else []
             refusal = {"fate": "stop", "stage": "", "reason": kind, "message": str(error), "arguments": parts}
             return pack_row({"key": row["key"], "refusal": refusal, "seconds": {}})
 
     def prepare(self) -> None:
-        """Make this process one where the work means the same as in the driver's: relative paths, threads."""
+        """Set up this process like the driver's: working directory (for relative paths) and thread limits."""
         if os.path.isdir(self.folder):
             os.chdir(self.folder)
         quiet_threads()
@@ -43,7 +43,7 @@ class Work:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the driver must know of a finished call beside its rows; `has_bug`: one of them ended in a bug there."""
+    """What the driver needs to know of a finished call besides its rows; `has_bug`: a row ended in a bug there."""
 
     seconds: float
     size_bytes: int
@@ -52,7 +52,7 @@ class Facts:
 
 
 def run_batch(work: Work, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list[dict[str, Any]]]:
-    """Return (Facts, the packed rows after the chain). Runs in a worker."""
+    """Run the chain on packed rows in a worker; return (Facts, the packed rows after the chain)."""
     import ray
 
     work.prepare()
@@ -68,17 +68,17 @@ def _has_bug(packed: dict[str, Any]) -> bool:
 
 
 class Worker:
-    """An actor: a process that keeps its models between rows."""
+    """An actor, i.e. a process that keeps its models between calls."""
 
     def __init__(self, work: Work):
         self.work = work
 
     def node(self) -> str:
-        """Return the id of the node that it runs on."""
+        """Return the id of the node that the actor runs on."""
         import ray
 
         return str(ray.get_runtime_context().get_node_id())
 
     def run(self, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list[dict[str, Any]]]:
-        """Return what `run_batch` does."""
+        """Run the chain on packed rows; see `run_batch`."""
         return run_batch(self.work, packed)

@@ -1,1 +1,1 @@
-"""`ex4d train` and `ex4d sweep`: start the ranks of a training, or many trainings."""
+"""`ex4d train` and `ex4d sweep`: start the ranks of one training, or many trainings."""

@@ -1,4 +1,4 @@
-"""`python -m pipelines.train CONFIG.yaml …`: one rank of a training that torchrun or deepspeed starts."""
+"""`python -m pipelines.train CONFIG.yaml …`: one rank of a training, as started by torchrun or deepspeed."""
 
 import sys
 

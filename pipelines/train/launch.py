@@ -1,4 +1,4 @@
-"""`ex4d train`: start the ranks of a run, or be one of them. The loop itself is ex4d/train/trainer.py.
+"""`ex4d train`: start the ranks of a run, or be one of them. The training loop is in ex4d/train/trainer.py.
 
 The same command works everywhere; the environment decides how it starts:
 
@@ -8,8 +8,8 @@ The same command works everywhere; the environment decides how it starts:
     srun ex4d train CONFIG.yaml                               MASTER_ADDR and MASTER_PORT from the batch script
     ex4d train CONFIG.yaml train.launcher=ray                 Ray Train on this machine, or on ray.address
 
-Exit status: 0 done, 1 failed, 2 invalid setting, 75 stopped by SIGTERM or Ctrl-C after writing a checkpoint:
-run the same command again to resume. All ranks must see `train.output` on one file system.
+Exit status: 0 success, 1 failure, 2 invalid setting, 75 stopped by SIGTERM or Ctrl-C after writing a checkpoint: run
+the same command again to resume. All ranks must see `train.output` on one file system.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ from pipelines.runtime.cluster import check_output, free_address
 from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.runner import RayConfig
 
-GRACE_S = 15.0  # between one rank's end and killing the others, which may still report the same error
-PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher or trial whose child this is
+GRACE_S = 15.0  # after one rank fails, the others have this long to report the same error before they are killed
+PARENT = "EX4D_TRAIN_PARENT"  # process id of the launcher or sweep trial that started this process
 
 
 SECTIONS = {"train": TrainConfig, "model": ModelConfig, "ray": RayConfig}
 
 
 def command(config_path: str, overrides: Sequence[str]) -> int:
-    """Do `ex4d train`; return the exit status."""
+    """Run `ex4d train`; return the exit status."""
     chosen = configs.load(config_path, SECTIONS, overrides)
     check_output("train.output", chosen["train"].output)
     return run(chosen["train"], chosen["model"], config_path, overrides, chosen["ray"])
@@ -64,7 +64,7 @@ def run(
     Raises:
         ConfigError: the output folder holds a run with other settings.
     """
-    die_with(int(os.environ.get(PARENT, 0)))  # a launcher or sweep trial that is killed cannot stop its children
+    die_with(int(os.environ.get(PARENT, 0)))  # a killed launcher or sweep trial cannot stop its children
     place = place_from_environment()
     if train.dry_run:
         return _dry_run(train, model, config_path) if place is None or place.rank == 0 else 0
@@ -77,7 +77,7 @@ def run(
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
     check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))
     if place is not None:
-        # Ranks of our own launcher write under its lock; those of torchrun or srun need this one.
+        # Ranks of our own launcher write under its lock; those of torchrun or srun need a lock here.
         alone = exclusive(train.output) if place.rank == 0 and PARENT not in os.environ else nullcontext()
         with alone:
             return _be_rank(train, model, place)
@@ -127,7 +127,7 @@ def _where(train: TrainConfig) -> str:
 
 
 def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
-    """Return whether the run is finished. Raises ConfigError if the folder holds a run with other settings."""
+    """Return True if the run is finished. Raises ConfigError if the folder holds a run with other settings."""
     path = checkpoint.latest(train.output)
     if path is None:
         return False
@@ -177,8 +177,8 @@ def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
 def _local_processes(arguments: list[str], count: int, output: Path) -> int:
     """Start one process per rank, print rank 0's output, and return the exit status of the run.
 
-    The others write to OUTPUT/logs/rank-N.log. If a rank fails, the others are stopped. SIGTERM and Ctrl-C become one
-    SIGTERM to each rank, which then write a checkpoint.
+    The other ranks write to OUTPUT/logs/rank-N.log. If a rank fails, the others are stopped. SIGTERM and Ctrl-C are
+    forwarded as one SIGTERM to each rank, and the ranks then write a checkpoint.
     """
     logs = output / "logs"
     logs.mkdir(parents=True, exist_ok=True)
@@ -189,7 +189,7 @@ def _local_processes(arguments: list[str], count: int, output: Path) -> int:
         "MASTER_PORT": str(free_address("127.0.0.1")[1]),
     }
     common[PARENT] = str(os.getpid())
-    common.setdefault("TQDM_DISABLE", "1")  # progress bars of model loading, one per file and rank
+    common.setdefault("TQDM_DISABLE", "1")  # hides the progress bars of model loading, one per file and rank
     common.setdefault("OMP_NUM_THREADS", str(max(1, len(os.sched_getaffinity(0)) // count)))
     processes: list[subprocess.Popen] = []
     stopping = False
@@ -219,7 +219,7 @@ def _local_processes(arguments: list[str], count: int, output: Path) -> int:
 
 
 def _start(arguments: list[str], environment: dict[str, str], log: Path | None) -> subprocess.Popen:
-    # A separate session, so that Ctrl-C reaches only the launcher, which stops the ranks in order.
+    # A separate session, so that Ctrl-C reaches only the launcher, which stops the ranks itself.
     command = [sys.executable, "-m", "pipelines.train", *arguments]
     options: dict[str, Any] = {"env": environment, "stdin": subprocess.DEVNULL, "start_new_session": True}
     if log is None:
@@ -246,7 +246,7 @@ def _explain(codes: list[int], logs: Path) -> int:
     failed = {rank: code for rank, code in enumerate(codes) if code}
     if not failed:
         return 0
-    # Ranks that were killed here or lost their peers sort last: the cause is a real exit code or another signal.
+    # Ranks that ended by SIGKILL, e.g. killed here, sort last: the cause is a real exit code or another signal.
     rank = min(failed, key=lambda r: (failed[r] == -signal.SIGKILL, r))
     code = failed[rank]
     print(f"rank {rank} ended with {code}", file=sys.stderr)
@@ -259,7 +259,7 @@ def _explain(codes: list[int], logs: Path) -> int:
 
 
 def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
-    """Print what the run would need; only configurations are loaded."""
+    """Print what the run would need; only model configurations are loaded."""
     from ex4d.data import manifest
     from ex4d.models import backbone, experts, families
     from ex4d.train import estimate, flops
@@ -269,9 +269,9 @@ def _dry_run(train: TrainConfig, model: ModelConfig, config_path: str) -> int:
     experts.timesteps(model.base, model.revision, train.expert)
     there = [data.path for data in train.datasets if storage.exists(storage.join(data.path, manifest.DATASET))]
     known = [manifest.read_dataset(path) for path in there]
-    # Of several datasets, the one with the largest clips decides the memory.
+    # Of several datasets, the one with the largest clips determines the memory.
     facts = max(known, key=lambda one: one["sample"]["num_frames"] * math.prod(one["sample"]["size"]), default={})
-    # The dataset does not exist yet: use what the same file would produce, or the method's size.
+    # If the dataset does not exist yet, use what the same file would produce, or the method's size.
     tree = configs.read_yaml(config_path)
     clip = facts.get("sample", {"num_frames": 49, "size": [512, 512]} | (tree.get("preprocess") or {}))
     precomputed = "latents" in facts if facts else (tree.get("encode") or {}).get("output") == train.datasets[0].path

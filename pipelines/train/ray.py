@@ -1,4 +1,4 @@
-"""Training under Ray Train: Ray places and restarts the ranks, which resume from our own checkpoint."""
+"""Train under Ray Train: Ray places and restarts the ranks, which resume from our own checkpoints."""
 
 from __future__ import annotations
 
@@ -25,22 +25,22 @@ if TYPE_CHECKING:
 
 logger = logging.getLogger(__name__)
 
-SILENT_S = 15.0  # a rank without a sign of life for this long is lost
-MAX_FAILURES = 3  # of one start; if it reached a checkpoint, the run is started again
+SILENT_S = 15.0  # a run whose rank 0 has been silent for this long is considered lost
+MAX_FAILURES = 3  # per start; if a start reached a new checkpoint, the run is started again
 
 
 def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize_every_s: float = 60.0) -> int:
-    """Train on a Ray cluster, or on a Ray started here; return the exit status.
+    """Train on a Ray cluster, or on a Ray instance started here; return the exit status.
 
-    If a rank or node dies, the group stops and Ray starts it again from the last checkpoint in `train.output`,
-    which all nodes must see: on as many processes as before, or with `train.min_processes` on those that there are.
-    Where they do not come within `ray.ranks_timeout_s` the run ends with 1.
-    SIGTERM to this process, or to a rank of a run that is not elastic, makes a checkpoint and EXIT_PREEMPTED; in an
-    elastic run the node of such a rank is going away, and the run goes on without it. SIGTERM while no rank runs ends
-    the run at once.
+    If a rank or node dies, the group stops and Ray restarts it from the last checkpoint in `train.output`, which all
+    nodes must see: on as many processes as before, or with `train.min_processes` on those that are available.
+    If they are not available within `ray.ranks_timeout_s`, the exit status is 1.
+    SIGTERM to this process, or to a rank of a run that is not elastic, leads to a checkpoint and EXIT_PREEMPTED. In an
+    elastic run, SIGTERM to a rank means that its node is going away, and the run continues without it. SIGTERM while
+    no rank runs ends the run at once.
 
     Args:
-        resize_every_s: how often an elastic run checks whether more processes are available.
+        resize_every_s: interval at which an elastic run checks whether more processes are available.
     """
     start_s, retries = _tries(train, ray_config.ranks_timeout_s)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
@@ -70,14 +70,14 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
 
 
 def _tries(train: TrainConfig, limit_s: float) -> tuple[float, int]:
-    """Return how long Ray waits for the ranks' place at a time, s, and how often it tries again, a page of log each."""
-    # An elastic run uses fewer ranks after a failed try, so it tries often.
+    """Return how long one attempt to place the ranks may take, s, and the number of retries (each logs a page)."""
+    # An elastic run falls back to fewer ranks after a failed attempt, so its attempts are short.
     start_s = min(60.0, limit_s) if train.min_processes else limit_s / 4
     return start_s, max(0, round(limit_s / start_s) - 1)
 
 
 def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
-    """Return what `trainer.fit()` returns; None where `asked` is set while no rank runs that could hear it."""
+    """Return the result of `trainer.fit()`; None if `asked` is set while no rank is running that could notice it."""
     import ray
 
     outcome: Future = Future()
@@ -85,7 +85,7 @@ def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
     def fit() -> None:
         try:
             outcome.set_result(trainer.fit())
-        except BaseException as error:  # noqa: BLE001 - raised again in the thread that waits
+        except BaseException as error:  # noqa: BLE001 - re-raised in the waiting thread
             outcome.set_exception(error)
 
     # In a thread, so that the main thread can end the run while Ray waits for nodes.
@@ -101,14 +101,15 @@ def _trainer(train: TrainConfig, model: ModelConfig, flag: Any, resize_every_s: 
     import ray
     import ray.train.torch
 
-    api: Any = ray.train  # typed as its first version, which knows nothing of elastic runs
+    api: Any = ray.train  # its types are those of Ray Train V1, which has no elastic runs
 
     class Trainer(api.torch.TorchTrainer):
         def _create_default_callbacks(self) -> list[Any]:
-            """Return Ray's own without the cleaner, which frees the ranks' place when the controller dies.
+            """Return Ray's own callbacks except the cleaner of placement groups, for when the controller dies.
 
-            Ray does so itself when this command ends. The cleaner asks the dashboard of the newest Ray on the head's
-            machine: without one it logs two lines a second, and another Ray's makes it take the place of a run.
+            Ray removes the ranks' group anyway when this command ends. The cleaner queries the dashboard of the newest
+            Ray instance on the head's machine. Without a dashboard it logs two lines per second; another instance's
+            dashboard makes it remove the group of a live run.
             """
             kept = super()._create_default_callbacks()
             return [one for one in kept if type(one).__name__ != "PlacementGroupCleanerCallback"]
@@ -150,11 +151,11 @@ def _no_ranks(train: TrainConfig, ray_config: RayConfig, error: Exception) -> st
     )
 
 
-# ---------------------------------------------------------------- from the command to the ranks
+# ---------------------------------------------------------------- signals from the command to the ranks
 
 
 class StopFlag:
-    """An actor on the command's node: the command sets the flag, rank 0 polls it every second."""
+    """An actor on the command's node: the command sets the flag, and rank 0 polls it every second."""
 
     def __init__(self) -> None:
         self._asked, self._heard = False, -math.inf
@@ -164,18 +165,18 @@ class StopFlag:
         self._asked = True
 
     def asked(self) -> bool:
-        """Return whether to stop. Rank 0 calls it."""
+        """Return True if rank 0, which polls this, should stop."""
         self._heard = time.monotonic()
         return self._asked
 
     def silent_s(self) -> float:
-        """Return the seconds since rank 0 last called."""
+        """Return the seconds since rank 0 last polled."""
         return time.monotonic() - self._heard
 
 
 @contextmanager
 def _asking_to_stop() -> Iterator[tuple[Any, threading.Event]]:
-    """Yield a StopFlag that a SIGTERM to this process raises, and an event that it sets; the process goes on."""
+    """Yield a StopFlag that SIGTERM or Ctrl-C sets, and an event that is set with it; the process continues."""
     import ray
     from ray.util.scheduling_strategies import NodeAffinitySchedulingStrategy
 

@@ -1,4 +1,4 @@
-"""One rank under Ray Train: it finds the others, trains, and ends when the command or its node asks it to."""
+"""One rank under Ray Train: it joins the other ranks, trains, and stops when the command or its node requests it."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ from ex4d.train.config import EXIT_PREEMPTED, Place, usable_ranks
 
 logger = logging.getLogger(__name__)
 
-# Of this process, where it is a rank: SIGTERM came, here or to the command; it came to the command.
+# State of this process if it is a rank: a stop was requested, by SIGTERM here or by the command; it was the command.
 _stop_asked, _command_stops = threading.Event(), threading.Event()
 
 
 def rendezvous() -> Any:
-    """Return a TorchConfig that tells the ranks where rank 0 is and lets the engine open the process group itself.
+    """Return a TorchConfig that tells the ranks where rank 0 is, but leaves opening the process group to the engine.
 
-    Ray's own config would open it over all workers, of which an elastic run may use fewer, and leave SIGTERM to Ray.
+    Ray's own config would open it over all workers, of which an elastic run may use fewer, and let Ray handle SIGTERM.
     """
     from ray.train.backend import Backend
     from ray.train.torch import TorchConfig
@@ -54,7 +54,7 @@ def _free_address() -> tuple[str, int]:
 
 
 def _prepare(address: str, port: int) -> None:
-    """Prepare this worker to be a rank. Runs in its main thread, the only one that can handle signals."""
+    """Prepare this worker to be a rank. Runs in its main thread, the only thread that can set signal handlers."""
     os.environ.update(MASTER_ADDR=address, MASTER_PORT=str(port))
     signal.signal(signal.SIGTERM, lambda *_: _stop_asked.set())
 
@@ -62,7 +62,7 @@ def _prepare(address: str, port: int) -> None:
 def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
     """Run one rank inside a Ray Train worker; return (exit status, message).
 
-    Permanent errors are returned; errors that a restart may fix are raised, so that Ray starts the group again.
+    Permanent errors are returned. Errors that a restart may fix are raised, so that Ray restarts the group.
     """
     import ray.train
 
@@ -75,9 +75,9 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
         path = checkpoint.latest(train.output)
         workers = usable_ranks(train, workers, checkpoint.read_state(path).global_batch_size if path else None)
         if rank >= workers:
-            return 0, ""  # the global batch does not divide by all processes: this one stays idle
+            return 0, ""  # the global batch is not divisible by the number of processes: this one stays idle
     if Path(chosen["folder"]).is_dir():
-        os.chdir(chosen["folder"])  # relative paths mean the same as for the command
+        os.chdir(chosen["folder"])  # so that relative paths mean the same as for the command
     os.environ["LOCAL_WORLD_SIZE"] = str(context.get_local_world_size())
     if rank == 0:
         threading.Thread(target=_wait_for_stop, args=(chosen["flag"],), daemon=True).start()
@@ -95,14 +95,14 @@ def rank_loop(chosen: dict[str, Any]) -> tuple[int, str]:
 
 
 class RankLeaves(Exception):
-    """A rank of an elastic run got SIGTERM and a checkpoint is written. Ray starts the others without it."""
+    """A rank of an elastic run got SIGTERM and a checkpoint was written. Ray restarts the others without it."""
 
 
 class Judge:
     """An actor that validates one set of weights: a process with its own resources, which ends with rank 0."""
 
     def judge(self, folder: str) -> None:
-        """Write a validation's result into its folder."""
+        """Validate the weights in a folder and write the result into it."""
         from ex4d.train import validation
 
         os.nice(19)
@@ -110,7 +110,7 @@ class Judge:
 
 
 class RemoteValidation:
-    """A running validation in an actor (validator.Handle), with a GPU of its own where `device` is one."""
+    """A validation that runs in an actor (see validator.Handle), with a GPU of its own unless `device` is cpu."""
 
     def __init__(self, folder: Path, device: str):
         import ray
@@ -122,7 +122,7 @@ class RemoteValidation:
         self._done = self._actor.judge.remote(str(folder))
 
     def poll(self) -> int | None:
-        """Return the exit status, or None while it runs."""
+        """Return the exit status, or None while it is running."""
         import ray
 
         if not ray.wait([self._done], timeout=0)[0]:
@@ -137,14 +137,14 @@ class RemoteValidation:
         return 0
 
     def kill(self) -> None:
-        """End it."""
+        """Kill the actor."""
         import ray
 
         ray.kill(self._actor)
 
 
 def _wait_for_stop(flag: Any) -> None:
-    """Poll the command as long as this process lives, since the command treats silence as a lost rank."""
+    """Poll the command for as long as this process lives; the command treats silence as a lost rank."""
     import ray
 
     try:

@@ -1,8 +1,8 @@
 """`ex4d sweep`: run many short trainings with Ray Tune and compare them.
 
-    OUTPUT/tune/          Ray Tune's state: the same command run again resumes it
+    OUTPUT/tune/          Ray Tune's state: running the same command again resumes the sweep
     OUTPUT/trials/NAME/   a trial: config.yaml, train.log and the run's folder
-    OUTPUT/sweep.json     every trial, best first; OUTPUT/best.yaml; OUTPUT/report/index.html
+    OUTPUT/sweep.json     all trials, best first; OUTPUT/best.yaml; OUTPUT/report/index.html
 
 Trials are compared after the same number of steps: the furthest step ranks first, and at equal steps the lowest value.
 """
@@ -35,7 +35,7 @@ SECTIONS = {"sweep": SweepConfig, "ray": RayConfig, "train": TrainConfig, "model
 
 
 def command(path: str, overrides: Sequence[str]) -> int:
-    """Do `ex4d sweep`: run or resume the sweep of a config file; return the exit status."""
+    """Run `ex4d sweep`: start or resume the sweep of a config file; return the exit status."""
     loaded = config.load(path, SECTIONS, overrides)
     sweep, train = loaded["sweep"], loaded["train"]
     check_output("sweep.output", sweep.output)
@@ -48,7 +48,7 @@ def command(path: str, overrides: Sequence[str]) -> int:
         raise ConfigError("sweep.metric", sweep.metric, allowed)
     tree = trial_tree(sweep, train, config.read_yaml(path), overrides, validates)
     check_settings(config.validate(TrainConfig, tree["train"], "train"), loaded["model"])
-    if loaded["ray"].address is None:  # else the base is on other machines
+    if loaded["ray"].address is None:  # otherwise the base is on other machines
         from ex4d.models import experts
 
         experts.timesteps(loaded["model"].base, loaded["model"].revision, train.expert)
@@ -87,11 +87,11 @@ def _say_interrupted(sweep: SweepConfig, tree: dict[str, Any], status: int) -> i
 def trial_tree(
     sweep: SweepConfig, train: TrainConfig, file: dict[str, Any], overrides: Sequence[str], validates: bool
 ) -> dict[str, Any]:
-    """Return the sections model and train of every trial, before its point is put in.
+    """Return the sections model and train that all trials share, before a trial's point is applied.
 
     Args:
-        file, overrides: the sweep's config file and what its command line changes.
-        validates: the dataset has samples to validate on.
+        file, overrides: the sweep's config file and its overrides on the command line.
+        validates: True if the dataset has samples to validate on.
     """
     tree = {name: file.get(name) or {} for name in ("model", "train")}
     for override in (o for o in overrides if o.startswith(("train.", "model."))):
@@ -132,7 +132,7 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
 
 @contextmanager
 def _interruptible() -> Iterator[None]:
-    """Turn Ctrl-C and SIGTERM into Interrupted, instead of Ray Tune's own end, which looks like a finished sweep."""
+    """Turn Ctrl-C and SIGTERM into Interrupted; if Ray Tune handled them, the sweep would look finished."""
     from pipelines.train import sweep_tune
 
     os.environ["TUNE_DISABLE_SIGINT_HANDLER"] = "1"
@@ -156,7 +156,7 @@ def _interruptible() -> Iterator[None]:
 
 
 def confirm(sweep: SweepConfig, tree: dict[str, Any], rows: list[dict[str, Any]]) -> dict[str, list[dict[str, Any]]]:
-    """Return {"best": rows, "default": rows}: both trained to the end with several seeds, so that chance shows."""
+    """Return {"best": rows, "default": rows}: both points trained to the end with several seeds, to show chance."""
     if sweep.repeat_seeds < 2 or not rows or rows[0]["state"] == "failed" or sweep.search == "pbt":
         return {}
     from pipelines.train.sweep_tune import repeat

@@ -1,4 +1,4 @@
-"""Show the progress of a sweep: on a terminal a table that is redrawn every second, elsewhere lines."""
+"""Show the progress of a sweep: on a terminal as a table that is redrawn every second, elsewhere as lines."""
 
 from __future__ import annotations
 
@@ -14,13 +14,13 @@ from typing import Any
 DRAW_EVERY_S, LINES_EVERY_S = 1.0, 30.0
 MAX_ROWS = 30
 TAIL_BYTES = 16384
-STATES = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "paused", "ERROR": "failed"}  # of Ray Tune
+STATES = {"PENDING": "waiting", "RUNNING": "running", "PAUSED": "paused", "ERROR": "failed"}  # Ray Tune's states
 UNDER_WAY = ("waiting", "running", "paused")
 
 
 @dataclass(frozen=True)
 class Row:
-    """One row of the table. `value` is of the last comparison, `step` may be later; `rate` in steps per second."""
+    """One row of the table. `value` is from the last comparison, `step` may be later; `rate` is in steps per second."""
 
     number: int
     point: str
@@ -31,7 +31,7 @@ class Row:
     eta_s: float | None
 
     def cells(self) -> tuple[str, ...]:
-        """Return the cells of the table."""
+        """Return the row's cells as text."""
         value = "–" if self.value is None else f"{self.value:.5f}"
         rate = "–" if self.rate is None else f"{self.rate:.3g}/s"
         return str(self.number), self.point, self.state, str(self.step), value, rate, duration(self.eta_s)
@@ -41,8 +41,8 @@ def row(number: int, status: str, point: Mapping[str, Any], result: Mapping[str,
     """Return the row of a trial.
 
     Args:
-        status: Ray Tune's. point: {key: value}. result: what it last reported, {} before that.
-        log: its metrics.jsonl, which knows of steps between two reports. last: the step at which trials end.
+        status: Ray Tune's. point: {key: value}. result: the last report, {} before the first.
+        log: its metrics.jsonl, which has the steps between two reports. last: the step at which trials end.
     """
     step, value = int(result.get("step") or 0), result.get("value")
     state = STATES.get(status, "finished" if step >= last else "stopped")
@@ -70,12 +70,12 @@ def last_record(path: Path) -> dict[str, Any]:
 
 
 def interrupted(rows: Sequence[Row]) -> list[Row]:
-    """Return the rows of a sweep that a signal ended: what was under way is called so."""
+    """Return the rows of a sweep that a signal ended: trials that were under way become "interrupted"."""
     return [replace(r, state="interrupted", rate=None, eta_s=None) if r.state in UNDER_WAY else r for r in rows]
 
 
 def summary(rows: Sequence[Row], total: int, metric: str) -> str:
-    """Return one line about all trials: how many ended and how, and the best so far."""
+    """Return one line about all trials: how many are in each state, and the best value so far."""
     names = ("finished", "stopped", "failed", *UNDER_WAY, "interrupted")
     counts = [f"{count} {name}" for name in names if (count := sum(r.state == name for r in rows))]
     usable = [r for r in rows if r.state != "failed" and r.value is not None and math.isfinite(r.value)]
@@ -85,10 +85,10 @@ def summary(rows: Sequence[Row], total: int, metric: str) -> str:
 
 
 class Display:
-    """Shows rows; nothing is printed before the first `show`, and `close` leaves the last ones standing.
+    """Shows rows; nothing is printed before the first `show`, and `close` leaves the last table on the terminal.
 
     Args:
-        total: number of trials to come. metric: what is minimised. last: the step at which trials end.
+        total: number of planned trials. metric: what is minimised. last: the step at which trials end.
     """
 
     def __init__(self, title: str, total: int, metric: str, last: int):
@@ -99,7 +99,7 @@ class Display:
         self._drawn_s = self._repeated = -math.inf
 
     def show(self, rows: Sequence[Row]) -> None:
-        """Show the rows as they are now; on a terminal the table is drawn anew."""
+        """Show the current rows; on a terminal the table is redrawn."""
         self._drawn_s = time.monotonic()
         if not sys.stdout.isatty():
             self._say_changes(rows)
@@ -112,7 +112,7 @@ class Display:
         self._live.update(self.table(rows), refresh=True)
 
     def due(self) -> bool:
-        """Return whether an update is due."""
+        """Return True if an update is due."""
         return time.monotonic() - self._drawn_s >= DRAW_EVERY_S
 
     def close(self) -> None:
@@ -122,7 +122,7 @@ class Display:
             self._live = None
 
     def table(self, rows: Sequence[Row]) -> Any:
-        """Return the table: running trials first, then by step, then by value."""
+        """Return the table: trials under way first, then by step, then by value."""
         from rich.table import Table
 
         passed = duration(time.monotonic() - self._start)
@@ -137,7 +137,7 @@ class Display:
         return table
 
     def _say_changes(self, rows: Sequence[Row]) -> None:
-        """Print a line for each trial that has another state or value than before; every 30 s for all that run."""
+        """Print a line for each trial whose state or value changed; every 30 s also for all running trials."""
         again = time.monotonic() - self._repeated >= LINES_EVERY_S
         for row in rows:
             news = (row.state, row.value)
@@ -158,12 +158,12 @@ class Display:
 
 
 def short(value: Any) -> str:
-    """Return a setting's value in few characters."""
+    """Format a setting's value briefly."""
     return f"{value:.4g}" if isinstance(value, float) else str(value)
 
 
 def duration(seconds: float | None) -> str:
-    """Return a duration as readable text."""
+    """Format a duration in s as readable text."""
     if seconds is None:
         return "–"
     if seconds < 100:

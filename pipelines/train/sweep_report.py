@@ -15,9 +15,9 @@ from pipelines.train.sweep_space import Space, value_in, with_values
 
 
 def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[str, Any]) -> list[dict[str, Any]]:
-    """Return the trials best first: the furthest step, then the lowest value; failed ones last.
+    """Return the trials, best first: by the furthest step, then the lowest value; failed trials come last.
 
-    Values of different steps cannot be compared: they also differ by training time, not only by the settings.
+    Values at different steps cannot be compared, since they differ by training time and not only by the settings.
     """
     space, last = Space.of(sweep.space), int(tree["train"]["num_steps"])
     result = []
@@ -33,7 +33,7 @@ def ranked(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig, tree: Mapping[
 
 
 def importance(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> dict[str, float]:
-    """Return how much each setting decides, by PED-ANOVA over the trials; {} for fewer than four."""
+    """Return the importance of each setting, by PED-ANOVA over the trials; {} for fewer than four trials."""
     import optuna
 
     optuna.logging.set_verbosity(optuna.logging.ERROR)
@@ -54,7 +54,7 @@ def importance(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> dict[st
 
 
 def verdict(noise: Mapping[str, Sequence[Mapping[str, Any]]], sweep: SweepConfig) -> str:
-    """Return one sentence: whether the best beats the file's own values by more than chance."""
+    """Return one sentence: whether the best point beats the file's own values by more than chance."""
     values = {name: [row["value"] for row in rows if row["value"] is not None] for name, rows in noise.items()}
     if any(not numbers for numbers in values.values()) or not values:
         return "Not repeated with other seeds, so it is unknown how much of the difference is chance."
@@ -74,7 +74,7 @@ def write(
     tree: dict[str, Any],
     sweep: SweepConfig,
 ) -> int:
-    """Print the table; write sweep.json, best.yaml and the page; return 1 if every trial failed."""
+    """Print the table; write sweep.json, best.yaml and the page; return 1 if all trials failed, else 0."""
     output = Path(sweep.output)
     output.mkdir(parents=True, exist_ok=True)
     note = verdict(noise, sweep)
@@ -129,7 +129,7 @@ def _print_table(rows: Sequence[Mapping[str, Any]], sweep: SweepConfig) -> None:
 def write_page(
     rows: Sequence[Mapping[str, Any]], noise: Mapping[str, Sequence[Mapping[str, Any]]], note: str, sweep: SweepConfig
 ) -> Path:
-    """Write OUTPUT/report/index.html and return where it is."""
+    """Write OUTPUT/report/index.html and return its path."""
     from ex4d.viewer import sweep_page
 
     keys = [axis.key for axis in Space.of(sweep.space).axes]

@@ -1,11 +1,11 @@
-"""The search space of a sweep: which settings vary, how, and under which condition. A point is a trial.
+"""The search space of a sweep: which settings vary, how, and under which condition. A trial trains at one point of it.
 
 train.lr: {log_uniform: [1.0e-5, 1.0e-3]}
-train.warmup_steps: {int_uniform: [0, 100, 10]}                  a step as third number
+train.warmup_steps: {int_uniform: [0, 100, 10]}                  the third number is a step
 train.lr_decay: {choice: [none, cosine]}
 model.lora_rank: {choice: [16, 32]}
-model.lora_alpha: "=model.lora_rank"                             always the same value as that
-train.hole_weight: {uniform: [1, 4], when: {train.lr_decay: [cosine]}}     else the file's own value
+model.lora_alpha: "=model.lora_rank"                             always equal to that setting
+train.hole_weight: {uniform: [1, 4], when: {train.lr_decay: [cosine]}}     otherwise the file's own value
 """
 
 from __future__ import annotations
@@ -35,8 +35,8 @@ class Axis:
     """One setting that varies.
 
     Args:
-        kind: one of KINDS. values: the choices, or [low, high] or [low, high, step], both ends included.
-        when: {key: values of it} under which the setting varies.
+        kind: one of KINDS. values: the choices, or [low, high] or [low, high, step], with both ends included.
+        when: {key: values of that setting} for which this one varies.
     """
 
     key: str
@@ -45,7 +45,7 @@ class Axis:
     when: Mapping[str, Sequence[Any]]
 
     def suggest(self, trial: Any) -> Any:
-        """Return the value that an Optuna trial takes."""
+        """Return the value that an Optuna trial suggests."""
         if self.kind == "choice":
             return trial.suggest_categorical(self.key, self.values)
         low, high, *step = self.values
@@ -54,7 +54,7 @@ class Axis:
         return suggest(self.key, low, high, log=log, **({"step": step[0]} if step else {}))
 
     def distribution(self) -> Any:
-        """Return Optuna's distribution of it. Raises ValueError for invalid numbers."""
+        """Return the axis as an Optuna distribution. Raises ValueError for invalid numbers."""
         from optuna import distributions
 
         if self.kind == "choice":
@@ -66,7 +66,7 @@ class Axis:
         return distributions.FloatDistribution(low, high, log=log, step=step[0] if step else None)
 
     def holds(self, value: Any) -> bool:
-        """Return whether a value lies on the axis."""
+        """Return True if a value lies on the axis."""
         if self.kind == "choice":
             return value in self.values
         low, high, *_ = self.values
@@ -82,7 +82,7 @@ class Space:
 
     @classmethod
     def of(cls, space: Mapping[str, Any]) -> Space:
-        """Return the space of the section's `space`. Raises ConfigError if an entry is invalid."""
+        """Parse the setting `sweep.space`. Raises ConfigError if an entry is invalid."""
         axes: dict[str, Axis] = {}
         follows: dict[str, str] = {}
         for key, body in space.items():
@@ -98,25 +98,25 @@ class Space:
         return cls(tuple(axes.values()), follows)
 
     def active(self, axis: Axis, point: Mapping[str, Any]) -> bool:
-        """Return whether an axis varies at a point."""
+        """Return True if an axis varies at a point."""
         return all(point.get(key) in values for key, values in axis.when.items())
 
     def define(self, trial: Any) -> None:
-        """Take a value on each axis that is active (Optuna's define-by-run)."""
+        """Suggest a value on each active axis (Optuna's define-by-run)."""
         point: dict[str, Any] = {}
         for axis in self.axes:
             if self.active(axis, point):
                 point[axis.key] = axis.suggest(trial)
 
     def whole(self, point: Mapping[str, Any], tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Return a point with the settings that follow others; those may come from the file's own tree."""
+        """Return a point plus the settings that follow others, whose values may come from the file's own tree."""
         full = {axis.key: point[axis.key] for axis in self.axes if axis.key in point and self.active(axis, point)}
         for key, other in self.follows.items():
             full[key] = full[other] if other in full else value_in(tree, other)
         return full
 
     def grid(self) -> list[dict[str, Any]]:
-        """Return every point. Raises ConfigError if an axis has no steps."""
+        """Return all points of the grid. Raises ConfigError if an axis has no steps."""
         for axis in self.axes:
             countable = "int" in axis.kind or len(axis.values) == 3
             if axis.kind.startswith("log_") or not (axis.kind == "choice" or countable):
@@ -131,7 +131,7 @@ class Space:
         return points
 
     def today(self, tree: Mapping[str, Any]) -> dict[str, Any]:
-        """Return the first point: the file's own values, as far as they are in the space."""
+        """Return the first point: the file's own values, as far as they lie in the space."""
         values = {axis.key: value_in(tree, axis.key) for axis in self.axes}
         inside = [axis.key for axis in self.axes if axis.holds(values[axis.key]) and self.active(axis, values)]
         return {key: values[key] for key in inside}
@@ -188,7 +188,7 @@ def _steps(axis: Axis) -> list[Any]:
 
 
 def value_in(tree: Mapping[str, Any], key: str) -> Any:
-    """Return a setting's value: of a config tree, else its default."""
+    """Return a setting's value in a config tree, or its default."""
     section, *parts = key.split(".")
     for node in (tree.get(section) or {}, config.to_dict(SECTIONS[section]())):
         for part in parts:
@@ -202,8 +202,8 @@ _MISSING = object()
 
 
 def with_values(tree: Mapping[str, Any], values: Mapping[str, Any]) -> dict[str, Any]:
-    """Return a copy of a config tree with {"section.key": value} put in."""
-    copy = json.loads(json.dumps(tree, default=str))  # YAML has dates
+    """Return a copy of a config tree with {"section.key": value} applied."""
+    copy = json.loads(json.dumps(tree, default=str))  # YAML may contain dates
     for key, value in values.items():
         *parents, leaf = key.split(".")
         node = copy

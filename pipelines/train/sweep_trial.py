@@ -1,8 +1,8 @@
 """One trial of a sweep: the same `ex4d train` that a user runs, in separate processes, followed through its log.
 
-    OUTPUT/trials/NAME/config.yaml, train.log, train/      run it by hand again with `ex4d train config.yaml`
+    OUTPUT/trials/NAME/config.yaml, train.log, train/      can be rerun by hand with `ex4d train config.yaml`
 
-The name is derived from the configuration, so that a killed sweep finds its trials and resumes them.
+The name is derived from the configuration, so that a restarted sweep finds its trials and resumes them.
 """
 
 from __future__ import annotations
@@ -30,9 +30,9 @@ CHECKPOINT_WAIT_S = 120.0
 
 
 def follow(path: Path, process: subprocess.Popen, poll_s: float = 0.2) -> Iterator[dict[str, Any]]:
-    """Yield the object of each step of a growing log until the process that writes it has ended.
+    """Yield the record of each step from a growing log, until the process that writes the log has ended.
 
-    A run that resumes replaces the log by one without the steps that it does again: no step is yielded twice.
+    A resumed run replaces the log by one without the steps that it repeats; no step is yielded twice.
     """
     offset, inode, last = 0, 0, -1
     while True:
@@ -57,10 +57,10 @@ def follow(path: Path, process: subprocess.Popen, poll_s: float = 0.2) -> Iterat
 
 
 def trial_folder(sweep: SweepConfig, point: Mapping[str, Any], tree: Mapping[str, Any], trial_id: str) -> Path:
-    """Return the folder of a trial: named by the settings that differ from the file's own values; under PBT by its id.
+    """Return the folder of a trial, named by the settings that differ from the file's own values, or by its id in PBT.
 
     Args:
-        point: the whole of it (Space.whole).
+        point: the complete point (Space.whole).
     """
     changed = {key: value for key, value in sorted(point.items()) if value != value_in(tree, key)}
     name = trial_id if sweep.search == "pbt" else config.fingerprint(changed)
@@ -68,9 +68,9 @@ def trial_folder(sweep: SweepConfig, point: Mapping[str, Any], tree: Mapping[str
 
 
 def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -> None:
-    """Train at one point of the space and report at each rung (runs inside a Ray worker).
+    """Train at one point of the space and report at each rung. Runs inside a Ray worker.
 
-    It reports what `rungs` yields, so that all trials are compared after the same number of steps.
+    Reports what `rungs` yields, so that all trials are compared after the same number of steps.
     """
     from ray import tune
 
@@ -80,7 +80,7 @@ def run_trial(drawn: dict[str, Any], tree: dict[str, Any], sweep: SweepConfig) -
     folder.mkdir(parents=True, exist_ok=True)
     settings = with_values(tree, {**point, "train.output": str(folder / "train")})
     with _alone(folder):
-        known = 0  # last step that was reported before
+        known = 0  # last step that was already reported
         other = tune.get_checkpoint() if sweep.search == "pbt" else None
         if other is not None:
             with other.as_directory() as source:
@@ -95,7 +95,7 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
     output, last = folder / "train", int(settings["train"]["num_steps"])
     reached = checkpoint.latest(output)
     step = checkpoint.read_state(reached).step if reached else 0
-    # Later steps will be repeated, perhaps with other settings, so they must not be reported.
+    # Steps after the checkpoint are repeated, perhaps with other settings, so their old records must not be reported.
     runlog.truncate(output / "metrics.jsonl", step)
     if step >= last and (output / "adapter" / "adapter.safetensors").exists() and sweep.search != "pbt":
         for record in rungs(runlog.read(output / "metrics.jsonl"), sweep, last):  # trained by an earlier start
@@ -106,7 +106,7 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
         for record in rungs(follow(output / "metrics.jsonl", process), sweep, last):
             if record["step"] <= known:
                 continue
-            # Ray ends a trial that reports its last step: the adapter must be written by then.
+            # Ray ends a trial that reports its last step, so the adapter must be written by then.
             if record["step"] == last and process.wait() != 0:
                 break
             start = None
@@ -119,7 +119,7 @@ def _train(folder: Path, sweep: SweepConfig, settings: dict[str, Any], tune: Any
 
 
 def _command(folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], dict[str, str]]:
-    """Return the command of a trial's training, and the variables that make it a rank; {}: it starts the ranks."""
+    """Return a trial's training command, and the environment that makes it a rank; {} if it starts the ranks itself."""
     import ray
 
     command = [sys.executable, "-m", "pipelines.cli", "train", str(folder / "config.yaml")]
@@ -127,7 +127,7 @@ def _command(folder: Path, settings: Mapping[str, Any]) -> tuple[list[str], dict
         return [*command, f"ray.address={ray.get_runtime_context().gcs_address}"], {}
     if settings["train"].get("num_processes") != 1:
         return command, {}
-    # Start the only rank directly: a launcher would load PyTorch once more, a fifth of a tiny trial's start-up.
+    # Start the only rank directly: a launcher would import PyTorch once more, a fifth of a tiny trial's start-up.
     place = {"RANK": "0", "LOCAL_RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "127.0.0.1"}
     return command, place | {"MASTER_PORT": str(free_address("127.0.0.1")[1])}
 
@@ -136,7 +136,7 @@ def rungs(records: Iterable[Mapping[str, Any]], sweep: SweepConfig, last: int) -
     """Yield {"value", "step", and each of sweep.report} at every multiple of `sweep.grace_steps` and at the last step.
 
     Args:
-        records: one a step, from the first, as metrics.jsonl holds them.
+        records: one per step, from the first, as in metrics.jsonl.
     """
     values: list[float] = []
     for record in records:
@@ -151,8 +151,8 @@ def rungs(records: Iterable[Mapping[str, Any]], sweep: SweepConfig, last: int) -
 
 @contextmanager
 def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterator[subprocess.Popen]:
-    """Yield the training's process; if the trial ends, it is stopped, with a checkpoint if time allows."""
-    environment = os.environ | {PARENT: str(os.getpid()), **place}  # killed with this worker
+    """Yield the training process; when the trial ends, stop it, with a checkpoint if time allows."""
+    environment = os.environ | {PARENT: str(os.getpid()), **place}  # makes it die with this worker
     process = subprocess.Popen(command, stdout=log, stderr=subprocess.STDOUT, stdin=subprocess.DEVNULL, env=environment)
     try:
         yield process
@@ -168,14 +168,14 @@ def _training(command: list[str], place: Mapping[str, str], log: Any) -> Iterato
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
-    """Lock a folder: two trials at the same point take turns, and the second finds the work done."""
+    """Lock a folder: two trials at the same point take turns, and the second finds the finished work."""
     with open(folder / "lock", "w", opener=storage.no_links) as file:
         fcntl.flock(file, fcntl.LOCK_EX)
         yield
 
 
 def _wait_for(output: Path, step: int, process: subprocess.Popen) -> Path:
-    """Return the checkpoint of a step, which is written after its line of the log."""
+    """Wait for the checkpoint of a step, which is written after the step's line in the log; return its path."""
     path = output / "checkpoints" / f"step-{step:06d}"
     deadline = time.monotonic() + CHECKPOINT_WAIT_S
     while not path.is_dir():
@@ -186,10 +186,10 @@ def _wait_for(output: Path, step: int, process: subprocess.Popen) -> Path:
 
 
 def adopt(source: Path, output: Path, settings: Mapping[str, Any]) -> int:
-    """Copy another trial's checkpoint into this trial, and return its step.
+    """Copy another trial's checkpoint into this trial and return its step.
 
-    Weights, moments and the position in the data are copied. The settings, stored in the checkpoint's identity, are
-    this trial's own.
+    Weights, optimizer moments and the position in the data are copied. The settings stored in the checkpoint's
+    identity are replaced by this trial's.
     """
     state = checkpoint.read_state(source)
     shutil.rmtree(output / "checkpoints", ignore_errors=True)

@@ -23,13 +23,13 @@ from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Axis, Space
 from pipelines.train.sweep_trial import run_trial, rungs, trial_folder
 
-MAX_FAILURES = 1  # a trial that fails is tried once more, from its last checkpoint
+MAX_FAILURES = 1  # a failed trial is retried once, from its last checkpoint
 
 stop_asked: list[int] = []  # exit statuses requested by signals; raising in the handler would break Ray's calls
 
 
 class Interrupted(BaseException):
-    """Ctrl-C or SIGTERM; Ray Tune must not treat it as a trial's error."""
+    """Raised by Ctrl-C or SIGTERM; a BaseException, so that Ray Tune does not treat it as a trial's error."""
 
     def __init__(self, status: int):
         super().__init__(status)
@@ -37,14 +37,14 @@ class Interrupted(BaseException):
 
 
 def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
-    """Run the missing trials of a sweep; return one row per trial: see _rows."""
+    """Run the missing trials of a sweep; return one row per trial, see `_rows`."""
     from ray import tune
 
     space = Space.of(sweep.space)
     os.environ.setdefault("TUNE_GLOBAL_CHECKPOINT_S", "1")  # proposals must survive a kill
-    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # its banner; the table is ours
+    os.environ.setdefault("RAY_AIR_NEW_OUTPUT", "0")  # disables its banner; we draw our own table
     os.environ.setdefault("TUNE_WARN_EXCESSIVE_EXPERIMENT_CHECKPOINT_SYNC_THRESHOLD_S", "0")
-    # A trial that fails is one line of the table and one at the end, with its reason.
+    # A failed trial gets one line in the table and one at the end, with its reason.
     logging.getLogger("ray.tune").setLevel(logging.CRITICAL)
     warnings.filterwarnings("ignore", module="ray.tune")
     before = _before(sweep, tree)
@@ -108,7 +108,7 @@ def _trainable(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
 
     function = functools.partial(run_trial, tree=tree, sweep=sweep)
     if tree["train"].get("launcher") == "ray":
-        # Its ranks reserve what they need, on any node. Ray Tune wants a reservation, and the ranks may need every CPU.
+        # Its ranks reserve their own resources, on any node. Ray Tune needs a reservation, but ranks may need all CPUs.
         return tune.with_resources(function, tune.PlacementGroupFactory([{"memory": 2**20}]))
     return tune.with_resources(function, {"cpu": sweep.cpus_per_trial, "gpu": sweep.gpus_per_trial})
 
@@ -122,13 +122,13 @@ def _run_config(name: str, title: str, total: int, sweep: SweepConfig, tree: dic
         verbose=0,
         callbacks=[Board(title, total, sweep, tree)],
         stop={"step": int(tree["train"]["num_steps"])},
-        checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # PBT: one must not vanish before its copy
+        checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # PBT: none may be deleted before it is copied
         failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
     )
 
 
 def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return (Tune's search algorithm or None, its param_space)."""
+    """Return (Ray Tune's search algorithm or None, param_space)."""
     import optuna
     from ray import tune
     from ray.tune.search.basic_variant import BasicVariantGenerator
@@ -149,7 +149,7 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
 
 
 def _domain(axis: Axis) -> Any:
-    """Return Ray Tune's domain of an axis, from which PBT draws."""
+    """Return an axis as a Ray Tune domain, from which PBT samples."""
     from ray import tune
 
     if axis.kind == "choice":
@@ -169,7 +169,7 @@ def _scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
     num_steps = int(tree["train"]["num_steps"])
     grace = min(sweep.grace_steps, num_steps)
     if sweep.search == "pbt":
-        random.seed(sweep.seed)  # from which PBT draws
+        random.seed(sweep.seed)  # PBT samples from this generator
         return schedulers.PopulationBasedTraining(
             time_attr="step",
             perturbation_interval=grace,
@@ -184,19 +184,19 @@ def _scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
         return asha(time_attr="step", max_t=num_steps, grace_period=grace, reduction_factor=sweep.reduction_factor)
     if sweep.scheduler == "median":
         median = _remembering(schedulers.MedianStoppingRule, sweep, space, tree)
-        # No time slices: a paused trial would have to load its model again.
+        # No time slices: a paused trial would have to reload its model.
         return median(time_attr="step", grace_period=grace, min_samples_required=3, min_time_slice=math.inf)
     return schedulers.FIFOScheduler()
 
 
 def _inside(space: Space, point: dict[str, Any]) -> dict[str, Any]:
-    """Return a point that PBT has moved, with each number brought back into its range."""
+    """Return a point that PBT has perturbed, with each number clipped to its range."""
     ranges = {axis.key: axis.values[:2] for axis in space.axes if axis.kind != "choice"}
     return point | {key: min(max(point[key], low), high) for key, (low, high) in ranges.items()}
 
 
 def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
-    """Return a scheduler class that remembers the trials' reports across a restart, which Ray Tune does not."""
+    """Return a scheduler class that restores the trials' reports after a restart, which Ray Tune does not do."""
     last = int(tree["train"]["num_steps"])
 
     class Remembering(base):
@@ -245,9 +245,9 @@ def _rows(results: Any) -> list[dict[str, Any]]:
 
 
 class Board(Callback):
-    """Shows the trials while Ray Tune works on them, and ends the sweep after a signal.
+    """Shows the trials while Ray Tune runs them, and ends the sweep after a signal.
 
-    Ray Tune pickles it with the sweep's state, so members that cannot be pickled are created late.
+    Ray Tune pickles this object with the sweep's state, so members that cannot be pickled are created late.
     """
 
     def __init__(self, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]):
@@ -257,7 +257,7 @@ class Board(Callback):
         self.display: Display | None = None
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
-        """Show the trials from time to time. Raises Interrupted where a signal came."""
+        """Update the display if it is due. Raises Interrupted after a signal."""
         self.display = self.display or Display(self.title, self.total, self.sweep.metric, self.last)
         if stop_asked:
             self.display.show(sweep_board.interrupted(self.rows(trials)))
@@ -273,7 +273,7 @@ class Board(Callback):
             self.display.close()
 
     def rows(self, trials: Sequence[Any]) -> list[sweep_board.Row]:
-        """Return one row per trial, in the order of their proposal."""
+        """Return one row per trial, in the order in which the trials were proposed."""
         result = []
         for number, trial in enumerate(trials, 1):
             if trial.trial_id not in self.folders:

@@ -1,1 +1,1 @@
-"""The stages, one per file: each a function of the columns that it reads and of the job's settings."""
+"""The stages, one per file: each is a function of the columns it reads and of the job's settings."""

@@ -1,4 +1,4 @@
-"""The caption of a clip: from its list or the file beside it, else from a captioner where one is set."""
+"""Caption a clip: from its list or the text file beside it, else by a captioner if one is configured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The last stages: a finished sample is written to the ledger, whole, before its row goes on to the driver."""
+"""The last stages: each finished sample is written to the ledger as a whole before its row returns to the driver."""
 
 from __future__ import annotations
 
@@ -17,14 +17,14 @@ if TYPE_CHECKING:
 
 
 def record_video(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `record`, the video's columns or its rejection, and `video_s`, its length."""
+    """Return `record`, the video's columns or its rejection, and `video_s`, its length in s."""
     names = ("info", "pts_runs", "cuts", "shots", "hashes", "other", "refusal")
     record = {name: row[name] for name in names if name in row}
     return {"record": record, "video_s": row["info"]["duration_s"] if row["info"] else 0.0}
 
 
 def stage_sample(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Write the finished sample to staging, atomically, and return its record for the ledger.
+    """Write the finished sample to staging atomically; return its record for the ledger.
 
     Raises:
         ContractError: the columns do not form a valid sample.
@@ -82,14 +82,14 @@ def provenance(row: Row) -> dict[str, Any]:
 
 
 def _unicode(value: Any) -> Any:
-    """Return a text, e.g. a file's name with bytes that are no UTF-8, escaped for JSON; any other value unchanged."""
+    """Escape bytes that are not UTF-8 (e.g. in a file name) in a text, for JSON; return other values unchanged."""
     if not isinstance(value, str):
         return value
     return value.encode("utf-8", "surrogateescape").decode("utf-8", "backslashreplace")
 
 
 def build_shard(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return the facts of a shard, after building it; its samples may then lie in it alone. Raises ContractError."""
+    """Build a shard and return its facts; with keep_staging=none, delete its staged samples. Raises ContractError."""
     from ex4d.data import building
 
     built = building.build(row["plan"], row["output"], row["tables"], row["work"])
@@ -99,7 +99,7 @@ def build_shard(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def restore(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Put samples that lie in a shard alone back into staging. Raises ContractError."""
+    """Copy samples that are stored only in a shard back to staging. Raises ContractError."""
     packed.restore(row["places"])
     return {}
 

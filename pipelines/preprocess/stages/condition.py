@@ -11,13 +11,13 @@ from pipelines.runtime.stage import Row, Stage
 if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
-MASKS = 2**8  # more than a sample has; each has errors of its own
+MASKS = 2**8  # more than a sample can have; each mask gets its own errors
 
 
 def condition(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `cond` uint8 [V·T,H,W,3], T frames for each visibility mask in turn, clean where nothing is shown, or T
-    black ones where V is 0; `visible` and `hole_share` without what the wrong warp tore. None, and both as they were,
-    where the dataset has no such member.
+    """Return `cond` uint8 [V·T,H,W,3]: T frames for each of V visibility masks, the clean frames where nothing is
+    visible, or T black frames if V is 0. `visible` and `hole_share` exclude what the imperfect warp tore open.
+    If the dataset has no such member, `cond` is None and both are unchanged.
     """
     from ex4d.data.members import hole_share
     from ex4d.geometry import imperfect, masks

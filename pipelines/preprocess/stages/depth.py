@@ -16,9 +16,9 @@ if TYPE_CHECKING:
 
 def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `z_depth` float32 [T,H,W], `K` float64 [3,3] px, `depth_facts` for the sample's provenance,
-    `absolute`: whether the depth has a unit, that of its file or the metre, and `valid`: bool [T,H,W], True where depth
-    was measured, None: everywhere; `source_w2c` float64 [T,4,4] in the unit of the depth, and
-    `dynamic_mask` bool [T,H,W], None where they are not known.
+    `absolute`: True if the depth has a unit, that of its file or the metre, `valid` bool [T,H,W]: True where depth was
+    measured (None: everywhere), and `source_w2c` float64 [T,4,4] in the unit of the depth and `dynamic_mask` bool
+    [T,H,W], each None if unknown.
 
     Raises:
         BadSample: with the reasons of the estimator and of `geometry.depth.to_z_depth`.
@@ -51,7 +51,7 @@ def depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     known = {name: "" if value is None else value for name, value in result.provenance.items()}  # no null in a sample
     facts = {"weights_sha256": "", **known, "estimator": config.depth, "K_estimated": result.K is not None}
     absolute = result.metric or result.kind == "z_depth"
-    w2c = result.w2c if absolute else None  # else depth was mapped to another unit
+    w2c = result.w2c if absolute else None  # otherwise the depth was mapped to another unit
     moves = result.dynamic_mask
     if moves is None and config.persistent_frames:
         moves = dynamic.of_flow(frames, z_depth, K, w2c)

@@ -21,15 +21,15 @@ MAX_CAPTION_BYTES = 64 * 1024
 
 
 def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return sha256 and size of the file, name and sha256 of its depth file ("" for none), where that lies, and the
-    caption beside it; `fetched`, what the next run needs to know so that it does not read the files again.
+    """Return sha256 and size of the file; `depth_file`, NAME:SHA256 of its depth file ("" if none), and its path; the
+    caption beside it; and `fetched`, what the next run needs so that it need not read the files again.
 
-    With the member `source`, `pair` is the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first, {}
-    where one is missing, and the depth file is that video's; else None.
+    With the member `source`, `pair` holds the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first,
+    or is {} if a file is missing, and the depth file is the other video's. Otherwise `pair` is None.
 
     Raises:
         BadSample: not_a_file, unreadable, empty_file, truncated_download, sidecar_ambiguous, caption_encoding,
-            symlink_outside: a link of a sidecar leads out of the input; and the reasons of `pictures.digest`.
+            symlink_outside (a sidecar is a link out of the input); and the reasons of `pictures.digest`.
     """
     path, pair = row["path"], None
     try:
@@ -64,7 +64,7 @@ def _local(path: str, local: fetch.Local, config: PreprocessConfig) -> tuple[str
         if config.image_fps is None:
             raise BadSample("not_a_file", "is a folder; preprocess.image_fps reads one of pictures as a video")
         return pictures.digest(path, config.image_fps, max_bytes=config.max_file_mb << 20)
-    if not os.path.isfile(path):  # a pipe or device would block whoever opens it
+    if not os.path.isfile(path):  # opening a pipe or device would block
         raise BadSample("not_a_file", "is missing, or no regular file")
     if os.path.getsize(path) == 0:
         raise BadSample("empty_file", "has no bytes")
@@ -84,7 +84,7 @@ def _remote(url: str, remote: fetch.Remote, config: PreprocessConfig) -> tuple[s
 def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
     files = pairs.files_of(path)
     if not all(storage.is_file(file) for file in files):
-        return {}  # the stage that needs them rejects the video
+        return {}  # the stage `find_pair` rejects the video
     source, *cameras = files
     try:
         alone = fetch.Remote(source, None, {})
@@ -97,7 +97,7 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def _check_inside(files: Sequence[str], row: Row, config: PreprocessConfig) -> None:
-    """Raise BadSample symlink_outside where a link of a sidecar leads out of the input and of the video's folder."""
+    """Raise BadSample (symlink_outside) if a sidecar is a link out of the input and of the video's folder."""
     for file in files:
         if config.follow_links or not storage.is_local(file):
             continue
@@ -106,7 +106,7 @@ def _check_inside(files: Sequence[str], row: Row, config: PreprocessConfig) -> N
 
 
 def _depth_file(row: Row, config: PreprocessConfig, filmed: str, files: fetch.Remote | fetch.Local) -> tuple[str, str]:
-    """Return (NAME:SHA256 of the depth file, where it lies); ("", "") for none."""
+    """Return (NAME:SHA256 of the depth file, its path or URL); ("", "") if there is none."""
     from ex4d.depth import places
 
     try:
@@ -115,7 +115,7 @@ def _depth_file(row: Row, config: PreprocessConfig, filmed: str, files: fetch.Re
     except BadSample as error:
         if error.reason == "sidecar_ambiguous":
             raise
-        return "", ""  # the depth stage rejects each clip without it
+        return "", ""  # the depth stage rejects each clip
     if found != config.depth_path:  # a file that the settings name may lie anywhere
         _check_inside([found, *map(str, places.others_of(found))], row, config)
     if not storage.is_local(found):
@@ -129,7 +129,7 @@ def _depth_file(row: Row, config: PreprocessConfig, filmed: str, files: fetch.Re
 
 
 def _caption(row: Row, config: PreprocessConfig, remote: fetch.Remote | None) -> str:
-    """Return the text beside a video. Raises BadSample: sidecar_ambiguous, symlink_outside, caption_encoding."""
+    """Return the text file beside a video. Raises BadSample: sidecar_ambiguous, symlink_outside, caption_encoding."""
     from ex4d.depth import places
 
     is_file = storage.is_file if remote is None or remote.there is None else remote.exists

@@ -25,7 +25,7 @@ def call(config: PreprocessConfig, function: str, *args: Any, needs_s: float = 0
     """Run the named function of FUNCTIONS in this process's child; return its result.
 
     Args:
-        needs_s: seconds that a valid file may need; the time limits are raised to it.
+        needs_s: seconds that a valid file may need; both time limits are scaled up to allow for it.
 
     Raises:
         BadSample: decode_timeout, decode_cpu, decode_memory, decode_crash, or what the function raised.
@@ -38,6 +38,6 @@ def call(config: PreprocessConfig, function: str, *args: Any, needs_s: float = 0
     except BadSample as error:
         if error.reason != "decode_crash":
             raise
-        # The output of a crash holds addresses; rejects.parquet must have the same bytes on every run.
+        # The output of a crash contains addresses; rejects.parquet must have the same bytes on every run.
         logger.warning("%s", error)
         raise BadSample(error.reason, error.message.partition(". ")[0]) from None

@@ -1,4 +1,4 @@
-"""The simulated masks of a clip: the DW-Mesh of each frame seen along random trajectories, and tracked points."""
+"""Simulate the masks of a clip: each frame's DW-Mesh seen along random trajectories, and tracked points."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `visible` bool [S,T,H,W], `kind` uint8 [S], `hole_share` float32 [S,T], `w2c`: S of [T][4][4] or None, and
-    `generation_holes`: the mean hole share of the clip's warps along `masks.generation`, None where that is empty.
+    `generation_holes`: mean fraction of holes in the clip's warps along `masks.generation`, None if that is empty.
     """
     from ex4d.geometry import masks as simulated
     from ex4d.geometry.mask_scene import SourceMotion

@@ -1,4 +1,4 @@
-"""A score of the user's own, measured before depth; the clip is filtered by it."""
+"""Measure a score of the user's own before the depth stage, and filter by it."""
 
 from __future__ import annotations
 
@@ -12,7 +12,7 @@ if TYPE_CHECKING:
 
 
 def own_score(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `scores` with `own`. Raises Filtered; BadSample (own_score: it is no finite number)."""
+    """Return `scores` with `own`. Raises Filtered; BadSample (own_score: not a finite number)."""
     from ex4d.quality import own
 
     scorer = config.scorer

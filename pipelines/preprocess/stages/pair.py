@@ -1,6 +1,6 @@
-"""Clips from two cameras: the other video is the model's input, its warp to the clip's camera the condition.
+"""Clips from two cameras: the other video is the model's input, its warp to the clip's camera is the condition.
 
-The other video goes through the same stages as the clip's, under other names of columns (`OTHER`).
+The other video goes through the same stages as the clip's video, with other column names (`OTHER`).
 """
 
 from __future__ import annotations
@@ -22,14 +22,14 @@ if TYPE_CHECKING:
     from pipelines.preprocess.clips import Clip
     from pipelines.preprocess.settings import PreprocessConfig
 
-# Column names in the stages for one video, and the matching names for the other video.
+# Column names in the stages for one video, and the corresponding names for the other video.
 OTHER = {
     name: f"other_{name}"
     for name in ("frames", "path", "sha256", "size_bytes", "pts", "box", "info", "pts_runs", "cuts", "shots", "hashes")
 }
 MAX_CAMERA_BYTES = 8 << 20  # our own files have 400 bytes per pose, so this is eleven minutes
-SAME_TIME = 0.5  # largest time difference between the two videos, in frames
-FAR = 100.0  # largest distance of the cameras / farthest depth; more means different units
+SAME_TIME = 0.5  # maximum time difference between the two videos, in frames
+FAR = 100.0  # maximum distance of the cameras / farthest depth; more means different units
 
 
 def need(row: Row, config: PreprocessConfig) -> dict[str, Any]:
@@ -41,11 +41,11 @@ def need(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def check(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `other`, what a record keeps of the other video: `pts_runs`, `cuts`, `boxes` of its shots, `hashes`.
+    """Return `other`, what a record keeps of the other video: `pts_runs`, `cuts`, `hashes`, and `boxes` of its shots.
 
     Raises:
-        BadSample: pair_size (pictures of another size), pair_frames (other frames, or at other times), pair_cameras (no
-            pose for each frame), source_changed.
+        BadSample: pair_size (frame sizes differ), pair_frames (frame counts or times differ), pair_cameras (not every
+            frame has a pose), source_changed.
     """
     own_info, info = row["info"], row["other_info"]
     if [*info["size"]] != [*own_info["size"]]:
@@ -68,12 +68,12 @@ def check(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def columns(record: Mapping[str, Any], clip: Clip, crop_bars: bool) -> dict[str, Any]:
-    """Return `other_pts` and `other_box`: the ticks of a clip's frames in the other video, and its picture there; and
-    `other_cut`: whether the other video is cut within the clip.
+    """Return `other_pts` and `other_box`: pts of the clip's frames in the other video, and their region [y, x, height,
+    width] px there; and `other_cut`: True if the other video has a cut within the clip.
 
     Args:
-        record: of the video; its `other` is that of `check`.
-        crop_bars: of PreprocessConfig.
+        record: the video's record; its `other` is that of `check`.
+        crop_bars: PreprocessConfig.crop_bars.
     """
     other, first, last = record["other"], clip.frame_index[0], clip.frame_index[-1]
     pts = unpack_pts(other["pts_runs"])
@@ -86,11 +86,11 @@ def columns(record: Mapping[str, Any], clip: Clip, crop_bars: bool) -> dict[str,
 
 
 def cameras(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `camera` and `other_camera` at the clip's frames: `w2c` float [T][4][4] in one world, `K` float [3][3] px
-    of the clip's pictures, None where the file has none.
+    """Return `camera` and `other_camera` at the clip's frames: `w2c` float [T][4][4] in one world, `K` float [3][3] in
+    px of the clip's frames, None if the file has none.
 
     Raises:
-        BadSample: pair_frames (the other video is cut within the clip), pair_cameras, source_changed.
+        BadSample: pair_frames (the other video has a cut within the clip), pair_cameras, source_changed.
     """
     if row["other_cut"]:
         raise BadSample("pair_frames", "the other camera's video is cut within the clip")
@@ -99,7 +99,7 @@ def cameras(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     for which, box in ((0, row["box"]), (1, row["other_box"])):
         w2c, K, stored, name = _poses(row, config, which, index)
         found.append({"w2c": w2c.tolist(), "K": _clip_K(K, stored or row["size"], box, name, row["size"], config)})
-    if found[0]["K"] is None and row["box"] != row["other_box"]:  # the depth's K is that of the other pictures
+    if found[0]["K"] is None and row["box"] != row["other_box"]:  # the depth's K is that of the other camera
         raise BadSample("pair_cameras", "the videos have different black bars: the clip's camera must say its K")
     return {"camera": found[0], "other_camera": found[1]}
 
@@ -107,10 +107,10 @@ def cameras(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 def _poses(
     row: Row, config: PreprocessConfig, which: int, index: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray | None, Sequence[int] | None, str]:
-    """Return (w2c [T,4,4], K [T,3,3] or None, size that K speaks of or None, the file's name) at some frames.
+    """Return (w2c [T,4,4], K [T,3,3] or None, image size that K refers to or None, file name) at some frames.
 
     Args:
-        which: 0 the clip's camera, 1 the other one.
+        which: 0: the clip's camera, 1: the other one.
     """
     path = pairs.files_of(row["path"])[1 + which]
     name = path.rpartition("/")[2]
@@ -127,7 +127,7 @@ def _poses(
 
 
 def poses_of(data: bytes, index: np.ndarray, name: str) -> tuple[np.ndarray, np.ndarray | None, tuple[int, int] | None]:
-    """Return (w2c float64 [T,4,4], K float64 [T,3,3] or None, its size or None) of a camera.json's poses `index`.
+    """Return (w2c float64 [T,4,4], K float64 [T,3,3] or None, its image size or None) of the poses `index` of a file.
 
     Raises:
         BadSample: pair_cameras.
@@ -147,11 +147,11 @@ def poses_of(data: bytes, index: np.ndarray, name: str) -> tuple[np.ndarray, np.
 def _clip_K(
     K: np.ndarray | None, stored: Sequence[int], box: Sequence[int], name: str, size: Sequence[int], config: Any
 ) -> list[list[float]] | None:
-    """Return K [3][3] in px of the clip's pictures.
+    """Return K [3][3] in px of the clip's frames, or None.
 
     Args:
-        K: [T,3,3] in px of pictures of the size `stored`.
-        box, size: what of the video's pictures the clip shows, and their size.
+        K: [T,3,3] in px of images of the size `stored`.
+        box, size: region of the video's frames that the clip shows, and the size of these frames.
     """
     from ex4d.geometry.camera import Camera
     from ex4d.video import Fit
@@ -165,16 +165,16 @@ def _clip_K(
     fit = Fit((height, width), config.size, config.fit, (y, x, box_height, box_width))
     try:
         made = Camera(fit.apply_K(np.diag([width / stored[1], height / stored[0], 1.0]) @ K[0]), np.eye(4), config.size)
-    except ConfigError as error:  # here K is data, not a choice
+    except ConfigError as error:  # here K is data, not a setting
         raise BadSample("pair_cameras", f"{name}: K is no matrix of intrinsics: {error.allowed}") from None
     return made.K.tolist()
 
 
 def _other_camera(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return the clip's K [3,3], the other camera's K, its w2c [T,4,4] in the clip's camera, its z_depth [T,H,W].
+    """Return K [3,3] of the clip, K of the other camera, the latter's w2c [T,4,4] relative to the clip's camera, and
+    its z_depth [T,H,W].
 
-    Raises:
-        BadSample: pair_cameras: cameras and depth have no unit in common.
+    Raises BadSample (pair_cameras): cameras and depth have no common unit.
     """
     from ex4d.geometry.camera import relative_to
 
@@ -187,7 +187,7 @@ def _other_camera(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
     z_depth = row["z_depth"]
     if row["depth_facts"]["estimator"] == "depth-pro":  # its metric scale depends on its estimated focal length
         z_depth = z_depth * np.float32(other_K[0, 0] / row["K"][0, 0])
-    with np.errstate(over="ignore", invalid="ignore"):  # what is not finite is not within reach
+    with np.errstate(over="ignore", invalid="ignore"):  # a non-finite distance fails the check below
         theirs = relative_to(other_w2c, w2c)
         apart = float(np.abs(theirs[:, :3, 3]).max())
     if not apart <= FAR * float(z_depth.max()):
@@ -196,16 +196,16 @@ def _other_camera(row: Row) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndar
 
 
 def warp(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return the condition: what the clip's camera sees of the other camera's mesh, eroded as simulated masks are.
+    """Return the condition: the other camera's mesh seen from the clip's camera, eroded as simulated masks are.
 
-    `cond` uint8 [T,H,W,3], the clip's own colours where nothing is shown; `visible` bool [1,T,H,W], `kind` uint8 [1]
+    `cond` uint8 [T,H,W,3], the clip's own colours where nothing is visible; `visible` bool [1,T,H,W], `kind` uint8 [1]
     and `hole_share` float32 [1,T]: one visibility mask; `w2c` [1][T][4][4] of the other camera relative to the clip's
-    own; `K` of the clip; `warp_error`, by how much the colours shown differ from the clip's, mean, in [0, 1];
-    `pair_facts` for its provenance. Frame 0 is the clip's, complete, as in every sample.
+    camera; `K` of the clip; `warp_error`, mean difference of visible colours from the clip's, in [0, 1]; `pair_facts`
+    for the provenance. Frame 0 is the clip's, fully visible, as in every sample.
 
     Raises:
-        BadSample: pair_cameras: cameras and depth have no unit in common, or the warp shows nothing; and what
-            `warp_video` raises.
+        BadSample: pair_cameras: cameras and depth have no common unit, or the warp shows nothing; and the errors of
+            `warp_video`.
     """
     from ex4d.data.members import hole_share
     from ex4d.geometry import masks

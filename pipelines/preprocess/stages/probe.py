@@ -1,4 +1,4 @@
-"""Read a video's container, codec, size and clock; reject files that are not videos."""
+"""Read a video's container, codec, size and time base; reject files that are not videos."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ if TYPE_CHECKING:
 
 
 def probe(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return the VideoInfo as a mapping. Raises BadSample with the reasons of `video.probe`."""
+    """Return `info`, the VideoInfo as a mapping. Raises BadSample with the reasons of `video.probe`."""
     return {"info": asdict(isolated.call(config, "probe", File(fetch.video(row, config))))}
 
 

@@ -13,8 +13,8 @@ if TYPE_CHECKING:
 
 
 def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `depth_scores`: flicker, drift and sky of `quality.geometry`, and `depth_holes`, the share of pixels whose
-    depth is not known. Raises Filtered, before masks are drawn.
+    """Return `depth_scores`: flicker, drift and sky of `quality.geometry`, and `depth_holes`, the fraction of pixels
+    without measured depth. Raises Filtered, before masks are drawn.
     """
     from ex4d.quality import geometry
 
@@ -28,8 +28,8 @@ def check_depth(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
 
 def check_masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `mask_scores`: `holes`, the mean hole share over masks and frames; the same of the clip's generation, and
-    `warp_error` of two cameras, where they are known. Raises Filtered.
+    """Return `mask_scores`: `holes`, the mean fraction of holes over masks and frames; and `generation_holes` and, for
+    two cameras, `warp_error`, where they are known. Raises Filtered.
     """
     scores = {"holes": float(row["hole_share"].mean(dtype="float64"))}
     scores |= {name: row[name] for name in ("generation_holes", "warp_error") if row.get(name) is not None}

@@ -1,4 +1,4 @@
-"""Score the picture of a clip, and filter by the scores before the expensive stages."""
+"""Score the frames of a clip, and filter by the scores before the expensive stages."""
 
 from __future__ import annotations
 

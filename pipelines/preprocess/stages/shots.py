@@ -1,4 +1,4 @@
-"""Find the shots of a video: decode every frame once, small, and let PySceneDetect find cuts and fades.
+"""Find the shots of a video: decode every frame once at low resolution, and detect cuts and fades with PySceneDetect.
 
 The same pass finds black bars around each shot's picture, and a logo in a corner.
 """
@@ -22,15 +22,15 @@ if TYPE_CHECKING:
     from pipelines.preprocess.settings import PreprocessConfig
 
 MAX_HEIGHT = 144
-MAX_FRAMES = 20_000_000  # of one video: four days at 60 frames a second
-# No valid video has a lower rate, so a header that claims hours in a few kB does not get hours of processing.
+MAX_FRAMES = 20_000_000  # of one video: four days at 60 frames per second
+# No valid video has a lower bit rate, so a header that claims hours in a few kB is not granted hours of processing.
 MIN_BYTES_PER_S = 2000
 
 
 def shots(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `pts_runs` ([first pts, [step, count], …] of all frames in order), `cuts` (index of each first frame) and
-    `shots` (one more than cuts: `box` [y, x, height, width] px inside black bars, the scores `bars` and `logo`), and
-    `hashes` (see duplicates.sampled).
+    """Return `pts_runs` ([first pts, [step, count], …] of all frames in order), `cuts` (index of the first frame after
+    each cut), `shots` (one more than cuts: `box` [y, x, height, width] px inside black bars, the scores `bars` and
+    `logo`), and `hashes` (see duplicates.sampled).
 
     Raises:
         BadSample: decode_error and the like, timestamps_disordered.
@@ -50,13 +50,13 @@ def _in_source(looks: dict[str, Any], size: Sequence[int]) -> dict[str, Any]:
 
 
 def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]], list[str]]:
-    """Return (pts of every frame in the order of presentation, sorted indices at which a new shot begins, its looks,
+    """Return (pts of every frame in presentation order, sorted indices at which a new shot begins, looks of each shot,
     the video's perceptual hashes).
 
     Looks of a shot: `box` [y, x, height, width] and `size` [h, w], both in px of the small frames, and `logo`.
 
-    Uses PySceneDetect's adaptive detector (a cut differs from its whole neighbourhood, so a moving camera is not a
-    cut) and its fade detector, both with their defaults.
+    Uses PySceneDetect's adaptive detector (a cut must differ from its whole neighbourhood, so a moving camera is not a
+    cut) and its fade detector, both with default settings.
     """
     import cv2
     from scenedetect import AdaptiveDetector, FrameTimecode, ThresholdDetector
@@ -74,7 +74,7 @@ def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]]
         hashes.append(duplicates.frame_hash(image))
         if samples.wants(index):
             samples.add(index, cv2.cvtColor(image, cv2.COLOR_RGB2GRAY))
-        timecode = FrameTimecode(index, fps=25.0)  # detectors count frames; the rate never matters
+        timecode = FrameTimecode(index, fps=25.0)  # detectors count frames; the rate does not matter
         bgr = image[..., ::-1].copy()
         for detector in detectors:
             for cut in detector.process_frame(timecode, bgr):
@@ -88,7 +88,7 @@ def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]]
         raise BadSample("timestamps_disordered", "the timestamps of the frames do not rise")
     segments.append((start, len(pts), _looks(samples.take_until(len(pts)), image.shape[:2])))
     cuts = sorted(cut for cut in found if 0 < cut < len(pts))
-    # A fade is reported late and may lie in a closed segment: both halves then share that segment's facts.
+    # A fade is reported late and may lie in a closed segment; then both halves share that segment's facts.
     shots = [
         max(segments, key=lambda segment: min(stop, segment[1]) - max(first, segment[0]))[2]
         for first, stop in itertools.pairwise([0, *cuts, len(pts)])
@@ -107,13 +107,13 @@ def _looks(grey: np.ndarray, size: tuple[int, int]) -> dict[str, Any]:
 
 
 def pack_pts(pts: Sequence[int]) -> list[Any]:
-    """Return rising pts as [first, [step, count], …]: short at a constant rate, however long the video."""
+    """Return increasing pts as [first, [step, count], …]: short at a constant rate, however long the video."""
     steps = (later - earlier for earlier, later in itertools.pairwise(pts))
     return [pts[0], *([step, sum(1 for _ in group)] for step, group in itertools.groupby(steps))]
 
 
 def unpack_pts(runs: Sequence[Any]) -> list[int]:
-    """Return the pts of `pack_pts`. Raises ContractError for more than MAX_FRAMES: a few bytes can claim any."""
+    """Return the pts of `pack_pts`. Raises ContractError beyond MAX_FRAMES, as a few bytes can claim any number."""
     if sum(count for _, count in runs[1:]) > MAX_FRAMES:
         raise ContractError(f"pts_runs stand for more than {MAX_FRAMES} frames")
     steps = (step for step, count in runs[1:] for _ in range(count))
