@@ -1,8 +1,8 @@
-"""One YAML file, one section for each command, frozen dataclasses. The only reader of YAML in the project.
+"""Load configuration: one YAML file, one section per command, frozen dataclasses. The project's only YAML reader.
 
-A dataclass lives beside the code that reads it, its fields made by `setting`. `load` fills it from the YAML section of
-the same name, applies `section.key=value` overrides from the command line, and validates once: keys, types and ranges.
-There is no interpolation and there are no import strings; `None` (YAML `null`) means off.
+A dataclass lives beside the code that reads it; its fields are declared by `setting`. `load` fills it from the YAML
+section of the same name, applies `section.key=value` overrides from the command line, and validates once: keys, types
+and ranges. There is no interpolation and there are no import strings; `None` (YAML `null`) means off.
 """
 
 from __future__ import annotations
@@ -30,20 +30,20 @@ __all__ = ["checked", "dump", "fingerprint", "load", "merged", "read_yaml", "set
 
 MAX_BYTES, MAX_VALUES = 2**20, 100_000  # of a configuration file
 
-# Every section that may stand in a file. A command reads some; a misspelt section is an error for all of them.
+# Every section that a file may have. A command reads some of them; a misspelt section is an error in every command.
 SECTIONS = ("ray", "synthetic", "preprocess", "encode", "model", "train", "generate", "evaluate", "sweep", "plan")
 
 
 def load(
     path: str | Path, sections: Mapping[str, type], overrides: Sequence[str] = (), optional: Sequence[str] = ()
 ) -> dict[str, Any]:
-    """Return {section: validated dataclass} for the asked sections of the YAML file at `path`.
+    """Load {section: validated dataclass} for the given sections of the YAML file at `path`.
 
     Args:
         path: YAML file; a mapping of section names (see SECTIONS) to mappings.
         sections: {"train": TrainConfig, ...}: what this command reads. A section missing in the file takes defaults.
         overrides: "section.key=value" strings, values parsed as YAML; the section must be one that this command reads.
-        optional: sections that come back as None where neither the file nor an override has them.
+        optional: sections that are None in the result if neither the file nor an override has them.
 
     Raises:
         ConfigError: unreadable file, unknown section or key, wrong type or value. Names key, value, what is allowed.
@@ -59,7 +59,7 @@ def load(
 
 
 def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] = ()) -> dict[str, Any]:
-    """Return the mapping of the YAML file at `path` with the overrides in it; its sections are known, their keys not.
+    """Return the YAML file at `path` as a mapping with overrides applied; sections are checked, their keys are not.
 
     Raises:
         ConfigError: an unreadable file, an unknown section, or an override of a section that is not in `sections`.
@@ -77,15 +77,13 @@ def merged(path: str | Path, sections: Iterable[str], overrides: Sequence[str] =
 
 
 def _check_kept(tree: Any, path: str = "") -> None:
-    """Raise ConfigError for a URL whose password or signature was left out when a run wrote its choices down, and for
-    text that no path can be.
-    """
+    """Raise ConfigError for a URL whose secret was removed when a run saved its settings, and for NUL in text."""
     if isinstance(tree, dict):
         for name, child in tree.items():
             _check_kept(child, f"{path}.{name}".removeprefix("."))
     elif "\0" in str(tree):
         raise ConfigError(path, tree, "text without the character NUL")
-    elif SECRET in str(tree):  # a list is given again as a whole
+    elif SECRET in str(tree):  # an override replaces a list as a whole
         raise ConfigError(path, tree, f"its password or signature was not kept; give the URL again, as {path}=…")
 
 
@@ -96,7 +94,7 @@ def nearest(word: str, allowed: Sequence[str]) -> str:
 
 
 def read_yaml(path: str | Path) -> dict[str, Any]:
-    """Return the mapping in a YAML file. Raises ConfigError when it is missing, not YAML, or not a mapping."""
+    """Read a YAML file as a mapping. Raises ConfigError if it is missing, too large, not YAML, or not a mapping."""
     try:
         with open(path, "rb") as file:
             data = file.read(MAX_BYTES + 1)
@@ -122,7 +120,7 @@ def _in_one_line(error: Exception) -> str:
 
 
 class _Loader(yaml.SafeLoader):
-    """YAML's plain types alone. Only `true` and `false` are booleans, and no key may appear twice in a mapping."""
+    """Load only YAML's plain types. Only `true` and `false` are booleans; no key may appear twice in a mapping."""
 
     def compose_mapping_node(self, anchor: Any) -> Any:
         node = super().compose_mapping_node(anchor)
@@ -134,9 +132,9 @@ class _Loader(yaml.SafeLoader):
         return node
 
 
-# YAML 1.1 reads on, off, yes and no as booleans, 12:00:00 as a number in base 60 and 2026-11-26 as a date, too: a word
-# such as preprocess.near_duplicates=off, a time limit or a name would not be text. A boolean setting still takes these
-# words: validation knows them.
+# YAML 1.1 also reads on, off, yes and no as booleans, 12:00:00 as a number in base 60 and 2026-11-26 as a date: a word
+# such as preprocess.near_duplicates=off, a time limit or a name would not be text. A boolean setting still accepts
+# these words, because validation converts them.
 _PLAIN = {
     "bool": ("^(?:true|True|TRUE|false|False|FALSE)$", "tTfF"),
     "int": ("^[-+]?(?:0b[01_]+|0x[0-9a-fA-F_]+|0[0-7_]*|[1-9][0-9_]*)$", "-+0123456789"),
@@ -156,9 +154,9 @@ for _name, (_pattern, _first) in _PLAIN.items():
 
 
 def _parse(text: str) -> Any:
-    """Return what YAML says. Raises YAMLError, ValueError (an invalid number) or RecursionError."""
+    """Parse YAML. Raises YAMLError, ValueError (an invalid number, too many values) or RecursionError."""
     tree = yaml.load(text, Loader=_Loader)  # noqa: S506 (a SafeLoader)
-    # A few lines of aliases of aliases stand for billions of values; an alias of itself for endlessly many.
+    # A few lines of nested aliases can stand for billions of values, an alias of itself for infinitely many.
     open_nodes, count = [tree], 0
     while open_nodes:
         node = open_nodes.pop()
@@ -171,7 +169,7 @@ def _parse(text: str) -> Any:
 
 
 def validate(cls: type, values: Mapping[str, Any], section: str) -> Any:
-    """Return an instance of the dataclass `cls` from plain values.
+    """Build an instance of the dataclass `cls` from plain values.
 
     Raises:
         ConfigError: an unknown key, a wrong type, or a value out of its range.
@@ -185,7 +183,7 @@ def validate(cls: type, values: Mapping[str, Any], section: str) -> Any:
 
 
 def _type_error(cls: type, prefix: str, loc: Sequence[Any], values: Any, message: str) -> ConfigError:
-    """Return the error for the setting at `loc`, pydantic's path to it, in which members of unions are steps, too."""
+    """Return the error for the setting at `loc`, pydantic's path to it, which also has a step for a union's member."""
     name, *rest = loc or ("",)
     if name not in {field.name for field in dataclasses.fields(cls)}:
         return ConfigError(prefix, values, message)
@@ -222,7 +220,7 @@ def _apply_override(tree: dict[str, Any], override: str, allowed: tuple[str, ...
 
 
 def parse_value(text: str, key: str = "value") -> Any:
-    """Return the value of YAML text on one line. Raises ConfigError where it is not YAML."""
+    """Parse a value from one line of YAML. Raises ConfigError if it is not YAML."""
     try:
         return _parse(text)
     except (yaml.YAMLError, ValueError, RecursionError) as error:
@@ -230,28 +228,28 @@ def parse_value(text: str, key: str = "value") -> Any:
 
 
 def format_value(value: Any) -> str:
-    """Return a value as YAML on one line, which `parse_value` reads back."""
+    """Format a value as one line of YAML, which `parse_value` reads back."""
     text = yaml.safe_dump(to_plain(value), default_flow_style=True, width=10**6, allow_unicode=True, sort_keys=False)
     return text.removesuffix("\n").removesuffix("\n...")
 
 
 def to_plain(value: Any) -> Any:
-    """Return JSON-able values: tuples become lists."""
+    """Convert to JSON-serialisable values: tuples become lists, unknown types text."""
     return json.loads(json.dumps(value, default=str))
 
 
 def to_dict(config: Any) -> dict[str, Any]:
-    """Return a dataclass as plain JSON-able values."""
+    """Convert a dataclass to plain JSON-serialisable values."""
     return to_plain(dataclasses.asdict(config))
 
 
 def fingerprint(*parts: Any) -> str:
-    """Return 16 hex digits that identify the parts (JSON-able values or dataclasses); equal parts, equal digits."""
+    """Return 16 hex digits that identify the parts (JSON-serialisable values or dataclasses): equal for equal parts."""
     return Digest().of(*parts)
 
 
 class Digest:
-    """Fingerprints that begin with the same parts: `Digest(a).of(b) == fingerprint(a, b)`, without doing `a` again."""
+    """Fingerprints with the same first parts: `Digest(a).of(b) == fingerprint(a, b)`, but `a` is serialised once."""
 
     def __init__(self, *parts: Any):
         self._begun = "[" + "".join(f"{_plain_json(part)}," for part in parts)
@@ -263,14 +261,14 @@ class Digest:
 
 
 def _plain_json(part: Any) -> str:
-    if isinstance(part, str):  # the same text as below, by an encoder that is made once
+    if isinstance(part, str):  # the same text as below, from a cached encoder
         return json.dumps(part)
     plain = to_dict(part) if dataclasses.is_dataclass(part) and not isinstance(part, type) else part
     return json.dumps(plain, sort_keys=True, separators=(",", ":"), default=str)
 
 
 def installed_versions(packages: Iterable[str]) -> dict[str, str]:
-    """Return {package: version} of those that are installed."""
+    """Return {package: version} of the packages that are installed."""
     versions = {}
     for name in packages:
         try:
@@ -281,11 +279,11 @@ def installed_versions(packages: Iterable[str]) -> dict[str, str]:
 
 
 def dump(config: Mapping[str, Any], path: str | Path) -> None:
-    """Write {section: dataclass or mapping} as YAML that `load` reads back; no passwords of URLs."""
+    """Write {section: dataclass or mapping} as YAML that `load` reads back, without the secrets of URLs."""
     plain = {name: to_dict(body) if dataclasses.is_dataclass(body) else body for name, body in config.items()}
     storage.write_bytes(path, to_yaml(without_secrets(plain)).encode())
 
 
 def to_yaml(tree: Mapping[str, Any]) -> str:
-    """Return plain values as YAML, their keys in the order given."""
+    """Format plain values as YAML, keeping the order of keys."""
     return yaml.safe_dump(dict(tree), sort_keys=False, allow_unicode=True)

@@ -1,4 +1,4 @@
-"""Every setting of a command in words: for `--help`, for `ex4d config`, and for the reference page."""
+"""Describe every setting of a command in words, for `--help`, `ex4d config` and the reference page."""
 
 from __future__ import annotations
 
@@ -19,12 +19,12 @@ class Described:
     """One setting.
 
     Args:
-        key: dotted name, the section's included.
-        default: as it stands in a file; None: it must be set.
-        allowed: what it may be, in words.
+        key: dotted name, including the section.
+        default: as written in a file; None: it must be set, or it is a section that is not null by default.
+        allowed: the allowed values, in words.
         help: what it means.
-        group: title of its group; "" in the first one, which holds the most used settings.
-        is_section: it holds the settings that come after it.
+        group: title of its group; "" in the first group, which holds the most used settings.
+        is_section: it is a mapping of the settings that follow.
         is_off: it belongs to a mapping that is null by default.
     """
 
@@ -38,7 +38,7 @@ class Described:
 
 
 def describe(cls: type, section: str, is_off: bool = False) -> Iterator[Described]:
-    """Yield each setting of a dataclass in the order of its fields; a nested dataclass comes after its field."""
+    """Yield each setting of a dataclass in the order of its fields; nested settings follow their field."""
     group = ""
     for field in dataclasses.fields(cls):
         rule = rule_of(cls, field.name)
@@ -57,18 +57,18 @@ def describe(cls: type, section: str, is_off: bool = False) -> Iterator[Describe
 
 
 def default_of(field: dataclasses.Field) -> Any:
-    """Return a field's default; MISSING where it has none."""
+    """Return a field's default, MISSING if it has none."""
     factory = field.default_factory
     return field.default if factory is dataclasses.MISSING else factory()
 
 
 def about(cls: type) -> str:
-    """Return the first sentence of a dataclass's docstring, on one line."""
+    """Return the first paragraph of a dataclass's docstring, on one line."""
     return " ".join((cls.__doc__ or "").split("\n\n")[0].split())
 
 
 def help_text(sections: Mapping[str, type], first: str) -> str:
-    """Return every setting of the sections as text for a terminal, the section `first` at the top."""
+    """Return text for a terminal with every setting of the sections, the section `first` at the top."""
     lines = ["settings (section.key=value on the command line, or section: {key: value} in the file):"]
     for name in _ordered(sections, first):
         lines += ["", f"{name}: {about(sections[name])}"]
@@ -88,8 +88,8 @@ def template(sections: Mapping[str, type], first: str, optional: Sequence[str] =
     """Return a complete commented YAML file; loaded, it equals the defaults.
 
     Args:
-        sections: what the command reads; `first` comes first.
-        optional: sections that are commented out, because a file without them means something else.
+        sections: the sections that the command reads; `first` comes first.
+        optional: sections that are commented out, because their presence changes what the file means.
     """
     lines = [f"# ex4d {first}: every setting with its default. Delete those that you do not change."]
     for name in _ordered(sections, first):

@@ -1,4 +1,4 @@
-"""A setting: a field of a frozen dataclass with its description and allowed range beside it.
+"""Declare settings: fields of frozen dataclasses, each with its description and allowed range.
 
 Validation, `--help`, `ex4d config`, the reference pages and the flags of commands all read these fields.
 """
@@ -19,19 +19,19 @@ from typing import Any, Literal
 
 from ex4d.errors import ConfigError
 
-KEY = "setting"  # of a field's metadata
+KEY = "setting"  # key in a field's metadata
 
 
 @dataclass(frozen=True)
 class Setting:
-    """What is known of a field beside its name, type and default. A bound of a list holds for each of its items.
+    """The description and rules of a field. The bounds of a list apply to each of its items.
 
     Args:
         help: one plain line.
         ge, gt, le, lt: bounds of a number: at least, greater than, at most, less than.
-        multiple_of: the number is a multiple of this.
-        not_empty: text, a list or a mapping must hold something.
-        choices: the allowed words, where a table names them. Words that stand nowhere else are a Literal type instead.
+        multiple_of: the number must be a multiple of this.
+        not_empty: text, a list or a mapping must not be empty.
+        choices: the allowed words, if a table defines them; words that are defined nowhere else are a Literal type.
         group: title of the group of settings that starts here, for help pages.
     """
 
@@ -46,9 +46,9 @@ class Setting:
     group: str | None = None
 
     def accepts(self, value: Any, words: Sequence[str] = ()) -> bool:
-        """Return whether a value of the right type is in range, and text, where there are `words`, one of them.
+        """Return whether a value of the right type is in range; text must be one of `words`, if there are any.
 
-        None always is: the type decides about it.
+        None is always accepted here: the type decides whether it is allowed.
         """
         if value is None or isinstance(value, bool):
             return True
@@ -70,7 +70,7 @@ class Setting:
 
     @property
     def range(self) -> str:
-        """The allowed range in words; "" where there is none."""
+        """The allowed range in words, "" if there is none."""
         bounds = {"at least": self.ge, "greater than": self.gt, "at most": self.le, "less than": self.lt}
         words = " and ".join(f"{word} {_plain(bound)}" for word, bound in bounds.items() if bound is not None)
         if self.ge is not None and self.le is not None:
@@ -80,10 +80,10 @@ class Setting:
 
 
 def setting(default: Any, help: str, **rules: Any) -> Any:
-    """Return a dataclass field with a default, a description and the rules of `Setting`.
+    """Declare a dataclass field with a default, a description and the rules of `Setting`.
 
     Args:
-        default: taken where nothing is given; each instance gets its own copy of a list or mapping.
+        default: MISSING if the setting is required; each instance gets its own copy of a list or mapping.
         help: one plain line.
         rules: other arguments of `Setting`.
     """
@@ -102,11 +102,11 @@ def checked(config: Any, section: str = "") -> Need:
     """Check each setting of a dataclass against its own range, and return a function for the rules between settings.
 
     Args:
-        config: the dataclass; called from its `__post_init__`.
-        section: where its settings stand in a file, as "train" or "train.loader"; "" for flags of a command.
+        config: the dataclass; call this from its `__post_init__`.
+        section: dotted name of its mapping in a file, such as "train" or "train.loader"; "" for flags of a command.
 
     Returns:
-        need(holds, name, allowed), which raises a ConfigError that names the setting `name` (dotted where nested)
+        need(holds, name, allowed), which raises a ConfigError that names the setting `name` (dotted if nested)
         unless `holds`.
 
     Raises:
@@ -126,14 +126,14 @@ def checked(config: Any, section: str = "") -> Need:
 
 
 def must_be(cls: type, name: str, value: Any = None) -> str:
-    """Return what the setting `name` must be, with the nearest choice where `value` is a misspelt one."""
+    """Return what the setting `name` must be, with the nearest choice if `value` is a misspelt one."""
     allowed = f"must be {allowed_text(cls, name)}"
     close = difflib.get_close_matches(value, choices_of(cls, name), 1) if isinstance(value, str) else []
     return f"{allowed}. Did you mean {close[0]}?" if close else allowed
 
 
 def allowed_text(cls: type, name: str) -> str:
-    """Return what a setting may be, in words: "an integer, at least 1, or null"."""
+    """Return the allowed values of a setting in words, such as "an integer, at least 1, or null"."""
     hint, rule = hints(cls)[name], rule_of(cls, name)
     choices = tuple(rule.choices) if rule is not None else ()
     words = [_type_text(part, choices) for part in _members(hint) if part is not type(None)]
@@ -146,7 +146,7 @@ def allowed_text(cls: type, name: str) -> str:
 
 
 def rule_of(cls: type, name: str) -> Setting | None:
-    """Return a field's Setting; None where it has none."""
+    """Return a field's Setting, None if it has none."""
     return next(field.metadata.get(KEY) for field in dataclasses.fields(cls) if field.name == name)
 
 
@@ -157,13 +157,13 @@ def hints(cls: type) -> dict[str, Any]:
 
 
 def nested(cls: type, name: str) -> type | None:
-    """Return the dataclass that a field holds, be it optional; None where it holds plain values."""
+    """Return the dataclass type of a field, optional or not; None if it holds plain values."""
     members = _members(hints(cls)[name])
     return next((part for part in members if isinstance(part, type) and dataclasses.is_dataclass(part)), None)
 
 
 def choices_of(cls: type, name: str) -> tuple[str, ...]:
-    """Return the words that a setting, or an item of it, may be; () where it is free."""
+    """Return the allowed words of a setting, or of its items; () if it is not restricted."""
     rule = rule_of(cls, name)
     if rule is not None and rule.choices:
         return tuple(rule.choices)
@@ -172,7 +172,7 @@ def choices_of(cls: type, name: str) -> tuple[str, ...]:
 
 
 def keys(cls: type, prefix: str) -> Iterator[str]:
-    """Yield the dotted name of every setting below `prefix`, those of nested dataclasses too."""
+    """Yield the dotted name of every setting below `prefix`, including nested dataclasses."""
     for field in dataclasses.fields(cls):
         yield f"{prefix}.{field.name}"
         inner = nested(cls, field.name)
@@ -185,7 +185,7 @@ def check_keys(cls: type, values: Mapping[Any, Any], prefix: str, known: Iterabl
 
     Args:
         prefix: dotted name of the mapping, for messages.
-        known: dotted names of all settings that the command reads; where empty, those below `prefix`.
+        known: dotted names of all settings that the command reads; if empty, those below `prefix`.
     """
     known = tuple(known) or tuple(keys(cls, prefix))
     names = {field.name for field in dataclasses.fields(cls)}
@@ -198,7 +198,7 @@ def check_keys(cls: type, values: Mapping[Any, Any], prefix: str, known: Iterabl
 
 
 def _unknown(cls: type, name: str, value: Any, prefix: str, known: Iterable[str]) -> str:
-    """Return what to write in place of an unknown key."""
+    """Return a message that says what to write instead of an unknown key."""
     renamed = getattr(cls, "RENAMED", {}).get(name)
     if renamed is not None:
         return renamed

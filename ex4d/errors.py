@@ -1,4 +1,4 @@
-"""The errors of this project: three kinds of failure, and one filter decision. Any other exception is a bug."""
+"""The errors of this project: three kinds of failure, and the decision of a filter. Any other exception is a bug."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ from ex4d.redact import without_secrets
 
 
 class Ex4dError(Exception):
-    """Root of every error that this project raises on purpose."""
+    """Base class of every error that this project raises on purpose."""
 
 
 class ConfigError(Ex4dError):
@@ -22,7 +22,7 @@ class ConfigError(Ex4dError):
         super().__init__(f"{key}={shown}: {allowed}")
 
     def __reduce__(self) -> tuple:
-        return type(self), (self.key, self.value, self.allowed)  # survives pickling between processes
+        return type(self), (self.key, self.value, self.allowed)  # so that it survives pickling between processes
 
 
 class BadSample(Ex4dError):
@@ -46,9 +46,9 @@ class Filtered(Ex4dError):
 
     Args:
         reason: the filter's name, e.g. "motion".
-        score: what was measured.
+        score: the measured value.
         threshold: the limit that it missed.
-        why: what that means, one sentence; "" where the name says it.
+        why: what that means, in one sentence; "" if the name says it.
     """
 
     def __init__(self, reason: str, score: float, threshold: float, why: str = ""):

@@ -24,12 +24,12 @@ VelocityFn = Callable[[Tensor, Tensor], Tensor]
 
 
 def shift_sigmas(sigmas: Tensor, shift: float = DEFAULT_SHIFT) -> Tensor:
-    """Return sigmas moved towards noise, s·sigma / (1 + (s − 1)·sigma): same shape, [0, 1]; shift 1 changes nothing."""
+    """Shift sigmas towards noise, s·sigma / (1 + (s − 1)·sigma): same shape, [0, 1]; shift 1 changes nothing."""
     return shift * sigmas / (1 + (shift - 1) * sigmas)
 
 
 def sigmas(num_steps: int, shift: float = DEFAULT_SHIFT) -> Tensor:
-    """Return the sampler's sigmas, float32 [num_steps + 1], from 1 falling to 0.
+    """Return the sampler's sigmas, float32 [num_steps + 1], decreasing from 1 to 0.
 
     The timesteps of the released sampler are 1000 × all but the last one: linspace(1, 0, N + 1)[:-1], shifted
     (tau-yihouxiang/EX-4D, diffsynth/schedulers/flow_match.py with shift 5, sigma_min 0, extra_one_step).
@@ -45,9 +45,9 @@ def sigmas(num_steps: int, shift: float = DEFAULT_SHIFT) -> Tensor:
 
 
 def training_weights(shift: float = DEFAULT_SHIFT) -> tuple[Tensor, Tensor]:
-    """Return the training table (sigmas, weights), each float32 [1000]: sigma falls from 1, the weights' mean is 1.
+    """Return the training table (sigmas, weights), each float32 [1000]: sigma decreases from 1, weights have mean 1.
 
-    w(t) ∝ exp(−2 ((t − 500) / 1000)²) less its minimum over the table (DiffSynth's FlowMatchScheduler with
+    w(t) ∝ exp(−2 ((t − 500) / 1000)²) minus its minimum over the table (DiffSynth's FlowMatchScheduler with
     training=True), so the step of pure noise has weight 0.
     """
     table = sigmas(NUM_TRAIN_TIMESTEPS, shift)[:-1]
@@ -63,7 +63,7 @@ def _draw_diffsynth(generator: torch.Generator, shift: float) -> tuple[Tensor, T
 
 
 def _draw_uniform(generator: torch.Generator, shift: float) -> tuple[Tensor, Tensor]:
-    # 1 − u lies in (0, 1], since sigma 0 would ask for nothing.
+    # 1 − u lies in (0, 1]: at sigma 0 there is no noise.
     sigma = shift_sigmas(1 - torch.rand((), generator=generator), shift)
     return sigma, torch.ones(())
 
@@ -89,14 +89,14 @@ def draw_sigma(
     device: torch.device | str = "cpu",
     timesteps: tuple[float, float] = ALL_TIMESTEPS,
 ) -> tuple[Tensor, Tensor]:
-    """Return (sigma, loss weight) of one training sample, float32 scalars on `device`.
+    """Draw (sigma, loss weight) of one training sample, float32 scalars on `device`.
 
     Args:
-        name: "diffsynth" (1000 shifted values, uniform, bell-shaped weight; the method's), "uniform" or "logit_normal"
-            (continuous, shifted, weight 1).
-        generator: a CPU generator, e.g. of `generator_for`.
-        timesteps: [first, end) of those that are wanted; others are drawn again, so that within the range neither law
-            nor weights change.
+        name: "diffsynth" (the method's: uniform over 1000 shifted values, bell-shaped weight), "uniform" or
+            "logit_normal" (continuous, shifted, weight 1).
+        generator: a CPU generator, e.g. from `generator_for`.
+        timesteps: allowed range [first, end); others are rejected and drawn again, so that within the range the
+            distribution and the weights do not change.
     """
     if name not in TIMESTEP_SAMPLING:
         raise ConfigError("timestep_sampling", name, f"allowed: {', '.join(TIMESTEP_SAMPLING)}")
@@ -107,9 +107,10 @@ def draw_sigma(
 
 
 def generator_for(seed: int, *parts: str | int) -> torch.Generator:
-    """Return a CPU generator that depends on (seed, *parts) alone: never on rank, device, process or call order.
+    """Return a CPU generator that depends only on (seed, *parts): never on rank, device, process or call order.
 
-    Training uses (seed, step, sample key); draw on the CPU and move, so that every device sees the same numbers.
+    Training uses (seed, step, sample key). Draw on the CPU and move the result, so that every device sees the same
+    numbers.
     """
     digest = hashlib.sha256(json.dumps([seed, *parts]).encode()).digest()
     return torch.Generator().manual_seed(int.from_bytes(digest[:8], "big") >> 1)
@@ -134,14 +135,14 @@ def sample(
     negative_velocity_fn: VelocityFn | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> Tensor:
-    """Return latents at the last sigma, float32 and shaped as `noise`, by Euler steps from pure noise.
+    """Sample latents by Euler steps from pure noise to the last sigma; float32, in the shape of `noise`.
 
     Args:
-        velocity_fn: (latents float32 [B, C, f, h, w], timestep float32 [B] in [0, 1000]) -> velocity, as latents.
+        velocity_fn: (latents float32 [B, C, f, h, w], timestep float32 [B] in [0, 1000]) -> velocity, like latents.
         noise: [B, C, f, h, w], standard normal.
-        sigmas: float32 [N + 1], falling, as `sigmas` returns them.
+        sigmas: float32 [N + 1], decreasing, as from `sigmas`.
         guidance_scale: classifier-free guidance, v− + scale (v+ − v−); 1 skips the negative pass.
-        negative_velocity_fn: the same network under the negative prompt; needed where the scale is not 1.
+        negative_velocity_fn: the same network with the negative prompt; required unless the scale is 1.
         on_step: called with the number of steps done, for a progress bar.
     """
     if guidance_scale != 1.0 and negative_velocity_fn is None:

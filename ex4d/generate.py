@@ -27,14 +27,14 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class NovelView:
-    """A generated video, the reconstruction it started from, and a record that repeats it."""
+    """A generated video, the reconstruction it started from, and a record from which to repeat it."""
 
     reconstruction: Reconstruction
     frames: np.ndarray
     record: dict
 
     def write(self, output: str | Path) -> list[Path]:
-        """Write the video, beside it its condition, mask and record; return the paths."""
+        """Write the video and, beside it, its condition, mask and record; return the paths."""
         output = Path(output)
         source = self.reconstruction
         paths = [output] + [output.with_name(f"{output.stem}{end}") for end in (".cond.mp4", ".mask.mp4", ".json")]
@@ -46,12 +46,12 @@ class NovelView:
 
 
 def to_pixels(frames: np.ndarray, device: str | torch.device = "cpu") -> torch.Tensor:
-    """Return pixels float32 [1, 3, T, H, W] in [-1, 1] of frames uint8 [T, H, W, 3]."""
+    """Convert frames uint8 [T, H, W, 3] to pixels float32 [1, 3, T, H, W] in [-1, 1]."""
     return encoders.to_pixels(torch.from_numpy(np.ascontiguousarray(frames))[None].to(device))
 
 
 def to_frames(pixels: torch.Tensor) -> np.ndarray:
-    """Return frames uint8 [T, H, W, 3] of pixels [1, 3, T, H, W] in [-1, 1], rounded, not truncated."""
+    """Convert pixels [1, 3, T, H, W] in [-1, 1] to frames uint8 [T, H, W, 3], rounded, not truncated."""
     array = ((pixels[0].float().clamp(-1, 1) + 1.0) * 127.5).round().to(torch.uint8)
     return array.permute(1, 2, 3, 0).cpu().numpy()
 
@@ -69,14 +69,14 @@ def generate(
     source: np.ndarray | None = None,
     on_step: Callable[[int], None] | None = None,
 ) -> np.ndarray:
-    """Return the generated video, uint8 [T, H, W, 3].
+    """Generate a video, uint8 [T, H, W, 3], from its condition and mask.
 
     Args:
         cond_video: uint8 [T, H, W, 3], zero where not visible; in training its frame 0 is the clean first frame.
-        visible: bool [T, H, W]; eroded here by config.erosion_px, frame 0 excepted.
-        seed: of the starting noise; the same seed, steps and weights give the same video.
-        mask_range: what the adapter was trained with; see ModelConfig.
-        first_frame: uint8 [H, W, 3], what the base model starts from; frame 0 of the condition by default.
+        visible: bool [T, H, W]; eroded here by config.erosion_px, except frame 0.
+        seed: of the initial noise; the same seed, steps and weights give the same video.
+        mask_range: as the adapter was trained with; see ModelConfig.
+        first_frame: uint8 [H, W, 3], the base model's first-frame condition; default: frame 0 of cond_video.
         source: uint8 [T, H, W, 3], the video itself, for an adapter that was trained with it (`source_video`).
         on_step: called with the number of steps done.
     """
@@ -90,7 +90,7 @@ def generate(
     source_latents = None if source is None else base.encode_video(to_pixels(source, base.device)).float()
     conditions = (image_condition, cond_latents, source_latents)
     noise = torch.randn(base.latent_shape(cond_video.shape), generator=flow.generator_for(seed, "generate"))
-    # Under equal prompts both passes predict the same, whatever the scale.
+    # With equal prompts both passes predict the same, so the scale has no effect.
     texts = [config.prompt or "", config.negative_prompt or ""]
     guided = config.guidance_scale != 1.0 and texts[0] != texts[1]
     if config.guidance_scale != 1.0 and not guided:
@@ -117,7 +117,7 @@ def _velocity(
     image_embeds: torch.Tensor | None,
     conditions: Sequence[torch.Tensor | None],
 ) -> flow.VelocityFn:
-    """Return the model's velocity under a prompt; `conditions` are its latents [B, C, F, h, w], cut where windowed."""
+    """Return the model's velocity function for a prompt; a window takes its part of `conditions` [B, C, F, h, w]."""
     prompt_embeds = base.encode_text([prompt])
 
     def velocity(latents: torch.Tensor, timestep: torch.Tensor, part: torch.Tensor | None = None) -> torch.Tensor:
@@ -131,7 +131,7 @@ def _velocity(
 
 
 def _view_config(metadata: weights.AdapterMetadata, device: str, view: Mapping[str, Any]) -> ReconstructConfig:
-    """Return the settings of a view, with the adapter's own where `view` has none."""
+    """Return the settings of a view; those that `view` does not set are the adapter's."""
     own = {
         "size": metadata.size,
         "num_frames": metadata.num_frames,
@@ -141,7 +141,7 @@ def _view_config(metadata: weights.AdapterMetadata, device: str, view: Mapping[s
 
 
 def novel_view(video_path: str | Path, adapter_path: str | Path, **choices: Any) -> NovelView:
-    """Return a video seen along one camera path; `choices` as in `novel_views`."""
+    """Generate a video along one camera path; `choices` are the keyword arguments of `novel_views`."""
     return next(novel_views(video_path, adapter_path, **choices))
 
 
@@ -156,12 +156,12 @@ def novel_views(
     on_step: Callable[[int], None] | None = None,
     **view: Any,
 ) -> Iterator[NovelView]:
-    """Yield a video seen along each camera path: depth once, the warps, then the model, which is loaded once.
+    """Generate a video along each camera path; depth is estimated once, and the model is loaded once, after all warps.
 
     Args:
         paths: for each path, the settings of ReconstructConfig that differ from `view`: `trajectory`, `angle_deg`,
             `trajectory_options`.
-        view: settings of ReconstructConfig; `size`, `num_frames` and `profile` default to those of the training.
+        view: settings of ReconstructConfig; `size`, `num_frames` and `profile` default to those used in training.
             num_frames is 4k+1, the sides are multiples of the latent patch.
     """
     metadata = experts.common(experts.read(adapter_path))
@@ -196,7 +196,7 @@ def novel_views(
 
 
 def _record(source: Reconstruction) -> dict[str, Any]:
-    """Return what repeats a reconstruction, JSON-able."""
+    """Return the facts from which a reconstruction can be repeated, JSON-serialisable."""
     return {
         **source.choices,
         "depth": source.provenance,

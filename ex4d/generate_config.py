@@ -1,4 +1,4 @@
-"""The settings of sampling (section `generate`, and flags of `ex4d generate`). Imports nothing of torch."""
+"""The settings of sampling (section `generate`, and flags of `ex4d generate`). Does not import torch."""
 
 from __future__ import annotations
 
@@ -54,6 +54,6 @@ class GenerateConfig:
             need(self.window_overlap < self.window_frames - 1, "window_overlap", allowed)
 
     def for_adapter(self, metadata: AdapterMetadata) -> GenerateConfig:
-        """Return these choices with the adapter's own where none was made."""
+        """Return these settings, with the adapter's values for those that are null."""
         names = ("shift", "prompt", "negative_prompt")
         return replace(self, **{name: getattr(metadata, name) for name in names if getattr(self, name) is None})

@@ -1,4 +1,4 @@
-"""Load a base with its adapters for generation, for the device that there is."""
+"""Load a base model with its adapters for generation, on the available device."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from ex4d.models.adapter import Ex4dModel, build_model
 
 
 def device_of(name: str | None) -> str:
-    """Return the device that a setting means. Raises ConfigError where this machine does not have it."""
+    """Return the device of a setting, None: a GPU if there is one. Raises ConfigError if this machine lacks it."""
     if name is None:
         return "cuda" if torch.cuda.is_available() else "cpu"
     count = torch.cuda.device_count()
@@ -31,13 +31,13 @@ def load(
     device: str | None = None,
     config: GenerateConfig = GenerateConfig(),
 ) -> tuple[backbone.Base, Ex4dModel | experts.Experts]:
-    """Return (base, model with its adapter) in evaluation mode; both experts where the base has two.
+    """Load (base, model with its adapter) in evaluation mode; both experts if the base has two.
 
     Args:
-        adapter_path: an adapter, or a folder of two experts' (`experts.read`).
+        adapter_path: an adapter, or a folder with those of two experts (`experts.read`).
         base: overrides the base that the adapter names: tiny, a folder, or a hub id.
-        device: default cuda where there is one.
-        config: its quantize, block_swap, vae_tiling and offload say how much lies on the device.
+        device: default: cuda if there is one.
+        config: its quantize, block_swap, vae_tiling and offload determine how much memory the device needs.
     """
     device = device_of(device)
     adapters = experts.read(adapter_path)
@@ -62,7 +62,7 @@ def load(
         models[name] = _with_adapter(part, path, own, base not in (None, metadata.base), config, name)
         parts.append(part)
         if config.offload and len(names) > 1:
-            part.transformer.to("cpu")  # it was quantised on the device
+            part.transformer.to("cpu")  # it was quantized on the device
     loaded = parts[0]
     if config.vae_tiling and hasattr(loaded.vae, "enable_tiling"):  # the tiny base's codec works block by block
         loaded.vae.enable_tiling()
@@ -80,7 +80,7 @@ def _with_adapter(
     config: GenerateConfig,
     expert: backbone.Expert | None,
 ) -> Ex4dModel:
-    """Return the model over a base's transformer, with its adapter and further LoRAs; without `path` as the base is."""
+    """Build the model over a base's transformer and load its adapter (`path`, if any) and further LoRAs."""
     shape = backbone.ModelConfig(
         lora_rank=metadata.lora_rank,
         lora_alpha=metadata.lora_alpha,

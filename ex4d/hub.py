@@ -1,4 +1,4 @@
-"""Weights from a hub or a folder: the one place that says what to download and where to put it."""
+"""Resolve weights from a hub or a folder: the one place that says what to download and where to put it."""
 
 from __future__ import annotations
 
@@ -16,9 +16,9 @@ from ex4d.errors import ConfigError
 
 log = logging.getLogger(__name__)
 
-SETTLED_S = 2.0  # a file that was changed less than so long ago may change again without another time
+SETTLED_S = 2.0  # a file that was changed less than this long ago may change again without a change of its times
 
-# What ends up in URLs, in paths of the hub's cache and in commands that people copy.
+# These end up in URLs, in paths of the hub's cache and in commands that people copy.
 _PART = r"[A-Za-z0-9_][A-Za-z0-9_.-]{0,95}"
 HUB_ID, REVISION = re.compile(f"{_PART}(/{_PART})?"), re.compile(f"{_PART}(/{_PART}){{0,9}}")
 
@@ -30,14 +30,14 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
         weights: an existing folder, or `hub-id[@revision]`.
         patterns: the files that are needed, as globs below the folder.
         key: the setting that `weights` came from, for the message.
-        advice: what to do without a network; by default one download and the folder as the setting's value.
+        advice: what to do without a network; by default, to download a folder elsewhere and set `key` to it.
 
     Raises:
-        ConfigError: neither a folder nor a hub id, or not here and not to be had: it says what to download.
+        ConfigError: neither a folder nor a hub id, or missing and not fetchable; it says what to download.
     """
     if Path(weights).is_dir():
         return Path(weights)
-    from huggingface_hub import constants  # by its own import: the package does not bring it along
+    from huggingface_hub import constants  # a submodule that the package does not load
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     hub_id, _, revision = weights.partition("@")
@@ -61,19 +61,19 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
 
 @lru_cache(maxsize=64)
 def _snapshot(hub_id: str, revision: str | None, patterns: tuple[str, ...], cache: str) -> str:
-    """Return the folder of a snapshot; a process asks the hub once, so that a branch does not move under its clips."""
+    """Return the folder of a snapshot; a process asks the hub once, so that all its clips use the same commit."""
     import huggingface_hub
 
     return huggingface_hub.snapshot_download(hub_id, revision=revision, allow_patterns=list(patterns), cache_dir=cache)
 
 
 def revision_of(folder: Path) -> str | None:
-    """Return the commit of a snapshot in the hub's cache, whose folder is named by it; None for other folders."""
+    """Return the commit of a snapshot in the hub's cache, which is its folder's name; None for other folders."""
     return folder.name if folder.parent.name == "snapshots" else None
 
 
 def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*.txt", "*.safetensors")) -> str:
-    """Return 64 hex digits that stand for the files in folders by name and content: alike wherever the folders lie."""
+    """Return 64 hex digits that identify the files in folders by name and content, wherever the folders are."""
     lines = []
     for number, folder in enumerate(folders):
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
@@ -82,14 +82,14 @@ def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*
 
 
 def file_sha256(path: str | Path) -> str:
-    """Return the sha256 of a local file; a process reads it once, as long as its size and times stay the same."""
+    """Return the sha256 of a local file; a process reads it once unless its size or times change."""
     stat, place = Path(path).stat(), str(Path(path).resolve())
     times = stat.st_size, stat.st_mtime_ns, stat.st_ctime_ns
     return _sha256.__wrapped__(place, *times) if is_fresh([stat]) else _sha256(place, *times)
 
 
 def is_fresh(facts: Iterable[os.stat_result]) -> bool:
-    """Return True where a file was changed so lately that its times may not tell another change: clocks are coarse."""
+    """Return whether a file was changed so recently that its times may miss another change: clocks are coarse."""
     return time.time() - max(fact.st_ctime for fact in facts) < SETTLED_S
 
 
@@ -100,11 +100,11 @@ def _sha256(path: str, size: int, mtime_ns: int, ctime_ns: int) -> str:
 
 
 def name_of(weights: str) -> str:
-    """Return a hub id as it is, and of a folder its name alone: what is recorded is alike on every machine."""
+    """Return a hub id as it is, but only the name of a folder, so that records are the same on every machine."""
     return Path(weights).name if Path(weights).is_dir() else weights
 
 
 @lru_cache(maxsize=64)
 def say_licence(name: str, weights: str, licence: str) -> None:
-    """Log, once for each process and weights, under which licence they stand."""
+    """Log the licence of weights, once per process and weights."""
     log.warning("%s: weights %s, licence: %s", name, weights, licence)

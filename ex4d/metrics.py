@@ -1,4 +1,4 @@
-"""Serve the figures of a run to Prometheus."""
+"""Serve the metrics of a run to Prometheus."""
 
 from __future__ import annotations
 
@@ -11,7 +11,7 @@ from ex4d.errors import ConfigError
 
 @contextmanager
 def serving(port: int | None, host: str, collect: Callable[[], Iterator[Any]]) -> Iterator[None]:
-    """Serve http://HOST:PORT/metrics inside the block; None serves nothing.
+    """Serve http://HOST:PORT/metrics inside the block; with port None, serve nothing.
 
     Args:
         collect: yields the metric families; called at each scrape, in another thread.

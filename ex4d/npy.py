@@ -1,8 +1,8 @@
-"""Read npy and npz that may come from anywhere, from many threads at once.
+"""Read untrusted npy and npz files, from many threads at once.
 
-NumPy's own reader hands the header to Python's parser, which in Python 3.11 fails now and then ("AST constructor
+NumPy's own reader passes the header to Python's parser, which in Python 3.11 occasionally fails ("AST constructor
 recursion depth mismatch") while another thread parses. It also reads headers of gigabytes, and pickles on request.
-Here a header is version 1.0 (64 kB at most), of numbers, booleans, times or text, and matched by a pattern.
+Here a header has version 1.0 (64 kB at most), holds numbers, booleans, times or text, and is matched by a pattern.
 """
 
 from __future__ import annotations
@@ -26,10 +26,10 @@ _SHAPE = re.compile(r"""["']shape["']\s*:\s*\(((?:\s*\d{1,18}L?\s*,)*(?:\s*\d{1,
 
 @dataclass(frozen=True)
 class Header:
-    """What an npy says of its array.
+    """The shape, dtype and order that an npy declares.
 
     Args:
-        by_columns: the numbers lie in Fortran's order.
+        by_columns: the numbers are in Fortran order.
     """
 
     shape: tuple[int, ...]
@@ -45,11 +45,11 @@ class Header:
 
 
 def header(file: IO[bytes]) -> Header:
-    """Read the header of an npy stream, which then stands at its numbers.
+    """Read the header of an npy stream, and leave the stream at its numbers.
 
     Raises:
-        ValueError: it is no npy of version 1.0, or holds other values than numbers, booleans, times or text; the
-            message has "allow_pickle" where it holds pickled objects.
+        ValueError: not an npy of version 1.0, or its values are not numbers, booleans, times or text; the message has
+            "allow_pickle" if they are pickled objects.
     """
     start = file.read(10)
     if start[:6] != MAGIC or len(start) < 10:
@@ -70,16 +70,16 @@ def header(file: IO[bytes]) -> Header:
         raise ValueError("holds objects, which need allow_pickle")
     sides = tuple(int(side.strip(" L")) for side in shape.split(",") if side.strip())
     found = Header(sides, dtype, order == "True")
-    if not dtype.itemsize or found.num_bytes >= 2**63:  # of empty texts no byte says how many there are
+    if not dtype.itemsize or found.num_bytes >= 2**63:  # zero-size items could be any number
         raise ValueError(f"npy with the header {text[:80]!r}, which no memory holds")
     return found
 
 
 def numbers(file: IO[bytes], of: Header) -> np.ndarray:
-    """Read the array whose header has just been read; it is not writable.
+    """Read the array whose header has just been read; it is read-only.
 
     Raises:
-        ValueError: the file has fewer bytes than the header says.
+        ValueError: the file has fewer bytes than the header declares.
     """
     data = file.read(of.num_bytes)
     if len(data) < of.num_bytes:
@@ -88,7 +88,7 @@ def numbers(file: IO[bytes], of: Header) -> np.ndarray:
 
 
 def archive(data: bytes) -> dict[str, np.ndarray]:
-    """Return the arrays of an npz that this project wrote, by name. Raises ValueError where it holds others."""
+    """Read {name: array} of an npz that this project wrote. Raises ValueError for unsupported arrays."""
     with zipfile.ZipFile(io.BytesIO(data)) as members:
         arrays = {}
         for name in members.namelist():

@@ -21,20 +21,20 @@ from ex4d.video import pictures
 RECORDED = (
     *("trajectory", "angle_deg", "trajectory_options", "source_poses", "source_scale", "source_motion"),
     *("first_frame", "persistent_frames", "profile", "backend", "seed"),
-)  # settings that a record of a view names
-RELEASED_FOCAL_PX = 500.0  # the released code's, at any size
+)  # settings that the record of a view keeps
+RELEASED_FOCAL_PX = 500.0  # the released code's focal length, at any size
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A video's frames with their depth, before any path.
+    """A video's frames with their depth, before a camera path is chosen.
 
     Attributes:
         frames: uint8 [T, H, W, 3]. fps: frames per second.
         z_depth: float32 [T, H, W], along the source camera's z. K: float64 [3, 3] px, pixel centres at +0.5.
-        profile: how its meshes are made and drawn. provenance: the depth estimator's record.
-        source_w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, the first the identity; None: it is
-            not known. dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: not known.
+        profile: how its meshes are built and drawn. provenance: the depth estimator's record.
+        source_w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, the first the identity; None:
+            unknown. dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: unknown.
         valid_mask: bool [T, H, W], True where depth is known; None: everywhere.
     """
 
@@ -50,14 +50,14 @@ class Clip:
 
     @property
     def radius(self) -> float:
-        """Distance of the point that paths turn about, in units of the depth."""
+        """Distance of the point about which paths turn, in units of the depth."""
         rule = "released" if self.profile == "released" else "percentile"
         return trajectory.radius_of(self.z_depth[0], rule)
 
 
 @dataclass(frozen=True)
 class Reconstruction:
-    """A clip, its geometry, and its view along a trajectory. `reconstruct_files.write` makes files of it.
+    """A clip, its geometry, and its view along a trajectory. `reconstruct_files.write` writes it to files.
 
     Attributes:
         frames: uint8 [T, H, W, 3], the source.
@@ -68,12 +68,12 @@ class Reconstruction:
         view_K: float64 [3, 3] px of the new cameras; [T, 3, 3] where the focal length changes (a zoom).
         cond_video: uint8 [T, H, W, 3], colour where visible, zero elsewhere.
         visible: bool [T, H, W], True where the source shows what the new camera sees.
-        source_w2c: float64 [T, 4, 4] of the source camera where it is known; None: it is taken to stand still.
-        profile: how the meshes are made and drawn.
-        choices: the settings of the view, JSON-able.
+        source_w2c: float64 [T, 4, 4] of the source camera; None: unknown, assumed not to move.
+        profile: how the meshes are built and drawn.
+        choices: the settings of the view, JSON-serialisable.
         provenance: the depth estimator's record.
         valid_mask: bool [T, H, W], True where depth is known; None: everywhere.
-        video_path: whose first frames these are, for its sound; "" where it is no file.
+        video_path: the video whose first frames these are, for its sound; "" if there is no file.
     """
 
     frames: np.ndarray
@@ -102,11 +102,11 @@ class Reconstruction:
 def reconstruct(
     video_path: str | Path, config: ReconstructConfig = ReconstructConfig(), **changes: Any
 ) -> Reconstruction:
-    """Return the first frames of a video as seen along a camera path.
+    """Warp the first frames of a video to a camera path.
 
     Args:
         video_path: a video, or a folder of pictures (`video.pictures`).
-        config: the settings; changes: those that differ from it, by name.
+        config: the settings. changes: settings that differ from `config`, by name.
 
     Raises:
         ConfigError: a setting is invalid.
@@ -119,10 +119,10 @@ def reconstruct(
 
 
 def along(clip: Clip, config: ReconstructConfig, video_path: str = "") -> Reconstruction:
-    """Return a clip as seen along a camera path; several paths share one clip, and so one depth pass.
+    """Warp a clip to a camera path; several paths can share one clip, and so one depth estimate.
 
     Args:
-        video_path: of the clip's video, for its sound.
+        video_path: the clip's video, for its sound.
 
     Raises:
         ConfigError, ContractError: as in `reconstruct`.
@@ -163,7 +163,7 @@ def along(clip: Clip, config: ReconstructConfig, video_path: str = "") -> Recons
 def _warp(
     clip: Clip, config: ReconstructConfig, w2c: np.ndarray, view_K: np.ndarray, source_w2c: np.ndarray | None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cond_video, visible) of a clip, its holes filled from other frames where that is chosen."""
+    """Return (cond_video, visible) of a clip, with holes filled from other frames if `persistent_frames` is set."""
     cond_video, visible = warp_video(
         clip.frames,
         clip.z_depth,
@@ -187,9 +187,9 @@ def _warp(
 
 
 def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()) -> Clip:
-    """Return the first frames of a video with their depth; errors as in `reconstruct`.
+    """Decode the first frames of a video and estimate their depth; errors as in `reconstruct`.
 
-    The video is decoded in the sandboxed child: one that hangs or crashes its decoder is a BadSample.
+    The video is decoded in the sandboxed child: one that hangs or crashes its decoder raises BadSample.
     """
     with pictures.as_video(video_path, config.image_fps) as path:
         frames, request, fps = _read(video_path, path, config.num_frames, config.size, config.fit)
@@ -213,10 +213,10 @@ def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()
 def _read(
     video_path: str | Path, path: str, num_frames: int | None, size: tuple[int, int] | None, fit: str
 ) -> tuple[np.ndarray, depth_estimators.DepthRequest, float]:
-    """Return (frames uint8 [T, H, W, 3], how they lie in the video, frames per second).
+    """Decode (frames uint8 [T, H, W, 3], a DepthRequest that says where they are in the video, frames per second).
 
     Args:
-        path: the file that is decoded.
+        path: the file that is decoded; it differs from `video_path` for a folder of pictures.
     """
     file = isolation.File(path)
     info = isolation.run("probe", (file,))

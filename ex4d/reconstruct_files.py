@@ -1,4 +1,4 @@
-"""The files of a reconstruction, and those that the released generator reads."""
+"""Write the files of a reconstruction, and those that the released generator reads."""
 
 from __future__ import annotations
 
@@ -21,19 +21,19 @@ if TYPE_CHECKING:
 
 log = logging.getLogger(__name__)
 
-CAMERA_VERSION = 2  # of camera.json; 1 had no version, and source_w2c only where poses were given
-RELEASED_FPS = 30  # the released tool writes 30 whatever the source has
+CAMERA_VERSION = 2  # of camera.json; 1 had no version, and source_w2c only if poses were given
+RELEASED_FPS = 30  # the released tool always writes 30, whatever the source's rate
 
 
 def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = None) -> list[Path]:
     """Write cond.mp4, mask.npz (`visible` bool [T, H, W]), mask.mp4, camera.json, preview.png; return the paths.
 
     camera.json: `axes` "opencv", `size` [H, W], `K` [3, 3] px or, for a zoom, [T, 3, 3], `w2c` [T, 4, 4] of the new
-    cameras, `source_w2c` [T, 4, 4], null where the source is taken to stand still, and
+    cameras, `source_w2c` [T, 4, 4], null if the source is assumed not to move, and
     `source_motion`. With the released profile also the three files of `released`.
 
     Args:
-        mesh_format: "ply" or "glb": also mesh/000000.ply …, one a frame, in that frame's own source camera.
+        mesh_format: "ply" or "glb": also write mesh/000000.ply …, one per frame, in that frame's own source camera.
     """
     folder = Path(folder)
     mask, preview = io.BytesIO(), io.BytesIO()
@@ -61,9 +61,9 @@ def write(view: Reconstruction, folder: str | Path, mesh_format: str | None = No
 
 
 def sounding(view: Reconstruction, frames: np.ndarray) -> bytes:
-    """Return an mp4 of the view's frames with the sound of its source, copied; without it, a warning says why."""
+    """Encode frames to an mp4 and copy the sound of the view's source; if that fails, log why and omit the sound."""
     data = video.encode(frames, view.fps)
-    if not view.video_path or Path(view.video_path).is_dir():  # pictures make no sound
+    if not view.video_path or Path(view.video_path).is_dir():  # a folder of pictures has no sound
         return data
     try:
         result = isolation.run("with_audio", (isolation.File(view.video_path), data))
@@ -74,7 +74,7 @@ def sounding(view: Reconstruction, frames: np.ndarray) -> bytes:
 
 
 def white(visible: np.ndarray) -> np.ndarray:
-    """Return pictures uint8 [T, H, W, 3] of visible bool [T, H, W]: 255 where True."""
+    """Convert visible bool [T, H, W] to pictures uint8 [T, H, W, 3]: 255 where True."""
     return np.repeat(visible[..., None].astype(np.uint8) * 255, 3, axis=-1)
 
 
@@ -92,10 +92,10 @@ def cameras(view: Reconstruction) -> dict:
 
 
 def released(view: Reconstruction) -> dict[str, bytes]:
-    """Return color_NAME.mp4, mask_NAME.mp4 and camera_NAME.npz, as the released tool lays them out.
+    """Return color_NAME.mp4, mask_NAME.mp4 and camera_NAME.npz in the released tool's format.
 
-    NAME is what it calls the path: 180 for the slide, the angle for an orbit, 180_outer for the full sweep; else ours.
-    30 frames a second, the mask 255 where seen, the poses OpenGL world-to-camera with K [3, 3] of the first.
+    NAME is its name of the path: 180 for the slide, the angle for an orbit, 180_outer for the full sweep; else ours.
+    30 frames per second; the mask is 255 where seen; poses are OpenGL world-to-camera, with the source's K [3, 3].
     """
     path, angle_deg = view.choices["trajectory"], view.choices["angle_deg"]
     known = {"released-180": "180", "orbit": f"{angle_deg:g}", "full": "180_outer"}
@@ -111,7 +111,7 @@ def released(view: Reconstruction) -> dict[str, bytes]:
 
 
 def contact_sheet(view: Reconstruction, num_columns: int = 7, width_px: int = 192) -> Image:
-    """Return a picture: source, disparity and condition (rows) at evenly spaced frames (columns)."""
+    """Draw a contact sheet: source, disparity and condition (rows) at evenly spaced frames (columns)."""
     from PIL import Image as pillow
 
     chosen = np.unique(np.linspace(0, len(view.frames) - 1, num_columns).round().astype(int))

@@ -1,4 +1,4 @@
-"""Text that came from outside, before it is shown or kept: no control characters, no passwords."""
+"""Clean text from outside before it is shown or stored: escape control characters, remove passwords."""
 
 from __future__ import annotations
 
@@ -9,7 +9,7 @@ from contextlib import contextmanager
 from typing import Any, TextIO
 
 SECRET = "(not kept)"
-# C0 but tab and newline, C1, and what changes the direction or the line of text: they can hide or fake output.
+# C0 except tab and newline, C1, and characters that change the direction or line of text: all can hide or fake output.
 _CONTROL = re.compile("[\x00-\x08\x0b-\x1f\x7f-\x9f\u061c\u200e\u200f\u2028\u2029\u202a-\u202e\u2066-\u2069]")
 _URL = re.compile(r"""[A-Za-z][A-Za-z0-9+.-]*://[^\s"'<>]*""")
 _STORES = ("s3", "s3a", "gs", "gcs", "hf", "file")
@@ -17,20 +17,20 @@ _NEXT = re.compile(r",(?=[A-Za-z][A-Za-z0-9+.-]*://)")
 
 
 def printable(text: str) -> str:
-    """Return text with control and bidirectional characters written as escapes, for terminals and logs."""
+    """Escape control and bidirectional characters of text, for terminals and logs."""
     return _CONTROL.sub(lambda found: found[0].encode("unicode_escape").decode(), text)
 
 
 def shown(text: str) -> str:
-    """Return text as it may reach a terminal or a log: `printable`, and its URLs `without_secrets`."""
+    """Make text safe for a terminal or a log: `printable`, and its URLs `without_secrets`."""
     return printable(without_secrets(text))
 
 
 class Shown:
-    """A text stream that writes what `shown` returns; the cursor's return to the start of a line passes.
+    """A text stream that passes text through `shown`; a carriage return at the start is kept.
 
     Args:
-        raw: the stream below, for a terminal's own control sequences.
+        raw: the underlying stream, for a terminal's own control sequences.
     """
 
     def __init__(self, raw: TextIO):
@@ -48,7 +48,7 @@ class Shown:
 
 @contextmanager
 def shown_output() -> Iterator[None]:
-    """Let everything that is printed inside go through `shown`."""
+    """Pass everything that is printed inside the block through `shown`."""
     before = sys.stdout, sys.stderr
     sys.stdout, sys.stderr = (Shown(terminal(stream)) for stream in before)
     try:
@@ -58,14 +58,14 @@ def shown_output() -> Iterator[None]:
 
 
 def terminal(stream: Any) -> TextIO:
-    """Return the stream below a Shown, for a library that draws with control sequences and is given no foreign text."""
+    """Return the stream under a Shown, for a library that prints control sequences and gets no untrusted text."""
     return stream.raw if isinstance(stream, Shown) else stream
 
 
 def redacted(url: str) -> str:
-    """Return a URL without user, password, query and fragment, which may be secret; other text as it is.
+    """Remove user, password, query and fragment, which may be secret, from a URL; return other text unchanged.
 
-    In the URL of a store (s3://, gs://) `?` and `#` are characters of a name or a pattern, and stay.
+    In the URL of a store (s3://, gs://), `?` and `#` are characters of a name or a pattern, and are kept.
     """
     if "://" not in url:
         return url
@@ -77,14 +77,14 @@ def redacted(url: str) -> str:
 
 
 def without_secrets(value: Any) -> Any:
-    """Return JSON-able values whose URLs are `redacted`; SECRET stands where something was left out."""
+    """Return JSON-serialisable values with URLs `redacted`; SECRET marks where something was removed."""
     if isinstance(value, dict):
         return {name: without_secrets(child) for name, child in value.items()}
     if isinstance(value, list | tuple):
         return [without_secrets(child) for child in value]
     if not isinstance(value, str) or "://" not in value:
         return value
-    # Several URLs may stand in one text with commas between; a password may hold a comma, too.
+    # One text may hold several URLs, separated by commas; a password may also hold a comma.
     return ",".join(_URL.sub(_without, part) for part in _NEXT.split(value))
 
 

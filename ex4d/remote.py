@@ -1,8 +1,8 @@
-"""Calls to a store that fail for a passing reason are tried again, a fixed number of times; others are not.
+"""Retry calls to a store that fail for a transient reason, a fixed number of times; other errors are final.
 
-Passing are lost connections, timeouts, and what a server calls its own trouble (5xx, 408, 425, 429; S3's SlowDown is a
-503). What is not there (404) or not allowed (401, 403) stays so. A store's client tries single requests again by
-itself; this is around whole operations, such as an upload of many parts, and the same for every store.
+Transient are lost connections, timeouts, and a server's own failures (5xx except 501 and 505, 408, 425, 429; S3's
+SlowDown is a 503). Missing (404) or forbidden (401, 403) files are not. A store's client retries single requests by
+itself; this retries whole operations, such as an upload of many parts, in the same way for every store.
 """
 
 from __future__ import annotations
@@ -21,11 +21,11 @@ from ex4d.redact import redacted
 log = logging.getLogger(__name__)
 
 ATTEMPTS = 5
-FIRST_DELAY_S = 0.25  # doubled each time, ± half of it: 3.75 s in all on average
+FIRST_DELAY_S = 0.25  # doubled each time, with ± 50 % jitter: 3.75 s in total on average
 
 Result = TypeVar("Result")
 
-# Base classes of what the stores' clients raise beside OSError; looked up only where the client is loaded already.
+# Base classes of what the stores' clients raise besides OSError; looked up only if the client is already loaded.
 _CLIENT_ERRORS = {
     "aiohttp": ("ClientError",),
     "botocore.exceptions": ("BotoCoreError", "ClientError"),
@@ -33,7 +33,7 @@ _CLIENT_ERRORS = {
     "httpx": ("HTTPError",),
     "requests": ("RequestException",),
 }
-# Classes, by name, that say that a connection broke.
+# Names of classes that mean that a connection broke.
 _BROKEN = {
     *("ClientConnectionError", "ClientPayloadError"),  # aiohttp
     *("HTTPClientError", "ConnectionError", "IncompleteReadError", "ResponseParserError"),  # botocore
@@ -45,28 +45,28 @@ _LASTING_ERRNO = (errno.ENOSPC, errno.EDQUOT, errno.EROFS, errno.EINVAL, errno.E
 
 
 class Unavailable(OSError):
-    """An operation failed for a passing reason as often as it was tried."""
+    """Every attempt at an operation failed for a transient reason."""
 
 
 class TooLarge(OSError):
-    """A file has more bytes than the caller takes."""
+    """A file has more bytes than the caller accepts."""
 
 
 class Truncated(OSError):
-    """A download gave another number of bytes than was announced."""
+    """A download returned another number of bytes than announced."""
 
 
 def call(operation: Callable[[], Result], url: str) -> Result:
-    """Return what `operation` returns.
+    """Call `operation`, retrying transient failures, and return its result.
 
     Args:
-        operation: may run several times, so each run must bring the same.
-        url: named in the error, without what may be secret in it.
+        operation: may run several times, so it must be idempotent.
+        url: named in errors, without what may be secret in it.
 
     Raises:
-        Unavailable: every attempt failed for a passing reason.
-        Truncated: every attempt did, and the last so.
-        OSError: FileNotFoundError and PermissionError among them; the messages hold nothing of what the server said.
+        Unavailable: every attempt failed for a transient reason.
+        Truncated: the same, and the last attempt was truncated.
+        OSError: including FileNotFoundError and PermissionError; messages hold nothing of the server's text.
     """
     for attempt in range(1, ATTEMPTS + 1):
         try:
@@ -85,11 +85,11 @@ def call(operation: Callable[[], Result], url: str) -> Result:
 
 
 def is_passing(error: BaseException) -> bool:
-    """Return True where the same call may succeed later."""
+    """Return whether an error is transient: the same call may succeed later."""
     if isinstance(error, Unavailable | TooLarge) or _refused(error):
-        return False  # it was tried often enough
+        return False  # retried often enough, too large, or refused by our rules
     status, code = _answer(error)
-    if code == "NoSuchUpload":  # of a multipart upload whose end was tried twice: the upload begins again
+    if code == "NoSuchUpload":  # completion of a multipart upload was sent twice: restart the upload
         return True
     if status is not None:
         return status in _PASSING_STATUS
@@ -118,10 +118,10 @@ def _is_broken(error: BaseException) -> bool:
 
 
 def _answer(error: BaseException) -> tuple[int | None, str]:
-    """Return the status and the store's own code of the answer that an error stands for, (None, "") for no answer."""
+    """Return (HTTP status, the store's own error code) of the response behind an error, (None, "") if there is none."""
     for cause in _causes(error):
         if _is_broken(cause):
-            break  # below it lie a client's own parsers, with codes that nobody sent
+            break  # deeper causes are errors of a client's parsers, whose codes no server sent
         response = getattr(cause, "response", None)
         if isinstance(response, dict):  # botocore
             status = response.get("ResponseMetadata", {}).get("HTTPStatusCode")

@@ -1,11 +1,12 @@
 """Procedural moving scenes with exact depth, cameras and novel views, and a corpus of them as ordinary video files.
 
 A scene is a textured room with textured spheres and boxes that move and turn on smooth paths. Rays are cast exactly, so
-any camera at any time gives a true picture and a true z-depth: warps, masks and generated views are measured by it.
+any camera at any time gives a true picture and a true z-depth, against which warps, masks and generated views are
+measured.
 
-The nearest body (the hero) stands where an orbit turns about; every other body keeps outside the orbit's circle,
-so that a camera may go ±90° around (0, 0, r), r = 1.06 × the 1st percentile of the first depth, and more, and
-never enters a solid (`tests/test_synthetic.py` measures it).
+The nearest body (the hero) stands at the point about which an orbit turns; all others stay outside the orbit's circle.
+So a camera may go ±90° and more around (0, 0, r), r = 1.06 × the 1st percentile of the first depth, without entering a
+solid (`tests/test_synthetic.py` measures it).
 """
 
 from __future__ import annotations
@@ -24,7 +25,7 @@ from ex4d.geometry.camera import FOV_DEG, Camera, intrinsics, look_at
 from ex4d.geometry.pose_file import PoseFile
 from ex4d.synthetic_bodies import FACES_PER_BODY, Body, Textures, paint, random_bodies, random_room, random_textures
 
-# Towards the light, unit length; fixed to the world: shading has no view dependence.
+# Unit vector towards the light, fixed in the world: shading does not depend on the view.
 LIGHT = np.array([-0.48, -0.78, -0.40])
 CAMERA_MOTIONS = ("static", "gentle", "strong")
 
@@ -60,7 +61,7 @@ class SyntheticConfig:
 
 @dataclass(frozen=True)
 class Scene:
-    """A room, its bodies and their textures. Make one with `Scene.random`."""
+    """A room, its bodies and their textures. Create one with `Scene.random`."""
 
     seed: int
     scale: float
@@ -72,14 +73,14 @@ class Scene:
     def random(
         seed: int | tuple[int, ...], max_frequency: float = 3.0, moving_bodies: bool = True, sky: bool = False
     ) -> Scene:
-        """Return the scene of a seed.
+        """Create the scene of a seed.
 
         Args:
-            seed: equal seeds, equal scenes.
-            max_frequency: upper end of the textures' band in cycles per image height, for a surface seen straight on
-                at its usual distance with a field of view of 54°; H/2 is the Nyquist limit of a picture H px high.
-            moving_bodies: False keeps every body still.
-            sky: walls and ceiling are moved far away and become a smooth sky; the floor reaches out to them.
+            seed: equal seeds give equal scenes.
+            max_frequency: upper end of the textures' band in cycles per image height, for a surface seen head-on at
+                its usual distance with a field of view of 54°; H/2 is the Nyquist limit of a picture H px high.
+            moving_bodies: False: no body moves.
+            sky: walls and ceiling are moved far away and become a smooth sky; the floor extends to them.
         """
         if max_frequency <= 0:
             raise ConfigError("synthetic.max_frequency", max_frequency, "must be positive (cycles per image height)")
@@ -95,11 +96,11 @@ class Scene:
     def cast(
         self, origins: np.ndarray, directions: np.ndarray, time_s: float
     ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-        """Return what rays hit first: ray parameter float64 [N], body index int64 [N], body coordinates float64 [N,3].
+        """Cast rays; return ray parameter float64 [N], body index int64 [N] and body coordinates float64 [N,3] of hits.
 
         Args:
             origins: float64 [N,3] or [1,3], world.
-            directions: float64 [N,3], world, any length (the parameter is in units of it).
+            directions: float64 [N,3], world, any length (the unit of the ray parameter).
         """
         hits = np.stack([body.intersect(origins, directions, time_s) for body in self.bodies])
         index = np.argmin(hits, axis=0)
@@ -112,10 +113,10 @@ class Scene:
         return distance, index, local
 
     def render(self, camera: Camera, time_s: float, supersample: int = 1) -> tuple[np.ndarray, np.ndarray]:
-        """Return (frame uint8 [H,W,3] RGB, z_depth float32 [H,W] along the camera's z through pixel centres).
+        """Render (frame uint8 [H,W,3] RGB, z_depth float32 [H,W] along the camera's z through pixel centres).
 
         Args:
-            supersample: n × n rays per pixel for the colours (a box filter); the depth is of the centre ray always.
+            supersample: n × n rays per pixel for the colours (a box filter); depth is always that of the centre ray.
         """
         height, width = camera.size
         origin, directions = camera_rays(camera, supersample)
@@ -143,7 +144,7 @@ class Scene:
             points = local[chosen]
             normals, face = body.normal_and_face(points)
             lambert = normals @ (body.rotation(time_s).T @ LIGHT)
-            # Walls are lit from inside, so the side that is turned away counts as well.
+            # Walls are lit from inside, so the side turned away from the light is lit as well.
             lambert = np.abs(lambert) if body.kind == "room" else np.maximum(lambert, 0.0)
             light = (0.70 + 0.36 * lambert).astype(np.float32)
             colours[chosen] = self.textures.colour(face + FACES_PER_BODY * number, points) * light[:, None]
@@ -175,7 +176,7 @@ class Scene:
         poses = []
         for frame in range(num_frames):
             time_s = frame / fps
-            # A slow sine keeps long clips within the room: ±60° at the most for "strong".
+            # A slow sine keeps long clips within the room: at most ±0.5 rad (29°).
             angle = 0.5 * np.sin(2 * strength * speed * time_s) if strength else 0.0
             drift = strength * np.sin(0.8 * time_s) * self.scale
             eye = pivot + self.scale * (1 + 0.5 * np.sin(0.8 * time_s) * strength * dolly) * np.array(
@@ -196,7 +197,7 @@ def clip_scene(config: SyntheticConfig, index: int) -> tuple[Scene, list[Camera]
 
 
 def second_cameras(config: SyntheticConfig, index: int, cameras: list[Camera], radius: float) -> list[Camera]:
-    """Return the second camera of video `index` at each frame: an orbit by `second_camera_deg`, around the first one's.
+    """Return video `index`'s second camera per frame: an orbit, of up to `second_camera_deg`, relative to the first.
 
     Args:
         radius: distance of the point that is orbited (`trajectory.radius_of` the first depth).
@@ -211,18 +212,18 @@ def second_cameras(config: SyntheticConfig, index: int, cameras: list[Camera], r
 
 
 def render_clip(scene: Scene, cameras: list[Camera], fps: float, supersample: int = 1) -> tuple[np.ndarray, np.ndarray]:
-    """Return (frames uint8 [T,H,W,3], z_depth float32 [T,H,W]); frame t is seen by cameras[t] at time t / fps."""
+    """Render (frames uint8 [T,H,W,3], z_depth float32 [T,H,W]); frame t is seen by cameras[t] at time t / fps."""
     views = [scene.render(camera, number / fps, supersample) for number, camera in enumerate(cameras)]
     return np.stack([frame for frame, _ in views]), np.stack([depth for _, depth in views])
 
 
 def write_corpus(folder: str | Path, config: SyntheticConfig) -> list[Path]:
-    """Return the paths of a corpus of mp4 files, written where they are missing.
+    """Write a corpus of mp4 files, skipping those that exist; return their paths.
 
     Beside `NAME.mp4`: `NAME.depth.npz` (z_depth float32 [T,H,W]; K float64 [3,3]; w2c float64 [T,4,4], the source
     cameras) and the caption `NAME.txt`; with a second camera also its video and cameras (docs/dataset_format.md). The
-    name carries the fingerprint of what made the video, each file appears whole or not at all, the mp4 last: writing
-    again completes a corpus, and equal configs give equal bytes.
+    name holds the fingerprint of the settings. Each file is written atomically, the mp4 last, so a second run completes
+    a corpus; equal configs give equal bytes.
     """
     paths = []
     for index in range(config.num_videos):
@@ -261,7 +262,7 @@ def _w2c(cameras: list[Camera]) -> np.ndarray:
 
 
 def camera_rays(camera: Camera, supersample: int) -> tuple[np.ndarray, np.ndarray]:
-    """Return the eye [1,3] and ray directions [H·n·W·n,3] with camera z equal to 1, so that ray parameter = z_depth."""
+    """Return the eye [1,3] and ray directions [H·n·W·n,3] with camera z = 1, so that the ray parameter is z_depth."""
     height, width = camera.size
     u = (np.arange(width * supersample) + 0.5) / supersample
     v = (np.arange(height * supersample) + 0.5) / supersample

@@ -1,4 +1,4 @@
-"""Moving textured bodies of a procedural scene: rays against spheres, boxes and a room, and solid textures.
+"""Moving textured bodies of a procedural scene: ray casting of spheres, boxes and a room, and solid textures.
 
 Everything here is exact and vectorised over rays. Lengths are in the scene's unit, time in seconds.
 """
@@ -34,7 +34,7 @@ class Body:
 
     Args:
         kind: "sphere", "box", or "room" (a box seen from inside, which never moves).
-        centre: float64 [3], place about which it moves, world coordinates.
+        centre: float64 [3], mean position of its path, world coordinates.
         half: float64 [3], half extents; a sphere uses half[0] as its radius.
         sway: float64 [3], amplitude of the sinusoidal path along each axis.
         period_s: float64 [3], period of the path along each axis.
@@ -55,7 +55,7 @@ class Body:
     name: str
 
     def position(self, time_s: float) -> np.ndarray:
-        """Return the centre at a time, float64 [3], world coordinates."""
+        """Return the body's centre at a time, float64 [3], world coordinates."""
         return self.centre + self.sway * np.sin(2 * np.pi * time_s / self.period_s + self.phase)
 
     def rotation(self, time_s: float) -> np.ndarray:
@@ -66,11 +66,11 @@ class Body:
         return np.eye(3) + np.sin(angle) * cross + (1 - np.cos(angle)) * cross @ cross
 
     def to_local(self, points: np.ndarray, time_s: float) -> np.ndarray:
-        """Return world points [N,3] in the body's own coordinates at a time."""
+        """Transform world points [N,3] to the body's own coordinates at a time."""
         return (points - self.position(time_s)) @ self.rotation(time_s)
 
     def intersect(self, origins: np.ndarray, directions: np.ndarray, time_s: float) -> np.ndarray:
-        """Return the ray parameter of the first hit, float64 [N], inf where there is none.
+        """Return the ray parameter of the first hit, float64 [N], inf if there is none.
 
         Args:
             origins: [N,3] or [1,3], world; directions: [N,3], world, any length.
@@ -110,7 +110,7 @@ def _hit_sphere(origins: np.ndarray, directions: np.ndarray, radius: float) -> n
 
 @dataclass(frozen=True)
 class Textures:
-    """Solid textures of all faces of a scene: a base colour and a sum of plane waves in body coordinates each.
+    """Solid textures of all faces of a scene: for each, a base colour plus plane waves in body coordinates.
 
     Args:
         base: float32 [S,3], linear mix of 0..1 RGB.
@@ -134,12 +134,12 @@ class Textures:
 def random_textures(
     rng: np.random.Generator, bases: np.ndarray, cycles_per_unit: np.ndarray, contrast: float
 ) -> Textures:
-    """Return textures whose waves stay under a spatial frequency.
+    """Draw textures whose waves stay below a spatial frequency.
 
     Args:
         bases: [S,3] base colours, 0..1.
         cycles_per_unit: [S], highest frequency of each face's waves, cycles per unit length.
-        contrast: standard deviation of a texture, of 0..1.
+        contrast: standard deviation of a texture, in units of the range 0..1.
     """
     count = len(bases)
     direction = rng.normal(size=(count, NUM_WAVES, 3))
@@ -155,7 +155,7 @@ def random_textures(
 
 
 def random_bodies(rng: np.random.Generator, scale: float, moving: bool) -> list[Body]:
-    """Return the hero at the pivot, a small companion beside it, and bodies outside the orbit's circle."""
+    """Draw the hero at the pivot, a small companion beside it, and bodies outside the orbit's circle."""
     side = rng.choice([-1.0, 1.0])
     hero = np.array([rng.uniform(-0.08, 0.08), rng.uniform(-0.04, 0.10), 1.15])
     companion = np.array([side * rng.uniform(0.36, 0.44), rng.uniform(-0.2, 0.2), rng.uniform(1.15, 1.35)])
@@ -189,9 +189,9 @@ def _random_body(rng: np.random.Generator, centre: np.ndarray, size: float, sway
 
 
 def random_room(rng: np.random.Generator, scale: float, sky: bool) -> Body:
-    """Return the room around everything, which stands still; under a sky walls and ceiling are far away."""
+    """Draw the room around everything, which does not move; with a sky, walls and ceiling are far away."""
     floor, ceiling = rng.uniform(0.75, 1.0) * scale, rng.uniform(1.5, 2.0) * scale
-    # Narrow, so that both side walls are in the first picture and what a turn uncovers is of a colour seen before.
+    # Narrow, so that both side walls are in the first picture and what a turn uncovers has a colour seen before.
     side, depth = rng.uniform(1.45, 1.75) * scale, rng.uniform(2.9, 3.4) * scale
     if sky:
         side, depth, ceiling = SKY_SCALE * scale, SKY_SCALE * scale, SKY_SCALE * scale
@@ -204,7 +204,7 @@ def random_room(rng: np.random.Generator, scale: float, sky: bool) -> Body:
 def paint(
     rng: np.random.Generator, bodies: list[Body], scale: float, max_frequency: float, sky: bool
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return base colours [S,3] and highest frequencies [S] (cycles per unit length) of all faces."""
+    """Draw base colours [S,3] and highest frequencies [S] (cycles per unit length) of all faces."""
     focal_heights = 0.5 / np.tan(np.radians(FOV_DEG) / 2)
     bases, cycles = [], []
     for body in bodies:

@@ -1,4 +1,4 @@
-"""Text of files that other programs wrote, in whichever Unicode encoding they chose."""
+"""Decode text files of other programs, in any Unicode encoding, and sort names by their numbers."""
 
 from __future__ import annotations
 
@@ -15,18 +15,18 @@ _MARKS = (
 
 
 def encoding_of(data: bytes) -> str:
-    """Return the encoding that the first bytes of a text announce: utf-8-sig, utf-16 or utf-32."""
+    """Return the encoding that the byte order mark of a text announces: utf-16 or utf-32, else utf-8-sig."""
     return next((encoding for mark, encoding in _MARKS if data.startswith(mark)), "utf-8-sig")
 
 
 def decode(data: bytes, is_cut: bool = False) -> str:
-    """Return the text of UTF-8, with or without a byte order mark, or of UTF-16 or UTF-32 with one.
+    """Decode UTF-8, with or without a byte order mark, or UTF-16 or UTF-32 with one.
 
     Args:
-        is_cut: the data are the beginning of more, so that the last character may be incomplete; it is left out.
+        is_cut: the data are truncated, so the last character may be incomplete; it is then dropped.
 
     Raises:
-        ValueError: it is in none of these. No character is ever replaced.
+        ValueError: the data have none of these encodings, or hold NUL. No character is ever replaced.
     """
     encoding = encoding_of(data)
     try:
@@ -39,6 +39,6 @@ def decode(data: bytes, is_cut: bool = False) -> str:
 
 
 def in_natural_order(names: list[str]) -> list[int]:
-    """Return the order of names by their numbers, so that frame_10 follows frame_9."""
+    """Return the indices that sort names by the numbers in them, so that frame_10 follows frame_9."""
     keys = [[(part.isdigit(), int(part) if part.isdigit() else part) for part in re.split(r"(\d+)", n)] for n in names]
     return sorted(range(len(names)), key=lambda index: keys[index])

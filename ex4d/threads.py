@@ -1,4 +1,4 @@
-"""Do many small reads or writes at once."""
+"""Run many small reads or writes in parallel threads."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ Result = TypeVar("Result")
 def in_order(function: Callable[[Item], Result], items: Iterable[Item], num_threads: int) -> Iterator[Result]:
     """Yield function(item) of each item, in order, while threads work on the next `num_threads` items.
 
-    `Executor.map` would take all items at once and keep every result until it is asked for: gigabytes for a million.
+    `Executor.map` would submit all items at once and keep every result until it is consumed: gigabytes for a million.
     """
     with ThreadPoolExecutor(num_threads) as pool:
         ahead: deque[Future[Result]] = deque()

@@ -1,8 +1,8 @@
-"""Which hosts a process may ask: what a list or a redirect names must not reach the local network of this machine.
+"""Limit the hosts that a process may reach: a URL in a list or a redirect must not reach this machine's local network.
 
-The address is checked where the socket is made, so every spelling of it, every DNS name and every redirect comes to the
-same check, and a name that changes its address between two look-ups gains nothing. By default a host that the caller
-itself names may be private, and one that a redirect names must be public.
+The address is checked when the socket is created, so every spelling, every DNS name and every redirect passes the same
+check, and a name that changes its address between two look-ups gains nothing. By default, a host that the caller itself
+names may be private, and one that a redirect names must be public.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # its last 32 bits are an IPv4 ad
 
 @lru_cache(maxsize=1024)  # a list of a million URLs names few hosts
 def has_host(url: str) -> bool:
-    """Return True where the host and port of a URL can be read."""
+    """Return whether the host and port of a URL can be parsed."""
     try:
         urlsplit(url).port  # noqa: B018 (reading it parses it)
     except ValueError:
@@ -35,11 +35,11 @@ def has_host(url: str) -> bool:
 
 
 class PrivateHost(OSError):
-    """An address that is not public was asked for."""
+    """A request was for an address that is not public."""
 
 
 class OtherHost(FileNotFoundError):
-    """A file was answered with a redirect to another host, where it may not be followed."""
+    """A request was redirected to another host, which the rules forbid."""
 
 
 @dataclass(frozen=True)
@@ -47,8 +47,8 @@ class Rules:
     """What a request may reach.
 
     Args:
-        private: hosts at addresses that are not public: of "none", of the "named" host alone, of "any".
-        same_host: no redirect to another host.
+        private: hosts that may have a private address: "none", only the host that the caller "named", or "any".
+        same_host: do not follow redirects to another host.
     """
 
     private: Literal["none", "named", "any"] = "named"
@@ -57,12 +57,12 @@ class Rules:
 
 _DEFAULT = Rules()
 _rules: ContextVar[Rules] = ContextVar("rules", default=_DEFAULT)
-_asked: ContextVar[str] = ContextVar("asked", default="")  # host of the request that a socket is made for
+_asked: ContextVar[str] = ContextVar("asked", default="")  # host of the request for which a socket is created
 
 
 @contextmanager
 def rules(**changes: Any) -> Iterator[None]:
-    """Set fields of Rules for what this thread asks for inside."""
+    """Set fields of Rules for the requests of this thread inside the block."""
     token = _rules.set(replace(_rules.get(), **changes))
     try:
         yield
@@ -71,12 +71,12 @@ def rules(**changes: Any) -> Iterator[None]:
 
 
 def client_kwargs(url: str) -> dict[str, Any]:
-    """Return what `client` makes a session of that may open `url` under the rules of this thread."""
+    """Return the arguments of `client` for a session that opens `url` under the rules of this thread."""
     return {"rules": _rules.get(), "named": urlsplit(url).hostname or ""}
 
 
 async def client(rules: Rules, named: str, **kwargs: Any) -> aiohttp.ClientSession:
-    """Return a session that keeps the rules. `named` is the host that its caller names."""
+    """Create a session that enforces the rules. `named` is the host that the caller named."""
     import aiohttp
 
     async def note_host(
@@ -103,7 +103,7 @@ async def client(rules: Rules, named: str, **kwargs: Any) -> aiohttp.ClientSessi
 
 
 def is_public(address: str) -> bool:
-    """Return False for loopback, private, link-local, multicast and reserved addresses, also where IPv6 wraps one."""
+    """Return False for loopback, private, link-local, multicast and reserved addresses, also if wrapped in IPv6."""
     ip = ipaddress.ip_address(address.partition("%")[0])
     if isinstance(ip, ipaddress.IPv6Address):
         inner = ip.ipv4_mapped or ip.sixtofour or (ip.teredo or (None, None))[1]

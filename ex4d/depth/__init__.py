@@ -46,13 +46,13 @@ class Geometry:
         kind: "z_depth" or "disparity" (1/z, up to scale, and up to shift unless `metric`).
         K: float64 [3, 3] px of the frames; None if the estimator has none.
         metric: True if the unit is the metre.
-        provenance: JSON-able facts: estimator, weights and their sha256, licence.
+        provenance: JSON-serialisable facts: estimator, weights and their sha256, licence.
         w2c: float64 [T, 4, 4] of the source camera in the unit of z_depth, OpenCV axes, the first the identity; None
             if unknown.
         confidence: float32 [T, H, W], larger is more certain; None if the estimator has none.
         dynamic_mask: bool [T, H, W], True where the surface moves in the world; None if unknown.
-        valid_mask: bool [T, H, W], True where depth was measured. Elsewhere `values` only keep the mesh watertight; it
-            shows nothing there. None: everywhere.
+        valid_mask: bool [T, H, W], True where depth was measured. Elsewhere `values` only keep the mesh watertight,
+            which shows nothing there. None: everywhere.
     """
 
     values: np.ndarray
@@ -70,16 +70,16 @@ class Geometry:
 class DepthRequest:
     """The inputs of an estimator besides the frames.
 
-    video_path: the source video (sidecar files lie beside it); "" where there is none.
+    video_path: the source video (sidecar files lie beside it); "" if there is none.
     depth_path: a file of depth, or a folder of them; for networks the weights, as `hub-id@revision` or a local folder.
     name: the video's path relative to the folder of all videos, which a folder of depth files mirrors; "" is unknown.
-    twin, namesake: another video of the same stem in the same folder, or in another one; "" where there is none. A
-        depth file that is named by the stem alone could then be that video's.
+    twin, namesake: another video with the same stem in the same folder, or in another one; "" if there is none. A
+        depth file that is named by the stem alone could then belong to that video.
     frame_index: int64 [T], positions of the clip's frames in the source's presentation order; None is 0 … T − 1.
     frame_s: float64 [T], seconds of the clip's frames from the source's first; None is unknown.
     source_frames, source_s: number of frames of the whole source, and seconds from its first to its last; 0 is unknown.
     fit: how the source's pictures were cropped and scaled to the clip's frames; None if unchanged.
-    seed: of random numbers.
+    seed: random seed.
     device: of a network, "cuda" or "cpu"; None is a GPU if there is one.
     batch_size: frames that a per-frame network processes at once; None is 8 on a GPU and 1 on the CPU.
     fov_deg: field of view over the longer side; None leaves it to the estimator.
@@ -148,7 +148,7 @@ def weight_folders(name: str, depth_path: str | None) -> list[Path]:
 
 
 def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the checked depth of a clip, with cameras and moving surfaces if the estimator knows them.
+    """Estimate the depth of a clip, and its cameras and moving surfaces where known, and check the result.
 
     Args:
         name: a key of ESTIMATORS.
@@ -156,8 +156,8 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
 
     Raises:
         ConfigError: unknown estimator, or missing weights.
-        BadSample: depth_missing, depth_ambiguous, depth_length, depth_unit, depth_pickle, depth_shape, depth_nan,
-            depth_nonpositive, depth_constant, depth_fov, depth_holes, cameras_missing.
+        BadSample: depth_missing, sidecar_ambiguous, depth_frames, depth_unit, depth_pickle, depth_shape, depth_nan,
+            depth_nonpositive, depth_constant, depth_fov, depth_holes, depth_worker_*, cameras_missing.
         Filtered: no_parallax, parallax_noise, parallax_certainty, parallax_moving.
     """
     if name not in ESTIMATORS:
@@ -170,9 +170,7 @@ def estimate(name: str, frames: np.ndarray, request: DepthRequest) -> Geometry:
 
 
 def check(result: Geometry, shape: tuple[int, ...]) -> None:
-    """Raise BadSample unless the values are [T, H, W] = `shape`, finite, of the right sign, and not all equal, and K,
-    if any, is plausible for pictures of this size.
-    """
+    """Raise BadSample unless values are float32 of `shape`, finite, nonnegative, not constant, and K is plausible."""
     values = result.values
     if result.K is not None:
         try:
@@ -195,7 +193,7 @@ def check(result: Geometry, shape: tuple[int, ...]) -> None:
 
 
 def z_depth_of(result: Geometry, profile: str = "default") -> np.ndarray:
-    """Return z_depth float32 [T, H, W]: an estimator's result, bounded and positive (`geometry.depth.to_z_depth`).
+    """Convert an estimator's result to bounded, positive z_depth float32 [T, H, W] (`geometry.depth.to_z_depth`).
 
     Args:
         profile: "released" maps relative disparity as the released code does, by its minimum and maximum.

@@ -1,7 +1,6 @@
-"""Read depth maps, intrinsics and cameras from an npy or npz file, or from a zip of OpenEXR: runs in the sandboxed
-child, within its limits.
+"""Read depth maps, intrinsics and cameras from an npy, an npz or a zip of OpenEXR, in the sandboxed child.
 
-Headers are checked before any array is made. Only the maps that are asked for are held, and pickles are refused.
+Headers are checked before any array is allocated. Only the requested maps are held in memory. Pickles are rejected.
 """
 
 from __future__ import annotations
@@ -22,7 +21,7 @@ from ex4d.errors import BadSample
 
 KEYS = ("z_depth", "disparity", "depth", "depths", "local_points", "points")
 MAX_BYTES = 16 * 2**30  # unpacked; an hour at 576 × 1024 in float16 exceeds it and must be split
-# What numpy and zipfile raise on damaged archives; RuntimeError: members encrypted or packed in an unknown way.
+# What numpy and zipfile raise on damaged archives; RuntimeError: encrypted members or unknown compression.
 UNREADABLE = (OSError, EOFError, MemoryError, OverflowError, RuntimeError, zipfile.BadZipFile, zlib.error)
 MAX_SMALL_BYTES, MAX_WHOLE_BYTES, MAX_SIDE_PX = 64 * 2**20, 2**30, 8192
 SKIP_BYTES = 2**20
@@ -30,7 +29,7 @@ SKIP_BYTES = 2**20
 
 @dataclass(frozen=True)
 class Wanted:
-    """The maps that are asked for, and what says which of the file's they are; as in DepthRequest.
+    """The requested maps, and the timing that locates them in the file; fields as in DepthRequest.
 
     Args:
         index: int [T], positions in the source.
@@ -42,10 +41,10 @@ class Wanted:
     frame_s: np.ndarray | None = None
 
     def of(self, count: int, fps: float | None) -> np.ndarray:
-        """Return which of a file's `count` maps at a rate `fps` are asked for.
+        """Return the indices of the requested maps in a file of `count` maps at a rate `fps`.
 
         Raises:
-            BadSample: depth_frames: there is not one map for each frame, and no rate that says which belong to them.
+            BadSample: depth_frames: there is not one map per frame, and no rate by which to assign maps to frames.
         """
         source = self.source_frames
         if source in (0, count):
@@ -63,12 +62,14 @@ class Wanted:
 
 
 def read(file: IO[bytes], name: str, wanted: Wanted) -> dict[str, Any]:
-    """Return `values` [T, H, W] (or with a side of 1) of a float or integer type, `kind`, `key`, and if the file has
-    them `K` float64 as it is written and `w2c` [T, 4, 4], else None.
+    """Read the requested maps of a file.
 
     Args:
         file: the open file; it may hold anything.
-        name: the file's, for messages.
+        name: the file's name, for messages.
+
+    Returns: `values` [T, H, W] (or with one more axis of length 1) of a float or integer type, `kind`, `key`, `K`
+        float64 as stored and `w2c` [T, 4, 4]; the last two None if the file has none.
 
     Raises:
         BadSample: depth_missing, depth_pickle, depth_shape, depth_frames.
@@ -90,12 +91,12 @@ def read(file: IO[bytes], name: str, wanted: Wanted) -> dict[str, Any]:
 
 
 def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str, Any]:
-    """Return what `read` does, of an npz."""
+    """Read the requested maps of an npz; see `read`."""
     layout, small = _layout_of(archive, name)
     fps = float(small["fps"]) if small.get("fps", np.empty(0)).size == 1 else None
     if fps is not None and not 0 < fps < math.inf:
         raise ValueError(f"fps is {fps}, not above 0")
-    chosen: list[np.ndarray] = []  # which maps: known once their number is
+    chosen: list[np.ndarray] = []  # the indices, known once the number of maps is
 
     def choose(count: int) -> np.ndarray:
         chosen.append(wanted.of(count, fps))
@@ -116,7 +117,7 @@ def _of_archive(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str
 
 
 def _of_pictures(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[str, Any]:
-    """Return what `read` does, of a zip of OpenEXR that are named by their frame, 00000.exr and on, as ViPE writes it.
+    """Read the requested maps of a zip of OpenEXR, named by frame from 00000.exr on, as ViPE writes it; see `read`.
 
     Raises:
         BadSample: depth_missing, depth_frames, depth_shape.
@@ -143,7 +144,7 @@ def _layout_of(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dic
     """Return the layout of an npz, and its small arrays: kind, fps, intrinsics and cameras.
 
     Raises:
-        BadSample: depth_missing; depth_shape where it unpacks too large.
+        BadSample: depth_missing; depth_shape, if it unpacks to too many bytes.
     """
     unpacked = sum(member.file_size for member in archive.infolist())
     if unpacked > MAX_BYTES:
@@ -164,11 +165,12 @@ def _layout_of(archive: zipfile.ZipFile, name: str) -> tuple[layouts.Layout, dic
 
 
 def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]) -> np.ndarray:
-    """Return `array[choose(len(array))]` of an npy file of so many bytes; one in rows is never held whole, one in
-    columns is.
+    """Read `array[choose(len(array))]` of an npy file of `num_bytes`.
+
+    An array in row-major order is never held whole in memory; one in column-major order is.
 
     Raises:
-        ValueError: it is no npy of plain numbers, or is cut short. BadSample: as `choose`.
+        ValueError: not an npy of plain numbers, or truncated. BadSample: as `choose`.
     """
     file.seek(0)
     header = npy.header(file)
@@ -187,7 +189,7 @@ def _frames(file: IO[bytes], num_bytes: int, choose: Callable[[int], np.ndarray]
     values = np.empty((len(index), *shape[1:]), dtype)
     for number in np.unique(index):
         target = start + int(number) * frame_bytes
-        # A compressed member unpacks what it skips, up to 16 MiB at once where it is let.
+        # Seeking in a compressed member unpacks what it skips, up to 16 MiB at once; small steps need less memory.
         while file.tell() < target:
             file.seek(min(target, file.tell() + SKIP_BYTES))
         values[index == number] = np.frombuffer(file.read(frame_bytes), dtype).reshape(shape[1:])

@@ -1,4 +1,4 @@
-"""`depth: auto`, chosen once for all videos of a run: depth files, else a small network, else the camera's motion.
+"""Resolve `depth: auto` once for all videos of a run: to depth files, else a small network, else parallax.
 
 The network is Depth Anything V2 Small: Apache-2.0, 25 million parameters, fetched once, usable on a CPU.
 """
@@ -16,10 +16,10 @@ NETWORK = "depth-anything-v2"
 
 
 def choose(requests: Iterable[DepthRequest], depth_path: str | None = None) -> tuple[str, str]:
-    """Return (key of ESTIMATORS, one line that tells the user what was chosen and why).
+    """Choose an estimator; return (key of ESTIMATORS, one line that tells the user what was chosen and why).
 
     Args:
-        requests: one for each video; a video that cannot be read does not count, since it is rejected anyway.
+        requests: one for each video; a video that cannot be read is ignored, because it is rejected anyway.
         depth_path: the setting, which must be None.
 
     Raises:

@@ -1,9 +1,9 @@
-"""Bundle adjustment of dense flow: cameras, focal length and inverse depths of a grid of points, in one least squares.
+"""Bundle adjustment of dense flow: cameras, focal length and inverse depths of a grid of points, solved jointly.
 
-A point at pixel x of frame i (x counted from the picture's centre) with inverse depth q = 1/z is seen by frame j at
-f · (R d + q t) with d = (x/f, y/f, 1) and (R, t) the motion from i to j. Every point belongs to one frame, so that the
-depths are eliminated one by one (Schur complement) and the system that is solved is only as large as the cameras.
-Levenberg–Marquardt with Cauchy weights over log q, so that every point stays before its camera.
+A point at pixel x of frame i (x measured from the picture's centre) with inverse depth q = 1/z is seen by frame j at
+f · (R d + q t), with d = (x/f, y/f, 1) and (R, t) the motion from i to j. Every point belongs to one frame, so the
+depths are eliminated one by one (Schur complement), and the system to solve has only the size of the cameras.
+Levenberg–Marquardt with Cauchy weights; the variable is log q, so that every point stays in front of its camera.
 """
 
 from __future__ import annotations
@@ -16,16 +16,16 @@ from scipy.spatial.transform import Rotation
 from ex4d.geometry.camera import invert
 
 SCALE_PX = 0.5  # of the Cauchy weights
-MIN_Z = 0.05  # of a point in the other camera, in units of its z in its own
-FOCAL_STEP, DEPTH_STEP = 0.2, 1.0  # the most that the logarithms of focal length and depth may change at once
-FARTHEST = 30.0  # of a point, in median depths
-# Cost of log(focal / usual)². Where the lens shows in the flow this is nothing; where it does not, it decides.
+MIN_Z = 0.05  # least z of a point in the other camera, in units of its z in its own
+FOCAL_STEP, DEPTH_STEP = 0.2, 1.0  # largest change of the logarithms of focal length and depth in one step
+FARTHEST = 30.0  # largest depth of a point, in median depths
+# Weight of log(focal / usual)² in the cost: negligible if the flow determines the focal length, decisive otherwise.
 FOCAL_PRIOR = 0.04
 
 
 @dataclass(frozen=True)
 class Matches:
-    """N points of every frame, followed to other frames: P ordered pairs of frames.
+    """N points of every frame, tracked to other frames: P ordered pairs of frames.
 
     Args:
         places: float64 [T, N, 2] px of the points of every frame, from the picture's centre.
@@ -49,7 +49,7 @@ class Matches:
         return self.only(np.asarray(np.isin(self.pairs, frames).all(axis=1)))
 
     def only(self, keep: np.ndarray) -> Matches:
-        """Return the matches of some pairs, bool [P]."""
+        """Return the matches of the pairs that bool [P] selects."""
         return replace(self, pairs=self.pairs[keep], targets=self.targets[keep], weights=self.weights[keep])
 
     def rays(self, focal: float) -> np.ndarray:
@@ -77,18 +77,18 @@ class Bundle:
 
     @property
     def residual_px(self) -> float:
-        """A robust mean of the residual, px."""
+        """Robust mean of the residual, px."""
         return SCALE_PX * float(np.sqrt(np.expm1(self.cost)))
 
 
 def adjust(
     matches: Matches, start: Bundle, num_steps: int = 20, usual_focal: float | None = None, fixed_points: bool = False
 ) -> Bundle:
-    """Return the bundle after Levenberg–Marquardt from `start`.
+    """Run Levenberg–Marquardt from `start`.
 
     Args:
         num_steps: maximum number of steps that lower the cost.
-        usual_focal: px; the prior of the focal length; a deviation adds to the cost. None: the focal length is fixed.
+        usual_focal: px; prior of the focal length, deviation from which adds to the cost. None: it is fixed.
         fixed_points: keep the inverse depths of `start` and optimise only the cameras.
     """
     current, damping = replace(start, cost=cost_of(matches, start, usual_focal)), 1e-3
@@ -110,10 +110,10 @@ def adjust(
 
 
 def points_of(matches: Matches, bundle: Bundle, frames: list[int] | None = None, num_rounds: int = 4) -> Bundle:
-    """Return the bundle with the inverse depths that fit its cameras best: linear least squares, reweighted.
+    """Fit the inverse depths to the bundle's cameras, by iteratively reweighted linear least squares.
 
     Args:
-        frames: whose points are found; None is all of them.
+        frames: frames whose points are fitted; None: all.
     """
     inverse, information = bundle.inverse.copy(), bundle.information.copy()
     rays, focal = matches.rays(bundle.focal), bundle.focal
@@ -135,9 +135,9 @@ def points_of(matches: Matches, bundle: Bundle, frames: list[int] | None = None,
 
 
 def forward(bundle: Bundle) -> Bundle:
-    """Return the bundle with every point before its camera; where most lie behind, all is mirrored, which fits as well.
+    """Move every point in front of its camera; if most lie behind, mirror the bundle first.
 
-    Shifts and inverse depths that are both negated explain the flow exactly as well.
+    Negating all shifts and all inverse depths leaves the predicted flow unchanged.
     """
     known = bundle.information > 0
     middle = float(np.median(bundle.inverse[known])) if known.any() else 1.0
@@ -148,7 +148,7 @@ def forward(bundle: Bundle) -> Bundle:
 
 
 def normal(bundle: Bundle, first: int = 0) -> Bundle:
-    """Return the bundle in the world of the camera `first`, the median of its inverse depths 1."""
+    """Normalise the bundle: world = the camera `first`, median inverse depth 1."""
     known = bundle.information > 0
     scale = float(np.median(np.abs(bundle.inverse[known]))) if known.any() else 1.0
     w2c = bundle.w2c @ invert(bundle.w2c[first])
@@ -157,14 +157,14 @@ def normal(bundle: Bundle, first: int = 0) -> Bundle:
 
 
 def cost_of(matches: Matches, bundle: Bundle, usual_focal: float | None = None) -> float:
-    """Return the weighted mean of log(1 + (residual / SCALE_PX)²), and what an unusual focal length costs."""
+    """Return the weighted mean of log(1 + (residual / SCALE_PX)²), plus the prior of the focal length."""
     squared = squared_residuals(matches, bundle)
     cost = float((matches.weights * np.log1p(squared / SCALE_PX**2)).sum() / max(matches.weights.sum(), 1e-9))
     return cost if usual_focal is None else cost + FOCAL_PRIOR * float(np.log(bundle.focal / usual_focal)) ** 2
 
 
 def squared_residuals(matches: Matches, bundle: Bundle) -> np.ndarray:
-    """Return float64 [P, N], squared px between where the points lie and where the bundle has them."""
+    """Return float64 [P, N]: squared distance in px between the observed and the predicted points."""
     return np.square(_predicted(matches, bundle)[2]).sum(axis=-1)
 
 
@@ -179,10 +179,10 @@ def _predicted(matches: Matches, bundle: Bundle) -> tuple[np.ndarray, np.ndarray
 
 @dataclass(frozen=True)
 class _System:
-    """Normal equations; a camera has six parameters, the increment (shift, turn) from the left, then log focal.
+    """Normal equations: six parameters per camera, a left increment (shift, turn), then log focal.
 
-    H [6T + 1, 6T + 1], g [6T + 1] of the cameras; own, right [T, N] of the points; mixed: for each frame (columns of H,
-    [N, columns]) between its points and the cameras that see them.
+    H [6T + 1, 6T + 1], g [6T + 1]: cameras; own, right [T, N]: diagonal and right-hand side of the points; mixed: for
+    each frame (columns of H, [N, columns]), the coupling of its points with the cameras that see them.
     """
 
     H: np.ndarray
@@ -193,17 +193,17 @@ class _System:
 
 
 def _jacobians(matches: Matches, bundle: Bundle) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-    """Return (J [P, N, 2, 13] by cameras i, j and log focal; by log q [P, N, 2]; residual [P, N, 2]; weight [P, N])."""
+    """Return J [P, N, 2, 13] by cameras i, j, log focal; [P, N, 2] by log q; residual [P, N, 2]; weight [P, N]."""
     i, _ = matches.pairs.T
     focal, num_pairs, num = bundle.focal, len(matches.pairs), matches.places.shape[1]
     motions, there, residual = _predicted(matches, bundle)
     weight = matches.weights / (1 + np.square(residual).sum(axis=-1) / SCALE_PX**2) * (there[..., 2] > MIN_Z)
     x, y, z = np.moveaxis(there, -1, 0)
     z = np.maximum(z, MIN_Z)
-    projection = np.zeros((num_pairs, num, 2, 3))  # the picture by the point
+    projection = np.zeros((num_pairs, num, 2, 3))  # image position by point
     projection[..., 0, 0] = projection[..., 1, 1] = focal / z
     projection[..., :, 2] = -focal * there[..., :2] / (z**2)[..., None]
-    cross = np.zeros((num_pairs, num, 3, 3))  # the point by a turn
+    cross = np.zeros((num_pairs, num, 3, 3))  # point by turn
     cross[..., 0, 1], cross[..., 0, 2], cross[..., 1, 2] = z, -y, x
     cross[..., 1, 0], cross[..., 2, 0], cross[..., 2, 1] = -z, y, -x
     J = np.empty((num_pairs, num, 2, 13))
@@ -218,7 +218,7 @@ def _jacobians(matches: Matches, bundle: Bundle) -> tuple[np.ndarray, np.ndarray
 
 
 def _adjoints(motions: np.ndarray) -> np.ndarray:
-    """Return [P, 6, 6]: an increment of the camera i, as one of the motion from i to j."""
+    """Return [P, 6, 6]: maps an increment of the camera i to one of the motion from i to j."""
     rotation, (x, y, z) = motions[:, :3, :3], np.moveaxis(motions[:, :3, 3], -1, 0)
     zero = np.zeros_like(x)
     skew = np.stack([zero, -z, y, z, zero, -x, -y, x, zero], axis=-1).reshape(-1, 3, 3)

@@ -1,8 +1,8 @@
 """Bring depth and cameras of different programs into one unit.
 
-Cameras of another origin have a unit of their own. It is found from points that their motion triangulates: one factor
-for z-depth, a factor and a shift for relative disparity, both robust, so that moving bodies do not count. What is left
-is `camera_depth_error`, the weighted median of |log(depth / triangulated depth)|.
+Cameras from another program have their own unit. It is found from points that their motion triangulates: a factor for
+z-depth, a factor and a shift for relative disparity, both fitted robustly, so that moving bodies do not count. The
+remaining error is `camera_depth_error`, the weighted median of |log(depth / triangulated depth)|.
 """
 
 from __future__ import annotations
@@ -15,21 +15,21 @@ from ex4d.depth import Geometry, bundle, cameras
 from ex4d.errors import BadSample
 from ex4d.geometry.camera import invert
 
-STILL = 1e-4  # of the median depth: cameras that move less have no unit to find
+STILL = 1e-4  # fraction of the median depth; the unit of cameras that move less cannot be found
 MIN_POINTS = 32
 NUM_ROUNDS = 10
 
 
 def relative(result: Geometry) -> bool:
-    """Return whether the depth is known up to a scale and a shift only."""
+    """Return whether the depth is known only up to a scale and a shift."""
     return result.kind == "disparity" and not result.metric
 
 
 def in_one_unit(result: Geometry, matches: bundle.Matches, focal: float | None) -> tuple[Geometry, float]:
-    """Return (geometry, `camera_depth_error`) with depth and cameras in one unit: of z-depth, else of the cameras.
+    """Bring depth and cameras into one unit, of z-depth or else of the cameras: (geometry, `camera_depth_error`).
 
     Args:
-        focal: px, that the cameras were found with; None: that of `result.K`.
+        focal: focal length in px with which the cameras were found; None: that of `result.K`.
     """
     assert result.w2c is not None
     assert result.K is not None
@@ -56,13 +56,13 @@ def in_one_unit(result: Geometry, matches: bundle.Matches, focal: float | None) 
 
 
 def at_points(values: np.ndarray, matches: bundle.Matches) -> np.ndarray:
-    """Return [T, N]: the values [T, H, W] at the points of the matches."""
+    """Sample values [T, H, W] at the points of the matches: [T, N]."""
     places = np.floor(matches.places + np.array(values.shape[:0:-1]) / 2).astype(int)
     return np.stack([one[at[:, 1], at[:, 0]] for one, at in zip(values, places, strict=True)])
 
 
 def measured(result: Geometry, matches: bundle.Matches) -> np.ndarray:
-    """Return bool [T, N]: points whose depth is not that of a closed hole."""
+    """Return bool [T, N]: points whose depth was measured rather than filled in."""
     if result.valid_mask is None:
         return np.ones(matches.places.shape[:2], bool)
     return at_points(result.valid_mask, matches)
@@ -71,7 +71,7 @@ def measured(result: Geometry, matches: bundle.Matches) -> np.ndarray:
 def _of_disparity(
     result: Geometry, values: np.ndarray, inverse: np.ndarray, weight: np.ndarray
 ) -> tuple[Geometry, float]:
-    """Return (z-depth in the unit of the cameras, error): 1/z = factor · disparity + shift, robustly fitted."""
+    """Fit 1/z = factor · disparity + shift robustly; return (geometry with z-depth in the cameras' unit, error)."""
     columns, robust = np.stack([values, np.ones_like(values)], axis=1).astype(np.float64), weight
     for _ in range(NUM_ROUNDS):
         root = np.sqrt(robust)
@@ -80,7 +80,7 @@ def _of_disparity(
         robust = weight / np.maximum(off, 1e-3 * np.median(inverse))
     if factor <= 0:
         raise BadSample("cameras_missing", "the cameras contradict the depth: what it has near is far")
-    nearest = float(np.percentile(inverse, 1)) / 10  # what the fit sends behind infinity is far
+    nearest = float(np.percentile(inverse, 1)) / 10  # limits what the fit puts beyond infinity
     z_depth = 1 / np.maximum(factor * result.values.astype(np.float64) + shift, nearest)
     error = weighted_median(np.abs(np.log(np.maximum(columns @ (factor, shift), nearest) / inverse)), weight)
     return replace(result, values=z_depth.astype(np.float32), kind="z_depth"), error

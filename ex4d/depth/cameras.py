@@ -1,9 +1,9 @@
 """Estimate the cameras of a clip from its optical flow: whether the camera rests, turns or moves, and its path.
 
-A gentle camera that mostly turns leaves a two-fold ambiguity: near and far exchanged, with the opposite motion and
-another turn, moves nearly as well. The two differ only by the perspective of the lens. So both are tried, from several
-focal lengths, each refined by bundle adjustment, and the least residual is kept. The rival's residual is the measure of
-how sure that is (`Found.certainty`).
+A camera that moves little and mostly turns leaves a two-fold ambiguity: near and far exchanged, with the opposite
+motion and another turn, give nearly the same flow. The two differ only by the perspective of the lens. So both are
+tried, from several focal lengths, each refined by bundle adjustment, and the one of the least cost is kept. The cost of
+its best rival measures how certain that is (`Found.certainty`).
 """
 
 from __future__ import annotations
@@ -18,30 +18,30 @@ from ex4d.depth.bundle import Bundle, Matches
 from ex4d.errors import Filtered
 from ex4d.geometry.camera import FOV_DEG, invert
 
-FOVS_DEG = (45.0, 65.0)  # over the longer side: where the search for the focal length starts
+FOVS_DEG = (45.0, 65.0)  # over the longer side: start values of the search for the focal length
 FOV_RANGE_DEG = (20.0, 110.0)
 WINDOW = 13  # frames around the first pair on which the hypotheses are compared
 MIN_PARALLAX_PX = 0.5  # displacement that a turning camera does not explain
-# A camera that turns explains a fifth of the points up to the noise of the flow, whatever bodies move before it; one
-# that moves leaves nearly all of them with more, all over the picture. Measured in docs/decisions/source_cameras.md.
+# A pure turn explains a fifth of the points to within the noise of the flow, whatever bodies move in front of it; a
+# translation leaves larger residuals nearly everywhere in the picture. Measured in docs/decisions/source_cameras.md.
 UNEXPLAINED_PX, EXPLAINED_SHARE, MIN_CELLS, CELLS = 0.35, 0.2, 0.75, 4
-# Less is a translation only where it explains all of the flow (largest cost), and most points ask for it (least share):
-# a point asks for it whose residual under a turn is so many px, and so many times the one under the translation.
+# With smaller residuals, a translation must explain the flow (largest cost) and most points must support it (least
+# share): their residual under a pure turn exceeds ASKS_PX, and ASKS_RATIO × that under the translation.
 MAX_COST, MIN_SUPPORT, ASKS_PX, ASKS_RATIO, NOISE_PX = 0.5, 0.45, 0.4, 2.0, 0.15
 ENOUGH_PARALLAX_PX = 8.0  # more does not make a better first pair
-MIN_SHARE = 0.3  # of the points must have a consistent flow
-KNOWN = 0.1  # of the median information: below it a point's depth is not known
-FAR, MAX_BEHIND = 0.05, 0.3  # of the median inverse depth: pushed there by flow that asks for less than nothing; share
-SAME = 0.3  # correlation of the inverse depths of two solutions: below it they contradict each other
+MIN_SHARE = 0.3  # least share of points with consistent flow
+KNOWN = 0.1  # fraction of the median information below which a point's depth is unknown
+FAR, MAX_BEHIND = 0.05, 0.3  # points below this × the median inverse depth count as behind the camera; largest share
+SAME = 0.3  # correlation of the inverse depths of two solutions below which they contradict each other
 
 
 @dataclass(frozen=True)
 class Found:
-    """Cameras of a clip that moves.
+    """The cameras found for a clip whose camera moves.
 
     Args:
         bundle: cameras, focal length and points; world = the first frame's camera, median inverse depth 1.
-        certainty: cost of the best contradicting solution / cost of this one; inf where there was none.
+        certainty: cost of the best contradicting solution / cost of this one; inf if there was none.
     """
 
     bundle: Bundle
@@ -49,7 +49,7 @@ class Found:
 
 
 def no_parallax(parallax_px: float, why: str) -> Filtered:
-    """Return the error of a clip whose camera does not move, or not in a way that can be found."""
+    """Return the error for a clip whose camera does not move, or whose motion cannot be found."""
     return Filtered("no_parallax", parallax_px, MIN_PARALLAX_PX, why)
 
 
@@ -59,11 +59,11 @@ def focal_of(size: tuple[int, int], fov_deg: float) -> float:
 
 
 def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) -> Found:
-    """Return the cameras that explain the flow best.
+    """Find the cameras that explain the flow best.
 
     Args:
         size: (H, W) px.
-        fov_deg: field of view over the longer side where it is known; None: it is sought.
+        fov_deg: field of view over the longer side, if known; None: it is estimated.
 
     Raises:
         Filtered: no_parallax; the score is the displacement in px that a turning camera does not explain.
@@ -101,10 +101,10 @@ def find(matches: Matches, size: tuple[int, int], fov_deg: float | None = None) 
 
 
 def turning(matches: Matches, focal: float, seek_focal: bool = True) -> Bundle:
-    """Return the cameras of a clip under the assumption that its camera turns about its centre: every point is far.
+    """Fit the cameras of a clip under the assumption that the camera only turns about its centre: every point is far.
 
     Args:
-        focal: px, where the search for the focal length starts; it is kept unless `seek_focal`.
+        focal: px, the start of the search for the focal length; fixed unless `seek_focal`.
     """
     w2c = np.tile(np.eye(4), (matches.num_frames, 1, 1))
     for k in range(1, matches.num_frames):
@@ -118,7 +118,7 @@ def turning(matches: Matches, focal: float, seek_focal: bool = True) -> Bundle:
 def moves_everywhere(matches: Matches, turned: Bundle) -> bool:
     """Return whether a camera that only turns (`turned`) leaves the flow of nearly the whole picture unexplained.
 
-    Judged by what most of the picture does over the widest pairs of frames, so that moving bodies cannot decide it.
+    Most of the picture must agree, over the pairs of frames farthest apart, so that moving bodies cannot decide it.
     """
     gaps = matches.pairs[:, 1] - matches.pairs[:, 0]
     wide = gaps == gaps.max()
@@ -130,12 +130,12 @@ def moves_everywhere(matches: Matches, turned: Bundle) -> bool:
     cell = np.broadcast_to(row * CELLS + column, weights.shape).ravel()
     total = np.bincount(cell, weights.ravel(), CELLS**2)
     moved = np.bincount(cell, (weights * (residual > MIN_PARALLAX_PX)).ravel(), CELLS**2)
-    visible = total > 0.1 * total.mean()  # what turns out of the picture says nothing
+    visible = total > 0.1 * total.mean()  # parts that leave the picture say nothing
     return float((moved > 0.5 * total)[visible].mean()) >= MIN_CELLS
 
 
 def _is_supported(matches: Matches, turned: Bundle, moved: Bundle) -> bool:
-    """Return whether the translation of `moved` explains the flow, and most points ask for it."""
+    """Return whether the translation of `moved` explains the flow, and enough points support it."""
     gaps = matches.pairs[:, 1] - matches.pairs[:, 0]
     wide, weights = gaps == gaps.max(), matches.weights[gaps == gaps.max()]
     before, after = (np.sqrt(bundles.squared_residuals(matches, bundle)[wide]) for bundle in (turned, moved))
@@ -173,7 +173,7 @@ def _as_rays(places: np.ndarray) -> np.ndarray:
 
 
 def _turn(rays: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return the rotation [3, 3] that brings most rays onto their targets, both [N, 3] (least absolute angles)."""
+    """Return the rotation [3, 3] that aligns rays with their targets, both [N, 3], robustly (least absolute angles)."""
     rays = rays / np.linalg.norm(rays, axis=1, keepdims=True)
     targets = targets / np.linalg.norm(targets, axis=1, keepdims=True)
     weight = weights
@@ -184,10 +184,10 @@ def _turn(rays: np.ndarray, targets: np.ndarray, weights: np.ndarray) -> np.ndar
 
 
 def _two_views(matches: Matches, pair: tuple[int, int], focal: float, sign: float) -> Bundle:
-    """Return a bundle with the cameras of `pair`, that of the first the identity: one of the two hypotheses.
+    """Return one of the two hypotheses (`sign`): a bundle with the cameras of `pair`, the first the identity.
 
-    The best turn hides the mean depth: what is left of the flow says 1/z up to a shift, and up to its sign. The shift
-    is chosen so that all points lie before the camera, and the turn follows.
+    The best turn absorbs the mean depth: the remaining flow determines 1/z only up to a shift and up to its sign. The
+    shift is chosen so that all points lie in front of the camera, and the turn is changed to match.
     """
     i, j = pair
     number = int(np.flatnonzero((matches.pairs == pair).all(axis=1))[0])
@@ -212,7 +212,7 @@ def _two_views(matches: Matches, pair: tuple[int, int], focal: float, sign: floa
 
 
 def _grown(matches: Matches, start: Bundle, posed: list[int], frames: list[int]) -> Bundle:
-    """Return the bundle with the cameras of all `frames`, each found from the points of those before it."""
+    """Extend the bundle to the cameras of all `frames`, each resected from the points of those already posed."""
     grown, posed = start, list(posed)
     while len(posed) < len(frames):
         missing = [k for k in frames if k not in posed]
@@ -229,7 +229,7 @@ def _grown(matches: Matches, start: Bundle, posed: list[int], frames: list[int])
 
 
 def _resected(matches: Matches, bundle: Bundle, new: int, start: np.ndarray, posed: list[int]) -> np.ndarray:
-    """Return w2c [4, 4] of a frame by robust Gauss–Newton on the reprojection of the posed frames' points."""
+    """Resect w2c [4, 4] of a frame by robust Gauss–Newton on the reprojection of the posed frames' points."""
     numbers = [p for p, (i, j) in enumerate(matches.pairs) if j == new and i in posed]
     if not numbers:
         raise no_parallax(0.0, f"frame {new} shares no points with the frames whose camera is known")
@@ -264,7 +264,7 @@ def _resected(matches: Matches, bundle: Bundle, new: int, start: np.ndarray, pos
 
 
 def known_points(bundle: Bundle) -> np.ndarray:
-    """Return bool [T, N]: points whose depth the flow says something of."""
+    """Return bool [T, N]: points whose depth the flow determines."""
     there = bundle.information > 0
     return there & (bundle.information > KNOWN * np.median(bundle.information[there])) if there.any() else there
 

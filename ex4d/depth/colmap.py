@@ -1,8 +1,8 @@
-"""Cameras of a clip by COLMAP, from the points that its flow follows.
+"""Estimate the cameras of a clip by COLMAP, from points tracked by optical flow.
 
-COLMAP (pycolmap) verifies the matches, places one frame after another and adjusts all of them, with the focal length.
-It runs in a worker process of this Python (`depth.foreign`): if it dies or hangs, that costs one clip. Its own features
-(SIFT) are not used: where texture is smooth there are too few (docs/decisions/source_cameras.md).
+COLMAP (pycolmap) verifies the matches, registers the frames one by one and bundle-adjusts them, with the focal length.
+It runs in a worker process of this Python (`depth.foreign`): a crash or a hang costs one clip. Its own features (SIFT)
+are not used: smooth texture yields too few (docs/decisions/source_cameras.md).
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ex4d.geometry.pose_file import check_poses
 
 PACKAGE = "pycolmap"
 SEED = 0
-# A focal length that COLMAP finds further than this from the start is a valley beside the right one: it is kept then.
+# A focal length that COLMAP moves by more than this factor is a wrong local minimum: the start value is then kept.
 MAX_FOCAL_CHANGE = 1.05
 
 
@@ -30,15 +30,15 @@ def check() -> None:
 
 
 def cameras(matches: bundle.Matches, size: tuple[int, int], focal: float, seek_focal: bool) -> tuple[np.ndarray, float]:
-    """Return (w2c float64 [T, 4, 4] of any scale, the first the identity; focal length in px).
+    """Estimate (w2c float64 [T, 4, 4] of arbitrary scale, the first the identity; focal length in px).
 
     Args:
-        matches: of what stands still.
+        matches: of static surfaces.
         size: (H, W) px.
-        focal: px, where the search starts; it is kept unless `seek_focal`, or where the search leads far away.
+        focal: px, start of the search; kept unless `seek_focal`, and if the search ends far away.
 
     Raises:
-        BadSample: cameras_missing: COLMAP does not place every frame, or places one nowhere; the reasons of
+        BadSample: cameras_missing: COLMAP does not register every frame, or gives an invalid pose; the reasons of
             `foreign.ask`.
     """
     w2c, found_focal = _answer(matches, (size[1], size[0], focal, seek_focal, SEED))
@@ -48,7 +48,7 @@ def cameras(matches: bundle.Matches, size: tuple[int, int], focal: float, seek_f
 
 
 def _answer(matches: bundle.Matches, lens: tuple[float, ...]) -> tuple[np.ndarray, float]:
-    """Return the checked answer of `adapters/colmap.py`; `lens` is its argument."""
+    """Call `adapters/colmap.py` with its argument `lens`, and return the checked answer."""
     arrays = {"places": matches.places, "pairs": matches.pairs, "targets": matches.targets, "weights": matches.weights}
     arrays["lens"] = np.array(lens, np.float64)
     adapter = str(foreign.ADAPTERS / "colmap.py")

@@ -1,12 +1,12 @@
-"""Depth of a whole clip at once by DepthCrafter: Stable Video Diffusion, trained to draw disparity (Hu et al. 2024).
+"""Estimate the depth of a whole clip by DepthCrafter: Stable Video Diffusion, trained on disparity (Hu et al. 2024).
 
 The VAE latents of the frames are concatenated with the noise along channels; each frame has its own CLIP embedding.
-5 Euler steps, no guidance, windows of 110 frames that share 25 with the one before: these begin from its result
-with noise on top, all windows share the noise of shared frames, and the two results are cross-faded. Numbers and rules:
-the authors' code, depth_crafter_ppl.py. In memory for the whole clip: latents alone; pictures pass through the VAE in
-chunks of 8.
+5 Euler steps, no guidance, windows of 110 frames that overlap the previous one by 25. Overlapping frames start from the
+previous window's result plus noise, use the same noise in both windows, and are cross-faded. Numbers and rules follow
+the authors' code, depth_crafter_ppl.py. Pictures pass through the VAE in chunks of 8; only they, as uint8, and latents
+are in memory for the whole clip.
 
-A folder of weights holds what a diffusers pipeline of SVD holds, with DepthCrafter's network under `unet`:
+A folder of weights holds a diffusers pipeline of SVD, with DepthCrafter's network under `unet`:
 `unet/` (from tencent/DepthCrafter), `vae/`, `image_encoder/`, `feature_extractor/`, `scheduler/` (from SVD).
 """
 
@@ -26,25 +26,23 @@ if TYPE_CHECKING:
     import torch
 
 WINDOW, OVERLAP, NUM_STEPS = 110, 25, 5
-CHUNK = (
-    8  # frames that pass through the VAE together: its decoder mixes them, so that this number is part of the result
-)
-MULTIPLE, MAX_SIDE_PX = 64, 1024  # of the pictures that the network sees
+CHUNK = 8  # frames that pass through the VAE together: its decoder mixes them, so this number affects the result
+MULTIPLE, MAX_SIDE_PX = 64, 1024  # of the network's input
 NOISE_STRENGTH = 0.02  # added to the frames before the VAE
-TIME_IDS = (7.0, 127.0, NOISE_STRENGTH)  # frames per second, motion bucket: the values of the network's training
+TIME_IDS = (7.0, 127.0, NOISE_STRENGTH)  # frames per second, motion bucket, noise: the values used in training
 
 
 def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the disparity of frames uint8 [T, H, W, 3], in [0, 1], up to one scale and shift for the clip.
+    """Estimate the disparity of frames uint8 [T, H, W, 3], in [0, 1], up to one scale and shift for the clip.
 
     Args:
-        request: `depth_path` is a folder of weights (see above), or `hub-id[@revision]` of the network, whose base is
-            then SVD's from the hub; None takes the published ones. `seed` is of the noise.
+        request: `depth_path` is a folder of weights (see above), or `hub-id[@revision]` of the network, with the other
+            parts of SVD from the hub; None: the published weights. `seed` seeds the noise.
 
     Raises:
-        ConfigError: the weights are missing and cannot be fetched, or are of another kind.
+        ConfigError: the weights are missing and cannot be fetched, or are those of another network.
         ContractError: the folder does not match its configs.
-        BadSample: depth_nan; and what `depth.check` finds.
+        BadSample: depth_nan.
     """
     import torch
 
@@ -64,14 +62,14 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
 
 
 def working_size(size: tuple[int, ...]) -> tuple[int, int]:
-    """Return the (H, W) that the network sees a picture of `size` at: multiples of 64, the longer side at most 1024."""
+    """Return the network's input (H, W) for a picture of `size`: multiples of 64, the longer side at most 1024."""
     scale = min(1.0, MAX_SIDE_PX / max(size))
     height, width = (max(MULTIPLE, round(side * scale / MULTIPLE) * MULTIPLE) for side in size)
     return height, width
 
 
 def working_pictures(frames: np.ndarray) -> torch.Tensor:
-    """Return frames uint8 [T, H, W, 3] as uint8 [T, 3, h, w] at the network's size."""
+    """Resize frames uint8 [T, H, W, 3] to uint8 [T, 3, h, w] at the network's input size."""
     import torch
     from torch.nn import functional
 
@@ -92,7 +90,7 @@ def _chunks(pictures: torch.Tensor, device: str) -> Iterator[torch.Tensor]:
 
 
 def encode(networks: Networks, pictures: torch.Tensor, noise: torch.Generator) -> torch.Tensor:
-    """Return the raw latents float [T, z, h/8, w/8] of slightly noisy pictures: not scaled, as SVD's conditions are."""
+    """Encode pictures with a little noise to raw latents float [T, z, h/8, w/8], not scaled, like SVD's conditions."""
     import torch
 
     vae, parts = networks.vae, []
@@ -108,7 +106,7 @@ def encode(networks: Networks, pictures: torch.Tensor, noise: torch.Generator) -
 
 
 def embed(networks: Networks, pictures: torch.Tensor) -> torch.Tensor:
-    """Return the CLIP embedding of each picture, float [T, 1, C]."""
+    """Embed each picture with CLIP: float [T, 1, C]."""
     import torch
 
     encoder, parts = networks.image_encoder, []
@@ -124,7 +122,7 @@ def embed(networks: Networks, pictures: torch.Tensor) -> torch.Tensor:
 
 
 def shrink(pixels: torch.Tensor, side: int) -> torch.Tensor:
-    """Return pixels [n, 3, h, w] at side × side: a Gaussian of (factor − 1) / 2, then bicubic, corners on corners.
+    """Resize pixels [n, 3, h, w] to side × side: a Gaussian of σ = (factor − 1) / 2, then bicubic, aligned corners.
 
     SVD's embeddings are computed this way (diffusers, `_resize_with_antialiasing`).
     """
@@ -145,10 +143,10 @@ def shrink(pixels: torch.Tensor, side: int) -> torch.Tensor:
 def denoise(
     networks: Networks, condition: torch.Tensor, embeddings: torch.Tensor, noise: torch.Generator
 ) -> torch.Tensor:
-    """Return the latents [T, z, h, w] of the disparity.
+    """Sample the latents [T, z, h, w] of the disparity.
 
     Args:
-        condition: [T, z, h, w], latents of the frames. embeddings: [T, 1, C]. noise: what the start is drawn from.
+        condition: [T, z, h, w], latents of the frames. embeddings: [T, 1, C]. noise: generator of the initial noise.
     """
     import torch
 
@@ -179,13 +177,13 @@ def in_windows(
     noise_scale: float,
     first_sigma: float,
 ) -> torch.Tensor:
-    """Return latents [T, …] of the clip, made in windows that overlap.
+    """Sample latents [T, …] of the clip in overlapping windows.
 
     Args:
         sample: (start latents [n, …], number of the first frame) → latents of these frames.
-        noise: standard normal [window, …]; the frames that two windows share get the same noise in both.
-        num_frames: T. noise_scale: of the start from pure noise. first_sigma: of the schedule, for the noise on top of
-            what the window before has found.
+        noise: standard normal [window, …]; frames that two windows share get the same noise in both.
+        num_frames: T. noise_scale: of the noise in frames that start from noise alone. first_sigma: of the schedule,
+            scale of the noise added to the previous window's result.
     """
     import torch
 
@@ -206,7 +204,7 @@ def in_windows(
 
 @contextmanager
 def one_embedding_a_frame(unet: Any, embeddings: torch.Tensor) -> Iterator[None]:
-    """Give each frame its own embedding [T, 1, C]: the library's network repeats one for all frames of a video."""
+    """Give each frame its own embedding [T, 1, C]: diffusers' network repeats one for all frames of a video."""
 
     def swap(block: Any, args: tuple, kwargs: dict[str, Any]) -> tuple[tuple, dict[str, Any]]:
         return args, {**kwargs, "encoder_hidden_states": embeddings}
@@ -222,7 +220,7 @@ def one_embedding_a_frame(unet: Any, embeddings: torch.Tensor) -> Iterator[None]
 
 
 def decode(networks: Networks, latents: torch.Tensor, size: tuple[int, ...]) -> np.ndarray:
-    """Return disparity float32 [T, H, W] in [0, 1] at `size`: the mean of the three channels that the VAE draws."""
+    """Decode to disparity float32 [T, H, W] in [0, 1] at `size`: the mean of the VAE's three output channels."""
     import torch
     from torch.nn import functional
 

@@ -31,7 +31,7 @@ ADVICE = (
 
 @dataclass(frozen=True)
 class Networks:
-    """What DepthCrafter consists of, on one device; `clip_mean` and `clip_std` are those of the image encoder."""
+    """DepthCrafter's networks on one device; `clip_mean` and `clip_std` are those of the image encoder."""
 
     unet: Any
     vae: Any
@@ -44,7 +44,7 @@ class Networks:
 
 
 def folders(depth_path: str | None) -> tuple[str, str]:
-    """Return the folders of the network and of SVD's other parts. Raises ConfigError that says what to download."""
+    """Locate the folders of the network and of SVD's other parts. Raises ConfigError, which says what to download."""
     if depth_path and Path(depth_path).is_dir():
         parts = ["unet", *sorted({file.partition("/")[0] for file in BASE_FILES})]
         missing = [part for part in parts if not (Path(depth_path) / part).is_dir()]
@@ -56,10 +56,10 @@ def folders(depth_path: str | None) -> tuple[str, str]:
 
 
 def load(depth_path: str | None, device: str) -> Networks:
-    """Return the networks in eval mode, in half precision on a GPU; kept from clip to clip.
+    """Load the networks in eval mode, in half precision on a GPU; they stay cached between clips.
 
     Raises:
-        ConfigError: the weights are missing and cannot be fetched, or are of another network.
+        ConfigError: the weights are missing and cannot be fetched, or are those of another network.
         ContractError: the folder does not match its configs.
     """
     return _load(hub.name_of(depth_path or UNET_ID), *folders(depth_path), device)
@@ -89,13 +89,13 @@ def _load(weights: str, unet_folder: str, base_folder: str, device: str) -> Netw
 
 
 def _from_pretrained(unet: Path, base: Path, device: str) -> tuple[list[Any], Any]:
-    """Return ([network, VAE, image encoder], scheduler)."""
+    """Load ([network, VAE, image encoder], scheduler)."""
     import torch
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionModelWithProjection
 
     dtype = torch.float16 if device == "cuda" else torch.float32
-    # diffusers classes never run code of a folder, and reject the keyword trust_remote_code.
+    # diffusers classes never run code from a folder, and reject the keyword trust_remote_code.
     classes: list[tuple[Any, Path, dict[str, Any]]] = [
         (UNetSpatioTemporalConditionModel, unet, {"torch_dtype": dtype}),
         (AutoencoderKLTemporalDecoder, base / "vae", {"torch_dtype": dtype}),

@@ -1,4 +1,4 @@
-"""Find what moves in a clip with known depth and cameras: motion of the picture that these do not explain."""
+"""Find what moves in a clip with known depth and cameras: optical flow that these do not explain."""
 
 from __future__ import annotations
 
@@ -14,11 +14,11 @@ GAPS = (1, 2, 4)
 def of_flow(frames: np.ndarray, z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray | None) -> np.ndarray:
     """Return dynamic_mask bool [T, H, W], True where the surface moves in the world.
 
-    All is True where depth and cameras explain less than half of the picture: nothing is then known to stand still.
+    If more than `moving.MAX_MOVING` of the clip seems to move, all is True: nothing is then known to be static.
 
     Args:
         frames: uint8 [T, H, W, 3]. z_depth: float32 [T, H, W]. K: [3, 3] px, its principal point taken as the centre.
-        w2c: [T, 4, 4] in the unit of z_depth; None: the camera is assumed to stand still.
+        w2c: [T, 4, 4] in the unit of z_depth; None: the camera is assumed not to move.
     """
     if len(frames) == 1:
         return np.zeros(z_depth.shape, bool)

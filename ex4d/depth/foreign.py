@@ -1,8 +1,8 @@
-"""Run a depth network in a separate Python environment, because its pins conflict with ours: a worker over pipes.
+"""Run a depth network in a worker with a separate Python environment, whose pins conflict with ours, over pipes.
 
 The worker (`foreign_worker`, whose docstring is the protocol) loads the network once and serves clip after clip. If it
-takes too long, dies or sends what cannot be read, only that clip is rejected and a new worker starts for the next clip.
-It ends with this process, because the kernel closes its pipe.
+times out, dies or sends an unreadable answer, only that clip is rejected, and a new worker starts for the next clip.
+The worker ends with this process, because the kernel closes its pipe.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ ENVIRONMENT = (
 
 
 def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
-    """Return the adapter `name`'s depth of the frames; arguments and errors as in `depth.estimate`.
+    """Estimate the depth of the frames by the adapter `name`; arguments and errors as in `depth.estimate`.
 
     Raises:
         ConfigError: depth_python is not set, it or the adapter is missing, or the network does not load.
@@ -61,7 +61,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
 def ask(
     python: str, adapter: str, options: dict[str, Any], arrays: dict[str, np.ndarray], max_bytes: int
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Return the answer of an adapter to one call, `error` in it where it raised; its worker starts if it has to.
+    """Call an adapter, starting its worker if needed; return (message, arrays), with `error` in message if it raised.
 
     Args:
         max_bytes: of the answer's arrays.
@@ -109,7 +109,7 @@ def _paths(request: DepthRequest, name: str) -> tuple[str, str, str | None]:
 def _geometry(
     message: dict[str, Any], arrays: dict[str, np.ndarray], shape: tuple[int, ...], facts: dict[str, Any]
 ) -> Geometry:
-    """Return the checked answer; `depth.check` looks at the numbers themselves."""
+    """Check the names, shapes and poses of an answer; `depth.check` checks the values."""
     expected = {"values": shape, "confidence": shape, "K": (3, 3), "w2c": (shape[0], 4, 4)}
     for key, array in arrays.items():
         if key not in expected or array.shape != tuple(expected[key]):
@@ -158,8 +158,9 @@ class _Worker:
     def call(
         self, message: dict[str, Any], arrays: dict[str, np.ndarray], limit_s: float, max_bytes: int = 0
     ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-        """Return the worker's answer to a message, its arrays of at most `max_bytes`. Raises BadSample, after which the
-        worker must be replaced.
+        """Send a message; return the worker's answer, with at most `max_bytes` of arrays.
+
+        After a BadSample the worker must be replaced.
         """
         deadline = time.monotonic() + limit_s
         heads = [[name, array.dtype.str, list(array.shape)] for name, array in arrays.items()]
@@ -206,7 +207,7 @@ class _Worker:
         return message, arrays
 
     def _read(self, num_bytes: int, deadline: float) -> bytearray:
-        """Return exactly the requested number of bytes of the answer."""
+        """Read exactly `num_bytes` of the answer."""
         assert self.process.stdout is not None
         pipe, data = self.process.stdout.fileno(), bytearray()
         while len(data) < num_bytes:
@@ -227,7 +228,7 @@ class _Worker:
             os.killpg(self.process.pid, signal.SIGKILL)
         self.process.wait()
         for pipe in (self.process.stdin, self.process.stdout):
-            with contextlib.suppress(OSError):  # unwritten frames of a dead worker
+            with contextlib.suppress(OSError):  # frames that a dead worker did not read
                 if pipe is not None:
                     pipe.close()
 
@@ -238,6 +239,6 @@ _LOCK = threading.Lock()
 
 @atexit.register
 def release() -> None:
-    """End all workers, and free the memory that their networks hold."""
+    """Kill all workers, which frees the memory of their networks."""
     while _workers:
         _workers.popitem()[1].kill()

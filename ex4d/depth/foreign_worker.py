@@ -1,4 +1,4 @@
-"""The other side of `ex4d.depth.foreign`: runs under a foreign Python, with the standard library and numpy alone.
+"""The worker of `ex4d.depth.foreign`: runs under a foreign Python, with only the standard library and NumPy.
 
     python foreign_worker.py ADAPTER.py
 
@@ -6,8 +6,8 @@ An adapter of a depth network has `load(options) -> model`, called once, and `es
 for each clip with uint8 [T, H, W, 3]. The dict holds `values` [T, H, W] and `kind` ("z_depth" or "disparity"); it may
 hold `metric` (bool), `K` [3, 3], `w2c` [T, 4, 4] and `confidence` [T, H, W]. Our adapter of COLMAP gets other arrays.
 
-A message is a line of JSON, {"arrays": [[name, dtype, shape], …], …}, and after it the bytes of the arrays in that
-order. Requests come on standard input; answers go to what was standard output, which is kept clear of prints.
+A message is a line of JSON, {"arrays": [[name, dtype, shape], …], …}, followed by the bytes of the arrays in that
+order. Requests arrive on standard input; answers go to the original standard output. Prints go to standard error.
 """
 
 import importlib.machinery
@@ -24,7 +24,7 @@ MAX_ERROR = 4000  # characters
 
 
 def receive(stream):
-    """Return (the object, {name: array}) of the next message; None at the end."""
+    """Read the next message as (the object, {name: array}); None at the end of the input."""
     line = stream.readline()
     if not line:
         return None
@@ -48,14 +48,14 @@ def send(stream, message, arrays):
 
 
 def said(error):
-    """Return what an error says, for the caller; its trace goes to standard error."""
+    """Return the text of an error for the caller; print its traceback to standard error."""
     traceback.print_exc()
     return f"{type(error).__name__}: {error}"[:MAX_ERROR]
 
 
 def main():
     answers = os.fdopen(os.dup(1), "wb")
-    os.dup2(2, 1)  # what libraries print must not reach the answers
+    os.dup2(2, 1)  # prints of libraries must not end up in the answers
     loader = importlib.machinery.SourceFileLoader("adapter", sys.argv[1])
     adapter = types.ModuleType("adapter")
     model = None

@@ -8,10 +8,10 @@ from ex4d.errors import BadSample
 
 
 def valid_mask(values: np.ndarray, kind: str) -> np.ndarray:
-    """Return bool [T, H, W], True where there is a value. In disparity, 0 is a value: the farthest.
+    """Return bool [T, H, W], True where there is a value. A disparity of 0 is a value: the farthest.
 
     Args:
-        values: float32 [T, H, W] as a file has them.
+        values: float32 [T, H, W] as stored in a file.
         kind: "z_depth" or "disparity".
     """
     valid = np.isfinite(values)
@@ -19,13 +19,13 @@ def valid_mask(values: np.ndarray, kind: str) -> np.ndarray:
 
 
 def close(values: np.ndarray, kind: str, valid: np.ndarray, fill_px: int = 0) -> tuple[np.ndarray, np.ndarray]:
-    """Return (values with a finite one everywhere, valid bool [T, H, W] with holes up to `fill_px` wide added).
+    """Fill holes; return (values, finite everywhere; valid bool [T, H, W], to which holes up to `fill_px` are added).
 
     A hole takes the farther of the values to its left and right: what a sensor cannot see beside an edge belongs to
     the background. The mesh stays watertight there, but invalid pixels are neither shown nor used as texture.
 
     Args:
-        fill_px: 0 adds none. A hole counts as a whole: one that is wider anywhere stays.
+        fill_px: largest width of a hole that becomes valid, as a whole or not at all; 0: none.
 
     Raises:
         BadSample: depth_holes: a frame has no value at all.
@@ -42,7 +42,7 @@ def close(values: np.ndarray, kind: str, valid: np.ndarray, fill_px: int = 0) ->
 
 
 def _filled(image: np.ndarray, valid: np.ndarray, farther: np.ufunc) -> np.ndarray:
-    """Return [H, W] whose holes have the farther of their row's neighbours; the nearest value where a row has none."""
+    """Fill holes of [H, W] with the farther neighbour in their row; rows without values take the nearest value."""
     from scipy.ndimage import distance_transform_edt
 
     columns = np.arange(image.shape[1])

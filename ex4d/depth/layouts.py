@@ -1,4 +1,4 @@
-"""The npz layouts of depth programs: the key of the depth, and the convention of the cameras.
+"""The npz layouts of depth programs: the key of the depth and the convention of the cameras.
 
 | layout | depth | cameras | intrinsics |
 |---|---|---|---|
@@ -29,9 +29,9 @@ MAX_ZOOM = 0.05  # networks estimate a focal length per frame: largest relative 
 
 @dataclass(frozen=True)
 class Layout:
-    """How one program names its arrays: of depth, kind of it, K, cameras; `c2w`: they go from camera to world.
+    """How one program names its arrays: depth (and its kind), K and poses; `c2w`: poses are camera-to-world.
 
-    beside: arrays one of which stands beside the depth; (): none has to.
+    beside: at least one of these arrays must be present, too; (): no such condition.
     """
 
     depth: str
@@ -42,7 +42,7 @@ class Layout:
     beside: tuple[str, ...] = ()
 
 
-# The first whose depth and cameras are both there is taken.
+# The first layout whose depth and cameras are both present is used.
 LAYOUTS = (
     Layout("z_depth", "z_depth", poses="w2c"),
     Layout("disparity", "disparity"),
@@ -71,7 +71,7 @@ def cameras(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
 
 
 def in_cameras(points: np.ndarray, poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
-    """Return points [T, H, W, 3] of the world in the axes of the cameras of the frames `index`."""
+    """Transform world points [T, H, W, 3] to the axes of the cameras of the frames `index`."""
     w2c = _w2c(poses, layout, index)[:, None]
     return np.asarray(points @ w2c[..., :3, :3].swapaxes(-1, -2) + w2c[..., None, :3, 3], points.dtype)
 
@@ -91,7 +91,7 @@ def _w2c(poses: np.ndarray, layout: Layout, index: np.ndarray) -> np.ndarray:
 
 
 def one_lens(K: np.ndarray) -> np.ndarray:
-    """Return K [3, 3] of one for each frame, their median. Raises ValueError where they differ: the lens zooms."""
+    """Reduce one K per frame to their median [3, 3]. Raises ValueError if they differ too much: the lens zooms."""
     if K.ndim != 3 or not len(K):
         return K
     middle = np.median(K, axis=0)
@@ -103,7 +103,7 @@ def one_lens(K: np.ndarray) -> np.ndarray:
 
 
 def lens_of_points(points: np.ndarray) -> np.ndarray:
-    """Return K [3, 3] px of points [T, H, W, 3] in the axes of their cameras, principal point in the centre."""
+    """Fit K [3, 3] px, principal point in the centre, to points [T, H, W, 3] in the axes of their cameras."""
     height, width = points.shape[1:3]
     x, y, z = np.moveaxis(np.asarray(points, np.float64), -1, 0)
     good = np.isfinite(points).all(axis=-1) & (z > 0)

@@ -1,10 +1,10 @@
 """Find independently moving bodies in a clip with a moving camera, by flow that no depth explains; place them in depth.
 
 A body that moves along with or against the camera gets a wrong depth from its parallax, in front of everything or
-behind the wall. Its limbs, its turns and the rest of its motion break the epipolar geometry, though, in places. So a
-picture is cut into patches along the edges of its depth, and a patch moves where much of its flow cannot be
-explained. Such a patch becomes a card: upright, at the depth of the static surface just below it, or before that where
-its own parallax says so, since a body may hang in the air but not lie behind what it covers.
+behind the wall. Its limbs, its turns and the rest of its motion violate the epipolar geometry in places, though. So a
+picture is segmented into patches along its depth edges, and a patch counts as moving if much of its flow cannot be
+explained. Such a patch becomes an upright card at the depth of the static surface just below it, or nearer if its own
+parallax says so: a body may hang in the air but cannot lie behind what it covers.
 """
 
 from __future__ import annotations
@@ -14,26 +14,26 @@ import numpy as np
 from ex4d.errors import Filtered
 from ex4d.geometry.tracks import Flows, sample
 
-RESIDUAL_RATIO = 3.0  # flow that is off by so many times the clip's median is not explained,
-RESIDUAL_PX = (0.8, 2.0)  # but at least and at most this
-MIN_SHARE = 0.3  # of a patch's pixels
-MIN_PATCH = 0.001  # of the picture
-MAX_MOVING = 0.6  # of the clip's pixels: the rest is too little to trust the cameras
+RESIDUAL_RATIO = 3.0  # a residual above this × the clip's median counts as unexplained,
+RESIDUAL_PX = (0.8, 2.0)  # within these limits of the threshold
+MIN_SHARE = 0.3  # least unexplained share of the pixels of a moving patch
+MIN_PATCH = 0.001  # least size of a moving patch, as a fraction of the picture
+MAX_MOVING = 0.6  # largest moving share of the clip's pixels: beyond, too little is left to trust the cameras
 EDGE = 0.2  # step of log depth between neighbours that bounds a patch
-NEARER = 2.0  # × the inverse depth of what a body stands on: the most that its own parallax may bring it before that
-BAND = 0.1  # of the picture's height: how far around a body's lower end the surface is sought that it stands on
+NEARER = 2.0  # largest inverse depth that its own parallax may give a body, × that of the surface it stands on
+BAND = 0.1  # fraction of the picture's height, around a body's lower end, in which that surface is searched
 
 
 def find(inverse: np.ndarray, residual: np.ndarray, flows: Flows, weights: Flows) -> np.ndarray:
-    """Return dynamic_mask bool [T, H, W]: what moves in its own frame, or in most of the frames that it is seen in.
+    """Return dynamic_mask bool [T, H, W]: what moves in its own frame, or in most of the frames in which it is seen.
 
     Args:
         inverse: float32 [T, H, W] > 0, 1/z.
         residual: float32 [T, H, W] px, the flow that `inverse` and the cameras do not explain.
-        flows, weights: between frames, and how far they are trusted.
+        flows, weights: flows between frames, and how far they are trusted.
 
     Raises:
-        Filtered: parallax_moving, where most of the clip moves by itself.
+        Filtered: parallax_moving, if more than MAX_MOVING of the clip moves by itself.
     """
     limit = float(np.clip(RESIDUAL_RATIO * np.median(residual), *RESIDUAL_PX))
     own = [_moving(q, error, limit) for q, error in zip(inverse, residual, strict=True)]
@@ -63,7 +63,7 @@ def _moving(inverse: np.ndarray, residual: np.ndarray, limit: float) -> np.ndarr
     ball = _ball(labels.shape, 0.015)
     clear = cv2.morphologyEx((residual > 2 * limit).astype(np.uint8), cv2.MORPH_OPEN, ball)
     body = chosen[labels].astype(np.uint8) | clear
-    # An edge is some pixels wide; what is enclosed, torn off in small pieces or not explained belongs to the body.
+    # Edges are several pixels wide: enclosed areas, small fragments and unexplained pixels nearby belong to the body.
     near = cv2.dilate(body, ball).astype(bool) & small[labels]
     near |= cv2.dilate(body, _ball(labels.shape, 0.05)).astype(bool) & (residual > limit)
     closed = cv2.morphologyEx(body | near.astype(np.uint8), cv2.MORPH_CLOSE, ball)
@@ -78,7 +78,7 @@ def _ball(size: tuple[int, ...], share: float) -> np.ndarray:
 
 
 def place(inverse: np.ndarray, mask: np.ndarray) -> np.ndarray:
-    """Return 1/z float32 [T, H, W], each moving body at the depth of the static surface around its lower end or nearer.
+    """Place each moving body at the depth of the static surface around its lower end, or nearer; 1/z float32 [T, H, W].
 
     Args:
         inverse: float32 [T, H, W] > 0, 1/z by parallax. mask: bool [T, H, W], what moves.
@@ -96,7 +96,7 @@ def _placed(inverse: np.ndarray, moves: np.ndarray) -> np.ndarray:
         if label == 0:
             continue
         band, bottom = max(2, round(BAND * height)), y + tall
-        # Surfaces that bodies stand on have one depth along a row: more of the row than lies below makes it robust.
+        # The surface that a body stands on has about one depth along a row: a wider part of the row is more robust.
         rows = slice(max(0, min(bottom - band // 2, height - band)), bottom + band)
         columns = slice(max(0, x - width), x + 2 * width)
         support = inverse[rows, columns][~moves[rows, columns]]

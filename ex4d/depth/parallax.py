@@ -1,14 +1,14 @@
-"""Depth from a moving camera by classical geometry: no weights, for laptops and tests; for quality take a network.
+"""Depth from a moving camera by classical geometry: no weights, for laptops and tests; for quality, use a network.
 
 Optical flow (DIS) between frames 1, 2, 4 apart → cameras and focal length by bundle adjustment (`depth.cameras`) →
-inverse depth of every pixel, by least squares over all its flows (weights: forward–backward consistency, and the
-epipolar residual) → fusion with what neighbouring frames say of the same point → gaps filled from around them → all
-of it again, twice, with flow measured from where it puts each pixel → what moves by itself placed on the surface below
-it (`depth.moving`).
+inverse depth of every pixel, by least squares over all its flows (weights: forward–backward consistency and the
+epipolar residual) → fusion with the estimates of neighbouring frames for the same point → gaps filled from their
+surroundings → all of it repeated twice, with flow measured again from the positions that the result predicts →
+independently moving bodies placed on the surface below them (`depth.moving`).
 
-It needs a camera that moves sideways or forward. A clip whose camera rests or only turns is filtered (no_parallax),
-and so is one that a scene turned inside out explains as well (parallax_certainty), or of noise (parallax_noise). The
-scale is arbitrary: the median depth of the clip is 1. Everything runs on one thread and equal input gives equal output.
+It needs a camera that moves sideways or forward. A clip whose camera rests or only turns is filtered (no_parallax), as
+is one that an inside-out scene explains as well (parallax_certainty), or a clip of noise (parallax_noise). The scale is
+arbitrary: the median depth of the clip is 1. Everything runs in one thread and is deterministic.
 """
 
 from __future__ import annotations
@@ -29,27 +29,27 @@ from ex4d.geometry.tracks import Flows, measure_again, one_thread, pair_flows, s
 GAPS = (1, 2, 4)
 MIN_MOTION_PX = 0.3  # below it DIS measures noise (its median error is 0.15–0.3 px)
 MAX_STILL_SHARE = 0.4  # of the textured pixels; above it the camera is at rest
-# A pixel has texture where its slope (Sobel) reaches this; fewer pixels than this share say nothing of a camera.
+# A pixel has texture if its Sobel gradient reaches TEXTURE; a smaller share of them says nothing about the camera.
 TEXTURE, MIN_TEXTURED = 8.0, 0.1
-# Correlation of a frame with the next, brought to it by the flow: clips from 0.93 up, noise from 0.1 to 0.62.
+# Correlation of a frame with the next one, warped to it by the flow: 0.93 and above for clips, 0.1 to 0.62 for noise.
 MIN_LIKENESS = 0.75
 # Cost of the best contradicting solution / cost of the best; recorded up to the largest.
 MIN_CERTAINTY, MAX_CERTAINTY = 1.02, 100.0
 RESIDUAL_PX = 0.5  # scale of the Cauchy weights
-WORST = 400.0  # squared residual in that scale: more is not worse
-# Rounds in which the flow is measured again from where cameras and depth put each pixel, and steps of each: a round
-# halves the errors of depth and turn, a second one takes a third of what is left (docs/decisions/source_cameras.md).
+WORST = 400.0  # cap of the squared residual, in that scale
+# Rounds that measure the flow again from the predicted positions, and steps of each. One round halves the errors of
+# depth and turn; a second one removes a third of the rest (docs/decisions/source_cameras.md).
 NUM_AGAIN, NUM_STEPS = 2, 30
-GRID = 16  # points along the shorter side that cameras are found with
+GRID = 16  # points along the shorter side from which cameras are found
 
 
 def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return z_depth float32 [T, H, W] of arbitrary scale (median 1 over the clip) for frames uint8 [T, H, W, 3].
+    """Estimate z_depth float32 [T, H, W] of arbitrary scale (median 1 over the clip) from frames uint8 [T, H, W, 3].
 
     Raises:
-        Filtered: no_parallax, where the camera does not move, only turns, or its motion cannot be found;
-            parallax_certainty, where a contradicting solution explains the flow as well; parallax_noise, where the flow
-        follows nothing; parallax_moving, where most of the picture moves by itself.
+        Filtered: no_parallax, if the camera does not move, only turns, or its motion cannot be found;
+            parallax_certainty, if a contradicting solution explains the flow as well; parallax_noise, if the flow does
+            not map frames to their neighbours; parallax_moving, if most of the picture moves by itself.
     """
     num_frames, height, width = frames.shape[:3]
     if num_frames < 2:
@@ -123,7 +123,7 @@ def _likeness(a: np.ndarray, b: np.ndarray) -> float:
 
 
 def matches_of(flows: Flows, weights: Flows) -> Matches:
-    """Return the flow at a grid of pixels, the same in every frame, with the weights of `flows` where they count."""
+    """Sample the flows and their weights at a grid of pixels, the same in every frame; weights under 0.05 become 0."""
     pairs = sorted(flows)
     height, width = flows[pairs[0]].shape[:2]
     step = max(1, min(height, width) // GRID)
@@ -142,7 +142,7 @@ def _intrinsics(size: tuple[int, ...], focal: float) -> np.ndarray:
 
 
 def induced(inverse: np.ndarray, w2c: np.ndarray, focal: float, pairs: Iterable[tuple[int, int]]) -> Flows:
-    """Return the flow float32 [H, W, 2] px of a scene that stands, for each of `pairs` (i, j).
+    """Return the flow float32 [H, W, 2] px that moving cameras induce in a static scene, for each of `pairs` (i, j).
 
     Args:
         inverse: [T, H, W] > 0, 1/z. w2c: [T, 4, 4], in the unit of z. focal: px.
@@ -161,18 +161,18 @@ def induced(inverse: np.ndarray, w2c: np.ndarray, focal: float, pairs: Iterable[
 def refined(
     frames: np.ndarray, flows: Flows, bundle: Bundle, fov_deg: float | None
 ) -> tuple[Bundle, np.ndarray, np.ndarray]:
-    """Return (bundle, 1/z float32 [T, H, W], mask bool [T, H, W] of what moves) with flow measured again from there.
+    """Refine a bundle with flow measured again; return (bundle, 1/z float32 [T, H, W], mask of what moves, bool).
 
     Args:
-        flows: what `bundle` explains.
+        flows: the flows to which `bundle` was fitted.
 
     Raises:
-        Filtered: parallax_moving, where most of the picture moves by itself.
+        Filtered: parallax_moving, if most of the picture moves by itself.
     """
     height, width = frames.shape[1:3]
     weights = trust(flows)
     inverse, residual = _dense(bundle, flows, weights)
-    mask = moving.find(inverse, residual, flows, weights)  # after the rounds, bodies would be better explained
+    mask = moving.find(inverse, residual, flows, weights)  # before the rounds, which also fit bodies better
     usual = None if fov_deg is not None else camera_search.focal_of((height, width), FOV_DEG)
     for _ in range(NUM_AGAIN):
         flows = measure_again(frames, induced(inverse, bundle.w2c, bundle.focal, flows))
@@ -185,7 +185,7 @@ def refined(
 
 
 def _dense(bundle: Bundle, flows: Flows, weights: Flows) -> tuple[np.ndarray, np.ndarray]:
-    """Return (1/z float32 [T, H, W] > 0, residual float32 [T, H, W] px that it leaves of the flows)."""
+    """Return (1/z float32 [T, H, W] > 0, residual float32 [T, H, W] px of the flows)."""
     size, frames = next(iter(flows.values())).shape[:2], range(len(bundle.w2c))
     rays = pixel_rays(size, _intrinsics(size, bundle.focal)).astype(np.float32)
     views = [_inverse_depth(i, flows, weights, rays, bundle.w2c, bundle.focal) for i in frames]
@@ -195,9 +195,9 @@ def _dense(bundle: Bundle, flows: Flows, weights: Flows) -> tuple[np.ndarray, np
 
 @dataclass(frozen=True)
 class _View:
-    """What one frame's flows say: float32 [H, W] each.
+    """The estimate from one frame's flows: float32 [H, W] each.
 
-    inverse: 1/z > 0. confidence: px² per unit of it. residual: px that it leaves. weight: sum of the flows' weights.
+    inverse: 1/z > 0. confidence: px² per unit of it. residual: px. weight: sum of the flows' weights.
     """
 
     inverse: np.ndarray
@@ -207,10 +207,10 @@ class _View:
 
 
 def _inverse_depth(i: int, flows: Flows, weights: Flows, rays: np.ndarray, w2c: np.ndarray, focal: float) -> _View:
-    """Return the inverse depth of frame i from all its flows.
+    """Estimate the inverse depth of frame i from all its flows.
 
-    A point at inverse depth q on the ray d is seen from j at x with R d + q t = s (x, 1): two equations a flow, linear
-    in q.
+    A point at inverse depth q on the ray d is seen from j at x with R d + q t = s (x, 1): two equations per flow,
+    linear in q.
     """
     rows, sights, votes = [], [], []
     for pair in (pair for pair in flows if pair[0] == i):
@@ -228,7 +228,7 @@ def _inverse_depth(i: int, flows: Flows, weights: Flows, rays: np.ndarray, w2c: 
         squared = np.square(inverse[None, ..., None] * a - b).sum(axis=-1) * (focal / RESIDUAL_PX) ** 2
         weight = base / (1 + squared)
     confidence = information * focal**2 * (inverse > 0)
-    # A point cannot lie behind its camera: what asks for it is not explained by the nearest that can be, infinity.
+    # A point cannot lie behind its camera: flow that implies it gets the residual of the closest possible, infinity.
     squared = np.where(inverse > 0, squared, np.square(b).sum(axis=-1) * (focal / RESIDUAL_PX) ** 2)
     total = base.sum(axis=0)
     residual = RESIDUAL_PX * np.sqrt((base * np.minimum(squared, WORST)).sum(axis=0) / np.maximum(total, 1e-3))
@@ -236,7 +236,7 @@ def _inverse_depth(i: int, flows: Flows, weights: Flows, rays: np.ndarray, w2c: 
 
 
 def _along(i: int, views: list[_View], flows: Flows, weights: Flows) -> np.ndarray:
-    """Return the residual of frame i float32 [H, W] px, averaged with that of the same points in its neighbours."""
+    """Average the residual of frame i float32 [H, W] px with that of the same points in neighbouring frames."""
     top, bottom = views[i].residual * views[i].weight, views[i].weight.copy()
     for a, j in flows:
         if a == i:
@@ -247,7 +247,7 @@ def _along(i: int, views: list[_View], flows: Flows, weights: Flows) -> np.ndarr
 
 
 def _fuse(i: int, views: list[_View], flows: Flows, weights: Flows, rays: np.ndarray, w2c: np.ndarray) -> np.ndarray:
-    """Return 1/z float32 [H, W] > 0 of frame i: its own estimate and its neighbours', joined, the gaps filled."""
+    """Fuse frame i's estimate with those of its neighbours, and fill gaps: 1/z float32 [H, W] > 0."""
     estimates, votes = [views[i].inverse], [views[i].confidence]
     for a, j in flows:
         if a != i:
@@ -272,7 +272,7 @@ def _weighted_median(values: np.ndarray, weights: np.ndarray) -> tuple[np.ndarra
 
 
 def _fill(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
-    """Return values smoothed by their weights; where little is known, a wider and wider surrounding decides."""
+    """Smooth values by their weights; where little is known, wider and wider surroundings decide."""
     import cv2
 
     reference = np.median(weights[weights > 0]) if (weights > 0).any() else 0.0
@@ -288,7 +288,7 @@ def _fill(values: np.ndarray, weights: np.ndarray) -> np.ndarray:
         share = 0.02**level if level else 1.0  # a wider window counts only where the narrower are empty
         top += share * cv2.blur(values * weight, (size, size))
         bottom += share * blur_weight
-    # A box filter keeps running sums, so that where all weights are 0 its result is what rounding left, of either sign.
+    # A box filter keeps running sums: where all weights are 0, its result is a rounding error of either sign.
     known = bottom > 1e-6
     filled = np.where(known, top / np.where(known, bottom, 1), np.median(values[weight > 0]))
     return np.clip(filled, *limits).astype(np.float32)

@@ -1,5 +1,6 @@
-"""Read depth from a folder of pictures, one per frame: 16-bit PNG in millimetres, as depth cameras and datasets write
-it, or OpenEXR of one channel.
+"""Read depth from a folder of pictures, one per frame.
+
+They are 16-bit PNG in millimetres, as depth cameras and datasets write them, or OpenEXR of one channel.
 """
 
 from __future__ import annotations
@@ -23,7 +24,7 @@ HEADER_BYTES = 26  # signature, and IHDR up to its colour type
 
 
 def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.ndarray, str]:
-    """Return (values [T, H, W], kind) of pictures of a folder, in the order of the numbers in their names.
+    """Read (values [T, H, W], kind) from a folder's pictures, in the order of the numbers in their names.
 
     16-bit PNG are uint16, z_depth; OpenEXR are float16 or float32, disparity in a folder `*.disparity`, else z_depth.
 
@@ -70,13 +71,13 @@ def files_in(folder: str | Path) -> list[Path]:
 
 
 def check_pixels(count: int) -> None:
-    """Raise ValueError where the maps of a clip have more than MAX_PIXELS together; before they are read."""
+    """Raise ValueError if the maps of a clip have more than MAX_PIXELS together; called before they are read."""
     if count > MAX_PIXELS:
         raise ValueError(f"the maps of the clip have {count} pixels together, more than {MAX_PIXELS}")
 
 
 def _size(file: Path) -> tuple[int, int]:
-    """Return (height, width) of a picture by its header alone, and check that its bytes can be no more than it."""
+    """Read (height, width) from a picture's header, and check that the file is not too large for that size."""
     try:
         with storage.open_read(file) as opened:
             data, num_bytes = opened.read(exr.HEADER_BYTES), opened.seek(0, os.SEEK_END)
@@ -107,7 +108,7 @@ def _exr_size(data: bytes, name: str) -> tuple[int, int]:
 
 
 def picture(file: IO[bytes], size: tuple[int, int], name: str) -> np.ndarray:
-    """Return uint16, float16 or float32 [H, W] of one picture of a known size; runs in the sandboxed child.
+    """Decode one picture of a known size to uint16, float16 or float32 [H, W]; runs in the sandboxed child.
 
     Raises:
         BadSample: depth_shape, decode_error.
@@ -124,7 +125,7 @@ def picture(file: IO[bytes], size: tuple[int, int], name: str) -> np.ndarray:
 
 
 def exr_values(data: bytes, size: tuple[int, int] | None, name: str) -> np.ndarray:
-    """Return float16 or float32 [H, W] of an OpenEXR, of a known size unless that is None; runs in the child.
+    """Decode an OpenEXR, of a known size unless that is None, to float16 or float32 [H, W]; runs in the child.
 
     Raises:
         BadSample: depth_shape, decode_error.

@@ -1,14 +1,14 @@
 """Find the depth file of a video: beside it, or in a folder of depth files that mirrors the folder of videos.
 
-| video | looked for, the first that exists |
+| video | depth: the first of these that exists |
 |---|---|
 | `in/a/clip.mp4` | `in/a/clip.depth.npz`, `clip.npz`, `clip.depth.npy`, `clip.npy`, a folder `clip.depth/` of PNG or |
 | | OpenEXR, or `clip.disparity/` of OpenEXR |
 | with `depth_path: maps` | `maps/a/clip.depth.npz` … as above, a video `clip_depth.mp4`, ViPE's `depth/clip.zip`; |
 | | then in `maps/` |
 
-Where `clip.mov` lies beside `clip.mp4`, either has its own `clip.mp4.depth.npz`; and where `in/b/clip.mp4` is there
-too, `maps/a/` and `maps/b/` are needed: a file that could belong to another video is never used.
+If `clip.mov` lies beside `clip.mp4`, each needs its own file, such as `clip.mp4.depth.npz`; if `in/b/clip.mp4` exists,
+too, `maps/a/` and `maps/b/` are needed. A file that could belong to another video is never used.
 """
 
 from __future__ import annotations
@@ -24,21 +24,21 @@ from ex4d.errors import BadSample
 from ex4d.video import sniff
 
 SUFFIXES = (".depth.npz", ".npz", ".depth.npy", ".npy")
-FOLDERS = (".depth", ".disparity")  # of pictures of depth, one a frame
-# What other programs write beside their npz, or in its place: pictures to look at, in 8 bits, or formats not read here.
+FOLDERS = (".depth", ".disparity")  # of pictures of depth, one per frame
 VIDEOS = (".mp4", ".mkv")
 VIPE = ".zip"
+# Written by other programs beside or instead of their npz: 8-bit pictures to look at, or formats not read here.
 PICTURES = (*videos.SUFFIXES, "_vis.mp4", "_vis.mkv", ".depth.exr", ".depth.png", ".depth.avi", "_depth.avi")
 
 
 def find(request: DepthRequest, exists: Callable[[str], bool] = storage.exists) -> str:
-    """Return the path of the clip's depth file, or of its folder of pictures.
+    """Find the path of the clip's depth file, or of its folder of pictures.
 
     Args:
         exists: returns whether a file or folder exists.
 
     Raises:
-        BadSample: depth_missing; sidecar_ambiguous where it could be another video's.
+        BadSample: depth_missing; sidecar_ambiguous, if the file could belong to another video.
     """
     chosen = None if request.depth_path is None else str(request.depth_path)
     if chosen and chosen.lower().endswith((".npz", ".npy", VIPE, *VIDEOS)) and not _is_folder(chosen):
@@ -89,7 +89,7 @@ def ambiguous(file: str, own: PurePosixPath, other: str, is_twin: bool) -> str:
 
 
 def twin_of(path: str) -> str:
-    """Return the name of another video of the same stem beside a local one, "" where there is none."""
+    """Return the name of another video with the same stem beside a local one, "" if there is none."""
     place = Path(path)
     if not storage.is_local(path) or not place.parent.is_dir():
         return ""
@@ -104,7 +104,7 @@ def sha256(path: str) -> str:
         return storage.sha256(path)
     place = storage.local_path(path)
     files = sorted(pictures.files_in(place)) if place.is_dir() else [place, *others_of(path)]
-    # Cached: every clip of a long video needs the hash of the same file, which may have gigabytes.
+    # Cached: every clip of a long video needs the hash of the same file, which may be gigabytes.
     if files == [place]:
         return hub.file_sha256(place)
     lines = [f"{file.name} {hub.file_sha256(file)}\n" for file in files]

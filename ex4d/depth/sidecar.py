@@ -1,14 +1,14 @@
 """Read depth from a file beside the video: the estimate of another program, or the truth of a synthetic scene.
 
 `places` finds the file; `layouts` lists the npz layouts that are read, with intrinsics and the source's cameras if they
-hold them. Files are opened by the sandboxed child alone (`arrays`, `pictures`, `videos`). Values are [N, H, W], one map
+hold them. Files are opened only by the sandboxed child (`arrays`, `pictures`, `videos`). Values are [N, H, W], one map
 for each frame of the whole source; if the npz has its own rate as `fps`, the map nearest in time is used.
 
-A string `kind` ("z_depth" or "disparity") in the npz decides over the key: Video Depth Anything's relative models write
-disparity as `depths` too, so add it there; an npy holds z-depth. Whole numbers of 16 bits or more are millimetres, as
-depth cameras write them; a folder of 16-bit PNG, one a frame, holds such. A folder of OpenEXR holds floats, as does the
+A string `kind` ("z_depth" or "disparity") in the npz overrides the key: Video Depth Anything's relative models write
+disparity as `depths`, too, so add `kind` there. An npy holds z-depth. Integers of 16 bits or more are millimetres, as
+depth cameras write them, and as in a folder of 16-bit PNG, one per frame. A folder of OpenEXR holds floats, as does the
 zip of ViPE (`vipe`). z_depth of 0, NaN or inf, and disparity of NaN or inf, is a hole: the sensor has no value there
-(`holes`). Pickles are refused.
+(`holes`). Pickles are rejected.
 """
 
 from __future__ import annotations
@@ -29,13 +29,13 @@ from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.camera import check_lens
 from ex4d.geometry.pose_file import check_poses
 
-LIMITS = isolation.Limits(wall_s=600, cpu_s=300)  # a compressed hour must be unpacked up to the clip
+LIMITS = isolation.Limits(wall_s=600, cpu_s=300)  # an hour of compressed maps must be unpacked up to the clip
 MAX_Z = 1e7  # ten thousand kilometres, or ten kilometres in millimetres
 ASPECT_TOLERANCE = 0.02  # networks round sides to multiples of 14 or 64
 
 
 def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the stored depth of the clip's frames, cut and scaled as the frames were.
+    """Return the stored depth of the clip's frames, cropped and scaled as the frames were.
 
     Raises:
         BadSample: depth_missing (no file, or no known key), sidecar_ambiguous, depth_pickle (objects inside),
@@ -66,8 +66,9 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
 
 
 def read(path: str, wanted: Wanted) -> tuple[np.ndarray, str, np.ndarray | None, str, np.ndarray | None]:
-    """Return (values [T, H, W] of a float or integer type, kind, K [3, 3] or None, key, w2c [T, 4, 4] or None), read in
-    the isolated child.
+    """Read the requested maps of a file in the isolated child.
+
+    Returns: (values [T, H, W] of a float or integer type, kind, K [3, 3] or None, key, w2c [T, 4, 4] or None).
     """
     name = _name(path)
     with _on_disk(path) as file:
@@ -106,7 +107,7 @@ def _on_disk(path: str) -> Iterator[Path]:
 
 
 def _lens(K: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
-    """Return K [3, 3] of one that is given once or for each frame; BadSample unless it is a lens in px of the maps."""
+    """Return K [3, 3] from one K, or one per frame. Raises BadSample unless it is plausible in px of the maps."""
     try:
         K = layouts.one_lens(K)
     except ValueError as error:
@@ -119,7 +120,7 @@ def _lens(K: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
 
 
 def _in_one_unit(values: np.ndarray, kind: str, name: str) -> np.ndarray:
-    """Return float32 values; whole numbers of z-depth are millimetres and become metres."""
+    """Convert values to float32; integers of z-depth are millimetres and become metres."""
     if kind == "z_depth" and values.dtype.kind in "iu":
         if values.dtype.itemsize == 1:
             raise BadSample("depth_unit", f"{name}: 8 bits hold no z_depth; call it disparity where near is bright")
@@ -136,7 +137,7 @@ def _in_one_unit(values: np.ndarray, kind: str, name: str) -> np.ndarray:
 def _fitted(
     values: np.ndarray, K: np.ndarray | None, size: tuple[int, ...], request: DepthRequest, name: str
 ) -> tuple[np.ndarray, np.ndarray | None]:
-    """Return values and K at the frames' size. Maps may be stored at another scale than the video, not aspect."""
+    """Crop and scale values and K as the frames were. Maps may have another resolution than the video, not aspect."""
     from ex4d.video import Fit
 
     stored = (int(values.shape[1]), int(values.shape[2]))
@@ -150,7 +151,7 @@ def _fitted(
     depth = np.ascontiguousarray(fit.scaled_to(stored).apply_depth(values))
     if K is None:
         return depth, None
-    # Through the video's own pixels: the crop of the frames need not be whole pixels of a smaller map.
+    # By way of the video's own pixels: the crop of the frames need not be whole pixels of a smaller map.
     to_video = np.diag([fit.source_size[1] / stored[1], fit.source_size[0] / stored[0], 1.0])
     return depth, fit.apply_K(to_video @ K)
 

@@ -2,17 +2,17 @@
 
 | `cameras` | the source's cameras are |
 |---|---|
-| `auto` | the depth estimator's if it has them; else the source is assumed to stand still |
-| `none` | not used: the source is assumed to stand still |
+| `auto` | the depth estimator's if it has them; else the source is assumed not to move |
+| `none` | not used: the source is assumed not to move |
 | `estimator` | the depth estimator's; a clip without them is rejected |
-| `parallax` | estimated from the motion of the picture, also for a camera at rest or one that turns |
-| `colmap` | found by COLMAP from the points that parallax follows and that do not move by themselves |
+| `parallax` | estimated from optical flow, also for a camera that rests or turns |
+| `colmap` | estimated by COLMAP from the static ones of the points that parallax tracks |
 | a file | its poses, as `geometry.trajectory_files` reads them |
 
-Where the depth is z-depth, parallax finds the cameras that explain the flow with that depth: none of the ambiguities of
-depth and motion is left, and nothing moves that stands. Elsewhere it finds them alone (`depth.cameras`). Before COLMAP
-is asked, either says which points move by themselves, and whether the camera moves at all: if it rests or turns, COLMAP
-is not asked.
+With z-depth or metric disparity, parallax finds the cameras that explain the flow together with that depth, which
+removes the ambiguities between depth and motion and keeps static surfaces static. Otherwise it finds them from the flow
+alone (`depth.cameras`). The same step runs before COLMAP: it says which points move by themselves and whether the
+camera translates at all; if the camera rests or only turns, COLMAP is skipped.
 """
 
 from __future__ import annotations
@@ -30,17 +30,17 @@ from ex4d.geometry.camera import FOV_DEG, intrinsics, invert
 from ex4d.geometry.tracks import Flows, measure_again, one_thread, pair_flows, trust
 
 CHOICES = ("auto", "none", "estimator", "parallax", "colmap")
-TURNS_PX = 1.0  # median of what a turn leaves unexplained: above it, a clip without parallax is no turning camera's
-MOVES = 0.01  # of the median depth: cameras that move less triangulate nothing that depth could be compared with
-MOVES_SURELY = 0.3  # below it, what z-depth calls a move may be that of bodies, and parallax is asked, too
+TURNS_PX = 1.0  # median residual of a pure turn above which a clip without parallax is not that of a turning camera
+MOVES = 0.01  # fraction of the median depth; cameras that move less cannot triangulate points to compare depth with
+MOVES_SURELY = 0.3  # a smaller move found with z-depth may be that of bodies, so parallax must confirm it
 GAPS = (1, 2, 4, 8)
-# After each round but the last, flow is left out that is off by so many times the median, and so many px: bodies.
+# After each round but the last, flow is dropped whose residual exceeds this × the median and this many px: bodies.
 NUM_TRIMS, TRIM_RATIO, TRIM_PX = 3, 2.0, 0.15
-NUM_AGAIN = 2  # rounds with flow that is measured again, from where the cameras of the round before put each pixel
+NUM_AGAIN = 2  # rounds that measure the flow again, from the positions that the previous cameras predict
 
 
 def check(choice: str) -> None:
-    """Raise ConfigError unless `choice` is a key of CHOICES whose package is there, or a file."""
+    """Raise ConfigError unless `choice` is one of CHOICES whose package is installed, or a file."""
     if choice == "colmap":
         colmap.check()
     if choice not in CHOICES and not Path(choice).is_file():
@@ -48,13 +48,13 @@ def check(choice: str) -> None:
 
 
 def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the geometry with the source's cameras that `request.cameras` selects, in the unit of its depth.
+    """Add the source's cameras that `request.cameras` selects to the geometry, in the unit of its depth.
 
-    Its `provenance` has `cameras`, and `camera_depth_error` if the unit had to be found.
+    Its `provenance` then has `cameras`, and `camera_depth_error` if the unit had to be found.
 
     Raises:
-        BadSample: cameras_missing: none of the estimator's, too few in the file, none that agree with the depth, or
-            not all of the frames placed by COLMAP; depth_worker_*: COLMAP died, hung or answered nonsense.
+        BadSample: cameras_missing: the estimator has none, the file has too few, they contradict the depth, or COLMAP
+            does not register every frame; depth_worker_*: COLMAP died, hung or gave an invalid answer.
         Filtered: no_parallax: parallax finds no camera.
     """
     choice = request.cameras
@@ -74,7 +74,7 @@ def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geome
 
 
 def _of_flow(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geometry:
-    """Return the geometry with the cameras of parallax, COLMAP or a file; the flow says where, or in which unit."""
+    """Add the cameras of parallax, COLMAP or a file to the geometry; flow determines them, or their unit."""
     choice, size = request.cameras, (frames.shape[1], frames.shape[2])
     flows = pair_flows(frames, GAPS)
     matches = parallax.matches_of(flows, trust(flows))
@@ -109,7 +109,7 @@ def _with_facts(result: Geometry, choice: str, error: float | None = None) -> Ge
 
 
 def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> Geometry:
-    """Return the geometry with the cameras that explain the flow with its z-depth, robustly; in its unit."""
+    """Add the cameras that explain the flow together with the z-depth, fitted robustly, in its unit."""
     solution, matches, _ = _explained(result, matches, size, fov_deg)
     inverse, valid = solution.inverse, measured(result, matches)
     w2c = solution.w2c @ invert(solution.w2c[0])
@@ -130,7 +130,7 @@ def _of_depth(result: Geometry, matches: bundle.Matches, size: tuple[int, int], 
 
 
 def _measured_again(frames: np.ndarray, flows: Flows, found: Geometry) -> Flows:
-    """Return the flows measured again, from where depth and cameras put each pixel with depth."""
+    """Measure the flows again, starting where depth and cameras predict each pixel with depth."""
     assert found.w2c is not None
     assert found.K is not None
     inverse = 1 / found.values if found.kind == "z_depth" else np.maximum(found.values, 1e-9)
@@ -141,7 +141,7 @@ def _measured_again(frames: np.ndarray, flows: Flows, found: Geometry) -> Flows:
 
 
 def _moved(w2c: np.ndarray, inverse: np.ndarray) -> float:
-    """Return how far cameras go from the first, in middle depths of the points of these inverse depths."""
+    """Return how far the cameras move away from the first, in median depths of points with these inverse depths."""
     return float(np.linalg.norm(w2c[:, :3, 3], axis=1).max()) * float(np.median(inverse))
 
 
@@ -166,7 +166,7 @@ def _explained(
 
 
 def _standing(matches: bundle.Matches, solution: bundle.Bundle) -> bundle.Matches:
-    """Return the matches without flow that the solution leaves unexplained: of bodies, and of mistakes."""
+    """Drop the matches that the solution leaves unexplained: moving bodies and errors of the flow."""
     residual = np.sqrt(bundle.squared_residuals(matches, solution))
     limit = max(TRIM_PX, TRIM_RATIO * float(np.median(residual[matches.weights > 0])))
     return replace(matches, weights=matches.weights * (residual < limit))
@@ -175,9 +175,9 @@ def _standing(matches: bundle.Matches, solution: bundle.Bundle) -> bundle.Matche
 def _by_colmap(
     result: Geometry, matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None
 ) -> tuple[np.ndarray, float]:
-    """Return (w2c [T, 4, 4], focal length in px) by COLMAP; without translation and by parallax if the camera rests.
+    """Return (w2c [T, 4, 4], focal length in px) by COLMAP, or by parallax without translation if the camera rests.
 
-    The focal length is sought for the reason that `_from_motion` names.
+    The focal length is estimated for the reason given in `_from_motion`.
     """
     if relative(result):
         solution = _from_motion(matches, size, fov_deg)
@@ -196,12 +196,12 @@ def _by_colmap(
 
 
 def _is_doubtful(moved: float) -> bool:
-    """Return whether a move that z-depth asks for may be that of bodies. Args: moved: in median depths."""
+    """Return whether a move found with z-depth, `moved` in median depths, may be that of bodies."""
     return MOVES <= moved < MOVES_SURELY
 
 
 def _at_rest(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bundle.Bundle | None:
-    """Return the cameras where parallax says, without the depth, that they rest or turn; else None."""
+    """Return the cameras if parallax finds, without the depth, that they rest or only turn; else None."""
     try:
         found = _from_motion(matches, size, fov_deg)
     except Filtered:
@@ -212,8 +212,8 @@ def _at_rest(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | No
 def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float | None) -> bundle.Bundle:
     """Return the cameras by parallax, the first the identity; without translation if the camera rests or turns.
 
-    The focal length is sought even where depth brings one: flow that is a little too short bends cameras with the true
-    one more than it bends those with the one that fits (docs/decisions/source_cameras.md).
+    The focal length is estimated even if the depth has one: flow that is a little too short bends the path more with
+    the true focal length than with the one that fits it (docs/decisions/source_cameras.md).
     """
     # Over wider gaps the flow's own error, which grows with its length, looks like a translation.
     gaps = np.abs(matches.pairs[:, 1] - matches.pairs[:, 0])

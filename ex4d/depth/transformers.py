@@ -1,8 +1,8 @@
-"""Depth from networks of the transformers library, a frame at a time: Depth Anything V2, Depth Pro, ZoeDepth.
+"""Depth from networks of the transformers library, frame by frame: Depth Anything V2, Depth Pro, ZoeDepth.
 
-Pictures are prepared here from the checkpoint's `preprocessor_config.json`, since two of the library's three processors
-need torchvision. Relative disparity is matched from frame to frame (`geometry.depth.align_clip`); metric depth is
-used as it is. On a GPU: half precision, in batches.
+Pictures are preprocessed here from the checkpoint's `preprocessor_config.json`, because two of the library's three
+processors need torchvision. Relative disparity is aligned from frame to frame (`geometry.depth.align_clip`); metric
+depth is used as it is. On a GPU: half precision, in batches.
 """
 
 from __future__ import annotations
@@ -27,7 +27,7 @@ IMAGENET_MEAN, IMAGENET_STD = (0.485, 0.456, 0.406), (0.229, 0.224, 0.225)
 
 @dataclass(frozen=True)
 class Network:
-    """A family of checkpoints: the default's hub id, its licence, `model_type` of the config, class in transformers."""
+    """A family of checkpoints: hub id and licence of the default, `model_type` of the config, class in transformers."""
 
     hub_id: str
     licence: str
@@ -48,13 +48,13 @@ NETWORKS = {
 
 
 def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
-    """Return the depth of frames uint8 [T, H, W, 3] by the network `name`, a key of NETWORKS.
+    """Estimate the depth of frames uint8 [T, H, W, 3] by the network `name`, a key of NETWORKS.
 
     Args:
-        request: `depth_path` is the weights: a local folder or `hub-id[@revision]`; None takes the family's default.
+        request: `depth_path` is the weights: a local folder or `hub-id[@revision]`; None: the family's default.
 
     Raises:
-        ConfigError: the weights are missing and cannot be fetched, or are of another family.
+        ConfigError: the weights are missing and cannot be fetched, or belong to another family.
         ContractError: the folder does not match its config.
         BadSample: depth_nan, depth_nonpositive, depth_constant, depth_fov.
     """
@@ -96,7 +96,7 @@ def _result(values: np.ndarray, fields: list[Any], config: Any, provenance: dict
 
 
 def _depth_pro(values: np.ndarray, fields: list[Any], provenance: dict[str, Any]) -> Geometry:
-    """Return metric depth and K. The output is inverse depth at a focal length of one picture width (paper §3.2).
+    """Convert to metric depth and K. The output is inverse depth at a focal length of one picture width (paper §3.2).
 
     One focal length serves the clip, the median of its frames: K does not change within a clip.
     """
@@ -114,7 +114,7 @@ def _depth_pro(values: np.ndarray, fields: list[Any], provenance: dict[str, Any]
 
 @lru_cache(maxsize=1)
 def _load(name: str, folder: str, device: str) -> tuple[Any, dict[str, Any], str]:
-    """Return (model in eval mode, preprocessor settings, sha256 of the weights); kept from clip to clip."""
+    """Load (model in eval mode, preprocessor settings, sha256 of the weights), cached between clips."""
     import torch
     import transformers
 
@@ -156,7 +156,7 @@ def _run(model: Any, settings: dict[str, Any], frames: np.ndarray, device: str) 
         for key, default in (("image_mean", IMAGENET_MEAN), ("image_std", IMAGENET_STD))
     )
     pixels = (pixels - mean) / std
-    # ZoeDepth's border is poor: its authors reflect the picture around it and cut the result (depth_model.py).
+    # ZoeDepth is poor at the border: its authors pad the picture by reflection and crop the result (depth_model.py).
     pad_y, pad_x = (int(np.sqrt(side / 2) * 3) if settings.get("do_pad") else 0 for side in (height, width))
     if pad_y or pad_x:
         pixels = functional.pad(pixels, (pad_x, pad_x, pad_y, pad_y), mode="reflect")
@@ -174,10 +174,10 @@ def _run(model: Any, settings: dict[str, Any], frames: np.ndarray, device: str) 
 
 
 def working_size(size: tuple[int, ...], settings: dict[str, Any]) -> tuple[int, int]:
-    """Return the (H, W) that a network sees a picture of `size` at, by its preprocessor settings.
+    """Return a network's input (H, W) for a picture of `size`, from its preprocessor settings.
 
-    With `keep_aspect_ratio` both sides get the scale at which neither is below the settings' size, and are rounded to
-    multiples of `ensure_multiple_of`.
+    With `keep_aspect_ratio`, both sides are scaled by the factor at which neither is below the settings' size. Sides
+    are rounded to multiples of `ensure_multiple_of`.
     """
     wanted = settings.get("size") or {"height": 384, "width": 384}
     height, width = int(wanted["height"]), int(wanted["width"])

@@ -1,7 +1,7 @@
-"""Depth as a grey video of 8 bits, as DepthCrafter writes it: relative disparity, 255 the nearest. Steps show on walls.
+"""Read depth from an 8-bit grey video as DepthCrafter writes it: relative disparity, 255 nearest. Walls show steps.
 
-Nothing in such a file says whether near is bright; it is taken to be, so a video is read only where `depth_path` names
-it or its folder, never because it lies beside the source.
+Nothing in such a file says whether near is bright. This is assumed, so a video is read only if `depth_path` names it or
+its folder, never because it lies beside the source.
 """
 
 from __future__ import annotations
@@ -20,10 +20,10 @@ MAX_COLOUR = 4.0  # mean difference of a pixel's channels, of 255: coding noise 
 
 
 def read(path: str, choose: Callable[[int, float | None], np.ndarray]) -> np.ndarray:
-    """Return disparity float32 [T, H, W], 0 to 255, decoded in the isolated child.
+    """Read disparity float32 [T, H, W], 0 to 255, decoded in the isolated child.
 
     Args:
-        choose: of the number of maps and their rate, None where it is not constant: which maps.
+        choose: (number of maps, their rate, None if it is not constant) → indices of the maps to read.
 
     Raises:
         BadSample: depth_missing (not local), depth_shape (too large, or coloured), depth_frames, the decoder's.

@@ -8,7 +8,7 @@
 | `intrinsics/NAME_camera.txt` | a line `FRAME: TYPE` for each frame; PINHOLE is read |
 
 Source: `vipe/utils/io.py` of github.com/nv-tlabs/vipe. Depth is read in the sandboxed child (`depth.arrays`), the small
-files as files of poses are.
+files in this process, like files of poses.
 """
 
 from __future__ import annotations
@@ -26,20 +26,20 @@ from ex4d.geometry.pose_file import bytes_of
 
 
 def parts_of(depth: str | Path) -> list[Path]:
-    """Return the files beside a `depth/NAME.zip` that belong to it and exist: poses, intrinsics, kinds of lenses."""
+    """Return the files that belong to a `depth/NAME.zip` and exist: poses, intrinsics, lens types."""
     root, name = Path(depth).parent.parent, Path(depth).stem
     names = (f"pose/{name}.npz", f"intrinsics/{name}.npz", f"intrinsics/{name}_camera.txt")
     return [root / one for one in names if (root / one).is_file()]
 
 
 def cameras(depth: str, index: np.ndarray, size: tuple[int, int]) -> tuple[np.ndarray | None, np.ndarray | None]:
-    """Return (K [3, 3] px, w2c [T, 4, 4] of the frames `index`, the first the identity), None where ViPE has none.
+    """Read (K [3, 3] px, w2c [T, 4, 4] of the frames `index`, the first the identity), None where ViPE has none.
 
     Args:
         size: (H, W) of the depth maps.
 
     Raises:
-        BadSample: depth_shape: a lens that is no pinhole, or a damaged file; cameras_missing: too few poses.
+        BadSample: depth_shape: a lens that is not a pinhole, or a damaged file; cameras_missing: too few poses.
     """
     K, w2c = None, None
     for path in parts_of(depth):

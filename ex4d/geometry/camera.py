@@ -11,14 +11,14 @@ import numpy as np
 from ex4d.config import setting
 from ex4d.errors import ConfigError
 
-# In units of the longer side. Lenses have 0.2 to 60; far outside that, drawing takes too long or numbers overflow.
+# Limits in longer sides. Real lenses have focal lengths of 0.2 to 60; far beyond, rendering is slow or overflows.
 FOCAL, CENTRE = (0.01, 1000.0), 100.0
-LENS_CENTRE = (0.1, 0.9)  # of a side; shift lenses reach 0.17 to 0.83
+LENS_CENTRE = (0.1, 0.9)  # as a fraction of a side; shift lenses reach 0.17 to 0.83
 FOV_DEG = 54.0  # default over the longer side, when the camera is unknown
 
 
 def fov_setting() -> Any:
-    """Return the setting `fov_deg` of videos, which several sections have."""
+    """Return the setting `fov_deg`, which several sections of the configuration share."""
     help = (
         "Field of view over the longer side, degrees, if depth has no intrinsics; null: 54, and parallax estimates it."
     )
@@ -81,7 +81,7 @@ def check_intrinsics(K: np.ndarray) -> np.ndarray:
 
 
 def check_lens(K: np.ndarray, size: tuple[int, int]) -> np.ndarray:
-    """Return K as float64 [3, 3]. Raises ConfigError unless it is plausible for whole pictures of `size` (H, W).
+    """Return K as float64 [3, 3]. Raises ConfigError unless it is plausible for uncropped pictures of `size` (H, W).
 
     The principal point of an uncropped picture lies well inside it. If it does not, K is in fractions of the sides or
     belongs to pictures of another size.
@@ -112,7 +112,7 @@ def check_rigid(w2c: np.ndarray) -> np.ndarray:
 def is_rigid(poses: np.ndarray, tolerance: float = 1e-4) -> bool:
     """Return whether all of `poses` [..., 4, 4] are rotations (determinant +1) and translations.
 
-    tolerance: on R Rᵀ; files store poses with 6 to 8 digits. On the last row it is a thousandth of that.
+    tolerance: allowed error of R Rᵀ (files store poses with 6 to 8 digits); for the last row, a thousandth of it.
     """
     rotation = poses[..., :3, :3]
     square = np.abs(rotation @ np.swapaxes(rotation, -1, -2) - np.eye(3)).max(initial=0)
@@ -121,7 +121,7 @@ def is_rigid(poses: np.ndarray, tolerance: float = 1e-4) -> bool:
 
 
 def nearest_rigid(poses: np.ndarray) -> np.ndarray:
-    """Return the rigid motions float64 [..., 4, 4] that are nearest to poses which were rounded when written."""
+    """Return the rigid motions float64 [..., 4, 4] nearest to poses that were rounded when written."""
     rigid = np.array(poses, np.float64)
     left, _, right = np.linalg.svd(rigid[..., :3, :3])
     rigid[..., :3, :3] = left @ right
@@ -181,12 +181,12 @@ def invert(pose: np.ndarray) -> np.ndarray:
 
 
 def relative_to(w2c: np.ndarray, source_w2c: np.ndarray) -> np.ndarray:
-    """Return w2c float64 [..., 4, 4] in a world that is the camera `source_w2c` [..., 4, 4]: w2c · source_w2c⁻¹."""
+    """Return w2c float64 [..., 4, 4] with the camera `source_w2c` [..., 4, 4] as the world: w2c · source_w2c⁻¹."""
     return np.asarray(w2c, np.float64) @ invert(source_w2c)
 
 
 def pixel_rays(size: tuple[int, int], K: np.ndarray, offset: float = 0.5) -> np.ndarray:
-    """Return K⁻¹ (u, v, 1) of every pixel, float64 [H, W, 3]; `offset` is where in the pixel (0.5: its centre)."""
+    """Return K⁻¹ (u, v, 1) of every pixel, float64 [H, W, 3]; `offset`: position in the pixel (0.5: its centre)."""
     height, width = size
     rays = np.ones((height, width, 3))
     rays[..., 0] = (np.arange(width) + offset - K[0, 2]) / K[0, 0]
@@ -195,6 +195,6 @@ def pixel_rays(size: tuple[int, int], K: np.ndarray, offset: float = 0.5) -> np.
 
 
 def unproject(z_depth: np.ndarray, K: np.ndarray) -> np.ndarray:
-    """Return the points float64 [H, W, 3] in camera axes of z_depth [H, W] at pixel centres."""
+    """Unproject z_depth [H, W] at pixel centres to points float64 [H, W, 3] in camera axes."""
     z_depth = np.asarray(z_depth, np.float64)
     return pixel_rays((z_depth.shape[0], z_depth.shape[1]), K) * z_depth[..., None]

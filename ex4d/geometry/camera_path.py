@@ -1,4 +1,4 @@
-"""Build the cameras of a clip, poses and intrinsics, from the name of a path or a file of poses."""
+"""Build the cameras of a clip (poses and intrinsics) from a named path or a file of poses."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ex4d.geometry import trajectory, trajectory_files
 from ex4d.geometry.camera import invert, relative_to
 
 SOURCE_MOTIONS = ("remove", "keep", "smooth")
-SMOOTH_S = 0.5  # standard deviation of the window that stabilises, seconds
+SMOOTH_S = 0.5  # standard deviation of the smoothing window, seconds
 FILE_OPTIONS = ("scale", "resample", "format", "camera", "flip_y", "rebase")
 # Extent of a path / distance of the scene. Metres mixed with millimetres are off by a factor of 1000.
 PLAUSIBLE_EXTENT = (1e-3, 100.0)
@@ -29,14 +29,14 @@ def build(
     options: Mapping[str, Any] | None = None,
     world: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (w2c float64 [T, 4, 4], K float64 [3, 3], or [T, 3, 3] where the focal length changes).
+    """Build the cameras: (w2c float64 [T, 4, 4], K float64 [3, 3], or [T, 3, 3] where the focal length changes).
 
     Args:
         name: a key of trajectory.TRAJECTORIES, or a file (`from_file`).
         angle_deg: the extent of a named path that turns.
         radius: distance of the point looked at, in the depth's unit (`trajectory.radius_of`).
         K: [3, 3] px of the source.
-        options: the path's other options (`distance`, `turns`, `zoom`), or the file (`scale`, `format`, …).
+        options: the path's other options (`distance`, `turns`, `zoom`), or the file's (`scale`, `format`, …).
         world: w2c [4, 4] of the source camera of frame 0 in the world of a file with `rebase=false`, in the depth's
             unit; None: the source camera defines that world.
 
@@ -67,14 +67,13 @@ def from_file(
     options: Mapping[str, Any],
     world: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (w2c [T, 4, 4], K [3, 3] or [T, 3, 3]) of the cameras that a file holds, moved so that the first is the
-    source camera.
+    """Read (w2c [T, 4, 4], K [3, 3] or [T, 3, 3]) from a file, rebased so that its first camera is the source camera.
 
     With `rebase` false the poses stay in the file's world, to show what another camera sees. `world` is as in `build`.
 
-    A JSON file of key poses gives a spline through them, in radii, for any number of frames. Other files have one pose
-    per frame; `scale` converts their lengths to the depth's unit, and `resample` spreads the whole path over the
-    frames. K follows the focal length of the file.
+    A JSON file of key poses, in radii, defines a spline, which is sampled at any number of frames. Other files have one
+    pose per frame; `scale` converts their lengths to the depth's unit, and `resample` spreads the whole path over the
+    frames. K follows the relative change of the file's focal length.
     """
     for key, value in options.items():
         if key not in FILE_OPTIONS:
@@ -106,9 +105,9 @@ def from_file(
 def source_poses(
     path: str | Path, num_frames: int, scale: float | None = None, radius: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (w2c [T, 4, 4] of the camera that took the video, its first pose [4, 4] in the world of the file).
+    """Read (w2c [T, 4, 4] of the camera that took the video, its first pose [4, 4] in the file's world).
 
-    The file has one pose per frame. w2c is relative to the first; the lengths of both are in the depth's unit.
+    The file has one pose per frame. w2c is relative to the first pose; the lengths of both are in the depth's unit.
 
     Args:
         scale: depth units per unit of the file; None: 1, if that is plausible.
@@ -132,7 +131,7 @@ def _first_frames(
     which: str = "",
     origin: np.ndarray | None = None,
 ) -> np.ndarray:
-    """Return the first poses relative to the first of them, or to w2c `origin` [4, 4], in the depth's unit."""
+    """Return the first `num_frames` poses in the depth's unit, relative to pose 0 or to w2c `origin` [4, 4]."""
     if scale is not None and (not isinstance(scale, int | float) or not np.isfinite(scale) or scale <= 0):
         raise ConfigError(f"{which}scale", scale, "must be a finite number greater than 0")
     key = f"{which}poses" if which else "trajectory"
@@ -175,7 +174,7 @@ def with_source(path: np.ndarray, source_w2c: np.ndarray, motion: str, fps: floa
 def beside_source(path: np.ndarray, source_w2c: np.ndarray | None, motion: str, fps: float) -> np.ndarray:
     """Return w2c [T, 4, 4] of the new cameras, each in the world of the source camera of its own frame.
 
-    Args: as for `with_source`; source_w2c None: the source stands still.
+    Args: as for `with_source`; source_w2c None: the source does not move.
     """
     if source_w2c is None or motion == "keep":  # unchanged, bit for bit
         return path
@@ -183,7 +182,7 @@ def beside_source(path: np.ndarray, source_w2c: np.ndarray | None, motion: str, 
 
 
 def stabilised(w2c: np.ndarray, fps: float) -> np.ndarray:
-    """Return poses [T, 4, 4] smoothed by a Gaussian over time, centres and rotations; the first and last stay.
+    """Smooth the centres and rotations of poses [T, 4, 4] over time by a Gaussian; the first and last stay fixed.
 
     The path is extended by point reflection at both ends, so that the ends are not pulled inwards.
     """

@@ -1,4 +1,4 @@
-"""CoTracker3 (Karaev et al. 2024) as a tracker. Users bring their own copy of code and weights; we may not ship them.
+"""Point tracking by CoTracker3 (Karaev et al. 2024). Users supply its code and weights, which we may not distribute.
 
 It is not on a package index. `FETCH` says what `folder` must hold. Its licence forbids commercial use.
 """
@@ -22,11 +22,11 @@ FETCH = (
     "a folder with CoTracker3: `git clone https://github.com/facebookresearch/co-tracker` and in it, or in its "
     f"`checkpoints`, https://huggingface.co/facebook/cotracker3/resolve/main/{CHECKPOINT}"
 )
-WINDOW = 60  # frames, as the offline checkpoint was trained
+WINDOW = 60  # frames; the offline checkpoint was trained with this
 
 
 def track(frames: np.ndarray, points: np.ndarray, folder: str | None) -> tuple[np.ndarray, np.ndarray]:
-    """Return where points of the first frame go: (xy float32 [T, N, 2] px, visible bool [T, N]).
+    """Track points of the first frame; return (xy float32 [T, N, 2] px, visible bool [T, N]).
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -57,7 +57,7 @@ def track(frames: np.ndarray, points: np.ndarray, folder: str | None) -> tuple[n
 
 @lru_cache(maxsize=1)
 def _predictor(checkpoint: Path, device: str) -> Any:
-    """Return the predictor with the checkpoint's weights; its code is imported from beside them or where installed."""
+    """Load the predictor with the checkpoint's weights; its code is imported from the environment or their folder."""
     import pickle
 
     import torch

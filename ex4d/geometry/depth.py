@@ -8,8 +8,8 @@ from ex4d.errors import BadSample, ConfigError
 
 KINDS = ("z_depth", "disparity")
 RELEASED_NEAR = 10000 / 3900  # the released code's nearest depth of every clip, 2.564
-NEAREST = 4.0  # a relative disparity beyond this × its near percentile is an outlier and is clipped there
-# The released code's mapping of DepthCrafter's output as keywords of to_z_depth: min-max, z up to 10,000.
+NEAREST = 4.0  # relative disparity beyond this × its near percentile is an outlier and is clipped
+# The released code's mapping of DepthCrafter's output, as keyword arguments of to_z_depth: min-max, z up to 10,000.
 RELEASED_MAPPING = {"percentiles": (0.0, 100.0), "far_ratio": 3900.0}
 
 
@@ -21,19 +21,19 @@ def to_z_depth(
     percentiles: tuple[float, float] = (1.0, 99.0),
     far_ratio: float = 100.0,
 ) -> np.ndarray:
-    """Return z_depth float32 [T, H, W]: finite, positive, nothing farther than `far_ratio` × the near depth.
+    """Convert depth to z_depth float32 [T, H, W]: finite, positive, at most `far_ratio` × the near depth.
 
-    The disparity is floored, so that sky has a depth that a mesh and its boundary can hold. Percentiles instead of
-    the clip's minimum and maximum keep one wild pixel from rescaling all of it. Metric values are not clipped at the
-    near end, relative ones at a quarter of the near depth.
+    Disparity has a lower bound, which gives sky a finite depth that fits into the mesh. Percentiles, unlike the clip's
+    minimum and maximum, keep one outlier pixel from rescaling the whole clip. Metric values are not clipped at the
+    near end; relative ones are clipped at a quarter of the near depth.
 
     Args:
         values: real [T, H, W]; z_depth > 0 (+inf: sky), or disparity (metric: 1/z ≥ 0; else up to scale and shift).
         kind: "z_depth" or "disparity".
-        metric: disparity is exactly 1/z. Else it is mapped by its percentiles to [0, 1] and z = 2.564 / that, the
+        metric: disparity is exactly 1/z. Else its percentiles are mapped to [0, 1] and z = 2.564 / that value, the
             scale of the released code.
         percentiles: (far, near) percentiles over the clip of a relative disparity; `near` also sets the near depth of
-            metric values, from which the floor is counted.
+            metric values, to which `far_ratio` refers.
         far_ratio: largest depth / near depth.
 
     Raises:
@@ -82,12 +82,12 @@ def align_scale_shift(source: np.ndarray, target: np.ndarray, positive_scale: bo
 
     Args:
         source, target: real arrays of one shape, in the same quantity (disparity for relative estimators); values that
-            are not finite do not count.
-        positive_scale: refuse a negative scale, which would turn near into far.
+            are not finite are ignored.
+        positive_scale: reject a scale that is not positive: a negative one would swap near and far.
 
     Raises:
-        BadSample: depth_shape; depth_constant where fewer than two values count, the source does not vary there, or
-            the scale is not positive.
+        BadSample: depth_shape; depth_constant if fewer than two values are finite, the source does not vary over them,
+            or the scale is rejected.
     """
     source, target = np.asarray(source, np.float64), np.asarray(target, np.float64)
     if source.shape != target.shape:
@@ -105,12 +105,12 @@ def align_scale_shift(source: np.ndarray, target: np.ndarray, positive_scale: bo
 
 
 def align_clip(disparity: np.ndarray, num_rounds: int = 5) -> np.ndarray:
-    """Return disparity float32 [T, H, W] whose frames share the scale and shift of frame 0.
+    """Align the frames of disparity [T, H, W] to the scale and shift of frame 0; float32.
 
-    For networks that see one frame at a time. Each frame is matched to its aligned predecessor on the pixels that
-    agree (those within 3 median residuals, chosen anew `num_rounds` times), so that moving things do not pull. The
-    scale is the ratio of the spreads (reduced major axis): least squares is biased towards zero by noise, and the bias
-    would compound from frame to frame.
+    For networks that process one frame at a time. Each frame is fitted to its aligned predecessor on the pixels that
+    agree (within 3 median residuals, selected again `num_rounds` times), so that moving objects do not bias the fit.
+    The scale is the ratio of the spreads (reduced major axis): noise biases the scale of a least-squares fit towards
+    zero, and the bias would compound from frame to frame.
 
     Args:
         disparity: real [T, H, W], each frame up to its own scale and shift.

@@ -1,4 +1,4 @@
-"""Build conditions with the errors of estimated depth, which generation will meet (docs/method.md, 4)."""
+"""Build conditions with simulated errors of estimated depth, as they occur in generation (docs/method.md, 4)."""
 
 from __future__ import annotations
 
@@ -10,16 +10,16 @@ from ex4d.geometry.mesh import build
 from ex4d.geometry.render import render
 from ex4d.geometry.visibility import landing, visibility
 
-CELLS = 8  # per side of the grid of the distortion
+CELLS = 8  # cells per side of the distortion grid
 
 
 def degrade(z_depth: np.ndarray, rng: np.random.Generator, jitter: float = 0.04, blur_px: float = 6.0) -> np.ndarray:
-    """Return z_depth float32 [T, H, W] with the errors of estimated depth: a smooth distortion, and smeared edges.
+    """Degrade z_depth float32 [T, H, W] as depth estimation does: by a smooth distortion and smeared edges.
 
     Args:
         z_depth: float32 [T, H, W], positive.
         rng: draws one distortion for the whole clip, so that it does not flicker.
-        jitter: its standard deviation, as a share of the disparity.
+        jitter: standard deviation of the distortion, as a fraction of the disparity.
         blur_px: standard deviation, in px at 512, of the disparity's blur, which creates points between near and far.
     """
     import cv2
@@ -46,8 +46,8 @@ def condition(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) in the source's pixels; the first frame is clean.
 
-    Each frame is drawn at the novel camera with the degraded mesh, and read where its true points land: colours are
-    displaced and torn as a real warp's are, while the training target stays the clean video.
+    Each frame's degraded mesh is rendered from the novel camera and sampled where the frame's true points land. Colours
+    are displaced and torn as in a real warp, while the training target stays the clean video.
 
     Args:
         frames: uint8 [T, H, W, 3].

@@ -1,4 +1,4 @@
-"""The settings of simulated masks (`masks`), and what each camera path makes of them."""
+"""The settings of simulated masks (`masks`), and how each camera path scales with its extent."""
 
 from __future__ import annotations
 

@@ -17,13 +17,13 @@ from ex4d.geometry.render import cpu, persistent
 
 @dataclass(frozen=True)
 class SourceMotion:
-    """How the source camera of a clip moves, and how the masks treat that motion; the same as in generation.
+    """How the source camera of a clip moves, and how the masks treat that motion, as in generation.
 
     Attributes:
         w2c: float64 [T, 4, 4] in the unit of the depth; None: unknown, assumed not to move.
-        motion: how that motion is treated, a key of camera_path.SOURCE_MOTIONS. fps: of the clip, for "smooth".
-        persistent_frames: other frames whose static surfaces a mask keeps where the novel path sees them in theirs.
-        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
+        motion: how that motion is treated, one of camera_path.SOURCE_MOTIONS. fps: of the clip, for "smooth".
+        persistent_frames: number of other frames; static surfaces that the novel path sees in them are kept, too.
+        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: nothing moves.
     """
 
     w2c: np.ndarray | None = None
@@ -34,16 +34,16 @@ class SourceMotion:
 
 
 STANDS = SourceMotion()
-SMALL_PX = 64  # the holes of a path are searched on pictures of about this size
-# Shadow maps are drawn at about this size. Twelve views of three clips of 512² against ray casting: at half the size
-# IoU 0.972, at full size 0.971, where drawing takes four times as long.
+SMALL_PX = 64  # the extent of a path is searched on pictures of about this size
+# Shadow maps are rendered at about this size. IoU with ray casting, on twelve views of three 512² clips: 0.972 at half
+# size, 0.971 at full size, which takes four times as long.
 SHADOW_PX = 256
 
 
 class Scene:
     """A clip: frames uint8 [T, H, W, 3], z_depth float32 [T, H, W], K float64 [3, 3], and the radius of its orbits.
 
-    valid: bool [T, H, W], True where depth is known; None: everywhere. step: side of its pixels in those of the clip.
+    valid: bool [T, H, W], True where depth is known; None: everywhere. step: side of a pixel in full-size pixels.
     """
 
     def __init__(
@@ -66,7 +66,7 @@ class Scene:
         self._world = persistent.World(frames, self.z_depth, self.K, still, *others)
 
     def mesh(self, t: int) -> DWMesh:
-        """The mesh of frame t."""
+        """Return the mesh of frame t, built once."""
         if t not in self._meshes:
             self._meshes[t] = build(
                 self.frames[t], self.z_depth[t], self.K, valid=None if self.valid is None else self.valid[t]
@@ -79,11 +79,11 @@ class Scene:
         return tracks.follow(self.frames)
 
     def small(self) -> Scene:
-        """The clip with every n-th pixel, about SMALL_PX large."""
+        """Return the clip subsampled to a shorter side of about SMALL_PX."""
         return self._with_every(min(self.z_depth.shape[1:]) // SMALL_PX)
 
     def _with_every(self, step: int) -> Scene:
-        """Return the clip with every `step`-th pixel; itself where that is 0 or 1."""
+        """Return the clip with every `step`-th pixel; the clip itself if `step` is 0 or 1."""
         step = max(1, step)
         if step not in self._reduced:
             cut = (slice(None), slice(step // 2, None, step), slice(step // 2, None, step))
@@ -99,11 +99,11 @@ class Scene:
         return self._reduced[step]
 
     def path(self, w2c: np.ndarray) -> np.ndarray:
-        """Return a path [T, 4, 4] of a camera beside one that stands still, beside the source camera of each frame."""
+        """Convert a path w2c [T, 4, 4], made for a fixed source camera, to poses relative to each frame's camera."""
         return camera_path.beside_source(w2c, self.source.w2c, self.source.motion, self.source.fps)
 
     def views(self, moments: Iterable[int], w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
-        """Return `view` of each of these frames, bool [len(moments), H, W]; w2c [T, 4, 4] is of all frames."""
+        """Return `view` of each frame in `moments`, bool [len(moments), H, W]; w2c [T, 4, 4] covers all frames."""
         moments = list(moments)
         visible = np.empty((len(moments), *self.z_depth.shape[1:]), bool)
         for t, view in zip(moments, visible, strict=True):
@@ -111,7 +111,7 @@ class Scene:
         return visible
 
     def view(self, t: int, w2c: np.ndarray, kind: str, tolerance: float) -> np.ndarray:
-        """Return bool [H, W]: the pixels of frame t that a mask keeps for a novel path [T, 4, 4] of `path`."""
+        """Return frame t's mask, bool [H, W], True = kept, for a novel path w2c [T, 4, 4] as `path` returns it."""
         if kind == "novel_view":
             visible = visibility.novel_view(self.mesh(t), w2c[t])
             return visible | self._world.fill(t, ~visible, w2c[t] @ self._world.source_w2c[t], self.K)[1]
@@ -120,7 +120,7 @@ class Scene:
         return visible if self.valid is None else visible & self.valid[t]
 
     def _seen_later(self, t: int, hidden: np.ndarray, w2c: np.ndarray, tolerance: float) -> np.ndarray:
-        """Return bool [H, W]: hidden static pixels of frame t that the path sees at the time of another frame."""
+        """Return bool [H, W]: hidden static pixels of frame t that the novel path sees in another frame."""
         seen, moves, source = np.zeros_like(hidden), self.source.dynamic_mask, self._world.source_w2c
         static = hidden if moves is None else hidden & ~moves[t]
         for s in persistent.others(t, len(self.frames), self.source.persistent_frames):
@@ -134,7 +134,7 @@ class Scene:
         return visibility.seen(self.z_depth[t], self.K, w2c, self._torn[t], shadow_map, tolerance)
 
     def _shadow_map(self, t: int, w2c: np.ndarray) -> np.ndarray:
-        """Return the z-depth that a camera w2c [4, 4] beside frame t's sees: float32 [h, w], about SHADOW_PX."""
+        """Render frame t's z-depth, float32 [h, w] of about SHADOW_PX, from w2c [4, 4] relative to its own camera."""
         scene = self._with_every(round(min(self.z_depth.shape[1:]) / SHADOW_PX))
         mesh, K = scene.mesh(t), self.K.copy()
         K[0] *= mesh.size[1] / self.z_depth.shape[2]

@@ -1,4 +1,4 @@
-"""Search the extent of a camera path at which a mask has a given share of holes, on small pictures first."""
+"""Find the extent of a camera path at which a mask has a given share of holes, by a search on small pictures."""
 
 from __future__ import annotations
 
@@ -10,20 +10,20 @@ import numpy as np
 from ex4d.geometry.mask_scene import Scene
 from ex4d.geometry.visibility import erode_all, erode_by, erosion_side, kept_share
 
-STEPS = 6  # of a bisection
-CLOSE_ENOUGH = 0.03  # to the target share of holes; the search continues while it is farther off
-CORRECTIONS = 4  # of the search on small pictures by what the clip gives at full size
-PROBES = 3  # frames with the most holes; the search looks at these alone until it is close
+STEPS = 6  # steps of a bisection
+CLOSE_ENOUGH = 0.03  # largest error of the share of holes at which the search stops
+CORRECTIONS = 4  # number of searches on small pictures, each corrected by the error of the last at full size
+PROBES = 3  # number of frames, those with the most holes, whose error is measured at full size
 
 
 def missed(visible: np.ndarray, target: float) -> float:
-    """Return the share of holes in the fullest frame of bool [T, H, W], less the target."""
+    """Return the largest share of holes of any frame of bool [T, H, W], minus the target."""
     return float(1 - kept_share(visible).min()) - target
 
 
 @dataclass(frozen=True)
 class Aimed:
-    """A path w2c [T, 4, 4], and by how much its fullest frames miss the target with this erosion."""
+    """A path w2c [T, 4, 4], an erosion, and the absolute error of the share of holes that they give."""
 
     w2c: np.ndarray
     erosion_px: int
@@ -33,10 +33,10 @@ class Aimed:
 def aim(
     scene: Scene, path: Callable[[float], np.ndarray], kind: str, target: float, erosion_px: int, tolerance: float
 ) -> Aimed:
-    """Return the extent of a path whose fullest frames come closest to the target share of holes.
+    """Search the extent of a path at which the largest share of holes of any frame comes closest to the target.
 
-    It is searched on four frames of small pictures, and the aim is corrected by the frames with the most holes at full
-    size.
+    The search uses four frames of small pictures. Its target is corrected by the error that the frames with the most
+    holes have at full size.
     """
     small, wanted, found = scene.small(), target, []
     for _ in range(CORRECTIONS):
@@ -44,7 +44,7 @@ def aim(
         fullest = _fullest(small, w2c, kind, erosion_px, tolerance)
         error = missed(erode_all(scene.views(fullest, w2c, kind, tolerance), erosion_px), target)
         found.append(Aimed(w2c, erosion_px, abs(error)))
-        if abs(error) <= CLOSE_ENOUGH or off > CLOSE_ENOUGH:  # there, or the path cannot go further
+        if abs(error) <= CLOSE_ENOUGH or off > CLOSE_ENOUGH:  # reached, or out of the path's range
             break
         wanted = min(max(wanted - error, 0.0), 1.0)
     return min(found, key=lambda aimed: aimed.error)
@@ -53,7 +53,7 @@ def aim(
 def _search(
     small: Scene, path: Callable[[float], np.ndarray], kind: str, wanted: float, erosion_px: int, tolerance: float
 ) -> tuple[np.ndarray, float]:
-    """Return (w2c [T, 4, 4], how far off its share of holes is) of the extent that comes closest to the wanted one."""
+    """Bisect the extent; return (w2c [T, 4, 4], absolute error) of the share of holes closest to `wanted`."""
     last = len(small.frames) - 1
     moments = sorted({(last + 1) // 4, (last + 1) // 2, 3 * (last + 1) // 4, last})
     best, least = path(1.0), np.inf
@@ -71,15 +71,15 @@ def _search(
 
 
 def _fullest(small: Scene, w2c: np.ndarray, kind: str, erosion_px: int, tolerance: float) -> list[int]:
-    """Return the PROBES frames that have the largest share of holes on the small pictures."""
+    """Return the PROBES frames with the largest share of holes, as measured on the small pictures."""
     left = _share_left(small, small.views(range(1, len(w2c)), w2c, kind, tolerance), erosion_px)
     return sorted(1 + int(index) for index in np.argsort(left, kind="stable")[:PROBES])
 
 
 def _share_left(scene: Scene, visible: np.ndarray, erosion_px: int) -> np.ndarray:
-    """Return float64 [T], the shares that the masks of a scene keep once they are eroded at full size.
+    """Return float64 [T]: the share of each mask of a scene that erosion at full size keeps.
 
-    On small pictures the square is smaller than a pixel. What it takes is then a part of what one pixel's rim takes.
+    On small pictures the eroding square is smaller than a pixel; its effect is a fraction of eroding a one-pixel rim.
     """
     if scene.step == 1:
         return kept_share(erode_all(visible, erosion_px))

@@ -11,10 +11,10 @@ from ex4d.geometry.visibility import kept_share
 
 
 def generation_holes(scene: Scene, paths: Paths) -> np.ndarray:
-    """Return the share of holes of the clip's warp along each path, float32 [len(paths), T]; frame 0 is complete.
+    """Return the share of holes of the clip's warp along each path, float32 [len(paths), T]; 0 in frame 0.
 
     Args:
-        scene: a small one, for speed; its meshes are cached.
+        scene: a small one (`Scene.small`), for speed; its meshes are cached.
         paths: the paths of generation, as in `reconstruct --trajectory NAME --angle-deg ANGLE`.
     """
     num_frames = len(scene.frames)
@@ -26,9 +26,9 @@ def generation_holes(scene: Scene, paths: Paths) -> np.ndarray:
 
 
 def spread_targets(place: np.ndarray, least: float, most: float, peaks: np.ndarray) -> np.ndarray:
-    """Return a share in [least, most] for each place in [0, 1]: quantiles of the mixture of `peaks` [G] of generation.
+    """Map each place in [0, 1] to a target share in [least, most]: a quantile of generation's `peaks` [G].
 
-    Each peak stands for 1/G of the masks and is reached in the middle of its part. Between peaks, and from `least` to
+    Each peak stands for 1/G of the masks and lies in the middle of its interval. Between peaks, and from `least` to
     the first, the share rises linearly, so that all shares in between occur. No peaks: uniform.
     """
     if not len(peaks):

@@ -1,14 +1,14 @@
 """Simulated masks: what a training sample hides of its own video, so that no second view is needed (docs/method.md, 4).
 
-| kind | kept is | lies in |
+| kind | keeps | pixels |
 |---|---|---|
-| `visibility` | what a novel camera would see of the source frame: a shadow-map test | the source's pixels, exactly |
-| `novel_view` | what the warp to the novel camera fills: the holes of generation | the novel picture |
-| `tracking` | what is covered by tracked, visible points of frame 0 | the source's pixels |
+| `visibility` | what a novel camera would see of the source frame: a shadow-map test | the source's, exactly |
+| `novel_view` | what the warp to the novel camera fills: the holes of generation | the novel view's |
+| `tracking` | what tracked, visible points of frame 0 cover | the source's |
 
-Every mask has its own target share of holes; the targets are distributed as generation's shares on the same clip. The
-extent of the camera path, or the number of tracked points, is searched to reach the target. The share of a mask is that
-of the frame with the most holes. Frame 0 is complete. Masks are a function of (seed, index of the mask).
+Each mask has its own target share of holes; targets are distributed like generation's shares on the same clip. The
+extent of the camera path, or the number of dropped points, is searched to reach the target. A mask's share is that of
+its frame with the most holes. Frame 0 has none. A mask depends on (seed, number of masks, its index).
 """
 
 from __future__ import annotations
@@ -28,10 +28,10 @@ __all__ = ["KINDS", "MaskConfig", "MaskSet", "draw", "erode", "novel_view", "tra
 
 KINDS = ("visibility", "novel_view", "tracking")
 TRACKING = KINDS.index("tracking")
-# If a kind cannot reach its share of holes on a clip, the next kind of its row is used and recorded.
+# If a kind cannot reach its share of holes on a clip, the next kind of its row is tried; the kind used is recorded.
 INSTEAD = {"visibility": ("novel_view",), "novel_view": ("visibility",), "tracking": ("visibility", "novel_view")}
-MET = 0.045  # largest accepted miss of the wanted share of holes; the tests allow 0.05
-REDRAWS = 3  # of a tracking mask's grid and erosion
+MET = 0.045  # largest accepted error of the share of holes; the tests allow 0.05
+REDRAWS = 3  # how often a tracking mask's grid and erosion are redrawn
 DRIFT_CELLS = 4  # cells per side of the noise that decides which points are dropped, so that holes are blobs
 
 
@@ -41,8 +41,8 @@ class MaskSet:
 
     visible: bool [S, T, H, W]. kind: uint8 [S], index into KINDS. w2c: for each mask float64 [T, 4, 4]
     relative to each frame's own camera, None for tracking. hole_share: float32 [S, T]. target: float32 [S], the
-    target share of holes in the frame with the most. generation: float32 [G, T], the shares of holes that the
-    clip's warp along each path of `MaskConfig.generation` has, on a small picture.
+    target share of holes in the frame with the most. generation: float32 [G, T], the share of holes of the
+    clip's warp along each path of `MaskConfig.generation`, measured on small pictures.
     """
 
     visible: np.ndarray
@@ -62,14 +62,14 @@ def draw(
     valid: np.ndarray | None = None,
     source: SourceMotion = STANDS,
 ) -> MaskSet:
-    """Return S masks of a clip; equal arguments give equal bits.
+    """Draw S masks of a clip; equal arguments give bit-identical masks.
 
     Args:
         frames: uint8 [T, H, W, 3].
         z_depth: float32 [T, H, W], finite and positive (`geometry.depth.to_z_depth`).
         K: float64 [3, 3] px.
         valid: bool [T, H, W], True where depth is known; None: everywhere. Unknown depth is a hole in every mask.
-        source: how the source's camera moves, and whether its static surfaces persist.
+        source: how the source camera moves, and whether static surfaces persist.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive, flow_size.
@@ -100,10 +100,10 @@ def draw(
 
 
 def _give_tracking_what_it_can_reach(kinds: np.ndarray, targets: np.ndarray, floor: float) -> None:
-    """Swap targets in place where tracks lose more of the picture (`floor`) than the target of a tracking mask.
+    """Reassign, in place, tracking masks whose target is below `floor`, the share of holes that lost tracks leave.
 
-    With fast motion few points survive. A tracking mask then takes the smallest target above the floor from a rendered
-    mask; where none has one, it becomes a visibility mask.
+    With fast motion few points survive. A tracking mask then swaps targets with the rendered mask that has the smallest
+    target above the floor; if there is none, it becomes a visibility mask.
     """
     for index in np.flatnonzero(kinds == TRACKING):
         if targets[index] >= floor:
@@ -118,7 +118,7 @@ def _give_tracking_what_it_can_reach(kinds: np.ndarray, targets: np.ndarray, flo
 
 @dataclass(frozen=True)
 class _Drawn:
-    """One mask: its kind, visible [T, H, W], w2c [T, 4, 4] or None, and by how much it misses its share of holes."""
+    """One mask: its kind, visible [T, H, W], w2c [T, 4, 4] or None, and the absolute error of its share of holes."""
 
     kind: str
     visible: np.ndarray
@@ -130,7 +130,7 @@ NOTHING = _Drawn("", np.zeros((0, 0, 0), bool), None, np.inf)
 
 
 def _draw_one(scene: Scene, kind: str, config: MaskConfig, target: float, seed: list[int]) -> _Drawn:
-    """Return the mask of a kind, or of the kind that stands in for it, that comes closest to the target."""
+    """Draw the mask of a kind, or of a kind that stands in for it, that comes closest to the target."""
     rng = np.random.default_rng(seed)
     best = NOTHING
     for name in (kind, *INSTEAD[kind]):
@@ -142,10 +142,10 @@ def _draw_one(scene: Scene, kind: str, config: MaskConfig, target: float, seed: 
 
 
 def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
-    """Return the mask of a random path whose extent makes its share of holes the target.
+    """Draw the mask of a random path, with the extent at which its share of holes is the target.
 
-    Paths are tried in random order until one reaches the target, then all once more with the least erosion. All frames
-    are drawn for one whose fullest frames come close; if there is none, for the one that comes closest.
+    Paths are tried in random order until one reaches the target, then all again with the least erosion. All frames are
+    rendered only for a path whose fullest frames come close, or, if there is none, for the closest.
     """
     erosion = int(rng.integers(config.erosion_px[0], config.erosion_px[1] + 1))
     sign = rng.choice([-1.0, 1.0])
@@ -179,7 +179,7 @@ def _draw_rendered(scene: Scene, kind: str, config: MaskConfig, target: float, r
 
 
 def _draw_tracking(scene: Scene, kind: str, config: MaskConfig, target: float, rng: np.random.Generator) -> _Drawn:
-    """Return the mask of tracked points, where points are dropped over time until its share of holes is the target."""
+    """Draw the mask of tracked points, dropping points over time so that its share of holes is the target."""
     best = NOTHING
     for attempt in range(REDRAWS + 1):
         count = int(rng.integers(config.grid[0], config.grid[1] + 1))

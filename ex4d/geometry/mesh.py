@@ -1,9 +1,9 @@
 """The depth watertight mesh (DW-Mesh) of one frame: vertices, faces, texture, and an occlusion flag for each face.
 
-Numbering, shared by every renderer. Vertex i·W + j is pixel (i, j); with the fan cap one more, the cap's centre. Faces:
+Numbering, shared by every renderer. Vertex i·W + j is pixel (i, j); the fan cap adds one vertex, its centre. Faces:
 first the triangle (tl, bl, tr) of every 2×2 block, row by row, then (tr, bl, br) of every block, then the cap. The
-winding is counter-clockwise seen from outside, and outside is where the source camera stands: the closed volume is
-what lies behind the depth surface, with the border ring pushed back as its walls and the cap as its far end.
+winding is counter-clockwise seen from outside, which is the source camera's side: the closed volume is what lies
+behind the depth surface, with the pushed-back border ring as its walls and the cap as its far end.
 """
 
 from __future__ import annotations
@@ -34,7 +34,7 @@ class DWMesh:
         K: float64 [3, 3] intrinsics of the source camera.
         colours: uint8 [H, W, 3].
         face_occluded: bool [2, H−1, W−1]: the (tl, bl, tr) and the (tr, bl, br) triangle of each block.
-        profile: how it was made and is drawn.
+        profile: how the mesh is built and drawn.
     """
 
     z_depth: np.ndarray
@@ -69,13 +69,13 @@ class DWMesh:
 
     @cached_property
     def occluded(self) -> np.ndarray:
-        """bool [M]: grid faces, then the cap (occluded always; in the released code it was not tested)."""
+        """bool [M]: grid faces, then the cap (always occluded; the released code did not test it)."""
         cap = np.ones(len(self.faces) - self.face_occluded.size, bool)
         return np.concatenate([self.face_occluded.reshape(-1), cap])
 
     @cached_property
     def vertex_alpha(self) -> np.ndarray:
-        """bool [H, W], released rule: False at every vertex of an occluded grid face. Black there, too."""
+        """bool [H, W], released rule: False at every vertex of an occluded grid face, which is also black."""
         first, second = self.face_occluded
         bad = np.zeros(self.size, bool)
         bad[:-1, :-1] |= first  # tl
@@ -102,7 +102,7 @@ def cap_faces(size: tuple[int, int], fan_cap: bool = True) -> np.ndarray:
     height, width = size
     index = np.arange(height * width, dtype=np.int32).reshape(height, width)
     if fan_cap:
-        # Clockwise in the picture, against the direction in which the grid's own faces run along the border.
+        # Clockwise in the picture, opposite to the direction in which the grid's own faces run along the border.
         loop = np.concatenate([index[0, :-1], index[:-1, -1], index[-1, :0:-1], index[:0:-1, 0]])
         faces = np.stack([np.full_like(loop, height * width), loop, np.roll(loop, -1)], 1)
     else:
@@ -126,7 +126,7 @@ def build(
     profile: str | Profile = "default",
     valid: np.ndarray | None = None,
 ) -> DWMesh:
-    """Return the DW-Mesh of one frame.
+    """Build the DW-Mesh of one frame.
 
     Args:
         frame: uint8 [H, W, 3], RGB.
@@ -162,7 +162,7 @@ def build(
 
 
 def faces_with(corners: np.ndarray) -> np.ndarray:
-    """Return bool [2, H−1, W−1]: faces of the grid that have a corner in bool [H, W]."""
+    """Return bool [2, H−1, W−1]: faces of the grid with at least one corner that is True in bool [H, W]."""
     either = corners[:-1, 1:] | corners[1:, :-1]
     return np.stack([corners[:-1, :-1] | either, corners[1:, 1:] | either])
 
@@ -182,7 +182,7 @@ def occlusion_flags(z_depth: np.ndarray, K: np.ndarray, angle: float, offset: fl
 def contains(mesh: DWMesh, point: np.ndarray) -> bool:
     """Return True where `point` [3] (source axes) lies inside the closed volume, behind the depth surface.
 
-    Every ray from the source's eye crosses the surface once and the cap once, so depth along that ray decides.
+    Every ray from the source's eye crosses the surface once and the cap once, so comparing depths along it suffices.
     """
     x, y, z = np.asarray(point, np.float64)
     if not 0 < z < mesh.boundary_depth:
@@ -196,7 +196,7 @@ def contains(mesh: DWMesh, point: np.ndarray) -> bool:
     s, t = u - j, v - i
     inverse = 1 / mesh.z_depth[i : i + 2, j : j + 2].astype(np.float64)
     (tl, tr), (bl, br) = inverse
-    # 1/z is affine over a triangle in the picture.
+    # 1/z is affine over a triangle in image space.
     surface = tl + s * (tr - tl) + t * (bl - tl) if s + t <= 1 else br + (1 - s) * (bl - br) + (1 - t) * (tr - br)
     return bool(1 / z < surface)
 
@@ -204,7 +204,7 @@ def contains(mesh: DWMesh, point: np.ndarray) -> bool:
 def export(mesh: DWMesh, path: str | Path) -> None:
     """Write the mesh as PLY or GLB with vertex colours; world = source camera.
 
-    GLB: two objects, "visible" (frame colours) and "occluded" (black), and Y up, Z towards the viewer, as glTF wants.
+    GLB: two objects, "visible" (frame colours) and "occluded" (black); Y up, Z towards the viewer, as glTF requires.
     PLY: one mesh in OpenCV axes; each face has the property `occluded` (0 or 1).
 
     Raises:

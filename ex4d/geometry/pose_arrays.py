@@ -1,4 +1,4 @@
-"""Poses in arrays of NumPy.
+"""Read camera poses from NumPy files, and from text tables of matrices.
 
 | format | poses | axes, unit | intrinsics |
 |---|---|---|---|
@@ -22,7 +22,7 @@ from ex4d.geometry.pose_file import MAX_BYTES, OPENGL, PoseFile, check_poses, lo
 from ex4d.geometry.pose_tables import read_matrices
 
 LLFF = np.array([[0.0, 1, 0, 0], [1, 0, 0, 0], [0, 0, -1, 0], [0, 0, 0, 1]])  # x down, y right, z back
-# The arrays of an npz that are read.
+# The arrays that are read from an npz.
 KEYS = {
     *("axes", "w2c", "c2w", "cam_w2c", "cam_c2w", "extrinsics", "intrinsics"),
     *("extrinsic", "camera_poses", "data", "inds"),
@@ -44,9 +44,9 @@ def read_ex4d(path: str | Path) -> PoseFile:
 
 
 def arrays_of(path: str | Path) -> dict[str, np.ndarray]:
-    """Return the numeric arrays of an npz, or {"": array} of an npy; others that hold no poses are empty.
+    """Read {name: array} from an npz, or {"": array} from an npy; arrays whose name is not in KEYS are left empty.
 
-    Raises ValueError on pickles, text and arrays of more than MAX_BYTES.
+    Raises ValueError for pickles, text (except `axes`) and arrays of more than MAX_BYTES.
     """
     with storage.open_read(path) as file:
         if zipfile.is_zipfile(file):
@@ -64,7 +64,7 @@ def arrays_of(path: str | Path) -> dict[str, np.ndarray]:
 
 
 def _array(file: IO[bytes]) -> np.ndarray:
-    """Return the array of an npy stream whose header is checked first."""
+    """Read the array of an npy stream after checking its header."""
     header = npy.header(file)
     if header.num_bytes > MAX_BYTES:
         raise ValueError(f"it holds {header}: more than {MAX_BYTES} bytes")
@@ -85,7 +85,7 @@ def read_llff(path: str | Path) -> PoseFile:
 
 
 def named(path: str | Path, key: str) -> np.ndarray:
-    """Return the poses [T, 4, 4] under one key of an npz."""
+    """Read the poses [T, 4, 4] under one key of an npz."""
     arrays = arrays_of(path)
     if key not in arrays or arrays[key].ndim != 3 or arrays[key].shape[1:] not in ((3, 4), (4, 4)):
         raise ValueError(f"has no {key} [T, 3, 4]; its keys are {', '.join(sorted(arrays)) or 'nothing'}")
@@ -103,7 +103,7 @@ def read_vipe(path: str | Path) -> PoseFile:
 
 
 def matrices(path: str | Path, key: str) -> np.ndarray:
-    """Return OpenCV matrices [T, 4, 4] of an npy, of a key of an npz, or of a text table."""
+    """Read OpenCV matrices [T, 4, 4] from an npy, from a key of an npz, or from a text table."""
     if not looks_like(path, ".npy", ".npz"):
         return read_matrices(path)
     arrays = arrays_of(path)
@@ -115,7 +115,7 @@ def matrices(path: str | Path, key: str) -> np.ndarray:
 
 
 def contents(path: str | Path) -> tuple[set[str], tuple[int, ...]]:
-    """Return (names of an npz's arrays, shape of an npy). The name "axes=opencv" is an array `axes` of that value."""
+    """Return (names of an npz's arrays, shape of an npy). "axes=opencv" is added if `axes` has the value opencv."""
     arrays = arrays_of(path)
     is_opencv = str(arrays.get("axes", "")).lower() == "opencv"
     return set(arrays) - {""} | ({"axes=opencv"} if is_opencv else set()), arrays.get("", np.empty(0)).shape

@@ -1,4 +1,4 @@
-"""What a file of camera poses holds, and the checks that every format passes."""
+"""The contents of a file of camera poses, and the checks that all formats share."""
 
 from __future__ import annotations
 
@@ -16,17 +16,17 @@ OPENGL = np.diag([1.0, -1.0, -1.0, 1.0])
 # Text formats round their numbers; a quaternion of three decimals has a length within 2e-3 of 1.
 ROTATION_TOLERANCE, QUATERNION_TOLERANCE = 1e-3, 5e-3
 MAX_FOCAL_SHARE = 100.0  # focal length / side of the picture; no lens has more
-MAX_BYTES = 64 * 2**20  # of a text, a JSON, or an array of poses: 160,000 poses in our own JSON
-MAX_LENGTH = 1e12  # of a translation, in any unit; products of larger ones overflow
+MAX_BYTES = 64 * 2**20  # of a text file, a JSON file or an array of poses: 160,000 poses in our own JSON
+MAX_LENGTH = 1e12  # largest translation, in any unit; products of larger ones overflow
 
 
 @dataclass(frozen=True)
 class PoseFile:
-    """What a file of poses holds.
+    """The contents of a file of poses.
 
     w2c: float64 [T, 4, 4], OpenCV, in the file's own world and unit (metres for recammaster).
-    K: float64 [T, 3, 3], px with pixel centres at +0.5; or, where `size` is None and the format is re10k, in fractions
-        of the width and the height; None where the format has none.
+    K: float64 [T, 3, 3], px with pixel centres at +0.5; for re10k, whose `size` is None, in fractions of the width and
+        the height; None if the format or the file has no intrinsics.
     size: (H, W) of the pictures that K belongs to, or None.
     """
 
@@ -36,7 +36,7 @@ class PoseFile:
 
 
 def bytes_of(path: str | Path) -> bytes:
-    """Return the bytes of a file. Raises ValueError where it has more than MAX_BYTES; OSError."""
+    """Read the bytes of a file. Raises ValueError if it has more than MAX_BYTES, OSError if it cannot be read."""
     data = storage.read_bytes(path, 0, MAX_BYTES + 1)
     if len(data) > MAX_BYTES:
         raise ValueError(f"it has more than {MAX_BYTES} bytes")
@@ -52,7 +52,7 @@ def checked(poses: PoseFile) -> PoseFile:
 
 
 def check_poses(matrices: np.ndarray) -> None:
-    """Raise ValueError, with the number of the first pose that is wrong, unless [T, 4, 4] are rigid motions."""
+    """Raise ValueError, which names the first invalid pose, unless matrices [T, 4, 4] are rigid motions."""
     if matrices.ndim != 3 or matrices.shape[1:] != (4, 4) or len(matrices) == 0:
         raise ValueError(f"the poses have the shape {list(matrices.shape)}, not [T, 4, 4]")
     for index, pose in enumerate(matrices):
@@ -86,13 +86,13 @@ def _check_intrinsics(K: np.ndarray) -> None:
 
 
 def world_to_camera(c2w: np.ndarray) -> np.ndarray:
-    """Return w2c [T, 4, 4] of c2w. Raises ValueError as `check_poses` does: only rigid motions can be inverted."""
+    """Invert c2w [T, 4, 4] to w2c. Raises ValueError as `check_poses` does, unless they are rigid motions."""
     check_poses(c2w)
     return np.linalg.inv(c2w)
 
 
 def squared(matrices: np.ndarray) -> np.ndarray:
-    """Return [T, 4, 4] of [T, 3, 4], or [T, 4, 4] unchanged."""
+    """Append the last row to matrices [T, 3, 4]; return [T, 4, 4] unchanged."""
     if matrices.shape[1:] == (4, 4):
         return matrices
     full = np.tile(np.eye(4), (len(matrices), 1, 1))
@@ -101,7 +101,7 @@ def squared(matrices: np.ndarray) -> np.ndarray:
 
 
 def numbers(value: Any, what: str) -> np.ndarray:
-    """Return nested lists of plain numbers as float64. Raises ValueError for ragged lists, text or booleans."""
+    """Convert nested lists of plain numbers to float64. Raises ValueError for ragged lists, text or booleans."""
     try:
         array = np.array(value)
     except ValueError:
@@ -112,7 +112,7 @@ def numbers(value: Any, what: str) -> np.ndarray:
 
 
 def tree_of(data: bytes) -> dict[str, Any]:
-    """Return the object that JSON holds. Raises ValueError if there is none, RecursionError for deep nesting."""
+    """Parse a JSON object. Raises ValueError if the data is anything else, RecursionError for deep nesting."""
     tree = json.loads(data)
     if not isinstance(tree, dict):
         raise ValueError("the file holds no JSON object")

@@ -1,12 +1,12 @@
-"""Poses in text tables: one pose per row, with a fixed number of columns, checked row by row.
+"""Read camera poses from text tables: one pose per row, a fixed number of columns, checked row by row.
 
 | format | columns | pose |
 |---|---|---|
 | `re10k` | URL line, then `time fx fy cx cy k1 k2` and 3×4: 19 | OpenCV w2c, K in fractions of W and H |
-| `tum` | `time tx ty tz qx qy qz qw`: 8, in any order where the first line names them | OpenCV c2w |
+| `tum` | `time tx ty tz qx qy qz qw`: 8, in any order if a header names them | OpenCV c2w |
 | `kitti` | 3×4: 12 | OpenCV c2w |
 | `euroc` | csv `ns,px,py,pz,qw,qx,qy,qz`: 8, or 17 with velocity and biases | c2w of the sensor |
-| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name`, a line of points; `images.bin` | OpenCV w2c, by name |
+| `colmap` | `images.txt`: `id qw qx qy qz tx ty tz camera name`, then points; `images.bin` | OpenCV w2c, by name |
 """
 
 from __future__ import annotations
@@ -35,7 +35,7 @@ EPOCH_NS = 1e15  # larger times are nanoseconds since 1970 as in EuRoC, whose qu
 
 
 def lines_of(path: str | Path, num_bytes: int | None = None) -> list[str]:
-    """Return the stripped lines of a text file, including empty lines and comments."""
+    """Read the stripped lines of a text file, or of its first `num_bytes`, including empty lines and comments."""
     data = bytes_of(path) if num_bytes is None else storage.read_bytes(path, 0, num_bytes)
     if num_bytes is not None and len(data) == num_bytes:
         data = data[: data.rfind(b"\n") + 1]  # the data is truncated, so its last line may be incomplete
@@ -43,12 +43,12 @@ def lines_of(path: str | Path, num_bytes: int | None = None) -> list[str]:
 
 
 def rows_of(lines: list[str]) -> list[list[str]]:
-    """Return the cells of the lines that are neither empty nor comments."""
+    """Split the lines that are neither empty nor comments into cells."""
     return [line.replace(",", " ").split() for line in lines if line and not line.startswith("#")]
 
 
 def table(rows: list[list[str]], columns: tuple[int, ...]) -> np.ndarray:
-    """Return float64 [T, C] of rows of cells; C is one of `columns`. Raises ValueError that names the row."""
+    """Parse rows of cells to float64 [T, C], with C one of `columns`. Raises ValueError, which names the row."""
     if not rows:
         raise ValueError("holds no rows of numbers")
     width = len(rows[0])
@@ -71,7 +71,7 @@ def _is_number(cell: str) -> bool:
 
 
 def _rotations(quaternions: np.ndarray) -> np.ndarray:
-    """Return [T, 3, 3] of unit quaternions x y z w [T, 4]."""
+    """Convert unit quaternions x y z w [T, 4] to rotations [T, 3, 3]. Raises ValueError, which names the row."""
     lengths = np.linalg.norm(quaternions, axis=1)
     off = np.abs(lengths - 1) > QUATERNION_TOLERANCE
     if off.any():
@@ -117,7 +117,7 @@ def read_tum(path: str | Path) -> PoseFile:
 
 
 def _column_names(lines: list[str], rows: list[list[str]]) -> list[str]:
-    """Return the column names if the first line, a comment or not, names all of TUM_COLUMNS; else []."""
+    """Return the column names if a header, a comment or not, names exactly TUM_COLUMNS; else []."""
     header = [line for line in lines[:3] if line.startswith("#")] or [" ".join(rows[0])]
     for line in header:
         words = re.sub(r"\[[^\]]*\]", " ", line.lstrip("#")).lower().replace(",", " ").split()
@@ -141,7 +141,7 @@ def _from_centres(times: np.ndarray, centres: np.ndarray, quaternions: np.ndarra
 
 
 def read_matrices(path: str | Path) -> np.ndarray:
-    """Return [T, 4, 4] of rows of 12 or 16 numbers."""
+    """Read [T, 4, 4] from rows of 12 or 16 numbers."""
     cells = table(rows_of(lines_of(path)), (12, 16))
     return squared(cells.reshape(len(cells), -1, 4))
 
@@ -155,7 +155,7 @@ def read_colmap(path: str | Path) -> PoseFile:
 
 
 def _text_images(path: str | Path) -> tuple[np.ndarray, list[str]]:
-    """Return (id qw qx qy qz tx ty tz camera [T, 9], names) of an images.txt."""
+    """Read (id qw qx qy qz tx ty tz camera [T, 9], names) from an images.txt."""
     lines = [line for line in lines_of(path) if not line.startswith("#")]
     while lines and not lines[-1]:
         lines.pop()
@@ -168,7 +168,7 @@ def _text_images(path: str | Path) -> tuple[np.ndarray, list[str]]:
 
 
 def _binary_images(data: bytes) -> tuple[np.ndarray, list[str]]:
-    """Return as `_text_images` does, of an images.bin: little-endian, 24 bytes for each of an image's points."""
+    """Parse an images.bin (little-endian, 24 bytes per point) to the same result as `_text_images`."""
     cells, names, place = [], [], 8
     try:
         (count,) = struct.unpack_from("<Q", data)

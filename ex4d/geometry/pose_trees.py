@@ -1,10 +1,10 @@
-"""Poses in JSON.
+"""Read camera poses from JSON, and write our own format.
 
 | format | poses | axes, unit | intrinsics |
 |---|---|---|---|
 | `json` | our camera.json: `axes` "opencv", `K`, `w2c`, `size` | OpenCV w2c | px |
 | `recammaster` | JSON: frameN → camNN → `[r r r 0] … [tx ty tz 1]`, row vectors | Unreal c2w, left-handed, cm | none |
-| `nerfstudio` | transforms.json (of Blender's NeRF scenes too) or the viewer's camera_path.json | OpenGL c2w | px |
+| `nerfstudio` | transforms.json (also Blender's NeRF scenes) or the viewer's camera_path.json | OpenGL c2w | px |
 """
 
 from __future__ import annotations
@@ -30,13 +30,13 @@ from ex4d.geometry.pose_file import (
     world_to_camera,
 )
 
-# Unreal: x forward, y right, z up. OpenCV: x right, y down, z forward. Determinant -1: the hand changes.
+# Unreal: x forward, y right, z up. OpenCV: x right, y down, z forward. Determinant -1: handedness changes.
 UNREAL = np.array([[0.0, 1, 0, 0], [0, 0, -1, 0], [1, 0, 0, 0], [0, 0, 0, 1]])
 NUMBER = r"[-+]?(?:\d+\.?\d*|\.\d+)(?:[eE][-+]?\d+)?"
 
 
 def of_json(data: bytes) -> PoseFile:
-    """Return what the bytes of a camera.json hold. Raises ValueError, or LookupError where a key is missing."""
+    """Parse the bytes of a camera.json. Raises ValueError if they are not valid."""
     tree = tree_of(data)
     check_axes(tree)
     if "w2c" not in tree:
@@ -113,7 +113,7 @@ def _objects(value: Any, name: str, key: str) -> list[dict[str, Any]]:
 
 
 def _lens(tree: dict[str, Any], frames: list[dict[str, Any]]) -> tuple[np.ndarray | None, tuple[int, int] | None]:
-    """Return (K, size) of a transforms.json: per frame where given, else of the whole file."""
+    """Return (K, size) of a transforms.json; intrinsics of a frame override those of the file."""
     lens = [{**tree, **frame} for frame in frames]
     if not all({"fl_x", "cx", "cy"} <= set(one) for one in lens):
         return None, None

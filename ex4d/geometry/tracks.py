@@ -1,6 +1,6 @@
-"""Optical flow and the point tracks chained from it. DIS (Kroeger et al. 2016) in OpenCV, one thread, deterministic.
+"""Optical flow and point tracks from it: DIS (Kroeger et al. 2016) in OpenCV, single-threaded, deterministic.
 
-CoTracker3 can stand in for it (`ex4d.geometry.cotracker`).
+CoTracker3 can track points instead (`ex4d.geometry.cotracker`).
 """
 
 from __future__ import annotations
@@ -16,14 +16,14 @@ from ex4d.errors import BadSample, ConfigError
 
 METHODS = ("flow", "cotracker3")
 Flows = dict[tuple[int, int], np.ndarray]
-# On synthetic clips of 96 px these keep 96–99 % of the visible tracks within 2 px of the truth, 83 % without them.
-MAX_ERROR_PX = 0.7  # forward–backward, at up to 358 px; beyond that in proportion to the size
+# With these limits, 96–99 % of the visible tracks of synthetic 96 px clips are within 2 px of the truth; without, 83 %.
+MAX_ERROR_PX = 0.7  # forward–backward error at up to 358 px; for larger sizes, in proportion to the size
 MAX_SLOPE = 0.3  # px of flow per px
-FINEST_PX = 256  # the search for flow ends at pictures of about this size
-BACK_PX = 128  # and at this one where its result only judges another flow
-COARSE = 1.7  # the error of such a flow, of one searched to the end
-# Iterations of a tracking search: descent, refinement. A quarter and two fifths of the preset's numbers keep as many
-# tracks within 2 px.
+FINEST_PX = 256  # the finest level of the flow search has about this size
+BACK_PX = 128  # the same for a flow that only validates another
+COARSE = 1.7  # error of a flow searched to BACK_PX, relative to FINEST_PX
+# Iterations of gradient descent and of refinement when tracking: a quarter and two fifths of the preset's, which keep
+# as many tracks within 2 px.
 NUM_STEPS = (6, 2)
 
 
@@ -43,14 +43,14 @@ def one_thread() -> Iterator[None]:
 def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
     """Return {(i, j): flow float32 [H, W, 2] px (x, y) from frame i to frame j} for every j = i ± gap.
 
-    The search of a wider pair starts from the chain of two narrower ones, since alone it loses displacements over
-    10 px: gaps are 1, 2, 4, …
+    The search for a wide gap starts from two chained flows of half the gap, because it would otherwise lose
+    displacements over 10 px. So gaps must be 1, 2, 4, …
 
     Args:
         frames: uint8 [T, H, W, 3].
 
     Raises:
-        BadSample: flow_size, where a side is under 16 px, less than two of the method's patches.
+        BadSample: flow_size, if a side is under 16 px, less than two of the method's patches.
     """
     import cv2
 
@@ -73,13 +73,13 @@ def pair_flows(frames: np.ndarray, gaps: tuple[int, ...] = (1,)) -> Flows:
 
 
 def measure_again(frames: np.ndarray, starts: Flows) -> Flows:
-    """Return flow like `pair_flows`, measured between pictures that `starts` has brought together.
+    """Refine flows: warp each target frame by `starts`, measure the residual flow and add it. Result as `pair_flows`.
 
-    The search finds 97 to 99 % of a displacement. After good starts that is 97 to 99 % of next to nothing.
+    The search finds 97 to 99 % of a displacement, so after a good start little of the residual is missed.
 
     Args:
         frames: uint8 [T, H, W, 3].
-        starts: {(i, j): flow float32 [H, W, 2] px} near the true one, of any smoothness.
+        starts: {(i, j): flow float32 [H, W, 2] px} close to the true flow; it need not be smooth.
     """
     import cv2
 
@@ -94,17 +94,17 @@ def measure_again(frames: np.ndarray, starts: Flows) -> Flows:
 
 
 def trust(flows: Flows) -> Flows:
-    """Return weights float32 [H, W] of flows, 0 to 1, by their forward–backward error; each pair needs its reverse."""
+    """Weight flows by their forward–backward error: float32 [H, W], 0 to 1; each pair needs its reverse in `flows`."""
     return {pair: np.exp(-np.square(consistency(flows[pair], flows[pair[::-1]]))) for pair in flows}
 
 
 def _dis(size: tuple[int, ...], finest_px: int, num_steps: tuple[int, int] | None = None) -> Any:
-    """Return a search that ends at about `finest_px`; `num_steps`: iterations of its two parts, None: 25 and 5."""
+    """Return a DIS search whose finest level is about `finest_px`; `num_steps`: see NUM_STEPS; None: 25 and 5."""
     import cv2
 
     dis = cv2.DISOpticalFlow.create(cv2.DISOPTICAL_FLOW_PRESET_MEDIUM)
-    # Down to the full size halves the preset's error at 96 px. At 512 px, half the size takes 0.27 of the time, and
-    # 99.2 instead of 99.6 % of the kept tracks lie within 2 px of the truth; a quarter loses a fifth of the tracks.
+    # A search down to full size halves the preset's error at 96 px. At 512 px, stopping at half the size takes 0.27 of
+    # the time, and 99.2 instead of 99.6 % of the kept tracks are within 2 px; at a quarter, a fifth of them are lost.
     dis.setFinestScale(max(0, round(math.log2(min(size) / finest_px))))
     if num_steps is not None:
         dis.setGradientDescentIterations(num_steps[0])
@@ -113,7 +113,7 @@ def _dis(size: tuple[int, ...], finest_px: int, num_steps: tuple[int, int] | Non
 
 
 def sample(image: np.ndarray, flow: np.ndarray) -> np.ndarray:
-    """Return `image` [H, W(, C)] read bilinearly at each pixel's place plus flow [H, W, 2] px; the border repeats."""
+    """Sample `image` [H, W(, C)] bilinearly at each pixel's position plus flow [H, W, 2] px; the border is repeated."""
     import cv2
 
     x, y = _target(flow)
@@ -142,10 +142,9 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
     """Return (flow float32 [T, h, w, 2] px of `frames` from frame 0 to every frame, visible bool [T, h, w]).
 
     Frames whose shorter side is a multiple n of FINEST_PX are tracked at 1/n of their size, so h, w are H/n, W/n;
-    a larger size does not improve the tracks. Each flow starts at frame 0, so that errors do not add up, and its search
-    where the pixel would be if it went on as before. A pixel is visible if it stays in the picture, its forward and
-    backward flow agree, and the flow is smooth around it: next to a depth edge, flow follows whichever side has more
-    texture.
+    a larger size does not improve the tracks. Each flow is measured from frame 0, so that errors do not accumulate; its
+    search starts from the extrapolated motion. A pixel is visible if it stays in the picture, its forward and backward
+    flow agree, and the flow is smooth around it: next to a depth edge, flow follows whichever side has more texture.
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -166,7 +165,7 @@ def follow(frames: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
         if ratio > 1:
             gray = [cv2.resize(image, (width, height), interpolation=cv2.INTER_AREA) for image in gray]
         for t in range(1, num_frames):
-            # Where nothing is found a flow goes anywhere; its continuation stays within a picture's length.
+            # Flow is arbitrary where the search finds nothing, so its extrapolation is clipped to the picture's width.
             start, back_start = np.clip([2 * there[t - 1] - there[max(0, t - 2)], 2 * back - before], -width, width)
             there[t] = forth.calc(gray[0], gray[t], start)
             back, before = home.calc(gray[t], gray[0], back_start), back
@@ -188,7 +187,7 @@ def track(
     method: str = "flow",
     folder: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return where points of the first frame go: (xy float32 [T, N, 2] px, visible bool [T, N]).
+    """Track points of the first frame; return (xy float32 [T, N, 2] px, visible bool [T, N]).
 
     Args:
         frames: uint8 [T, H, W, 3].
@@ -198,7 +197,7 @@ def track(
         folder: of CoTracker3's code and weights (`cotracker.FETCH`).
 
     Raises:
-        ConfigError: unknown method; code or weights that are missing.
+        ConfigError: unknown method; missing code or weights.
         BadSample: flow_size.
     """
     if method not in METHODS:

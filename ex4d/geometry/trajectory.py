@@ -25,10 +25,10 @@ def radius_of(z_depth0: np.ndarray, rule: str = "percentile") -> float:
 
     Args:
         rule: "percentile" is 1.06 times the 1st percentile (scales with the depth); "released" is the smallest depth
-            inside the border ring, which is pushed back there before, plus 0.15, a constant that does not scale.
+            inside the border ring (pushed back in the released code) plus 0.15, which does not scale with the depth.
 
     Raises:
-        BadSample depth_nan: no finite, positive depth is there.
+        BadSample: depth_nan, if no depth is finite and positive. ConfigError: unknown rule.
     """
     values = np.asarray(z_depth0, np.float64)
     if rule == "released" and min(values.shape) > 2:
@@ -51,7 +51,7 @@ def _w2c(rotation: np.ndarray, eyes: np.ndarray) -> np.ndarray:
 
 
 def _around(x: np.ndarray, y: np.ndarray, z: np.ndarray, radius: float) -> np.ndarray:
-    """Return the path of eyes (x, y, z) radius that look at (0, 0, radius)."""
+    """Return the path of eyes radius · (x, y, z) that look at (0, 0, radius)."""
     return look_at(radius * np.stack([x, y, z], axis=1), np.array([0.0, 0.0, radius]))
 
 
@@ -105,7 +105,7 @@ def lateral(num_frames: int, radius: float, angle_deg: float = 45.0) -> np.ndarr
 
 
 def released_180(num_frames: int, radius: float) -> np.ndarray:
-    """Return the path that the released code calls `--cam 180`: in truth a lateral slide of +-45 degrees of yaw."""
+    """Return the path that the released code calls `--cam 180`: in fact a lateral slide of +-45 degrees of yaw."""
     return lateral(num_frames, radius, 45.0)
 
 
@@ -144,13 +144,13 @@ def static(num_frames: int, radius: float) -> np.ndarray:
 
 
 def zoom_poses(num_frames: int, radius: float, zoom: float = 2.0) -> np.ndarray:
-    """Return the source camera for every frame: a zoom moves no camera, `zoom_intrinsics` gives its focal lengths."""
+    """Return the source camera for every frame: a zoom does not move it; `zoom_intrinsics` gives the focal lengths."""
     _check("zoom", zoom, np.isfinite(zoom) and zoom > 0, "finite and above 0")
     return static(num_frames, radius)
 
 
 def custom(num_frames: int, radius: float, key_poses: np.ndarray) -> np.ndarray:
-    """Return a smooth path through `key_poses`, w2c [N, 4, 4] with eyes in radii; the first is made the source."""
+    """Return a smooth path through `key_poses`, w2c [N, 4, 4] with eyes in radii; the first becomes the source."""
     poses = relative_to_first(np.asarray(key_poses, np.float64))
     poses[:, :3, 3] *= radius
     return interpolate(poses, num_frames)
@@ -176,13 +176,13 @@ TRAJECTORIES: dict[str, Callable[..., np.ndarray]] = {
 def build(
     name: str, num_frames: int, angle_deg: float | None = None, radius: float = 1.0, **options: Any
 ) -> np.ndarray:
-    """Return w2c float64 [T, 4, 4] of the named path, which spans the stated angle at any number of frames.
+    """Build w2c float64 [T, 4, 4] of the named path, which spans the given angle at any number of frames.
 
     Args:
         name: a key of TRAJECTORIES. A zoom's poses are static: give the renderer `zoom_intrinsics`.
-        angle_deg: the extent of a path that turns; None takes the path's default, and a path without angle ignores it.
+        angle_deg: the extent of a path that turns; None: the path's default. A path without an angle ignores it.
         radius: distance of the point looked at, in the depth's unit (see `radius_of`).
-        options: what else the function takes (`distance`, `turns`, `zoom`, `key_poses`).
+        options: other arguments of the path's function (`distance`, `turns`, `zoom`, `key_poses`).
 
     Raises:
         ConfigError: unknown name or option, or a value outside what the path allows.
@@ -217,12 +217,12 @@ def zoom_intrinsics(K: np.ndarray, num_frames: int, zoom: float = 2.0) -> np.nda
 
 
 def relative_to_first(w2c: np.ndarray) -> np.ndarray:
-    """Return the path [T, 4, 4] with the world moved into its first camera, which becomes the identity."""
+    """Return the path w2c [T, 4, 4] with its first camera, which becomes the identity, as the world."""
     return w2c @ np.linalg.inv(w2c[0])
 
 
 def interpolate(key_poses: np.ndarray, num_frames: int) -> np.ndarray:
-    """Return w2c [T, 4, 4] through the key poses [N, 4, 4], evenly spaced in time: cubic for eyes and for rotations."""
+    """Interpolate w2c [T, 4, 4] through key poses [N, 4, 4], evenly spaced in time: cubic for eyes and rotations."""
     count = len(key_poses)
     if count == 1:
         return np.repeat(key_poses, num_frames, axis=0)

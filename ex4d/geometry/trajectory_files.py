@@ -1,8 +1,8 @@
-"""Files of camera poses. Whatever the file's convention, what leaves `read` is OpenCV w2c.
+"""Read files of camera poses. Whatever the file's convention, `read` returns OpenCV w2c.
 
-Formats of text are in `pose_tables` (re10k, tum, kitti, euroc, colmap), those of JSON in `pose_trees` (json,
-recammaster, nerfstudio), those of NumPy in `pose_arrays` (ex4d, llff, networks' cameras, w2c, c2w). Each row, matrix,
-quaternion and K is checked: what is of another kind is refused by name, never reshaped.
+Text formats are in `pose_tables` (re10k, tum, kitti, euroc, colmap), JSON formats in `pose_trees` (json, recammaster,
+nerfstudio), NumPy formats in `pose_arrays` (ex4d, llff, networks' cameras, w2c, c2w). Each row, matrix, quaternion and
+K is checked: an invalid one is rejected with an error that names it, never reshaped.
 
 `K` of our JSON is [3, 3], or [T, 3, 3] along a zoom. A JSON file with `key_poses` instead of `w2c` holds poses that a
 spline goes through (`read_key_poses`).
@@ -28,7 +28,7 @@ from ex4d.geometry.pose_file import PoseFile, bytes_of, checked, looks_like, num
 __all__ = ["READERS", "PoseFile", "parse", "read", "read_key_poses"]
 
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
-# What the parsers raise on files that are damaged or of another kind; RuntimeError: JSON nested without end.
+# What the parsers raise on files that are damaged or of another format; RuntimeError: JSON nested too deeply.
 UNREADABLE = (
     *(ValueError, LookupError, TypeError, AttributeError, OverflowError, RuntimeError),
     *(OSError, EOFError, MemoryError, zipfile.BadZipFile, zlib.error, np.linalg.LinAlgError),
@@ -60,16 +60,16 @@ READ = (
 
 
 def read(path: str | Path, format: str | None = None, camera: str = "cam01", flip_y: bool = False) -> PoseFile:
-    """Return the poses of a file as OpenCV w2c.
+    """Read the poses of a file as OpenCV w2c.
 
     Args:
-        format: a key of READERS; None guesses by suffix and content.
+        format: a key of READERS; None guesses it from suffix and content.
         camera: which of a recammaster file's cameras.
-        flip_y: mirror y of cameras and world (ICL-NUIM: its K has fy < 0).
+        flip_y: mirror y of cameras and world (for ICL-NUIM, whose K has fy < 0).
 
     Raises:
         ConfigError: unknown format or camera, or a missing file.
-        ContractError: the content is not of that format, or no rigid motion.
+        ContractError: the content does not have that format, or a pose is not a rigid motion.
     """
     if not storage.is_file(path):
         raise ConfigError("trajectory", str(path), "no such file of poses")
@@ -88,7 +88,7 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
 
 
 def _reason(error: BaseException) -> str:
-    """Return what is wrong in our own words where we have them, else the kind of damage."""
+    """Describe what is wrong with the file, in our own words where we have them."""
     if isinstance(error, RuntimeError):
         return "it is nested too deeply"
     if isinstance(error, zipfile.BadZipFile | zlib.error | EOFError):
@@ -97,7 +97,7 @@ def _reason(error: BaseException) -> str:
 
 
 def parse(data: bytes) -> PoseFile:
-    """Return the poses in the bytes of a camera.json. Raises ContractError where they hold none."""
+    """Parse the poses in the bytes of a camera.json. Raises ContractError if they are not one."""
     try:
         return checked(pose_trees.of_json(data))
     except UNREADABLE as error:
@@ -105,13 +105,13 @@ def parse(data: bytes) -> PoseFile:
 
 
 def read_key_poses(path: str | Path) -> np.ndarray | None:
-    """Return w2c [N, 4, 4] of a JSON file's `key_poses`, or None where it has none.
+    """Read `key_poses` of a JSON file as w2c [N, 4, 4]; None if the file has none.
 
-    Each is a w2c 4×4, or {"eye": [x, y, z], "look_at": [x, y, z]}; OpenCV axes, lengths in multiples of the radius, the
-    distance of what is looked at.
+    Each is a w2c 4×4, or {"eye": [x, y, z], "look_at": [x, y, z]}; OpenCV axes, lengths in multiples of the radius (the
+    distance of the point looked at).
 
     Raises:
-        ContractError: what is written there is no list of poses. ConfigError: the file is missing.
+        ContractError: `key_poses` is not a list of poses. ConfigError: the file is missing.
     """
     if not storage.exists(path):
         raise ConfigError("trajectory", str(path), "no such file of poses")

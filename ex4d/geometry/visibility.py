@@ -1,4 +1,4 @@
-"""Masks of what a novel camera sees of a frame, of what tracked points cover, and their erosion: True = kept."""
+"""Masks of what a novel camera sees of a frame or of what tracked points cover, and their erosion. True = kept."""
 
 from __future__ import annotations
 
@@ -12,11 +12,11 @@ from ex4d.geometry.mesh import DWMesh, angle_threshold_deg, occlusion_flags
 from ex4d.geometry.profiles import Profile
 from ex4d.geometry.render import cpu
 
-COVER = 1.25  # side of a point's square in spacings of the grid: neighbours that drift apart leave no gap
+COVER = 1.25  # side of a point's square in grid spacings: neighbours that drift apart a little leave no gap
 
 
 def novel_view(mesh: DWMesh, w2c: np.ndarray) -> np.ndarray:
-    """Return bool [H, W], in the novel camera's pixels: what the mesh fills with colour there."""
+    """Return bool [H, W], in the novel camera's pixels: True where the rendered mesh shows colour."""
     return cpu.render_visible(mesh, Camera(mesh.K, w2c, mesh.size))
 
 
@@ -24,17 +24,17 @@ def visibility(z_depth: np.ndarray, mesh: DWMesh, w2c: np.ndarray, tolerance: fl
     """Return bool [H, W], in the source's pixels: True where a novel camera sees the surface. See `seen`.
 
     Args:
-        z_depth: float32 [H, W] of the source frame, its border included, which the mesh has pushed back.
+        z_depth: float32 [H, W] of the source frame, with its true border depth, which the mesh has pushed back.
         mesh: the DW-Mesh of that frame.
         w2c: [4, 4] of the novel camera; world = the frame's own camera.
-        tolerance: share of its depth that a point may lie behind the drawn surface.
+        tolerance: how far a point may lie behind the rendered surface, as a fraction of the surface's depth.
     """
     drawn = cpu.render_depth(mesh, Camera(mesh.K, w2c, mesh.size))
     return seen(z_depth, mesh.K, w2c, tears(z_depth, mesh.K, mesh.profile), drawn, tolerance)
 
 
 def tears(z_depth: np.ndarray, K: np.ndarray, profile: Profile) -> np.ndarray:
-    """Return bool [2, H−1, W−1]: the faces at a depth edge, by the real depth, whose border is not pushed back."""
+    """Return bool [2, H−1, W−1]: the faces at a depth edge of the true depth, whose border is not pushed back."""
     return occlusion_flags(
         np.ascontiguousarray(z_depth, np.float32), K, np.radians(angle_threshold_deg(K[0, 0], profile))
     )
@@ -45,15 +45,15 @@ def seen(
 ) -> np.ndarray:
     """Return bool [H, W], in the source's pixels: True where a novel camera sees the surface, by its shadow map.
 
-    A pixel is kept if it falls inside the novel picture, lies no farther than the farthest of the four surfaces drawn
-    around that place (a sample of a shadow map lies up to a pixel away, and at 80° a pixel spans many depths), and at
-    least one of its faces is whole and turned towards the camera. Whether its faces are drawn does not count: minified
-    faces win no pixel, and a plane at 80° would keep 35 %. Without the test of winding, pixels just behind a limb would
-    count as visible, since they are hardly deeper.
+    A pixel is kept if it projects into the novel picture, lies no deeper than the farthest of the four shadow-map
+    samples around that point (a sample is up to a pixel away, and at 80° a pixel spans many depths), and at least one
+    of its faces is not torn and faces the camera. Its faces need not win a pixel of the novel picture: minified faces
+    do not, and a plane at 80° would keep 35 %. Without the winding test, pixels just behind a silhouette would count as
+    visible, because they are hardly deeper.
 
     Args:
-        torn: bool [2, H−1, W−1], `tears`.
-        drawn: float32 [h, w], z-depth that the novel camera sees, of the same view with pixels of any size.
+        torn: bool [2, H−1, W−1], result of `tears`.
+        drawn: float32 [h, w], the shadow map: z-depth in the novel camera's field of view, at any resolution.
     """
     kept = np.empty(z_depth.shape, bool)
     depth, w2c = np.ascontiguousarray(z_depth, np.float32), np.ascontiguousarray(w2c, np.float64)
@@ -62,7 +62,7 @@ def seen(
 
 
 def landing(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
-    """Return (u, v, z) float64 [H, W]: where the novel camera sees each source pixel; u, v = −1 behind it."""
+    """Project each source pixel to the novel camera: (u, v, z) float64 [H, W]; u, v = −1 behind the camera."""
     depth = np.ascontiguousarray(z_depth, np.float32)
     landed = np.empty((depth.shape[0], 3, depth.shape[1]))
     kernels.land(depth, _lens(K), np.ascontiguousarray(w2c, np.float64), landed)
@@ -77,7 +77,7 @@ def tracking(xy: np.ndarray, seen: np.ndarray, spacing: np.ndarray, size: tuple[
     """Return bool [T, H, W]: what the seen points cover, each a square of 1.25 spacings of their grid in frame 0.
 
     Args:
-        xy: float [T, N, 2] px, where the points are (`tracks.track`).
+        xy: float [T, N, 2] px, positions of the points (`tracks.track`).
         seen: bool [T, N].
         spacing: (x, y) px between neighbours of the grid.
         size: (H, W).
@@ -101,11 +101,11 @@ def kept_share(visible: np.ndarray) -> np.ndarray:
 
 
 def erode(visible: np.ndarray, erosion_px: int) -> np.ndarray:
-    """Return bool [T, H, W] with the kept region of every frame but the first shrunk by a square.
+    """Erode the kept region of every frame but the first by a square; bool [T, H, W].
 
     Args:
-        erosion_px: its side at 512 px; it scales with the shorter side, and below 2 px nothing happens. The picture's
-            border does not erode.
+        erosion_px: side of the square at 512 px; it scales with the shorter side, and below 2 px it has no effect. The
+            picture's border does not erode the region.
     """
     eroded = erode_all(visible, erosion_px)
     eroded[:1] = visible[:1]
@@ -113,12 +113,12 @@ def erode(visible: np.ndarray, erosion_px: int) -> np.ndarray:
 
 
 def erode_all(visible: np.ndarray, erosion_px: int) -> np.ndarray:
-    """Return bool [T, H, W] with the kept region of every frame shrunk; see `erode`."""
+    """Erode the kept region of every frame, including the first; see `erode`."""
     return erode_by(visible, erosion_side(erosion_px, visible.shape[1:]))
 
 
 def erode_by(visible: np.ndarray, side: int) -> np.ndarray:
-    """Return bool [T, H, W] with the kept region of every frame shrunk by a square of `side` px."""
+    """Erode the kept region of every frame by a square of `side` px; bool [T, H, W]."""
     import cv2
 
     if side < 2:

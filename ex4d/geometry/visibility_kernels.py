@@ -1,6 +1,6 @@
 """Compiled kernels of the visibility mask: where source pixels land in a novel picture, and which of them are seen.
 
-The rule is written out in `visibility.visibility`; tests/geometry/test_visibility_kernels.py has it in numpy.
+The rule is described in `visibility.seen`; tests/geometry/test_visibility_kernels.py implements it in NumPy.
 """
 
 from __future__ import annotations
@@ -9,15 +9,15 @@ import numpy as np
 
 from ex4d.geometry.render.cpu_kernels import kernel
 
-AHEAD = 1e-9  # of the camera's centre, in units of depth
+AHEAD = 1e-9  # least distance in front of the camera's centre, in units of depth
 
 
-# Loops have no branch and few arrays, so that the compiler turns them into vector instructions: four times faster.
+# Loops are branch-free and use few arrays, so that the compiler vectorises them: four times faster.
 
 
 @kernel
 def _land_row(i, z_depth, intrinsics, w2c, lane):
-    """Write into lane float64 [3, W] the u, v, z at which the novel camera sees row i; u, v = −1 if it is behind it."""
+    """Project the pixels of row i to the novel camera: u, v, z into lane float64 [3, W]; u, v = −1 behind it."""
     fx, fy, cx, cy = intrinsics
     ray_y, inverse_fx = (i + 0.5 - cy) / fy, 1 / fx
     for j in range(z_depth.shape[1]):
@@ -34,7 +34,7 @@ def _land_row(i, z_depth, intrinsics, w2c, lane):
 
 @kernel
 def land(z_depth, intrinsics, w2c, landed):
-    """Write into landed float64 [H, 3, W] the u, v, z of each row's pixels in the novel camera.
+    """Project all pixels to the novel camera: u, v, z of each row into landed float64 [H, 3, W].
 
     Args:
         z_depth: float32 [H, W]; intrinsics: float64 (fx, fy, cx, cy) of source and target; w2c: float64 [4, 4].
@@ -45,13 +45,13 @@ def land(z_depth, intrinsics, w2c, landed):
 
 @kernel
 def _mark_faces(lanes, above, below, torn, faces):
-    """Write 1 into faces float64 [2, W + 1] for each that is whole, ahead and keeps its winding, else 0.
+    """Set faces float64 [2, W + 1] to 1 for a face that is not torn, lies ahead and keeps its winding, else to 0.
 
     Face j + 1 lies between the pixels j and j + 1 of the rows `above` and `below` of lanes [2, 3, W]; the outer ones
     stay 0. torn: bool [2, W−1].
     """
     for j in range(torn.shape[1]):
-        # The diagonal's two pixels belong to both faces: b right of a, c below it, d across.
+        # The diagonal's two pixels, b and c, belong to both faces: b is right of a, c below it, d diagonally across.
         au, av, bu, bv = lanes[above, 0, j], lanes[above, 1, j], lanes[above, 0, j + 1], lanes[above, 1, j + 1]
         cu, cv, du, dv = lanes[below, 0, j], lanes[below, 1, j], lanes[below, 0, j + 1], lanes[below, 1, j + 1]
         first, second = (bu - au) * (cv - av) - (cu - au) * (bv - av), (cu - du) * (bv - dv) - (bu - du) * (cv - dv)
@@ -68,7 +68,7 @@ def _see_row(lane, height, drawn, tolerance, corner, seen):
     """Clear seen float64 [W] for pixels of a row outside the novel picture, or behind what is drawn there.
 
     Args:
-        height: of the novel picture, as W in its own pixels. corner: int32 [2, W], scratch.
+        height: H of the novel picture, in the same pixels as W = len(seen). corner: int32 [2, W], scratch.
     """
     width, rows, columns = len(seen), np.float64(drawn.shape[0]), np.float64(drawn.shape[1])
     scale_x, scale_y = columns / width, rows / height
@@ -77,7 +77,7 @@ def _see_row(lane, height, drawn, tolerance, corner, seen):
         inside = (lane[2, j] > AHEAD) & (u >= 0) & (u < width) & (v >= 0) & (v < height)
         seen[j] = seen[j] if inside else 0.0
         x, y = u * scale_x, v * scale_y
-        # The corner between the four pixels around the point; where that is outside, any will do.
+        # The corner between the four pixels around the point; any will do if the point is outside.
         corner[0, j] = np.int32(min(max(y, 0.0), rows) + 0.5)
         corner[1, j] = np.int32(min(max(x, 0.0), columns) + 0.5)
     one = np.uint32(1)

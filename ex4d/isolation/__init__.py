@@ -1,13 +1,13 @@
 """Process untrusted bytes in a child process, so that a crash, hang, memory leak or exploit does not reach this one.
 
 A worker keeps one child and sends it one call after another; the child is replaced when it dies, breaks a limit, comes
-near that of memory, or has served `max_calls`. Its failures become BadSample, so a bad video costs only its own row.
+near its memory limit, or has served `max_calls`. Its failures become BadSample, so a bad video costs only its own row.
 
-The child is a sandbox (`ex4d.isolation.sandbox`): no network, no programs, no files but its own libraries and the
-inputs that it is handed open (`File`), a few names of the parent's environment, and its answers are data, never code.
-Three independent mechanisms enforce the limits: the parent waits no longer than `wall_s` and then kills; the kernel
-ends a child that burns `cpu_s` or outlives its own alarm (also when its parent is gone, and also when a library hangs
-with the interpreter's lock held); and the address space ends at `memory_bytes`.
+The child is sandboxed (`ex4d.isolation.sandbox`): no network, no programs, no files except its own libraries and the
+inputs that it receives open (`File`), and few environment variables. Its answers are data, never code.
+Three independent mechanisms enforce the limits: the parent waits no longer than `wall_s` and then kills the child; the
+kernel ends a child that uses up `cpu_s` or outlives its own alarm (even if its parent is gone, or a library hangs while
+it holds the interpreter's lock); and the address space is limited to `memory_bytes`.
 
     limits = Limits(wall_s=60)
     info = run("probe", (File(path),), limits)
@@ -29,8 +29,8 @@ from ex4d.isolation.wire import File
 
 __all__ = ["File", "Isolated", "Limits", "pooled", "run"]
 
-# The only functions that a child runs: name -> "module:function", imported on first use. A module that passes `table`
-# has its own.
+# The only functions that a child runs: name -> "module:function", imported on first use. A caller that passes `table`
+# names a module with its own.
 FUNCTIONS: dict[str, str] = {
     "probe": "ex4d.video:probe",
     "frame_pts": "ex4d.video:frame_pts",
@@ -46,7 +46,7 @@ _BUILTIN_ERRORS = {kind.__name__: kind for kind in (ValueError, TypeError, OSErr
 
 
 def run(function: str, args: Sequence[Any] = (), limits: Limits | None = None, table: str = TABLE) -> Any:
-    """Return what the named function returns, from this process's child. See `Isolated.call`."""
+    """Call the named function in this process's child, and return its result. See `Isolated.call`."""
     limits = limits or Limits()
     return pooled(limits, table).call(function, *args, limits=limits)
 
@@ -56,7 +56,7 @@ _POOL_LOCK = threading.Lock()
 
 
 def pooled(limits: Limits, table: str = TABLE) -> Isolated:
-    """Return this process's Isolated for a memory limit, whatever the time limits; a forked process gets its own."""
+    """Return this process's Isolated for limits of memory and calls, whatever the time limits; a fork gets its own."""
     with _POOL_LOCK:
         key = (os.getpid(), limits.memory_bytes, limits.max_calls, table)
         return _POOL.setdefault(key, Isolated(limits, table))
@@ -66,7 +66,7 @@ class Isolated:
     """One child process, started at the first call and replaced when it dies. Threads take turns.
 
     Args:
-        limits: of each call; a call may have other times.
+        limits: of each call; a call may have other time limits.
         table: name of a module with FUNCTIONS like this one's.
     """
 
@@ -76,13 +76,13 @@ class Isolated:
         self._child: Child | None = None
 
     def call(self, function: str, *args: Any, limits: Limits | None = None) -> Any:
-        """Return `function(*args)`, computed in the child, within the wall_s and cpu_s of `limits` or of its own.
+        """Compute `function(*args)` in the child, within wall_s and cpu_s of `limits`, by default `self.limits`.
 
         Raises:
             BadSample: `decode_timeout`, `decode_cpu`, `decode_memory`, `decode_crash`.
             ConfigError: the name is not in the table.
             Ex4dError, ValueError, TypeError, OSError: what the function raised, with the child's traceback as a note;
-                RuntimeError for another kind.
+                RuntimeError for other types.
         """
         message = (function, args, limits or self.limits)
         if function not in importlib.import_module(self.table).FUNCTIONS:
@@ -91,7 +91,7 @@ class Isolated:
             try:
                 succeeded, value = self._call(message)
             except KilledFromOutside:
-                # Killed by the out-of-memory killer or an operator. Once may be another process's fault, so retry once.
+                # Killed by the out-of-memory killer or an operator, perhaps another process's fault: retry once.
                 succeeded, value = self._call(message)
         if succeeded:
             return value
@@ -120,14 +120,14 @@ class Isolated:
 
 
 def _error_of(facts: Mapping[str, Any]) -> Exception:
-    """Return the exception that a child's function raised; its message is plain text of limited length."""
+    """Rebuild the exception that a child's function raised; its message is plain text of limited length."""
     kind, text = str(facts["type"]), str(facts["message"])[:_MAX_TEXT]
     values = [value if isinstance(value, int | float) else str(value)[:_MAX_TEXT] for value in facts["values"]]
     ours = {name: getattr(errors, name) for name in ("BadSample", "ContractError", "ConfigError", "Filtered")}
     error: Exception
     try:
         error = {**_BUILTIN_ERRORS, **ours}[kind](*values)
-    except (KeyError, TypeError):  # another kind, or values that do not make one
+    except (KeyError, TypeError):  # another type, or values that do not fit it
         error = RuntimeError(f"{kind[:80]}: {text}")
     error.add_note(f"in the isolated process:\n{str(facts['trace'])[:_MAX_TEXT]}")
     return error

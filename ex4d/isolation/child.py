@@ -24,7 +24,7 @@ _MAX_TRACE = 20_000  # characters
 
 
 def serve(sock: socket.socket, table: str) -> None:
-    """Answer calls until the other side closes: the child's main loop."""
+    """Answer calls until the other side closes the socket: the child's main loop."""
     memory_bytes, readable = receive(sock)
     functions = importlib.import_module(table).FUNCTIONS
     resource.setrlimit(resource.RLIMIT_AS, (memory_bytes, memory_bytes))
@@ -49,7 +49,7 @@ def serve(sock: socket.socket, table: str) -> None:
             send(sock, answer)
         except TypeError as error:  # nothing was sent yet
             send(sock, [False, _facts(error)])
-        send(sock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # last: packing an answer takes memory, too
+        send(sock, resource.getrusage(resource.RUSAGE_SELF).ru_maxrss)  # last: packing an answer also takes memory
 
 
 def _answer(name: str, args: Sequence[Any]) -> list[Any]:
@@ -71,7 +71,7 @@ def _facts(error: Exception) -> dict[str, Any]:
 
 
 def die_with(parent: int) -> None:
-    """Ask the kernel to end this process when the thread that started it ends; 0 asks for nothing."""
+    """Ask the kernel to kill this process when the thread that started it ends; 0: do not ask."""
     if parent and sys.platform == "linux":
         ctypes.CDLL(None, use_errno=True).prctl(_PR_SET_PDEATHSIG, signal.SIGKILL, 0, 0, 0)
         if os.getppid() != parent:  # the parent died before the call

@@ -1,4 +1,4 @@
-"""One child process of `ex4d.isolation`: its start in the sandbox, a call, and the cause of its death."""
+"""One child process of `ex4d.isolation`: start it in the sandbox, call it, and find the cause of its death."""
 
 from __future__ import annotations
 
@@ -31,13 +31,13 @@ _ENVIRONMENT = ("LANG", "LC_ALL", "LC_CTYPE", "LD_LIBRARY_PATH", "TZ", "PYTHONHA
 
 @dataclass(frozen=True)
 class Limits:
-    """What one call may use.
+    """The resources that one call may use.
 
     Args:
-        wall_s: seconds on the clock.
+        wall_s: seconds of wall time.
         cpu_s: seconds of processor time.
         memory_bytes: address space of the child, libraries included (about 0.5 GB).
-        max_calls: a child is replaced after so many calls, so that leaks stay small.
+        max_calls: a child is replaced after this many calls, so that leaks stay small.
     """
 
     wall_s: float = 120.0
@@ -55,12 +55,12 @@ class KilledFromOutside(BadSample):
 
 
 class Child:
-    """One child process, which serves calls until it dies or is killed. Raises RuntimeError where it does not start."""
+    """One child process, which serves calls until it dies or is killed. Raises RuntimeError if it does not start."""
 
     def __init__(self, limits: Limits, table: str):
         self.memory_bytes, self.num_calls, self.busy = limits.memory_bytes, 0, False
         self.spent = False  # it came near its limit once, so its peak cannot explain a later crash
-        # A child's peak memory starts at its parent's, since it is the parent until it becomes another program.
+        # A child's peak memory starts at its parent's, because it is a copy of the parent until it calls exec.
         self.inherited_bytes = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
         ours, theirs = socket.socketpair()
         self.socket = ours
@@ -92,7 +92,7 @@ class Child:
             _warn(tuple(sandbox.missing()))
 
     def call(self, message: Message) -> tuple[bool, Any]:
-        """Return (True, result) or (False, facts of the exception that it raised). Raises BadSample when it is lost."""
+        """Return (True, result) or (False, facts of the exception raised). Raises BadSample if the child is lost."""
         function, args, limits = message
         packed = pack([function, args, [limits.wall_s, limits.cpu_s]])
         self.num_calls += 1
@@ -145,7 +145,7 @@ class Child:
         return crash
 
     def _near_limit(self, peak_bytes: int) -> bool:
-        """Return True where a peak of memory is the child's own and near its limit."""
+        """Return whether a memory peak is the child's own and near its limit."""
         return peak_bytes > 1.01 * self.inherited_bytes and peak_bytes > 0.8 * self.memory_bytes
 
     def _memory(self) -> str:
@@ -161,7 +161,7 @@ class Child:
 
 
 def _checked(answer: Any) -> tuple[bool, Any]:
-    """Return an answer: (True, result) or (False, facts of an exception). Raises ProtocolError."""
+    """Check an answer: (True, result) or (False, facts of an exception). Raises ProtocolError."""
     if not isinstance(answer, list) or len(answer) != 2 or type(answer[0]) is not bool:
         raise ProtocolError("is no answer to a call")
     succeeded, value = answer
@@ -172,7 +172,7 @@ def _checked(answer: Any) -> tuple[bool, Any]:
 
 
 class _Tail:
-    """The last bytes of a pipe, which a thread empties: a child that floods it neither blocks nor fills a disk."""
+    """The last bytes of a pipe, which a thread drains: a child that floods it neither blocks nor fills a disk."""
 
     def __init__(self, pipe: Any):
         self._pipe, self._tail = pipe, b""
@@ -192,13 +192,13 @@ class _Tail:
         return " ".join(self._tail.decode("utf-8", "replace").split())
 
     def close(self) -> None:
-        """Stop reading. The child is dead."""
+        """Stop reading; the child must be dead."""
         self._thread.join(timeout=2)
         self._pipe.close()
 
 
 def _environment() -> dict[str, str]:
-    """Return the environment of a child: what `_ENVIRONMENT` allows, one thread for each library, our sys.path."""
+    """Return the environment of a child: what `_ENVIRONMENT` allows, one thread per library, and our sys.path."""
     single = dict.fromkeys(("OMP_NUM_THREADS", "OPENBLAS_NUM_THREADS", "MKL_NUM_THREADS"), "1")
     kept = {name: os.environ[name] for name in _ENVIRONMENT if name in os.environ}
     path = os.pathsep.join(entry for entry in sys.path if os.path.isabs(entry))

@@ -1,8 +1,9 @@
-"""Drop rights of the current process for good; a decoding child does this before it reads untrusted bytes.
+"""Drop the rights of the current process for good; a decoding child does this before it reads untrusted bytes.
 
-No privilege and no package is needed. Landlock (Linux 5.13) leaves read access to the interpreter and its libraries
-and closes TCP; a seccomp filter refuses system calls that reach other processes, the network or the kernel; the
-capabilities are dropped, and resources are limited. Inputs arrive as open files, so that no path has to stay readable.
+No privilege and no package is needed. Landlock (Linux 5.13) leaves only read access to the interpreter and its
+libraries and, from Linux 6.7, blocks TCP; a seccomp filter refuses system calls that reach other processes, the network
+or the kernel; capabilities are dropped, and resources are limited. Inputs arrive as open files, so their paths need not
+stay readable.
 
 Sources: landlock(7), seccomp(2), linux/landlock.h, linux/seccomp.h, linux/filter.h.
 """
@@ -45,12 +46,12 @@ renameat2 316 276|mkdir 83 -|mkdirat 258 34|rmdir 84 -|symlink 88 -|symlinkat 26
 setpgid 109 154|setsid 112 157|capset 126 91|setpriority 141 140|sched_setparam 142 118|sched_setscheduler 144 119
 sched_setattr 314 274|ioprio_set 251 30|migrate_pages 256 238|move_pages 279 239|iopl 172 -|ioperm 173 -
 """
-# ENOSYS, so that the C library falls back to `clone` and `openat`, which can be checked.
+# Refused with ENOSYS, so that the C library falls back to `clone` and `openat`, which can be checked.
 _UNKNOWN = {"clone3": (435, 435), "openat2": (437, 437)}
-# Opening to write is refused, also where there is no Landlock: {call: (its numbers, offset of its flags)}
+# Opening a file for writing is refused, even without Landlock: {call: (its numbers, offset of its flags)}
 _OPENING = {"open": ((2, -1), 24), "openat": ((257, 56), 32)}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
-_KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)  # allowed upon oneself, so that abort() works
+_KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)  # allowed on oneself, so that abort() works
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the numbers, AUDIT_ARCH_*
 
 # BPF: load a word, jump if ==, if >=, if any bit is set, return
@@ -60,7 +61,7 @@ _PR_SET_DUMPABLE, _PR_SET_SECCOMP, _PR_SET_NO_NEW_PRIVS = 4, 22, 38
 _LANDLOCK_CREATE, _LANDLOCK_ADD, _LANDLOCK_RESTRICT = 444, 445, 446  # on both architectures
 _READ_FILE, _READ_DIR = 1 << 2, 1 << 3
 _MAX_FILES = 64
-# What a library may look up about the machine beside its own files; nothing of a user is there.
+# What a library may look up about the machine, besides its own files; it holds nothing of a user.
 _SYSTEM = (
     *("/lib", "/lib64", "/usr/lib", "/usr/lib64", "/usr/local/lib", "/usr/share/zoneinfo", "/etc/ld.so.cache"),
     *("/etc/localtime", "/proc/cpuinfo", "/proc/meminfo", "/sys/devices/system/cpu", "/dev/urandom", "/dev/null"),
@@ -97,7 +98,7 @@ def _has_seccomp() -> bool:
 
 
 def bubblewrap(readable: Iterable[str]) -> list[str]:
-    """Return the start of a command that runs the rest in bubblewrap; [] if it is not installed or not needed."""
+    """Return the prefix that runs a command in bubblewrap; [] if it is not installed or not needed."""
     program = shutil.which("bwrap")
     if program is None or (landlock_version() >= 1 and _has_seccomp()):
         return []
@@ -127,7 +128,7 @@ def enter(readable: Iterable[str]) -> None:
     The process must have one thread. Protections that the kernel lacks are skipped: see `missing`.
 
     Raises:
-        OSError: a step that the kernel offers failed; the caller must not go on.
+        OSError: a step that the kernel offers failed; the caller must not continue.
     """
     if len(os.listdir("/proc/self/task")) != 1:
         raise OSError(errno.EBUSY, "a sandbox must be entered before a thread starts")
@@ -183,11 +184,11 @@ def _filter_calls() -> None:
 
 
 def filter_program(machine: str, pid: int) -> bytes:
-    """Return the seccomp filter in BPF, eight bytes an instruction, for a machine of _ARCHITECTURES."""
+    """Return the seccomp filter in BPF, eight bytes per instruction, for a machine of _ARCHITECTURES."""
     column, audit = _ARCHITECTURES[machine]
 
     def refuse_unless(call: tuple[int, int], allowed: int) -> list[tuple[int, int, int, int]]:
-        """Refuse a call whose first argument, of 32 bits, is not the allowed one."""
+        """Refuse a call unless its first argument, of 32 bits, is the allowed one."""
         refused = _FAIL_WITH | errno.EPERM
         return [
             (_EQUAL, 0, 4, call[column]),
@@ -198,7 +199,7 @@ def filter_program(machine: str, pid: int) -> bytes:
         ]
 
     steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0)]
-    if machine == "x86_64":  # the numbers of x32 would pass by the list
+    if machine == "x86_64":  # x32 has other call numbers, which would bypass the list
         steps += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL_PROCESS)]
     steps += refuse_unless(_KILL, pid) + refuse_unless(_TGKILL, pid) + refuse_unless(_PRLIMIT, 0)
     for numbers, flags_at in _OPENING.values():
@@ -214,7 +215,7 @@ def filter_program(machine: str, pid: int) -> bytes:
 
 
 def refused_calls(machine: str) -> dict[str, int]:
-    """Return {system call: its number} that the filter refuses on a machine of _ARCHITECTURES."""
+    """Return {system call: its number} of the calls that the filter refuses on a machine of _ARCHITECTURES."""
     column = _ARCHITECTURES[machine][0]
     rows = [entry.split() for entry in _REFUSED.replace("\n", "|").split("|") if entry]
     return {name: int(numbers[column]) for name, *numbers in rows if numbers[column] != "-"}

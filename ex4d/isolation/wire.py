@@ -1,8 +1,8 @@
-"""Messages between a process and its isolated child: JSON, and arrays and bytes as they lie in memory. No pickles.
+"""Messages between a process and its isolated child: JSON, plus arrays and bytes as they lie in memory. No pickles.
 
-The parent must survive whatever a child sends that an attacker took over, so lengths are capped before anything is
-allocated, arrays must be as long as their shapes say, and only the classes of DATACLASSES are built.
-An input file travels as a file descriptor: the child can read it, and nothing beside it.
+The parent must survive whatever a compromised child sends. So lengths are capped before anything is allocated, arrays
+must have the length that their shapes require, and only the classes of DATACLASSES are built.
+An input file travels as a file descriptor: the child can read it, and no other file.
 """
 
 from __future__ import annotations
@@ -60,14 +60,14 @@ class File:
 
 @dataclasses.dataclass(frozen=True)
 class Packed:
-    """A message that is ready to be sent: bytes in order, and the open files that go with the first of them."""
+    """A message that is ready to be sent: parts in order, and the open files that are sent with the first part."""
 
     parts: list[memoryview]
     files: list[io.FileIO]
 
 
 def pack(message: Any) -> Packed:
-    """Return a message ready for `transmit`. Raises TypeError for other types; BadSample if a File does not open."""
+    """Serialise a message for `transmit`. Raises TypeError for unsupported types; BadSample if a File does not open."""
     parts: list[memoryview] = []
     files: list[io.FileIO] = []
     try:
@@ -108,11 +108,11 @@ def _close(files: list[io.FileIO]) -> None:
 
 
 def receive(sock: socket.socket, deadline: float | None = None, max_bytes: int = 2**40, files: bool = False) -> Any:
-    """Return one message.
+    """Receive one message.
 
     Args:
-        max_bytes: of all arrays and bytes together.
-        files: whether File may stand in it; each becomes an open binary file, which the caller closes.
+        max_bytes: limit for all arrays and bytes together.
+        files: whether it may contain File; each becomes an open binary file, which the caller closes.
 
     Raises:
         EOFError: the other side has closed. TimeoutError: at the deadline. ProtocolError: invalid message.
@@ -141,7 +141,7 @@ def receive(sock: socket.socket, deadline: float | None = None, max_bytes: int =
 
 
 def _plain(value: Any, parts: list[memoryview], files: list[io.FileIO]) -> Any:
-    """Return what JSON holds of a value; arrays and bytes go to `parts`, open files to `files`."""
+    """Convert a value to what JSON can hold; arrays and bytes go to `parts`, open files to `files`."""
 
     def plain(child: Any) -> Any:
         return _plain(child, parts, files)
@@ -180,7 +180,7 @@ def _plain_array(value: Any, parts: list[memoryview]) -> Any:
 
 
 def _value(plain: Any, parts: list[bytearray], fds: list[int]) -> Any:
-    """Return the value that `_plain` was made of. Raises what `receive` turns into a ProtocolError."""
+    """Rebuild a value from the result of `_plain`. Raises what `receive` turns into a ProtocolError."""
     if isinstance(plain, list):
         return [_value(child, parts, fds) for child in plain]
     if not isinstance(plain, dict):

@@ -1,7 +1,7 @@
 """Scores of a shot, a clip and its depth, which are always recorded and may be filtered by thresholds.
 
-A score is one finite float, the same on every run. Scores of a shot come from the cut detection, those of a clip from
-its downscaled frames, so that clips are filtered before the expensive stages.
+A score is one finite float, the same on every run. Scores of a shot come from cut detection, those of a clip from its
+downscaled frames, so that clips are filtered before the expensive stages.
 """
 
 from __future__ import annotations
@@ -16,7 +16,7 @@ class Score:
     Args:
         meaning: one sentence.
         keep: "min": a clip is kept at or above a threshold; "max": at or below.
-        suggested: a threshold that `docs/decisions/preprocess.md` measured; None where figures justify none.
+        suggested: a threshold measured in `docs/decisions/preprocess.md`; None if no measurement justifies one.
         stage: the stage that measures it.
     """
 

@@ -11,7 +11,7 @@ from ex4d.quality.pictures import gradient, luma, shrink, spread
 SIDE, TEXT_SIDE = 128, 256
 SHARP_FRAMES = 7
 TEXTURE_LEVELS = 2.0  # of 255 per pixel: above the noise of a flat wall, below its plaster
-REPEAT_LEVELS = 1.0  # of 255: the most that a P frame without new content changes in a block of 8 × 8
+REPEAT_LEVELS = 1.0  # of 255: largest change of an 8 × 8 block in a P frame without new content
 
 
 def measure(frames: np.ndarray, fps: float) -> dict[str, float]:
@@ -47,7 +47,7 @@ def sharpness(image: np.ndarray) -> float:
     effect", SPIE 2007; 1 − their score).
 
     Args:
-        image: uint8 [H,W] luma at the clip's own size, since scaling down hides blur.
+        image: uint8 [H,W] luma at the clip's own size, because scaling down hides blur.
     """
     import cv2
 
@@ -65,8 +65,8 @@ def sharpness(image: np.ndarray) -> float:
 def still_share(grey: np.ndarray) -> float:
     """Return the share of frames, without the first, that repeat the one before: no block of 8 × 8 px changes.
 
-    Near 0 for video, even of a static camera, whose noise moves; 0.2 for 24 frames per second shown at 30; near 1 for a
-    slide-show.
+    Near 0 for video, even from a static camera, because its noise changes; 0.2 for 24 frames per second shown at 30;
+    near 1 for a slide show.
 
     Args:
         grey: uint8 [T,h,w] luma.

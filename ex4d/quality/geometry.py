@@ -9,20 +9,20 @@ from ex4d.quality.pictures import shrink, spread
 
 SIDE = 128
 TRIPLES = 6
-AGREE_PX = 0.5  # forward and backward flow must agree to this, else a pixel is not tracked
-MIN_SHARE = 0.05  # of the picture must be tracked
+AGREE_PX = 0.5  # forward and backward flow must agree to within this, else a pixel is not tracked
+MIN_SHARE = 0.05  # least tracked share of the picture
 MEDIAN_OF_SECOND = 1.652  # median of |a − 2 b + c| of three normal numbers, 0.6745 · √6, in their standard deviations
 SKY_RATIO = 20.0
 
 
 def measure(frames: np.ndarray, z_depth: np.ndarray) -> dict[str, float]:
-    """Return {"depth_flicker", "depth_drift", "sky"} of a clip.
+    """Measure {"depth_flicker", "depth_drift", "sky"} of a clip.
 
-    depth_flicker: about the standard deviation of the noise in log depth from frame to frame: the median over
-    pixels of the second difference of log depth along the flow, so that even motion of
-    bodies and cameras does not count. depth_drift: the change (log) of the depth's scale over the clip relative to the
-    picture: where a surface comes nearer by some share, the flow around it expands by the same. sky: share of pixels
-    farther than SKY_RATIO × the near depth (1st percentile of the clip).
+    depth_flicker: about the standard deviation of the frame-to-frame noise in log depth: the median over pixels of
+    the second difference of log depth along the flow, to which steady motion of bodies and cameras does not
+    contribute. depth_drift: the log change of the depth's scale over the clip, relative to the picture: if a surface
+    comes nearer by some fraction, the flow around it expands by the same. sky: share of pixels farther than
+    SKY_RATIO × the near depth (1st percentile of the clip).
 
     Args:
         frames: uint8 [T,H,W,3] RGB.
@@ -47,7 +47,7 @@ def measure(frames: np.ndarray, z_depth: np.ndarray) -> dict[str, float]:
 
 
 def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
-    """Return (flicker, drift a frame) of three frames, seen from the middle one; None where nothing is tracked."""
+    """Return (flicker, drift per frame) of three frames, in pixels of the middle one; None if too little is tracked."""
     flows = pair_flows(frames)
     back, forth = flows[1, 0], flows[1, 2]
     followed = (consistency(back, flows[0, 1]) < AGREE_PX) & (consistency(forth, flows[2, 1]) < AGREE_PX)
@@ -55,7 +55,7 @@ def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
         return None
     before, after = sample(logs[0], back), sample(logs[2], forth)
     second = np.abs(before + after - 2 * logs[1])[followed]
-    # From the middle to the last and from the first to the middle: two measurements of the same motion.
+    # From the middle to the last and from the middle to the first frame: two measurements of the same motion.
     grown = after - logs[1] + _spreading(forth)
     shrunk = before - logs[1] + _spreading(back)
     drift = (np.median(grown[followed]) - np.median(shrunk[followed])) / 2
@@ -63,7 +63,7 @@ def _triple(frames: np.ndarray, logs: np.ndarray) -> tuple[float, float] | None:
 
 
 def _spreading(flow: np.ndarray) -> np.ndarray:
-    """Return half the divergence of flow [h,w,2], float32 [h,w]: the share by which the picture grows there."""
+    """Return half the divergence of flow [h,w,2], float32 [h,w]: the local relative growth of the picture."""
     import cv2
 
     smooth = cv2.GaussianBlur(flow, (0, 0), 2.0)

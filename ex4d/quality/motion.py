@@ -8,9 +8,9 @@ from ex4d.geometry.tracks import pair_flows
 from ex4d.quality.pictures import gradient, luma, spread
 
 PAIRS = 6
-GAP_S = 0.1  # between the two frames of a pair: above the flow's noise, and small enough for flow to find
+GAP_S = 0.1  # between the two frames of a pair: motion exceeds the flow's noise, and is small enough to be found
 RESIDUAL_PX = 0.75  # on the small picture; three times the flow's median error
-START_PX = 4.0  # what rotation and zoom add to the motion of the centre
+START_PX = 4.0  # allowance for what rotation and zoom add to the median motion
 GRID = 4  # every fourth pixel is enough for six numbers
 
 
@@ -18,8 +18,8 @@ def motions(small: np.ndarray, fps: float) -> tuple[float, float]:
     """Return (camera_motion, object_motion), medians over pairs of frames; (0, 0) for a single frame.
 
     camera_motion: mean speed of the picture under the affine motion that explains most of its texture, in longer sides
-    per second. object_motion: share of the texture, in [0, 1], that is more than RESIDUAL_PX away from it: moving
-    bodies, and the parallax of near ones.
+    per second. object_motion: share of the texture, in [0, 1], whose motion differs by more than RESIDUAL_PX from it:
+    moving bodies, and the parallax of near ones.
 
     Args:
         small: uint8 [T,h,w,3] RGB, longer side about 128.
@@ -46,7 +46,7 @@ def _pair(pair: np.ndarray) -> tuple[float, float]:
 
 
 def affine(flow: np.ndarray, textured: np.ndarray, rounds: int = 8) -> np.ndarray:
-    """Return float64 [h,w,2]: the affine motion field nearest to most of the flow, by reweighted least squares.
+    """Fit an affine motion field float64 [h,w,2] to most of the flow, by reweighted least squares.
 
     Args:
         flow: float64 [h,w,2] px.

@@ -1,4 +1,4 @@
-"""A score by the user's Python file: `load(weights, device)` once, `score(model, frames, fps)` for each clip."""
+"""A score computed by the user's Python file: `load(weights, device)` once, `score(model, frames, fps)` per clip."""
 
 from __future__ import annotations
 
@@ -21,16 +21,16 @@ KEY = "preprocess.scorer.file"
 
 
 def measure(frames: np.ndarray, fps: float, file: str, weights: str | None, device: str) -> float:
-    """Return the score of a clip.
+    """Score a clip.
 
     Args:
         frames: uint8 [T,H,W,3] RGB.
         fps: frames per second.
-        file: the Python file. weights: what its `load` gets.
+        file: the Python file. weights: passed to its `load`.
         device: "cuda" or "cpu".
 
     Raises:
-        BadSample: own_score: the file returned no finite number.
+        BadSample: own_score: `score` returned a value that is not finite. ConfigError: the file cannot be used.
     """
     score, model = _loaded(os.path.abspath(file), weights, device)
     value = float(score(model, frames, fps))
@@ -40,7 +40,7 @@ def measure(frames: np.ndarray, fps: float, file: str, weights: str | None, devi
 
 
 def identity(file: str, weights: str | None) -> str:
-    """Return what the scores of a file and its weights are known by: a hash of both. Raises ConfigError."""
+    """Return a hash of the file and its weights, which identifies their scores. Raises ConfigError."""
     _functions(os.path.abspath(file))
     whole = hashlib.sha256(Path(file).read_bytes())
     path = Path(weights or "")
@@ -54,7 +54,7 @@ def identity(file: str, weights: str | None) -> str:
 
 
 def _functions(file: str) -> tuple[Callable[..., Any], Callable[..., Any] | None]:
-    """Return (`score`, `load` or None) of a Python file. Raises ConfigError."""
+    """Import (`score`, `load` or None) from a Python file. Raises ConfigError."""
     if not file.endswith(".py") or not os.path.isfile(file):
         raise ConfigError(KEY, file, "must be a Python file NAME.py")
     spec = importlib.util.spec_from_file_location("ex4d_own_score", file)

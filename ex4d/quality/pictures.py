@@ -8,7 +8,7 @@ MIN_SIDE = 16  # optical flow needs two of its patches
 
 
 def shrink(frames: np.ndarray, longer_side: int) -> np.ndarray:
-    """Return uint8 [T,h,w,3] or [T,h,w] with its longer side at most `longer_side` px, by the area filter."""
+    """Scale uint8 [T,H,W,3] or [T,H,W] down to a longer side of at most `longer_side` px, by the area filter."""
     import cv2
 
     height, width = frames.shape[1:3]
@@ -20,7 +20,7 @@ def shrink(frames: np.ndarray, longer_side: int) -> np.ndarray:
 
 
 def luma(frames: np.ndarray) -> np.ndarray:
-    """Return uint8 [T,H,W], BT.601 luma of uint8 [T,H,W,3] RGB."""
+    """Return BT.601 luma uint8 [T,H,W] of uint8 [T,H,W,3] RGB."""
     import cv2
 
     return np.stack([cv2.cvtColor(frame, cv2.COLOR_RGB2GRAY) for frame in frames])
@@ -33,7 +33,7 @@ def spread(count: int, limit: int) -> list[int]:
 
 
 def gradient(image: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Return (d/dx, d/dy), float32 [H,W], of luma in [0, 255], levels per pixel (Sobel)."""
+    """Return (d/dx, d/dy), float32 [H,W], of luma in [0, 255], in levels per pixel (Sobel)."""
     import cv2
 
     image = image.astype(np.float32)

@@ -1,4 +1,4 @@
-"""Score a shot from the small frames of the cut detection: black bars around the picture, and a logo in a corner.
+"""Score a shot from the small frames of cut detection: black bars around the picture, and a logo in a corner.
 
 Both need more frames than a clip has: a bar is black in all of them, a logo is static while the picture moves.
 """
@@ -14,14 +14,14 @@ from ex4d.quality.pictures import gradient
 
 MAX_SAMPLES = 64
 BLACK = 24.0  # luma of 255: above video black with its noise and rounding
-LIT = 40.0  # a frame is used where its brightest parts are above this
+LIT = 40.0  # a frame is used if its brightest parts are above this
 STEP = 16.0  # the picture is brighter than the bar by this in most columns at the edge
 MIN_BAR_LINES = 2
 MIN_KEPT = 0.25  # bars that would leave less than this of a side are a dark picture, not bars
-EDGE = 6.0  # levels per pixel of an edge that counts
+EDGE = 6.0  # least gradient of an edge, levels per pixel
 STAYS = 0.75  # |mean gradient| / mean |gradient|: 1 for static edges
 CORNER = 0.3  # of each side
-MAX_RESTING = 0.12  # share of the other edges that are static; above it the camera is static and no logo can be told
+MAX_RESTING = 0.12  # static share of the edges elsewhere; above it the camera is static and a logo cannot be told
 
 
 @dataclass
@@ -36,7 +36,7 @@ class Samples:
         return index % self.stride == 0
 
     def add(self, index: int, grey: np.ndarray) -> None:
-        """Add frame `index` (rising), uint8 [h,w] luma, if it is one to keep."""
+        """Add frame `index` (increasing), uint8 [h,w] luma, if it is one to keep."""
         if self.wants(index):
             self.frames.append((index, grey))
         while len(self.frames) > MAX_SAMPLES:
@@ -53,8 +53,8 @@ class Samples:
 def find_box(grey: np.ndarray) -> tuple[int, int, int, int]:
     """Return the box (y, x, height, width) inside black bars, in px of the small frames; all of it without bars.
 
-    A bar is a run of lines from the border that are black in every lit frame, but for a tenth of their pixels, and that
-    ends at a straight edge: the picture begins there in most columns. So a dark sky is not a bar.
+    A bar is a run of lines from the border that are black, except for a tenth of their pixels, in nearly every lit
+    frame, and that ends at a straight edge: the picture begins there in most columns. So a dark sky is not a bar.
 
     Args:
         grey: uint8 [K,h,w] luma, K frames of one shot.
@@ -69,11 +69,11 @@ def find_box(grey: np.ndarray) -> tuple[int, int, int, int]:
 
 
 def _bars(lit: np.ndarray) -> tuple[int, int]:
-    """Return how many lines at the top and the bottom of uint8 [K,h,w] are bars."""
+    """Return how many lines at the top and at the bottom of uint8 [K,h,w] are bars."""
     level = np.percentile(np.percentile(lit, 90, axis=2), 95, axis=0)
     black = level <= BLACK
     sides = ((black, lit), (black[::-1], lit[:, ::-1]))
-    runs = [int(np.argmin(lines)) for lines, _ in sides]  # 0 where all are black, too
+    runs = [int(np.argmin(lines)) for lines, _ in sides]  # also 0 if all are black
     first, last = (run if _ends_straight(run, *side) else 0 for run, side in zip(runs, sides, strict=True))
     count = max(first, last)
     if first != last and _ends_straight(count, *sides[0 if last == count else 1]):
@@ -91,7 +91,7 @@ def _ends_straight(count: int, black: np.ndarray, lit: np.ndarray) -> bool:
 
 
 def source_box(box: Sequence[int], small: Sequence[int], size: Sequence[int]) -> list[int]:
-    """Return a box of the small frames in px of the source, one small line further in, since its edge is blurred.
+    """Convert a box of the small frames to px of the source, one small line further in: its edge is blurred.
 
     Args:
         box: (y, x, height, width) of `find_box`.
@@ -109,9 +109,9 @@ def source_box(box: Sequence[int], small: Sequence[int], size: Sequence[int]) ->
 def logo_share(grey: np.ndarray, box: Sequence[int]) -> float:
     """Return the share of a corner, in [0, 1], under edges that are static while the rest moves.
 
-    The mean gradient over time keeps its length at static edges and loses it where the picture moves. The score is that
-    of the most covered corner, scaled down to 0 as the share of static edges elsewhere approaches MAX_RESTING: with a
-    static camera nothing can be told.
+    The gradient averaged over time keeps its length at static edges and loses it where the picture moves. The score is
+    that of the most covered corner, scaled down to 0 as the share of static edges elsewhere approaches MAX_RESTING:
+    with a static camera, a logo cannot be told from the scene.
 
     Args:
         grey: uint8 [K,h,w] luma, frames spread over the shot.

@@ -1,9 +1,9 @@
-"""Files by path or URL, local or in an object store, with atomic writes.
+"""Read and write files by path or URL, local or in an object store, with atomic writes.
 
 A URL is a local path or `scheme://…`. Writes appear whole or not at all: on a local disk by a temporary file and
-rename, in an object store because a put is atomic there, also one that is tried again. What fails for a passing reason
-is tried `ATTEMPTS` times. Credentials and endpoints come from where each store's own tools look for them: for S3 and
-what speaks its language AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or fsspec's configuration.
+rename, in an object store because a put is atomic there, even if retried. Transient failures are retried
+(`remote.ATTEMPTS`). Credentials and endpoints come from where each store's own tools look for them: for S3 and
+compatible stores AWS_ACCESS_KEY_ID, AWS_SECRET_ACCESS_KEY and AWS_ENDPOINT_URL, or fsspec's configuration.
 """
 
 from __future__ import annotations
@@ -33,19 +33,19 @@ from ex4d.storage.urls import is_local as is_local
 from ex4d.storage.urls import join as join
 from ex4d.storage.urls import local_path as local_path
 
-SHA256 = re.compile(r"[0-9a-f]{64}")  # a path part is made of some hashes, so they are checked to be hashes
-BLOCK_BYTES = 4 * 2**20  # of one ranged read where a file is read from end to end
+SHA256 = re.compile(r"[0-9a-f]{64}")  # some hashes become parts of paths, so they are validated
+BLOCK_BYTES = 4 * 2**20  # of one ranged read when a file is read from end to end
 
 
 def open_read(url: str | Path) -> IO[bytes]:
-    """Return a seekable binary reader. The caller closes it. Raises OSError, also for a pipe, a device or a folder."""
+    """Open a seekable binary reader, which the caller closes. Raises OSError, also for a pipe, a device or a folder."""
     if is_local(url):
         return _open_local(local_path(url))
     return io.BufferedReader(_Ranges(str(url)), BLOCK_BYTES)
 
 
 def _open_local(path: Path) -> IO[bytes]:
-    # Opening a pipe waits for a writer, perhaps for ever, and a device has no end.
+    # Opening a pipe waits for a writer, perhaps forever, and a device has no end.
     fd = os.open(path, os.O_RDONLY | os.O_CLOEXEC | os.O_NONBLOCK)
     if not stat.S_ISREG(os.fstat(fd).st_mode):
         os.close(fd)
@@ -54,7 +54,7 @@ def _open_local(path: Path) -> IO[bytes]:
 
 
 class _Ranges(io.RawIOBase):
-    """A remote file, read by ranges, each of them tried again where it breaks."""
+    """A remote file, read by ranges, each of which is retried if it fails."""
 
     def __init__(self, url: str):
         self.url, self.position = url, 0
@@ -82,14 +82,14 @@ class _Ranges(io.RawIOBase):
 
 
 def exists(url: str | Path) -> bool:
-    """Return True where a file or folder is there."""
+    """Return whether a file or folder exists."""
     if is_local(url):
         return local_path(url).exists()
     return _info(url) is not None
 
 
 def is_file(url: str | Path) -> bool:
-    """Return True where a file is there."""
+    """Return whether a file exists."""
     if is_local(url):
         return local_path(url).is_file()
     info = _info(url)
@@ -97,7 +97,7 @@ def is_file(url: str | Path) -> bool:
 
 
 def size(url: str | Path) -> int:
-    """Return a file's number of bytes. Raises FileNotFoundError; OSError where a server does not tell."""
+    """Return a file's size in bytes. Raises FileNotFoundError; OSError if a server does not tell it."""
     if is_local(url):
         return local_path(url).stat().st_size
     found, _ = size_and_tag(str(url))
@@ -107,15 +107,15 @@ def size(url: str | Path) -> int:
 
 
 def tag(url: str) -> str:
-    """Return what a store says of a file's content without sending it, "" where that proves nothing.
+    """Return a remote file's tag of its content, without downloading it: "" if the store has none that proves it.
 
-    Two contents of one URL have two tags: an ETag that is not weak, or a hub's or bucket's hash of the bytes.
+    Different contents of one URL have different tags: a strong ETag, or a hub's or bucket's hash of the bytes.
     """
     return _tag_of(_info(url) or {})
 
 
 def size_and_tag(url: str) -> tuple[int | None, str]:
-    """Return a file's bytes, None where a server does not tell, and its `tag`. Raises FileNotFoundError."""
+    """Return (a file's size in bytes, None if a server does not tell it; its `tag`). Raises FileNotFoundError."""
     info = _info(url)
     if info is None:
         raise FileNotFoundError(2, "No such file", remote.redacted(str(url)))
@@ -123,8 +123,9 @@ def size_and_tag(url: str) -> tuple[int | None, str]:
 
 
 def beside(url: str) -> dict[str, tuple[int, str]] | None:
-    """Return {name: (bytes, tag)} of the files in the folder of a remote one that are named as it is up to its suffix,
-    itself among them; by one request. None where the store cannot list so.
+    """List the files beside a remote one that share its name up to the suffix, itself included, by one request.
+
+    Returns: {name: (bytes, tag)}; None if the store cannot list by prefix, or the name has no suffix.
     """
     stem, suffix = os.path.splitext(url.rpartition("/")[2])
     if not str(url).startswith(BUCKETS) or not suffix:
@@ -144,9 +145,9 @@ def _tag_of(info: dict[str, Any]) -> str:
 
 
 def _info(url: str | Path) -> dict[str, Any] | None:
-    """Return what the store knows of a file or folder, None where there is none.
+    """Return the store's metadata of a file or folder, None if it does not exist.
 
-    Not by fsspec's `exists`, which takes every error for a No.
+    Not by fsspec's `exists`, which returns False on every error.
     """
     filesystem, path = filesystem_of(url)
     with suppress(FileNotFoundError):
@@ -155,11 +156,11 @@ def _info(url: str | Path) -> dict[str, Any] | None:
 
 
 def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> bytes:
-    """Return `length` bytes (all that follow when None) from `offset` on, by one ranged read."""
+    """Read `length` bytes (None: all that follow) from `offset` on, by one ranged read."""
     if is_local(url):
         with _open_local(local_path(url)) as file:
             file.seek(offset)
-            # No more than there is: a length may come from a stranger's table, and would be allocated at once.
+            # No more than exists: a length may come from an untrusted table, and would be allocated at once.
             there = max(0, os.fstat(file.fileno()).st_size - offset)
             return file.read() if length is None else file.read(min(length, there))
     filesystem, path = filesystem_of(url)
@@ -168,22 +169,22 @@ def read_bytes(url: str | Path, offset: int = 0, length: int | None = None) -> b
     if length == 0:
         return b""
     end = None if length is None else offset + length
-    # A hub's reader would read ahead, and throw that away; S3's would ask for the size first.
+    # A hub's reader would read ahead and discard the data; S3's would ask for the size first.
     odd: dict[str, dict[str, Any]] = {"hf://": {"cache_type": "none"}, "s3://": {} if end else {"max_concurrency": 1}}
     options = odd.get(str(url)[:5], {})
     data = remote.call(lambda: filesystem.cat_file(path, start=offset if end else None, end=end, **options), str(url))
-    if length is not None and len(data) > length:  # a web server that knows no ranges sent everything
+    if length is not None and len(data) > length:  # a web server without ranges sent everything
         return data[offset : offset + length]
     return data
 
 
 def no_links(path: str, flags: int) -> int:
-    """Open a file as `open(…, opener=no_links)` asks: never through a link, which another user may have put there."""
+    """Serve as the opener of `open(…, opener=no_links)`: refuse a link, which another user may have put there."""
     return os.open(path, flags | os.O_NOFOLLOW | os.O_CLOEXEC, 0o666)
 
 
 def write_bytes(url: str | Path, data: bytes) -> None:
-    """Write a whole file atomically, making its folders."""
+    """Write a whole file atomically, creating its folders."""
     if is_local(url):
         with atomic_path(local_path(url)) as temporary:
             temporary.write_bytes(data)
@@ -197,7 +198,7 @@ def atomic_path(path: str | Path) -> Iterator[Path]:
     """Yield a temporary local path beside `path`; on success it is flushed to disk and renamed, else removed."""
     target = Path(path)
     target.parent.mkdir(parents=True, exist_ok=True)
-    # The suffix stays last, since encoders choose their container by it.
+    # The suffix stays last, because encoders choose their container by it.
     temporary = target.with_name(f".tmp-{uuid.uuid4().hex[:12]}-{target.name}")
     try:
         yield temporary
@@ -223,7 +224,7 @@ def move_file(source: Path, url: str | Path) -> None:
 
 
 def remove(url: str | Path) -> None:
-    """Delete one file; nothing happens where it is not there."""
+    """Delete one file if it exists."""
     if is_local(url):
         local_path(url).unlink(missing_ok=True)
         return
@@ -236,18 +237,19 @@ def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None =
     """Return the hex sha256 of a file's content, read in bounded memory.
 
     Args:
-        copy_to: a local file that gets the content as well.
-        max_bytes: what is longer is not read to its end, which may not exist; S3 has no such files.
+        copy_to: a local file to which the content is also written.
+        max_bytes: stop beyond this, because a stream may have no end; ignored when copying from S3, which has no such
+            files.
 
     Raises:
         TooLarge: it has more than `max_bytes`.
-        Truncated: a server gave another number of bytes than it had announced.
+        Truncated: a server sent another number of bytes than it had announced.
         OSError: cannot be read.
     """
 
     def once() -> str:
         digest, count = hashlib.sha256(), 0
-        if copy_to is not None and str(url).startswith("s3://"):  # one request, where blocks would be one each
+        if copy_to is not None and str(url).startswith("s3://"):  # one request, instead of one per block
             filesystem, path = filesystem_of(url)
             filesystem.get_file(path, str(copy_to), max_concurrency=1)
             with open(copy_to, "rb") as copy:
@@ -267,7 +269,7 @@ def sha256(url: str | Path, copy_to: Path | None = None, max_bytes: int | None =
 def _blocks(url: str | Path) -> Iterator[bytes]:
     """Yield a file's content in order."""
     if is_web(url):
-        yield from _stream(str(url))  # not every web server knows ranges
+        yield from _stream(str(url))  # not every web server supports ranges
         return
     with open_read(url) as file:
         yield from iter(lambda: file.read(BLOCK_BYTES), b"")

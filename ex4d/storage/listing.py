@@ -1,4 +1,4 @@
-"""What lies in a folder, local or in an object store."""
+"""List the files of a folder, local or in an object store."""
 
 from __future__ import annotations
 
@@ -14,19 +14,20 @@ from ex4d.threads import in_order
 
 
 def list_files(url: str | Path, suffixes: tuple[str, ...] = ()) -> list[str]:
-    """Return every file under a folder, sorted, as paths relative to it with forward slashes; none for no folder.
+    """Return every file under a folder, sorted, as relative paths with forward slashes; [] if it does not exist.
 
     Args:
-        suffixes: keep only names ending so, lower case with the dot; () keeps all.
+        suffixes: keep only names with one of these suffixes, in lower case with the dot; () keeps all.
     """
     return sorted(name for name, _ in list_sizes(url) if not suffixes or name.lower().endswith(suffixes))
 
 
 def list_sizes(url: str | Path, prefixes: Iterable[str] = ("",)) -> Iterator[tuple[str, int]]:
-    """Yield (name, bytes) of every file under a folder, named as by `list_files`; 0 where a server does not tell.
+    """Yield (name, bytes) of every file under a folder, named as by `list_files`; 0 if a server does not tell the size.
 
     Args:
-        prefixes: all that names may begin with; a bucket, which lists a thousand names at a time, is asked for many.
+        prefixes: all that names may begin with; a bucket, which lists a thousand names per request, is asked for many
+            of them at once. Other stores ignore them.
     """
     if is_local(url):
         yield from _walk(local_path(url), "")
@@ -49,7 +50,7 @@ def _walk(folder: Path, above: str) -> Iterator[tuple[str, int]]:
 
 
 def _sizes(filesystem: Any, path: str, url: str | Path, prefix: str) -> list[tuple[str, int]]:
-    # A web server's folders are walked page by page, and without on_error a page that breaks is an empty one.
+    # A web server's folders are walked page by page; without on_error, a page that fails counts as empty.
     options = ({"on_error": "raise"} if is_web(url) else {}) | ({"prefix": prefix} if prefix else {})
     root, found = str(PurePosixPath(path)).rstrip("/") + "/", {}
     with suppress(FileNotFoundError):

@@ -16,7 +16,7 @@ BUCKETS = ("s3://", "gs://", "gcs://")  # stores that list names by a prefix
 
 
 def is_local(url: str | Path) -> bool:
-    """Return True where `url` is a path on this machine."""
+    """Return whether `url` is a path on this machine."""
     return "://" not in str(url) or str(url).startswith("file://")
 
 
@@ -34,7 +34,7 @@ def check_url(url: str) -> None:
     """Check that a remote URL may be opened.
 
     Raises:
-        ConfigError: another scheme than SCHEMES, a chain of them (`zip::s3://…`), or `..` among its folders.
+        ConfigError: a scheme that is not in SCHEMES, a chain of schemes (`zip::s3://…`), or `..` among its folders.
     """
     scheme, _, rest = url.partition("://")
     shown = remote.redacted(url)
@@ -49,24 +49,24 @@ def check_url(url: str) -> None:
 
 
 def is_web(url: str | Path) -> bool:
-    """Return True where `url` is a web server's."""
+    """Return whether `url` is on a web server."""
     return str(url).startswith(("http://", "https://"))
 
 
 def filesystem_of(url: str | Path) -> tuple[Any, str]:
-    """Return the fsspec filesystem of a path or URL, and its path there."""
+    """Return (the fsspec filesystem of a path or URL, its path in it). Raises ConfigError as `check_url`."""
     if is_local(url):
         return fsspec.core.url_to_fs(str(local_path(url)))
     url = str(url)
     check_url(url)
     scheme = url.partition("://")[0]
-    # What others write must be seen, so listings are never remembered.
+    # Files that others write must be seen, so listings are not cached.
     options: dict[str, Any] = {"use_listings_cache": False}
     try:
         if is_web(url):
             import aiohttp
 
-            # By default a file that takes longer than five minutes is cut off.
+            # aiohttp's default timeout cuts off a file that takes longer than five minutes.
             waits = aiohttp.ClientTimeout(total=None, sock_connect=30, sock_read=60)
             options["client_kwargs"] = {"timeout": waits, **web.client_kwargs(url)}
             options["get_client"] = web.client

@@ -1,6 +1,6 @@
-"""Videos in and out: probe, decode by pts, encode. The only gate to PyAV and decord.
+"""Read and write videos: probe, decode by pts, encode. The only gate to PyAV and decord.
 
-Pipelines decode in a child process (`ex4d.isolation`), since a decoder may crash.
+Pipelines decode in a child process (`ex4d.isolation`), because a decoder may crash.
 """
 
 from __future__ import annotations

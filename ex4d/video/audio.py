@@ -1,7 +1,7 @@
-"""The source's sound in a written mp4: its packets are copied, not decoded and not encoded again.
+"""Copy the source's sound into a written mp4, packet by packet, without decoding or encoding it.
 
-All of this runs in the decoding child (`ex4d.isolation`): the parent hands over the source and the mp4 that it encoded,
-and gets the mp4 with sound, or a reason.
+All of this runs in the decoding child (`ex4d.isolation`): the parent passes the source and the mp4 that it encoded, and
+gets back the mp4 with sound, or a reason.
 """
 
 from __future__ import annotations
@@ -14,20 +14,20 @@ from ex4d.errors import BadSample
 from ex4d.video import frames
 from ex4d.video.source import Source, ffmpeg_errors, opened
 
-# FFmpeg's names of what mp4 holds and browsers or players read from it.
+# FFmpeg's names of the codecs that mp4 can hold and that browsers or players read from it.
 CODECS = ("aac", "mp3", "ac3", "eac3", "alac", "opus", "flac")
 MAX_BYTES = 256 * 2**20  # of sound in a result: 23 minutes of uncompressed stereo
 MAX_PACKETS = 2**20  # six hours of AAC
-TOLERANCE_S = Fraction(1, 10)  # that the pictures of a result may run ahead of its sound
+TOLERANCE_S = Fraction(1, 10)  # largest offset between the pictures of a result and its sound
 INDEX_BYTES = 64  # of the mp4's index for each packet, an upper bound
 
 
 def with_audio(source: Source, data: bytes) -> bytes | None:
-    """Return the bytes of an mp4 with the sound of its source; None where the source has none.
+    """Add the sound of its source to an mp4; return its bytes, or None if the source has no sound.
 
     Args:
         source: the video whose first frames were used.
-        data: an mp4 that `encode` made, with one frame for each frame used, in order.
+        data: an mp4 made by `encode`, with one frame for each frame used, in order.
 
     Raises:
         BadSample: audio_codec (mp4 cannot hold it), audio_span (the result plays its frames at other times than the
@@ -74,7 +74,7 @@ def _check_codec(stream: Any) -> None:
 
 
 def _span(source: Source, pictures: list[tuple[Fraction, Fraction]]) -> tuple[Fraction, Fraction]:
-    """Return (start in the source, length) in s of the result; BadSample where a frame is shown at another time."""
+    """Return (start in the source, length) in s of the result. Raises BadSample if a frame is shown at another time."""
     pts, time_base = frames.frame_pts(source)
     if len(pts) < len(pictures):
         raise BadSample("audio_span", f"the result has {len(pictures)} frames, the source {len(pts)}")
@@ -89,7 +89,7 @@ def _span(source: Source, pictures: list[tuple[Fraction, Fraction]]) -> tuple[Fr
 
 
 def _packets_within(container: Any, stream: Any, start: Fraction, seconds: Fraction) -> list[Any]:
-    """Return the packets that sound in the span, and the one before, which starts the decoder; times from its start."""
+    """Return the packets of the span and the one before, which primes the decoder; times relative to its start."""
     packets: list[Any] = []
     num_bytes, base = 0, stream.time_base
     shift, end = round(start / base), round(seconds / base)

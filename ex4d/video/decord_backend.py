@@ -1,4 +1,4 @@
-"""Decode with decord, only where timestamps prove that each frame is the requested one."""
+"""Decode with decord, but only if timestamps prove that each frame is the requested one."""
 
 from __future__ import annotations
 
@@ -19,11 +19,11 @@ def decode_decord(
     fit: str,
     box: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB like `frames.decode`, by decord.
+    """Decode uint8 [T,H,W,3] RGB like `frames.decode`, by decord.
 
-    decord numbers the packets by pts, seeks to a key frame and then *counts* frames. The count is right where every
-    packet is one shown frame and no frame is shown before the key frame that it follows (closed GOPs); so this,
-    its frame count and its timestamps are checked against the stream's pts; anything else is rejected.
+    decord numbers the packets by pts, seeks to a key frame and then *counts* frames. The count is right if every
+    packet is one shown frame and no frame is shown before the key frame that it follows (closed GOPs). So this,
+    decord's frame count and its timestamps are checked against the stream's pts; other videos are rejected.
 
     Raises:
         BadSample: `decord_inexact`, `decord_error`, and the reasons of `source.opened`.
@@ -55,7 +55,7 @@ def decode_decord(
 
 
 def _closed_gop_pts(path: str | Path) -> np.ndarray:
-    """Return int64 [N] sorted pts. Raises BadSample(`decord_inexact`) where counting from a key frame can be wrong."""
+    """Return int64 [N] sorted pts. Raises BadSample(`decord_inexact`) if counting from a key frame can be wrong."""
     pts: list[int] = []
     key_pts = None
     with opened(path) as (container, stream, _):

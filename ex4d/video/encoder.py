@@ -20,13 +20,13 @@ _BT709, _LIMITED = 1, 1
 
 
 def encode(frames: np.ndarray, fps: float | Fraction, crf: int = 12, lossless: bool = False) -> bytes:
-    """Return a video file's bytes, the same for the same frames: one encoder thread, no dates, index first.
+    """Encode frames to a video file's bytes, deterministically: one encoder thread, no dates, index first.
 
     Args:
         frames: uint8 [T,H,W,3] RGB. With `lossless` also uint8 or uint16 [T,H,W].
         fps: frames per second; a float becomes the nearest fraction with a denominator up to 1001.
         crf: x264's quality, 0–51, smaller is better.
-        lossless: FFV1 in Matroska instead of H.264 in mp4: `read` returns equal bits.
+        lossless: FFV1 in Matroska instead of H.264 in mp4; `read` returns the same frames bit for bit.
 
     H.264 is yuv420p, limited range, converted with the BT.709 matrix and tagged so.
 
@@ -70,8 +70,8 @@ def _encode_to(path: Path, frames: np.ndarray, rate: Fraction, crf: int, lossles
             context.options = {"level": "3", "slices": "4", "slicecrc": "1"}
         else:
             context.pix_fmt = "yuv420p"
-            # x264's macroblock tree reads uninitialised memory where the width is not a multiple of 128 (seen with its
-            # AVX-512 code: 96 x 96 gave other bytes in 50 of 80 tries); without it the bytes are the same.
+            # x264's macroblock tree reads uninitialised memory if the width is not a multiple of 128 (seen with its
+            # AVX-512 code: 96 x 96 gave other bytes in 50 of 80 runs); without it, the bytes are the same.
             context.options = {"crf": str(crf), "preset": "medium", "threads": "1", "mbtree": "0"}
             context.color_primaries = context.color_trc = context.colorspace = _BT709
             context.color_range = _LIMITED
@@ -107,20 +107,20 @@ def write(path: str | Path, frames: np.ndarray, fps: float | Fraction, crf: int 
     storage.write_bytes(path, encode(frames, fps, crf, lossless))
 
 
-MAX_READ_BYTES = 2 * 2**30  # of all frames: three minutes at 512 × 512; a file of 61 kB may hold more
+MAX_READ_BYTES = 2 * 2**30  # of all decoded frames: 2730 of 512 × 512; a file of 61 kB may hold more
 
 
 def read(
     source: str | Path | bytes, into: np.ndarray | None = None, limit: tuple[int, int, int] | None = None
 ) -> tuple[np.ndarray, float]:
-    """Return (all frames, fps) of a file that `encode` made: uint8 [T,H,W,3] RGB, or [T,H,W] uint8 or uint16 if grey.
+    """Read (frames, fps) of a file made by `encode`: all frames, uint8 [T,H,W,3] RGB, or grey uint8 or uint16 [T,H,W].
 
     Args:
-        into: an array of the frames' shape and dtype to write them to and return.
-        limit: largest number of frames, H and W; None: MAX_READ_BYTES in total.
+        into: an array of the frames' shape and dtype, to which they are written and which is returned.
+        limit: largest number of frames, H and W; MAX_READ_BYTES limits the total in any case.
 
     Raises:
-        BadSample: it does not decode completely, or its frames do not fit `into`.
+        BadSample: the file does not decode completely, or its frames exceed a limit or do not fit `into`.
     """
     if not isinstance(source, bytes):
         source = storage.read_bytes(source)

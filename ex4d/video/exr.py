@@ -1,7 +1,7 @@
-"""Read the one channel of an OpenEXR picture, as depth programs write it, by FFmpeg: runs in the sandboxed child.
+"""Read a single-channel OpenEXR picture, as depth programs write it, by FFmpeg, in the sandboxed child.
 
-FFmpeg knows the channels R, G, B, A and Y alone. Depth is called Z or V as a rule, so a lone channel gets the name Y in
-the copy of the header that FFmpeg reads; a name has one letter, or one after its layer (`depth.Z`).
+FFmpeg knows only the channels R, G, B, A and Y. Depth is usually called Z or V, so a single channel is renamed to Y in
+the copy of the header that FFmpeg reads. A name is one letter, or one after its layer (`depth.Z`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-HEADER_BYTES = 1 << 16  # real ones have some hundred
+HEADER_BYTES = 1 << 16  # real headers have a few hundred
 _MAGIC = b"v/1\x01"
 _DEEP, _PARTS = 0x800, 0x1000
 _NUMPY = {"grayf16le": np.float16, "grayf32le": np.float32, "gbrpf16le": np.float16, "gbrpf32le": np.float32}
@@ -21,7 +21,7 @@ _NUMPY = {"grayf16le": np.float16, "grayf32le": np.float32, "gbrpf16le": np.floa
 
 @dataclass(frozen=True)
 class Header:
-    """What the first bytes of a file say: its channels, (H, W) px, and where its attribute of channels begins."""
+    """The facts of a file's header: its channels, (H, W) px, and the offset of its channels attribute."""
 
     channels: tuple[str, ...]
     size: tuple[int, int]
@@ -29,10 +29,10 @@ class Header:
 
 
 def header(data: bytes) -> Header:
-    """Return the Header of a file that begins with `data`, HEADER_BYTES at the most (OpenEXR File Layout, version 2).
+    """Parse the header of a file from its first bytes, at most HEADER_BYTES (OpenEXR File Layout, version 2).
 
     Raises:
-        ValueError: it is no OpenEXR, or of a kind that is not read.
+        ValueError: it is not an OpenEXR, or of a kind that is not supported.
     """
     if not data.startswith(_MAGIC) or len(data) < 8:
         raise ValueError("is no OpenEXR")
@@ -75,7 +75,7 @@ def _channels(data: bytes) -> tuple[str, ...]:
 
 
 def picture(data: bytes) -> np.ndarray:
-    """Return float16 or float32 [H, W] of a file with one channel, or with R, G and B that are equal.
+    """Decode a file with one channel, or with equal R, G and B, to float16 or float32 [H, W].
 
     Raises:
         ValueError: another kind of file, or one that does not decode. BadSample: decode_error.

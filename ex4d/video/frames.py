@@ -20,9 +20,9 @@ _RESEEK_S = 5.0
 
 
 def frame_pts(path: Source) -> tuple[np.ndarray, Fraction]:
-    """Return (int64 [N] sorted pts of every frame that is shown, seconds of one tick), without decoding.
+    """Return (int64 [N] sorted pts of every frame that is shown, seconds per tick), without decoding.
 
-    Packets hidden by an edit list are left out. Where packets are not enough (no pts, or equal ones),
+    Packets hidden by an edit list are left out. If packets are not enough (missing or duplicate pts),
     the stream is decoded instead.
 
     Raises:
@@ -60,15 +60,15 @@ def decode(
     backend: str = "pyav",
     box: tuple[int, int, int, int] | None = None,
 ) -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB: the frames with exactly these pts, in that order, upright.
+    """Decode the frames with exactly these pts, in that order, upright: uint8 [T,H,W,3] RGB.
 
     HDR (PQ, HLG) is tone-mapped to BT.709 (`hdr`), interlaced frames are deinterlaced (bwdif).
 
     Args:
         pts: ticks of the stream's clock, as from `frame_pts`; any order, repeats allowed.
         size: (H, W) px of the result; None keeps the video's.
-        fit: Fit mode that leads to `size`.
-        backend: "pyav", or "decord" where its own timestamps prove each frame.
+        fit: mode of `Fit` for the resize to `size`.
+        backend: "pyav", or "decord", which rejects videos where its timestamps do not prove each frame.
         box: (y, x, height, width) px of the upright picture to scale to `size`; None is all of it.
 
     Raises:
@@ -95,10 +95,10 @@ def decode(
 
 
 def iter_decimated(path: Source, max_height: int = 144, stride: int = 1) -> Iterator[tuple[int, np.ndarray]]:
-    """Yield (pts, uint8 [h,w,3] RGB upright, h ≤ `max_height`) for every `stride`-th frame: for finding cuts.
+    """Yield (pts, uint8 [h,w,3] RGB upright, h ≤ `max_height`) for every `stride`-th frame, for cut detection.
 
-    Every frame is decoded, since others refer to it; damaged frames are yielded too. Only yielded frames are scaled and
-    converted, by a fast bilinear filter: the pixels are good for statistics, not for training.
+    Every frame is decoded, because others depend on it; damaged frames are also yielded. Only yielded frames are scaled
+    and converted, by a fast bilinear filter: the pixels are good for statistics, not for training.
 
     Raises:
         BadSample: `decode_error`, `resolution_changed`, and the reasons of `source.opened`.
@@ -123,7 +123,7 @@ def _decode_group(path: Source, group: list[int], to_rgb: Converter) -> dict[int
     first, frames, wanted = group[0], decoded, set(group)
     while True:
         try:
-            for by_seeking in (True, False):  # a file without an index can be read but not sought
+            for by_seeking in (True, False):  # a file without an index can be read but not seeked
                 with opened(path) as (container, stream, _):
                     if not by_seeking or _seek_before(container, stream, first):
                         return _collect(frames(container, stream, wanted), wanted, stream, to_rgb)
@@ -137,10 +137,10 @@ class _Interlaced(Exception):
 
 
 def _seek_before(container: Any, stream: Any, target: int) -> bool:
-    """Place the demuxer on a key frame whose own pts is ≤ target; False where that cannot be done.
+    """Seek to a key frame whose own pts is ≤ target; return False if that is not possible.
 
     A seek may land on a key frame that is shown after the target (open GOP: its leading frames need the group
-    before), so the search goes back until the key's pts is early enough.
+    before), so the search goes back until the key frame's pts is early enough.
     """
     import av
 
@@ -179,7 +179,7 @@ def _collect(frames: Iterator[Any], wanted: set[int], stream: Any, to_rgb: Conve
 
 
 def deinterlaced(container: Any, stream: Any, wanted: Container[int] | None = None) -> Iterator[Any]:
-    """Yield the frames of `decoded`, interlaced ones deinterlaced by bwdif, the others unchanged."""
+    """Yield the frames of `decoded`: interlaced ones deinterlaced by bwdif, others unchanged."""
     import av
 
     graph = av.filter.Graph()

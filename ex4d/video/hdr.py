@@ -1,8 +1,8 @@
 """Tone-map HDR (PQ or HLG, BT.2020) to SDR (BT.709) by the EETF of ITU-R BT.2390-11, section 5.4.1.
 
-The brightest channel of a pixel is brought from 1000 cd/m² to the 203 cd/m² that BT.2408 gives diffuse white, in PQ's
-own scale; up to about 87 cd/m² nothing changes, above it a Hermite spline rolls off. All three channels are scaled by
-the same factor, so that hues stay. PQ and HLG are those of BT.2100, the display's curve is that of BT.1886.
+The brightest channel of a pixel is mapped from a peak of 1000 cd/m² to the 203 cd/m² that BT.2408 assigns to diffuse
+white, on PQ's scale. Up to about 87 cd/m² nothing changes; above, a Hermite spline rolls off. All three channels are
+scaled by the same factor, which preserves hue. PQ and HLG follow BT.2100, the display's curve follows BT.1886.
 """
 
 from __future__ import annotations
@@ -13,10 +13,10 @@ import numpy as np
 
 PQ, HLG = 16, 18  # AVColorTransferCharacteristic of H.273
 NAMES = {PQ: "pq", HLG: "hlg"}
-PEAK, WHITE = 1000.0, 203.0  # cd/m²: of the source, brighter is clipped; of the SDR display
+PEAK, WHITE = 1000.0, 203.0  # cd/m²: peak of the source, brighter is clipped; peak of the SDR display
 TO_709 = np.array([[1.6605, -0.5876, -0.0728], [-0.1246, 1.1329, -0.0083], [-0.0182, -0.1006, 1.1187]], np.float32)
 LUMA_2020 = np.array([0.2627, 0.6780, 0.0593], np.float32)
-HLG_GAMMA = 1.2  # of the system, at a peak of 1000 cd/m²
+HLG_GAMMA = 1.2  # system gamma at a peak of 1000 cd/m²
 ROWS = 256  # rows at a time: a 4K frame takes 100 MB in float32
 
 _M1, _M2 = 2610 / 16384, 2523 / 32
@@ -24,7 +24,7 @@ _C1, _C2, _C3 = 3424 / 4096, 2413 / 128, 2392 / 128
 
 
 def to_sdr(codes: np.ndarray, transfer: int) -> np.ndarray:
-    """Return uint8 [H,W,3] RGB of BT.709 from uint16 [H,W,3] RGB of BT.2020, full range, coded as PQ or HLG."""
+    """Convert uint16 [H,W,3] RGB of BT.2020, full range, coded as PQ or HLG, to uint8 [H,W,3] RGB of BT.709."""
     picture = np.empty(codes.shape, np.uint8)
     for top in range(0, len(codes), ROWS):
         strip = _light(transfer)[codes[top : top + ROWS]]
@@ -39,26 +39,26 @@ def to_sdr(codes: np.ndarray, transfer: int) -> np.ndarray:
 
 
 def pq_of(light: np.ndarray) -> np.ndarray:
-    """Return the PQ code in [0, 1] of light in cd/m² (BT.2100, inverse EOTF)."""
+    """Convert light in cd/m² to a PQ code in [0, 1] (BT.2100, inverse EOTF)."""
     power = np.power(np.asarray(light, np.float64) / 10000, _M1)
     return np.power((_C1 + _C2 * power) / (1 + _C3 * power), _M2)
 
 
 def light_of_pq(code: np.ndarray) -> np.ndarray:
-    """Return light in cd/m² of a PQ code in [0, 1] (BT.2100, EOTF)."""
+    """Convert a PQ code in [0, 1] to light in cd/m² (BT.2100, EOTF)."""
     power = np.power(np.asarray(code, np.float64), 1 / _M2)
     return 10000 * np.power(np.maximum(power - _C1, 0) / (_C2 - _C3 * power), 1 / _M1)
 
 
 def light_of_hlg(code: np.ndarray) -> np.ndarray:
-    """Return the scene's light in [0, 1] of an HLG code in [0, 1] (BT.2100, inverse OETF)."""
+    """Convert an HLG code in [0, 1] to scene light in [0, 1] (BT.2100, inverse OETF)."""
     code = np.asarray(code, np.float64)
     a, b, c = 0.17883277, 0.28466892, 0.55991073
     return np.where(code <= 0.5, code**2 / 3, (np.exp((code - c) / a) + b) / 12)
 
 
 def eetf(code: np.ndarray) -> np.ndarray:
-    """Return PQ codes brought from a display of PEAK to one of WHITE (BT.2390-11, 5.4.1; black stays black)."""
+    """Map PQ codes from a display of PEAK to one of WHITE (BT.2390-11, 5.4.1; black stays black)."""
     peak = float(pq_of(np.array(PEAK)))
     most = float(pq_of(np.array(WHITE))) / peak
     knee = 1.5 * most - 0.5
@@ -70,7 +70,7 @@ def eetf(code: np.ndarray) -> np.ndarray:
 
 @cache
 def _light(transfer: int) -> np.ndarray:
-    """Return float32 [65536]: light of each 16-bit code, cd/m² of the display for PQ, the scene's share for HLG."""
+    """Return float32 [65536]: light of each 16-bit code; display light in cd/m² for PQ, scene light for HLG."""
     codes = np.arange(65536) / 65535
     return (light_of_pq(codes) if transfer == PQ else light_of_hlg(codes)).astype(np.float32)
 

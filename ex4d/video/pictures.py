@@ -1,11 +1,11 @@
-"""Pictures as a video: a folder of JPEG or of PNG, and animated WebP.
+"""Read pictures as a video: a folder of JPEG or of PNG, or an animated WebP.
 
-The pictures' own bytes become the frames of a MOV, whose one index says where each lies and how long it is shown. So a
-folder is decoded like any video: by one open file, in the sandboxed child, within its limits. Nothing is decoded to
-make that file, but for WebP, which FFmpeg does not read animated: OpenCV decodes it, in the child.
+The pictures' own bytes become the samples of a MOV, whose index lists the offset and duration of each. So a folder is
+decoded like any video: from one open file, in the sandboxed child, within its limits. Nothing is decoded to make that
+file, except animated WebP, which FFmpeg does not read: OpenCV decodes it, in the child.
 
-A folder's pictures are its JPEG and PNG in the order of the numbers in their names, at a constant rate that the caller
-chooses. Their names differ in their numbers only. The hash of a folder is that of the rate and of each name and sha256.
+A folder's pictures are its JPEG or PNG in the order of the numbers in their names, at a constant rate that the caller
+chooses. Their names may differ only in numbers. The hash of a folder covers the rate and each name and sha256.
 """
 
 from __future__ import annotations
@@ -27,14 +27,14 @@ from ex4d import storage, text
 from ex4d.errors import BadSample
 
 SUFFIXES = (".jpg", ".jpeg", ".png")
-FPS = 24.0  # where nothing else is chosen
+FPS = 24.0  # default
 MAX_FPS = 1000.0
 _MAGIC = {b"\xff\xd8\xff": b"jpeg", b"\x89PN": b"png "}  # first bytes of a picture: the MOV's name of its codec
 _MAX_PICTURES = 1_000_000
 _MAX_BYTES = 2**38  # of a folder that one command reads
-_MAX_WEBP_BYTES, _MAX_DECODED_BYTES = 2**28, 2**30  # of an animation, packed and as its frames together
+_MAX_WEBP_BYTES, _MAX_DECODED_BYTES = 2**28, 2**30  # of an animation: its file, and all its decoded frames
 _CHUNK_BYTES = 1 << 20
-_UNITY = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # a matrix that leaves pictures as they are
+_UNITY = struct.pack(">9I", 1 << 16, 0, 0, 0, 1 << 16, 0, 0, 0, 1 << 30)  # the identity matrix
 
 
 def chosen(names: Iterable[str]) -> list[str]:
@@ -71,16 +71,16 @@ def _pattern(name: str) -> str:
 
 
 def digest(folder: str, fps: float, out: IO[bytes] | None = None, max_bytes: int = _MAX_BYTES) -> tuple[str, int]:
-    """Return (sha256 of the rate, names and contents of a folder's pictures; their bytes).
+    """Hash a folder's pictures; return (sha256 of the rate, names and contents; number of bytes).
 
     Args:
-        out: where a MOV of them is written, if anywhere.
-        max_bytes: of all pictures together.
+        out: a file to which a MOV of them is written; None: none.
+        max_bytes: limit for all pictures together.
 
     Raises:
-        BadSample: as `names_in`; file_too_large; not_a_file: a picture is a pipe, a device or a link that leads
-            nowhere; pictures_mixed: JPEG and PNG; pictures_depth: 16-bit grey PNG, as depth is stored;
-            container_not_allowed: what a picture's suffix promises is not there.
+        BadSample: as `names_in`; file_too_large; not_a_file: a picture is a pipe, a device or a dangling link;
+            pictures_mixed: JPEG and PNG; pictures_depth: 16-bit grey PNG, as depth is stored;
+            container_not_allowed: a file's content is neither JPEG nor PNG.
     """
     names, rate = names_in(folder), Fraction(fps).limit_denominator(1001)
     total, codec, movie = hashlib.sha256(f"fps {rate}\n".encode()), b"", None
@@ -110,7 +110,7 @@ def digest(folder: str, fps: float, out: IO[bytes] | None = None, max_bytes: int
 
 
 def size_of(folder: str) -> int:
-    """Return the bytes of a folder's pictures together, by their files' sizes. Raises BadSample as `names_in`."""
+    """Return the total size of a folder's pictures in bytes. Raises BadSample as `names_in`."""
     return sum(os.stat(place).st_size for name in names_in(folder) if os.path.isfile(place := Path(folder) / name))
 
 
@@ -135,7 +135,7 @@ def _codec(head: bytes, name: str) -> bytes:
 
 
 def _hashed(file: IO[bytes], own: Any, size: int) -> Iterator[bytes]:
-    """Yield a file in parts, at most `size` bytes: it may grow meanwhile."""
+    """Yield a file in parts and update the hash `own`; at most `size` bytes, because the file may be growing."""
     while part := file.read(min(_CHUNK_BYTES, size)):
         size -= len(part)
         own.update(part)
@@ -144,7 +144,7 @@ def _hashed(file: IO[bytes], own: Any, size: int) -> Iterator[bytes]:
 
 @contextmanager
 def as_video(path: str | Path, fps: float = FPS) -> Iterator[str]:
-    """Yield the path of a video: the given one, or for a folder of pictures that of a temporary MOV of them.
+    """Yield the path of a video: `path` itself, or a temporary MOV of a folder's pictures.
 
     Raises:
         BadSample: as `digest`, for a folder.
@@ -173,10 +173,10 @@ class Movie:
         self.ticks: list[int] = []
         out.write(_box(b"ftyp", b"qt  " + bytes(4) + b"qt  "))
         self.start = out.tell()
-        out.write(struct.pack(">I4sQ", 1, b"mdat", 0))  # its length of 64 bits comes with `close`
+        out.write(struct.pack(">I4sQ", 1, b"mdat", 0))  # `close` writes its 64-bit length
 
     def add(self, parts: Iterable[bytes], ticks: int) -> None:
-        """Add a picture that is shown for so many ticks."""
+        """Add a picture that is shown for this many ticks."""
         self.offsets.append(self.out.tell())
         for part in parts:
             self.out.write(part)
@@ -202,7 +202,7 @@ class Movie:
         self.out.write(_box(b"moov", movie))
 
     def _tables(self) -> bytes:
-        # The decoder finds the size of the pictures; 72 dpi, one frame a sample, 24 bits, no palette.
+        # The decoder determines the size of the pictures; 72 dpi, one frame per sample, 24 bits, no palette.
         look = struct.pack(">16xHHIIIH32xHh", 0, 0, 72 << 16, 72 << 16, 0, 1, 24, -1)
         entry = _box(self.codec, struct.pack(">6xH", 1) + look)
         runs = [(sum(1 for _ in group), ticks) for ticks, group in itertools.groupby(self.ticks)]
@@ -223,7 +223,7 @@ def _box(kind: bytes, body: bytes) -> bytes:
 
 
 def of_webp(file: IO[bytes]) -> io.BytesIO:
-    """Return a MOV of an animated WebP's frames as PNG, at their own times; runs in the sandboxed child.
+    """Convert an animated WebP to a MOV of PNG with the same durations; runs in the sandboxed child.
 
     Raises:
         BadSample: size_limit, decode_error.
@@ -253,7 +253,7 @@ def of_webp(file: IO[bytes]) -> io.BytesIO:
 
 
 def _webp_frames(data: bytes) -> tuple[tuple[int, int], list[int]]:
-    """Return ((H, W) px, milliseconds of each frame) of an animated WebP by its chunks (RFC 9649)."""
+    """Return ((H, W) px, milliseconds of each frame) of an animated WebP from its chunks (RFC 9649)."""
     size = tuple(1 + int.from_bytes(data[place : place + 3], "little") for place in (27, 24))
     times, place = [], 12
     while place + 24 <= len(data):

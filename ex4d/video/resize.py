@@ -50,7 +50,7 @@ class Fit:
         return self.box or (0, 0, *self.source_size)
 
     def scaled_to(self, source_size: tuple[int, int]) -> Fit:
-        """Return the same fit for a map of the source that is stored at another size; the box is rounded to px."""
+        """Return the same fit for a map of the source stored at another resolution; the box is rounded to px."""
         if self.box is None:
             return replace(self, source_size=source_size)
         edges = []
@@ -63,7 +63,7 @@ class Fit:
 
     @cached_property
     def crop_box(self) -> tuple[int, int, int, int]:
-        """(y, x, height, width) in source px of what is kept."""
+        """(y, x, height, width) in source px of the part that is kept after cropping."""
         (y, x, source_h, source_w), (h, w) = self.source_box, self.size
         if self.mode != "crop":
             return y, x, source_h, source_w
@@ -75,7 +75,7 @@ class Fit:
 
     @cached_property
     def inner_box(self) -> tuple[int, int, int, int]:
-        """(y, x, height, width) in target px of where it goes; the whole target unless the mode is "pad"."""
+        """(y, x, height, width) in target px of the picture: the whole target unless the mode is "pad"."""
         (_, _, source_h, source_w), (h, w) = self.source_box, self.size
         if self.mode != "pad":
             return 0, 0, h, w
@@ -86,10 +86,10 @@ class Fit:
         return 0, (w - inner) // 2, h, inner
 
     def apply_image(self, image: np.ndarray) -> np.ndarray:
-        """Return uint8 or float [..., h, w, C] at `size`: area filter where it shrinks, linear where it grows.
+        """Resize uint8 or float [..., h, w, C] to `size`: area filter if neither side grows, else linear.
 
         Raises:
-            BadSample: the picture is not of `source_size`.
+            BadSample: the picture does not have `source_size`.
         """
         import cv2
 
@@ -109,20 +109,20 @@ class Fit:
         return out
 
     def apply_depth(self, depth: np.ndarray) -> np.ndarray:
-        """Return depth, disparity or a mask [..., h, w] at `size`, by nearest neighbour.
+        """Resize depth, disparity or a mask [..., h, w] to `size`, by nearest neighbour.
 
-        Not interpolated, since the mean of a near and a far surface is no surface. Bars of "pad" repeat the edge, so
-        that they stay finite.
+        Not interpolated, because no surface lies at the mean of a near and a far depth. Bars of "pad" repeat the edge,
+        so that they stay finite.
 
         Raises:
-            BadSample: the map is not of `source_size`.
+            BadSample: the map does not have `source_size`.
         """
         self._check(depth.shape[-2:])
         rows, columns = self._source_index(0), self._source_index(1)
         return depth[..., rows[:, None], columns[None, :]]
 
     def apply_K(self, K: Any) -> np.ndarray:
-        """Return float64 [..., 3, 3] intrinsics in px of `size`, pixel centres at +0.5 before and after.
+        """Convert intrinsics to px of `size`: float64 [..., 3, 3], pixel centres at +0.5 before and after.
 
         With that convention a picture's border is at 0 and at its width, so a resize is one scale and one shift.
         """

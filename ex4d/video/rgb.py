@@ -1,4 +1,4 @@
-"""Convert decoded frames to upright RGB pictures of a size."""
+"""Convert decoded frames to upright RGB pictures of a given size."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class Converter:
         self.fit: Fit | None = None
 
     def __call__(self, frame: Any, stream: Any) -> np.ndarray:
-        """Return uint8 [H,W,3] RGB. Raises BadSample(`resolution_changed`, `size_limit`)."""
+        """Convert a frame to uint8 [H,W,3] RGB. Raises BadSample(`resolution_changed`, `size_limit`)."""
         coded_size = (frame.height, frame.width)
         if self.coded_size not in (None, coded_size):
             raise BadSample("resolution_changed", f"from {self.coded_size} to {coded_size} at pts {frame.pts}")
@@ -48,8 +48,8 @@ class Converter:
         return self.fit.apply_image(image)
 
     def _orientation(self, frame: Any) -> tuple[int, bool]:
-        # PyAV's side data and its frame hold each other until the garbage collector comes by: asked of every frame,
-        # a hundred frames and more wait for it (400 MB at 1080p). So it is asked again only where the angle changes.
+        # PyAV's side data and its frame form a reference cycle. Read for every frame, they would keep a hundred frames
+        # and more until garbage collection (400 MB at 1080p), so they are read again only if the angle changes.
         if self.rotation != frame.rotation:
             self.rotation, self.upright = frame.rotation, orientation(frame)
         return self.upright
@@ -63,7 +63,7 @@ class Converter:
 
 
 def rgb_of(frame: Any, size: tuple[int, int] | None = None, draft: bool = False) -> np.ndarray:
-    """Return uint8 [H,W,3] RGB, full range, by the frame's tagged matrix and range; HDR is tone-mapped.
+    """Convert a frame to uint8 [H,W,3] RGB, full range, by its tagged matrix and range; HDR is tone-mapped.
 
     As in players, untagged frames count as limited-range BT.709 from 720 lines or 1280 columns, else BT.601.
 

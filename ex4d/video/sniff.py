@@ -1,7 +1,7 @@
 """Recognise a file by its first bytes, before any demuxer reads it.
 
 FFmpeg opens more than videos: a text file can be a script that makes it read *other* files (ffconcat, HLS), and
-pictures and subtitles are streams too. So the format is decided here, from a list, and passed to FFmpeg.
+pictures and subtitles are streams, too. So the format is determined here, from an allowlist, and passed to FFmpeg.
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import IO
 
 from ex4d.errors import BadSample
 
-# format name -> FFmpeg demuxer of the same name; an animated webp is made a mov first (`pictures.of_webp`)
+# Formats, named like FFmpeg's demuxers; an animated webp is first converted to a mov (`pictures.of_webp`)
 CONTAINERS = ("mov", "matroska", "avi", "mpegts", "mpeg", "flv", "ogg", "gif", "apng", "webp")
 
 # Allowed decoders, by FFmpeg's names. FFmpeg has about three hundred, many for games or one vendor's files.
@@ -23,7 +23,7 @@ CODECS = (
     *("ffv1", "theora", "gif", "webp", "apng", "png", "flv"),
 )
 
-# How files with videos are called; any file is opened by its content all the same.
+# Usual suffixes of video files; whatever its suffix, a file is recognised by its content.
 VIDEO_SUFFIXES = (
     *(".mp4", ".mov", ".m4v", ".3gp", ".mkv", ".webm", ".avi", ".wmv", ".ts", ".m2ts", ".mts", ".mpg", ".mpeg"),
     *(".flv", ".ogv"),
@@ -102,7 +102,7 @@ def _known_container(head: bytes) -> str | None:
 
 
 def is_animated_webp(head: bytes) -> bool:
-    """Return whether a file that begins so is an animated WebP (RFC 9649)."""
+    """Return whether a file that begins with `head` is an animated WebP (RFC 9649)."""
     return head.startswith(b"RIFF") and head[8:16] == b"WEBPVP8X" and len(head) > 20 and bool(head[20] & 2)
 
 

@@ -30,11 +30,11 @@ class VideoInfo:
         size: (H, W) px as displayed, rotation applied.
         coded_size: (H, W) px as stored.
         turn: counter-clockwise quarter turns that make the stored picture upright, 0–3.
-        mirrored: True where it is flipped left to right after the turn.
-        time_base: seconds of one pts tick, (numerator, denominator).
-        fps: mean frame rate that the container declares; 0.0 where it declares none.
-        duration_s: declared, so perhaps wrong; 0.0 where it is not declared.
-        num_frames: declared, so perhaps wrong; 0 where it is not declared.
+        mirrored: True if it is flipped left to right after the turn.
+        time_base: seconds per pts tick, (numerator, denominator).
+        fps: mean frame rate that the container declares; 0.0 if it declares none.
+        duration_s: declared, so perhaps wrong; 0.0 if not declared.
+        num_frames: declared, so perhaps wrong; 0 if not declared.
         stream_index: the video stream that is read.
         num_video_streams: without attached cover pictures.
         notes: facts that a user may want to filter by, e.g. "hdr_pq".
@@ -63,7 +63,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
     Raises:
         BadSample: all of `sniff.container_of`, and `codec_unknown`, `codec_not_allowed`, `no_video_stream`,
             `size_limit`, `no_size`, `encrypted`, `decode_error` (WebP),
-            `timescale_zero`, `truncated`, `open_error`, `unreadable` (an error of the system, perhaps a passing one).
+            `timescale_zero`, `truncated`, `open_error`, `unreadable` (an error of the system, perhaps transient).
     """
     import av
 
@@ -90,7 +90,7 @@ def opened(source: Source) -> Iterator[tuple[Any, Any, str]]:
 
 
 def missing_decoders(names: Sequence[str]) -> list[str]:
-    """Return those of FFmpeg's codec names that the installed PyAV does not bring."""
+    """Return those of FFmpeg's codec names that the installed PyAV lacks."""
     import av
 
     return [name for name in names if name not in av.codecs_available]
@@ -168,10 +168,10 @@ def _check_stream(stream: Any, name: str, num_bytes: int) -> None:
 
 
 def probe(path: Source) -> VideoInfo:
-    """Return the VideoInfo of a file, after decoding its first frame.
+    """Read the VideoInfo of a file, decoding its first frame.
 
     Raises:
-        BadSample: the file is no video that can be used; the reasons are those of `opened`, and `no_frames`,
+        BadSample: the file is not a usable video; the reasons are those of `opened`, and `no_frames`,
             `decode_error`.
     """
     with opened(path) as (container, stream, name):
@@ -229,7 +229,7 @@ def _notes(frame: Any, stream: Any, turn: int, mirrored: bool, num_streams: int)
 
 
 def square_pixel_size(frame: Any, stream: Any) -> tuple[int, int]:
-    """Return (H, W) px that a stored frame takes with square pixels, before rotation; the longer side is stretched.
+    """Return (H, W) px of a stored frame with square pixels, before rotation; one side is stretched, none shrinks.
 
     Raises:
         BadSample: `size_limit`.
@@ -249,7 +249,7 @@ def orientation(frame: Any) -> tuple[int, bool]:
     """Return (quarter turns counter-clockwise, then mirrored left to right) that make a stored frame upright.
 
     From the display matrix, nine 32-bit integers of which a b / c d map stored to shown coordinates
-    (ISO/IEC 14496-12, 8.3.2). Angles that are no quarter turn round to the nearest one.
+    (ISO/IEC 14496-12, 8.3.2). Angles that are not quarter turns are rounded to the nearest one.
     """
     from av.sidedata.sidedata import Type
 

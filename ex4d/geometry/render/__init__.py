@@ -1,16 +1,16 @@
 """One render contract, three implementations: `reference` (slow, clear), `cpu` (numba), `nvdiffrast` (CUDA).
 
-The contract. A vertex goes to the camera's axes, to the picture, and is snapped to 1/256 px (round half up). Before
-that, triangles are cut at the near plane (1/1000 of the mesh's least depth) in homogeneous space; neighbours share the
-cut points. A pixel belongs to a triangle when its centre (j + 0.5, i + 0.5) lies inside, edges by the top-left rule, so
-that of two neighbours exactly one gets it. Nearest wins: the largest float32 1/z, interpolated linearly in the picture
-between the snapped vertices; where these are equal the lowest face id wins. Colour and visibility are then shaded once
-a pixel from the unsnapped triangle, by homogeneous barycentrics (perspective-correct, and defined for triangles that
-cross the near plane), clamped to [0, 1] because snapping may move an edge past the pixel.
+The contract. In camera axes, triangles are clipped at the near plane (1/1000 of the mesh's least depth); neighbours
+share the cut points. Vertices are then projected and snapped to 1/256 px (round half up). A pixel belongs to a triangle
+if its centre (j + 0.5, i + 0.5) lies inside; by the top-left rule, a centre on an edge belongs to exactly one of two
+neighbours. The nearest face wins: the one with the largest float32 1/z, interpolated linearly in image space between
+the snapped vertices; of equal ones, the lowest face id. Colour and visibility are then shaded once per pixel from the
+unsnapped triangle, by homogeneous barycentrics (perspective-correct, and defined for triangles that cross the near
+plane), clamped to [0, 1] because snapping may move an edge past the pixel.
 
-Where a profile's `curtain_reach` bounds them, an occluded face ends at (1 + reach) × its least source depth: what of it
-lies farther is not drawn. Source depth less that end, times 1/z, is linear in the picture between the snapped vertices,
-and its sign at the pixel centre decides. One may then look into the volume, and no face is drawn from behind.
+If a profile sets `curtain_reach`, an occluded face ends at (1 + reach) × its least source depth and is not drawn
+beyond. (Source depth − end) · 1/z is linear in image space between the snapped vertices, and its sign at the pixel
+centre decides. The camera may then look into the volume, so back faces are culled.
 """
 
 from __future__ import annotations
@@ -43,7 +43,7 @@ def choose_backend(name: str = "auto") -> str:
 
 
 def render(mesh: DWMesh, camera: Camera, backend: str = "auto") -> Rendered:
-    """Return what `camera` sees of `mesh` (world = the mesh's source camera).
+    """Render `mesh` from `camera` (world = the mesh's source camera).
 
     Raises:
         ConfigError: unknown backend, or nvdiffrast without its package or a CUDA device.
@@ -63,10 +63,10 @@ def warp_video(
     valid: np.ndarray | None = None,
     first_frame: str = "exact",
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]): each frame's mesh seen from its own camera.
+    """Render each frame's mesh from its own camera: (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]).
 
-    A camera at the source's position, even if it turns or zooms, shows the source frame resampled: drawing the mesh
-    would leave holes along depth edges. The released profile does so for frame 0 only, as the released code does.
+    For a camera at the source's position, even if it turns or zooms, the source frame is resampled instead: rendering
+    the mesh would leave holes along depth edges. The released profile does so for frame 0 only, as the released code.
 
     Args:
         frames: uint8 [T, H, W, 3]. z_depth: [T, H, W], finite and positive.
@@ -74,10 +74,10 @@ def warp_video(
         w2c: [T, 4, 4], world = the source camera of frame 0.
         profile: a key of mesh.PROFILES, or a Profile.
         backend: a key of BACKENDS or "auto".
-        source_w2c: [T, 4, 4] poses of a source camera that moves, in the world and unit of w2c; None: it stands still.
+        source_w2c: [T, 4, 4] poses of a source camera that moves, in the world and unit of w2c; None: it does not move.
         view_K: [3, 3] or [T, 3, 3] of the target: a zoom.
         valid: bool [T, H, W], True where depth is known; None: everywhere. Unknown pixels are visible in frame 0 only.
-        first_frame: "exact": as above; "drawn": render frame 0 as the others where the camera moves later.
+        first_frame: "exact": as above; "drawn": if the camera moves later, render the mesh of frame 0, too.
 
     Raises:
         BadSample: invalid depth, or shapes that do not match.
@@ -113,7 +113,7 @@ def _draw(
     valid: np.ndarray | None,
     backend: str,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (colours uint8 [T, H, W, 3], visible bool [T, H, W]) of each frame's mesh; view_K [T, 3, 3]."""
+    """Render each frame's mesh: (colours uint8 [T, H, W, 3], visible bool [T, H, W]); view_K [T, 3, 3]."""
     colours, visible = np.zeros_like(frames), np.zeros(z_depth.shape, bool)
     for t, frame in enumerate(frames):
         camera = Camera(view_K[t], w2c[t], (frame.shape[0], frame.shape[1]))
@@ -142,7 +142,7 @@ def _checked_cameras(num_frames: int, w2c: np.ndarray, view_K: np.ndarray) -> tu
 
 
 def _unmoved(w2c: np.ndarray, profile: Profile, first_frame: str) -> list[int]:
-    """Return the frames [T] whose camera is at the source's position, so that the whole frame is shown."""
+    """Return the indices of the frames whose camera is at the source's position: those are resampled."""
     still = np.abs(w2c[:, :3, 3]).max(axis=1, initial=0.0) < 1e-9
     if profile.vertex_alpha:
         still[1:] = False
@@ -152,11 +152,13 @@ def _unmoved(w2c: np.ndarray, profile: Profile, first_frame: str) -> list[int]:
 
 
 def resampled(frame: np.ndarray, known: np.ndarray, K: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
-    """Return (colours uint8 [H, W, 3], zero where not visible; visible bool [H, W]) for a camera at the source's place.
+    """Resample a frame for a camera at the source's position: (colours uint8 [H, W, 3], visible bool [H, W]).
 
     Args:
         frame: uint8 [H, W, 3]. known: bool [H, W], which of its pixels may be shown. K: [3, 3] of the source.
-        camera: turned, or of another focal length; its translation is ignored.
+        camera: may be turned or have another focal length; its translation is ignored.
+
+    Returns: colours are zero where not visible.
     """
     import cv2
 

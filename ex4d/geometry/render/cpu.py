@@ -12,7 +12,7 @@ from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
 
 def render(mesh: DWMesh, camera: Camera) -> Rendered:
-    """Return what `camera` sees of `mesh`. Releases the GIL: draw frames in parallel threads, not one frame in many."""
+    """Render `mesh` from `camera`, in one thread, which releases the GIL: run frames in parallel threads."""
     profile = mesh.profile
     keys, rays_x, rays_y, rotation, target, cap = _rasterised(mesh, camera)
     alpha = mesh.vertex_alpha if profile.vertex_alpha else np.ones((1, 1), bool)
@@ -30,14 +30,14 @@ def render(mesh: DWMesh, camera: Camera) -> Rendered:
 
 
 def render_depth(mesh: DWMesh, camera: Camera) -> np.ndarray:
-    """Return `render(mesh, camera).z_depth` alone, float32 [H, W], +inf where nothing is, without shading."""
+    """Render only `render(mesh, camera).z_depth`, float32 [H, W], +inf where there is no face; skip shading."""
     keys, *_ = _rasterised(mesh, camera)
-    with np.errstate(divide="ignore"):  # no face: a key of 0
+    with np.errstate(divide="ignore"):  # a key of 0: no face
         return np.float32(1) / (keys >> 32).astype(np.int32).view(np.float32)
 
 
 def render_visible(mesh: DWMesh, camera: Camera) -> np.ndarray:
-    """Return `render(mesh, camera).visible_mask` alone, bool [H, W], without shading where no shading decides it."""
+    """Render only `render(mesh, camera).visible_mask`, bool [H, W]; skip shading unless the profile needs it."""
     if mesh.profile.vertex_alpha or mesh.profile.two_sided:
         return render(mesh, camera).visible_mask
     keys, *_ = _rasterised(mesh, camera)
@@ -47,7 +47,7 @@ def render_visible(mesh: DWMesh, camera: Camera) -> np.ndarray:
 
 
 def _rasterised(mesh: DWMesh, camera: Camera) -> tuple[np.ndarray, ...]:
-    """Return (keys int64 [H, W] of the nearest faces, rays_x, rays_y, rotation, target, cap) as `shade` takes them."""
+    """Rasterise; return (keys int64 [H, W] of the nearest faces, rays_x, rays_y, rotation, target, cap) for `shade`."""
     profile = mesh.profile
     height, width = mesh.size
     rays_x = (np.arange(width) + profile.pixel_offset - mesh.K[0, 2]) / mesh.K[0, 0]
@@ -57,7 +57,7 @@ def _rasterised(mesh: DWMesh, camera: Camera) -> tuple[np.ndarray, ...]:
     cap = cap_faces(mesh.size, profile.fan_cap)
     target = np.array([camera.K[0, 0], camera.K[1, 1], camera.K[0, 2], camera.K[1, 2]])
     near = NEAR_RATIO * float(mesh.z_depth.min())
-    # From outside a closed volume the nearest face always shows its front, so that back faces need not be drawn.
+    # From outside a closed volume, the nearest face always shows its front, so back faces can be culled.
     reach = -1.0 if profile.curtain_reach is None else profile.curtain_reach
     closed = profile.fan_cap and profile.keep_occluded
     cull = reach >= 0 or (closed and not contains(mesh, camera.eye))

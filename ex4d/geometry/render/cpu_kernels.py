@@ -7,10 +7,10 @@ from numba import njit
 
 
 def kernel(function, **options):
-    """Return `function` compiled; kept on disk beside the module or in numba's user folder if it can be."""
+    """Compile `function`; cache it on disk, beside the module or in numba's user folder, if possible."""
     try:
         return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # numba: no place for a cache
+    except RuntimeError:  # numba found no writable place for its cache
         return njit(nogil=True, error_model="numpy", **options)(function)
 
 
@@ -27,7 +27,7 @@ def _is_sliver(ax, ay, az, bx, by, bz, cx, cy, cz, sine_squared):
 
 @kernel
 def occlusion_flags(z, inverse_fx, inverse_fy, cx, cy, sine_squared):
-    """Return bool [2, H−1, W−1] of z float32 [H, W]; vertex (i, j) is at ((j − cx) / fx, (i − cy) / fy, 1) · z."""
+    """Flag slivers, bool [2, H−1, W−1], of z float32 [H, W]; vertex (i, j) is ((j − cx) / fx, (i − cy) / fy, 1) · z."""
     height, width = z.shape
     flags = np.empty((2, height - 1, width - 1), np.bool_)
     for i in range(height - 1):
@@ -43,7 +43,7 @@ def occlusion_flags(z, inverse_fx, inverse_fy, cx, cy, sine_squared):
 
 @kernel
 def _corner(i, j, z, rays_x, rays_y, eye):
-    """Return vertex (i, j) as seen from the target's eye, in the source's axes."""
+    """Return vertex (i, j) relative to the target's eye, in the source's axes."""
     depth = np.float64(z[i, j])
     return rays_x[j] * depth - eye[0], rays_y[i] * depth - eye[1], depth - eye[2]
 
@@ -77,13 +77,13 @@ def _cell_of(face, num_cells, columns, inverse_columns):
     """Return (half, row, column) of a grid face."""
     half = 1 if face >= num_cells else 0
     cell = face - half * num_cells
-    row = int((cell + 0.5) * inverse_columns)  # at least half a cell from a whole number: exact
+    row = int((cell + 0.5) * inverse_columns)  # exact: half a cell away from integers
     return half, row, cell - row * columns
 
 
 @kernel
 def filled(keys, occluded, visible):
-    """Set visible bool [H, W] where the nearest face, by the keys of `rasterise`, is a whole face of the grid."""
+    """Set visible bool [H, W] where the nearest face, by the keys of `rasterise`, is an unoccluded face of the grid."""
     _, rows, columns = occluded.shape
     num_cells, inverse_columns = rows * columns, 1 / columns
     for i in range(keys.shape[0]):
@@ -117,12 +117,12 @@ def shade(
     keys, z, rays_x, rays_y, rotation, eye, camera, colours, alpha, occluded, cap, two_sided, vertex_alpha,
     colour, z_depth, visible, face_id,
 ):  # fmt: skip
-    """Write what the nearest faces show into colour, z_depth, visible and face_id; arguments as in `rasterise`.
+    """Shade the nearest faces into colour, z_depth, visible and face_id; arguments as in `rasterise`.
 
     Args:
         eye: float64 [3], the target's centre in the source's axes.
-        colours: uint8 [rows + 1, columns + 1, 3]; alpha: bool, same grid: counts where vertex_alpha, which may not go
-            with a cap that has a vertex of its own.
+        colours: uint8 [rows + 1, columns + 1, 3]; alpha: bool on the same grid, used only with vertex_alpha, which is
+            incompatible with a cap that has a vertex of its own.
     """
     _, rows, columns = occluded.shape
     num_cells, num_grid, inverse_columns = rows * columns, 2 * rows * columns, 1 / columns

@@ -1,9 +1,10 @@
 """Compiled rasteriser of the CPU renderer, straight from the depth grid: one thread, without the GIL.
 
-Columns of CHUNK cells are walked from top to bottom. The set-up of a chunk's triangles is written without branches, so
+Strips of CHUNK columns of cells are processed from top to bottom. The set-up of a chunk's triangles is branch-free, so
 that LLVM vectorises it. It is exact in float32: coordinates are whole 1/256 px, and a triangle over at most 2 × 2 pixel
-centres is smaller than 3 px. Those that cover more than one go through `_fill`, row by row. Each pixel keeps its
-nearest face as a 64-bit key, the bits of float32 1/z above the complement of the face id; merged by max in any order.
+centres is smaller than 3 px. Triangles that cover more than one go through `_fill`, row by row. Each pixel keeps its
+nearest face as a 64-bit key: the bits of float32 1/z above the complement of the face id. Keys merge by max, in any
+order.
 """
 
 from __future__ import annotations
@@ -15,11 +16,11 @@ import numpy as np
 from ex4d.geometry.render.cpu_kernels import kernel
 
 CHUNK = 64
-STRIDE = 80  # of the streams in a chunk's buffer
+STRIDE = 80  # of the arrays in a chunk's buffer
 X0, Y0, X1, Y1 = 0, STRIDE, 2 * STRIDE, 3 * STRIDE  # top and bottom vertices, 1/256 px
 WB, WC, AREA, VALUE = 4 * STRIDE, 5 * STRIDE, 6 * STRIDE, 7 * STRIDE  # edge functions at the pixel, area, 1/z
-NONE, ONE, MORE = 0, 1, 2  # pixels that a triangle covers, as far as the set-up can say
-EXACT = 2.0**24  # below it whole numbers are exact in float32
+NONE, ONE, MORE = 0, 1, 2  # number of pixels that a triangle covers, as far as the set-up can tell
+EXACT = 2.0**24  # integers below this are exact in float32
 LAST_ID = 2**31 - 1
 F0, F1, FHALF, FPIXEL, FINVERSE = (np.float32(x) for x in (0, 1, 128, 256, 1 / 256))
 BEHIND = 16
@@ -29,7 +30,7 @@ BEHIND = 16
 def _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hc, face, cull, keys):
     """Draw one triangle into keys, row by row; corners in 1/256 px and 1/z. With cull, skip back faces (area > 0).
 
-    ha, hb, hc: how far each corner lies beyond the depth where a curtain ends, in the source's z; all 0: no end.
+    ha, hb, hc: distance of each corner beyond the depth where a curtain ends, in source z; all 0: it does not end.
     """
     area = (bx - ax) * (cy - ay) - (by - ay) * (cx - ax)
     if area == 0 or (cull and area > 0):
@@ -67,7 +68,7 @@ def _fill(ax, ay, ia, ha, bx, by, ib, hb, cx, cy, ic, hc, face, cull, keys):
 def _span(at_zero, dx, dy, first, last):
     """Return the part of columns [first, last] inside an edge whose function is at_zero − 256 dy · column.
 
-    By the top-left rule on whole numbers: an edge that does not own its points must be exceeded by one unit or more.
+    Top-left rule in integers: on an edge that does not own its points, the function must be at least 1.
     """
     room = at_zero if dy < 0 or (dy == 0 and dx > 0) else at_zero - 1.0
     if dy < 0:
@@ -79,7 +80,7 @@ def _span(at_zero, dx, dy, first, last):
 
 @kernel
 def _point(i, j, z, rays_x, rays_y, centre, rotation, shift):
-    """Return vertex (i, j) in the target camera's axes and its source z; the cap's centre where i is one too many."""
+    """Return vertex (i, j) in the target camera's axes and its source z; i one past the last row: the cap's centre."""
     x, y, depth = centre[0], centre[1], centre[2]
     if i < len(rays_y):
         depth = np.float64(z[i, j])
@@ -102,7 +103,7 @@ def _snap(p, camera):
 
 @kernel
 def _cut(inner, outer, near):
-    """Return where an edge meets the near plane, computed from its inner end, so that both faces get the same point."""
+    """Cut an edge at the near plane, always computed from its inner end, so that both its faces get the same point."""
     share = (near - inner[2]) / (outer[2] - inner[2])
     return (
         inner[0] + share * (outer[0] - inner[0]),
@@ -114,14 +115,14 @@ def _cut(inner, outer, near):
 
 @kernel
 def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, reach, face, cull, keys):
-    """Draw a triangle of vertices ((i, j), (i, j), (i, j)), cut at the near plane and where it ends (`_beyond`)."""
+    """Draw a triangle of vertices ((i, j), (i, j), (i, j)), clipped at the near plane and where it ends (`_beyond`)."""
     (ai, aj), (bi, bj), (ci, cj) = corners
     a = _point(ai, aj, z, rays_x, rays_y, centre, rotation, shift)
     b = _point(bi, bj, z, rays_x, rays_y, centre, rotation, shift)
     c = _point(ci, cj, z, rays_x, rays_y, centre, rotation, shift)
     least = min(a[3], b[3], c[3])
     inside = (a[2] >= near) + (b[2] >= near) + (c[2] >= near)
-    # Rotate the corners so that the one alone on its side comes first; their order is kept.
+    # Rotate the corners so that the one alone on its side comes first; the winding is kept.
     if (inside == 1 and b[2] >= near) or (inside == 2 and b[2] < near):
         a, b, c = b, c, a
     elif (inside == 1 and c[2] >= near) or (inside == 2 and c[2] < near):
@@ -143,7 +144,7 @@ def _draw(corners, z, rays_x, rays_y, centre, rotation, shift, camera, near, rea
 
 @kernel
 def _beyond(depth, least, reach):
-    """Return how far a corner lies beyond (1 + reach) × the triangle's least depth; 0 where reach < 0: no end."""
+    """Return how far a corner lies beyond (1 + reach) × the triangle's least depth; 0 if reach < 0: no end."""
     return depth - (1 + reach) * least if reach >= 0 else 0.0
 
 
@@ -184,7 +185,7 @@ def _cover_source(ax, ay, bx, by, cx, cy, cull, last_j, last_i):
     px, py = j0 * FPIXEL + FHALF - ax, i0 * FPIXEL + FHALF - ay
     wb, wc = vy * px - vx * py, ux * py - uy * px
     wa = area * sign - wb - wc
-    # Top-left rule: an edge that does not own its points must be exceeded by one unit or more.
+    # Top-left rule: on an edge that does not own its points, the edge function must be at least 1.
     dx, dy = vx - ux, vy - uy
     least_a = F0 if (dy < F0) | ((dy == F0) & (dx > F0)) else F1
     least_b = F0 if (vy > F0) | ((vy == F0) & (vx < F0)) else F1
@@ -226,7 +227,7 @@ def _cover_chunk(half, lane, cull, last_j, last_i, out):
 
 @kernel
 def _cover_cut(inverse, half, cells, out):
-    """Mark triangles that cross the near plane for `_draw`, and drop those in front of it."""
+    """Mark triangles that cross the near plane for `_draw`, and drop those nearer than it."""
     for n in range(cells):
         inside = (inverse[n + half] > 0) + (inverse[STRIDE + n] > 0) + (inverse[half * STRIDE + n + 1] > 0)
         if inside < 3:
@@ -248,7 +249,7 @@ def _values(lane, inverse_a, inverse_b, inverse_c):
 def _sort(out, hidden, drawn_hidden, curtains_end, cells, ones, mores):
     """List the triangles of a chunk that cover one pixel, and those that cover more; return the length of each list.
 
-    Written without branches. A curtain that ends counts as covering more: only the slower path checks where it ends.
+    Branch-free. A curtain that ends counts as covering more: only the slower path checks where it ends.
     """
     one, more = 0, 0
     for n in range(cells):
@@ -263,7 +264,7 @@ def _sort(out, hidden, drawn_hidden, curtains_end, cells, ones, mores):
 
 @kernel
 def _fill_exact(n, half, lane, inverse, depth_a, depth_b, depth_c, reach, face, cull, keys):
-    """Draw triangle n of a chunk if its corners are in front of the camera and exact in float32; return True if so."""
+    """Draw triangle n of a chunk if its corners are in front of the camera and exact in float32; return whether so."""
     a, b, c = n + half, n, half * 2 * STRIDE + n + 1
     ia, ib, ic = inverse[a], inverse[STRIDE + n], inverse[half * STRIDE + n + 1]
     ax, ay = np.float64(lane[X0 + a]), np.float64(lane[Y0 + a])
@@ -300,7 +301,7 @@ def rasterise(
         rotation, shift: float64 [9], row by row, and [3], from the source's to the target's axes.
         camera: float64 [4]: fx, fy, cx, cy of the target; near: its near plane. occluded: bool [2, rows, columns].
         cap: int32 [C, 3] faces of the cap; centre: float64 [3], its centre in the source's axes.
-        cull: skip back faces. draw_occluded: draw occluded faces and the cap, too.
+        cull: skip back faces. draw_occluded: also draw occluded faces and the cap.
         reach: an occluded face ends at (1 + reach) × its least depth; negative: it does not end.
     """
     rows, columns = z.shape[0] - 1, z.shape[1] - 1

@@ -1,8 +1,8 @@
-"""The render contract on a CUDA GPU through nvdiffrast 0.4.0, a whole trajectory in batches. Imported on use.
+"""The render contract on a CUDA GPU by nvdiffrast 0.4.0, which is imported on use; whole trajectories in batches.
 
-Differences from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and compares depth by integers that come
-from a float32 z/w, so that silhouettes move by up to 1/16 px and face ids must not be compared. It is not on the
-package index and its licence restricts commercial use: installing it is the user's decision.
+Differences from the contract: nvdiffrast snaps to 1/16 px, not to 1/256, and compares depth as integers that come
+from a float32 z/w. So silhouettes move by up to 1/16 px, and face ids must not be compared. It is not on the package
+index and its licence restricts commercial use: installing it is the user's decision.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
 MAX_FACES = 2**24  # ids come back as float32
 MAX_LAYERS = 8  # at most this many curtains are peeled; surfaces behind the last stay hidden
-BATCH_VERTICES = 4_000_000  # about 0.5 GB of positions, attributes and pictures at a time
+BATCH_VERTICES = 4_000_000  # about 0.5 GB of positions, attributes and pictures per batch
 
 
 @lru_cache(maxsize=1)
@@ -39,7 +39,7 @@ def _context() -> tuple[Any, Any]:
 
 
 def render(mesh: DWMesh, camera: Camera) -> Rendered:
-    """Return what `camera` sees of `mesh`. Raises ConfigError without CUDA, without nvdiffrast, or with 2²⁴ faces."""
+    """Render `mesh` from `camera`. Raises ConfigError without CUDA, without nvdiffrast, or with 2²⁴ faces or more."""
     return render_batch([mesh], [camera])[0]
 
 
@@ -52,7 +52,7 @@ def warp(
     view_K: np.ndarray,
     valid: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]); arguments as in render.warp_video.
+    """Render (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]); arguments as in render.warp_video.
 
     view_K: [T, 3, 3].
     """
@@ -69,10 +69,10 @@ def warp(
 
 
 def render_batch(meshes: list[DWMesh], cameras: list[Camera]) -> list[Rendered]:
-    """Return one Rendered for each (mesh, camera): meshes of one size and profile, cameras of one size.
+    """Render each (mesh, camera) pair: meshes of one size and profile, cameras of one size.
 
-    All meshes of a size share their faces, so that they go to the GPU as one instanced batch. The torn profile leaves
-    out other faces in each frame and is drawn one by one.
+    All meshes of a size share their faces, so they go to the GPU as one instanced batch. The torn profile leaves out
+    different faces in each frame, so its frames are rendered one by one.
     """
     if not meshes[0].profile.keep_occluded:
         return [_draw([mesh], [camera], ~mesh.occluded)[0] for mesh, camera in zip(meshes, cameras, strict=True)]
@@ -126,7 +126,7 @@ def _draw(meshes: list[DWMesh], cameras: list[Camera], drawn: np.ndarray | None)
 
 
 def _first_before_end(position: Any, faces: Any, size: tuple[int, int], source_z: Any, end: Any) -> Any:
-    """Return nvdiffrast's raster [B, H, W, 4] of the nearest faces that have not ended where they are hit.
+    """Return nvdiffrast's raster [B, H, W, 4] of the nearest faces that do not end before the hit, by depth peeling.
 
     Args:
         position: [B, N, 4] in clip space; faces: int32 [M, 3].
@@ -161,8 +161,8 @@ def _empty(size: tuple[int, int]) -> Rendered:
 def _near(mesh: DWMesh, points: np.ndarray) -> float:
     """Return the near plane for vertices float64 [N, 3] in camera axes: the contract's, or just before the nearest.
 
-    If nothing is clipped, both give the same picture, and the farther plane gives the finer depth resolution: the
-    integers that nvdiffrast compares come from a float32 near 1, whose steps are about 6e-8 · z / near of z.
+    If nothing is clipped, both give the same picture, and the farther plane gives finer depth resolution: the integers
+    that nvdiffrast compares come from a float32 close to 1, whose steps are about 6e-8 · z / near, relative to z.
     """
     return max(NEAR_RATIO * float(mesh.z_depth.min()), 0.99 * float(points[:, 2].min()))
 
@@ -170,7 +170,7 @@ def _near(mesh: DWMesh, points: np.ndarray) -> float:
 def _clip_matrix(camera: Camera, near: float) -> np.ndarray:
     """Return the float64 [4, 4] matrix from camera axes to clip space, with z/w = 1 − 2 · near / z.
 
-    nvdiffrast's row 0 is at y = −1, as OpenCV's is at v = 0, so that nothing is flipped.
+    nvdiffrast's row 0 is at y = −1, as OpenCV's is at v = 0, so nothing is flipped.
     """
     height, width = camera.size
     K = camera.K

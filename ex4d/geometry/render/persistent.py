@@ -1,13 +1,13 @@
-"""A static world that persists: surfaces that other frames saw, drawn where the present frame's mesh leaves a hole.
+"""Fill the holes that the current frame's mesh leaves with static surfaces that other frames saw.
 
 Each of those frames keeps its own depth watertight mesh with its curtains. Moving surfaces in it are drawn as occluded:
-they cover what lies behind and show nothing. The present frame overrides all others. Among the others, the nearest in
+they cover what lies behind and show nothing. The current frame overrides all others. Among the others, the nearest in
 time wins unless another surface lies clearly in front of it. Nothing is averaged.
 
-A mesh loses the outer pixels of its frame, whose ring of vertices is pushed back, and surfaces that it sees at a
-grazing angle, whose depth jumps from pixel to pixel as it does at an edge. From beside, these are much of what another
-frame has to offer. So the meshes here have one more ring of pixels around the frame, and a face that continues the
-plane of what surrounds it is no edge: over a plane, 1/z is linear in the picture.
+A mesh loses the outer pixels of its frame, whose ring of vertices is pushed back, and surfaces at a grazing angle,
+whose depth jumps from pixel to pixel as at an edge. Seen from the side, these are much of what another frame can
+contribute. So the meshes here are padded by a ring of pixels, and a face that continues the plane of its surroundings
+is not taken for an edge: over a plane, 1/z is linear in image space.
 """
 
 from __future__ import annotations
@@ -22,10 +22,10 @@ from ex4d.geometry.mesh import DWMesh, build, faces_with
 from ex4d.geometry.profiles import PROFILES, Profile, profile_of
 from ex4d.geometry.render import choose_backend, render
 
-IN_FRONT = 0.95  # a surface nearer than this × the depth shown covers it
-# How far a moving body may reach behind what is seen of it, in its depth: measured in docs/decisions/source_cameras.md.
+IN_FRONT = 0.95  # a surface replaces the one shown if it is nearer than this × its depth
+# Assumed extent of a moving body behind its front, as a multiple of its depth (docs/decisions/source_cameras.md).
 MOVING_REACH = 1.0
-BEND = 0.2  # of the slope of 1/z: a second difference up to this continues a plane
+BEND = 0.2  # largest second difference of 1/z on a plane, as a fraction of its slope
 
 
 def fill(
@@ -43,14 +43,14 @@ def fill(
     view_K: np.ndarray | None = None,
     valid: np.ndarray | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]) with holes filled by other frames.
+    """Fill holes from other frames; return (cond_video uint8 [T, H, W, 3], visible bool [T, H, W]).
 
     Args:
         cond_video, visible: result of `warp_video` for the same clip and path.
         frames: uint8 [T, H, W, 3]. z_depth: [T, H, W]. K: [3, 3] of the source.
         w2c, source_w2c: [T, 4, 4] of the new cameras and of the source, in one world and unit.
         num_others: number of other frames that each frame may use, spread evenly over the clip.
-        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: everything stands still.
+        dynamic_mask: bool [T, H, W], True where the surface moves in the world; None: nothing moves.
         view_K: [3, 3] or [T, 3, 3] of the new cameras. valid: bool [T, H, W], True where depth is known; None: all.
 
     Raises:
@@ -72,7 +72,7 @@ def fill(
 
 @dataclass(frozen=True)
 class World:
-    """A clip whose static surfaces persist; the meshes of its frames are made once. Fields as in `fill`."""
+    """A clip whose static surfaces persist; the mesh of each frame is built once. Fields as in `fill`."""
 
     frames: np.ndarray
     z_depth: np.ndarray
@@ -89,7 +89,7 @@ class World:
         """Return (colour uint8 [H, W, 3], added bool [H, W]): what other frames show in the holes of frame t's view.
 
         Args:
-            holes: bool [H, W]. w2c: [4, 4] of the new camera, in the world of `source_w2c`. view_K: [3, 3] of it.
+            holes: bool [H, W]. w2c: [4, 4] of the new camera, in the world of `source_w2c`. view_K: its [3, 3].
         """
         # Unknown depth says nothing about what lies behind it.
         known = self.z_depth[t] if self.valid is None else np.where(self.valid[t], self.z_depth[t], 0)
@@ -108,7 +108,7 @@ class World:
     def behind_bodies(self, t: int, w2c: np.ndarray, view_K: np.ndarray) -> np.ndarray:
         """Return bool [H, W]: where frame t's view may show the side of a moving body that frame t does not see.
 
-        No other frame knows where that side is now. A body is taken to reach MOVING_REACH × its depth behind its front.
+        No other frame shows where that side is at t. A body is assumed to extend MOVING_REACH × its depth backwards.
         """
         size = (self.z_depth.shape[1], self.z_depth.shape[2])
         if self.dynamic_mask is None or not self.dynamic_mask[t].any():
@@ -120,7 +120,7 @@ class World:
         return np.append(bodies, False)[np.where((seen.face_id >= 0) & (seen.face_id < len(bodies)), seen.face_id, -1)]
 
     def mesh(self, s: int) -> DWMesh:
-        """Return the mesh of frame s, one pixel larger on every side, whose moving surfaces show nothing."""
+        """Return the mesh of frame s, one pixel larger on every side; its moving surfaces show nothing."""
         if s not in self.meshes:
             moves = np.zeros(self.z_depth[s].shape, bool) if self.dynamic_mask is None else self.dynamic_mask[s]
             shows = ~moves if self.valid is None else self.valid[s] & ~moves
@@ -135,7 +135,7 @@ class World:
 
 
 def extended(inverse: np.ndarray) -> np.ndarray:
-    """Return 1/z [H + 2, W + 2] with one more pixel on every side, continued linearly, at most to twice or half."""
+    """Pad 1/z to [H + 2, W + 2] by linear extrapolation, limited to between half and twice the border's value."""
     for _ in range(2):  # rows, then columns
         first, last = 2 * inverse[:1] - inverse[1:2], 2 * inverse[-1:] - inverse[-2:-1]
         first, last = (np.clip(new, old / 2, old * 2) for new, old in ((first, inverse[:1]), (last, inverse[-1:])))
@@ -144,9 +144,9 @@ def extended(inverse: np.ndarray) -> np.ndarray:
 
 
 def on_planes(inverse: np.ndarray) -> np.ndarray:
-    """Return bool [2, H−1, W−1]: faces of the grid all around which 1/z [H, W] is linear in the picture.
+    """Return bool [2, H−1, W−1]: faces of the grid around which 1/z [H, W] is linear in image space.
 
-    Two pixels to every side count, so that the slope of an edge that is blurred over up to four pixels is none.
+    Two pixels on every side are checked, so that the slope of an edge blurred over up to four pixels is not a plane.
     """
     import cv2
 
@@ -163,11 +163,11 @@ def on_planes(inverse: np.ndarray) -> np.ndarray:
 def _seen_through(
     depth: np.ndarray, chosen: np.ndarray, camera: Camera, present: np.ndarray, K: np.ndarray, z_depth: np.ndarray
 ) -> np.ndarray:
-    """Return bool [N]: of the chosen pixels' points, those that the present frame sees through: they are gone.
+    """Return bool [N]: which points of the chosen pixels the current frame sees through, so that they are gone.
 
     Args:
         depth: [H, W] in the new camera. chosen: bool [H, W]. camera: the new one, world = the other frame's source.
-        present: w2c [4, 4] of the present frame's source camera in that world. z_depth: [H, W], what it sees.
+        present: w2c [4, 4] of the current frame's source camera in that world. z_depth: [H, W], what it sees.
     """
     row, column = np.nonzero(chosen)
     pixels = np.stack([column + 0.5, row + 0.5, np.ones(len(row))], axis=1)
@@ -183,7 +183,7 @@ def _seen_through(
 
 
 def others(t: int, count: int, num_others: int) -> list[int]:
-    """Return the frames that frame t may use, nearest in time first: spread evenly over the clip."""
+    """Return the frames that frame t may use: spread evenly over the clip, nearest in time first."""
     spread = np.unique(np.linspace(0, count - 1, min(num_others + 1, count)).round().astype(int))
     rest = sorted((int(s) for s in spread if s != t), key=lambda s: (abs(s - t), s))
     return rest[:num_others]

@@ -1,4 +1,4 @@
-"""The render contract written plainly, in float64, one triangle after another. Slow: for tests and small pictures."""
+"""The render contract in plain float64 NumPy, one triangle at a time. Slow: for tests and small pictures."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ex4d.geometry.render.rendered import NEAR_RATIO, SUBPIXELS, Rendered
 
 
 def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:
-    """Return what `camera` sees of `mesh`. `snap=False`: do not round vertices to 1/256 px."""
+    """Render `mesh` from `camera`. `snap=False`: do not round vertices to 1/256 px."""
     points = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
     source_z, reach = mesh.vertices[:, 2], mesh.profile.curtain_reach
     near = NEAR_RATIO * float(mesh.z_depth.min())
@@ -34,9 +34,9 @@ def render(mesh: DWMesh, camera: Camera, snap: bool = True) -> Rendered:
 
 
 def clip_near(polygon: np.ndarray, near: float) -> np.ndarray:
-    """Return the part of a triangle float64 [3, C] with z ≥ near, [0, 3 or 4, C], the corners in the same sense.
+    """Clip a triangle float64 [3, C] to z ≥ near; return [0, 3 or 4, C] with the same winding.
 
-    It begins at the corner that is alone on its side, or at the cut next to it: this decides how four are split.
+    The result starts at the corner that is alone on its side, or at the cut next to it: this fixes how a quad is split.
     """
     inside = polygon[:, 2] >= near
     if inside.all():
@@ -58,7 +58,7 @@ def clip_near(polygon: np.ndarray, near: float) -> np.ndarray:
 
 
 def to_picture(points: np.ndarray, camera: Camera, snap: bool) -> tuple[np.ndarray, np.ndarray]:
-    """Return (uv [N, 2] in 1/256 px, 1/z [N]) of points in camera axes."""
+    """Project points in camera axes to (uv [N, 2] in 1/256 px, 1/z [N])."""
     K = camera.K
     inverse = 1 / points[:, 2]
     u = (K[0, 0] * points[:, 0] * inverse + K[0, 2]) * SUBPIXELS
@@ -77,7 +77,7 @@ def draw_triangle(
 ) -> None:
     """Draw one triangle (uv [3, 2] in 1/256 px, 1/z [3]) into inverse_depth and face_id, in place.
 
-    beyond [3]: how far its corners lie beyond the source depth where it ends; it is drawn where that is not positive.
+    beyond [3]: how far its corners lie beyond the source depth where it ends; drawn where this is not positive.
     """
     height, width = face_id.shape
     area = signed_area(uv)
@@ -107,13 +107,13 @@ def draw_triangle(
     value = (weights[0] * inverse[0] + weights[1] * inverse[1] + weights[2] * inverse[2]) / area
     value = value.astype(np.float32)
     block = np.s_[i0 : i1 + 1, j0 : j1 + 1]
-    wins = inside & (value > inverse_depth[block])  # faces come by rising id, so that of equals the lowest stays
+    wins = inside & (value > inverse_depth[block])  # faces come in order of id: of equal depths the lowest stays
     inverse_depth[block][wins] = value[wins]
     face_id[block][wins] = face
 
 
 def shade(mesh: DWMesh, camera: Camera, points: np.ndarray, inverse_depth: np.ndarray, face_id: np.ndarray) -> Rendered:
-    """Return the picture of the nearest faces: colours, depth, visibility."""
+    """Shade the nearest faces: colours, depth, visibility."""
     colour = np.zeros((*camera.size, 3), np.uint8)
     visible = np.zeros(camera.size, bool)
     row, column = np.nonzero(face_id >= 0)
@@ -122,7 +122,7 @@ def shade(mesh: DWMesh, camera: Camera, points: np.ndarray, inverse_depth: np.nd
     ray = np.stack([(column + 0.5 - K[0, 2]) / K[0, 0], (row + 0.5 - K[1, 2]) / K[1, 1], np.ones(len(row))], 1)
     a, b, c = (points[corners[:, k]] for k in range(3))
     weights = np.stack([(ray * np.cross(p, q)).sum(1) for p, q in ((b, c), (c, a), (a, b))], 1)
-    facing = weights.sum(1) < 0  # ray · normal: the outer side looks against the ray
+    facing = weights.sum(1) < 0  # ray · normal: the outer side faces the ray's origin
     weights = barycentrics(weights)
     shown = np.concatenate(
         [mesh.colours.reshape(-1, 3), np.zeros((len(mesh.vertices) - mesh.z_depth.size, 3), np.uint8)]

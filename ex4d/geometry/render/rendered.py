@@ -12,12 +12,12 @@ NEAR_RATIO = 1e-3  # near plane / least depth of the mesh (the released code: 1e
 
 @dataclass(frozen=True)
 class Rendered:
-    """What a camera sees of a mesh.
+    """A rendered mesh.
 
     Args:
         colour: uint8 [H, W, 3]; zero where visible_mask is False.
-        z_depth: float32 [H, W] along the camera's z of the nearest face, occluded or not; +inf where there is none.
-        visible_mask: bool [H, W]; True where the nearest face is there, not occluded, and seen from its front.
+        z_depth: float32 [H, W] of the nearest face along the camera's z, occluded or not; +inf where there is none.
+        visible_mask: bool [H, W]; True where the nearest face is not occluded and, unless two_sided, shows its front.
         face_id: int32 [H, W] of the nearest face; −1 where there is none.
     """
 
