@@ -194,7 +194,7 @@ class Trainer:
         return losses, inputs
 
     def initial_loss(self) -> dict[str, float]:
-        """Return {"initial_validation_loss"} before the first update if the run starts from `train.init_from`, else {}."""
+        """Return {"initial_validation_loss"} before the first update of a run with `train.init_from`, else {}."""
         if self.first_step or not self.config.init_from or not self.validation_batches:
             return {}
         return {"initial_validation_loss": self.validate(0, None)["validation_loss"]}
