@@ -161,7 +161,7 @@ def _folder_problems(folder: str, indexed: set[str], named: set[str]) -> list[st
 
 
 def _row_problems(table: pa.Table, rejects: list[Row]) -> list[str]:
-    """Return inconsistencies between rows: repeated keys, samples in shards of another split, sources in both splits."""
+    """Return inconsistencies between rows: repeated keys, samples in another split's shard, sources in both splits."""
     keys = Counter(table["key"].to_pylist() + [row["key"] for row in rejects if row["unit"] == "clip"])
     problems = [f"sample {key}: is there {count} times" for key, count in keys.items() if count > 1]
     split_by_source: dict[str, str] = {}

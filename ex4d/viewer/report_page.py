@@ -62,10 +62,10 @@ def dataset_page(
         name: of the dataset.
         counts: as in dataset.json.
         rejects: rows of rejects.parquet.
-        scores: {score: of every sample}.
-        thresholds: {score: {"min" or "max": threshold}} of the filters that are on.
+        scores: {score: values of all samples}.
+        thresholds: {score: {"min" or "max": threshold}} of the enabled filters.
         facts: the table at the end.
-        problems: sentences, where the run failed.
+        problems: sentences about what went wrong, if the run failed.
     """
     clip_parts = [("samples", counts["samples"]), ("filtered", counts["clips_filtered"]), ("bad", counts["clips_bad"])]
     video_parts = [("split into clips", counts["videos_split"]), ("rejected", counts["videos_rejected"])]
@@ -96,10 +96,10 @@ def score_page(
 
     Args:
         counts: of the run; `clips_planned`, `videos_in`.
-        scores: {score: of every clip}.
-        thresholds: {score: {"min" or "max": threshold}} of the filters that are on.
-        kept: clips that pass all of them.
-        rejects: rows of what could not be scored.
+        scores: {score: values of all clips}.
+        thresholds: {score: {"min" or "max": threshold}} of the enabled filters.
+        kept: number of clips that pass all filters.
+        rejects: rows of the videos and clips that could not be scored.
     """
     total = max((len(values) for values in scores.values()), default=0)
     tiles = [("videos in", counts["videos_in"]), ("clips planned", counts["clips_planned"]), ("clips scored", total)]
