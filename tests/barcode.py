@@ -1,4 +1,4 @@
-"""Clips whose every frame says its own number, in every codec that the installed FFmpeg can write."""
+"""Make clips whose every frame shows its own number, in every codec that the installed FFmpeg can write."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What several test files share: where real media lie, and quiet, small libraries."""
+"""Fixtures that several test files share: the folder of real media, and quiet libraries with few threads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two network namespaces with addresses of their own, over a switch whose ports can be unplugged."""
+"""Set up two network namespaces with their own addresses, over a switch whose ports can be unplugged."""
 
 from __future__ import annotations
 

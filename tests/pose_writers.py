@@ -1,4 +1,4 @@
-"""Writers of the formats of poses that the project only reads."""
+"""Writers for pose formats that the project itself only reads."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A Ray with a job server and a token of its own, started as a user does: by `ray start --head --block`."""
+"""Start a Ray head with its own job server and token, as a user does: `ray start --head --block`."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Who may import whom: the rules of docs/architecture.md, read off the code."""
+"""The import rules of docs/architecture.md, checked against the code."""
 
 from __future__ import annotations
 

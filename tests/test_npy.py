@@ -1,4 +1,4 @@
-"""npy as NumPy writes it is read without Python's parser, and nothing else is."""
+"""npy files of NumPy are read without Python's parser, and anything else is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Secrets that stand in URLs of settings, lists and command lines: none of them is in any file, output or W&B run."""
+"""Secrets in URLs of settings, lists and command lines appear in no file, output or W&B run."""
 
 from __future__ import annotations
 

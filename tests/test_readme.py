@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands parse, its targets and files exist, and the essentials come first."""
+"""The README is correct: its commands parse, its targets and files exist, and the essentials come first."""
 
 from __future__ import annotations
 

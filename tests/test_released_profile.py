@@ -1,4 +1,4 @@
-"""The `released` profile: what `ex4d reconstruct` writes is what the released generator reads, and means the same.
+"""The `released` profile: the released generator can read what `ex4d reconstruct` writes, with the same meaning.
 
 The loader below follows the released tool's conventions and shares no code with ours.
 """

@@ -1,4 +1,4 @@
-"""Operations on a store are tried again where that can help, and only there; nothing secret is told."""
+"""Store operations are retried only where that can help, and no message reveals a secret."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What surrounds a command is wrong: its environment, its terminal, its disk; or the user presses Ctrl-C."""
+"""Problems outside a command: its environment, its terminal, its disk, or Ctrl-C."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Mistakes that users make: one clear line that names what is wrong, exit 2 or 1, no traceback, nothing written."""
+"""User mistakes give one clear line that names the problem, exit status 2 or 1, no traceback, and no output."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A built wheel in a fresh environment and an empty folder: what only a checkout has is not needed."""
+"""A built wheel works in a fresh environment and an empty folder, without files that only a checkout has."""
 
 from __future__ import annotations
 

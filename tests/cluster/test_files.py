@@ -1,4 +1,4 @@
-"""What `ex4d cluster render` writes is valid, calls commands that exist, and is what cluster/ holds."""
+"""The output of `ex4d cluster render` is valid, calls commands that exist, and equals the files in cluster/."""
 
 from __future__ import annotations
 

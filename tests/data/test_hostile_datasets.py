@@ -1,4 +1,4 @@
-"""`verify` is what one runs first on a stranger's dataset: it survives whatever lies there and names it."""
+"""`verify`, the first command to run on an untrusted dataset, survives any content and reports it."""
 
 from __future__ import annotations
 

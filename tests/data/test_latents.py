@@ -1,4 +1,4 @@
-"""Tensors as bytes, the contract of a latent sample, and texts that are stored once."""
+"""Tensors as bytes, the contract of a latent sample, and deduplicated text embeddings."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The loader: one order for all, from anywhere, every sample once an epoch, nothing bad unnoticed."""
+"""The loader: one global order, resumable anywhere, each sample once per epoch, no bad sample unnoticed."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The shards are plain WebDataset: three readers that know nothing of this project open them, offline."""
+"""The shards are plain WebDataset: three independent readers open them offline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A dataset on the web or on the hub is read as one on a disk is: a ranged read a sample, a bounded copy beside it."""
+"""A dataset on the web or the hub reads like a local one: one ranged read per sample, and a bounded cache."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The contract of one sample: what goes in comes out, the same bytes every time, and each violation is named."""
+"""The contract of one sample: exact round trips, equal bytes every time, and named violations."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Packing: the same bytes whatever the order, nothing lost, no commit that lies."""
+"""Packing: equal bytes in any order, no sample lost, no commit of an incomplete dataset."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Verify: silent on a good dataset, and on a damaged one it names what is damaged."""
+"""`verify` reports no problem in a good dataset, and names the damage in a damaged one."""
 
 from __future__ import annotations
 

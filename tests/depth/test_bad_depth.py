@@ -1,4 +1,4 @@
-"""What is no depth is a BadSample with its reason, whichever network said it."""
+"""Invalid depth raises BadSample with a reason, whichever network returned it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Cameras and depth by parallax of clips that mostly turn: near and far are never exchanged."""
+"""Cameras and depth from parallax for clips that mostly rotate: near and far are never swapped."""
 
 from __future__ import annotations
 

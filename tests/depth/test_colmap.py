@@ -1,4 +1,4 @@
-"""Cameras by COLMAP, against true ones: moving cameras are found, resting and turning ones get no translation."""
+"""Cameras from COLMAP against true ones: moving cameras are found; static and rotating ones get no translation."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depth files that announce more than a machine holds are refused by their headers, before any array is made."""
+"""Depth files that declare more data than fits in memory are rejected by their headers, before any allocation."""
 
 from __future__ import annotations
 

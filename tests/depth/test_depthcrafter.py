@@ -1,4 +1,4 @@
-"""DepthCrafter through the real `from_pretrained`, on a tiny checkpoint that the real classes wrote; offline."""
+"""DepthCrafter through the real `from_pretrained`, offline, on a tiny checkpoint written by the real classes."""
 
 from __future__ import annotations
 

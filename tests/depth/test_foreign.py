@@ -1,4 +1,4 @@
-"""Depth by a worker in another Python: clips served, and every way to fail costs one clip with its reason."""
+"""Depth from a worker in another Python: clips succeed, and every kind of failure rejects only one clip."""
 
 from __future__ import annotations
 

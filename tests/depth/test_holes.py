@@ -1,4 +1,4 @@
-"""Measured depth with holes (0, NaN, inf): read, closed for the mesh, and never shown or textured."""
+"""Measured depth with holes (0, NaN, inf): they are read, filled for the mesh, and never shown or textured."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depth by parallax against the true depth of synthetic clips, beside the best constant depth."""
+"""Depth from parallax against the true depth of synthetic clips, with the best constant depth as baseline."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which depth file is a video's, where several could be; how many maps it needs; and the units that enter with it."""
+"""Which depth file belongs to a video if several match, how many maps it needs, and which units it has."""
 
 from __future__ import annotations
 

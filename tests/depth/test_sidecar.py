@@ -1,4 +1,4 @@
-"""Depth from files: selection, scaling, conventions, and every way in which a file can be bad."""
+"""Depth from files: selection, scaling, conventions, and every way in which a file can be invalid."""
 
 from __future__ import annotations
 

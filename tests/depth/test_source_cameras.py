@@ -1,4 +1,4 @@
-"""Cameras of one origin, depth of another: brought into one unit, measured against exact scenes."""
+"""Cameras from one source with depth from another: scaled to one unit, and measured on exact scenes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Depth networks through the real `from_pretrained`, on tiny checkpoints that the real classes wrote; offline."""
+"""Depth networks through the real `from_pretrained`, offline, on tiny checkpoints written by the real classes."""
 
 from __future__ import annotations
 

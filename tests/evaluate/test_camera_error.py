@@ -1,4 +1,4 @@
-"""The camera of a generated video: where the truth is known, and where it is known to be wrong by how much."""
+"""The camera error of videos with a known camera, and of videos that are off by a known amount."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The Fréchet distance against its slow twin, the textbook's formula with a matrix square root."""
+"""The Fréchet distance against its slow twin, the textbook formula with a matrix square root."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The figures of one video: of methods whose scores are known beforehand."""
+"""The figures of one video, for methods whose scores are known in advance."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Warps from measured depth and poses to a second picture: on real pairs, and on a pair of a synthetic scene."""
+"""Warps from measured depth and poses to a second picture: real pairs, and a pair from a synthetic scene."""
 
 from __future__ import annotations
 

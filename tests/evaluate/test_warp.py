@@ -1,4 +1,4 @@
-"""Warps are measured against pictures that the new camera truly took."""
+"""Warps are compared with pictures that the new camera really sees."""
 
 from __future__ import annotations
 

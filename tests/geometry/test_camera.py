@@ -1,4 +1,4 @@
-"""Cameras: axes, pixel centres, inverses, refusals."""
+"""Cameras: axes, pixel centres, inverses, rejected input."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The mesh is closed, wound consistently, and flags the faces that the arccos rule flags; checks catch mutants."""
+"""The mesh is closed, wound consistently, and flags the faces of the arccos rule; the checks detect mutants."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The nvdiffrast backend: its own code on an emulated rasteriser, and on the real one where there is a GPU."""
+"""The nvdiffrast backend: its code on an emulated rasteriser, and on the real one if there is a GPU."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poses of other tools: each format read right, and each refused by name for each way in which it can be wrong."""
+"""Poses of other tools: each format is read correctly, and each kind of error is reported by name."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled visibility rule against the same rule in numpy."""
+"""The compiled visibility rule, compared with the same rule in NumPy."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What an attacker who took over a decoder would try next. Run in the real child; each returns how it ended."""
+"""Attacks that someone who controls a decoder would try. Each runs in the real child and returns its outcome."""
 
 from __future__ import annotations
 

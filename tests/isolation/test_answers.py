@@ -1,4 +1,4 @@
-"""What a parent makes of a child's answer, and of what the child did before."""
+"""How a parent handles a child's answer, and the child's behaviour before it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A decoder that was taken over can read its input and spend its time and memory, and do nothing else."""
+"""A compromised decoder can read its input and spend its time and memory, and can do nothing else."""
 
 from __future__ import annotations
 

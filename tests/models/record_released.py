@@ -1,4 +1,4 @@
-"""Record the released network's outputs again, and compare both ways: `python record_released.py CHECKOUT [--write]`.
+"""Record the released network's outputs, and compare both directions: `python record_released.py CHECKOUT [--write]`.
 
 CHECKOUT is a clone of tau-yihouxiang/EX-4D. Nothing of it is kept but three arrays of outputs (see test_parity.py).
 """

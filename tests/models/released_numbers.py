@@ -1,4 +1,4 @@
-"""Weights and inputs of a tiny Wan I2V model, from integers alone, so that every machine has the same ones.
+"""Weights and inputs of a tiny Wan I2V model, derived from integers alone, so that every machine gets the same ones.
 
 Shared by the test and by whoever records the released network's outputs again. Names are the released network's.
 """

@@ -1,4 +1,4 @@
-"""The one module of base, LoRA and geometry adapter: neutral at first, counted, and the same with checkpointing."""
+"""The module of base, LoRA and geometry adapter: neutral at first, sizes, and the same under checkpointing."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The base in parts: real classes, saved and loaded; conditions as Wan's own pipeline makes them; clear refusals."""
+"""The base by component: real classes saved and loaded, conditions equal to those of Wan's pipeline, clear errors."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions by a tiny BLIP made of the library's own classes and read back from its folder, without a network."""
+"""Captions from a tiny BLIP of the library's own classes, read back from its folder without a network."""
 
 from __future__ import annotations
 

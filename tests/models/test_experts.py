@@ -1,4 +1,4 @@
-"""Bases of two experts: which is loaded and trained where, the switch between them, and their two adapters."""
+"""Bases with two experts: which one is loaded and trained, the switch between them, and their two adapters."""
 
 from __future__ import annotations
 

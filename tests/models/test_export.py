@@ -1,4 +1,4 @@
-"""`ex4d export`: to other programs' files and back without a changed bit."""
+"""`ex4d export`: to other programs' files and back without changing a bit."""
 
 from __future__ import annotations
 

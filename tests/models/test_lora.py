@@ -1,4 +1,4 @@
-"""LoRA: exactly the released set of matrices, exactly the formula, and the counts of the published model."""
+"""LoRA: exactly the released set of matrices, exactly the formula, and the parameter counts of the published model."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""An adapter does not choose what is loaded: strangers' bases must be named by the user."""
+"""An adapter does not choose which base is loaded: users must name untrusted bases themselves."""
 
 from __future__ import annotations
 

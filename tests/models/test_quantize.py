@@ -1,4 +1,4 @@
-"""The quantised base: small errors, exact gradients of what it computes, and nothing dequantised kept."""
+"""The quantised base: small errors, exact gradients of its own computation, no dequantised weights kept."""
 
 from __future__ import annotations
 

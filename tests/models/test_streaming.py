@@ -1,4 +1,4 @@
-"""The transformer's own loader against diffusers', what it refuses, and who reads how much, in how much memory."""
+"""The transformer's loader against diffusers': equal weights, errors, which rank reads how much, and peak memory."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Block swap on the CPU, where the copies are real ones too: the same bits, and few copies alive at a time."""
+"""Block swap on the CPU, where copies are real too: bit-identical results, and few copies alive at a time."""
 
 from __future__ import annotations
 

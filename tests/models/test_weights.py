@@ -1,4 +1,4 @@
-"""Adapter files: round trips without a changed bit, and refusals that say what differs."""
+"""Adapter files: bit-exact round trips, and errors that say what differs."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Overlapping windows: what does not look across frames is unchanged, and every frame is covered smoothly."""
+"""Overlapping windows: a model that does not look across frames is unaffected, and weights cover frames smoothly."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A preprocess run in a process of its own, its Ray and all its processes, so that a test can kill any of them."""
+"""Run preprocess with its Ray in separate processes, so that a test can kill any of them."""
 
 from __future__ import annotations
 

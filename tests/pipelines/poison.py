@@ -1,4 +1,4 @@
-"""Functions that misbehave on purpose, for the tests of isolation. Run only in a child process."""
+"""Functions that misbehave on purpose, to test isolation. Run them only in a child process."""
 
 from __future__ import annotations
 

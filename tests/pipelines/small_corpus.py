@@ -1,4 +1,4 @@
-"""A corpus of four small videos, and the choices that cut three clips of five frames from each."""
+"""A corpus of four small videos, and settings that cut three clips of five frames from each."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Small sweeps of the tiny model as real processes: a place for them, their configuration, and what they leave."""
+"""Small sweeps of the tiny model in real processes: their folder, their configuration, and their results."""
 
 from __future__ import annotations
 

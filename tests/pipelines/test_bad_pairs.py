@@ -1,4 +1,4 @@
-"""Pairs that cannot be used, by accident or by design: each costs itself alone, with its reason."""
+"""Unusable pairs, by accident or on purpose: each is rejected alone, with its reason."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Where a Ray is started or joined: its token, and what is said where it cannot be joined."""
+"""Starting or joining a Ray cluster: its token, and the error if it cannot be joined."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Preprocess over two nodes with addresses of their own: a cut link and a killed node change no byte."""
+"""Preprocess over two nodes with their own addresses: a cut link or a killed node changes no byte."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Copies that were encoded again, scaled or cropped are found, in any order; distinct videos are not taken for one."""
+"""Re-encoded, scaled or cropped copies are found, in any order; distinct videos are not taken for copies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""From clips to latents: nothing lost, the same bytes by any runner, and a training that cannot tell the difference."""
+"""From clips to latents: nothing is lost, any runner gives equal bytes, and training sees no difference."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ex4d evaluate`: the same figures by any runner, nothing done twice, bad videos counted, a page to look at."""
+"""`ex4d evaluate`: equal figures from any runner, no work done twice, bad videos counted, a results page."""
 
 from __future__ import annotations
 

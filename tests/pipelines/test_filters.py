@@ -1,4 +1,4 @@
-"""Scores of clips through the whole pipeline: bars are cropped, geometry is judged, score_only measures first."""
+"""Clip scores through the whole pipeline: bars are cropped, geometry is scored, score_only measures first."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders that somebody else may have prepared: nothing is taken from them, nothing is written through them."""
+"""Folders that another user may have prepared: nothing is read from them or written through them."""
 
 from __future__ import annotations
 

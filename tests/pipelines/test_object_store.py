@@ -1,4 +1,4 @@
-"""Preprocessing out of a store and into one, where one request in twenty fails: the bytes of a local run."""
+"""Preprocessing from a store into a store, where one request in twenty fails: the same bytes as a local run."""
 
 from __future__ import annotations
 

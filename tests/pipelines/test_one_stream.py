@@ -1,4 +1,4 @@
-"""A video's clips are made while others are still hashed, where its files are; what that guesses changes no byte."""
+"""Clips are made where a video's files are, while others are still hashed; wrong guesses change no byte."""
 
 from __future__ import annotations
 

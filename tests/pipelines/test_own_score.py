@@ -1,4 +1,4 @@
-"""A score of the user's own: the example of the how-to, with a tiny CLIP, filters clips and is in the samples."""
+"""A custom score, the example of the how-to with a tiny CLIP, filters clips and is stored in the samples."""
 
 from __future__ import annotations
 

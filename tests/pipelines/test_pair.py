@@ -1,4 +1,4 @@
-"""Videos from two cameras, from their files to samples: the right frames, the right camera, the same bytes."""
+"""Two-camera videos, from files to samples: the right frames, the right camera, equal bytes."""
 
 from __future__ import annotations
 

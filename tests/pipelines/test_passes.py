@@ -1,4 +1,4 @@
-"""The one loop over a pass: rows are counted, and too many unexpected errors stop the run."""
+"""The loop over a pass: rows are counted, and too many unexpected errors stop the run."""
 
 from __future__ import annotations
 

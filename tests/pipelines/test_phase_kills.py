@@ -1,4 +1,4 @@
-"""`kill -9` in any phase of the driver: videos come in, units are planned, records and shards written, tars dropped."""
+"""`kill -9` in every phase of the driver: reading videos, planning units, writing records and shards, dropping tars."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of pictures in the input of preprocess: which of them are videos, and that a run with them is like any."""
+"""Picture folders as input of preprocess: which of them are videos, and that they run like any other video."""
 
 from __future__ import annotations
 

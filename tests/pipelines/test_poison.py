@@ -1,4 +1,4 @@
-"""Videos that crash, hang or eat memory cost a row each: in the decoder's child, and in Ray's worker itself."""
+"""Videos that crash, hang or exhaust memory cost one row each: in the decoder's child, and in Ray's worker."""
 
 from __future__ import annotations
 

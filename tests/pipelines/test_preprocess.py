@@ -1,4 +1,4 @@
-"""The whole way from videos to a dataset folder: same bytes by any runner, nothing lost, nothing twice."""
+"""The whole path from videos to a dataset folder: equal bytes from any runner, nothing lost, nothing done twice."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a list or a redirect names must not reach the local network, however its address is spelled."""
+"""URLs in lists and redirects must not reach the local network, however the address is written."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`ex4d retry` tries again exactly what was refused for the reasons that are named, with the choices of the run."""
+"""`ex4d retry` repeats exactly the rejects with the named reasons, with the settings of the run."""
 
 from __future__ import annotations
 

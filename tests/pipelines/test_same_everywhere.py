@@ -1,4 +1,4 @@
-"""One tree hash for one corpus, wherever and however it is made: the demo's videos, and clips of real ones."""
+"""One tree hash for one corpus, wherever and however it is processed: the demo's videos, and real clips."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Which caption and which depth is a video's: by its relative path, never by a name that two videos share."""
+"""Which caption and depth belong to a video: by relative path, never by a name that two videos share."""
 
 from __future__ import annotations
 

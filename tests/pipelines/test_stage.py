@@ -1,4 +1,4 @@
-"""The Guard decides fates, lists of stages are checked, and both runners give the same rows."""
+"""The Guard assigns fates, lists of stages are checked, and both runners give the same rows."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The stream over a cluster: what dies is done elsewhere, pools follow the cluster, broken nodes are left alone.
+"""The stream over a cluster: lost work is redone elsewhere, pools follow the cluster, broken nodes are avoided.
 
 Each test starts a cluster of its own, in a process of its own: one process can be in one cluster only. GPUs are
 pretended.

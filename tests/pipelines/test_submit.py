@@ -1,4 +1,4 @@
-"""`ex4d submit` and `ex4d jobs`: what is sent, what is refused, and a job that is stopped and submitted again."""
+"""`ex4d submit` and `ex4d jobs`: what is sent, what is rejected, and a job that is stopped and submitted again."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The sweep's own parts; whole sweeps are in test_sweep_runs.py and test_sweep_kills.py."""
+"""The components of a sweep; test_sweep_runs.py and test_sweep_kills.py test whole sweeps."""
 
 from __future__ import annotations
 

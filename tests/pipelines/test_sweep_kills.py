@@ -1,4 +1,4 @@
-"""A sweep of twelve trials that is killed again and again, and trials over two nodes of which one dies."""
+"""A sweep of twelve trials that is killed repeatedly, and trials over two nodes, one of which dies."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Whole small sweeps with Ray Tune and real trainings: who wins, population based training, Ctrl-C."""
+"""Small whole sweeps with Ray Tune and real trainings: the winner, population-based training, Ctrl-C."""
 
 from __future__ import annotations
 

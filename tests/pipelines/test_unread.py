@@ -1,4 +1,4 @@
-"""What a run knows of a local file spares the next run reading it, as long as nobody touched the file."""
+"""The record of a local file saves the next run from reading it, as long as the file is unchanged."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is dropped by default, what a video's damage or gaps cost, and what a run says that commits nothing."""
+"""What is dropped by default, the cost of damaged or incomplete videos, and the message of a run without a commit."""
 
 from __future__ import annotations
 

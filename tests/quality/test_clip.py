@@ -1,4 +1,4 @@
-"""Each score of a clip against made positives and negatives, and its thresholds."""
+"""Each clip score on synthetic positives and negatives, and its thresholds."""
 
 from __future__ import annotations
 

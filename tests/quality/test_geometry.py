@@ -1,4 +1,4 @@
-"""Scores of depth against scenes whose depth is exact, and against the same with made faults of known size."""
+"""Depth scores on scenes with exact depth, and on the same scenes with errors of known size."""
 
 from __future__ import annotations
 

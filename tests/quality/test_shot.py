@@ -1,4 +1,4 @@
-"""Black bars are found to the line and nothing else is taken for them; a logo is told from a picture at rest."""
+"""Black bars are found to the exact line, without false positives; a logo is distinguished from a still picture."""
 
 from __future__ import annotations
 

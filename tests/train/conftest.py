@@ -1,4 +1,4 @@
-"""One process group of one rank for the session, so that most of training is tried without starting processes."""
+"""One process group of one rank per session, so that most training tests start no processes."""
 
 from __future__ import annotations
 

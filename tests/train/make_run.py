@@ -1,4 +1,4 @@
-"""A dataset folder, a random base of the tiny classes, and a configuration file, all made here in a second or two."""
+"""Create a dataset folder, a random base of the tiny classes and a configuration file in a second or two."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""One rank of real runs, one after another, that writes down which clip it took at which place of which step.
+"""Run one rank of real runs in turn, and record which clip it takes at which position of which step.
 
     python tests/train/recorded.py RUNS.json      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 

@@ -1,4 +1,4 @@
-"""`ex4d train` as a process of its own: started, waited for, and its losses read."""
+"""Run `ex4d train` in its own process: start it, wait for it, and read its losses."""
 
 from __future__ import annotations
 

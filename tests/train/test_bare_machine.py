@@ -1,4 +1,4 @@
-"""The trainer on a machine that has PyTorch, transformers and the wheels of the GPU run book, and nothing else."""
+"""The trainer on a machine with only PyTorch, transformers and the wheels of the GPU run book."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is said to need, against what torch counts and autograd keeps, and the figures of the published size."""
+"""The estimated needs of a run, against torch's counts and autograd's memory, and figures of the published size."""
 
 from __future__ import annotations
 

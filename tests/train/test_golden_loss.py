@@ -1,4 +1,4 @@
-"""Twenty steps of the tiny model, whose losses are on record: a change of any number on the way shows here.
+"""Twenty steps of the tiny model with recorded losses: any change of a number on the way shows here.
 
 The corpus is drawn from a seed: its shards hold masks and captions, and its frames come from NumPy by the sample's
 number, so that no video codec's version is part of the record. Everything after that is the real thing: loader, mask

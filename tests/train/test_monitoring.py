@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules ask for what runs really serve."""
+"""The dashboard and the alert rules query metrics that runs really serve."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Ray Train over two virtual nodes of one machine: ranks and nodes that go away, nodes that come back, SIGTERM."""
+"""Ray Train over two virtual nodes of one machine: ranks and nodes that fail, nodes that return, SIGTERM."""
 
 from __future__ import annotations
 

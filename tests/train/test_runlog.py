@@ -1,4 +1,4 @@
-"""The run log: every step once, whatever was killed when, and W&B as a mirror that may fail."""
+"""The run log: every step once, whatever is killed and when, and W&B as a mirror that may fail."""
 
 from __future__ import annotations
 

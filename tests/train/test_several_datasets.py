@@ -1,4 +1,4 @@
-"""A run on two datasets of unequal clips, 3 : 1 by steps: one order on any ranks, after kills and in one piece."""
+"""A run on two datasets with different clips, 3 : 1 by steps: one order on any ranks, with or without kills."""
 
 from __future__ import annotations
 

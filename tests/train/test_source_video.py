@@ -1,4 +1,4 @@
-"""The source video as second condition: from clips of two cameras to an adapter that is given it again."""
+"""The source video as second condition: from two-camera clips to an adapter that generates with it."""
 
 from __future__ import annotations
 

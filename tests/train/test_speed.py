@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller changes no loss: compiled blocks, partial and selective recomputation, swap."""
+"""Options that make a step faster or smaller do not change the loss: compilation, partial recomputation, swap."""
 
 from __future__ import annotations
 

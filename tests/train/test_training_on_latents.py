@@ -1,4 +1,4 @@
-"""A training on precomputed latents: the same losses and adapter, no encoder loaded, no other model's latents."""
+"""Training on precomputed latents: equal losses and adapter, no encoder loaded, latents of other models rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base of two experts: each is trained within its own noise and resumed exactly; both adapters then work together."""
+"""A base with two experts: each trains at its own noise levels and resumes exactly; the adapters then work together."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Validation apart: the same figure, real videos, and a validator that breaks in every way changes nothing."""
+"""Separate validation: equal figures, real videos, and a validator that fails in every way without any effect."""
 
 from __future__ import annotations
 

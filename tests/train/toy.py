@@ -1,4 +1,4 @@
-"""A base, a model and a loader of a few thousand numbers behind the real interfaces, and a process that trains them.
+"""A toy base, model and loader of a few thousand numbers behind the real interfaces, and a process to train them.
 
     python tests/train/toy.py OUTPUT KEY=VALUE …      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 

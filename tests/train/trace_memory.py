@@ -1,4 +1,4 @@
-"""The memory of a training step at its full size, added up without any: torch's fake tensors have shapes alone.
+"""Compute the memory of a full-size training step without allocating it: torch's fake tensors have only shapes.
 
     python tests/train/trace_memory.py [BLOCKS [MICRO_BATCH [RECOMPUTED_BLOCKS]]]     prints what is held at the peak
 

@@ -1,4 +1,4 @@
-"""Sound in results: copied packets of the same time, or none and a reason."""
+"""Sound in results: the packets of the same time span are copied, or there is none, with a reason."""
 
 from __future__ import annotations
 

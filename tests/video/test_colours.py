@@ -1,4 +1,4 @@
-"""Colours by matrix, range and depth; pictures upright and with square pixels, as a viewer shows them."""
+"""Colours by matrix, range and depth; upright pictures with square pixels, as a player shows them."""
 
 from __future__ import annotations
 

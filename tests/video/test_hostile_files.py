@@ -1,4 +1,4 @@
-"""Files that are no videos, or want more than to be decoded, are refused by a reason; fuzzed ones end somehow."""
+"""Files that are not videos, or exceed the limits, are rejected with a reason; fuzzed ones always terminate."""
 
 from __future__ import annotations
 

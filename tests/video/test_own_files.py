@@ -1,4 +1,4 @@
-"""Files that this project writes: equal bytes, the colours that went in, whole or not there; and the one resize."""
+"""Files that this project writes: equal bytes, the right colours, complete or absent; and the single resize."""
 
 from __future__ import annotations
 
