@@ -26,7 +26,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def media() -> Path:
-    """A folder of real videos, depth and camera files; the test is skipped where there is none."""
+    """A folder of real videos, depth and camera files; the test is skipped if there is none."""
     folder = Path(os.environ.get("EX4D_MEDIA", ROOT.parent / "shared" / "media"))
     if not folder.is_dir():
         pytest.skip("real media are not here: set EX4D_MEDIA to a folder of them")

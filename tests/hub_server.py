@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
 @contextmanager

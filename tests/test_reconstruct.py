@@ -186,7 +186,7 @@ def write_poses(path, w2c, **facts) -> str:
 
 
 def truth_of(world, w2c, K) -> np.ndarray:
-    """Return what the new cameras truly see: w2c [T, 4, 4] from the first source camera, K [3, 3] or [T, 3, 3]."""
+    """Return the exact views of the new cameras: w2c [T, 4, 4] from the first source camera, K [3, 3] or [T, 3, 3]."""
     scene, cameras = synthetic.clip_scene(world, 0)
     K = np.broadcast_to(K, (len(w2c), 3, 3))
     pictures = [
@@ -217,7 +217,7 @@ def test_a_zoom_is_what_the_lens_would_see(clip, tmp_path, zoom):
 
 
 def test_a_moving_source_camera_is_taken_out(tmp_path):
-    """New poses are told from the first camera: with the source's own poses known, its motion leaves no trace."""
+    """New poses are relative to the first camera; if the source's poses are known, its motion leaves no trace."""
     world = dataclasses.replace(WORLD, seed=33, camera_motion="strong", moving_bodies=False)
     path = synthetic.write_corpus(tmp_path, world)[0]
     _, cameras = synthetic.clip_scene(world, 0)
@@ -386,7 +386,7 @@ def test_glb_holds_seen_and_occluded_faces_apart(clip, tmp_path):
 
 
 def test_metric_depth_keeps_its_scale(tmp_path, monkeypatch):
-    """A disparity that a network calls metric is inverted, not stretched between percentiles."""
+    """Metric disparity is inverted, not stretched between percentiles."""
     from ex4d import depth
 
     path = synthetic.write_corpus(tmp_path, WORLD)[0]

@@ -37,7 +37,7 @@ def frames_of(path, num_frames: int, size: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def as_the_released_generator_reads(colour_path, mask_path, num_frames: int, size: tuple[int, int]):
-    """Return (colour, mask) [T, H, W, 3] as they reach its VAE, erosion left out, and the frame rates of the files."""
+    """Return (colour, mask) [T, H, W, 3] as they reach its VAE, without erosion, and the frame rates of the files."""
     colour, colour_rate = frames_of(colour_path, num_frames, size)
     mask, mask_rate = frames_of(mask_path, num_frames, size)
     seen = (mask / 255 > 0.5).astype(np.float64)  # each channel for itself

@@ -119,7 +119,7 @@ def test_an_epoch_is_a_permutation(count, seed, epoch):
 
 
 def test_the_order_is_pinned():
-    """A change here would silently break the resume of every run that is under way."""
+    """A change of the order would silently break resuming existing runs."""
     assert epoch_order(10, 1, 0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
     assert draw_mask(4, 1, 0, "abc") == 2
     assert epoch_order(10, 1, 0).tolist() != epoch_order(10, 1, 1).tolist()
@@ -271,7 +271,7 @@ def test_a_range_that_is_under_way_is_not_asked_for_again(tmp_path, monkeypatch)
         return b"range"
 
     class Watched:
-        """A lock that tells when it is about to be waited for."""
+        """A lock that signals when a thread is about to wait for it."""
 
         def __init__(self):
             self.lock = Lock()
@@ -298,7 +298,7 @@ def test_a_range_that_is_under_way_is_not_asked_for_again(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_frames_are_decoded_to_their_place_in_the_batch(dataset16, threads):
-    """The fast path against its twin: the same decoder given by hand, whose samples are stacked afterwards."""
+    """The fast path against its slow twin: the same decoder passed explicitly, whose samples are stacked afterwards."""
     config = LoaderConfig(num_threads=threads)
     fast, slow = (
         ShardLoader(str(dataset16), "train", 3, 5, config=config, decode=decode)

@@ -140,7 +140,7 @@ def test_a_source_in_both_splits_is_found(copy):
 
 
 def test_full_finds_a_sample_that_breaks_the_contract(tmp_path):
-    """The hashes are right, since the pair was packed so; only decoding shows that the mask lies about itself."""
+    """The hashes match, since the sample was packed this way; only decoding reveals that its mask is inconsistent."""
     sample = make_sample(0)
     members = encode(sample)
     members["masks.npz"] = encode(dataclasses.replace(make_sample(1), key=sample.key))["masks.npz"][:-40]

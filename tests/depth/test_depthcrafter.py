@@ -24,7 +24,7 @@ def weights(tmp_path_factory) -> str:
 
 
 def networks_of(weights: str) -> depthcrafter_weights.Networks:
-    """Return the very networks that `estimate` uses."""
+    """Return the networks that `estimate` uses."""
     return depthcrafter_weights.load(weights, "cpu")
 
 
@@ -105,7 +105,7 @@ def test_windows_and_their_overlap_equal_the_slow_twin(monkeypatch, num_frames):
 
 
 def test_a_long_clip_is_sampled_as_euler_says(weights, monkeypatch):
-    """The whole of denoising against a twin that writes the sampler's formulas out, in windows of 4 that share 2."""
+    """The whole denoising against a slow twin with the sampler's formulas, in windows of 4 that overlap by 2."""
     import torch
 
     monkeypatch.setattr(depthcrafter, "WINDOW", 4)

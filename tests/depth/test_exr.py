@@ -153,7 +153,7 @@ def path(count: int) -> np.ndarray:
 
 
 def vipe(root: Path, count: int = 10, name: str = "clip") -> Path:
-    """Write what ViPE does for a video of so many frames."""
+    """Write ViPE's output for a video of that many frames."""
     for folder in ("depth", "pose", "intrinsics"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(root / f"depth/{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:

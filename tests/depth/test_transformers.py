@@ -108,7 +108,7 @@ MAKERS = {"depth-anything-v2": depth_anything, "depth-pro": depth_pro, "zoedepth
 
 
 def wake(model) -> None:
-    """Give convolutions weights that pass a signal: with the library's 0.02 a tiny network answers one constant."""
+    """Scale up convolution weights: with the library's 0.02, a tiny network returns a constant."""
     import torch
 
     for module in model.modules():

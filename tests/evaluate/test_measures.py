@@ -41,7 +41,7 @@ def test_the_truth_is_perfect_and_the_dimmed_truth_is_not(view, seen):
     dim = measures.measure(view, view.truth // 2, seen)
     assert max(dim["psnr"], dim["psnr_holes"]) < 30
     assert dim["ssim"] < 0.99
-    # The seen pixels are those of the condition, whatever the method made of them.
+    # Seen pixels are those of the condition, whatever the method shows there.
     assert dim["psnr_pasted"] > dim["psnr"]
 
 

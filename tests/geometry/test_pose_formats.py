@@ -50,7 +50,7 @@ def colmap(c2w: np.ndarray) -> str:
 
 
 def colmap_binary(c2w: np.ndarray) -> bytes:
-    """Return what COLMAP 4.2 writes as images.bin, byte for byte, where it has these poses."""
+    """Return the bytes of images.bin that COLMAP 4.2 writes for these poses."""
     w2c = np.linalg.inv(c2w)
     quaternions = Rotation.from_matrix(w2c[:, :3, :3]).as_quat()[:, [3, 0, 1, 2]]
     images = [struct.pack("<Q", len(c2w))]

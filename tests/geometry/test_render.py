@@ -284,7 +284,7 @@ def test_frame_0_is_whole_or_drawn_like_the_next():
 
 
 def source_depth(shown: Rendered, camera: Camera) -> np.ndarray:
-    """Return [H, W]: along the source camera's axis, how far away is what is drawn; −inf where nothing is."""
+    """Return [H, W]: depth of the rendered surface along the source camera's axis; −inf where there is none."""
     hit = np.where(shown.face_id >= 0, shown.z_depth, 0)
     points = (pixel_rays(camera.size, camera.K) * hit[..., None] - camera.w2c[:3, 3]) @ camera.w2c[:3, :3]
     return np.where(shown.face_id >= 0, points[..., 2], -np.inf)

@@ -24,7 +24,7 @@ def isolated(monkeypatch):
 
 
 def test_a_crash_is_not_taken_for_the_memory_of_an_earlier_call(isolated):
-    """One child serves many videos, and the peak of its memory is that of the hungriest."""
+    """One child serves many videos, and its peak memory is that of the largest one."""
     with pytest.raises(BadSample, match="decode_memory"):
         isolated.call("hold", 2**31)
     with pytest.raises(BadSample, match="SIGABRT"):

@@ -23,7 +23,7 @@ OUTPUT = Path(__file__).parent / "data" / "released_outputs.npz"
 
 
 def load_module(checkout: Path, name: str) -> Any:
-    """Return one of the released modules, without importing the package around it."""
+    """Load one of the released modules without importing its package."""
     if "released" not in sys.modules:
         sys.modules["released"] = package = types.ModuleType("released")
         package.__path__ = []

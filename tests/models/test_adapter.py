@@ -38,7 +38,7 @@ def load_transformer(folder: Path, dtype: str = "float32") -> Any:
 
 @torch.no_grad()
 def disturb(model: adapter.Ex4dModel, seed: int = 0) -> None:
-    """Give every trainable a value, so that the zero-initialised ones act."""
+    """Give every trainable parameter a value, so that zero-initialised ones have an effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.trainable_parameters().values():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
@@ -77,7 +77,7 @@ def test_geometry_enters_only_where_it_is_given(wan_folder: Path) -> None:
 
 
 def test_residual_is_what_the_slow_sum_says(wan_folder: Path) -> None:
-    """The 1×1×1 convolutions and the patch embedding once more, as matrix products over positions."""
+    """The slow twin: the 1×1×1 convolutions and the patch embedding as matrix products over positions."""
     module = adapter.build_model(load_transformer(wan_folder), CONFIG).geometry_adapter
     cond = make_inputs()["cond_latents"]
     with torch.no_grad():

@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture
 def write(tmp_path, model):
-    """A function that writes an adapter which says other things of itself, and returns (folder, metadata)."""
+    """A function that writes an adapter with changed metadata and returns (folder, metadata)."""
 
     def write(**changes):
         metadata = replace(TOLD, **changes)

@@ -26,7 +26,7 @@ def make_layer(style: str, out: int = 48, width: int = 40) -> tuple[nn.Linear, q
 
 
 def slow_nf4(weight: np.ndarray) -> np.ndarray:
-    """NF4 once more, one number at a time: the nearest level of its block of 64."""
+    """The slow twin of NF4, one number at a time: the nearest level in its block of 64."""
     flat = weight.ravel()
     out = np.empty_like(flat)
     for start in range(0, len(flat), 64):

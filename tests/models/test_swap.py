@@ -49,7 +49,7 @@ def step(model: adapter.Ex4dModel) -> list[Tensor]:
 
 
 class Copies:
-    """Which device copies are alive, by their storages, whoever holds them."""
+    """The device copies that are alive, by their storages, whoever references them."""
 
     def __init__(self, swapped: swap.BlockSwap):
         self._refs: list[StorageWeakRef] = []
@@ -94,7 +94,7 @@ def test_two_copies_at_a_time_are_enough_with_checkpointing() -> None:
 
 
 def test_the_count_has_teeth() -> None:
-    """Without checkpointing autograd holds every copy, and the count says so."""
+    """Without checkpointing autograd holds every copy, which the count must show."""
     model, swapped = make_model(NUM_BLOCKS, checkpointing=False)
     copies = Copies(swapped)
     step(model)

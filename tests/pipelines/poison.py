@@ -37,7 +37,7 @@ def nap() -> str:
 
 
 def hang_with_gil() -> None:
-    """Sleep in C without giving the lock back, as a decoder that deadlocks does."""
+    """Sleep in C without releasing the interpreter lock, like a deadlocked decoder."""
     ctypes.PyDLL(None).sleep(3600)
 
 

@@ -40,7 +40,7 @@ def write(bench: Path, name: str, train: dict[str, Any], ray: dict[str, Any] | N
 
 
 def start(path: Path, *overrides: str) -> subprocess.Popen:
-    """Start `ex4d sweep`; what it prints can be read."""
+    """Start `ex4d sweep` with its output piped."""
     command = [sys.executable, "-m", "pipelines.cli", "sweep", str(path), *overrides]
     options: dict[str, Any] = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=os.environ | ENVIRONMENT, start_new_session=True, **options)
@@ -53,5 +53,5 @@ def finish(process: subprocess.Popen, timeout_s: float = 1500) -> tuple[int, str
 
 
 def result(bench: Path, name: str) -> dict[str, Any]:
-    """Return what stands in sweep.json."""
+    """Return the contents of sweep.json."""
     return json.loads((bench / name / "sweep.json").read_text())

@@ -142,7 +142,7 @@ def test_auto_finds_no_ray_of_another_user_which_would_be_sent_the_token(tmp_pat
 
 
 def test_no_node_starts_where_the_token_cannot_be_made(root, tmp_path):
-    """Within `eval "$(…)"` a failure is lost, and the nodes would listen without a token."""
+    """`eval "$(…)"` hides a failure, and the nodes would then listen without a token."""
     ray = tmp_path / "ray"
     ray.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ray.chmod(0o755)

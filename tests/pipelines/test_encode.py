@@ -37,7 +37,7 @@ from make_run import make_base, make_dataset
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A dataset of nine clips, a base, and the latents of the one by the other as float32."""
+    """A dataset of nine clips, a base, and the dataset's latents by that base, as float32."""
     path = tmp_path_factory.mktemp("encode")
     make_dataset(path)
     make_base(path)
@@ -201,7 +201,7 @@ sys.exit(cli.main(["encode", *sys.argv[1:]]))
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_kill_9_of_a_run_on_ray_loses_nothing(folder, tmp_path, root):
-    """As a user runs it; killed and started again, it ends as if nothing had been."""
+    """Run as by a user, killed and started again, it ends like an undisturbed run."""
     output, config = tmp_path / "killed", tmp_path / "encode.yaml"
     places = {"data": str(folder / "dataset"), "output": str(output)}
     model = {"base": str(folder / "base"), "lora_rank": 3, "adapter_hidden": 8}

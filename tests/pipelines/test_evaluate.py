@@ -117,7 +117,7 @@ def test_figures_videos_and_page_are_those_of_the_methods(folder):
 
 
 def test_the_base_alone_is_the_base(folder):
-    """What an adapter is compared with, against a model that never had one."""
+    """The baseline of an adapter, compared with a model that never had one."""
     from ex4d.evaluate import views
     from ex4d.generate import generate
     from ex4d.models import backbone

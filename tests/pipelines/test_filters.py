@@ -63,7 +63,7 @@ def _letterboxed(folder, top):
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squeeze"])
 def test_letterboxed_video_gives_the_picture_its_depth_and_its_intrinsics_inside_the_bars(config, tmp_path, fit):
-    """What is cut out is the picture without its border line: compared with the unbarred video, cut the same way."""
+    """The crop is the picture without its border line; compare with the unbarred video, cropped alike."""
     _letterboxed(tmp_path, top=24)
     found = {}
     for name in ("plain", "barred"):

@@ -102,7 +102,7 @@ def test_runs_of_timestamps_stand_for_no_more_frames_than_a_video_has():
 
 
 class Endless(http.server.BaseHTTPRequestHandler):
-    """A body that never ends, of a length that nobody states."""
+    """An endless body of unknown length."""
 
     def do_HEAD(self) -> None:
         self.send_response(200)

@@ -81,7 +81,7 @@ def test_what_is_no_lease_is_named(store):
 
 
 def test_a_second_driver_exits_with_2_and_a_killed_one_is_made_up(store, tmp_path):
-    """Through the command line, with the waits that users have."""
+    """Through the command line, with the default waits."""
     from ex4d.synthetic import write_corpus
 
     write_corpus(tmp_path / "in", CORPUS)

@@ -28,7 +28,7 @@ from pipelines.preprocess import fetch, file_cache
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Videos with depth and captions beside them, and what is none, a copy, and a file that breaks."""
+    """Videos with depth and captions beside them, a file that is not a video, a copy, and a broken file."""
     folder = tmp_path_factory.mktemp("corpus")
     first = write_corpus(folder, CORPUS)[0]
     (folder / "zz").mkdir()
@@ -47,7 +47,7 @@ def config(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(config):
-    """What happens to the same files on a local disk."""
+    """The result of a run on the same files on a local disk."""
     return inline(config)
 
 
@@ -118,7 +118,7 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
 
 
 def test_a_video_costs_few_requests_and_a_resume_next_to_none(config, corpus, local, store):
-    """Of every kind of file a run reads each once; what a resume must know comes in parts and listings."""
+    """A run reads each file of every kind once; a resume reads only parts of the ledger and listings."""
     upload(corpus, "s3://bucket/in")
     stored = replace(config, input="s3://bucket/in", output="s3://bucket/out", max_bad_fraction=1.0)
     store.asked.clear()
@@ -153,7 +153,7 @@ def assert_equal_batches(config, stored):
 
 
 def test_each_remote_file_is_fetched_once_by_a_run(config, corpus, tmp_path, monkeypatch):
-    """The hash pass leaves a video in the cache for the others; of a machine, not of a process."""
+    """The hash pass leaves a video in the cache, which belongs to the machine, for later passes."""
     with web_server(corpus) as site:
         inline(replace(config, input=f"{site.url}/", output=str(tmp_path / "web")))
     videos = [request for request in site.asked if request.startswith("GET") and request.endswith(".mp4")]
@@ -162,7 +162,7 @@ def test_each_remote_file_is_fetched_once_by_a_run(config, corpus, tmp_path, mon
 
 
 def test_a_full_cache_drops_what_nobody_works_with(tmp_path):
-    """Two processes share the folder, which has room for one byte: what one of them decodes now stays."""
+    """Two processes share the folder, which has room for one byte; a file that one of them is decoding stays."""
     names = ["a", "b"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / ".tmp-0dead").touch()

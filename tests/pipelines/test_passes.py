@@ -17,7 +17,7 @@ STAGE = Stage("invert", invert, reads=("number",), writes=("inverse",))
 
 
 class Guarded:
-    """Runs as a worker does: a bug refuses its row."""
+    """Runs like a worker: a bug rejects its row."""
 
     problems = ("a node was quarantined",)
 

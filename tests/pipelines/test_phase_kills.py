@@ -66,7 +66,7 @@ def tree(config):
 
 @pytest.fixture(scope="module")
 def begun(corpus, tmp_path_factory):
-    """{phase: (choices, the folder that a run begins with, the hash that it must have, calls of the phase)}."""
+    """{phase: (settings, folder that a run starts with, hash that it must end with, calls of the phase)}."""
     folder, found = tmp_path_factory.mktemp("begun"), {}
     for phase, target in PHASES.items():
         keep = "none" if phase in ("drop", "restore") else "all"

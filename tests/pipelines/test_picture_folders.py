@@ -19,7 +19,7 @@ FPS = 25.0
 
 
 def write(folder: Path, count: int = 17, seed: int = 0, name: str = "{:05d}.png", depth: bool = True) -> Path:
-    """Write frames of a texture that slides, and their depth beside the folder."""
+    """Write frames of a sliding texture, and their depth next to the folder."""
     folder.mkdir(parents=True)
     noise = np.random.default_rng(seed).integers(0, 255, (64, 64 + count, 3)).astype(np.uint8)
     for number in range(count):

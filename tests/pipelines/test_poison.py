@@ -31,7 +31,7 @@ def eat():
 
 
 def make(folder, num_videos, clips_per_video=1):
-    """Return the choices for so many synthetic videos of clips of 5 × 32 × 32."""
+    """Return the settings for that many synthetic videos with clips of 5 × 32 × 32."""
     frames = 5 * clips_per_video + 2
     corpus = SyntheticConfig(num_videos=num_videos, num_frames=frames, size=(32, 32), supersample=1)
     write_corpus(folder / "in", corpus)
@@ -74,7 +74,7 @@ def stages(folder, kinds):
 
 @pytest.fixture
 def by_value(ray_local):
-    """Ray's workers cannot import a test file, so its functions travel whole."""
+    """Pickle the test's functions by value, since Ray's workers cannot import a test file."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield ray_local
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

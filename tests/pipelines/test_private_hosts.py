@@ -33,7 +33,7 @@ def test_which_addresses_are_public():
 
 @pytest.fixture
 def rebound(monkeypatch):
-    """A name whose address is this machine's: what a stranger's DNS server says whenever it likes."""
+    """A host name that resolves to this machine, as an attacker's DNS server may answer at any time."""
     real = socket.getaddrinfo
     monkeypatch.setattr(
         socket,
@@ -55,7 +55,7 @@ def test_no_spelling_reaches_this_machine(host, tmp_path, rebound):
 
 
 class Redirects(_Handler):
-    """Sends whoever asks for one of `site.targets` there."""
+    """Redirects requests for a path in `site.targets`."""
 
     def do_HEAD(self) -> None:
         self._redirect() or super().do_HEAD()
@@ -76,7 +76,7 @@ class Redirects(_Handler):
 
 @pytest.fixture
 def redirects(tmp_path):
-    """A function that serves a folder with {path: where it is redirected to}."""
+    """A function that serves a folder with redirects {path: target}."""
     from functools import partial
     from http.server import ThreadingHTTPServer
     from threading import Thread
@@ -99,7 +99,7 @@ def redirects(tmp_path):
 
 
 def test_a_redirect_does_not_lead_to_the_local_network(tmp_path, redirects):
-    """A host that somebody named may be private; where it sends them may not, but within itself."""
+    """A host that the user named may be private; it may redirect only to itself or to public hosts."""
     (tmp_path / "a.bin").write_bytes(b"bytes")
     site = redirects(tmp_path)
     with web_server(tmp_path) as inner:
@@ -144,7 +144,7 @@ def test_a_run_refuses_private_hosts_unless_it_is_told_otherwise(corpus, tmp_pat
 
 
 def test_a_sidecar_does_not_follow_a_redirect_to_another_host(corpus, tmp_path, redirects):
-    """The video's own redirect is followed, as to a hub's store; its caption's would bring text from anywhere."""
+    """The redirect of a video is followed, as to a hub's store; that of its caption could bring text from anywhere."""
     name = sorted(path.stem for path in corpus.glob("*.mp4"))[0]
     site = redirects(corpus)
     (tmp_path / "inner").mkdir()

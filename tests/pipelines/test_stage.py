@@ -15,7 +15,7 @@ from pipelines.runtime.stage import Chain, Guard, Stage, chains, check, is_bug, 
 
 @pytest.fixture
 def by_value(ray_local):
-    """Ray's workers cannot import a test file, so its functions travel whole."""
+    """Pickle the test's functions by value, since Ray's workers cannot import a test file."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield ray_local
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

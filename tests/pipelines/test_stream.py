@@ -68,7 +68,7 @@ def report(done, execute, **more):
 
 
 def run(folder: Path, script: str) -> dict:
-    """Return what a script says in its last line."""
+    """Run a script and return its last line of output."""
     (folder / "script.py").write_text(HEAD + script)
     short = tempfile.mkdtemp(prefix="ex4d-")  # a socket's path has a limit
     done = subprocess.run(

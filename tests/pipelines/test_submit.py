@@ -45,7 +45,7 @@ SHARED = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a configuration file that says nothing."""
+    """The current folder, with an empty configuration file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("{}\n")
     return tmp_path
@@ -183,7 +183,7 @@ def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_server_that_is_not_rays_is_one_sentence(here, capsys, name):
-    """The version is right, what follows is not."""
+    """The version is valid, the later answers are not."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         body = ANSWERS[name] if "version" not in request.path else b'{"ray_version": "2.50.0", "version": "4"}'
@@ -219,7 +219,7 @@ def test_the_token_follows_no_redirect(here, capsys):
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
 def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_path):
-    """Token authentication, the log, Ctrl-C, stop, submit again; no secret of this side on the other."""
+    """Token authentication, the log, Ctrl-C, stop, submit again; no local secret reaches the cluster."""
     planted = {"WANDB_API_KEY": "planted-wandb-key", "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
     with kills.bench(tmp_path, num_videos=6, clips_per_video=8) as bench, ray_head.head() as head:
         whole = bench.finish_here("whole")

@@ -33,7 +33,7 @@ def adapters(folder: Path) -> dict[Path, int]:
 
 
 def training(folder: Path) -> int | None:
-    """Return the process id of a trial's training that has done a step and is not through, or None."""
+    """Return the process id of a trial's training that has done a step but has not finished, or None."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
@@ -46,7 +46,7 @@ def training(folder: Path) -> int | None:
 
 
 def wait_for_training(folder: Path, begun: int, process: subprocess.Popen) -> int:
-    """Return the process id of a training that is midway, once so many trials have begun."""
+    """Wait until that many trials have started, and return the process id of a training in progress."""
     deadline = time.monotonic() + 1200
     while len(list(folder.glob("trials/*"))) < begun or (found := training(folder)) is None:
         assert process.poll() is None, process.communicate()[0]

@@ -25,7 +25,7 @@ from pipelines.runtime.stage import new_row, refuse
 
 
 def with_depth(path: Path, frames: np.ndarray) -> None:
-    """Write a video with a depth of its own, so that nothing but its pictures is wrong with it."""
+    """Write a video with its own depth, so that only its pictures can be rejected."""
     video.write(path, frames, 25)
     ramp = 1 + np.arange(frames.shape[1])[:, None] / 50 + np.zeros(frames.shape[1:3])
     np.savez(path.with_suffix(".depth.npz"), z_depth=np.stack([ramp] * len(frames)).astype(np.float32))

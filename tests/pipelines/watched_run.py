@@ -22,7 +22,7 @@ from pipelines.preprocess import run as preprocess
 
 
 class Watch(threading.Thread):
-    """Looks every fifth of a second, from the start of Ray to its end."""
+    """Samples memory every fifth of a second, from the start of Ray to its end."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

@@ -34,7 +34,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder of the module's own with a dataset and an untrained base."""
+    """A folder per module, with a dataset and an untrained base."""
     path = tmp_path_factory.mktemp("train")
     make_dataset(path)
     make_base(path)

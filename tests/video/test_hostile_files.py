@@ -92,7 +92,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def use(child: Isolated, path: str) -> str:
-    """Return "ok" or the reason: what a pipeline does with a file, first and last frame decoded."""
+    """Decode the first and last frame of a file as a pipeline does; return "ok" or the reason of the rejection."""
     try:
         child.call("probe", File(path))
         pts, _ = child.call("frame_pts", File(path))
