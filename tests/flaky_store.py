@@ -122,7 +122,7 @@ def use(monkeypatch: Any, address: str) -> None:
     }
     import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()  # those of another test speak to its store
+    s3fs.S3FileSystem.clear_instance_cache()  # cached clients of another test use that test's store
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE"):

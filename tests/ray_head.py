@@ -115,7 +115,7 @@ def _await(url: str, prefix: tuple[str, ...]) -> None:
     deadline = time.monotonic() + 120
     script = f"import urllib.request; urllib.request.urlopen('{url}/api/gcs_healthz', timeout=5)"
     while True:
-        if prefix:  # another network: ask from there
+        if prefix:  # another network: query from there
             if subprocess.run([*prefix, sys.executable, "-c", script], capture_output=True).returncode == 0:
                 return
         else:

@@ -332,7 +332,7 @@ def test_key_poses_become_a_smooth_path_in_radii(clip, tmp_path):
     radius = reconstruct(clip, num_frames=5, size=(64, 64)).choices["radius"]
     eyes = np.linalg.inv(w2c)[:, :3, 3] / radius
     np.testing.assert_allclose(eyes[[0, 2, 4]], [key["eye"] for key in keys], atol=1e-9)  # through each of the three
-    assert np.linalg.norm(eyes[1] - (eyes[0] + eyes[2]) / 2) > 1e-3  # a spline, no polygon
+    assert np.linalg.norm(eyes[1] - (eyes[0] + eyes[2]) / 2) > 1e-3  # a spline, not a polygon
     seen = w2c @ [0, 0, radius, 1]
     np.testing.assert_allclose(seen[[0, 2, 4], :2], 0, atol=1e-9)
     for bad in ([], [{"eye": [0, 0, 0]}], [[1, 2], [3, 4]], [{"eye": [0, 0, 1], "look_at": [0, 0, 1]}], 7):

@@ -40,10 +40,10 @@ def as_the_released_generator_reads(colour_path, mask_path, num_frames: int, siz
     """Return (colour, mask) [T, H, W, 3] as they reach its VAE, without erosion, and the frame rates of the files."""
     colour, colour_rate = frames_of(colour_path, num_frames, size)
     mask, mask_rate = frames_of(mask_path, num_frames, size)
-    seen = (mask / 255 > 0.5).astype(np.float64)  # each channel for itself
+    seen = (mask / 255 > 0.5).astype(np.float64)  # each channel separately
     condition = (colour / 255 * seen) * 2 - 1
     once = seen * 2 - 1
-    twice = once * 2 - 1  # the encoder scales what was scaled already
+    twice = once * 2 - 1  # the encoder scales the mask a second time
     return condition, twice, (colour_rate, mask_rate)
 
 

@@ -238,7 +238,7 @@ def test_an_object_store_with_a_cache_gives_the_same_and_reads_once(staged16, da
     config = LoaderConfig(num_threads=0, cache_dir=str(tmp_path / "cache"))
     loader = ShardLoader("memory://loaded", "train", 4, 5, config=config, decode=keys_only)
     keys = [next(loader)["keys"] for _ in range(9)]
-    assert len([place for place in reads if str(place[0]).endswith(".tar")]) == TRAIN  # of 36 that were asked for
+    assert len([place for place in reads if str(place[0]).endswith(".tar")]) == TRAIN  # of 36 requests
     assert keys == [batch[0] for batch in take(dataset16, 9, micro_batch_size=4)]
 
 
@@ -311,7 +311,7 @@ def test_frames_are_decoded_to_their_place_in_the_batch(dataset16, threads):
         for name in ("frames", "visible", "kind", "mask_index", "valid"):
             np.testing.assert_array_equal(ours[name], twin[name])
             assert ours[name].dtype == twin[name].dtype
-    # A batch stays what it is when the next ones come.
+    # Later batches do not change an earlier one.
     assert not np.shares_memory(batches[0][0]["frames"], batches[1][0]["frames"])
     fast.close()
     slow.close()

@@ -201,7 +201,7 @@ def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_pa
         assert again() == (first, inside)
         assert tree(output) == whole
         assert again()[1] == 0
-    os.utime(staged[0].url)  # written anew, perhaps with other bytes
+    os.utime(staged[0].url)  # rewritten, perhaps with other bytes
     assert 0 < again()[1] < 8
     assert again(size=50_000)[1] >= inside
     assert again()[1] >= inside

@@ -59,7 +59,7 @@ FAULTS = {
 NOTHING = np.zeros_like(RAMP)
 CASES = [
     *((name, fault, *FAULTS[fault]) for name in (*MAKERS, "depthcrafter") for fault in FAULTS),
-    # Depth Pro and the relative networks speak of disparity, where zero is infinity; DepthCrafter's is cut to [0, 1].
+    # Depth Pro and the relative networks return disparity, where zero is infinity; DepthCrafter's is clipped to [0, 1].
     *((name, "negative", NEGATIVE, "depth_nonpositive") for name in MAKERS),
     *((name, "all zero", NOTHING, "depth_constant") for name in ("depth-anything-v2", "depth-pro", "depthcrafter")),
     ("zoedepth", "zero", ZERO, "depth_nonpositive"),

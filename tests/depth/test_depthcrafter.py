@@ -57,7 +57,7 @@ def test_a_clip_becomes_disparity_of_its_size(weights, caplog):
 def slow_windows(step, noise: np.ndarray, num_frames: int, window: int, overlap: int, scale: float, sigma: float):
     """The windows of the published tool, frame by frame: which noise, which start, which weight each frame gets."""
     done: list[np.ndarray] = []
-    order = list(range(window))  # which of the noise frames stands where in this window
+    order = list(range(window))  # which noise frame is at which position of this window
     start = 0
     while start == 0 or start < num_frames - overlap:
         count = min(window, num_frames - start)
@@ -153,7 +153,7 @@ def test_each_frame_has_its_own_embedding(weights):
     changed = embeddings.clone()
     changed[2] += 5
     assert (run(changed) - plain)[0, 2].abs().max() > 1e-4
-    with torch.inference_mode():  # nothing stays behind
+    with torch.inference_mode():  # nothing is left behind
         torch.testing.assert_close(unet(sample, torch.tensor(1.5), embeddings[:1], time_ids).sample, plain)
 
 

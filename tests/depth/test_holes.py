@@ -43,7 +43,7 @@ def test_a_hole_is_read_whatever_a_sensor_calls_it(tmp_path, value):
     assert np.isfinite(found.values).all()
     assert found.values.min() > 0
     assert found.provenance["measured_share"] == pytest.approx(valid.mean())
-    # What lies beside an edge and cannot be measured belongs to what is behind.
+    # Unmeasured pixels beside an edge belong to the surface behind it.
     assert found.values[0, 20:26, 38:46].min() > 3.9
 
 
@@ -126,7 +126,7 @@ def test_no_colour_of_a_hole_reaches_the_condition(profile):
         filled, seen = persistent.fill(cond, visible, *world, None, profile, "cpu", view_K, valid)
         assert (filled[1:, ..., 0] < 200).all()
         assert (seen >= visible).all()
-    np.testing.assert_array_equal(visible[1:] & ~valid[1:], False)  # from where the source stands
+    np.testing.assert_array_equal(visible[1:] & ~valid[1:], False)  # from the source camera
 
 
 def test_a_hole_is_hidden_by_every_mask_and_condition():

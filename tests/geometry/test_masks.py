@@ -104,7 +104,7 @@ def test_visibility_keeps_what_is_truly_seen_as_its_slow_twin_does(angle_deg: in
         true += (visible & truth & smooth).sum()
         kept_or_true += ((visible | truth) & smooth).sum()
     assert true / kept_or_true >= 0.95
-    # At 90° a tenth of the picture is left, and on grazing floors of 80 px the mesh is torn where the walk is not.
+    # At 90° a tenth of the picture is left, and on grazing floors at 80 px the mesh is torn where the march is not.
     assert both / either >= (0.95 if angle_deg < 90 else 0.75)
 
 

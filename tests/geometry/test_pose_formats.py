@@ -347,7 +347,7 @@ def test_lengths_of_another_unit_are_refused_unless_the_scale_is_said(tmp_path):
     write(tmp_path / "metres.txt", PoseFile(w2c), "tum")
     K = np.array([[120.0, 0, 64], [0, 125, 48], [0, 0, 1]])
     where = str(tmp_path / "metres.txt")
-    for radius in (2000.0 * 1e3, 2e-4):  # depth in millimetres and more, and the other way round
+    for radius in (2000.0 * 1e3, 2e-4):  # depth in millimetres or larger, and vice versa
         with pytest.raises(ConfigError, match="scale"):
             camera_path.build(where, 5, 0, radius, K)
         with pytest.raises(ConfigError, match="scale"):

@@ -29,7 +29,7 @@ def test_a_crash_is_not_taken_for_the_memory_of_an_earlier_call(isolated):
         isolated.call("hold", 2**31)
     with pytest.raises(BadSample, match="SIGABRT"):
         isolated.call("abort")
-    assert isolated.call("hold", 900 << 20) == 900 << 20  # of 1024: it goes well, and near the limit
+    assert isolated.call("hold", 900 << 20) == 900 << 20  # of 1024: it succeeds, close to the limit
     with pytest.raises(BadSample, match="SIGABRT"):
         isolated.call("abort")
 

@@ -279,7 +279,7 @@ def test_where_the_kernel_lacks_a_part_the_others_hold_and_it_is_said(tmp_path, 
         ("seccomp", False): {"send by UDP"},
         ("landlock,seccomp", True): {"open the input for writing", "truncate the input"},
     }
-    if (lacking, wrapped) != ("landlock,seccomp", False):  # nothing is left there but the limits
+    if (lacking, wrapped) != ("landlock,seccomp", False):  # only the limits remain there
         assert set(succeeded) == still_possible.get((lacking, wrapped), set())
     for name in lacking.split(","):
         assert f"{name} " in of_doctor.lower()

@@ -72,7 +72,7 @@ def test_geometry_enters_only_where_it_is_given(wan_folder: Path) -> None:
         without = model(**(inputs | {"cond_latents": None}))
         assert torch.equal(without, base_output(model.transformer, inputs))
         assert not torch.equal(model(**inputs), without)
-        # The residual of one call must not stay for the next.
+        # The residual of one call must not leak into the next.
         assert torch.equal(model(**(inputs | {"cond_latents": None})), without)
 
 

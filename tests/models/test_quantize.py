@@ -50,7 +50,7 @@ def test_nf4_is_the_nearest_level() -> None:
     layer, quantised = make_layer("nf4")
     weight = quantised.decode(quantised.qweight, quantised.scale, torch.float32)
     assert np.allclose(weight.numpy(), slow_nf4(layer.weight.numpy()), atol=1e-6)
-    # A weight that fills no whole number of blocks keeps its shape.
+    # A weight whose size is not a multiple of the block keeps its shape.
     odd, small = make_layer("nf4", out=3, width=7)
     assert small.decode(small.qweight, small.scale, torch.float32).shape == odd.weight.shape
 

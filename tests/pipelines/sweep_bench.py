@@ -14,7 +14,7 @@ import yaml
 ROOT = Path(__file__).resolve().parents[2]
 sys.path.insert(0, str(ROOT / "tests" / "train"))
 
-# Ray gives its workers a low priority, with which they do not get to start on a machine that is busy otherwise.
+# Ray gives its workers a low priority, with which they may not even start on a busy machine.
 ENVIRONMENT = {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT), "RAY_worker_niceness": "0"}
 PLANTED = {"num_steps": 9, "micro_batch_size": 2, "lr": 1e-3}
 
@@ -31,7 +31,7 @@ def make(folder: Path) -> Path:
 def write(bench: Path, name: str, train: dict[str, Any], ray: dict[str, Any] | None = None, **sweep: Any) -> Path:
     """Write NAME.yaml, whose sweep goes to the folder NAME; return its path."""
     model = {"base": str(bench / "base"), "lora_rank": 3, "adapter_hidden": 8}
-    # Stage 0 starts a third faster: DeepSpeed compiles an optimizer for the others, which none of this is about.
+    # Stage 0 starts a third faster: DeepSpeed compiles an optimizer for the others, which these tests do not need.
     fixed = {"data": str(bench / "dataset"), "wandb_mode": "disabled", "device": "cpu", "num_processes": 1}
     tree = {"model": model, "train": fixed | {"zero_stage": 0} | train, "ray": ray or {}}
     path = bench / f"{name}.yaml"

@@ -211,7 +211,7 @@ def test_two_nodes_demand_the_token_and_stop_ends_only_them(root, home):
         code, text = connect("127.0.0.1:7431", environment=env | {"RAY_AUTH_MODE": "disabled"})
         assert (code, len(text.splitlines())) == (2, 1), "without a token"
         assert mode(home / ".ray" / "auth_token") == 0o600
-        assert connect(environment=env) == (0, "nodes 1 42")  # no address: never the cluster that is remembered
+        assert connect(environment=env) == (0, "nodes 1 42")  # no address: never the cluster that Ray remembers
         subprocess.run([*script, "stop"], env=os.environ | env, check=True, timeout=120)
         assert connect("127.0.0.1:7431", environment=env)[0] == 2
         assert other.poll() is None

@@ -157,7 +157,7 @@ def test_a_hash_is_imagehashs():
     rng = np.random.default_rng(1)
     image = cv2.resize(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (160, 90), interpolation=cv2.INTER_CUBIC)
     theirs = int(str(imagehash.phash(Image.fromarray(image))), 16)
-    assert (duplicates.frame_hash(image) ^ theirs).bit_count() <= 6  # they shrink by another filter
+    assert (duplicates.frame_hash(image) ^ theirs).bit_count() <= 6  # they downscale with another filter
 
 
 def test_of_a_group_the_largest_then_the_longest_is_taken():
@@ -210,7 +210,7 @@ def test_near_duplicates_share_a_split_or_are_filtered_and_counted(corpus, tmp_p
         near = [row for row in result.rejects if row["reason"] == "near_duplicate"]
         assert len(near) == (8 if mode == "filter" else 0)
         assert all(row["fate"] == "filtered" and row["unit"] == "video" for row in near)
-    assert outcomes["filter"].worked["split"] == 0  # another choice needs no new look at the videos
+    assert outcomes["filter"].worked["split"] == 0  # another setting needs no rereading of the videos
     kept = {row["message"] for row in outcomes["filter"].rejects if row["reason"] == "near_duplicate"}
     assert kept == {f"nearly the same as cropped-{index}.mp4" for index in (0, 1)}  # 96 px: the largest pictures
 

@@ -115,7 +115,7 @@ def test_every_safetensors_reader_opens_a_member(folder):
         n: a.tobytes() for n, a in ours.items()
     }
     assert theirs["condition"].shape == (3, 16, 2, 4, 4)
-    assert theirs["first_frame"].shape == (1, 8, 2, 4, 4)  # three masks show one first frame: it is there once
+    assert theirs["first_frame"].shape == (1, 8, 2, 4, 4)  # three masks show one first frame, which is stored once
 
 
 # ---------------------------------------------------------------- exactly once
@@ -143,7 +143,7 @@ def test_running_again_does_what_is_missing_alone(folder, tmp_path):
     assert inline(folder, output, captions=False).worked == {"samples": 0, "texts": 0}
     assert len(pq.read_table(output / "text.parquet")) == 2
     released = inline(folder, output, model_of(folder, mask_range="released"))
-    assert released.worked == {"samples": 9, "texts": 0}  # another mask range is another condition, and no other text
+    assert released.worked == {"samples": 9, "texts": 0}  # another mask range changes the condition, but not the text
     assert inline(folder, output).worked == {"samples": 0, "texts": 0}
     assert tree(output) == before
 

@@ -39,7 +39,7 @@ def test_every_sample_holds_every_score(config):
     for one in samples(config):
         assert set(one.provenance["scores"]) == set(SCORES) - {
             "warp_error",  # which needs two cameras
-            "camera_depth_error",  # which needs cameras that are found
+            "camera_depth_error",  # which needs estimated cameras
         }
         assert one.provenance["crop_box"] == [0, 0, 32, 32]
 
@@ -127,7 +127,7 @@ def test_score_only_measures_every_clip_makes_none_and_a_full_run_takes_its_work
     half = replace(config, filters=FilterConfig(min_motion=motions[6]))
     after = inline(half)
     assert (after.counts["samples"], after.counts["clips_filtered"]) == (6, 6)
-    assert after.worked == {"hash": 4, "split": 0, "clip": 6}  # what falls under a threshold is not decoded again
+    assert after.worked == {"hash": 4, "split": 0, "clip": 6}  # clips rejected by a threshold are not decoded again
     assert after.stages["measure"].done == 6
     alone = replace(half, output=str(tmp_path / "alone"))
     inline(alone)

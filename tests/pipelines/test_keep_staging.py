@@ -60,7 +60,7 @@ def test_samples_are_put_back_where_shards_change(config, corpus, tmp_path, smal
     inline(config)
     assert tree(grown) == tree(config)
     assert staged(grown) == []
-    kept = replace(grown, keep_staging="all")  # what was dropped does not come back
+    kept = replace(grown, keep_staging="all")  # dropped artifacts do not come back
     assert inline(kept).worked["clip"] == 0
     assert staged(grown) == []
 

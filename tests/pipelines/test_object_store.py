@@ -113,7 +113,7 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
     again = inline(stored)
     assert again.worked == {"hash": 7, "split": 1, "clip": 0}
     videos = [path for path in store.read if path.endswith(".mp4")]
-    assert set(videos) == {"/bucket/in/empty.mp4"}  # what the store says is unchanged was not read again
+    assert set(videos) == {"/bucket/in/empty.mp4"}  # files that the store reports unchanged were not read again
     assert "secret-that-nobody-may-see" not in caplog.text + storage.read_bytes("s3://bucket/out/run.jsonl").decode()
 
 
@@ -138,7 +138,7 @@ def test_a_video_costs_few_requests_and_a_resume_next_to_none(config, corpus, lo
     print("resumed", dict(store.asked))
     assert again.worked["clip"] == again.worked["split"] == 0
     read = {path for path in store.read if path.endswith((".mp4", ".npz"))}
-    assert read == {"/bucket/in/empty.mp4"}  # what cannot be used is looked at again
+    assert read == {"/bucket/in/empty.mp4"}  # unusable files are checked again
 
 
 def assert_equal_batches(config, stored):
@@ -209,7 +209,7 @@ def test_no_listing_is_stale_and_a_broken_upload_leaves_what_was_there(store, sm
     with pytest.raises(remote.Unavailable):
         storage.move_file(tmp_path / "new", url)
     assert storage.read_bytes(url) == b"old"
-    assert not _boto().list_multipart_uploads(Bucket="bucket").get("Uploads")  # nothing that is paid for stays
+    assert not _boto().list_multipart_uploads(Bucket="bucket").get("Uploads")  # nothing billable is left behind
     store.refuse = set()
     storage.move_file(tmp_path / "new", url)
     assert storage.read_bytes(url) == new

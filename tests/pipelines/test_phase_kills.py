@@ -70,7 +70,7 @@ def begun(corpus, tmp_path_factory):
     folder, found = tmp_path_factory.mktemp("begun"), {}
     for phase, target in PHASES.items():
         keep = "none" if phase in ("drop", "restore") else "all"
-        # All samples are in the other split first, so that all shards are built anew.
+        # All samples are in the other split first, so that all shards are rebuilt.
         config = choices(corpus, folder / phase, val_fraction=0.0, keep_staging=keep)
         if phase in ("unit", "shard", "restore"):
             assert run(replace(config, val_fraction=1.0), target).returncode == 0

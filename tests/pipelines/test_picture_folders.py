@@ -55,7 +55,7 @@ def test_which_folders_are_videos(tmp_path):
         ],
         "not_a_video",
     )
-    # where nobody says so, pictures are no videos
+    # by default, pictures are not videos
     videos, others = found(place, pictures=False)
     assert videos == {"clip.mp4", "mixed/film.mp4"}
     assert len(others) == 17 + 3 + 1 + 6 + 3 + 1  # the frames, poses.json and three depth files without a video

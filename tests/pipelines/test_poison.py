@@ -18,7 +18,7 @@ from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
 from pipelines.preprocess.stages import decode
 
-# What a child process is told to do, in place of decoding.
+# What a child process must do instead of decoding.
 TABLE = """
 import ctypes, time
 FUNCTIONS = {name: f"poisoned_table:{name}" for name in ("crash", "hang", "eat")}
@@ -108,7 +108,7 @@ def test_a_row_that_kills_its_worker_is_refused_and_its_neighbours_are_kept(tmp_
     assert reasons(result) == dict.fromkeys(kinds, "worker_crash")
     assert (result.counts["samples"], result.counts["clips_bad"], result.exit_code) == (10, 2, 0)
     assert not (tmp_path / "out" / "staging" / "attempts.json").exists()
-    again = preprocess.run(config, runner_name="inline")  # known, so not tried: it would kill this process
+    again = preprocess.run(config, runner_name="inline")  # known, so not retried: it would kill this process
     assert (again.worked["clip"], again.counts) == (0, result.counts)
     healed = retry(config.output, ["worker_crash"], runner_name="inline")
     assert set(healed.retried.values()) == {("worker_crash", "done")}

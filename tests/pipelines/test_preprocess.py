@@ -183,7 +183,7 @@ def test_one_bad_row_costs_one_row(config):
     assert {row["reason"] for row in result.rejects} == {"decode_timeout"}
     bad = result.counts["clips_bad"]
     assert 1 <= bad <= 3
-    assert inline(config).worked["clip"] == 0  # what was refused stays refused
+    assert inline(config).worked["clip"] == 0  # rejected rows stay rejected
 
 
 @pytest.mark.parametrize(("num_gpus", "num_chains"), [(0.0, 1), (0.25, 3)])

@@ -48,7 +48,7 @@ def test_no_spelling_reaches_this_machine(host, tmp_path, rebound):
     with web_server(tmp_path) as site:
         url = f"http://{host}:{site.url.rpartition(':')[2]}/a.mp4"
         for ask in (storage.sha256, storage.size, storage.read_bytes):
-            # Some spellings are no host for the client.
+            # The client does not accept some spellings as a host.
             with web.rules(private="none"), pytest.raises((OSError, ConfigError)):
                 ask(url)
         assert site.asked == []

@@ -131,7 +131,7 @@ def test_a_list_with_a_shared_root_may_name_relative_files(here):
     assert "list.txt" in sent
 
 
-# Settings whose help speaks of files, and which name none that must be sent.
+# Settings whose help mentions files, but which name none that must be sent.
 NO_FILES = {
     *("depth", "follow_links", "max_file_mb", "profile", "visibility", "max_angle_deg", "tracker", "output", "data"),
     *("revision", "mask_range", "save_every", "keep_last", "ema_decay", "wandb_mode", "wandb_project", "wandb_group"),

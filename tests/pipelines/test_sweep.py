@@ -159,7 +159,7 @@ def test_the_page_escapes_what_it_shows(tmp_path):
         ("preprocess.output=x", ConfigError),
         ("sweep.space={train.lr: {gauss: [0, 1]}}", ConfigError),
         ("sweep.num_trials=0", ConfigError),
-        ("train.num_steps=3", ContractError),  # no dataset is there
+        ("train.num_steps=3", ContractError),  # there is no dataset
     ],
 )
 def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, monkeypatch, override, error):

@@ -96,7 +96,7 @@ def test_twelve_trials_beat_the_default_or_say_that_they_do_not_and_survive_kill
 def cluster():
     """A head without processors for the command, and two nodes that hold one rank each."""
     require_token()
-    os.environ.update(RAY_worker_niceness="0")  # else 15, and they starve on a busy machine
+    os.environ.update(RAY_worker_niceness="0")  # default 15, with which they starve on a busy machine
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **STORE, "include_dashboard": False})
@@ -134,7 +134,7 @@ def test_a_trial_of_two_ranks_over_two_nodes_is_done_again_where_a_node_dies(ben
     words = (folder / "train.log").read_text()
     assert words.count("Started training worker group of size 2") > 1, "it was done again"
     assert len(words.splitlines()) < 300, "Ray's helpers do not fill the log"
-    # A batch of 2 in one process is a batch of 1 in two: what the lost node cost is not in the result.
+    # A batch of 2 in one process equals a batch of 1 in two, so the lost node does not change the result.
     code, text = finish(start(write(bench, "alone", PLANTED | {"num_steps": 100}, **common)))
     assert code == 0, text
     assert trial["value"] == pytest.approx(result(bench, "alone")["trials"][0]["value"], rel=1e-4)

@@ -56,7 +56,7 @@ def test_a_second_run_reads_only_what_was_changed(config, monkeypatch, read):
     read.clear()
     assert preprocess.run(config, runner_name="inline").worked["clip"] == 0
     assert not [name for name in read if name.endswith((".mp4", ".npz"))]
-    # Other bytes of the same size, with the old time set again: only the time of the inode's change tells.
+    # Other bytes of the same size with the old mtime restored: only the inode's change time reveals it.
     changed = first_of(config, ".npz")
     before = os.stat(changed)
     with open(changed, "r+b") as file:

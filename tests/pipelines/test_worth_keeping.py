@@ -120,7 +120,7 @@ def test_a_gap_in_time_is_in_no_clip(tmp_path):
     found = planned(tmp_path, ticks, num_frames=7, clips_per_shot=4)
     assert [one.frame_index for one in found] == [list(range(0, 7)), list(range(10, 17))]
     assert all(one.fps == 25.0 for one in found)
-    # the part that would do is taken, whatever the mean rate of the whole
+    # the suitable part is used, whatever the mean rate of the whole
     at_rate = planned(tmp_path, ticks, num_frames=7, clips_per_shot=4, fps=25.0)
     assert all(max(np.diff(one.pts)) == 40 for one in at_rate)
     assert len(at_rate) == 2
