@@ -92,7 +92,7 @@ def truth(clip: tuple[int, str, bool]) -> dict[str, float]:
 
 
 def away_from_edges(z_depth: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: True without a depth step over 4.6 %, where a mesh is torn, within two pixels."""
+    """Return bool [H, W]: False within two pixels of a depth step over 4.6 %, where a mesh is torn."""
     import cv2
 
     ratio = cv2.dilate(z_depth, np.ones((3, 3))) / cv2.erode(z_depth, np.ones((3, 3)))

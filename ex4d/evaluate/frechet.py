@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Gaussian:
-    """Exact running mean and covariance of feature rows, in memory for about 2 D rows.
+    """Exact running mean and covariance of feature rows, stored in at most 2 D rows.
 
     Attributes:
         count: rows so far.

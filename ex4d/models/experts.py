@@ -85,7 +85,7 @@ def files(folder: str | Path) -> dict[Expert, Path]:
 
 
 def read(path: str | Path) -> dict[Expert | None, tuple[Path, weights.AdapterMetadata]]:
-    """Return {expert: (file, metadata)} of an adapter; the only key is None for a base with one transformer.
+    """Return {expert: (file, metadata)}, one or two entries; the key is None for a base with one transformer.
 
     Args:
         path: as in `weights.read_adapter`, or a folder of two experts' adapters (see `files`).

@@ -186,7 +186,7 @@ def on_device(values: Any, device: torch.device) -> Tensor:
 
 
 class NamedNoise:
-    """The randomness of one sample at one step; it depends on seed, step and key, not on rank, device or world size."""
+    """The randomness of one sample at one step; it depends on seed, step and key, not on rank, device or call order."""
 
     def __init__(self, seed: int, step: int | str, key: str, condition_dropout: float = 0.0):
         self.generator = flow.generator_for(seed, step, key)
