@@ -1,10 +1,10 @@
-"""What encoding costs and what it saves: clips a second, each model's share, then batches of pixels and of latents.
+"""Measure what encoding costs and saves: clips per second, each model's share, and batches of pixels and of latents.
 
     python benchmarks/encode.py [--clips 24] [--pairs 5]
 
 Clips of the synthetic corpus at the size of configs/tiny.yaml, the tiny base, one process with one thread. The
-trainer's own work on a batch (reading, decoding, encoding; no transformer) is timed on both datasets, interleaved, in
-CPU time.
+trainer's work on a batch without the transformer (reading, decoding, encoding) is timed on both datasets, interleaved,
+in CPU time.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ QUIET = LoaderConfig(num_threads=0, prefetch_batches=0)
 
 
 def batches(data: str, encoder: Encoder, seconds: list[float], count: int) -> None:
-    """Append the seconds of CPU that each of `count` batches of four takes until it could enter the transformer."""
+    """Append the CPU seconds that each of `count` batches of four takes until it is ready for the transformer."""
     loader = ShardLoader(data, "train", 4, 0, config=QUIET)
     for step in range(count):
         started = time.process_time()

@@ -1,10 +1,10 @@
-"""How well scores tell what they name: `python benchmarks/filters.py --media DIR` writes results/filters.{json,md}.
+"""Measure how well scores detect what they name: `python benchmarks/filters.py --media DIR` writes results/filters.*.
 
-Every clip (17 frames from `--places` of each real video, and of synthetic scenes) is a negative as it is, and a
-positive after something was done to it: a line of text in one of four styles, black bars, a logo in a corner over a
-picture that pans, a blur, a slide-show, a depth that jitters or drifts. Positives of text, bars and logos were encoded
-as H.264 (crf 26) before they were scored. Surveillance and night videos, which repeat frames by themselves, are left
-out of the slide-shows, and the night video, whose picture is as black as bars, out of the bars.
+Every clip (17 frames from `--places` of each real video, and of synthetic scenes) is a negative unchanged, and a
+positive after an edit: a line of text in one of four styles, black bars, a logo in a corner over a panning picture, a
+blur, a slide-show, depth that jitters or drifts. Positives of text, bars and logos are encoded as H.264 (crf 26) before
+scoring. Surveillance and night videos, which contain repeated frames, are left out of the slide-shows; the night video,
+whose picture is as black as bars, is left out of the bars.
 """
 
 from __future__ import annotations
@@ -54,7 +54,7 @@ Frames = np.ndarray
 
 
 def clips(media: Path, places: int) -> dict[str, tuple[Frames, float]]:
-    """Return {name: (frames uint8 [T,H,W,3], longer side 512 at most; frames a second)}."""
+    """Return {name: (frames uint8 [T,H,W,3], longer side at most 512; frames per second)}."""
     found = {}
     for path in sorted({path for pattern in VIDEOS for path in media.glob(pattern)}):
         try:
@@ -72,7 +72,7 @@ def clips(media: Path, places: int) -> dict[str, tuple[Frames, float]]:
 
 
 def scenes() -> dict[str, tuple[Frames, np.ndarray]]:
-    """Return {name: (frames, exact z_depth)} of synthetic scenes with still, gentle and strong cameras."""
+    """Return {name: (frames, exact z_depth)} of synthetic scenes with still, gentle and strong camera motion."""
     found = {}
     for motion in ("static", "gentle", "strong"):
         settings = SyntheticConfig(
@@ -84,7 +84,7 @@ def scenes() -> dict[str, tuple[Frames, np.ndarray]]:
 
 
 def written(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Return the frames with one or two lines: white with a rim, yellow, white on black, black on white."""
+    """Draw one or two lines of text: white with an outline, yellow, white on black, or black on white."""
     height, width = frames.shape[1:3]
     size, style = max(10, int(height * rng.uniform(0.045, 0.09))), int(rng.integers(4))
     font = ImageFont.load_default(size)
@@ -110,7 +110,7 @@ def written(frames: Frames, rng: np.random.Generator) -> Frames:
 
 
 def panned(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Return uint8 [64,H,W,3]: a window of 70 % that slides over the middle frame, as a camera that pans."""
+    """Return uint8 [64,H,W,3]: a window of 70 % that slides over the middle frame, like a panning camera."""
     height, width = (int(0.7 * side) // 2 * 2 for side in frames.shape[1:3])
     room = np.array([frames.shape[1] - height, frames.shape[2] - width])
     ends = np.array([[0, 0], room]) if rng.random() < 0.5 else np.array([[room[0], 0], [0, room[1]]])
@@ -119,7 +119,7 @@ def panned(frames: Frames, rng: np.random.Generator) -> Frames:
 
 
 def marked(frames: Frames, rng: np.random.Generator) -> Frames:
-    """Return the frames with a ring and three letters in a corner, half to fully opaque."""
+    """Draw a ring and three letters in a corner, half to fully opaque."""
     height, width = frames.shape[1:3]
     size, corner, opacity = int(0.08 * height), int(rng.integers(4)), rng.uniform(0.5, 1)
     x = int(0.04 * width) if corner % 2 else int(0.96 * width) - 3 * size
@@ -132,7 +132,7 @@ def marked(frames: Frames, rng: np.random.Generator) -> Frames:
 
 
 def barred(frames: Frames, rng: np.random.Generator) -> tuple[Frames, tuple[int, int]]:
-    """Return (the frames shrunk between black bars, px of a bar above and below, beside)."""
+    """Return (frames shrunk between black bars, (px of a bar above and below, px of a bar at the sides))."""
     height, width = frames.shape[1:3]
     share, beside = rng.uniform(0.05, 0.2), rng.random() < 0.4
     top, left = (0, int(share * width)) if beside else (int(share * height), 0)
@@ -148,13 +148,13 @@ def _blended(frames: Frames, layer: np.ndarray) -> Frames:
 
 
 def encoded(frames: Frames) -> Frames:
-    """Return the frames after H.264."""
+    """Return the frames after H.264 compression."""
     even = frames[:, : frames.shape[1] // 2 * 2, : frames.shape[2] // 2 * 2]
     return video.read(video.encode(np.ascontiguousarray(even), 10, crf=26))[0]
 
 
 def small(frames: Frames) -> np.ndarray:
-    """Return uint8 [T,h,w] luma at 144 lines, as shots are looked at."""
+    """Return uint8 [T,h,w] luma at 144 lines, the resolution at which shots are examined."""
     width = round(frames.shape[2] * 144 / frames.shape[1])
     return luma(np.stack([cv2.resize(frame, (width, 144), interpolation=cv2.INTER_AREA) for frame in frames]))
 
@@ -177,7 +177,7 @@ def sharp_score(frames: Frames) -> float:
 
 
 def figures(name: str, negatives: list[float], positives: list[float], threshold: float | None) -> dict[str, float]:
-    """Return what the suggested threshold finds; without one, what the best of all thresholds would."""
+    """Return the detection figures at the suggested threshold; if that is None, at the best threshold."""
     low_is_bad = SCORES[name].keep == "min"
     negative, positive = np.array(negatives), np.array(positives)
     limit = threshold if threshold is not None else float(np.percentile(negative, 100 if not low_is_bad else 0))

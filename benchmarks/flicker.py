@@ -1,10 +1,10 @@
-"""Flicker of masks, with and without a static world that persists: writes results/flicker.md.
+"""Measure the flicker of masks, with and without persistent static surfaces: writes results/flicker.md.
 
-Of the static surface that two neighbouring views both show, the share that is visible in one and a hole in the other,
-along an orbit by 45° that is fixed in the world. Synthetic clips have exact depth and cameras, and the surface is
-followed by ray casting; there, the second figure leaves out the changes that exact visibility has too. Real clips have
-depth and cameras by parallax; their surface is followed by that depth, and a change counts as one that the camera
-explains where the surface leaves the source's picture or is hidden in it: the second figure leaves those out.
+Flicker is the share of the static surface in two neighbouring views that is visible in one and a hole in the other,
+along an orbit of 45° that is fixed in the world. Synthetic clips have exact depth and cameras, and ray casting follows
+the surface; the second figure leaves out changes that exact visibility has too. Real clips have depth and cameras from
+parallax, and that depth follows the surface; the second figure leaves out changes that the source camera explains,
+where the surface leaves its picture or is hidden in it.
 """
 
 from __future__ import annotations
@@ -46,7 +46,7 @@ def at(values: np.ndarray, uv: np.ndarray) -> np.ndarray:
 
 
 def synthetic(seed: int, num_others: int) -> tuple[int, int, int]:
-    """Return (pixels that two neighbouring views show, those that change, those of them that change in truth too)."""
+    """Return the numbers of pixels (in two neighbouring views, that change, that change in exact visibility too)."""
     config = SyntheticConfig(num_frames=NUM_FRAMES, size=SIZE, fps=FPS, seed=seed, camera_motion="strong")
     scene, cameras = clip_scene(config, 0)
     frames, z_depth = render_clip(scene, cameras, FPS, 2)
@@ -86,7 +86,7 @@ def seen_at(points: np.ndarray, pose: np.ndarray, K: np.ndarray) -> tuple[np.nda
 
 
 def real(frames: np.ndarray, found, num_others: int) -> tuple[int, int, int]:
-    """Return as `synthetic` does; the last count is of changes that the camera explains."""
+    """Return the counts of `synthetic`, the last one of changes that the source camera explains."""
     K, w2c, z_depth, moves = found.K, found.w2c, found.values, found.dynamic_mask
     path = trajectory.build("orbit", len(frames), ANGLE_DEG, trajectory.radius_of(z_depth[0]))
     visible = views(frames, z_depth, K, path, w2c, num_others, moves)

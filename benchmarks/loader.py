@@ -1,8 +1,10 @@
-"""Our loader against plain webdataset on the same shards: `python benchmarks/loader.py --hardware "2 x86-64 cores"`.
+"""Compare our loader with plain webdataset on the same shards.
 
-Both decode a sample by the same function, stack micro batches of the same size, and are timed after a warm-up, in
-interleaved pairs (the order within a pair alternates), so that a neighbour's load falls on both. Two pairings: both in
-the caller's thread, where CPU time is compared too, and two threads of ours against a WebLoader of two processes.
+    python benchmarks/loader.py --hardware "2 x86-64 cores"
+
+Both decode samples with the same function, stack micro batches of the same size, and are timed after a warm-up, in
+interleaved pairs (the order within a pair alternates), so that other load on the machine affects both. Two pairings:
+both in the caller's thread, comparing CPU time too, and our loader with two threads against a two-process WebLoader.
 Writes benchmarks/results/loader.{json,md}.
 """
 
@@ -47,7 +49,7 @@ PROVENANCE: dict[str, Any] = {
 
 
 def moving_clip(num_frames: int, size: int, seed: int) -> np.ndarray:
-    """Return uint8 [T,H,W,3]: smooth texture that drifts, with a little grain: the mp4 compresses as real ones do."""
+    """Return uint8 [T,H,W,3]: a drifting smooth texture with a little grain, which compresses like real video."""
     rng = np.random.default_rng(seed)
     coarse = rng.normal(size=(size // 8 + 2, size // 8 + 2, 3))
     big = np.kron(coarse, np.ones((16, 16, 1)))
@@ -95,13 +97,13 @@ def ours(folder: Path, threads: int) -> tuple[Iterator[Any], Any]:
 
 
 def decode_plain(sample: dict[str, Any]) -> dict[str, Any]:
-    """What a user of plain webdataset would write: the same decode, by the same function."""
+    """Decode a sample with the same function, as a user of plain webdataset would."""
     members = {name: sample[name] for name in MEMBERS}
     return decode_pixels(members, lambda count: draw_mask(count, 0, 0, sample["__key__"]))
 
 
 def stack_plain(samples: list[dict[str, Any]]) -> dict[str, Any]:
-    """A micro batch."""
+    """Stack samples to a micro batch."""
     return {name: np.stack([s[name] for s in samples]) for name in ("frames", "visible", "kind", "mask_index")}
 
 
@@ -119,7 +121,7 @@ def plain(folder: Path, workers: int) -> tuple[Iterator[Any], Any]:
 
 
 def rate(opened: tuple[Iterator[Any], Any], warm_up: int, batches: int) -> tuple[float, float]:
-    """Return (samples a second, samples a CPU second of this process) over `batches` micro batches after `warm_up`."""
+    """Return samples per (second, CPU second of this process) over `batches` micro batches after `warm_up`."""
     iterator, close = opened
     for _ in islice(iterator, warm_up):
         pass
@@ -131,7 +133,7 @@ def rate(opened: tuple[Iterator[Any], Any], warm_up: int, batches: int) -> tuple
 
 
 def compare(folder: Path, threads: int, pairs: int, batches: int) -> tuple[dict[str, Any], dict[str, Any]]:
-    """Return (by the clock, by CPU time): the rates of interleaved pairs, their medians, and the ratios in order."""
+    """Return (by wall time, by CPU time) the rates of interleaved pairs, their medians, and the sorted ratios."""
     runs: dict[str, list[tuple[float, float]]] = {"ours": [], "webdataset": []}
     sides = [("ours", lambda: ours(folder, threads)), ("webdataset", lambda: plain(folder, threads))]
     for pair in range(pairs):
@@ -141,7 +143,7 @@ def compare(folder: Path, threads: int, pairs: int, batches: int) -> tuple[dict[
 
 
 def summary(runs: dict[str, list[tuple[float, float]]], column: int) -> dict[str, Any]:
-    """Return medians and ordered ratios of one kind of rate."""
+    """Return medians and sorted ratios of one kind of rate."""
     rates = {name: [values[column] for values in pairs] for name, pairs in runs.items()}
     ratios = [a / b for a, b in zip(rates["ours"], rates["webdataset"], strict=True)]
     medians = {name: statistics.median(values) for name, values in rates.items()}

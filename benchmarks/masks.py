@@ -1,7 +1,7 @@
-"""Shares of holes in training and in generation, and pictures of masks: `python benchmarks/masks.py`.
+"""Compare the hole shares of training masks and of generation, and draw masks: `python benchmarks/masks.py`.
 
-Writes results/masks.{json,md}, docs/images/hole_share.png and docs/images/masks.png. Ten synthetic clips; generation is
-warped and eroded at full size, as `ex4d generate` does. About a minute.
+Writes results/masks.{json,md}, docs/images/hole_share.png and docs/images/masks.png. Ten synthetic clips; generation
+warps and erodes at full size, as `ex4d generate` does. About a minute.
 """
 
 from __future__ import annotations
@@ -42,7 +42,7 @@ def clip(seed: int, size: int, num_frames: int, motion: str = "gentle") -> Clip:
 
 
 def generated(made: Clip, name: str, angle_deg: float) -> np.ndarray:
-    """Return the share of holes of a clip's condition, float64 [T]."""
+    """Return the hole share of a clip's condition in each frame, float64 [T]."""
     frames, z_depth, K = made
     path = trajectory.build(name, len(frames), angle_deg, trajectory.radius_of(z_depth[0]))
     _, visible = warp_video(frames, z_depth, K, path, backend="cpu")
@@ -51,13 +51,13 @@ def generated(made: Clip, name: str, angle_deg: float) -> np.ndarray:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two histograms of the share of holes, and how far apart they are.
+    """Two histograms of the hole share, and the distance between them.
 
     Attributes:
         edges: float64 [B + 1], shares from 0 to 1.
-        training, generation: float64 [B], each of sum 1.
-        distance: the Wasserstein distance of the two samples: the mean distance by which a share must move.
-        percentiles: of training and of generation, float64 [2, 3]: 10, 50 and 90.
+        training, generation: float64 [B], each with sum 1.
+        distance: the Wasserstein distance between the two samples: the mean distance by which a share must move.
+        percentiles: 10, 50 and 90 of training and of generation, float64 [2, 3].
     """
 
     edges: np.ndarray
@@ -68,11 +68,11 @@ class Comparison:
 
 
 def compare(training: np.ndarray, generated: np.ndarray, num_bins: int = 20) -> Comparison:
-    """Return how the shares of holes in training masks compare with those of generation.
+    """Compare the hole shares of training masks with those of generation.
 
     Args:
-        training: real [..., T], `hole_share` of the masks; generated: real [..., T], of `generation`. Frame 0, which
-            is complete in both, is left out.
+        training: real [..., T], `hole_share` of the masks; generated: real [..., T], of the conditions. Frame 0,
+            which is complete in both, is left out.
     """
     first, second = (np.asarray(values, np.float64)[..., 1:].ravel() for values in (training, generated))
     edges = np.linspace(0, 1, num_bins + 1)
@@ -82,7 +82,7 @@ def compare(training: np.ndarray, generated: np.ndarray, num_bins: int = 20) -> 
 
 
 def measure(clips: list[Clip]) -> tuple[dict, dict[str, np.ndarray]]:
-    """Return (figures, {name: histogram}) of the clips' masks against what generation leaves open on them."""
+    """Return (figures, {name: histogram}) of the clips' masks against the holes of generation on the same clips."""
     paths = MaskConfig().generation
     shares = {path: np.stack([generated(made, *path) for made in clips]) for path in paths}
     everything = np.concatenate(list(shares.values()))
@@ -109,7 +109,7 @@ def measure(clips: list[Clip]) -> tuple[dict, dict[str, np.ndarray]]:
 
 
 def percentiles(shares: np.ndarray) -> list[float]:
-    """Return percentiles 10, 50, 90 of all frames but the first, then of the fullest frames."""
+    """Return percentiles 10, 50, 90 over all frames but the first, then over the frame with most holes of each clip."""
     values = [np.percentile(shares[:, 1:], [10, 50, 90]), np.percentile(shares.max(axis=1), [10, 50, 90])]
     return [round(float(x), 2) for x in np.concatenate(values)]
 
@@ -135,10 +135,10 @@ def plot(histograms: dict[str, np.ndarray]) -> Image.Image:
 
 
 def sheet(columns: tuple[int, ...] = (0, 2, 4, 6, 8)) -> Image.Image:
-    """Return two masks of each kind on their clips, and a condition with imperfect geometry beside its clean twin."""
+    """Draw two masks of each kind on their clips, and a condition with imperfect geometry beside the exact one."""
     rows: list[tuple[str, np.ndarray]] = []
     for seed, kind in enumerate(KINDS):
-        # Moving bodies before a camera that stands still, for tracking: points enough survive.
+        # For tracking, moving bodies in front of a static camera: enough points survive.
         frames, z_depth, K = clip(20 + seed, 144, 9, "static" if kind == "tracking" else "gentle")
         alone = {name: float(name == kind) for name in KINDS}
         drawn = masks.draw(frames, z_depth, K, MaskConfig(num_masks=2, hole_share=(0.2, 0.8), **alone), seed)

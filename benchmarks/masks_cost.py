@@ -1,9 +1,9 @@
-"""CPU seconds of masks at 49 × 512 × 512, and how near tracks and visibility come to the truth at that size.
+"""Measure the CPU seconds of masks at 49 × 512 × 512, and the accuracy of tracks and visibility at that size.
 
     python benchmarks/masks_cost.py [--against PATH]
 
-`--against`: the root of another checkout of this project, measured in turn with this one. Synthetic clips,
-truth by ray casting. Four masks a clip, default kinds, one process, one thread. About five minutes a checkout.
+`--against`: the root of another checkout of this project, measured in turns with this one. Synthetic clips, truth from
+ray casting. Four masks per clip, default kinds, one process, one thread. About five minutes per checkout.
 """
 
 from __future__ import annotations
@@ -40,7 +40,7 @@ def config_of(seed: int, motion: str, bodies: bool, num_frames: int) -> Syntheti
 
 
 def cost(clip: tuple[int, str, bool]) -> dict[str, float]:
-    """Return CPU seconds, misses of the target, and kinds of the masks of one clip, of two seeds."""
+    """Return the CPU seconds, misses of the target, and kinds of one clip's masks, for two seeds."""
     config = config_of(*clip, 49)
     scene, cameras = clip_scene(config, 0)
     made = (*render_clip(scene, cameras, config.fps), cameras[0].K)
@@ -61,7 +61,7 @@ def cost(clip: tuple[int, str, bool]) -> dict[str, float]:
 
 
 def truth(clip: tuple[int, str, bool]) -> dict[str, float]:
-    """Return how near the tracks of a clip and its visibility masks are to the truth."""
+    """Return the errors of a clip's tracks and visibility masks against the truth."""
     config = config_of(*clip, TRACKED)
     scene, cameras = clip_scene(config, 0)
     frames, z_depth = render_clip(scene, cameras, config.fps)
@@ -92,7 +92,7 @@ def truth(clip: tuple[int, str, bool]) -> dict[str, float]:
 
 
 def away_from_edges(z_depth: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: no depth step over 4.6 % within two pixels, where a mesh is torn."""
+    """Return bool [H, W]: False within two pixels of a depth step over 4.6 %, where a mesh is torn."""
     import cv2
 
     ratio = cv2.dilate(z_depth, np.ones((3, 3))) / cv2.erode(z_depth, np.ones((3, 3)))

@@ -1,7 +1,7 @@
-"""Depth by parallax against the truth: `python benchmarks/parallax.py` writes results/parallax.{json,md}.
+"""Compare depth from parallax with the truth: `python benchmarks/parallax.py` writes results/parallax.{json,md}.
 
-Twenty synthetic clips of static scenes and twenty with bodies that move, a moving camera in each; and, where the folder
-`rgbd_icl_tum` is there (../shared/media, or EX4D_MEDIA), the real pairs. Beside each the constant that is best.
+Twenty synthetic clips of static scenes and twenty with moving bodies, each with a moving camera; and the real pairs, if
+the folder `rgbd_icl_tum` exists (../shared/media, or EX4D_MEDIA). The baseline is the best constant depth.
 """
 
 from __future__ import annotations
@@ -26,7 +26,7 @@ PAIR_SIZE = (192, 256)
 
 
 def synthetic(num_clips: int, moving_bodies: bool) -> dict[str, float]:
-    """Return the mean errors over the clips that were not refused, how many were, and seconds a clip."""
+    """Return the mean errors over the clips that were not rejected, the number of rejects, and seconds per clip."""
     ours, constant, seconds = [], [], []
     for seed in range(num_clips):
         config = SyntheticConfig(num_frames=9, size=(96, 96), seed=seed, moving_bodies=moving_bodies)
@@ -45,7 +45,7 @@ def synthetic(num_clips: int, moving_bodies: bool) -> dict[str, float]:
 
 
 def pairs(media: Path) -> list[dict[str, object]]:
-    """Return a row for each neighbouring pair: errors where depth was measured, or why it was refused."""
+    """Return a row for each neighbouring pair: errors where depth was measured, or the reason for its rejection."""
     import cv2
 
     sets = {

@@ -1,11 +1,11 @@
-"""A static world that persists, against exact novel views: writes results/persistence.{json,md}.
+"""Compare persistent static surfaces with exact novel views: writes results/persistence.{json,md}.
 
-Synthetic clips of 33 frames; the view is the last frame of a path that is fixed in the world. What is possible: pixels
-of the novel view whose surface the present frame does not truly see, and one of the other frames does, by ray casting.
-`recall` is the share of these that is shown; `fine` leaves out those of which a pixel of the other frame would have to
-cover more than eight. `false` is the share of what is added that none of the frames sees, and, after the comma, of that
-outside 3 px around depth edges. PSNR over the visible pixels, then that of exact correspondences in place of the mesh.
-Ghosts: share of the true silhouettes of moving bodies that is covered by what other frames saw.
+Synthetic clips of 33 frames; the view is the last frame of a path that is fixed in the world. Possible pixels are those
+of the novel view whose surface the current frame does not see and one of the other frames does, by ray casting.
+`recall` is the share of them that is filled; `fine` leaves out those where one pixel of the other frame would have to
+cover more than eight. `false` is the share of the added pixels that no frame sees, and, after the comma, that share
+outside 3 px around depth edges. PSNR is over the visible pixels, then with exact correspondences in place of the mesh.
+Ghosts: share of the true silhouettes of moving bodies that other frames' surfaces cover.
 """
 
 from __future__ import annotations
@@ -33,12 +33,12 @@ from ex4d.synthetic import Scene, SyntheticConfig, clip_scene
 RESULTS = Path(__file__).parent / "results"
 NUM_FRAMES, FPS, LAST = 33, 8.0, 32
 PATHS = (("orbit", 30.0), ("orbit", 60.0), ("orbit", 90.0), ("full", 90.0))
-FINE = 1 / 8  # px of the other frame that a pixel of the view covers, at the least
+FINE = 1 / 8  # least area, in px of the other frame, that a pixel of the view covers
 
 
 @dataclass(frozen=True)
 class Clip:
-    """A scene, its cameras, and frames of it; those that no view uses are left black."""
+    """A scene, its cameras and its frames; frames that no view uses are black."""
 
     scene: Scene
     cameras: list[Camera]
@@ -46,11 +46,11 @@ class Clip:
     z_depth: np.ndarray
     w2c: np.ndarray
     moves: np.ndarray
-    unit: float = 1.0  # of z_depth and w2c, in units of the scene
+    unit: float = 1.0  # units of z_depth and w2c per unit of the scene
 
 
 def clip(seed: int, motion: str, size: tuple[int, int], moving_bodies: bool, frames: set[int]) -> Clip:
-    """Return a clip of which the given frames are rendered."""
+    """Return a clip with only the given frames rendered."""
     config = SyntheticConfig(
         num_frames=NUM_FRAMES, size=size, fps=FPS, seed=seed, moving_bodies=moving_bodies, camera_motion=motion
     )
@@ -65,7 +65,7 @@ def clip(seed: int, motion: str, size: tuple[int, int], moving_bodies: bool, fra
 
 
 def estimated(made: Clip) -> Clip | None:
-    """Return the clip with depth, cameras and moving parts by parallax, in their own unit; None where it is refused."""
+    """Return the clip with depth, cameras and moving parts from parallax, in their own unit; None if it is rejected."""
     try:
         found = estimate("parallax", made.frames, DepthRequest())
     except Filtered:
@@ -127,7 +127,7 @@ def measure(made: Clip, path: tuple[str, float], radius: float, num_others: int)
 
 
 def rows_of(size: int, num_clips: int, source: str, counts: tuple[int, ...], moving_bodies: bool) -> list[dict]:
-    """Return a row for each kind of motion, path and number of other frames; sums of pixels, means of PSNR."""
+    """Return a row for each kind of motion, path and number of other frames; each figure is the mean over the clips."""
     rows: list[dict[str, Any]] = []
     wanted = set(range(NUM_FRAMES)) if source == "parallax" else {0, LAST}
     wanted |= {s for n in counts for s in persistent.others(LAST, NUM_FRAMES, n)}

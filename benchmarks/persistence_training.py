@@ -1,10 +1,10 @@
-"""Does training on persistent masks help? Writes results/persistence_training.{json,md}: an hour on two cores.
+"""Measure whether training on persistent masks helps: writes results/persistence_training.{json,md}.
 
 The demo's recipe (configs/tiny.yaml) is trained on masks without and with other frames' surfaces (N = 0 and 4, paths
-fixed in the world), three seeds each, and evaluated on 16 held-out scenes whose camera moves, at orbits of 30 and 60
+fixed in the world), three seeds each, and evaluated on 16 held-out scenes with a moving camera, at orbits of 30 and 60
 degrees, with the same N as in training. A third row generates with N = 4 from the adapters that were trained with 0.
-Means over the scenes, then mean and standard deviation over the seeds. What counts as a hole depends on N, so only the
-figures of the whole frame can be compared from row to row.
+Figures are means over the scenes, then mean and standard deviation over the seeds. Holes depend on N, so only figures
+of the whole frame are comparable between rows. Takes an hour on two cores.
 """
 
 from __future__ import annotations
@@ -29,7 +29,7 @@ FIGURES = ("psnr", "psnr_holes")
 
 
 def main() -> None:
-    """Make two datasets, train six adapters, evaluate nine times; write the table."""
+    """Build two datasets, train six adapters, evaluate nine times, and write the table."""
     parser = argparse.ArgumentParser(description=__doc__)
     parser.add_argument("--output", default="out/persistence_training", help="folder of datasets and trainings")
     parser.add_argument("--seeds", type=int, default=3)

@@ -1,11 +1,11 @@
-"""What Ray costs over a bare loop, and what each stage costs.
+"""Measure the cost of Ray over a bare loop, and the cost of each stage.
 
     python benchmarks/preprocess.py --hardware "2 x86-64 cores"
 
-The same stage functions over the same clips, once as two nested `for` loops in one process, once on Ray with two
-workers that are already started; interleaved runs, each into an empty folder. A rate counts the clips that are finished
-after the first quarter, so that the start of a pass is not in it; the start is reported beside it. Then the stages of
-one process at the size that the 14B model is trained on. Writes benchmarks/results/preprocess.{json,md}.
+The same stage functions process the same clips, once as two nested `for` loops in one process, once on Ray with two
+workers that are already started; runs are interleaved, each into an empty folder. A rate counts the clips finished
+after the first quarter, which excludes the start of a pass; the start is reported separately. Then the stages are timed
+in one process at the size that the 14B model is trained on. Writes benchmarks/results/preprocess.{json,md}.
 """
 
 from __future__ import annotations
@@ -37,7 +37,7 @@ LARGE = (49, (512, 512))
 
 
 class Bare:
-    """What anybody would write without a pipeline. Errors propagate."""
+    """The loop that one would write without a pipeline. Errors propagate."""
 
     problems = ()
 
@@ -60,7 +60,7 @@ class Bare:
 
 
 class Stamped(progress.Progress):
-    """Progress that notes when each clip came out."""
+    """Progress that records when each clip finished."""
 
     stamps: ClassVar[list[float]] = []
     began: ClassVar[float] = 0.0
@@ -76,7 +76,7 @@ class Stamped(progress.Progress):
 
 
 def timed(config: PreprocessConfig, runner_name: str) -> dict[str, float]:
-    """Return the steady rate in clips a second, seconds to the first clip, and those of the whole run."""
+    """Return the steady rate in clips per second, the seconds to the first clip, and those of the whole run."""
     with tempfile.TemporaryDirectory() as folder:
         start = time.perf_counter()
         result = preprocess.run(replace(config, output=folder), runner_name=runner_name)
@@ -90,7 +90,7 @@ def timed(config: PreprocessConfig, runner_name: str) -> dict[str, float]:
 
 
 def compare(config: PreprocessConfig, runs: int) -> dict[str, Any]:
-    """Return both sides' runs and the ratio of clips a second and core, Ray's over the loop's, for each pair."""
+    """Return both sides' runs and, for each pair, the ratio of clips per second and core, Ray's over the loop's."""
     sides = {"bare": ("inline", 1), "ray": ("ray", config.num_workers)}
     guarded, runner.Inline = runner.Inline, Bare
     few = replace(config, input=list(config.input or ())[:16])
@@ -108,7 +108,7 @@ def compare(config: PreprocessConfig, runs: int) -> dict[str, Any]:
 
 
 def stage_costs(folder: Path, num_clips: int) -> dict[str, float]:
-    """Return {stage: seconds a clip} of 49 × 512 × 512 with depth beside the video, in one process."""
+    """Return {stage: seconds per clip} for 49 × 512 × 512 with depth beside the video, in one process."""
     num_frames, size = LARGE
     made = SyntheticConfig(num_videos=num_clips, num_frames=num_frames, size=size, supersample=1, max_frequency=30.0)
     paths = [str(path) for path in write_corpus(folder / "large", made)]

@@ -1,8 +1,8 @@
 """Build and pre-train the small real model: `python benchmarks/pretrain_tiny.py --output FOLDER`.
 
 Renders synthetic clips (training seeds only), fits the linear codec on some of them, and trains the transformer as an
-image-to-video model that also takes given key frames and given regions, as Wan's start/end-frame and inpainting models
-do. Writes the folder that `ex4d/models/assets/tiny` holds, and a log with one JSON object every hundred steps.
+image-to-video model that also accepts given key frames and regions, as Wan's start/end-frame and inpainting models do.
+Writes the contents of `ex4d/models/assets/tiny`, and a log with one JSON object every hundred steps.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ SHORT_TEXT = 28  # longer than any caption of the corpus
 
 
 class ShortTextProcessor(WanAttnProcessor):
-    """The same attention for text whose padding is given once, weighted by how often it stands in the 512 tokens."""
+    """Equivalent attention for text with a single padding token, weighted by its number among the 512 tokens."""
 
     def __init__(self, num_image: int):
         super().__init__()
@@ -59,7 +59,7 @@ def short_text(prompt_embeds: Tensor) -> Tensor:
 
 
 def render_corpus(path: Path, num_clips: int, num_frames: int, size: int) -> tuple[np.ndarray, list[str]]:
-    """Return (frames uint8 [N,T,H,W,3], captions), rendered where `path` does not hold them yet."""
+    """Return (frames uint8 [N,T,H,W,3], captions) from `path`, after rendering them if they are not there yet."""
     captions_path = path.with_suffix(".txt")
     if not captions_path.exists():
         path.parent.mkdir(parents=True, exist_ok=True)
@@ -89,7 +89,7 @@ def draw_pixels(clips: np.ndarray, index: np.ndarray, rng: np.random.Generator) 
 
 
 def draw_given(shape: tuple[int, ...], rng: np.random.Generator) -> Tensor:
-    """Return what is given, float [B,1,f,h,w] of 0 and 1: the first frame, or also key frames, or also regions."""
+    """Return the given cells, float [B,1,f,h,w] of 0 and 1: the first frame, perhaps also key frames or regions."""
     batch, _, frames, height, width = shape
     given = np.zeros((batch, frames, height, width), dtype=np.float32)
     for one in given:
@@ -119,7 +119,7 @@ def make_batch(base: Base, pixels: Tensor, rng: np.random.Generator) -> tuple[Te
 
 
 def train(base: Base, clips: np.ndarray, captions: list[str], args: argparse.Namespace) -> None:
-    """Train base.transformer in place for a time or a number of steps; its weights end as their moving average."""
+    """Train base.transformer in place for a time or a number of steps; it ends with the moving average of weights."""
     model = base.transformer.train().requires_grad_(True)
     num_image = base.encode_image(torch.zeros(1, 3, 96, 96)).shape[1]
     for block in model.blocks:

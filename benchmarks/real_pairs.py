@@ -18,16 +18,16 @@ from ex4d.geometry.camera import Camera, invert, unproject
 from ex4d.geometry.mesh import build
 from ex4d.geometry.render import render
 
-ICL_K = np.array([[481.2, 0, 320.0], [0, 480.0, 240.0], [0, 0, 1]])  # centres at integers there: +0.5
+ICL_K = np.array([[481.2, 0, 320.0], [0, 480.0, 240.0], [0, 0, 1]])  # pixel centres at integers there: +0.5
 TUM_K = np.array([[520.9, 0, 325.6], [0, 521.0, 250.2], [0, 0, 1]])
 DEPTH_SCALE = 5000.0  # both: png value / metre
-AGREE = 0.02  # of depth; beyond it, two points lie on different surfaces
+AGREE = 0.02  # relative depth difference above which two points lie on different surfaces
 FLIP_Y = np.diag([1.0, -1.0, 1.0, 1.0])
 
 
 @dataclass(frozen=True)
 class View:
-    """A picture with measured depth: frame uint8 [H, W, 3], z_depth float32 [H, W] in metres (0: not known), w2c, K."""
+    """A picture with measured depth: frame uint8 [H, W, 3], z_depth float32 [H, W] in metres (0: unknown), w2c, K."""
 
     frame: np.ndarray
     z_depth: np.ndarray
@@ -39,10 +39,10 @@ class View:
 class PairScore:
     """Figures of a warp against the other picture.
 
-    psnr: dB over the pixels marked visible; psnr_still: the same pixels, for the unwarped source picture.
-    psnr_same_surface: dB over those of them whose drawn depth is within 2 % of the measured.
-    coverage: share of the picture marked visible. recall: of what the source sees too, by the measured depth of
-    both, the share that is marked visible. depth_error: median |drawn − measured| / measured over the visible pixels.
+    psnr: dB over the pixels marked visible; psnr_still: the same pixels of the unwarped source picture.
+    psnr_same_surface: dB over the visible pixels whose rendered depth is within 2 % of the measured one.
+    coverage: share of the picture marked visible. recall: share marked visible of the pixels that the source sees too,
+    by the measured depth of both. depth_error: median |rendered − measured| / measured over the visible pixels.
     """
 
     psnr: float
@@ -88,7 +88,7 @@ def relative_pose(frame: np.ndarray, z_depth: np.ndarray, other: np.ndarray, K: 
     """Return w2c float64 [4, 4] of `other`, world = the camera of `frame`, from ORB matches, depth and RANSAC PnP.
 
     Raises:
-        BadSample: no_pose, where fewer than 30 matches agree.
+        BadSample: no_pose, if fewer than 30 matches agree.
     """
     import cv2
 

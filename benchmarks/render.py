@@ -1,8 +1,8 @@
-"""Milliseconds a frame of mesh + flags + render: `python benchmarks/render.py` writes results/render.{json,md}.
+"""Time mesh + flags + render, in ms per frame: `python benchmarks/render.py` writes results/render.{json,md}.
 
-Mean over 3 scenes × 4 angles of an orbit, the least of a few calls each, process CPU time beside wall time. Embree
-(embreex) gets the same mesh and one ray a pixel in the same run, without shading and without an end of its curtains;
-the reference draws one frame. Face ids of both are compared. Takes two to three minutes on a quiet machine.
+Mean over 3 scenes × 4 angles of an orbit, each the minimum of a few calls; process CPU time and wall time. In the same
+run, Embree (embreex) gets the same mesh and one ray per pixel, without shading and without ending the curtains; the
+reference renderer draws one frame. The face ids of both are compared. Takes two to three minutes on an idle machine.
 """
 
 from __future__ import annotations
@@ -32,7 +32,7 @@ sys.path.insert(0, str(ROOT / "tests" / "geometry"))
 ANGLES_DEG = (10, 30, 60, 90)
 SIZES = ((512, 512), (576, 1024))
 TARGET_MS = 15.0  # mesh + flags + render, one thread, 512 × 512
-TARGET_RATIO = 40.0  # how many times longer Embree takes, both
+TARGET_RATIO = 40.0  # how many times longer Embree takes, for tree and rays together
 RESULTS = ROOT / "benchmarks" / "results"
 Case = tuple[np.ndarray, np.ndarray, Camera]
 
@@ -52,7 +52,7 @@ def cases(size: tuple[int, int]) -> list[Case]:
 
 
 def timed(function: Callable[..., object], *args: Any, repeats: int = 3) -> np.ndarray:
-    """Return the least (CPU, wall) milliseconds of a few calls: other programs share the machine."""
+    """Return the minimum (CPU, wall) milliseconds of a few calls, since other programs share the machine."""
     rows = []
     for _ in range(repeats):
         start = time.process_time(), time.perf_counter()
@@ -70,13 +70,13 @@ def pair(values: np.ndarray) -> dict[str, float]:
 
 
 def memory_mb(name: str) -> float:
-    """Return a figure of /proc/self/status: VmRSS, what is held now, or VmHWM, the most since `forget_peak`."""
+    """Return a figure of /proc/self/status in MB: VmRSS, current memory, or VmHWM, the peak since `forget_peak`."""
     line = next(x for x in Path("/proc/self/status").read_text().splitlines() if x.startswith(name + ":"))
     return int(line.split()[1]) / 1024
 
 
 def forget_peak() -> float:
-    """Return the MB held now, and start the search for the most anew."""
+    """Reset the peak memory, and return the MB held now."""
     Path("/proc/self/clear_refs").write_text("5")
     return memory_mb("VmRSS")
 
@@ -113,7 +113,7 @@ def measure(size: tuple[int, int]) -> dict:
 
 
 def embree(meshes: list[DWMesh], cameras: list[Camera], result: dict) -> dict | None:
-    """Return Embree's mean times for the mesh's tree and one ray a pixel; None where embreex is not installed."""
+    """Return Embree's mean times for building the mesh's tree and for one ray per pixel; None without embreex."""
     try:
         from embreex.mesh_construction import TriangleMesh
         from embreex.rtcore_scene import EmbreeScene

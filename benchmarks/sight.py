@@ -1,4 +1,4 @@
-"""What a camera truly sees of the surfaces of a synthetic scene, and where points land in its picture."""
+"""Compute exactly what a camera sees of a synthetic scene's surfaces, and where points project to."""
 
 from __future__ import annotations
 
@@ -17,12 +17,12 @@ def to_world(body: Body, points: np.ndarray, time_s: float) -> np.ndarray:
 def visible_from(
     scene: Scene, source: Camera, time_s: float, camera: Camera, other_time_s: float | None = None
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return (visible bool [H,W], uv float64 [H,W,2] px): does another camera truly see each source pixel's surface.
+    """Return (visible bool [H,W], uv float64 [H,W,2] px): whether another camera sees the surface of each source pixel.
 
-    uv is where that surface point lands in the other picture, meaningless where it is behind the camera.
+    uv is where that surface point projects in the other picture; it is meaningless behind the camera.
 
     Args:
-        source: its pixel centres are followed; size [H,W] of the result.
+        source: rays start at its pixel centres; its size is that of the result.
         time_s: time of the source picture.
         camera: the other camera.
         other_time_s: time of the other picture; the surface points move with their bodies. None: the same time.
@@ -47,7 +47,7 @@ def visible_from(
 def project(points: np.ndarray, camera: Camera) -> tuple[np.ndarray, np.ndarray]:
     """Return (uv float64 [..., 2] in pixels, z float64 [...] along the camera's axis) of world points [..., 3].
 
-    Points on or behind the camera's plane get uv = NaN; z says which they are.
+    Points on or behind the camera's plane (z <= 0) get uv = NaN.
     """
     points = np.asarray(points, np.float64)
     local = points @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]

@@ -1,4 +1,4 @@
-"""Cameras found from a clip's own motion, and views with them: writes results/source_cameras.{json,md}.
+"""Estimate cameras from a clip's own motion, and render views with them: writes results/source_cameras.{json,md}.
 
 Synthetic clips of 9 frames at 256 × 256, with exact depth and without poses. Cameras: rotation and translation error,
 the latter after the similarity that fits the centres best, in shares of the path's length. Views: an orbit by 30°
@@ -58,7 +58,7 @@ def view_psnr(scene, frames, z_depth, cameras, source_w2c) -> float:
 
 
 def alone(frames: np.ndarray, truth: np.ndarray) -> dict[str, object]:
-    """Return the camera errors of `depth: parallax`, which has no other depth; None where it refuses the clip."""
+    """Return the camera errors of `depth: parallax`, which uses no other depth; None if it rejects the clip."""
     started = time.process_time()
     try:
         found = parallax.estimate(frames, DepthRequest())
@@ -69,7 +69,7 @@ def alone(frames: np.ndarray, truth: np.ndarray) -> dict[str, object]:
 
 
 def by_colmap(geometry: Geometry, frames: np.ndarray, truth: np.ndarray) -> dict[str, float] | None:
-    """Return the camera errors of `cameras: colmap`, with its seconds of CPU; None where it refuses the clip."""
+    """Return the camera errors of `cameras: colmap`, with its CPU seconds; None if it rejects the clip."""
     started = time.process_time() + worker_seconds()
     try:
         found = source_cameras.joined(geometry, frames, DepthRequest(cameras="colmap"))
@@ -87,7 +87,7 @@ def worker_seconds() -> float:
 
 
 def measure(seed: int, motion: str, moving_bodies: bool) -> dict[str, object]:
-    """Return the figures of one clip; `refused` where no cameras were found."""
+    """Return the figures of one clip; `refused` if no cameras were found."""
     config = SyntheticConfig(
         num_frames=NUM_FRAMES, size=SIZE, seed=seed, moving_bodies=moving_bodies, camera_motion=motion, supersample=1
     )
@@ -161,7 +161,7 @@ def summary(rows: list[dict]) -> str:
 
 
 def other_table(rows: list[dict], key: str) -> list[str]:
-    """Return the lines of a table of the camera errors under a key of the rows; None there is a refusal."""
+    """Return the lines of a table of the camera errors under a key of the rows, where None means a rejected clip."""
     lines = ["| motion | bodies | refused | rotation ° | worst | translation % |", "|" + "---|" * 6]
     for motion, moving in ((m, b) for m in ("gentle", "strong") for b in (False, True)):
         mine = [row for row in rows if (row["motion"], row["moving_bodies"]) == (motion, moving)]

@@ -1,12 +1,12 @@
-"""What clips of two cameras are worth: three adapters of the tiny base, on the same scenes, against the true views.
+"""Measure the benefit of two-camera clips: compare three adapters of the tiny base with the true views of scenes.
 
     python benchmarks/source_video.py [--steps 400] [--scenes 16]
 
 | adapter | trained on |
 |---|---|
 | simulated masks | videos of one camera, as `ex4d demo` does |
-| two cameras | the true view from a second camera, its condition warped from the first |
-| two cameras, source video | the same, with the first camera's video as second condition |
+| two cameras | the true view from a second camera, with a condition warped from the first |
+| two cameras, source video | the same, with the first camera's video as a second condition |
 
 The recipe is that of configs/tiny.yaml. Writes results/source_video.md and .json; about 25 minutes on two cores.
 """
@@ -47,11 +47,11 @@ WAYS: dict[str, tuple[dict[str, Any], bool]] = {
 
 
 def figures_of(way: str, folder: Path, steps: int, scenes: int) -> tuple[dict[str, Range], float]:
-    """Return (the figures of each range, seconds that training took) of an adapter trained in one of WAYS."""
+    """Train an adapter in one of WAYS; return (the figures of each range, seconds of training)."""
     members, source_video = WAYS[way]
     settings = configs.load(RECIPE, demo.sections())
     data, run = folder / f"data-{len(members)}", folder / f"run-{way}"
-    # A clip is a whole video: the two cameras begin where they are one.
+    # A clip is a whole video, since the two cameras coincide in its first frame.
     world = replace(settings["synthetic"], num_frames=9, second_camera_deg=SECOND_CAMERA_DEG if members else None)
     chosen = replace(settings["preprocess"], output=str(data), depth="sidecar", **members)
     assert preprocess.run(chosen, settings["ray"], world).exit_code == 0
@@ -72,7 +72,7 @@ def figures_of(way: str, folder: Path, steps: int, scenes: int) -> tuple[dict[st
 
 
 def row(views: Range, method: str, other: Range | None) -> dict[str, str]:
-    """Return dB as text: whole frame and holes, and the paired lead over the adapter of another run."""
+    """Return dB as text: whole frame, holes, and the mean paired difference from the adapter of another run."""
     cells = {}
     for name in ("psnr", "psnr_holes"):
         values = [figures[name] for figures in views.figures[method]]
@@ -85,7 +85,7 @@ def row(views: Range, method: str, other: Range | None) -> dict[str, str]:
 
 
 def main() -> None:
-    """Train, judge, and write the tables."""
+    """Train, evaluate, and write the tables."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--steps", type=int, default=400)
     parser.add_argument("--scenes", type=int, default=16)

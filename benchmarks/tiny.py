@@ -1,8 +1,8 @@
-"""The small real model: the classes of Wan2.1-I2V at a size that a CPU trains, saved in diffusers' layout.
+"""Build the small real model: the classes of Wan2.1-I2V at a size that a CPU can train, in diffusers' layout.
 
-WanTransformer3DModel with its image-to-video path, UMT5 text encoder, CLIP vision encoder, and a linear codec where Wan
-has its VAE. The encoders are random and frozen: they give each caption and each picture features of its own, which is
-what the transformer learns to use. `benchmarks/pretrain_tiny.py` trains the transformer; its weights lie in
+It has WanTransformer3DModel with its image-to-video path, the UMT5 text encoder, the CLIP vision encoder, and a linear
+codec in place of Wan's VAE. The encoders are random and frozen: they give each caption and picture distinct features,
+which the transformer learns to use. `benchmarks/pretrain_tiny.py` trains the transformer; its weights are in
 `assets/tiny`.
 """
 
@@ -21,7 +21,7 @@ from ex4d.models.quantize import QuantizedLinear
 
 COLOURS = ("red", "green", "blue", "yellow", "purple", "orange", "white", "grey")
 THINGS = ("a", "an", "and", "sphere", "box", "in", "room", "under", "the", "sky", "video", "scene", "moving")
-WORDS = (*COLOURS, *THINGS)  # what the captions of the synthetic corpus are made of, and a few more
+WORDS = (*COLOURS, *THINGS)  # the words of the synthetic corpus's captions, and a few more
 SPECIAL_TOKENS = ("<pad>", "</s>", "<unk>")
 TEXT_DIM = 32
 IMAGE_DIM = 32
@@ -105,9 +105,9 @@ def build_tiny(folder: str | Path, codec: Any, transformer: Any, seed: int = 0, 
 
     Args:
         codec: a fitted LinearVideoCodec.
-        transformer: of `new_transformer`, trained or not.
+        transformer: from `new_transformer`, trained or not.
         seed: of the random text and image encoders.
-        half: store the transformer as bfloat16; it is loaded in whatever dtype is asked for.
+        half: store the transformer as bfloat16; `load_base` chooses the dtype to load it in.
     """
     folder = Path(folder)
     with torch.random.fork_rng(devices=[]):

@@ -1,15 +1,15 @@
-"""A training step of the 14B model on one GPU: seconds, MFU, HFU and peak memory, by how its base is stored and run.
+"""Time a training step of the 14B model on one GPU: seconds, MFU, HFU and peak memory for each way to run its base.
 
     python benchmarks/train_14b.py --output out/train_14b              49 × 512 × 512, each row in its own process
     python benchmarks/train_14b.py --output out/tiny --size tiny       the same rows of the small model, on a CPU too
     python benchmarks/train_14b.py --output out/swap --only nf4+swap   one row
 
-Weights are random and made on the device, a parameter at a time and a block at a time into their quantised form, so
-that no host needs 33 GB; latents, text and image features are random too, since no time depends on them. A step is
-forward, backward with activation checkpointing, clipping and AdamW. It needs torch, diffusers and peft; no
-DeepSpeed, no download. Every row is in OUTPUT/rows.jsonl as soon as it is measured; OUTPUT/train_14b.{json,md} come
-last, with what `train.estimate` says of each row and what an H200 should do: HFU ≥ 45 %, ≤ 48 GB, ≤ 24 GB quantised
-with swap. Rows that the estimate puts above the GPU's memory are skipped.
+Weights are random and created on the device, one parameter at a time, and quantised block by block, so that no host
+needs 33 GB; latents, text and image features are random too, since no time depends on them. A step is forward, backward
+with activation checkpointing, clipping and AdamW. It needs torch, diffusers and peft, but no DeepSpeed and no download.
+Each row is written to OUTPUT/rows.jsonl as soon as it is measured; OUTPUT/train_14b.{json,md} come last, with the
+estimate of `train.estimate` for each row and the targets on an H200: HFU ≥ 45 %, ≤ 48 GB, ≤ 24 GB quantised with swap.
+Rows that the estimate puts above the GPU's memory are skipped.
 """
 
 from __future__ import annotations
@@ -43,16 +43,15 @@ from profiles import profile
 
 TARGET_HFU, TARGET_GB, TARGET_SWAP_GB = 0.45, 48, 24
 FAMILY = "wan2.1-i2v-14b"
-ROOM = 0.97  # of the GPU's memory: what CUDA itself takes is not PyTorch's to give
+ROOM = 0.97  # of the GPU's memory; CUDA itself takes the rest
 
 
 @dataclass(frozen=True)
 class Setting:
-    """How a row runs: its base in bfloat16 or quantised, a share of its blocks swapped, blocks compiled or not, a share
-    of them recomputed in the backward pass, with or without the outputs of self-attention, products of the frozen
-    layers in bfloat16 or, by torchao, in fp8.
+    """How a row runs: quantisation of the base, share of swapped blocks, compilation, share of recomputed blocks, with
+    or without the outputs of self-attention, and products of the frozen layers in bfloat16 or, by torchao, in fp8.
 
-    `limit_s` ends a row that takes too long.
+    A row that takes longer than `limit_s` is killed.
     """
 
     quantize: str | None = None
@@ -64,8 +63,8 @@ class Setting:
     limit_s: float = 45.0
 
 
-# In order of worth: a run that is cut short has the first ones. Up to bf16+swap the limits fit one run together; the
-# rows after it take what the others left.
+# Most valuable first, for a run that is cut short. The limits up to bf16+swap fit in one run together; later rows use
+# the time that is left.
 ROWS = {
     "bf16": Setting(limit_s=60.0),
     "bf16+compile": Setting(compile=True, limit_s=90.0),
@@ -95,14 +94,14 @@ class Size:
 
 
 def size_of(name: str) -> Size:
-    """Return the published size, or one that a CPU steps in a second."""
+    """Return the published size, or one whose step takes a CPU about a second."""
     if name == "14b":
         return Size(name, families.FAMILIES[FAMILY].transformer, flops.latent_size((49, 512, 512)), 1024)
     return Size(name, backbone.transformer_config("tiny"), (3, 12, 12), 128)
 
 
 def fill(module: nn.Module, device: torch.device, keep_float32: tuple[str, ...], generator: torch.Generator) -> None:
-    """Give every meta parameter of a module random values on the device; the named ones in float32, else bfloat16."""
+    """Replace a module's meta parameters by random values on the device, bfloat16 but for those in `keep_float32`."""
     for path, owner in module.named_modules():
         for name, parameter in list(owner._parameters.items()):
             if parameter is None or not parameter.is_meta:
@@ -118,7 +117,7 @@ def fill(module: nn.Module, device: torch.device, keep_float32: tuple[str, ...],
 
 
 def use_fp8_products(block: nn.Module, device: torch.device) -> None:
-    """Let the linear layers of a block multiply in fp8, with a scale for each tensor; a CPU only rounds to it."""
+    """Let the linear layers of a block multiply in fp8 with a scale per tensor; on a CPU, only round to fp8."""
     from torchao.float8 import Float8LinearConfig, convert_to_float8_training
 
     recipe = Float8LinearConfig.from_recipe_name("tensorwise")
@@ -137,7 +136,7 @@ def random_model(size: Size, row: Setting, device: torch.device) -> tuple[adapte
         if row.fp8_products:
             use_fp8_products(block, device)
     fill(transformer, device, kept, generator)
-    # Its tables are buffers, which were made on the meta device with the rest.
+    # The position tables are buffers, which were created on the meta device as well.
     shape = transformer.config
     transformer.rope = type(transformer.rope)(shape.attention_head_dim, shape.patch_size, shape.rope_max_seq_len)
     transformer.to(device)
@@ -219,13 +218,13 @@ def measure(name: str, size_name: str, device: torch.device, warm_up: int, steps
 
 @cache
 def counted_once(size_name: str) -> dict[str, int]:
-    """Return the numbers of parameters, which are the same however they are stored."""
+    """Return the numbers of parameters, which do not depend on how they are stored."""
     size = size_of(size_name)
     return estimate.count_parameters(size.shape, backbone.ModelConfig(adapter_hidden=size.adapter_hidden))
 
 
 def expected(size: Size, row: Setting) -> dict[str, Any]:
-    """Return what `train.estimate` says of a row, and the seconds of a step on an H200 at the target."""
+    """Return the estimate of `train.estimate` for a row, and the seconds of a step on an H200 at the target HFU."""
     model = backbone.ModelConfig(adapter_hidden=size.adapter_hidden, quantize=row.quantize)  # type: ignore[arg-type]
     swapped = round(row.swapped * size.shape["num_layers"])
     recomputed = round(row.recomputed * size.shape["num_layers"]) if row.recomputed < 1 else None
@@ -243,7 +242,7 @@ def expected(size: Size, row: Setting) -> dict[str, Any]:
 
 
 def gpu() -> tuple[str, float] | None:
-    """Return (name, bytes of memory) of this machine's GPU without opening it, which would take memory; None: none."""
+    """Return (name, bytes of memory) of the GPU, or None, without a CUDA context, which would take memory."""
     command = ["nvidia-smi", "--query-gpu=name,memory.total", "--format=csv,noheader,nounits"]
     try:
         done = subprocess.run(command, capture_output=True, text=True, check=True)
@@ -254,7 +253,7 @@ def gpu() -> tuple[str, float] | None:
 
 
 def plan(arguments: argparse.Namespace, memory: float | None) -> list[gpu_rows.Row]:
-    """Return the rows to run, those left out that cannot fit the GPU's `memory` in bytes."""
+    """Return the rows to run; those that cannot fit the GPU's `memory`, in bytes, are marked to be skipped."""
     size, planned = size_of(arguments.size), []
     for name in arguments.only:
         command = [sys.executable, __file__, "--row", name, "--size", arguments.size, "--device", arguments.device]
@@ -306,7 +305,7 @@ def markdown(facts: Mapping[str, Any]) -> str:
 
 
 def expectations() -> list[str]:
-    """Return what the run at the published size should do on an H200, as lines of a table."""
+    """Return the expected results of the published size on an H200, as lines of a table."""
     size, lines = size_of("14b"), []
     lines += [
         f"What 14B at 49 × 512 × 512 should do on one H200, by `train.estimate` and at {TARGET_HFU:.0%} HFU "
@@ -319,7 +318,7 @@ def expectations() -> list[str]:
         swapped = round(row.swapped * size.shape["num_layers"])
         said = expected(size, row)
         limit = TARGET_SWAP_GB if row.quantize and swapped else TARGET_GB
-        fills = row.keep_attention or row.recomputed < 1  # what is free is theirs to use
+        fills = row.keep_attention or row.recomputed < 1  # such rows may use all free memory
         within = "–" if fills else "yes" if said["estimated_gb"] <= limit else "no"
         lines.append(
             f"| {name} | {swapped} | {said['estimated_gb']:.1f} | {within} | {said['h200_seconds_at_target']:.2f} |"
@@ -328,7 +327,7 @@ def expectations() -> list[str]:
 
 
 def measure_row(arguments: argparse.Namespace) -> None:
-    """Be the process of one row."""
+    """Measure one row; runs in the row's own process."""
     import profiles
 
     device, name = torch.device(arguments.device), arguments.row

@@ -1,10 +1,10 @@
-"""What the trainer costs over a bare PyTorch loop: the same model, clips and noise, step by step in turns.
+"""Measure the overhead of the trainer over a bare PyTorch loop: same model, clips and noise, steps in turns.
 
     python benchmarks/train_step.py [NUM_PAIRS] [MICRO_BATCH_SIZE]
 
-One rank on the CPU, the tiny base, 9 frames of 96 × 96. Each pair is one step of each, the order swapped every time;
-both encode, draw noise, go forward and back, clip and step AdamW. The trainer adds DeepSpeed (ZeRO-2), the guard and
-the report. Writes benchmarks/results/train_step.json.
+One rank on the CPU, the tiny base, 9 frames of 96 × 96. Each pair is one step of each, in alternating order; both
+encode, draw noise, run forward and backward, clip and step AdamW. The trainer adds DeepSpeed (ZeRO-2), the check for
+non-finite values and the report. Writes benchmarks/results/train_step.json.
 """
 
 from __future__ import annotations
@@ -57,7 +57,7 @@ class Clips(Iterator[dict]):
         return self.batch
 
     def close(self) -> None:
-        """Nothing is open."""
+        """Do nothing: no resource is open."""
 
 
 def new_model() -> tuple[backbone.Base, nn.Module]:
@@ -97,7 +97,7 @@ def main(num_pairs: int = 12, micro: int = 40) -> None:
             return bare_step(bare_base, bare, optimizer, clips.batch, config, step)
 
         ratios, seconds = [], {"trainer": [], "bare": []}
-        cpu: dict[str, list[float]] = {"trainer": [], "bare": []}  # other programs disturb this less
+        cpu: dict[str, list[float]] = {"trainer": [], "bare": []}  # less disturbed by other programs
         for step in range(1, num_pairs + 2):
             pair, values = {"trainer": ours, "bare": theirs}, {}
             for name in sorted(pair, reverse=step % 2 == 0):

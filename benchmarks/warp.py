@@ -1,4 +1,4 @@
-"""Evaluate a warp: the mesh's picture against the exact novel view of a procedural scene."""
+"""Evaluate a warp: compare the rendered mesh with the exact novel view of a procedural scene."""
 
 from __future__ import annotations
 
@@ -17,9 +17,9 @@ from ex4d.geometry.render import render
 from ex4d.geometry.trajectory import build as build_path
 from ex4d.geometry.trajectory import radius_of
 
-# Closer to a depth edge than this, in either picture, visibility is a matter of single pixels.
+# Closer than this to a depth edge in either picture, visibility depends on single pixels.
 BAND_PX = 3
-EDGE_JUMP = 0.046  # the depth jump between neighbours that 2.5° means at f = 500 (docs/method.md, 1)
+EDGE_JUMP = 0.046  # the relative depth jump between neighbours that matches 2.5° at f = 500 (docs/method.md, 1)
 
 
 @dataclass(frozen=True)
@@ -29,9 +29,9 @@ class Pair:
     Attributes:
         frame, truth: uint8 [H, W, 3], supersampled. z_depth: float32 [H, W] of the source.
         K: float64 [3, 3]. camera: the novel one.
-        seen: bool [H, W] of the novel picture: its surface point is visible from the source too.
+        seen: bool [H, W] over the novel picture: the surface point is visible from the source too.
         ceiling: uint8 [H, W, 3]: the source sampled (Lanczos) at the exact correspondences; meaningful where seen.
-        band: bool [H, W] of the novel picture: within BAND_PX of a depth edge of either picture.
+        band: bool [H, W] over the novel picture: within BAND_PX of a depth edge of either picture.
     """
 
     frame: np.ndarray
@@ -50,8 +50,8 @@ class WarpScore:
 
     Attributes:
         psnr: dB over the pixels that are marked visible. coverage: their share of the picture.
-        recall: of the surface that both cameras see, outside the band, the share that is marked visible.
-        false_share: of the pixels marked visible, outside the band, the share that the source does not see.
+        recall: share marked visible of the surface that both cameras see, outside the band.
+        false_share: share of the pixels marked visible, outside the band, that the source does not see.
     """
 
     psnr: float
@@ -63,7 +63,7 @@ class WarpScore:
 def make_pair(
     seed: tuple[int, ...], size: tuple[int, int], angle_deg: float, max_frequency: float, supersample: int = 4
 ) -> Pair:
-    """Return a scene at time 0 from its first source camera and from the end of an orbit.
+    """Render a scene at time 0 from its first source camera and from the end of an orbit.
 
     Args:
         max_frequency: of the textures in cycles per image height; H / 2 is the Nyquist limit.
@@ -82,7 +82,7 @@ def make_pair(
 
 
 def edge_band(z_depth: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: within BAND_PX of a jump of more than EDGE_JUMP between neighbours, or of the border."""
+    """Return bool [H, W]: True within BAND_PX of the border or of a jump above EDGE_JUMP between neighbours."""
     log = np.log(z_depth)
     edge = np.zeros(z_depth.shape, np.uint8)
     for axis in (0, 1):

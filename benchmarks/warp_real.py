@@ -1,4 +1,4 @@
-"""Real pictures with measured depth, warped: `python benchmarks/warp_real.py` writes results/warp_real.{json,md}.
+"""Warp real pictures with measured depth: `python benchmarks/warp_real.py` writes results/warp_real.{json,md}.
 
 Needs the folder `rgbd_icl_tum` (slambook2's pictures of ICL-NUIM and TUM RGB-D) under ../shared/media, or EX4D_MEDIA.
 """
@@ -17,7 +17,7 @@ from ex4d.geometry.mesh import PROFILES
 
 ROOT = Path(__file__).resolve().parent.parent
 RESULTS = Path(__file__).parent / "results"
-LEAST_COVERAGE = 0.2  # of the default profile: pairs that overlap less say little
+LEAST_COVERAGE = 0.2  # with the default profile; pairs with less overlap say little
 
 
 def measure(media: Path) -> list[dict]:

@@ -1,8 +1,8 @@
-"""Warps against exact novel views: `python benchmarks/warp_truth.py` writes benchmarks/results/warp_truth.{json,md}.
+"""Compare warps with exact novel views: `python benchmarks/warp_truth.py` writes results/warp_truth.{json,md}.
 
 Procedural scenes with exact depth, textures up to the Nyquist limit, supersampled truth, the last frame of an orbit of
-30, 60 and 90°. Beside the default mesh: the closed one, whose curtains hide all the way, the released profile, the torn
-mesh, exact correspondences as the ceiling, and sweeps of the occlusion threshold and of the curtains' reach.
+30, 60 and 90°. The default mesh is compared with the closed one, whose curtains have unlimited reach, the released
+profile, the torn mesh, exact correspondences as the upper bound, and sweeps of occlusion threshold and curtain reach.
 """
 
 from __future__ import annotations

@@ -1,4 +1,4 @@
-"""Clips whose every frame says its own number, in every codec that the installed FFmpeg can write."""
+"""Make clips whose every frame shows its own number, in every codec that the installed FFmpeg can write."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = (64, NUM_BITS * BLOCK_PX)
 
 @dataclass(frozen=True)
 class Recipe:
-    """How a bar-coded clip is written: 25 frames a second, or with gaps of 1–12 such steps where `variable`."""
+    """Encoding of a bar-coded clip: 25 frames per second, or gaps of 1–12 such steps if `variable`."""
 
     codec: str
     suffix: str
@@ -54,7 +54,7 @@ RECIPES = {
 
 
 def frame_of(number: int) -> np.ndarray:
-    """Return uint8 [64, 192, 3]: the number's bits as black and white blocks above a texture that drifts."""
+    """Return uint8 [64, 192, 3]: the number's bits as black and white blocks above a drifting texture."""
     bits = (number >> np.arange(NUM_BITS)) & 1
     code = np.repeat(bits * 255, BLOCK_PX)[None].repeat(32, 0)
     y, x = np.mgrid[0:32, 0 : SIZE[1]]

@@ -1,4 +1,4 @@
-"""What several test files share: where real media lie, and quiet, small libraries."""
+"""Fixtures that several test files share: the folder of real media, and quiet libraries with few threads."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def root() -> Path:
 
 @pytest.fixture(scope="session")
 def media() -> Path:
-    """A folder of real videos, depth and camera files; the test is skipped where there is none."""
+    """A folder of real videos, depth and camera files; the test is skipped if there is none."""
     folder = Path(os.environ.get("EX4D_MEDIA", ROOT.parent / "shared" / "media"))
     if not folder.is_dir():
         pytest.skip("real media are not here: set EX4D_MEDIA to a folder of them")

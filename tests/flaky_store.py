@@ -24,7 +24,7 @@ class Flaky:
     """A WSGI application in front of another one.
 
     Args:
-        app: what answers the requests that do not fail.
+        app: answers the requests that do not fail.
         share: of the requests that fail.
         seed: of the draw.
 
@@ -85,7 +85,7 @@ def _kind(environ: dict[str, Any]) -> str:
 
 
 def _cut(answer: Any) -> Iterator[bytes]:
-    """Yield half of a body whose length was announced as whole; the client sees the connection break."""
+    """Yield half of a body whose full length was announced; the client sees a broken connection."""
     body = b"".join(answer)
     yield body[: len(body) // 2]
 
@@ -112,7 +112,7 @@ def object_store(share: float = 0.05, seed: int = 0) -> Iterator[tuple[str, Flak
 
 
 def use(monkeypatch: Any, address: str) -> None:
-    """Point whatever speaks S3 in this process and its children at the store; failures are not hidden by its client."""
+    """Point all S3 clients of this process and its children at the store, without client retries that hide failures."""
     found = {
         "AWS_ENDPOINT_URL": address,
         "AWS_ACCESS_KEY_ID": "test",
@@ -122,7 +122,7 @@ def use(monkeypatch: Any, address: str) -> None:
     }
     import s3fs
 
-    s3fs.S3FileSystem.clear_instance_cache()  # those of another test speak to its store
+    s3fs.S3FileSystem.clear_instance_cache()  # cached clients of another test use that test's store
     for name, value in found.items():
         monkeypatch.setenv(name, value)
     for name in ("AWS_PROFILE", "AWS_SESSION_TOKEN", "AWS_CONFIG_FILE"):

@@ -1,4 +1,4 @@
-"""A hub on this machine: as much of Hugging Face's interface as reading one dataset's files takes."""
+"""A local hub: the part of Hugging Face's interface that is needed to read one dataset's files."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ class _Handler(BaseHTTPRequestHandler):
             self.wfile.write(body)
 
     def log_message(self, *args) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
 @contextmanager

@@ -1,4 +1,4 @@
-"""Two network namespaces with addresses of their own, over a switch whose ports can be unplugged."""
+"""Set up two network namespaces with their own addresses, over a switch whose ports can be unplugged."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Net:
     name: str
 
     def inside(self, end: str) -> tuple[str, ...]:
-        """Return what stands in front of a command that is to run in a namespace."""
+        """Return the command prefix that runs a command in a namespace."""
         return ("ip", "netns", "exec", f"{self.name}{end}")
 
     def plug(self, end: str, is_in: bool) -> None:
@@ -28,14 +28,14 @@ class Net:
         _ip("-n", f"{self.name}s", "link", "set", f"p{end}", "up" if is_in else "down")
 
     def block(self, end: str, port: int) -> None:
-        """Let no TCP connection leave a namespace for a port."""
+        """Block TCP connections from a namespace to a port."""
         words = ("rule", "add", "ipproto", "tcp", "dport", str(port), "prohibit")
         _ip("-n", f"{self.name}{end}", *words)
 
 
 @contextmanager
 def network() -> Iterator[Net]:
-    """Yield two namespaces that reach each other; skip the test where this machine does not allow them."""
+    """Yield two namespaces that reach each other; skip the test if this machine does not allow them."""
     net = Net(f"x{os.getpid()}")
     try:
         tried = subprocess.run(["ip", "netns", "add", f"{net.name}s"], capture_output=True, text=True)

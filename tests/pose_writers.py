@@ -1,4 +1,4 @@
-"""Writers of the formats of poses that the project only reads."""
+"""Writers for pose formats that the project itself only reads."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ex4d.geometry.pose_trees import UNREAL, write_json
 def write(
     path: str | Path, poses: PoseFile, format: str, times: np.ndarray | None = None, source: str = "unknown"
 ) -> None:
-    """Write poses in a format of WRITERS. times: [T], by default 0, 1, …; source: re10k's first line."""
+    """Write poses in a format of WRITERS. times: [T], default 0, 1, …; source: first line of a re10k file."""
     times = np.arange(len(poses.w2c), dtype=np.float64) if times is None else times
     storage.write_bytes(path, WRITERS[format](poses, times, source))
 

@@ -1,4 +1,4 @@
-"""A Ray with a job server and a token of its own, started as a user does: by `ray start --head --block`."""
+"""Start a Ray head with its own job server and token, as a user does: `ray start --head --block`."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ class Head:
     """A running head.
 
     Args:
-        environment: of whoever uses it: its token. folder: its session, whose path is short for its sockets' sake.
+        environment: for its users, with its token. folder: its session, with a short path because of its sockets.
     """
 
     folder: Path
@@ -38,7 +38,7 @@ class Head:
     nodes: list[subprocess.Popen] = field(default_factory=list)
 
     def add_node(self, prefix: tuple[str, ...] = (), address: str = "", cpus: int = 2, **environment: str) -> None:
-        """Start one more node; `prefix` stands in front of its command."""
+        """Start one more node; `prefix` is prepended to its command."""
         where = [f"--node-ip-address={address}"] if address else []
         words = [f"--address={self.gcs}", *where, f"--num-cpus={cpus}"]
         command = [*prefix, str(BIN / "ray"), "start", *words, *_COMMON]
@@ -99,7 +99,7 @@ def head(address: str = "127.0.0.1", prefix: tuple[str, ...] = (), cpus: int = 2
 
 
 def _start(command: list[str], environment: dict[str, str], log: Path) -> subprocess.Popen:
-    """Start a node; Ray gives up where one takes more than 30 s, as it may on a busy machine, so it is tried again."""
+    """Start a node, with a retry: Ray gives up after 30 s, which a busy machine may exceed."""
     for _ in range(3):
         with open(log, "wb") as file:
             process = subprocess.Popen(command, env=environment, stdout=file, stderr=file, start_new_session=True)
@@ -115,7 +115,7 @@ def _await(url: str, prefix: tuple[str, ...]) -> None:
     deadline = time.monotonic() + 120
     script = f"import urllib.request; urllib.request.urlopen('{url}/api/gcs_healthz', timeout=5)"
     while True:
-        if prefix:  # another network: ask from there
+        if prefix:  # another network: query from there
             if subprocess.run([*prefix, sys.executable, "-c", script], capture_output=True).returncode == 0:
                 return
         else:
@@ -126,7 +126,7 @@ def _await(url: str, prefix: tuple[str, ...]) -> None:
 
 
 def end(process: subprocess.Popen) -> None:
-    """End a node: everything that it started, by process id."""
+    """End a node and all processes that it started, by process id."""
     with contextlib.suppress(psutil.NoSuchProcess):
         below = psutil.Process(process.pid).children(recursive=True)
         for child in [psutil.Process(process.pid), *below]:
@@ -136,14 +136,14 @@ def end(process: subprocess.Popen) -> None:
 
 
 def free_port() -> int:
-    """Return a TCP port of the loopback address that nobody uses."""
+    """Return an unused TCP port of the loopback address."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         return probe.getsockname()[1]
 
 
 def run_script(source: str, *arguments: str, timeout_s: float = 900) -> subprocess.CompletedProcess[str]:
-    """Run Python source that starts a Ray of its own, in a process of its own: one process can be in one cluster."""
+    """Run Python source that starts its own Ray in a separate process, since a process can join only one cluster."""
     folder = tempfile.mkdtemp(prefix="ex4d-")
     try:
         return subprocess.run(

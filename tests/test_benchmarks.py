@@ -1,4 +1,4 @@
-"""Every benchmark runs: in its smallest size, from a copy, so that no measured result is replaced."""
+"""Every benchmark runs in its smallest size, from a copy, so that measured results are not overwritten."""
 
 from __future__ import annotations
 

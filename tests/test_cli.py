@@ -1,4 +1,4 @@
-"""The command line: its grammar, its exit statuses, and that each subcommand explains itself."""
+"""The command line: its grammar, its exit statuses, and the help of every subcommand."""
 
 from __future__ import annotations
 

@@ -19,7 +19,7 @@ ROOT = Path(__file__).resolve().parent.parent
 CONFIGS = sorted((ROOT / "configs").glob("*.yaml"))
 CLASSES = {**demo.sections(), **encode.SECTIONS, "sweep": sweep.SweepConfig}
 TRAININGS = [path for path in CONFIGS if "train" in config.read_yaml(path)]
-# GB of memory that the file promises, with which its dry run must agree.
+# GB of memory that the file states, with which its dry run must agree.
 PROMISED = {"train_14b_48gb.yaml": 48, "train_14b_24gb.yaml": 24}
 
 
@@ -31,7 +31,7 @@ def test_a_config_loads(path):
     loaded = config.load(path, {name: CLASSES[name] for name in present})
     assert all(isinstance(loaded[name], CLASSES[name]) for name in present)
     if "preprocess" in loaded:
-        # A depth network's weights are looked for there, which are not here.
+        # The settings refer to a depth network's weights, which do not exist here.
         fingerprints.sample_settings(dataclasses.replace(loaded["preprocess"], depth="sidecar"))
 
 

@@ -19,7 +19,7 @@ RELEASED[50] = {0: 1000.0, 1: 995.934937, 25: 833.333313, 49: 92.592636}
 
 
 def slow_timesteps(num_steps: int, shift: float) -> list[float]:
-    """The schedule once more, one number at a time in float64."""
+    """The slow twin of the schedule, one number at a time in float64."""
     out = []
     for index in range(num_steps):
         sigma = 1 - index / num_steps

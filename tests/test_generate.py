@@ -27,7 +27,7 @@ def clip(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def adapters(tmp_path_factory) -> dict[str, str]:
-    """Untrained adapters of the tiny base, one a range of masks."""
+    """Untrained adapters of the tiny base, one per mask range."""
     from ex4d.models import backbone, weights
     from ex4d.models.adapter import build_model
     from ex4d.models.encoders import base_fingerprint
@@ -186,7 +186,7 @@ def test_the_video_is_read_before_a_model_is_loaded(clip, adapters, monkeypatch)
 
 
 def test_a_small_gpu_s_ways_give_the_same_video_or_nearly(clip, adapters, tmp_path):
-    """A CPU swaps blocks and moves components too: into copies, and nowhere."""
+    """On a CPU, swapping blocks makes copies, and moving components does nothing."""
     made = {}
     ways = {"plain": (), "swap": ("--block-swap", "2"), "offload": ("--offload",), "int8": ("--quantize", "int8")}
     ways |= {"all": ("--quantize", "nf4", "--block-swap", "1", "--offload"), "nf4": ("--quantize", "nf4")}

@@ -1,4 +1,4 @@
-"""Weights that are not here: a message that says what to get, in a process that has imported nothing else."""
+"""Missing weights: a message that says what to download, in a process that has imported nothing else."""
 
 from __future__ import annotations
 

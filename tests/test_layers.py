@@ -1,4 +1,4 @@
-"""Who may import whom: the rules of docs/architecture.md, read off the code."""
+"""The import rules of docs/architecture.md, checked against the code."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from scipy.sparse.csgraph import connected_components
 
 ROOT = Path(__file__).resolve().parent.parent
 
-# A module may import its own room, and the rooms that are named for it.
+# A module may import its own package and the packages listed for it.
 FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video", "web", "metrics"}
 FLOOR |= {"npy", "threads"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
@@ -148,7 +148,7 @@ def _graph(root: Path) -> dict[str, set[str]]:
 
 
 def circles(graph: dict[str, set[str]]) -> list[list[str]]:
-    """Return each group of modules that import each other in a circle, lazy imports included."""
+    """Return each import cycle as a group of modules, lazy imports included."""
     names = sorted(graph)
     index = {name: number for number, name in enumerate(names)}
     edges = [(index[a], index[b]) for a, others in graph.items() for b in others]
@@ -165,10 +165,10 @@ BELOW_JOBS = {"runtime", "inputs"}
 
 
 def crossings(graph: dict[str, set[str]]) -> list[str]:
-    """Return each import between the rooms of `pipelines` that its rule forbids."""
+    """Return each import between packages of `pipelines` that the rules forbid."""
     wrong = []
     for name, others in graph.items():
-        is_entry = name.endswith(".__main__")  # another door to the command line
+        is_entry = name.endswith(".__main__")  # another entry point of the command line
         room = name.split(".")[1] if name.startswith("pipelines.") and not is_entry else ""
         for other in (o for o in others if o.startswith("pipelines.") and room):
             there = other.split(".")[1]

@@ -1,4 +1,4 @@
-"""npy as NumPy writes it is read without Python's parser, and nothing else is."""
+"""npy files of NumPy are read without Python's parser, and anything else is rejected."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ex4d import npy
 
 
 def written(array: np.ndarray) -> io.BytesIO:
-    """Return a file of NumPy's own npy of the array."""
+    """Return the array as an npy file written by NumPy."""
     file = io.BytesIO()
     np.lib.format.write_array(file, array, version=(1, 0))
     file.seek(0)
@@ -53,7 +53,7 @@ def test_an_array_is_read_as_numpy_reads_it(array, by_columns):
 
 
 def test_no_header_reaches_pythons_parser(monkeypatch):
-    """In Python 3.11 it fails now and then where two threads parse at once."""
+    """In Python 3.11 it fails now and then if two threads parse at once."""
     out = io.BytesIO()
     np.savez(out, a=np.arange(6).reshape(2, 3), name=np.array("z_depth"))
 

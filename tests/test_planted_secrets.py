@@ -1,4 +1,4 @@
-"""Secrets that stand in URLs of settings, lists and command lines: none of them is in any file, output or W&B run."""
+"""Secrets in URLs of settings, lists and command lines appear in no file, output or W&B run."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def choices(folder: Path, given: object) -> PreprocessConfig:
 
 
 def test_a_run_over_urls_with_secrets_keeps_none(corpus, tmp_path, capsys):
-    """Two good videos and one that is missing; then a retry, which says what it lacks."""
+    """Two good videos and a missing one; then a retry, which names what is missing."""
     names = sorted(path.name for path in corpus.glob("*.mp4"))
     with web_server(corpus) as site:
         given = [planted(f"{site.url}/{name}") for name in (*names, "gone.mp4")]
@@ -128,7 +128,7 @@ def test_a_run_s_configuration_lacks_the_password_and_says_so(tmp_path):
 
 
 def test_several_datasets_lose_their_passwords_too(tmp_path, capsys, monkeypatch):
-    """In the run's configuration, in what a failing command says of every kind of mistake, and in its advice."""
+    """In the run's configuration, in error messages of every kind, and in their advice."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(sys, "argv", ["ex4d"])
     data = [{"path": planted("https://127.0.0.1:9/a"), "weight": 2.0}, {"path": planted("gs+x://host/b")}]

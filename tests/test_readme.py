@@ -1,4 +1,4 @@
-"""The README tells the truth: its commands parse, its targets and files exist, and the essentials come first."""
+"""The README is correct: its commands parse, its targets and files exist, and the essentials come first."""
 
 from __future__ import annotations
 
@@ -38,12 +38,12 @@ def _commands(page: Path) -> list[str]:
 
 
 def _is_template(command: str) -> bool:
-    """Return True where capitals or … stand for what the reader chooses."""
+    """Return True if a word has placeholders for the reader's choices (capitals or …)."""
     return "…" in command or bool(re.search(r"\b[A-Z]{2,}\b|[<\[]", command))
 
 
 def _check(command: str) -> None:
-    """Raise where a command of ours would be refused: its grammar, its configuration file, every override."""
+    """Raise if a command would be rejected: its grammar, its configuration file, every override."""
     program, *arguments = shlex.split(command)
     if program == "make":
         targets = re.findall(r"^([a-z-]+):", (ROOT / "Makefile").read_text(), re.M)
@@ -71,7 +71,7 @@ def test_a_misspelt_setting_in_a_page_is_found(tmp_path):
 
 
 def _split(page: Path) -> tuple[list[str], list[str]]:
-    """Return (commands of a page's code blocks that run anywhere, those that are marked `# needs …`)."""
+    """Return (commands in a page's code blocks that run anywhere, those marked `# needs …`)."""
     blocks = re.findall(r"```bash\n(.*?)```", page.read_text(encoding="utf-8"), re.S)
     lines = [line for block in blocks for line in block.replace("\\\n", " ").splitlines()]
     ours = [

@@ -186,7 +186,7 @@ def write_poses(path, w2c, **facts) -> str:
 
 
 def truth_of(world, w2c, K) -> np.ndarray:
-    """Return what the new cameras truly see: w2c [T, 4, 4] from the first source camera, K [3, 3] or [T, 3, 3]."""
+    """Return the exact views of the new cameras: w2c [T, 4, 4] from the first source camera, K [3, 3] or [T, 3, 3]."""
     scene, cameras = synthetic.clip_scene(world, 0)
     K = np.broadcast_to(K, (len(w2c), 3, 3))
     pictures = [
@@ -217,7 +217,7 @@ def test_a_zoom_is_what_the_lens_would_see(clip, tmp_path, zoom):
 
 
 def test_a_moving_source_camera_is_taken_out(tmp_path):
-    """New poses are told from the first camera: with the source's own poses known, its motion leaves no trace."""
+    """New poses are relative to the first camera; if the source's poses are known, its motion leaves no trace."""
     world = dataclasses.replace(WORLD, seed=33, camera_motion="strong", moving_bodies=False)
     path = synthetic.write_corpus(tmp_path, world)[0]
     _, cameras = synthetic.clip_scene(world, 0)
@@ -332,7 +332,7 @@ def test_key_poses_become_a_smooth_path_in_radii(clip, tmp_path):
     radius = reconstruct(clip, num_frames=5, size=(64, 64)).choices["radius"]
     eyes = np.linalg.inv(w2c)[:, :3, 3] / radius
     np.testing.assert_allclose(eyes[[0, 2, 4]], [key["eye"] for key in keys], atol=1e-9)  # through each of the three
-    assert np.linalg.norm(eyes[1] - (eyes[0] + eyes[2]) / 2) > 1e-3  # a spline, no polygon
+    assert np.linalg.norm(eyes[1] - (eyes[0] + eyes[2]) / 2) > 1e-3  # a spline, not a polygon
     seen = w2c @ [0, 0, radius, 1]
     np.testing.assert_allclose(seen[[0, 2, 4], :2], 0, atol=1e-9)
     for bad in ([], [{"eye": [0, 0, 0]}], [[1, 2], [3, 4]], [{"eye": [0, 0, 1], "look_at": [0, 0, 1]}], 7):
@@ -386,7 +386,7 @@ def test_glb_holds_seen_and_occluded_faces_apart(clip, tmp_path):
 
 
 def test_metric_depth_keeps_its_scale(tmp_path, monkeypatch):
-    """A disparity that a network calls metric is inverted, not stretched between percentiles."""
+    """Metric disparity is inverted, not stretched between percentiles."""
     from ex4d import depth
 
     path = synthetic.write_corpus(tmp_path, WORLD)[0]

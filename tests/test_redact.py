@@ -1,4 +1,4 @@
-"""No password and no signature is kept, and no control character is shown."""
+"""No password or signature is kept, and no control character is shown."""
 
 from __future__ import annotations
 

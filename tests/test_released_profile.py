@@ -1,4 +1,4 @@
-"""The `released` profile: what `ex4d reconstruct` writes is what the released generator reads, and means the same.
+"""The `released` profile: the released generator can read what `ex4d reconstruct` writes, with the same meaning.
 
 The loader below follows the released tool's conventions and shares no code with ours.
 """
@@ -37,13 +37,13 @@ def frames_of(path, num_frames: int, size: tuple[int, int]) -> tuple[np.ndarray,
 
 
 def as_the_released_generator_reads(colour_path, mask_path, num_frames: int, size: tuple[int, int]):
-    """Return (colour, mask) [T, H, W, 3] as they reach its VAE, erosion left out, and the frame rates of the files."""
+    """Return (colour, mask) [T, H, W, 3] as they reach its VAE, without erosion, and the frame rates of the files."""
     colour, colour_rate = frames_of(colour_path, num_frames, size)
     mask, mask_rate = frames_of(mask_path, num_frames, size)
-    seen = (mask / 255 > 0.5).astype(np.float64)  # each channel for itself
+    seen = (mask / 255 > 0.5).astype(np.float64)  # each channel separately
     condition = (colour / 255 * seen) * 2 - 1
     once = seen * 2 - 1
-    twice = once * 2 - 1  # the encoder scales what was scaled already
+    twice = once * 2 - 1  # the encoder scales the mask a second time
     return condition, twice, (colour_rate, mask_rate)
 
 

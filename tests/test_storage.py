@@ -1,4 +1,4 @@
-"""Operations on a store are tried again where that can help, and only there; nothing secret is told."""
+"""Store operations are retried only where that can help, and no message reveals a secret."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ CONTENT = bytes(range(256)) * 40
 
 @pytest.fixture(autouse=True)
 def waits(monkeypatch):
-    """The seconds that were waited; nobody waits really."""
+    """The list of requested waits in seconds; the waits themselves are skipped."""
     found = []
     monkeypatch.setattr(remote.time, "sleep", found.append)
     return found
@@ -45,7 +45,7 @@ def answer(status, code=""):
 
 
 def failing(monkeypatch, method, errors):
-    """Let a method of the memory store raise each of these before it works; return the list of its calls."""
+    """Let a method of the memory store raise these errors before it succeeds; return the list of its calls."""
     real, left, calls = getattr(MemoryFileSystem, method), list(errors), []
 
     def maybe(self, *args, **more):
@@ -114,7 +114,7 @@ def test_what_will_not_pass_is_tried_once(memory, monkeypatch, waits, error, bec
 
 
 def test_a_lost_connection_that_calls_itself_not_found_is_tried_again():
-    """fsspec turns whatever happens while it asks a web server for a size into FileNotFoundError."""
+    """fsspec turns any error while it queries a web server for a size into FileNotFoundError."""
     for cause, passing in ((aiohttp.ClientConnectionError(), True), (None, False), (answer(404), False)):
         error = FileNotFoundError("https://host/file")
         error.__cause__ = cause

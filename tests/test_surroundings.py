@@ -1,4 +1,4 @@
-"""What surrounds a command is wrong: its environment, its terminal, its disk; or the user presses Ctrl-C."""
+"""Problems outside a command: its environment, its terminal, its disk, or Ctrl-C."""
 
 from __future__ import annotations
 
@@ -99,7 +99,7 @@ def test_a_full_disk_is_named_with_its_remedy_and_leaves_no_half_file(place, mon
 
 @pytest.mark.parametrize("after_s", [0.5, 3.0])
 def test_ctrl_c_ends_with_one_line_and_130(place, after_s):
-    """At any moment: while the command is read, or while it works (here: at the motion of a long clip)."""
+    """At any moment: while the command is parsed, or while it works (here: on the motion of a long clip)."""
     texture = cv2.GaussianBlur(np.random.default_rng(0).integers(0, 255, (256, 500, 3)).astype(np.uint8), (0, 0), 3)
     video.write(place / "in/b.mp4", np.stack([texture[:, 2 * i : 2 * i + 256] for i in range(121)]), 25)
     argv = ["reconstruct", "in/b.mp4", "--output", "out", "--depth", "parallax"]
@@ -130,7 +130,7 @@ def test_ctrl_c_after_the_answer_leaves_the_answers_status(place):
 
 
 def test_ctrl_c_inside_of_an_exec_leaves_the_status(tmp_path):
-    """As while a module with dataclasses is imported."""
+    """For example, while a module with dataclasses is imported."""
     (tmp_path / "interrupted.py").write_text(
         "import os, signal, time\nfrom pipelines import cli\n"
         "def main():\n    try:\n        exec('os.kill(os.getpid(), signal.SIGINT); time.sleep(60)')\n"
@@ -149,5 +149,5 @@ def test_ctrl_c_inside_of_an_exec_leaves_the_status(tmp_path):
 
 
 def interpreting(pid: int) -> bool:
-    """Return whether a process has our code open: what Python does before that cannot be caught."""
+    """Return whether a process has started to run our code; before that, nothing can be caught."""
     return b"numpy" in Path(f"/proc/{pid}/maps").read_bytes()

@@ -1,4 +1,4 @@
-"""Synthetic scenes are the ground truth of everything else: checked against other ways of computing the same."""
+"""Synthetic scenes, the ground truth of all other tests, are checked against independent computations."""
 
 from __future__ import annotations
 

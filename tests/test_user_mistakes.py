@@ -1,4 +1,4 @@
-"""Mistakes that users make: one clear line that names what is wrong, exit 2 or 1, no traceback, nothing written."""
+"""User mistakes give one clear line that names the problem, exit status 2 or 1, no traceback, and no output."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ VIEW = ("reconstruct", "in/a.mp4", "--output", "out", "--num-frames", "5", "--si
 
 @pytest.fixture(scope="module")
 def place(tmp_path_factory) -> Path:
-    """Return a folder with a video, its depth, and what users have beside them."""
+    """Return a folder with a video, its depth, and other files that users may have next to them."""
     folder = tmp_path_factory.mktemp("mistakes")
     (folder / "in").mkdir()
     (folder / "empty").mkdir()
@@ -176,7 +176,7 @@ def test_a_mistake_ends_with_one_clear_line(name, place, monkeypatch, capsys):
 
 
 def exit_of(command: Callable[[], int]) -> int | str | None:
-    """Return the exit status of a command; that of argparse where it ends there."""
+    """Return the exit status of a command; that of argparse if it exits there."""
     try:
         return command()
     except SystemExit as ended:

@@ -1,4 +1,4 @@
-"""A built wheel in a fresh environment and an empty folder: what only a checkout has is not needed."""
+"""A built wheel works in a fresh environment and an empty folder, without files that only a checkout has."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ SMALL = {
 
 
 def run(*argv: str | Path, cwd: Path) -> str:
-    """Return the standard output of a program that ends with 0, without this process's PYTHONPATH."""
+    """Run a program without this process's PYTHONPATH, require status 0, and return its standard output."""
     kept = {name: value for name, value in os.environ.items() if name not in ("PYTHONPATH", "VIRTUAL_ENV")}
     done = subprocess.run([str(part) for part in argv], cwd=cwd, env=kept, capture_output=True, text=True, timeout=900)
     assert done.returncode == 0, f"{done.stdout[-3000:]}\n{done.stderr[-3000:]}"

@@ -1,4 +1,4 @@
-"""Tiny checkpoints, by the library's own classes: of the networks behind Fréchet distances, and of captioners."""
+"""Write tiny checkpoints with the library's own classes: the networks of Fréchet distances, and captioners."""
 
 from __future__ import annotations
 

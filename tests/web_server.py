@@ -13,7 +13,7 @@ from pathlib import Path
 
 @dataclass
 class Site:
-    """What a server was asked for, and how it shall fail.
+    """The requests that a server has received, and the faults that it must show.
 
     Args:
         url: of the folder.
@@ -28,7 +28,7 @@ class Site:
 
 
 class _Handler(SimpleHTTPRequestHandler):
-    """Python's own, which knows no ranges."""
+    """Python's own handler, which does not support ranges."""
 
     def __init__(self, site: Site, *args, **more):
         self.site = site
@@ -56,7 +56,7 @@ class _Handler(SimpleHTTPRequestHandler):
         super().do_HEAD()
 
     def log_message(self, *args) -> None:
-        """Be quiet."""
+        """Log nothing."""
 
 
 @contextmanager

@@ -1,7 +1,7 @@
-"""Bring what a GPU machine without a network lacks: wheels for Python 3.12, Linux, x86-64, to benchmarks/gpu/wheels.
+"""Collect wheels for a GPU machine without a network (Python 3.12, Linux, x86-64) in benchmarks/gpu/wheels.
 
     python benchmarks/gpu/collect.py                        wheels.txt, and DeepSpeed built without compiled operations
-    python benchmarks/gpu/collect.py --av                   PyAV too (40 MB): where video files are read
+    python benchmarks/gpu/collect.py --av                   also PyAV (40 MB), to read video files
     python benchmarks/gpu/collect.py --nvdiffrast FOLDER    its source, from a clone of github.com/NVlabs/nvdiffrast
 
 Neither folder is ever committed. nvdiffrast's licence restricts commercial use; read it first.
@@ -19,13 +19,13 @@ from pathlib import Path
 HERE = Path(__file__).resolve().parent
 WHEELS, NVDIFFRAST = HERE / "wheels", HERE / "nvdiffrast"
 DEEPSPEED, AV = "deepspeed==0.19.8", "av==18.1.0"
-# pip matches each of these exactly.
+# pip matches each of these tags exactly.
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")
 MOST_BYTES = 60 * 2**20  # what may travel is 64 MiB, this repository included
 
 
 def download(*what: str) -> None:
-    """Download wheels for the GPU machine's Python, none of their dependencies."""
+    """Download wheels for the GPU machine's Python, without dependencies."""
     command = [sys.executable, "-m", "pip", "download", "--quiet", "--no-deps", "--only-binary=:all:"]
     command += ["--python-version", "3.12", "--implementation", "cp", "--dest", str(WHEELS)]
     for platform in PLATFORMS:
@@ -34,14 +34,14 @@ def download(*what: str) -> None:
 
 
 def build_deepspeed() -> None:
-    """Build DeepSpeed's wheel from its source, with no operation compiled: the trainer needs none."""
+    """Build DeepSpeed's wheel from source without compiled operations: the trainer needs none."""
     command = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--wheel-dir", str(WHEELS), DEEPSPEED]
-    # Its setup.py imports torch, which this Python has and an isolated build would fetch.
+    # No isolated build: setup.py imports torch, which this Python has and an isolated build would download.
     subprocess.run([*command, "--no-build-isolation"], check=True, env={**os.environ, "DS_BUILD_OPS": "0"})
 
 
 def copy_nvdiffrast(clone: Path) -> None:
-    """Copy what builds nvdiffrast, without its history, samples and documents."""
+    """Copy nvdiffrast's source, without its history, samples and documentation."""
     shutil.rmtree(NVDIFFRAST, ignore_errors=True)
     NVDIFFRAST.mkdir()
     for name in ("csrc", "nvdiffrast"):

@@ -1,10 +1,10 @@
-"""The two measurements for a GPU machine without a network: install what is missing, run the rows, print the table.
+"""Run one of two measurements on a GPU machine without a network: install wheels, run the rows, print the table.
 
     python3 benchmarks/gpu/measure.py steps  --output "$OUT"    training steps of 14B, by how its base is stored and run
     python3 benchmarks/gpu/measure.py system --output "$OUT"    the real trainer, the renderer, masks, VAE, generation
 
-The wheels of benchmarks/gpu/wheels (collect.py brings them) go into a folder of their own, on top of the machine's
-PyTorch. Each run ends before --budget seconds are over, and its rows are in OUTPUT/rows.jsonl as they come. --size tiny
+The wheels of benchmarks/gpu/wheels (from collect.py) are installed into a separate folder, on top of the machine's
+PyTorch. Each run ends within --budget seconds and appends rows to OUTPUT/rows.jsonl as they finish. --size tiny
 rehearses both on a CPU.
 """
 
@@ -24,7 +24,7 @@ SCRIPTS = {"steps": HERE.parent / "train_14b.py", "system": HERE / "system.py"}
 
 
 def install(site: Path) -> None:
-    """Unpack the wheels into `site`, from this machine alone."""
+    """Install the wheels into `site`, without network access."""
     wheels = sorted((HERE / "wheels").glob("*.whl"))
     if not wheels:
         sys.exit("benchmarks/gpu/wheels is empty: python benchmarks/gpu/collect.py, on a machine with a network")
@@ -43,10 +43,10 @@ def main() -> None:
     start = time.monotonic()
     install(arguments.site)
     environment = {**os.environ, "PYTHONPATH": f"{ROOT}:{arguments.site}", "TQDM_DISABLE": "1", "HF_HUB_OFFLINE": "1"}
-    environment["EX4D_SITE"] = str(arguments.site)  # where a row installs what it builds itself
+    environment["EX4D_SITE"] = str(arguments.site)  # where a row installs packages that it builds
     left = arguments.budget - (time.monotonic() - start)
     command = [sys.executable, str(SCRIPTS[arguments.run]), "--output", str(arguments.output), "--budget", str(left)]
-    # In place of this process, so that a signal reaches the one that holds the rows.
+    # Replace this process, so that a signal reaches the process that runs the rows.
     os.execvpe(sys.executable, [*command, *more], environment)
 
 

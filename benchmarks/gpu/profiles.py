@@ -1,4 +1,4 @@
-"""Where a step's time on the device goes, by kernel, and what single operations reach there."""
+"""Profile a step's time on the device by kernel, and measure the speed of single operations."""
 
 from __future__ import annotations
 
@@ -9,18 +9,20 @@ from typing import Any
 import torch
 from torch.nn import functional
 
-# Words of kernels' names (CUDA) and of operators' (CPU), looked for in this order.
+# Words in the names of kernels (CUDA) and operators (CPU), searched in this order.
 KINDS = {
     "attention": ("flash", "fmha", "sdpa", "attention", "softmax"),
     "products": ("gemm", "nvjet", "cutlass", "xmma", "matmul", "addmm", "aten::mm", "aten::bmm", "conv"),
     "copies": ("memcpy", "memset", "aten::copy_"),
 }
-MOST_TIME = 12  # kernels that are named one by one
+MOST_TIME = 12  # number of kernels that are listed individually
 
 
 def profile(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
-    """Return how the device spends one step: `attention_kernel` (the name of the one that took most of attention's
-    time), `share_attention`, `share_products`, `share_copies`, `share_other`, and `kernels`, seconds by name.
+    """Return how the device spends one step.
+
+    Keys: `attention_kernel` (the attention kernel with the most time), `share_attention`, `share_products`,
+    `share_copies`, `share_other`, and `kernels`, seconds by name.
     """
     from torch.profiler import ProfilerActivity
 
@@ -47,13 +49,13 @@ def profile(step: Callable[[], object], device: torch.device) -> dict[str, Any]:
 
 
 def kind_of(kernel: str) -> str:
-    """Return the kind of work, of KINDS or "other", that a kernel's name says."""
+    """Return the kind of work, a key of KINDS or "other", from a kernel's name."""
     lowered = kernel.lower()
     return next((kind for kind, words in KINDS.items() if any(word in lowered for word in words)), "other")
 
 
 def seconds_of(call: Callable[[], object], device: torch.device, repeats: int = 10) -> float:
-    """Return the mean seconds of a call, after three that do not count."""
+    """Return the mean seconds of a call, after three warm-up calls."""
     for number in range(3 + repeats):
         if number == 3:
             _wait(device)
@@ -69,14 +71,14 @@ def _wait(device: torch.device) -> None:
 
 
 def product(device: torch.device, size: int) -> dict[str, Any]:
-    """Return what a bfloat16 product of two random size × size matrices reaches: the ceiling of a step."""
+    """Time a bfloat16 product of two random size × size matrices, the upper bound for a step's FLOP/s."""
     left, right = (torch.randn(size, size, device=device, dtype=torch.bfloat16) for _ in range(2))
     seconds = seconds_of(lambda: left @ right, device)
     return {"tflops": 2 * size**3 / seconds / 1e12, "ms": 1000 * seconds, "kernel": f"{size}³"}
 
 
 def attention(device: torch.device, heads: int, tokens: int, width: int) -> dict[str, dict[str, Any]]:
-    """Return {kernel: figures of forward and backward} for each attention that PyTorch has here, and its own choice."""
+    """Return {kernel: figures of forward and backward} for each available attention kernel and PyTorch's choice."""
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
     backends = {
@@ -101,7 +103,7 @@ def attention(device: torch.device, heads: int, tokens: int, width: int) -> dict
             else:
                 with sdpa_kernel(backend):
                     seconds, profiled = seconds_of(both, device), profile(both, device)
-        except RuntimeError as error:  # not for this device, dtype or shape
+        except RuntimeError as error:  # the kernel does not support this device, dtype or shape
             found[name] = {"failed": str(error).splitlines()[0][:200]}
             continue
         found[name] = {"tflops": flop / seconds / 1e12, "ms": 1000 * seconds, "kernel": profiled["attention_kernel"]}

@@ -1,4 +1,4 @@
-"""A base of random weights in diffusers' layout and a dataset of random latents, to measure a real training on."""
+"""Write a base of random weights in diffusers' layout and a dataset of random latents, to time a real training."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ WEIGHTS = "diffusion_pytorch_model"
 
 
 def write_base(folder: Path, shape: Mapping[str, Any], device: torch.device) -> int:
-    """Write FOLDER/transformer with random bfloat16 weights, made on the device; return their bytes."""
+    """Write FOLDER/transformer with random bfloat16 weights, drawn on the device; return their size in bytes."""
     from safetensors.torch import save_file
 
     target = folder / "transformer"
@@ -63,7 +63,7 @@ def _shards(shape: Mapping[str, Any], device: torch.device) -> Iterator[dict[str
 
 
 def write_dataset(folder: Path, shape: Mapping[str, Any], size: tuple[int, int, int], num_samples: int = 8) -> None:
-    """Write a finished latent dataset for a base of this shape, as `ex4d encode` would, of random numbers.
+    """Write a finished latent dataset of random numbers for a base of this shape, as `ex4d encode` would.
 
     Args:
         size: (f, h, w) of the latents.

@@ -1,8 +1,8 @@
-"""Rows of a measurement: each a process of its own with a time limit, each on disk as soon as it is measured.
+"""Run the rows of a measurement, each in its own process with a time limit, and write each to disk at once.
 
-A row's process calls `record`, once or several times; every call appends one line to FOLDER/rows.jsonl. What the
-process prints goes to FOLDER/log.txt. A row that fails, hangs or runs out of memory costs itself: it becomes a line
-that says why. Whatever ends `run_rows` itself, the lines that were written stay.
+A row's process calls `record`, once or several times; every call appends one line to FOLDER/rows.jsonl. The output of
+the process goes to FOLDER/log.txt. A row that fails, hangs or runs out of memory does not affect the others: it becomes
+a line with the reason. However `run_rows` itself ends, the lines written so far remain.
 """
 
 from __future__ import annotations
@@ -20,8 +20,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-ROWS_PATH = "EX4D_ROWS"  # names the file of rows to a row's process
-LEAST_S = 5.0  # a row that would get less time is not started
+ROWS_PATH = "EX4D_ROWS"  # environment variable that tells a row's process the file of rows
+LEAST_S = 5.0  # a row with less time than this is not started
 
 
 @dataclass(frozen=True)
@@ -29,10 +29,10 @@ class Row:
     """One row.
 
     Args:
-        name: stands in each of its lines.
-        command: words of its process.
-        limit_s: the process is killed after so many seconds.
-        skip: why it is not to be run: what the dry run says of it, say; None: it is run.
+        name: written in each of its lines.
+        command: command line of its process.
+        limit_s: the process is killed after this many seconds.
+        skip: why not to run it, for example by its memory estimate; None: run it.
     """
 
     name: str
@@ -53,7 +53,7 @@ def record(row: str, **figures: Any) -> None:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Return the rows of a file; a last line cut off by a kill is left out."""
+    """Return the rows of a file, without a last line that a kill has cut off."""
     lines = Path(path).read_text(encoding="utf-8").splitlines() if Path(path).exists() else []
     return [json.loads(line) for line in lines if line.endswith("}")]
 
@@ -64,10 +64,10 @@ def run_rows(
     """Run the rows in order and return what they recorded.
 
     Args:
-        rows: the most valuable first.
-        folder: gets rows.jsonl, which is begun anew, and log.txt.
-        budget_s: of all rows; a row gets no more than what is left of it.
-        environment: of the rows, instead of this process's own.
+        rows: most valuable first.
+        folder: where to write rows.jsonl, replacing an earlier one, and log.txt.
+        budget_s: for all rows; a row gets at most the time that is left.
+        environment: of the rows' processes, instead of this process's own.
     """
     folder.mkdir(parents=True, exist_ok=True)
     path, start = folder / "rows.jsonl", time.monotonic()
@@ -87,7 +87,7 @@ def run_rows(
 
 
 def _run(row: Row, limit_s: float, log: Any, environment: Mapping[str, str]) -> str | None:
-    """Run one row; return None, or why it failed."""
+    """Run one row; return None, or the reason for its failure."""
     log.write(f"===== {row.name}\n".encode())
     log.flush()
     begin = log.tell()
@@ -105,7 +105,7 @@ def _run(row: Row, limit_s: float, log: Any, environment: Mapping[str, str]) -> 
     except subprocess.TimeoutExpired:
         return f"stopped after {limit_s:.0f} s"
     finally:
-        # What it started is in its session; of a row that ended by itself nothing may hold the GPU either.
+        # Kill the row's session: also after a normal end, no child process may keep holding the GPU.
         with contextlib.suppress(ProcessLookupError):
             os.killpg(process.pid, signal.SIGKILL)
         process.wait()
@@ -117,7 +117,7 @@ def _run(row: Row, limit_s: float, log: Any, environment: Mapping[str, str]) -> 
 
 
 def _die_with_parent() -> None:
-    # Linux alone: prctl PR_SET_PDEATHSIG = 1. Where the run is killed, no row may go on holding the GPU.
+    # Linux only: prctl PR_SET_PDEATHSIG = 1. If the run is killed, no row may keep holding the GPU.
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(1, signal.SIGKILL)
 
@@ -126,7 +126,7 @@ def table(rows: Sequence[Mapping[str, Any]], columns: Mapping[str, str]) -> list
     """Return the lines of a Markdown table.
 
     Args:
-        columns: {title: format of the row's figures, e.g. "{peak_gb:.1f}"}; where a figure is missing stands "–".
+        columns: {title: format of the row's figures, e.g. "{peak_gb:.1f}"}; a missing figure is shown as "–".
     """
     lines = ["| row | " + " | ".join(columns) + " |", "|---" * (len(columns) + 1) + "|"]
     for row in rows:

@@ -1,10 +1,10 @@
-"""The system at full size on one GPU: the real trainer, the renderer, a clip's masks, the VAE, generation.
+"""Measure the system at full size on one GPU: the real trainer, the renderer, a clip's masks, the VAE, generation.
 
     python benchmarks/gpu/system.py --output out/system              14B at 49 × 512 × 512
     python benchmarks/gpu/system.py --output out/tiny --size tiny    the same rows of small models, on a CPU too
 
-Run it through measure.py on a machine that lacks packages. Each row is a process of its own and is in OUTPUT/rows.jsonl
-as soon as it is measured; OUTPUT/system.{json,md} come last. The 14B base is written to --scratch, 33 GB.
+Run it through measure.py on a machine that lacks packages. Each row runs in its own process and is written to
+OUTPUT/rows.jsonl as soon as it is measured; OUTPUT/system.{json,md} come last. The 14B base takes 33 GB of --scratch.
 """
 
 from __future__ import annotations
@@ -41,7 +41,7 @@ def shape_of(size: str) -> Mapping[str, Any]:
 
 
 def write_run(size: str, device: torch.device, scratch: Path) -> None:
-    """Write the base and the dataset that the trainer's rows take."""
+    """Write the base and the dataset for the trainer's rows."""
     import random_run
 
     start = time.perf_counter()
@@ -53,7 +53,7 @@ def write_run(size: str, device: torch.device, scratch: Path) -> None:
 
 
 def train(size: str, device: torch.device, scratch: Path, num_steps: int) -> None:
-    """Run `ex4d train` to a step, in one process, with full checkpointing; record each step of this start."""
+    """Run `ex4d train` up to `num_steps` in one process, with full checkpointing; record each step of this start."""
     output = scratch / "train"
     log = output / "metrics.jsonl"
     before = len(rows.read(log))
@@ -87,17 +87,17 @@ def train(size: str, device: torch.device, scratch: Path, num_steps: int) -> Non
 
 
 def train_first(size: str, device: torch.device, scratch: Path) -> None:
-    """Six steps and a checkpoint."""
+    """Train six steps and write a checkpoint."""
     train(size, device, scratch, STEPS)
 
 
 def train_more(size: str, device: torch.device, scratch: Path) -> None:
-    """Two more steps from the checkpoint."""
+    """Resume from the checkpoint and train two more steps."""
     train(size, device, scratch, STEPS + MORE_STEPS)
 
 
 def renderer(size: str, device: torch.device, scratch: Path) -> None:
-    """Build nvdiffrast where its source is, and compare it with `cpu` on a clip along an orbit."""
+    """Build nvdiffrast if its source is there, and compare it with `cpu` on a clip along an orbit."""
     import numpy as np
 
     from ex4d.geometry import trajectory
@@ -198,7 +198,7 @@ def generation(size: str, device: torch.device, scratch: Path) -> None:
 
 
 def timed(device: torch.device, repeats: int, function: Callable[..., object], *arguments: Any) -> float:
-    """Return the least seconds of a call of `function(*arguments)`, after one that does not count."""
+    """Return the minimum seconds of a call of `function(*arguments)`, after one warm-up call."""
     least = float("inf")
     for number in range(1 + repeats):
         start = time.perf_counter()
@@ -210,8 +210,8 @@ def timed(device: torch.device, repeats: int, function: Callable[..., object], *
     return least
 
 
-# In order of worth; the trainer's need the base that the first one writes. Seconds that each may take: together they
-# fit the run's budget, so that no row costs the last ones their turn.
+# Most valuable first; the trainer's rows need the base that the first one writes. The seconds that each may take fit
+# the run's budget together, so that no row prevents the last ones.
 ROWS: dict[str, tuple[Callable[[str, torch.device, Path], None], float]] = {
     "write a base": (write_run, 110),
     "trainer": (train_first, 120),

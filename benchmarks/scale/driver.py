@@ -1,11 +1,11 @@
-"""Memory and time of the driver of `ex4d preprocess`, with stages that do nothing.
+"""Measure memory and time of the driver of `ex4d preprocess`, with stages that do nothing.
 
     python benchmarks/scale/driver.py 30000 100000 300000
 
-For each number of videos (two clips each, of an OpenVid-like list in a store) three runs, each in a process of its own:
-a fresh one; a second one, which finds everything done; and the first again with all samples in shards alone. Units are
-planned and shards are built in other processes, as on a cluster, so the figures are the driver's own: CPU seconds and
-peak memory. Videos, samples and their records are invented; the ledger, the tables and the dataset's are real.
+For each number of videos (two clips each, from an OpenVid-like list in a store) there are three runs, each in its own
+process: a fresh one; a second one, which finds everything done; and a fresh one that keeps samples only in shards.
+Units are planned and shards are built in other processes, as on a cluster, so that the figures, CPU seconds and peak
+memory, are those of the driver. Videos, samples and their records are fake; ledger, tables and dataset tables are real.
 """
 
 from __future__ import annotations
@@ -35,11 +35,11 @@ SCORES = {"source_side": 720.0} | {
     name: 0.5 for name in ("motion", "camera_motion", "sharpness", "exposure", "texture", "text")
 }
 SAMPLE_BYTES, SHARD_MB = 1_000_000, 1024
-AT_ONCE = 32  # rows at the other process
+AT_ONCE = 32  # rows in flight in the other process
 
 
 def write_list(path: Path, count: int) -> None:
-    """Write a list of so many videos with captions."""
+    """Write a list of `count` videos with captions."""
     with open(path, "w") as file:
         file.write("video,caption,fps,seconds\n")
         for index in range(count):
@@ -48,7 +48,7 @@ def write_list(path: Path, count: int) -> None:
 
 
 def record_of(key: str) -> dict[str, Any]:
-    """Return the record of an invented video of 300 frames and two shots."""
+    """Return the record of a fake video of 300 frames and two shots."""
     seed = hashlib.sha256(key.encode()).digest()
     hashes = [f"{int.from_bytes(seed[4 * n : 4 * n + 4], 'big') * 0x9E3779B97F4A7C15 % 2**64:016x}" for n in range(8)]
     info = {"size": [720, 1280], "duration_s": 12.0, "time_base": [1, 12800], "fps": 25.0, "codec": "h264"}
@@ -58,7 +58,7 @@ def record_of(key: str) -> dict[str, Any]:
 
 
 def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Do what a worker does with the row of a video, a unit or a shard; of a shard only its rows are written."""
+    """Do a worker's job for the row of a video, a unit or a shard; for a shard, write only its manifest rows."""
     from pipelines.preprocess.units import FIRST_CLIPS, PLAN
     from pipelines.runtime.stage import pack_row, unpack_row
 
@@ -73,7 +73,7 @@ def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
 
 
 def build(plan: dict[str, Any], output: str, tables: str) -> dict[str, Any]:
-    """Write an empty shard with the manifest rows of invented samples."""
+    """Write an empty shard with the manifest rows of fake samples."""
     import pyarrow.parquet as pq
 
     from ex4d import storage
@@ -100,7 +100,7 @@ def build(plan: dict[str, Any], output: str, tables: str) -> dict[str, Any]:
 
 
 class Stub:
-    """A runner: stages yield invented rows; what a worker plans or builds goes to another process."""
+    """A runner whose stages yield fake rows, and which sends the workers' planning and building to another process."""
 
     problems: tuple[str, ...] = ()
 
@@ -110,7 +110,7 @@ class Stub:
     def __call__(
         self, tracks: Sequence[Any], rows: Iterable[dict[str, Any]], config: Any, added: deque[Any]
     ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each row as the stages would leave it."""
+        """Yield each row with the columns that the stages would add."""
         from pipelines.runtime.stage import pack_row, unpack_row
 
         named = {track.name: track for track in tracks}
@@ -207,7 +207,7 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
 
 
 def fitted(sizes: list[int], values: list[float], wanted: int) -> tuple[float, float, float]:
-    """Return (a, b, a + b × wanted) of the line through the measured points, by least squares."""
+    """Fit a line to the measured points by least squares; return (a, b, a + b × wanted)."""
     slope, constant = np.polyfit(sizes, values, 1)
     return float(constant), float(slope), float(constant + slope * wanted)
 

@@ -1,11 +1,11 @@
-"""Packing: with one worker and with two, again with nothing to do, with one changed sample, after `kill -9`.
+"""Time packing: with one and with two workers, again with nothing to do, with one changed sample, after `kill -9`.
 
     python benchmarks/scale/packing.py --samples 20000 --kb 50
 
-Samples are invented; shards are built by the workers of a Ray that is started here, as in `ex4d preprocess`. Times are
-on the clock, without the start of Ray and of its workers; a run with two workers follows one with one worker, so that
-both see the same load. `--latency-ms 20 --workers` alone compares one worker with two on samples each of which takes so
-long to come, as from a store; on a busy machine only that says what a second worker gives.
+Samples are fake; workers of a local Ray build the shards, as in `ex4d preprocess`. Times are wall times without the
+start of Ray and of its workers; runs with one and with two workers alternate, so that both see the same load on the
+machine. `--latency-ms 20 --workers` only compares one worker with two on samples that each take that long to fetch, as
+from a store; on a busy machine, only this shows the benefit of a second worker.
 """
 
 from __future__ import annotations
@@ -49,7 +49,7 @@ def write_sample(folder: Path, key: str, size: int, seed: bytes) -> list[Any]:
 
 
 def make(folder: Path, count: int, size: int) -> None:
-    """Write so many samples."""
+    """Write `count` samples of `size` bytes."""
     folder.mkdir()
     keys = [hashlib.sha256(str(number).encode()).hexdigest()[:16] + "-000000-000048-49" for number in range(count)]
     sizes = {key: write_sample(folder, key, size, key.encode()) for key in keys}
@@ -57,7 +57,7 @@ def make(folder: Path, count: int, size: int) -> None:
 
 
 def warm(row: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Make a worker import what building needs."""
+    """Let a worker import the modules that building needs."""
     import pyarrow.parquet  # noqa: F401
 
     from ex4d.data import building  # noqa: F401
@@ -67,7 +67,7 @@ def warm(row: dict[str, Any], context: Any) -> dict[str, Any]:
 
 
 def build_late(latency_ms: float, row: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Do `commit.build_shard` with samples each of which takes so long to come."""
+    """Run `commit.build_shard` on samples that each take `latency_ms` to fetch."""
     from ex4d import storage
     from pipelines.preprocess.stages import commit
 
@@ -85,7 +85,7 @@ def build_late(latency_ms: float, row: dict[str, Any], config: Any) -> dict[str,
 def pack(
     samples: Path, output: str, workers: int, keep_staging: str, latency_ms: float, shard_mb: int
 ) -> dict[str, Any]:
-    """Pack the samples with so many workers; return seconds, how many shards were built, and the peak on the disk."""
+    """Pack the samples; return seconds, the number of shards that were built, and the peak disk usage."""
     from ex4d.data import shards
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.preprocess.stages.commit import BUILD_SHARD
@@ -123,7 +123,7 @@ def read_bytes() -> int:
 
 @contextmanager
 def watched(*folders: Path) -> Iterator[list[int]]:
-    """Yield a list that gets the bytes under some folders, several times a second."""
+    """Yield a list to which the bytes under some folders are appended several times a second."""
     found, ended = [0], threading.Event()
 
     def watch() -> None:

@@ -1,9 +1,10 @@
-"""`ex4d plan`, then the run that it speaks of: how far off wall time and CPU hours are, on corpora of several kinds.
+"""Measure the error of `ex4d plan`: compare its wall time and CPU hours with real runs on several kinds of corpora.
 
-    python benchmarks/scale/plan.py                      # the three corpora that its constants have not seen
-    python benchmarks/scale/plan.py calibration          # the one that they were taken from
+    python benchmarks/scale/plan.py                      # the three held-out corpora
+    python benchmarks/scale/plan.py calibration          # the corpus that its constants come from
 
-Wall time is that of the whole command, Ray's start included; CPU hours are what the stages reserved. Two workers.
+Wall time is that of the whole command, including the start of Ray; CPU hours are those that stages reserved. Two
+workers.
 """
 
 from __future__ import annotations
@@ -26,7 +27,7 @@ ROOT = Path(__file__).resolve().parents[2]
 
 @dataclass(frozen=True)
 class Corpus:
-    """Made videos, and the settings of `ex4d preprocess` for them."""
+    """Generated videos, and the settings of `ex4d preprocess` for them."""
 
     videos: int
     num_frames: int
@@ -56,7 +57,7 @@ CORPORA = {
 
 
 def make(folder: Path, corpus: Corpus) -> None:
-    """Write the videos, with depth beside them where the settings read it."""
+    """Write the videos, with depth beside them if the settings read it."""
     from ex4d.synthetic import SyntheticConfig, write_corpus
 
     config = SyntheticConfig(
@@ -67,7 +68,7 @@ def make(folder: Path, corpus: Corpus) -> None:
 
 
 def ex4d(*arguments: str, state: Path) -> float:
-    """Return the seconds that a command took."""
+    """Run `ex4d` and return its duration in seconds."""
     environment = os.environ | {"XDG_STATE_HOME": str(state), "PYTHONPATH": str(ROOT)}
     started = time.monotonic()
     command = [sys.executable, "-m", "pipelines.cli", *arguments]
@@ -77,7 +78,7 @@ def ex4d(*arguments: str, state: Path) -> float:
 
 
 def compare(name: str, corpus: Corpus) -> dict[str, Any]:
-    """Return what was planned, and what the run took."""
+    """Return the plan, and the figures of the run."""
     with tempfile.TemporaryDirectory(prefix="ex4d-plan-") as text:
         folder = Path(text)
         make(folder / "in", corpus)

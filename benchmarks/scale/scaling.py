@@ -1,11 +1,11 @@
-"""Measure what the simulation beside this needs, and the real runs that it is compared with.
+"""Measure the inputs of the simulation in this folder, and the real runs that it is compared with.
 
-    python benchmarks/scale/scaling.py preprocess     # ten minutes on two cores that do nothing else
+    python benchmarks/scale/scaling.py preprocess     # ten minutes on two idle cores
     python benchmarks/scale/scaling.py train          # ten minutes
     python benchmarks/scale/scaling.py driver clip    # a minute each
 
-Each writes its part of benchmarks/results/scaling.json; `preprocess` and `train` add rounds to those that are there.
-`scaling_curve.py` calibrates on one of the workloads, predicts the others, and draws.
+Each writes its part of benchmarks/results/scaling.json; `preprocess` and `train` add rounds to the existing ones.
+`scaling_curve.py` calibrates on one of the workloads, predicts the others, and draws the curves.
 """
 
 from __future__ import annotations
@@ -35,13 +35,13 @@ PASSES = {
     "split": ("probe", "shots", "record_video", "first_clips"),
     "pack": ("build_shard",),
 }
-ALONE_STEPS = 12  # of the short runs that show what a step costs one rank
+ALONE_STEPS = 12  # steps of the short runs that measure the cost of a step on one rank
 ROUNDS = 2
 
 
 @dataclass(frozen=True)
 class Corpus:
-    """A made workload of preprocess."""
+    """A synthetic workload of preprocess."""
 
     videos: int
     num_frames: int
@@ -55,13 +55,13 @@ CORPORA = {
     "long clips": Corpus(20, 25, (96, 96), 1, 2),
     "large clips": Corpus(10, 9, (256, 256), 3, 1),
 }
-# Videos whose stages are measured one by one: all of the calibration, half of what is predicted.
+# Number of videos whose stages are measured one by one: all of the calibration, half of the predicted workloads.
 MEASURED = {"calibration": 24, "long clips": 10, "large clips": 5}
 
 
 @dataclass(frozen=True)
 class Batch:
-    """A workload of training: clips [T, H, W], clips of a rank in a step, rank of the LoRA, steps."""
+    """A workload of training: clips [T, H, W], clips per rank and step, rank of the LoRA, steps."""
 
     clip: tuple[int, int, int]
     micro: int
@@ -71,14 +71,14 @@ class Batch:
 
 BATCHES = {
     "calibration": Batch((9, 64, 64), 4, 16, 40),
-    "calibration, more weights": Batch((5, 64, 64), 4, 64, 40),  # what gradients cost, by their size
+    "calibration, more weights": Batch((5, 64, 64), 4, 64, 40),  # for the cost of gradients by size
     "larger clips": Batch((9, 96, 96), 6, 16, 40),
     "larger clips, more weights": Batch((9, 96, 96), 6, 48, 40),
 }
 
 
 def timed(cases: Sequence[tuple[Any, ...]], measure: Callable[..., dict[str, float]]) -> list[dict[str, Any]]:
-    """Return what was measured of each case, one after another."""
+    """Measure each case in turn, and return the results."""
     found = []
     for case in cases:
         found.append({"case": [*case], **measure(*case), "load": os.getloadavg()[0]})
@@ -100,7 +100,7 @@ def write_corpus(folder: Path, chosen: Corpus) -> dict[str, Any]:
 
 
 def stage_costs(section: dict[str, Any], count: int) -> list[dict[str, float]]:
-    """Return seconds in each pass, and the number of clips, of some of the videos, each run alone in this process."""
+    """Return seconds per pass and the number of clips for the first videos, each processed alone in this process."""
     from ex4d import config as config_file
     from pipelines.preprocess import cost
     from pipelines.preprocess import run as preprocess
@@ -116,7 +116,7 @@ def stage_costs(section: dict[str, Any], count: int) -> list[dict[str, float]]:
 
 
 def least(rounds: Sequence[list[dict[str, float]]]) -> list[dict[str, float]]:
-    """Return the least of each figure of each video: what disturbs a measurement only adds."""
+    """Return the minimum of each figure of each video, since disturbances only add time."""
     return [{name: min(one[name] for one in same) for name in same[0]} for same in zip(*rounds, strict=True)]
 
 
@@ -126,7 +126,7 @@ def _by_pass(worker_s: dict[str, float]) -> dict[str, float]:
 
 
 def run_preprocess(section: dict[str, Any], videos: int, workers: int) -> dict[str, float]:
-    """Return seconds of a run of the command on the first so many videos: on the clock, and in each pass of stages."""
+    """Return seconds of a run of the command on the first `videos` videos: wall time, and time in each pass."""
     paths = sorted(str(path) for path in Path(section["input"]).glob("*.mp4"))[:videos]
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as folder:
         chosen = section | {"input": paths, "output": f"{folder}/out", "num_workers": workers}
@@ -151,9 +151,9 @@ def _command(folder: str, job: str, sections: dict[str, Any]) -> float:
 
 
 def preprocess() -> dict[str, Any]:
-    """Measure the stages of all corpora, and runs with one and two workers; of `calibration` also shorter ones.
+    """Measure the stages of all corpora, and runs with one and two workers; for `calibration` also shorter ones.
 
-    Both in every round: what a shared machine does changes within minutes.
+    Every round measures both, because the load on a shared machine changes within minutes.
     """
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as folder:
         sections = {name: write_corpus(Path(folder) / name, chosen) for name, chosen in CORPORA.items()}
@@ -171,7 +171,7 @@ def preprocess() -> dict[str, Any]:
 
 
 def run_training(folder: Path, chosen: Batch, num_steps: int, ranks: int) -> dict[str, float]:
-    """Return seconds of a run of the command: on the clock, of a step, and of it what is not communication."""
+    """Return seconds of a run of the command: wall time, per step, and per step without communication."""
     from ex4d.train import runlog
 
     with tempfile.TemporaryDirectory(prefix="ex4d-scale-") as output:
@@ -188,13 +188,13 @@ def run_training(folder: Path, chosen: Batch, num_steps: int, ranks: int) -> dic
         size = sum(path.stat().st_size for path in (Path(output) / "run" / "adapter").glob("*.safetensors"))
     computing = [step["total"] - step["communication"] for step in steps]
     figures = {"step": [step["total"] for step in steps], "computing": computing}
-    # The first decile: on a shared machine some steps are disturbed, and that only adds.
+    # The first decile, since disturbances by other load on the machine only add time.
     deciles = {name: statistics.quantiles(values, n=10)[0] for name, values in figures.items()}
     return {"wall": wall_s, **deciles, "adapter_mb": size / 1e6}
 
 
 def step_costs(folder: Path, chosen: Batch) -> dict[str, float]:
-    """Return what a step costs one rank in short runs: alone, and beside another that fills the second core."""
+    """Return the cost of a step on one rank in short runs: alone, and beside another run on the second core."""
     with ThreadPoolExecutor(2) as pool:
         alone = run_training(folder, chosen, ALONE_STEPS, 1)
         beside = pool.map(lambda _: run_training(folder, chosen, ALONE_STEPS, 1), range(2))
@@ -222,11 +222,11 @@ def training() -> dict[str, Any]:
     return {"costs": costs, "runs": runs}
 
 
-# ---------------------------------------------------------------- what the curve needs beside
+# ---------------------------------------------------------------- further inputs of the curve
 
 
 def driver(videos: int = 4000) -> dict[str, float]:
-    """Return the driver's CPU seconds for a video with stages that do nothing: in the stream, and when it has ended."""
+    """Return the driver's CPU seconds per video with stages that do nothing: during the stream, and after it."""
     from ex4d.errors import Filtered
     from pipelines.inputs import Source, Sources
     from pipelines.preprocess import run as preprocess
@@ -291,13 +291,13 @@ def driver(videos: int = 4000) -> dict[str, float]:
 
 
 def tasks_per_s(count: int = 3000) -> float:
-    """Return tasks of one row a second through Ray, with two workers that do nothing: what the driver can submit."""
+    """Return tasks of one row per second through Ray, with two workers that do nothing: the driver's submit rate."""
     import ray
     import stream as bench
 
     from pipelines.runtime import backlog
 
-    backlog.TASK_S = 0.0  # no row shares a task
+    backlog.TASK_S = 0.0  # one row per task
     ray.init(address="local", num_cpus=2, object_store_memory=300 << 20, include_dashboard=False, log_to_driver=False)
     bench.rate(200, 2)
     found = bench.rate(count, 2)
@@ -313,7 +313,7 @@ def clip() -> dict[str, Any]:
 
 
 def main() -> None:
-    """Measure the parts that are named; put them into the results."""
+    """Measure the parts named on the command line, and add them to the results."""
     parts: dict[str, Callable[[], dict[str, Any]]]
     parts = {"preprocess": preprocess, "train": training, "driver": driver, "clip": clip}
     for name in sys.argv[1:] or parts:

@@ -1,10 +1,10 @@
-"""Calibrate the simulation on one workload, predict the others, and draw what it says of 1 to 64 nodes.
+"""Calibrate the simulation on one workload, predict the others, and draw its prediction for 1 to 64 nodes.
 
     python benchmarks/scale/scaling_curve.py [compare]
 
-Reads benchmarks/results/scaling.json, which `scaling.py` measured. What Ray, the driver, a second worker and a second
-rank add is taken from the workload `calibration` alone. Of a workload that is predicted, only the cost of its stages
-on some of its videos is known, or that of one rank's step in short runs, alone and beside another such run. Writes
+Reads benchmarks/results/scaling.json, which `scaling.py` writes. The overhead of Ray, the driver, a second worker and a
+second rank comes from the workload `calibration` alone. For a predicted workload, only the cost of its stages on some
+of its videos is used, or that of one rank's step in short runs, alone and beside another such run. Writes
 benchmarks/results/scaling.md and docs/images/scaling.svg.
 """
 
@@ -31,7 +31,7 @@ Costs = Sequence[dict[str, float]]
 
 
 def best(runs: Sequence[dict[str, Any]]) -> dict[tuple[Any, ...], dict[str, float]]:
-    """Return {case, (workload, length, workers) of a run: the least of each figure}: what disturbs a run only adds."""
+    """Return {(workload, length, workers): minimum of each figure over the runs}, since disturbances only add time."""
     found: dict[tuple[Any, ...], dict[str, float]] = {}
     for run in runs:
         case = tuple(run["case"])
@@ -49,7 +49,7 @@ def fit(points: dict[int, float]) -> tuple[float, float]:
 
 
 def mean(costs: Costs, name: str) -> float:
-    """Return the mean over the measured videos."""
+    """Return the mean of a figure over the measured videos."""
     return statistics.fmean(one[name] for one in costs)
 
 
@@ -58,11 +58,11 @@ def mean(costs: Costs, name: str) -> float:
 
 @dataclass(frozen=True)
 class OnRay:
-    """What runs on Ray add to the stages, from the calibration.
+    """Costs that Ray adds to the stages, from the calibration.
 
     Args:
-        overhead: start and end. in_ray: time of a stage in a worker over the same in a process alone.
-        busy: the same with two workers over one. warm_s: {pass: what a worker's first task takes longer}.
+        overhead: of start and end. in_ray: time of a stage in a worker, relative to a single process.
+        busy: time of a stage with two workers, relative to one. warm_s: {pass: extra time of a worker's first task}.
     """
 
     overhead: Overhead
@@ -93,10 +93,10 @@ def on_ray(costs: Costs, runs: dict[tuple[Any, ...], dict[str, float]]) -> OnRay
 
 
 def passes(costs: Costs, videos: int, found: OnRay, mb: float = 0.0, plan_s: float = 0.0) -> list[Pass]:
-    """Return the passes over so many videos that cost what some of them were measured to.
+    """Return the passes over `videos` videos, with costs taken from the measured ones.
 
     Args:
-        mb: of a video, which is read once. plan_s: the driver's work for a video when all of them are known.
+        mb: size of a video, which is read once. plan_s: the driver's work per video once all videos are known.
     """
     of_videos = [costs[index % len(costs)] for index in range(videos)]
 
@@ -114,7 +114,7 @@ def passes(costs: Costs, videos: int, found: OnRay, mb: float = 0.0, plan_s: flo
 
 
 def compare_preprocess(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return simulated and measured durations of all runs."""
+    """Return simulated and measured durations of all preprocess runs."""
     costs, runs = results["costs"], best(results["runs"])
     found = on_ray(costs["calibration"], runs)
     rows = []
@@ -144,11 +144,11 @@ def row(job: str, name: str, workers: int, simulated: Outcome, measured_s: float
 
 
 def compare_training(results: dict[str, Any]) -> list[dict[str, Any]]:
-    """Return simulated and measured durations of a step; what it costs one rank is known from short runs."""
+    """Return simulated and measured durations of a step; its cost on one rank comes from short runs."""
     runs = best(results["runs"])
     costs = {case[0]: cost for case, cost in best(results["costs"]).items()}
     small, large = "calibration", "calibration, more weights"
-    # What a second rank adds beside what it takes from the first: a part for each message and one for each MB.
+    # Communication cost of a second rank, beside its load on the first: a part per message and a part per MB.
     added = {name: run["step"] - costs[name]["beside_s"] for (name, _, ranks), run in runs.items() if ranks == 2}
     more_mb = costs[large]["adapter_mb"] - costs[small]["adapter_mb"]
     s_per_mb = max(1e-6, (added[large] - added[small]) / more_mb)
@@ -179,10 +179,10 @@ GPUS = Cluster(gpus=8)
 
 
 def preprocess_curve(results: dict[str, Any]) -> dict[str, list[float]]:
-    """Return {what is taken into account: clips an hour on each of NODES}, from the measured cost of large clips."""
+    """Return {modelled effects: clips per hour on each of NODES}, from the measured cost of large clips."""
     costs = results["clip"]["costs"]
     measured = on_ray(results["preprocess"]["costs"]["calibration"], best(results["preprocess"]["runs"]))
-    found = replace(measured, in_ray=1.0)  # cores of their own
+    found = replace(measured, in_ray=1.0)  # workers have cores of their own
     driver = results["driver"]
     plan_s = driver["plan_cpu_s_per_video"]
     row_s = driver["stream_cpu_s_per_video"] / (2 + mean(costs, "clips"))
@@ -201,7 +201,7 @@ def preprocess_curve(results: dict[str, Any]) -> dict[str, list[float]]:
 
 
 def training_curve() -> dict[str, list[float]]:
-    """Return {what is taken into account: steps an hour and rank times ranks, on each of NODES}."""
+    """Return {modelled effects: steps per hour × ranks, on each of NODES}."""
     slow_link = replace(GPUS, node_mb_s=1250.0, store_mb_s=5000.0)
     fast_link = replace(GPUS, node_mb_s=25_000.0, store_mb_s=20_000.0)
     uneven = replace(BIG, spread=0.03)
@@ -225,7 +225,7 @@ def training_curve() -> dict[str, list[float]]:
 
 
 def draw(curves: dict[str, dict[str, list[float]]]) -> None:
-    """Write the picture: throughput over that of one ideal node."""
+    """Draw the curves: throughput relative to one ideal node."""
     import matplotlib
 
     matplotlib.use("Agg")
@@ -267,7 +267,7 @@ def markdown(rows: Sequence[dict[str, Any]], curves: dict[str, dict[str, list[fl
 
 
 def main() -> None:
-    """Compare; unless only that is wanted, draw and write."""
+    """Compare simulation and runs; without `compare`, also draw the curves and write the page."""
     results = json.loads(RESULTS.read_text())
     rows = [
         *compare_preprocess(results["preprocess"]),

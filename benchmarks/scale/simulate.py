@@ -1,10 +1,10 @@
-"""How long preprocess takes on a cluster of so many nodes: a simulation of discrete events.
+"""Simulate how long preprocess takes on a cluster, by discrete events.
 
-As in `pipelines/runtime/stream.py` rows go through chains of stages, finished ones give rows of a later track (a video
-its clips), the later ones come first, tasks take about a second, and there is one driver. A node has CPUs, GPUs and a
-network; all nodes share a store. A node may be slow, and may die: its tasks begin again elsewhere. Links and the driver
-serve one request after another at full speed, which gives the throughput of fair sharing. `scaling.py` measures costs
-and runs, `scaling_curve.py` compares.
+As in `pipelines/runtime/stream.py`, rows go through chains of stages, finished rows yield rows of the next track (a
+video yields its clips), later tracks have priority, tasks take about a second, and there is one driver. A node has
+CPUs, GPUs and a network link; all nodes share a store. A node may be slow, or fail: its tasks restart on other nodes.
+Links and the driver serve one request after another at full speed, which gives the throughput of fair sharing.
+`scaling.py` measures costs and runs, `scaling_curve.py` compares them.
 """
 
 from __future__ import annotations
@@ -19,7 +19,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-TASK_S, MAX_ROWS_PER_TASK, AHEAD = 1.0, 64, 8  # of pipelines/runtime/backlog.py
+TASK_S, MAX_ROWS_PER_TASK, AHEAD = 1.0, 64, 8  # as in pipelines/runtime/backlog.py
 INF = math.inf
 
 
@@ -28,12 +28,11 @@ class Cluster:
     """A cluster of equal nodes.
 
     Args:
-        cpus, gpus: tasks that a node runs at once. In training, the ranks of a node are its GPUs, else its CPUs.
-        node_mb_s: network of a node; store_mb_s: what the store gives to all nodes together.
-        busy: how much longer a task takes while all CPUs of its node are busy.
-        slow_share: share of the nodes that are slow; slow_by: how much longer their tasks take.
-        mtbf_s: mean time between failures of one node; detect_s: until its tasks begin again; repair_s: until it is
-            back.
+        cpus, gpus: tasks that a node runs at once. In training, a node has one rank per GPU, or per CPU without GPUs.
+        node_mb_s: bandwidth of a node; store_mb_s: total bandwidth of the store.
+        busy: factor on a task's time while all CPUs of its node are busy.
+        slow_share: share of slow nodes; slow_by: factor on their tasks' time.
+        mtbf_s: mean time between failures of one node; detect_s: until its tasks restart; repair_s: until it is back.
     """
 
     nodes: int = 1
@@ -50,7 +49,7 @@ class Cluster:
 
 
 class Step(NamedTuple):
-    """What one chain of stages takes for a row: seconds on a "cpu" or "gpu", after reading `mb` over the network."""
+    """Cost of one chain of stages for a row: seconds on a "cpu" or "gpu", after reading `mb` over the network."""
 
     kind: str
     seconds: float
@@ -58,7 +57,7 @@ class Step(NamedTuple):
 
 
 class Row(NamedTuple):
-    """A row of some track, and the rows of the next track that it gives when it is finished."""
+    """A row of a track, and the rows of the next track that it yields when it finishes."""
 
     steps: Sequence[Step]
     gives: Sequence[Row] = ()
@@ -66,11 +65,11 @@ class Row(NamedTuple):
 
 @dataclass(frozen=True)
 class Pass:
-    """Rows of one pass; all of a track have the same kinds of steps.
+    """Rows of one pass; all rows of a track have the same kinds of steps.
 
     Args:
-        tracks: of each track, what the first task of a process takes longer, seconds.
-        plan_s: the driver's work before it, with no task running.
+        tracks: for each track, the extra seconds of a process's first task.
+        plan_s: the driver's work before the pass, while no task runs.
     """
 
     rows: Sequence[Row]
@@ -80,9 +79,7 @@ class Pass:
 
 @dataclass(frozen=True)
 class Overhead:
-    """What a run takes beside its stages: start and end, the driver's time for a task and for each of its rows, a
-    worker's time for a row.
-    """
+    """Time of a run beside its stages: start and end, the driver's time per task and per row, a worker's per row."""
 
     start_s: float = 0.0
     driver_s: float = 0.0
@@ -92,7 +89,7 @@ class Overhead:
 
 @dataclass
 class Outcome:
-    """The result of a simulated run: its duration, the work of all tasks, and what of it was lost with nodes."""
+    """The result of a simulated run: its duration, the work of all tasks, and the work lost in node failures."""
 
     wall_s: float
     work_s: float
@@ -102,7 +99,7 @@ class Outcome:
 
 @dataclass
 class Task:
-    """Rows that travel together. step: of all tracks, what they wait for or are in; work_s: of that, once begun."""
+    """Rows of one task. step: index over all tracks of the step that they wait for or are in; work_s: work of that."""
 
     rows: list[Row]
     step: int = 0
@@ -112,7 +109,7 @@ class Task:
 
 @dataclass
 class Node:
-    """A node; `life` counts its failures, so that what belonged to an earlier life is known; `lost`: to begin again."""
+    """A node. `life` counts its failures, to recognise events from before one; `lost`: tasks that must restart."""
 
     slow_by: float
     link_free_s: float = 0.0
@@ -142,7 +139,7 @@ class Preprocess:
         return ("cpu", self.cluster.cpus), ("gpu", self.cluster.gpus)
 
     def run(self, passes: Sequence[Pass]) -> Outcome:
-        """Return what the passes take, one after another."""
+        """Simulate the passes one after another, and return the outcome."""
         for one in passes:
             self.now_s += one.plan_s
             self._run_pass(one)
@@ -173,7 +170,7 @@ class Preprocess:
             {"end": self._end, "fail": self._fail, "back": self._back, "again": self._again}[what](number, node, life)
 
     def _next_step(self) -> int | None:
-        """Return the step to begin now: a GPU must never wait for what feeds it; else the latest."""
+        """Return the step to start now: one that feeds a GPU which would run out of work, else the latest."""
         able = [step for step in range(len(self.kinds)) if self._has_input(step) and self._has_slot(self.kinds[step])]
         for gpu in (step for step, kind in enumerate(self.kinds) if kind == "gpu"):
             first = self.first[self.track[gpu]]
@@ -193,7 +190,7 @@ class Preprocess:
 
     def _has_slot(self, kind: str) -> bool:
         slots = self.free[kind]
-        while slots and slots[0][1] != slots[0][0].life:  # of a node that died
+        while slots and slots[0][1] != slots[0][0].life:  # slots of a node that failed
             slots.popleft()
         return bool(slots)
 
@@ -227,7 +224,7 @@ class Preprocess:
         self._at(ends_s, "end", node, life, number)
 
     def _read(self, node: Node, begin_s: float, mb: float) -> float:
-        """Return when so many megabytes have come through the store and the node's link."""
+        """Return the time at which `mb` megabytes have passed through the store and the node's link."""
         if not mb:
             return begin_s
         self.store_free_s = max(begin_s, self.store_free_s) + mb / self.cluster.store_mb_s
@@ -239,7 +236,7 @@ class Preprocess:
 
     def _end(self, number: int, node: Node, life: int) -> None:
         if life != node.life:
-            return  # it died with its node
+            return  # lost with its node
         task = node.running.pop(number)
         track, following = self.track[task.step], task.step + 1
         self.flying[task.step] -= 1
@@ -271,7 +268,7 @@ class Preprocess:
         node.running.clear()
 
     def _again(self, number: int, node: Node, life: int) -> None:
-        """Put the tasks of a lost node back to the start."""
+        """Restart the tasks of a lost node from the beginning."""
         for task in node.lost:
             self.flying[task.step] -= 1
             first = self.first[self.track[task.step]]

@@ -1,4 +1,4 @@
-"""How long training takes on a cluster: each step waits for the slowest rank and the all-reduce; nodes may be lost."""
+"""Simulate how long training takes on a cluster: steps wait for the slowest rank and the all-reduce; nodes may fail."""
 
 from __future__ import annotations
 
@@ -13,11 +13,11 @@ class Training:
     """A training run.
 
     Args:
-        step_s: computing time of a rank in a step. spread: standard deviation of its logarithm.
-        start_s: from the start of the processes to the first step; end_s: after the last.
-        gradient_mb: reduced over all ranks in a step. batch_mb: read by a rank for a step, while it computes.
-        weights_mb: read by each node at every start. save_s: time of a checkpoint, each `save_every` steps.
-        reduce_mb_s: of an all-reduce within a node; latency_s: of each of its 2 (ranks − 1) parts.
+        step_s: compute time of a rank per step. spread: standard deviation of its logarithm.
+        start_s: from the start of the processes to the first step; end_s: after the last step.
+        gradient_mb: reduced over all ranks per step. batch_mb: read by a rank per step, while it computes.
+        weights_mb: read by each node at every start. save_s: time of a checkpoint, every `save_every` steps.
+        reduce_mb_s: bandwidth of an all-reduce within a node; latency_s: of each of its 2 (ranks − 1) messages.
     """
 
     num_steps: int
@@ -35,7 +35,7 @@ class Training:
 
 
 def train(run: Training, cluster: Cluster, seed: int = 0) -> Outcome:
-    """Return what a training takes on all ranks of a cluster. A lost node costs the steps since the last checkpoint."""
+    """Simulate a training on all ranks of a cluster. A lost node costs the steps since the last checkpoint."""
     random = np.random.default_rng(seed)
     ranks_of_node = cluster.gpus or cluster.cpus
     ranks = cluster.nodes * ranks_of_node
@@ -67,7 +67,7 @@ def train(run: Training, cluster: Cluster, seed: int = 0) -> Outcome:
 
 
 def all_reduce_s(run: Training, cluster: Cluster, ranks: int) -> float:
-    """Return the time of a ring all-reduce: within a node at `reduce_mb_s`, between nodes at the slower of both."""
+    """Return the time of a ring all-reduce: at `reduce_mb_s` within a node, between nodes at the slower link."""
     if ranks == 1:
         return 0.0
     mb_s = min(run.reduce_mb_s, cluster.node_mb_s) if cluster.nodes > 1 else run.reduce_mb_s

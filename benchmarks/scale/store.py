@@ -1,12 +1,12 @@
-"""What the ledger costs in an object store that takes 20 ms for an answer.
+"""Measure the cost of the ledger in an object store with a latency of 20 ms.
 
     python benchmarks/scale/store.py resume --records 20000
     python benchmarks/scale/store.py resume --records 2000 --old
     python benchmarks/scale/store.py run --videos 12
 
-`resume`: seconds until a run knows what is done, of so many videos and as many samples; `--old`: with a file for each
-record, as before 2026-11-26. `run`: requests for a video and a clip of two-clip videos, depth and captions beside them.
-The store is moto in a process of its own; its own time for an answer, some milliseconds, is in the figures.
+`resume`: seconds until a run knows what is done, for that many videos and as many samples; `--old`: with one file per
+record, as before 2026-11-26. `run`: requests per video and per clip for two-clip videos with depth and captions beside
+them. The store is moto in a separate process; the figures include its own latency of some milliseconds.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ RECORD = {
 
 
 def serve(pipe: Any) -> None:
-    """Run the store; send its address, then the counts of requests whenever asked for."""
+    """Run the store; send its address, then the request counts on demand."""
     import logging
 
     import flaky_store
@@ -52,7 +52,7 @@ def serve(pipe: Any) -> None:
 
 
 def resume(args: argparse.Namespace, ask: Callable[[float], Any]) -> dict[str, Any]:
-    """Return seconds and requests until the ledger of so many videos and samples is known."""
+    """Return the seconds and requests to load the ledger of that many videos and samples."""
     import threading
     from concurrent.futures import ThreadPoolExecutor
 
@@ -92,7 +92,7 @@ def resume(args: argparse.Namespace, ask: Callable[[float], Any]) -> dict[str, A
 
 
 def run(args: argparse.Namespace, ask: Callable[[float], Any]) -> dict[str, Any]:
-    """Return requests for a video of two clips, and how often each video and depth file was read."""
+    """Return the requests per video of two clips, and how often each video and depth file was read."""
     from ex4d import storage
     from ex4d.geometry.masks import MaskConfig
     from ex4d.synthetic import SyntheticConfig, write_corpus

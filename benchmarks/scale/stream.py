@@ -1,13 +1,13 @@
-"""How busy the stream keeps a pretended cluster; stages sleep, so that two cores can stand for sixteen.
+"""Measure how busy the stream keeps a pretended cluster; stages sleep, so that two cores can stand for sixteen.
 
     python benchmarks/scale/stream.py utilisation --cpus 8 --rows 160
     python benchmarks/scale/stream.py loads --rows 300
     python benchmarks/scale/stream.py gpu --rows 240
     python benchmarks/scale/stream.py rate --rows 20000
 
-`utilisation`: rows of 0.6 to 1.3 s; share of the workers' time that is work. `loads`: how often a model is loaded by
-the actors of a GPU. `gpu`: 16 CPUs and one GPU; the seconds of decoding, depth and masks of a clip of 49 × 512 × 512,
-divided by SPEED; depth holds a lock, as one GPU would. `rate`: rows a second through a stage that does nothing.
+`utilisation`: rows of 0.6 to 1.3 s; share of the workers' time spent working. `loads`: how often the actors of a GPU
+load a model. `gpu`: 16 CPUs and one GPU, with the times of decoding, depth and masks for a clip of 49 × 512 × 512,
+divided by SPEED; depth holds a lock, like a single GPU. `rate`: rows per second through a stage that does nothing.
 """
 
 from __future__ import annotations
@@ -23,25 +23,25 @@ from pathlib import Path
 from typing import Any
 
 SPEED = 4.0
-DECODE_S, DEPTH_S, MASKS_S = 0.33, 0.25, 6.77  # measured before the masks became cheaper: the figures to compare with
+DECODE_S, DEPTH_S, MASKS_S = 0.33, 0.25, 6.77  # from before masks became cheaper, for comparable figures
 FOLDER = Path(os.environ.get("EX4D_SCALE_FOLDER", "/tmp/ex4d-scale"))
 
 
 def sleeper(row: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Sleep as long as the row says."""
+    """Sleep for the row's duration."""
     started = time.monotonic()
     time.sleep(row["sleep_s"])
     return {"worked_s": time.monotonic() - started}
 
 
 def feed(row: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Do what decoding takes."""
+    """Sleep for the duration of decoding."""
     time.sleep(DECODE_S / SPEED)
     return {"frames": 1}
 
 
 def on_gpu(row: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Do what depth takes, one call at a time; a process that does it for the first time loads its model."""
+    """Sleep for the duration of depth, one call at a time; a process's first call loads the model."""
     if not hasattr(on_gpu, "loaded"):
         on_gpu.loaded = True  # type: ignore[attr-defined]
         with open(FOLDER / "loads", "a") as file:
@@ -53,7 +53,7 @@ def on_gpu(row: dict[str, Any], context: Any) -> dict[str, Any]:
 
 
 def masks(row: dict[str, Any], context: Any) -> dict[str, Any]:
-    """Do what masks take."""
+    """Sleep for the duration of masks."""
     time.sleep(MASKS_S / SPEED)
     return {"visible": 1}
 
@@ -64,7 +64,7 @@ def nothing(row: dict[str, Any], context: Any) -> dict[str, Any]:
 
 
 def utilisation(count: int, cpus: int) -> dict[str, float]:
-    """Return the share of the workers' time in which they work, start and end included, and in the middle half."""
+    """Return the share of the workers' time spent working, over the whole run and over its middle half."""
     from pipelines.runtime import runner
     from pipelines.runtime.stage import Stage, new_row
 
@@ -84,7 +84,7 @@ def utilisation(count: int, cpus: int) -> dict[str, float]:
 
 
 def gpu(count: int, cpus: int) -> dict[str, float]:
-    """Return the steady rate in clips a second of real time, and how busy GPU and CPUs are then."""
+    """Return the steady rate in clips per second of real time, and the utilisation of GPU and CPUs at that rate."""
     done: list[float] = []
     for _ in _through_gpu(count):
         done.append(time.monotonic())
@@ -100,7 +100,7 @@ def loads(count: int, cpus: int) -> dict[str, float]:
 
 
 def rate(count: int, cpus: int) -> dict[str, float]:
-    """Return rows a second, and the driver's CPU seconds for 1,000 rows."""
+    """Return rows per second, and the driver's CPU seconds per 1,000 rows."""
     from pipelines.runtime import runner
     from pipelines.runtime.stage import Stage, new_row
 

@@ -1,7 +1,7 @@
-"""One shard out of its staged samples: what a worker does, while the driver of the pack waits for the facts of each.
+"""Build one shard from its staged samples; runs on a worker, which returns the shard's facts to the packing driver.
 
-What a shard will hold follows from its plan alone, so any worker can build any shard, and one that was built from the
-same samples before is known by the plan's digest.
+A shard's contents follow from its plan alone, so any worker can build any shard, and the plan's digest recognises a
+shard that was built from the same samples before.
 """
 
 from __future__ import annotations
@@ -28,16 +28,16 @@ FACTS = b"ex4d"  # of a shard, in the metadata of its table
 
 
 def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -> dict[str, Any]:
-    """Return the facts of a shard, after putting it into its place and its manifest rows beside the others.
+    """Write a shard to `output` and its manifest rows to `tables`; return the shard's facts.
 
     Args:
         plan: `name`, `split`, `digest`, and `items`: [key, url, bytes, sha256 or ""] of each sample, in order.
         output: the dataset folder. tables: folder of the rows; see `read_facts` and `read_rows`.
-        work: folder for unfinished files on the disk of a local output; None: one of this machine.
+        work: folder for unfinished files on the disk of a local output; None: a temporary folder of this machine.
 
     Returns:
-        `url`, `nsamples`, `filesize`, `sha256`, `digest`, `stamp`, `members` and `types` that all samples share; or
-        `damaged` alone: keys of staged files that are missing, or are not what was written.
+        `url`, `nsamples`, `filesize`, `sha256`, `digest`, `stamp`, and `members` and `types`, which all samples share;
+        or only `damaged`: the keys of staged files that are missing or do not match their hash.
 
     Raises:
         ContractError: a staged file is not a sample, or samples differ in members or in the types of their provenance.
@@ -63,16 +63,16 @@ def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -
         facts |= {"stamp": stamp(storage.join(output, plan["name"])), "types": rows[0]["types"]}
         facts |= {"members": [member["name"] for member in rows[0]["members"]]}
         _write_rows(manifest.table(rows, rows[0]["scores"]), facts, tables)
-    return json.loads(json.dumps(facts))  # as `read_facts` will give them
+    return json.loads(json.dumps(facts))  # as `read_facts` will return them
 
 
 def table_url(tables: str, name: str) -> str:
-    """Return where the manifest rows of a shard lie."""
+    """Return the URL of the manifest rows of a shard."""
     return storage.join(tables, name.rpartition("/")[2].removesuffix(".tar") + ".parquet")
 
 
 def read_facts(tables: str, name: str) -> dict[str, Any] | None:
-    """Return the facts of a shard as they were when its rows were written; None where they are missing or damaged."""
+    """Return the facts of a shard, as stored with its rows; None if they are missing or damaged."""
     try:
         with storage.open_read(table_url(tables, name)) as file:
             return json.loads(pq.read_schema(file).metadata[FACTS])
@@ -84,7 +84,7 @@ def read_rows(tables: str, name: str) -> pa.Table:
     """Return the manifest rows of a shard. Raises OSError, ArrowException."""
     with storage.open_read(table_url(tables, name)) as file:
         table = pq.read_table(file).replace_schema_metadata(None)
-    # Parquet calls the elements of lists by another name.
+    # Parquet names the elements of lists differently.
     return table.cast(manifest.schema_of(name[6:] for name in table.column_names if name.startswith("score_")))
 
 
@@ -95,14 +95,14 @@ def _write_rows(table: pa.Table, facts: Mapping[str, Any], tables: str) -> None:
 
 
 def is_as_built(facts: Mapping[str, Any], output: str, tables: str) -> bool:
-    """Return True where a shard is what was built: by its stamp, else by its content, as after a folder was copied."""
+    """Return True if a shard is unchanged since it was built: by its stamp, else (a copied folder) by its content."""
     url = storage.join(output, facts["url"])
     now = stamp(url)
     if now and now == facts["stamp"]:
         return True
     if not storage.is_file(url) or storage.size(url) != facts["filesize"] or storage.sha256(url) != facts["sha256"]:
         return False
-    if now:  # so that it is read no more than once
+    if now:  # remember the stamp, so that the content is not read again
         _write_rows(read_rows(tables, facts["url"]), {**facts, "stamp": now}, tables)
     return True
 
@@ -110,7 +110,7 @@ def is_as_built(facts: Mapping[str, Any], output: str, tables: str) -> bool:
 def place(source: Path, output: str, name: str) -> str:
     """Move a finished local file to its place in the dataset folder; return its sha256.
 
-    Where the folder holds another one, it is uncommitted first.
+    Unless the same file is already there, the dataset is uncommitted (dataset.json removed) first.
     """
     target = storage.join(output, name)
     digest = storage.sha256(source)
@@ -121,7 +121,7 @@ def place(source: Path, output: str, name: str) -> str:
 
 
 def stamp(url: str) -> str:
-    """Return what changes whenever a file is written, "" where there is none or its store does not tell."""
+    """Return a value that changes whenever a file is written; "" if it is missing or its store has no such tag."""
     if not storage.is_local(url):
         return storage.tag(url)
     path = storage.local_path(url)
@@ -132,7 +132,7 @@ def stamp(url: str) -> str:
 
 
 def _read(item: Sequence[Any]) -> tuple[Sequence[Any], bytes | None]:
-    """Return an item of a plan and its bytes, None where they are missing."""
+    """Return an item of a plan and its bytes, None if the file is missing."""
     try:
         return item, storage.read_bytes(item[1])
     except FileNotFoundError:
@@ -166,7 +166,7 @@ def _row(key: str, split: str, blob: bytes, shard: str, offset: int) -> dict[str
 
 
 def _check_alike(first: Mapping[str, Any], row: Mapping[str, Any]) -> None:
-    """Raise ContractError where two samples differ in members or in the types of their provenance."""
+    """Raise ContractError if two samples differ in members or in the types of their provenance."""
     names, others = ([member["name"] for member in one["members"]] for one in (row, first))
     if names != others:
         raise ContractError(f"sample {row['key']}: members differ from sample {first['key']}, which has {others}")
@@ -177,5 +177,5 @@ def _check_alike(first: Mapping[str, Any], row: Mapping[str, Any]) -> None:
 
 
 def here(plans: Iterable[Mapping[str, Any]], output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
-    """Yield the facts of each shard, built in this process, one after another."""
+    """Build shards one after another in this process; yield the facts of each."""
     return (build(plan, output, tables, work) for plan in plans)

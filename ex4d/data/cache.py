@@ -1,4 +1,4 @@
-"""A bounded folder of byte ranges read from an object store. Several processes of one machine may share it."""
+"""Cache byte ranges of an object store in a bounded folder, which several processes of a machine may share."""
 
 from __future__ import annotations
 
@@ -20,13 +20,13 @@ _OURS = re.compile(r"[0-9a-f]{64}(\.range)?|\.tmp-[0-9a-f].*|" + re.escape(MARKE
 
 
 def claim(folder: Path, key: str) -> Path:
-    """Make `folder` a cache that only this user can read; never touch files of others. Return it.
+    """Make `folder` a cache that only this user can read, and return it; never touch files of others.
 
     Args:
-        key: the setting that named it.
+        key: the setting that names the folder, for messages.
 
     Raises:
-        ConfigError: a link, a folder of another user, or one that holds foreign files.
+        ConfigError: the folder is a link, belongs to another user, or holds files that are not this project's.
     """
     folder.mkdir(parents=True, exist_ok=True, mode=0o700)
     facts = folder.lstat()
@@ -46,8 +46,8 @@ def claim(folder: Path, key: str) -> Path:
 def least_used_first(folder: Path) -> list[tuple[int, Path]]:
     """Return (bytes, path) of the files that a cache may evict, oldest access first.
 
-    They are the regular files named by 64 hexadecimal digits, or within a folder of such a name; links are neither
-    counted nor followed.
+    These are regular files whose name is 64 hexadecimal digits, or that lie in a folder with such a name; links are
+    neither counted nor followed.
     """
     files = []
     with suppress(FileNotFoundError), os.scandir(folder) as entries:
@@ -63,14 +63,14 @@ def least_used_first(folder: Path) -> list[tuple[int, Path]]:
 
 
 class RangeCache:
-    """A cache of byte ranges in a folder; when it is full, the least recently used are evicted.
+    """A cache of byte ranges in a folder; when it is full, the least recently used ranges are evicted.
 
-    Threads that need the same range at the same time share one read: a sample may be needed twice where one epoch ends
-    and the next begins. Processes do not wait for each other.
+    Threads that need the same range at the same time share one read: around the end of an epoch, a sample may be needed
+    twice. Processes do not wait for each other.
 
     Args:
-        folder: made when it is not there; see `claim`.
-        max_bytes: size limit; each process may exceed it by a hundredth between two checks.
+        folder: created if it does not exist; see `claim`.
+        max_bytes: size limit; each process may exceed it by 1 % between two checks.
         identity: of the dataset, so that another dataset at the same URL is not mistaken for this one.
     """
 
@@ -82,7 +82,7 @@ class RangeCache:
         self._evict()
 
     def read(self, url: str, offset: int, length: int) -> bytes:
-        """Return the bytes from the folder, else by one ranged read from `url`."""
+        """Return the bytes from the cache, else with one ranged read from `url`."""
         path = self._path(url, offset, length)
         with self._lock:
             under_way = self._under_way.setdefault(path, threading.Lock())

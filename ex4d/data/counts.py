@@ -1,4 +1,4 @@
-"""The counts of a dataset, which must add up: every video and clip is a sample or a reject, once."""
+"""Count a dataset's contents, which must add up: videos are split or rejected, clips are samples or rejects, once."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ def count(contents: Contents, counts: Mapping[str, int]) -> dict[str, int]:
         counts: videos_in, videos_split and clips_planned.
 
     Raises:
-        ContractError: a clip is counted twice, a split is not known, or the counts do not add up.
+        ContractError: a clip is counted twice, a split is unknown, or the counts do not add up.
     """
     hashes, by_split = array("q"), Counter[str]()
     for item in contents.staged():
@@ -41,7 +41,7 @@ def count(contents: Contents, counts: Mapping[str, int]) -> dict[str, int]:
 
 
 def _check_keys(contents: Contents, suspects: set[int]) -> None:
-    """Raise ContractError where keys repeat. Args: suspects: `hash` of keys that may."""
+    """Raise ContractError if a key repeats; only keys whose `hash` is in `suspects` are compared."""
     rejected = (row["key"] for row in contents.rejects() if row["unit"] == "clip")
     keys = Counter(key for key in chain((item.key for item in contents.staged()), rejected) if hash(key) in suspects)
     if twice := sorted(key for key, number in keys.items() if number > 1):
@@ -49,7 +49,7 @@ def _check_keys(contents: Contents, suspects: set[int]) -> None:
 
 
 def identities(counts: Mapping[str, int]) -> list[str]:
-    """Return a sentence for each count that does not add up; [] where all do."""
+    """Return a sentence for each count that does not add up; [] if all do."""
     videos = ("videos_in", ("videos_split", "videos_rejected"))
     clips = ("clips_planned", ("samples", "clips_filtered", "clips_bad"))
     wrong = []
@@ -60,7 +60,7 @@ def identities(counts: Mapping[str, int]) -> list[str]:
 
 
 def reject_counts(rows: Iterable[Mapping[str, str]]) -> dict[str, int]:
-    """Return videos_rejected, clips_filtered and clips_bad of reject rows; ContractError for unknown words."""
+    """Return videos_rejected, clips_filtered and clips_bad of reject rows. Raises ContractError for an invalid row."""
     counts = {"videos_rejected": 0, "clips_filtered": 0, "clips_bad": 0}
     for row in rows:
         if set(row) != set(REJECT_COLUMNS) or row["unit"] not in UNITS or row["fate"] not in FATES:

@@ -1,4 +1,4 @@
-"""One sample as training sees it: decoded, with one of its masks, of pixels or of latents."""
+"""Decode one sample for training, with one of its masks, from a dataset of pixels or of latents."""
 
 from __future__ import annotations
 
@@ -24,17 +24,17 @@ def decode_pixels(
     with_source: bool = False,
     into: np.ndarray | None = None,
 ) -> dict[str, Any]:
-    """Return one sample of a pixel dataset, with one of its masks.
+    """Decode one sample of a pixel dataset, with one of its masks.
 
-    `frames` uint8 [T,H,W,3] RGB; `visible` bool [T,H,W], True = seen; `kind` uint8 []; `mask_index` int64 [];
-    `captions` str; where the sample has a cond.mp4 `shown` uint8 [T,H,W,3]: what the mask uncovers instead of `frames`;
-    `source` uint8 [T,H,W,3] where it is asked for.
+    Returns: `frames` uint8 [T,H,W,3] RGB; `visible` bool [T,H,W], True where seen; `kind` uint8 []; `mask_index`
+    int64 []; `captions` str; if the sample has a cond.mp4, `shown` uint8 [T,H,W,3]: the colours that the mask uncovers
+    in place of `frames`; with `with_source`, `source` uint8 [T,H,W,3].
 
     Args:
-        draw: number of masks -> the one to take.
+        draw: number of masks -> index of the one to use.
         mask_kinds: names of the values of `kind`.
-        with_source: return the scene from the other camera as well.
-        into: [T,H,W,3] for the frames: their place in a batch, so that they need not be copied there.
+        with_source: also return the scene from the other camera.
+        into: [T,H,W,3], where to decode the frames: their place in a batch, which saves a copy.
 
     Raises:
         ContractError: a member is missing, damaged, or does not fit the others.
@@ -67,10 +67,10 @@ def decode_pixels(
 
 
 def decoder_of(dataset: Mapping[str, Any], with_source: bool = False) -> Decode:
-    """Return what decodes the samples of a dataset, by the contents of its dataset.json: latents or pixels.
+    """Return the decoder for a dataset's samples, chosen by the contents of its dataset.json: latents or pixels.
 
     Args:
-        with_source: also the scene from the other camera, where the dataset holds clips of two (`has_source`).
+        with_source: also decode the scene from the other camera; needs clips from two cameras (`has_source`).
     """
     if "latents" in dataset:
         return partial(decode_latents, with_source=with_source)
@@ -79,7 +79,7 @@ def decoder_of(dataset: Mapping[str, Any], with_source: bool = False) -> Decode:
 
 
 def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: int, with_source: bool) -> dict[str, Any]:
-    """Return one sample with its mask `index`: what the child of `ex4d.data.foreign` does."""
+    """Decode one sample with its mask `index`; the entry point of the child of `ex4d.data.foreign`."""
 
     def draw(count: int) -> int:
         if index >= count:
@@ -93,14 +93,14 @@ def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: in
 
 
 def has_source(dataset: Mapping[str, Any]) -> bool:
-    """Return whether a dataset holds clips of two cameras, by the contents of its dataset.json."""
+    """Return whether a dataset holds clips from two cameras, by the contents of its dataset.json."""
     if "latents" in dataset:
         return LatentSpec.of(dataset).source
     return "source.mp4" in dataset.get("members", ())
 
 
 def shown(frames: np.ndarray, cond: np.ndarray | None, is_visibility: np.ndarray, index: int) -> np.ndarray:
-    """Return uint8 [T,H,W,3], the colours that mask `index` uncovers: of `cond` for a visibility mask, else `frames`.
+    """Return uint8 [T,H,W,3], the colours under mask `index`: those of `cond` for a visibility mask, else of `frames`.
 
     Args:
         cond: see Sample.

@@ -1,7 +1,7 @@
-"""Decode samples of foreign datasets in the sandboxed child, and own ones in this process, which is faster.
+"""Decode samples of foreign datasets in a sandboxed child, and samples of own ones in this process, which is faster.
 
 `trust` is "own", "foreign", or "auto": local folders of this user and buckets (`s3://`, `gs://`) are own; datasets from
-the web or a hub, or of another user, are foreign.
+the web or a hub, or owned by another user, are foreign.
 """
 
 from __future__ import annotations
@@ -30,7 +30,7 @@ FUNCTIONS = {
 
 
 def is_foreign(dataset: str, trust: str = "auto") -> bool:
-    """Return whether the samples of a dataset folder must be decoded in a sandbox. Raises ConfigError for no TRUST."""
+    """Return whether a dataset's samples must be decoded in a sandbox. Raises ConfigError if trust is not in TRUST."""
 
     if trust not in TRUST:
         raise ConfigError("trust", trust, ", ".join(TRUST))
@@ -43,12 +43,12 @@ def is_foreign(dataset: str, trust: str = "auto") -> bool:
 
 
 def check(facts: Mapping[str, Any], members: Mapping[str, bytes], key: str) -> None:
-    """Raise ContractError unless a sample is what dataset.json says of all."""
+    """Raise ContractError unless a sample matches its dataset.json (`facts`)."""
     contract_of(facts)(members, key)
 
 
 def contract_of(dataset: Mapping[str, Any]) -> Callable[[Mapping[str, bytes], str], object]:
-    """Return what checks a sample, ({member: bytes}, key), by the contents of dataset.json: pixels or latents."""
+    """Return the check of a sample, ({member: bytes}, key), chosen by dataset.json: pixels or latents."""
     spec = spec_of(dataset)
     if "latents" in dataset:
         encoded = latents.LatentSpec.of(dataset)
@@ -57,7 +57,7 @@ def contract_of(dataset: Mapping[str, Any]) -> Callable[[Mapping[str, bytes], st
 
 
 def spec_of(dataset: Mapping[str, Any]) -> SampleSpec:
-    """Return what dataset.json says of all samples; ContractError where it does not."""
+    """Return the properties that all samples share, from dataset.json. Raises ContractError if it lacks them."""
     try:
         facts = dataset["sample"]
         optional = tuple(name for name in sample.OPTIONAL if name in dataset.get("members", ()))
@@ -68,7 +68,7 @@ def spec_of(dataset: Mapping[str, Any]) -> SampleSpec:
 
 
 def checker(dataset: Mapping[str, Any], foreign: bool) -> Callable[[Mapping[str, bytes], str], object]:
-    """Return `contract_of`, run in the child where the dataset is foreign."""
+    """Return `contract_of`, executed in the child if the dataset is foreign."""
     own = contract_of(dataset)
     if not foreign:
         return own
@@ -77,7 +77,7 @@ def checker(dataset: Mapping[str, Any], foreign: bool) -> Callable[[Mapping[str,
 
 
 def sample_of(dataset: Mapping[str, Any], members: Mapping[str, bytes], foreign: bool) -> Sample:
-    """Return a decoded sample of a dataset of clips. Raises ContractError; BadSample where the child is lost."""
+    """Decode a sample of a dataset of clips. Raises ContractError, or BadSample if the child died."""
     spec = spec_of(dataset)
     if not foreign:
         return sample.decode(members, spec)
@@ -85,7 +85,7 @@ def sample_of(dataset: Mapping[str, Any], members: Mapping[str, bytes], foreign:
 
 
 def decoder(dataset: Mapping[str, Any], with_source: bool) -> Callable[..., dict[str, Any]]:
-    """Return what the loader decodes a foreign dataset's samples with: as `decoding.decoder_of` does, in the child."""
+    """Return the loader's decoder for a foreign dataset: like `decoding.decoder_of`, but executed in the child."""
     facts = _facts(dataset)
 
     def decode(members: Mapping[str, bytes], draw: Callable[[int], int], into: np.ndarray | None = None) -> dict:

@@ -3,21 +3,21 @@
 | member | what |
 |---|---|
 | `camera.json`, `txt` | as in the pixel sample |
-| `json` | as there, and `latents_fingerprint`: of all that the tensors depend on |
+| `json` | as there, plus `latents_fingerprint`, of everything that the tensors depend on |
 | `latents.safetensors` | see below |
 
 | tensor | what |
 |---|---|
 | `target` [z,f,h,w] | normalised latents of the clip |
-| `condition` [S,2z,f,h,w] | for each mask: latents of the colours shown, then of the mask as a video |
+| `condition` [S,2z,f,h,w] | for each mask: latents of the masked colours, then of the mask as a video |
 | `hole` float32 [S,1,f,h,w] | masked share of each latent cell, in [0, 1] |
 | `kind` uint8 [S] | index into the dataset's mask_kinds |
-| `first_index` uint8 [S] | which of the U distinct first frames a mask shows |
-| `first_frame` [U,z,f,h,w] | latents of (first frame shown, then grey); only where the base takes them |
-| `source` [z,f,h,w] | latents of the scene from the other camera; only in a dataset of clips from two |
-| `image` [U,n,d] | the image encoder's features of the first frame shown; only where the base takes them |
+| `first_index` uint8 [S] | which of the U distinct masked first frames belongs to a mask |
+| `first_frame` [U,z,f,h,w] | latents of (masked first frame, then grey); only if the base takes them |
+| `source` [z,f,h,w] | latents of the scene from the other camera; only in a dataset of clips from two cameras |
+| `image` [U,n,d] | the image encoder's features of the masked first frame; only if the base takes them |
 
-Tensors without a type are float32 or bfloat16, one choice a dataset.
+Tensors without a type above are all float32 or all bfloat16 in a dataset.
 """
 
 from __future__ import annotations
@@ -39,15 +39,15 @@ EXACT = ("hole",)  # float32 whatever the dataset stores
 
 @dataclass(frozen=True)
 class LatentSpec:
-    """What all samples of a latent dataset have in common; the mapping `latents` of dataset.json, with more beside it.
+    """Properties that all samples of a latent dataset share; part of the mapping `latents` of dataset.json.
 
     Args:
-        dtype: of the stored tensors, of tensors.STORED.
+        dtype: of the stored tensors, one of tensors.STORED.
         shape: [z, f, h, w] of a latent.
-        image: [n, d] of the image encoder's features; () where the base has none.
-        first_frame: whether first-frame latents are there.
+        image: [n, d] of the image encoder's features; () if the base has none.
+        first_frame: whether there are first-frame latents.
         num_masks: S.
-        source: whether latents of the scene from the other camera are there.
+        source: whether there are latents of the scene from the other camera.
     """
 
     dtype: str
@@ -59,7 +59,7 @@ class LatentSpec:
 
     @classmethod
     def of(cls, dataset: Mapping[str, Any]) -> LatentSpec:
-        """Return the spec in dataset.json's contents; ContractError where it is none."""
+        """Return the spec in the contents of a dataset.json. Raises ContractError if there is no valid one."""
         try:
             facts = dataset["latents"]
             spec = cls(
@@ -97,13 +97,13 @@ class LatentSpec:
 
 
 def encode(tensors: Mapping[str, np.ndarray], pixel_members: Mapping[str, bytes], fingerprint: str, dtype: str) -> dict:
-    """Return {member: bytes} of a latent sample.
+    """Encode a latent sample as {member: bytes}.
 
     Args:
-        tensors: the table above, all numbers float32 yet.
-        pixel_members: of the sample that was encoded.
+        tensors: those of the table above, still in float32 where no type is given.
+        pixel_members: members of the pixel sample that was encoded.
         fingerprint: becomes `latents_fingerprint`.
-        dtype: of tensors.STORED.
+        dtype: one of tensors.STORED.
     """
     facts = decode_json(pixel_members["json"], "json") | {"latents_fingerprint": fingerprint}
     copies = {name: pixel_members[name] for name in ("camera.json", "txt")}
@@ -113,11 +113,11 @@ def encode(tensors: Mapping[str, np.ndarray], pixel_members: Mapping[str, bytes]
 def decode_latents(
     members: Mapping[str, bytes], draw: Callable[[int], int], with_source: bool = False
 ) -> dict[str, Any]:
-    """Return one sample of a latent dataset, with one of its masks; all numbers float32 unless said.
+    """Decode one sample of a latent dataset, with one of its masks; float32 where no other type is given.
 
-    `latents` [z,f,h,w]; `cond_latents` [2z,f,h,w]; `hole` [1,f,h,w]; `first_frame` [z,f,h,w] and `image` [n,d] where
-    the dataset has them; `kind` uint8 []; `mask_index` int64 []; `captions` str; `source` [z,f,h,w] where it is asked
-    for.
+    Returns: `latents` [z,f,h,w]; `cond_latents` [2z,f,h,w]; `hole` [1,f,h,w]; `first_frame` [z,f,h,w] and `image`
+    [n,d] if the dataset has them; `kind` uint8 []; `mask_index` int64 []; `captions` str; with `with_source`, `source`
+    [z,f,h,w].
 
     Raises:
         ContractError: a member is missing, damaged, or does not fit the others.
@@ -143,7 +143,7 @@ def decode_latents(
 
 
 def spec_of(members: Mapping[str, bytes]) -> dict[str, Any]:
-    """Return `dtype`, `shape`, `image`, `first_frame` and, where true, `source` of a LatentSpec, from one sample."""
+    """Return `dtype`, `shape`, `image`, `first_frame` and, if true, `source` of a LatentSpec, from one sample."""
     tensors = decode_tensors(members[MEMBER], MEMBER)
     return {
         "dtype": "bfloat16" if tensors["target"].dtype == np.uint16 else "float32",
@@ -155,14 +155,14 @@ def spec_of(members: Mapping[str, bytes]) -> dict[str, Any]:
 
 
 def validate(members: Mapping[str, bytes], spec: LatentSpec, num_kinds: int, key: str) -> dict[str, np.ndarray]:
-    """Return the tensors of a sample, after checking that it is what the dataset says.
+    """Return the tensors of a sample, after checking that it matches its dataset.
 
     Args:
-        num_kinds: how many mask_kinds the dataset has.
-        key: the name under which the sample was stored, compared with the one inside.
+        num_kinds: number of the dataset's mask_kinds.
+        key: the key under which the sample was stored, compared with the one inside.
 
     Raises:
-        ContractError: names the member and what is wrong.
+        ContractError: a member does not match; the message names it and the problem.
     """
     require_members(members, MEMBERS)
     facts = decode_json(members["json"], "json")

@@ -1,8 +1,8 @@
-"""Batches of samples in one global order, the same for any number of ranks, threads and restarts.
+"""Load batches of samples in one global order, the same for any number of ranks, threads and restarts.
 
 The stream of samples is endless: epoch after epoch, each a permutation drawn from (seed, epoch). Sample g of the stream
-goes to rank g mod world size. A step takes consecutive samples, and may take them from two epochs, so every rank
-always has a full batch. The whole state is the number of samples consumed by all ranks together.
+goes to rank g mod world size. A step takes consecutive samples, possibly from two epochs, so that every rank always
+has a full batch. The entire state is the number of samples consumed by all ranks together.
 """
 
 from __future__ import annotations
@@ -36,7 +36,7 @@ Item = tuple[str, dict[str, Any] | None, str]  # key, values or None, why there 
 
 @dataclass(frozen=True)
 class LoaderConfig:
-    """How samples are fetched. Nothing here changes which samples come, or in which order."""
+    """Settings for fetching samples. None of them changes which samples come, or in which order."""
 
     num_threads: int = setting(2, "Threads that read and decode; 0: the training thread does it.", ge=0)
     prefetch_batches: int = setting(2, "Micro batches prepared ahead of the one in use.", ge=0)
@@ -52,7 +52,7 @@ class LoaderConfig:
 def epoch_order(num_samples: int, seed: int, epoch: int) -> np.ndarray:
     """Return int64 [num_samples], the permutation of one epoch.
 
-    Philox's raw numbers are promised to stay the same in every version of NumPy; Generator.permutation is not.
+    NumPy guarantees that Philox's raw numbers stay the same in every version, but not Generator.permutation.
     """
     generator = np.random.Philox(key=np.array([seed, epoch], dtype=np.uint64))
     return np.argsort(generator.random_raw(num_samples), kind="stable")
@@ -67,25 +67,25 @@ def draw_mask(num_masks: int, seed: int, epoch: int, key: str) -> int:
 class ShardLoader(Iterator[Batch]):
     """An endless iterator of micro batches of one rank.
 
-    A batch holds what `decode` returned, stacked (numbers and arrays) or listed (text), and `keys` (list),
-    `valid` bool [B], `samples_consumed` int: the state after it, for all ranks together. A sample that cannot be used
-    keeps its place, zero-filled and with `valid` False, so that every rank stays in step and the order does not move;
-    its loss must have weight 0. It is logged once and kept in `bad`.
+    A batch holds the values of `decode`, stacked (numbers and arrays) or listed (text), and `keys` (list), `valid`
+    bool [B], `samples_consumed` int: the state after it, for all ranks together. A sample that cannot be read keeps its
+    place, zero-filled and with `valid` False, so that all ranks stay in step and the order does not change; its loss
+    must have weight 0. It is logged once and recorded in `bad`.
 
     Args:
         dataset: folder of a finished dataset, local or in an object store.
         split: "train" or "val".
-        micro_batch_size: samples of this rank in a batch.
+        micro_batch_size: samples per batch on this rank.
         seed: of the order and of the masks.
-        rank, world_size: this rank takes sample g of the stream where g mod world_size is rank.
-        samples_consumed: where to start: a batch's `samples_consumed`; a multiple of world_size.
+        rank, world_size: this rank takes sample g of the stream if g mod world_size equals rank.
+        samples_consumed: where to start, as a batch's `samples_consumed`; a multiple of world_size.
         decode: ({member: bytes}, draw) -> values of one sample; raises ContractError or BadSample for a bad one. None:
             `decoder_of` the dataset.
-        with_source: the scene from the other camera as well, where `decode` is None; see `decoder_of`.
+        with_source: also load the scene from the other camera, if `decode` is None; see `decoder_of`.
 
     Raises:
-        ConfigError: an argument out of range, or a split without samples.
-        ContractError: no finished dataset; a manifest that is not the sealed one.
+        ConfigError: an argument is out of range, or the split has no samples.
+        ContractError: the dataset is not finished, or its manifest differs from the hash in dataset.json.
     """
 
     def __init__(
@@ -115,14 +115,14 @@ class ShardLoader(Iterator[Batch]):
         self.decode = decode or (foreign.decoder if is_foreign else decoder_of)(facts, with_source)
         self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         self.config = config or LoaderConfig()
-        # Where frames can be decoded to their place in the batch, its shape: nine megabytes a clip that are not copied.
+        # Shape of frames that can be decoded straight into the batch, which saves a copy of nine megabytes per clip.
         spec = facts.get("sample", {}) if decode is None and "latents" not in facts else {}
         self._frame_shape = (spec["num_frames"], *spec["size"], 3) if spec else None
         self.table, identity = _read_split(dataset, split, facts)
         self.num_samples = len(self.table)
         self.samples_consumed = samples_consumed
         self.bad: dict[str, str] = {}
-        self._next = samples_consumed  # of the batch to be submitted, ahead of samples_consumed by what is under way
+        self._next = samples_consumed  # start of the next batch to submit; ahead of samples_consumed by the prefetch
         self._order = lru_cache(maxsize=2)(lambda epoch: epoch_order(self.num_samples, seed, epoch))
         self._pool = ThreadPoolExecutor(self.config.num_threads, "loader") if self.config.num_threads else None
         self._pending: deque[tuple[int, list[Future]]] = deque()
@@ -139,7 +139,7 @@ class ShardLoader(Iterator[Batch]):
         return batch
 
     def close(self) -> None:
-        """Stop the threads; what is under way is dropped."""
+        """Stop the threads and drop pending batches."""
         self._pending.clear()
         if self._pool:
             self._pool.shutdown(wait=True, cancel_futures=True)
@@ -156,7 +156,7 @@ class ShardLoader(Iterator[Batch]):
         self._pending.append((self._next, futures))
 
     def _load(self, row: int, epoch: int, into: np.ndarray | None = None) -> Item:
-        """Return one sample, decoded, its frames in `into` where that is given."""
+        """Read and decode one sample, its frames into `into` if that is given."""
         fields = self.table.slice(row, 1).to_pylist()[0]
         key = fields["key"]
         try:
@@ -174,7 +174,7 @@ class ShardLoader(Iterator[Batch]):
         try:
             return _checked(self._cache.read(*place), fields)
         except ContractError:
-            self._cache.forget(*place)  # the copy may be damaged and the original whole
+            self._cache.forget(*place)  # the cached copy may be damaged while the original is intact
             return _checked(storage.read_bytes(*place), fields)
 
     def _stack(self, items: list[Item]) -> Batch:
@@ -192,7 +192,7 @@ class ShardLoader(Iterator[Batch]):
         return batch
 
     def _blank_like(self, items: list[Item]) -> dict[str, Any]:
-        """Return zeros in the shape of any good sample, of the batch if it has one, else of the dataset."""
+        """Return zeros shaped like a good sample: one of the batch, else the first of the dataset."""
         if self._blank is None:
             near = (values for _, values, _ in items if values is not None)
             far = (self._load(row, 0)[1] for row in range(self.num_samples))
@@ -204,7 +204,7 @@ class ShardLoader(Iterator[Batch]):
 
 
 def _read_split(dataset: str, split: str, facts: Mapping[str, Any]) -> tuple[pa.Table, str]:
-    """Return the manifest rows of one split, in their order, and an identity of the dataset."""
+    """Return the manifest rows of one split, in order, and the manifest's sha256, which identifies the dataset."""
     if split not in manifest.SPLITS:
         raise ConfigError("split", split, f"allowed: {', '.join(manifest.SPLITS)}")
     identity = facts["sha256"].get(manifest.MANIFEST)
@@ -218,7 +218,7 @@ def _read_split(dataset: str, split: str, facts: Mapping[str, Any]) -> tuple[pa.
 
 
 def _checked(blob: bytes, fields: dict[str, Any]) -> dict[str, bytes]:
-    """Return {member: bytes} after comparing the sha256: damaged H.264 may decode without an error."""
+    """Return {member: bytes} after checking the sha256: damaged H.264 may decode without an error."""
     if hashlib.sha256(blob).hexdigest() != fields["sha256"]:
         raise ContractError(f"{fields['shard']}: sha256 of the sample is wrong; `ex4d verify` names the member")
     return read_sample(blob, fields["key"])
@@ -229,8 +229,8 @@ def _joined(values: list[Any]) -> Any:
         return values
     whole = getattr(values[0], "base", None)
     if whole is not None and whole.shape == (len(values), *values[0].shape) and all(v.base is whole for v in values):
-        return whole  # they were decoded to their places
-    return np.stack(values) if len(values) > 1 else np.asarray(values[0])[None]  # one alone need not be copied
+        return whole  # they were decoded in place
+    return np.stack(values) if len(values) > 1 else np.asarray(values[0])[None]  # a single one needs no copy
 
 
 def _now(function: Callable[..., Any], *arguments: Any) -> Future:

@@ -1,4 +1,4 @@
-"""The tables of a dataset folder: manifest.parquet, rejects.parquet, index.json, and the counts that must add up."""
+"""Read and write the tables of a dataset folder: manifest.parquet, rejects.parquet, index.json, dataset.json."""
 
 from __future__ import annotations
 
@@ -25,14 +25,14 @@ FORMAT, FORMAT_VERSION = "ex4d-dataset", 1
 SPLITS = ("train", "val")
 SHARD = re.compile(
     r"shards/(train|val)-(\d{6})\.tar"
-)  # the only names that are ever opened, so no path can leave the folder
-MORE = re.compile(r"text\.parquet|text/\d{6}\.safetensors")  # what a latent dataset has beside: data/texts.py
+)  # only such names are ever opened, so that no path can leave the folder
+MORE = re.compile(r"text\.parquet|text/\d{6}\.safetensors")  # further files of a latent dataset: data/texts.py
 UNITS, FATES = ("video", "clip"), ("filtered", "bad")
 REJECT_COLUMNS = ("key", "unit", "fate", "stage", "reason", "message")
 PROVENANCE_COLUMNS = ("source_sha256", "source_group", "source_path", "start_s", "end_s")
 ROWS_PER_GROUP = 4096
-MAX_TABLE_BYTES, MAX_JSON_BYTES = 4 * 2**30, 64 * 2**20  # of files that may be a stranger's
-UNPACKED_BYTES, UNPACKED_FACTOR = 64 * 2**20, 100  # what a table may unpack to: so much, and so often its size
+MAX_TABLE_BYTES, MAX_JSON_BYTES = 4 * 2**30, 64 * 2**20  # limits for untrusted files
+UNPACKED_BYTES, UNPACKED_FACTOR = 64 * 2**20, 100  # a table may unpack to UNPACKED_BYTES + UNPACKED_FACTOR × its size
 MAX_CLIP_BYTES, MAX_SIDE_PX = 4 * 2**30, 8192  # of one sample's frames and masks
 
 _MEMBER = pa.struct([("name", pa.string()), ("offset", pa.int64()), ("length", pa.int64()), ("sha256", pa.string())])
@@ -58,7 +58,7 @@ def shard_name(split: str, number: int) -> str:
 
 
 def list_contents(folder: str) -> list[str]:
-    """Return the relative URLs of all files in the folder that can be shards or of MORE, whether or not they belong."""
+    """Return the relative URLs of all files whose names match SHARD or MORE, whether or not the dataset names them."""
     names = [f"shards/{name}" for name in storage.list_files(storage.join(folder, "shards"))]
     names += [f"text/{name}" for name in storage.list_files(storage.join(folder, "text"))]
     names += [name for name in ("text.parquet",) if storage.exists(storage.join(folder, name))]
@@ -69,7 +69,7 @@ def table(rows: Iterable[Mapping[str, Any]], scores: Iterable[str]) -> pa.Table:
     """Return rows of a manifest as an Arrow table.
 
     Args:
-        rows: mappings of the columns above; their `scores` become a float64 column `score_NAME` each.
+        rows: mappings of the columns above; each of their `scores` becomes a float64 column `score_NAME`.
         scores: the names of all scores.
     """
     names, schema = sorted(scores), schema_of(scores)
@@ -86,7 +86,7 @@ def write_manifest(path: Path, tables: Iterable[pa.Table]) -> int:
     """Write manifest.parquet to a local path, a group of rows at a time, and return the number of rows.
 
     Args:
-        tables: of `table`, in the order of their rows; at least one, which may be empty.
+        tables: from `table`, in row order; at least one, which may be empty.
     """
     rest = iter(tables)
     waiting = next(rest)
@@ -104,7 +104,7 @@ def write_manifest(path: Path, tables: Iterable[pa.Table]) -> int:
 
 
 def _writer(path: Path, schema: pa.Schema) -> pq.ParquetWriter:
-    # Every setting that reaches the bytes is stated: a default may move between versions of the library.
+    # Every setting that affects the bytes is explicit: defaults may change between versions of the library.
     return pq.ParquetWriter(path, schema, compression="zstd", compression_level=3, version="2.6")
 
 
@@ -127,8 +127,8 @@ def read_table(folder: str, name: str, columns: list[str] | None = None, sha256:
     """Return manifest.parquet or rejects.parquet as an Arrow table.
 
     Args:
-        columns: all when None.
-        sha256: what dataset.json says of the file; not compared when None.
+        columns: None: all.
+        sha256: of the file according to dataset.json; None: do not compare.
 
     Raises:
         ContractError: the file is missing, is not such a table, or differs from its sha256 in dataset.json.
@@ -145,7 +145,7 @@ def read_table(folder: str, name: str, columns: list[str] | None = None, sha256:
 
 
 def _unpacked(data: bytes, name: str, columns: list[str] | None) -> pa.Table:
-    """Return the table in a Parquet file's bytes; ContractError where it unpacks to far more than it has."""
+    """Return the table in a Parquet file's bytes. Raises ContractError if it unpacks to far more than its size."""
     file = pq.ParquetFile(io.BytesIO(data))
     batches = list(bounded_batches(file, len(data), name, columns))
     schema = file.schema_arrow
@@ -159,9 +159,9 @@ def _unpacked(data: bytes, name: str, columns: list[str] | None) -> pa.Table:
 def bounded_batches(
     file: pq.ParquetFile, num_bytes: int, name: str, columns: list[str] | None = None
 ) -> Iterator[pa.RecordBatch]:
-    """Yield the batches of a Parquet file of `num_bytes`; ContractError once they are far more than it has.
+    """Yield the batches of a Parquet file of `num_bytes`. Raises ContractError once they take far more than that.
 
-    A dictionary of one text of megabytes stands for gigabytes, so few rows are read at a time, and counted.
+    A dictionary with one text of megabytes can expand to gigabytes, so few rows are read at a time and counted.
     """
     allowed = UNPACKED_BYTES + UNPACKED_FACTOR * num_bytes
     groups = range(file.metadata.num_row_groups)
@@ -178,7 +178,7 @@ def bounded_batches(
 
 
 def read_manifest(folder: str, sha256: str | None = None) -> pa.Table:
-    """Return manifest.parquet, its columns as `table` makes them.
+    """Return manifest.parquet, with the columns of `table`.
 
     Args:
         sha256: as for `read_table`.
@@ -198,13 +198,13 @@ def read_manifest(folder: str, sha256: str | None = None) -> pa.Table:
 
 
 def check_shard_names(table: pa.Table) -> None:
-    """Raise ContractError where a manifest's `shard` is not a name from `shard_name`."""
+    """Raise ContractError if a manifest's `shard` is not a name of `shard_name`."""
     if foreign := [name for name in table["shard"].unique().to_pylist() if not SHARD.fullmatch(name or "")]:
         raise ContractError(f"{MANIFEST}: shard {foreign[0]!r} is not a name of ours")
 
 
 def rows_by_shard(table: pa.Table) -> dict[str, pa.Table]:
-    """Return the rows of each shard, ordered by offset, without copying them; as rows only a shard's fit in memory."""
+    """Return the rows of each shard, ordered by offset, as slices: as Python objects they might not fit in memory."""
     ordered = table.sort_by([("shard", "ascending"), ("offset", "ascending")]).combine_chunks()
     counts = ordered["shard"].value_counts().to_pylist()  # in order of appearance
     starts = accumulate((count["counts"] for count in counts), initial=0)
@@ -212,13 +212,13 @@ def rows_by_shard(table: pa.Table) -> dict[str, pa.Table]:
 
 
 def write_index(path: Path, shards: Iterable[Mapping[str, Any]]) -> None:
-    """Write index.json: the list that `wids` reads, with relative url, nsamples, filesize and sha256."""
+    """Write index.json: the shard list of `wids`, with relative url, nsamples, filesize and sha256."""
     body = {"__kind__": "wids-shard-index-v1", "wids_version": 1, "shardlist": list(shards)}
     path.write_text(json.dumps(body, indent=1, sort_keys=True) + "\n", encoding="utf-8")
 
 
 def read_json(folder: str, name: str) -> dict[str, Any]:
-    """Return dataset.json or index.json; ContractError where it is missing or no JSON mapping."""
+    """Return dataset.json or index.json. Raises ContractError if it is missing or not a JSON mapping."""
     try:
         data = storage.read_bytes(storage.join(folder, name), 0, MAX_JSON_BYTES + 1)
     except OSError as error:
@@ -229,7 +229,7 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
 
 
 def read_dataset(folder: str) -> dict[str, Any]:
-    """Return dataset.json of a finished dataset; ContractError where there is none or of another version."""
+    """Return dataset.json of a finished dataset. Raises ContractError if it is missing or of another version."""
     if not storage.exists(storage.join(folder, DATASET)):
         raise ContractError(f"{folder}: has no {DATASET}, so it is no finished dataset; run preprocess on it again")
     dataset = read_json(folder, DATASET)
@@ -263,7 +263,7 @@ def _check_sample_facts(facts: Mapping[str, Any]) -> None:
 
 
 def read_index(folder: str) -> list[dict[str, Any]]:
-    """Return the shards of index.json; ContractError for a name that is not ours or a gap in the numbers."""
+    """Return the shards of index.json. Raises ContractError for an invalid name or a gap in the numbers."""
     shards = read_json(folder, INDEX).get("shardlist")
     kinds = {"url": str, "nsamples": int, "filesize": int, "sha256": str}
     if not isinstance(shards, list) or not all(

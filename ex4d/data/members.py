@@ -1,4 +1,4 @@
-"""The members of a sample: JSON with one type a number, masks as packed bits in an npz, video, depth as video."""
+"""Encode and decode the members of a sample: JSON, masks as packed bits in an npz, video, depth as video."""
 
 from __future__ import annotations
 
@@ -27,12 +27,12 @@ def hole_share(visible: np.ndarray) -> np.ndarray:
 
 
 def pack_bits(visible: np.ndarray) -> np.ndarray:
-    """Return uint8 [..., ceil(W/8)] of bool [..., W]: first pixel in the highest bit, zeros after the last."""
+    """Pack bool [..., W] into uint8 [..., ceil(W/8)]: the first pixel in the highest bit, zeros after the last."""
     return np.packbits(visible, axis=-1, bitorder="big")
 
 
 def unpack_bits(packed: np.ndarray, width: int) -> np.ndarray:
-    """Return bool [..., W] of uint8 [..., ceil(W/8)]; inverse of `pack_bits`."""
+    """Unpack uint8 [..., ceil(W/8)] into bool [..., W]; inverse of `pack_bits`."""
     return np.unpackbits(packed, axis=-1, count=width, bitorder="big").view(bool)
 
 
@@ -42,7 +42,7 @@ def encode_json(value: Mapping[str, Any]) -> bytes:
 
 
 def decode_json(data: bytes, name: str) -> dict[str, Any]:
-    """Return the mapping in a JSON member; ContractError naming it where it is none."""
+    """Return the mapping in a JSON member. Raises ContractError, which names the member, if it is not a mapping."""
     try:
         value = json.loads(data)
     except (ValueError, RecursionError) as error:  # JSONDecodeError and UnicodeDecodeError are ValueErrors
@@ -53,7 +53,7 @@ def decode_json(data: bytes, name: str) -> dict[str, Any]:
 
 
 def plain(value: Any, where: str) -> Any:
-    """Return JSON-able Python values: numpy numbers become int or float, tuples lists.
+    """Convert to JSON-serialisable Python values: numpy numbers become int or float, tuples lists.
 
     Raises:
         ContractError: null, NaN, infinity, an int over 64 bits, or a type that JSON does not have.
@@ -74,7 +74,7 @@ def plain(value: Any, where: str) -> Any:
 
 
 def type_tree(value: Any) -> Any:
-    """Return the value's keys and types without its contents; equal for every sample of a dataset."""
+    """Return the keys and types of a value without its contents; equal for all samples of a dataset."""
     if isinstance(value, dict):
         return {name: type_tree(child) for name, child in sorted(value.items())}
     if isinstance(value, list):
@@ -91,14 +91,14 @@ def decode_masks(
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Return (visible_packed uint8 [S,T,H,ceil(W/8)], kind uint8 [S], hole_share float32 [S,T]) of `masks.npz`.
 
-    No array is made before its header says the shape that it must have: a few megabytes may unpack to many gigabytes.
+    No array is allocated before its header was checked: a few megabytes may unpack to many gigabytes.
 
     Args:
         size: (T, H, W) of the clip.
         num_masks: S; None: up to MAX_MASKS.
 
     Raises:
-        ContractError: other names, types or shapes, a pickled array, damaged bytes.
+        ContractError: unexpected names, types or shapes, a pickled array, or damaged bytes.
     """
     num_frames, height, width = size
     try:
@@ -134,8 +134,8 @@ def _array(archive: zipfile.ZipFile, name: str, dtype: np.dtype, shape: tuple[in
 
 
 def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
-    """Return an npz file of the arrays, compressed; equal arrays give equal bytes, whatever the day or the system."""
-    # np.savez leaves date and attributes to zipfile's defaults; here they are fixed, as bytes are promised.
+    """Return the arrays as a compressed npz file; equal arrays give equal bytes, on any date and system."""
+    # np.savez leaves date and attributes to zipfile's defaults; here they are fixed, to keep the bytes reproducible.
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w") as archive:
         for name, array in arrays.items():
@@ -148,17 +148,17 @@ def encode_npz(arrays: Mapping[str, np.ndarray]) -> bytes:
 
 
 def encode_depth(z_depth: np.ndarray, fps: float) -> tuple[float, bytes]:
-    """Return (`disparity_max` of `json`, `depth.mkv`) of z_depth [T,H,W]."""
+    """Encode z_depth [T,H,W]; return (`disparity_max` for `json`, bytes of `depth.mkv`)."""
     disparity = 1.0 / z_depth.astype(np.float64)
     most = float(disparity.max())
     return most, video.encode(np.rint(disparity / most * DEPTH_STEPS).astype(np.uint16), fps, lossless=True)
 
 
 def decode_depth(data: bytes, disparity_max: object, limit: tuple[int, int, int] | None = None) -> np.ndarray:
-    """Return z_depth float32 [T,H,W] of `depth.mkv`; what was too far for 16 bits lies at half a step's disparity.
+    """Decode `depth.mkv` to z_depth, float32 [T,H,W]; pixels too far for 16 bits get a disparity of half a step.
 
     Raises:
-        ContractError: it does not decode, or `disparity_max` is no positive number.
+        ContractError: the video does not decode, or `disparity_max` is not a positive number.
     """
     if not isinstance(disparity_max, float) or not 0 < disparity_max < math.inf:
         raise ContractError(f"json: disparity_max {disparity_max!r}")
@@ -169,7 +169,7 @@ def decode_depth(data: bytes, disparity_max: object, limit: tuple[int, int, int]
 
 
 def require_members(members: Mapping[str, bytes], wanted: tuple[str, ...], optional: tuple[str, ...] = ()) -> None:
-    """Raise ContractError with the names of missing and unknown members."""
+    """Raise ContractError, which names them, if members are missing or unknown."""
     missing, unknown = set(wanted) - set(members), set(members) - set(wanted) - set(optional)
     if missing or unknown:
         raise ContractError(f"members missing {sorted(missing)}, not known {sorted(unknown)}")
@@ -178,11 +178,11 @@ def require_members(members: Mapping[str, bytes], wanted: tuple[str, ...], optio
 def decode_frames(
     data: bytes, member: str = "mp4", into: np.ndarray | None = None, limit: tuple[int, int, int] | None = None
 ) -> np.ndarray:
-    """Return uint8 [T,H,W,3] RGB of a video member; ContractError that names it where it does not decode.
+    """Decode a video member to uint8 [T,H,W,3] RGB. Raises ContractError, which names the member, if it cannot.
 
     Args:
-        into: an array of that shape for the frames, which is then returned.
-        limit: most frames, H and W.
+        into: an array of that shape to decode into, which is then returned.
+        limit: maximum number of frames, H and W.
     """
     try:
         return video.read(data, into, limit)[0]

@@ -1,8 +1,8 @@
-"""Several datasets as one stream: each optimizer step takes all its samples from one of them, in turn by their weights.
+"""Mix several datasets in one stream: each optimizer step takes all its samples from one of them, chosen by weight.
 
-Batches never mix, so the datasets may differ in frames and size (a bucket each), and all ranks are at work on clips of
-one size. Whose turn a step is follows from the weights and the number of the step alone: the order is the same for any
-number of ranks, threads and restarts, and the whole state is still the number of samples consumed.
+Batches never mix datasets, so these may differ in frames and size (a bucket each), and all ranks work on clips of one
+size. The dataset of a step follows from the weights and the step number alone: the order is the same for any number of
+ranks, threads and restarts, and the entire state is still the number of samples consumed.
 """
 
 from __future__ import annotations
@@ -17,7 +17,7 @@ from ex4d.errors import ConfigError
 
 
 def turns(weights: Sequence[float]) -> Iterator[int]:
-    """Yield for each step, from the first, the dataset that is furthest behind its share of the steps so far."""
+    """Yield for each step, from the first, the index of the dataset that is furthest behind its share of the steps."""
     exact = [Fraction(weight) for weight in weights]
     shares = [weight / sum(exact) for weight in exact]
     counts = [0] * len(shares)
@@ -29,17 +29,17 @@ def turns(weights: Sequence[float]) -> Iterator[int]:
 
 
 class MixtureLoader(Iterator[Batch]):
-    """An endless iterator of micro batches of one rank; each batch has `dataset`, the index of the one it is from.
+    """An endless iterator of micro batches of one rank; each batch has `dataset`, the index of its dataset.
 
     Args:
-        open_one: for each dataset (samples of it consumed by all ranks) -> its loader.
+        open_one: for each dataset: (samples of it consumed by all ranks) -> its loader.
         weights: of the datasets, in the same order.
-        accum_steps: micro batches of a step.
-        step_size: samples of a step, all ranks together.
-        samples_consumed: by all ranks together, of all datasets; whole steps.
+        accum_steps: micro batches per step.
+        step_size: samples per step over all ranks.
+        samples_consumed: by all ranks, from all datasets; a multiple of `step_size`.
 
     Raises:
-        ConfigError: samples_consumed is not whole steps.
+        ConfigError: samples_consumed is not a multiple of `step_size`.
     """
 
     def __init__(

@@ -1,7 +1,7 @@
 """THE CONTRACT of a training sample: its members with types, shapes and ranges; encoding, decoding and checks.
 
-A sample is one clip with S simulated masks. The condition that a model is shown is `frames * visible[s]`, or, where the
-dataset has conditions of imperfect geometry, their colours for visibility masks (`decoding.shown`).
+A sample is one clip with S simulated masks. The model's condition is `frames * visible[s]`, or, in a dataset with
+conditions from imperfect geometry, their colours under visibility masks (`decoding.shown`).
 
 | member        | what |
 |---|---|
@@ -11,18 +11,18 @@ dataset has conditions of imperfect geometry, their colours for visibility masks
 | `mp4`         | T frames, H.264, one encoder thread |
 | `txt`         | caption, UTF-8, may be empty |
 
-By dataset, and then in every sample:
+Optional members, which either all samples of a dataset have or none:
 
 | member      | what |
 |---|---|
-| `cond.mp4`  | T frames for each visibility mask in turn, as a warp shows them; T black for none |
+| `cond.mp4`  | T frames for each visibility mask in turn, as a warp shows them; T black frames if there is none |
 | `depth.mkv` | T frames, 16-bit FFV1: disparity = value / 65535 × `disparity_max` of `json`; z_depth = 1 / disparity |
 | `source.mp4` | T frames: the scene at the same times from the camera of the visibility mask's `w2c` |
 
-The colours of a `cond.mp4` are those of the clip seen through wrong depth, or, beside a `source.mp4`, the source's.
+A `cond.mp4` has the colours of the clip, warped with wrong depth, or, beside a `source.mp4`, the source's colours.
 
-In the JSON members a number is always int or always float, every key is always present and nothing is null but the
-`w2c` of a tracking mask: readers that infer a column type from the first samples depend on it.
+In the JSON members, a number is always int or always float, every key is always present, and only the `w2c` of a
+tracking mask is null: readers that infer column types from the first samples depend on it.
 """
 
 from __future__ import annotations
@@ -54,16 +54,16 @@ from ex4d.errors import ContractError
 
 MEMBERS = ("camera.json", "json", "masks.npz", "mp4", "txt")
 OPTIONAL = ("cond.mp4", "depth.mkv", "source.mp4")
-KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # no dots: readers split key and extension at the first one
+KEY = re.compile(r"[a-z0-9][a-z0-9_-]{0,79}")  # no dots: readers split key and extension at the first dot
 TRACKING = "tracking"  # the one kind of mask that has no camera path
 VISIBILITY = "visibility"  # the kind of mask whose condition a cond.mp4 holds
 CRF = 12
-# What `json` must hold. More keys are allowed, the same in every sample of a dataset. "" says that there is none.
+# Required keys of `json`. More are allowed if every sample of a dataset has them. "" means that there is no value.
 PROVENANCE: dict[str, type] = {
     "source_sha256": str,  # of the video file's bytes
-    "source_group": str,  # what goes to one split together: the source_sha256 of the first of its near-duplicates
+    "source_group": str,  # sources of a group share a split; the source_sha256 of the first of its near-duplicates
     "source_path": str,  # relative to the input root, never absolute
-    "licence": str,  # of the video, as the list of inputs said
+    "licence": str,  # of the video, as the list of inputs states it
     "start_pts": int,  # of the first frame, in units of time_base
     "end_pts": int,  # of the last frame
     "time_base": str,  # "1/30000", seconds
@@ -79,7 +79,7 @@ PROVENANCE: dict[str, type] = {
 
 @dataclass(frozen=True)
 class SampleSpec:
-    """What all samples of a dataset have in common.
+    """Properties that all samples of a dataset share.
 
     Args:
         num_frames: T.
@@ -104,17 +104,17 @@ class Sample:
         key: stable id from content hash and span, `[a-z0-9_-]`, at most 80 characters.
         frames: uint8 [T,H,W,3] RGB.
         fps: frames per second, > 0.
-        visible: bool [S,T,H,W], True = seen.
+        visible: bool [S,T,H,W], True where the pixel is seen.
         kind: uint8 [S], index into the dataset's mask_kinds.
         hole_share: float32 [S,T], share of False in `visible`.
         K: float64 [3,3], px, pixel centres at +0.5.
         w2c: S entries, float64 [T,4,4] (OpenCV axes, world-to-camera) or None for a tracking mask.
         caption: may be empty.
         provenance: see PROVENANCE.
-        cond: uint8 [V·T,H,W,3] RGB, T frames for each visibility mask in turn, or T black ones where V is 0; None
-            where the dataset has none. Only what the mask keeps of it is ever shown.
-        z_depth: float32 [T,H,W], positive, finite, in the units of `w2c`; None where the dataset has none.
-        source: uint8 [T,H,W,3] RGB, the scene from another camera; None where the dataset has none.
+        cond: uint8 [V·T,H,W,3] RGB, T frames for each of V visibility masks in turn, or T black ones if V is 0; None
+            if the dataset has none. The model sees only its visible pixels.
+        z_depth: float32 [T,H,W], positive, finite, in the units of `w2c`; None if the dataset has none.
+        source: uint8 [T,H,W,3] RGB, the scene from another camera; None if the dataset has none.
     """
 
     key: str
@@ -133,10 +133,10 @@ class Sample:
 
 
 def encode(sample: Sample) -> dict[str, bytes]:
-    """Return {member: bytes}: the same sample gives the same bytes, with equal package versions.
+    """Encode a sample as {member: bytes}; equal samples give equal bytes with equal package versions.
 
     Raises:
-        ContractError: the sample's parts do not fit together; names key, member and what is wrong.
+        ContractError: the sample's parts do not fit together; the message names key, member and problem.
     """
     _check(sample)
     camera = {
@@ -170,10 +170,10 @@ def encode(sample: Sample) -> dict[str, bytes]:
 
 
 def decode(members: Mapping[str, bytes], spec: SampleSpec | None = None) -> Sample:
-    """Return the Sample in {member: bytes}.
+    """Decode {member: bytes} to a Sample.
 
     Args:
-        spec: what the dataset says of it; no more frames and masks than that are ever unpacked.
+        spec: limits decoding to the dataset's number of frames and masks.
 
     Raises:
         ContractError: a member is missing, does not parse, or does not fit the others; the message names it.
@@ -212,14 +212,14 @@ def decode(members: Mapping[str, bytes], spec: SampleSpec | None = None) -> Samp
 
 
 def validate(members: Mapping[str, bytes], spec: SampleSpec, key: str | None = None) -> Sample:
-    """Return the decoded sample, after checking that it is what the dataset says.
+    """Return the decoded sample, after checking that it matches its dataset.
 
     Args:
-        spec: what all samples agree on.
-        key: the name under which the sample was stored, compared with the one inside.
+        spec: the properties that all samples share.
+        key: the key under which the sample was stored, compared with the one inside.
 
     Raises:
-        ContractError: names the member and what is wrong.
+        ContractError: a member does not match; the message names it and the problem.
     """
     require_members(members, (*MEMBERS, *spec.optional))
     sample = decode(members, spec)

@@ -1,8 +1,8 @@
-"""Staged samples become a dataset folder: shards, index, manifest, rejects, and last dataset.json, the commit.
+"""Pack staged samples into a dataset folder: shards, index, manifest, rejects and, last, dataset.json, the commit.
 
-Packing is concatenation in the order of the keys, so the same staged samples give the same bytes whatever the order
-in which they were made and whoever builds which shard. Keys and sizes say which sample goes into which shard before
-any is read, so shards are built by many workers at once (`building`), and only those whose samples have changed.
+Packing concatenates samples in key order, so the same staged samples give the same bytes, in whatever order they were
+made and whichever worker builds which shard. Keys and sizes determine which sample goes into which shard before any is
+read, so many workers can build shards at once (`building`), and only those whose samples have changed are built.
 A folder has a dataset.json only while everything that it names is in place.
 """
 
@@ -36,10 +36,10 @@ SHARD_SIZE_BYTES = 256 * 2**20
 
 @dataclass(frozen=True)
 class Missing:
-    """The plans of all shards that are not `built`, as often as they are asked for: gigabytes for a million.
+    """The plans of all shards that are not in `built`, regenerated at each iteration: a list could take gigabytes.
 
     Args:
-        count: their number.
+        count: the number of these shards.
     """
 
     contents: Contents
@@ -55,13 +55,13 @@ class Missing:
         return (plan for plan in every if plan["name"] not in self.built)
 
 
-# (plans, output, tables, work) -> facts of each, in any order: as `building.here`, or on many machines. The plans may
-# be read more than once.
+# (plans, output, tables, work) -> facts of each shard, in any order; `building.here`, or the same on many machines. The
+# plans may be iterated more than once.
 Build = Callable[[Missing, str, str, str | None], Iterator[dict[str, Any]]]
 
 
 class DamagedSamples(ContractError):
-    """Staged samples that are missing, or are not what was written; `keys` of them."""
+    """Raised when staged samples are missing or damaged; `keys` lists them."""
 
     def __init__(self, keys: Sequence[str]):
         self.keys = sorted(keys)
@@ -78,7 +78,7 @@ def pack(
     tables: str | None = None,
     build: Build = building.here,
 ) -> dict[str, Any]:
-    """Do `pack_contents` of samples and rejects in any order."""
+    """Call `pack_contents` for samples and rejects in any order."""
     return pack_contents(Listed(staged, rejects), output, facts, shard_size_bytes, write_more, tables, build)
 
 
@@ -95,20 +95,20 @@ def pack_contents(
 
     Args:
         contents: every sample of the dataset, and the rejects.
-        output: folder, local or in an object store. What an earlier pack left there is replaced; shards that are no
+        output: folder, local or in an object store. The result of an earlier pack is replaced; shards that are no
             longer part of the dataset are deleted after all new ones are in place.
-        facts: JSON-able, the same on every run. Must hold `sample` (a SampleSpec as a mapping) and `counts` with
-            videos_in, videos_split and clips_planned; the other counts are added here.
-        shard_size_bytes: a shard is closed before it would grow over this; one sample alone may.
-        write_more: writes further files of the dataset under the local folder that it is given and returns their names,
-            of manifest.MORE; dataset.json seals them like the tables.
-        tables: folder that keeps the manifest rows of each shard: a shard whose samples are the same, and which nobody
-            has written to since, is not built again, and where nothing at all has changed nothing is read. Not with
-            `write_more`. None: every shard is built and compared.
+        facts: JSON-serialisable, the same on every run. Must hold `sample` (a SampleSpec as a mapping) and `counts`
+            with videos_in, videos_split and clips_planned; the other counts are added here.
+        shard_size_bytes: maximum size of a shard; only a single sample may exceed it.
+        write_more: (local folder) -> names of further files that it has written there, which match manifest.MORE;
+            dataset.json records their hashes like those of the tables.
+        tables: folder that keeps the manifest rows of each shard: a shard is not rebuilt if its samples are the same
+            and the file was not written to since; if nothing has changed, nothing is read. Not with `write_more`.
+            None: every shard is built and compared.
         build: builds shards.
 
     Raises:
-        DamagedSamples: staged files are missing, or are not what was written.
+        DamagedSamples: staged files are missing or damaged.
         ContractError: a staged file is not a sample, keys repeat, samples differ in members or in the types of their
             provenance, a source is in both splits, or the counts do not add up. Nothing is committed then.
     """
@@ -135,7 +135,7 @@ def pack_contents(
 def _commit(
     work: Path, output: str, facts: Mapping[str, Any], shards: Sequence[Mapping[str, Any]], more: Sequence[str]
 ) -> dict[str, Any]:
-    """Put the tables into their places, delete what an earlier pack left, and write and return dataset.json."""
+    """Move the tables into place, delete leftovers of an earlier pack, and write and return dataset.json."""
     dataset = {
         **facts,
         "format": manifest.FORMAT,
@@ -177,7 +177,7 @@ def _write_tables(
 
 
 def _in_place(digests: Mapping[str, str], output: str, tables: str) -> dict[str, dict[str, Any]]:
-    """Return {name: facts} of the shards that are in place as their plan says. Args: digests: {name: of its plan}."""
+    """Return {name: facts} of the shards that are in place as planned; `digests` is {name: digest of its plan}."""
 
     def in_place(name: str) -> dict[str, Any] | None:
         facts = building.read_facts(tables, name) if digests[name] else None
@@ -191,7 +191,7 @@ def _in_place(digests: Mapping[str, str], output: str, tables: str) -> dict[str,
 
 
 def _built(missing: Missing, output: str, tables: str, work: Path, build: Build) -> dict[str, dict[str, Any]]:
-    """Return {name: facts} of the shards with these plans, after building them. Raises DamagedSamples."""
+    """Build the missing shards and return {name: facts} of them. Raises DamagedSamples."""
     built: dict[str, dict[str, Any]] = {}
     damaged: list[str] = []
     for facts in build(missing, output, tables, str(work) if storage.is_local(output) else None):
@@ -204,7 +204,7 @@ def _built(missing: Missing, output: str, tables: str, work: Path, build: Build)
 
 
 def _is_packed(output: str, record: str, whole: str) -> bool:
-    """Return True where the folder holds what a pack of that digest left, by the sizes, times or tags of its files."""
+    """Return True if the folder is the unchanged result of a pack with this digest, by the stamps of its files."""
     if not storage.exists(record):
         return False
     try:
@@ -218,7 +218,7 @@ def _is_packed(output: str, record: str, whole: str) -> bool:
 
 
 def _remember(output: str, tables: str, record: str, whole: str, names: Sequence[str]) -> None:
-    """Write down of what the dataset was packed; delete the rows of shards that are no longer part of it."""
+    """Record what the dataset was packed from; delete the rows of shards that are no longer part of it."""
     files = [*names, *manifest.TABLES, manifest.DATASET]
     with ThreadPoolExecutor(4 * building.NUM_READERS) as pool:
         stamps = pool.map(lambda name: building.stamp(storage.join(output, name)), files)
@@ -235,7 +235,7 @@ def _work_folder(output: str) -> Iterator[Path]:
     """Yield a local folder for unfinished files, on the disk of a local `output` so that moving is a rename."""
     if storage.is_local(output):
         work = storage.local_path(output) / ".tmp-pack"
-        shutil.rmtree(work, ignore_errors=True)  # left by a pack that was killed
+        shutil.rmtree(work, ignore_errors=True)  # left over from a killed pack
         work.mkdir(parents=True)
     else:
         work = Path(tempfile.mkdtemp(prefix="ex4d-pack-"))
@@ -246,9 +246,9 @@ def _work_folder(output: str) -> Iterator[Path]:
 
 
 def _checked(read: Callable[[], Iterator[pa.Table]]) -> Iterator[pa.Table]:
-    """Yield the tables after checking that no source is in both splits; the splits come one after the other.
+    """Yield the tables, each of one split, and check that no source is in both splits.
 
-    Hashes are compared, of eight bytes in place of the 64 of a source's name; where two are equal, the names.
+    To save memory, 8-byte hashes are compared instead of the 64-byte names, and names only where hashes are equal.
     """
     found: dict[str, list[np.ndarray]] = {split: [np.zeros(0, np.int64)] for split in manifest.SPLITS}
     for table in read():

@@ -1,4 +1,4 @@
-"""Staged samples, the split of their source, and the plan of which sample goes into which shard."""
+"""Describe staged samples, assign their sources to splits, and plan which sample goes into which shard."""
 
 from __future__ import annotations
 
@@ -20,8 +20,8 @@ class Staged(NamedTuple):
     Args:
         key: the sample's key.
         split: "train" or "val".
-        url: a file holding exactly what `sample_tar` returned.
-        size, sha256: of that file, where they are known; they are compared then.
+        url: a file with exactly the bytes of `sample_tar`.
+        size, sha256: of that file; checked if known.
     """
 
     key: str
@@ -32,7 +32,7 @@ class Staged(NamedTuple):
 
 
 def split_of(source_group: str, val_fraction: float) -> str:
-    """Return "train" or "val" for everything cut from one source, or from sources that are nearly the same.
+    """Return "train" or "val" for all clips of a source group: one source, or near-duplicate sources.
 
     Args:
         source_group: see sample.PROVENANCE.
@@ -43,7 +43,7 @@ def split_of(source_group: str, val_fraction: float) -> str:
 
 
 def with_sizes(staged: Iterable[Staged]) -> list[Staged]:
-    """Return the samples with their sizes, asked for where they are not known; -1 of a file that is missing."""
+    """Return the samples with unknown sizes looked up; -1 for a missing file."""
     items = list(staged)
     unknown = [index for index, item in enumerate(items) if item.size is None]
 
@@ -60,17 +60,17 @@ def with_sizes(staged: Iterable[Staged]) -> list[Staged]:
 
 
 class Contents(Protocol):
-    """What a dataset is packed of, as often as it is asked for: a million samples need not lie in memory."""
+    """The input of a pack, which can be iterated repeatedly, so that a million samples need not be held in memory."""
 
     def staged(self) -> Iterator[Staged]:
-        """Yield every sample in the order of split and key, its size known; -1 of a file that is missing."""
+        """Yield every sample in the order of split and key, with its size; -1 for a missing file."""
 
     def rejects(self) -> Iterator[Mapping[str, str]]:
-        """Yield mappings of manifest.REJECT_COLUMNS, sorted by these."""
+        """Yield mappings of manifest.REJECT_COLUMNS, sorted by these columns."""
 
 
 class Listed:
-    """Contents of lists in any order."""
+    """Contents from lists in memory, in any order."""
 
     def __init__(self, staged: Iterable[Staged], rejects: Iterable[Mapping[str, str]]):
         self._staged = sorted(with_sizes(staged), key=lambda item: (item.split, item.key))
@@ -86,7 +86,7 @@ class Listed:
 
 
 def plans(items: Iterable[Staged], shard_size_bytes: int) -> Iterator[dict[str, Any]]:
-    """Yield the plan of each shard, as `building.build` takes it; `digest`: of all that its bytes follow from."""
+    """Yield the plan of each shard for `building.build`; its `digest` covers everything that determines the bytes."""
     for split, members in groupby(items, key=lambda item: item.split):
         number = size = 0
         group: list[Staged] = []
@@ -107,8 +107,9 @@ def _plan(name: str, split: str, group: Sequence[Staged]) -> dict[str, Any]:
 
 
 def _known_as(item: Staged) -> str:
-    """Return what a staged file is known by without reading it, "" for nothing: on this machine its time beside its
-    name, in a store a fingerprint in its name.
+    """Return what identifies a staged file without reading it; "" if nothing does.
+
+    For a local file that is its name with size, time and inode; in a store, a fingerprint in the name.
     """
     name = item.url.rpartition("/")[2]
     if storage.is_local(item.url):
@@ -117,7 +118,7 @@ def _known_as(item: Staged) -> str:
 
 
 def digest(*parts: Any) -> str:
-    """Return the sha256 of JSON-able parts."""
+    """Return the sha256 of JSON-serialisable parts."""
     return hashlib.sha256(json.dumps(parts, sort_keys=True).encode()).hexdigest()
 
 

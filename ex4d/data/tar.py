@@ -1,7 +1,7 @@
-"""One sample as tar blocks, strictly: the bytes that this module writes are the only ones that it reads.
+"""Write and read one sample as tar blocks, strictly: only bytes that this module would write are accepted.
 
-A sample is a run of USTAR entries `KEY.member`, members sorted, mtime 0, uid and gid 0, mode 0644, without the end
-marker, so that a shard is the concatenation of its samples and END. Every WebDataset reader opens it.
+A sample is a run of USTAR entries `KEY.member`, sorted by member, with mtime 0, uid and gid 0, mode 0644, without the
+end marker, so that a shard is the concatenation of its samples and END. Every WebDataset reader opens it.
 """
 
 from __future__ import annotations
@@ -22,7 +22,7 @@ MEMBER = re.compile(r"[a-z0-9_]+(\.[a-z0-9_]+)*")
 
 @dataclass(frozen=True)
 class Entry:
-    """Where a member lies: `offset` of its content in bytes from the start of the sample, its length."""
+    """Location of a member: `offset` and `length` of its content in bytes, from the start of the sample."""
 
     name: str
     offset: int
@@ -33,7 +33,7 @@ def sample_tar(key: str, members: Mapping[str, bytes]) -> bytes:
     """Return the sample's tar blocks; equal members give equal bytes.
 
     Raises:
-        ContractError: a key or member name that is not allowed.
+        ContractError: a key or member name is not allowed.
     """
     parts = []
     for name in sorted(members):
@@ -42,7 +42,7 @@ def sample_tar(key: str, members: Mapping[str, bytes]) -> bytes:
     return b"".join(parts)
 
 
-@lru_cache(maxsize=4096)  # epoch after epoch the same ones are compared with
+@lru_cache(maxsize=4096)  # every epoch compares with the same headers
 def header(key: str, name: str, length: int) -> bytes:
     """Return the 512 bytes before the content of one member."""
     if not KEY.fullmatch(key):
@@ -55,14 +55,14 @@ def header(key: str, name: str, length: int) -> bytes:
 
 
 def entries(blob: bytes, key: str) -> list[Entry]:
-    """Return the sample's members in their order, after checking every header and all padding.
+    """Return the sample's members in order, after checking every header and all padding.
 
     Args:
-        blob: exactly one sample, as `sample_tar` made it.
+        blob: exactly one sample, as `sample_tar` writes it.
         key: the sample's key.
 
     Raises:
-        ContractError: names the member whose header, length or padding is not what `sample_tar` writes.
+        ContractError: a header, length or padding is not what `sample_tar` writes; the message names the member.
     """
     members: list[Entry] = []
     position = 0
@@ -71,7 +71,7 @@ def entries(blob: bytes, key: str) -> list[Entry]:
         name = block[:100].rstrip(b"\0").decode("ascii", "replace").removeprefix(f"{key}.")
         digits = block[124:135]
         length = int(digits, 8) if digits.isdigit() and not set(digits) & set(b"89") else -1
-        # Nothing in a header is believed: it must equal the one that we would write.
+        # No field of a header is trusted: it must equal the header that we would write.
         if length < 0 or not MEMBER.fullmatch(name) or block != header(key, name, length):
             where = f"after member {members[-1].name}" if members else "at the sample's start"
             raise ContractError(f"sample {key}: the tar header {where} is damaged")

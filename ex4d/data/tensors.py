@@ -1,7 +1,7 @@
-"""Tensors as safetensors bytes: equal tensors give equal bytes, and no header is believed before it is checked.
+"""Encode tensors as safetensors bytes: equal tensors give equal bytes, and no header is trusted before it is checked.
 
-The library's own writer promises no order of its header, and NumPy has no bfloat16; here a float32 array may be stored
-as bfloat16 and comes back as its upper halves. Every safetensors reader opens the files.
+The safetensors library does not fix the order of its header, and NumPy has no bfloat16: here float32 arrays may be
+stored as bfloat16, and decode to their upper 16 bits. Every safetensors reader opens the files.
 """
 
 from __future__ import annotations
@@ -21,13 +21,13 @@ _MAX_HEADER_BYTES = 2**26
 
 
 def to_bfloat16(values: np.ndarray) -> np.ndarray:
-    """Return the bits of the nearest bfloat16, ties to even, uint16, of finite float32 values of any shape."""
+    """Round finite float32 values of any shape to the nearest bfloat16, ties to even, and return its bits as uint16."""
     bits = np.ascontiguousarray(values, np.float32).view(np.uint32)
     return ((bits + 0x7FFF + ((bits >> 16) & 1)) >> 16).astype(np.uint16)
 
 
 def to_float32(stored: np.ndarray) -> np.ndarray:
-    """Return float32 values of what `decode_tensors` gave: bfloat16 bits (uint16) widened, float32 as it is."""
+    """Return an array from `decode_tensors` as float32: bfloat16 bits (uint16) are widened, float32 stays as it is."""
     if stored.dtype != np.uint16:
         return stored
     return (stored.astype(np.uint32) << 16).view(np.float32)
@@ -54,7 +54,7 @@ def encode_tensors(tensors: Mapping[str, np.ndarray]) -> bytes:
 
 
 def tensor_offsets(data: bytes) -> dict[str, int]:
-    """Return where each tensor's numbers begin, bytes from the start of a file that `encode_tensors` made."""
+    """Return {name: offset of its data}, in bytes from the start of a file of `encode_tensors`."""
     start, header = _header(data)
     return {name: start + entry["data_offsets"][0] for name, entry in header.items()}
 
@@ -63,7 +63,7 @@ def decode_tensors(data: bytes, member: str = "safetensors") -> dict[str, np.nda
     """Return {name: read-only array}, without copying: float32, uint8, or bfloat16's bits as uint16 (`to_float32`).
 
     Raises:
-        ContractError: not a file of `encode_tensors`; names `member`.
+        ContractError: not a file of `encode_tensors`; the message names `member`.
     """
     try:
         start, header = _header(data)
@@ -93,10 +93,10 @@ def _header(data: bytes) -> tuple[int, dict]:
 
 
 def store_as(kind: str, tensors: Mapping[str, np.ndarray], exact: Collection[str] = ()) -> dict[str, np.ndarray]:
-    """Return the tensors as they will be stored: float32 ones as bfloat16's bits where `kind` says so.
+    """Return the tensors as they will be stored: float32 ones as bfloat16 bits if `kind` is "bfloat16".
 
     Args:
-        kind: of STORED.
+        kind: one of STORED.
         exact: names that stay float32.
     """
     if kind == "float32":

@@ -1,9 +1,9 @@
-"""The prompt embeddings of a latent dataset: each distinct text once, beside the shards, read by one ranged read.
+"""Store the prompt embeddings of a latent dataset: one per distinct text, beside the shards, for ranged reads.
 
     text.parquet              a row per text: text_sha256, text, file, offset, num_tokens, sha256
     text/000000.safetensors … the embeddings [num_tokens, text_dim] under the sha256 of their text
 
-What follows the last token is zero and is not stored. The empty text is always there.
+Rows after the last token are zero and are not stored. The empty text is always present.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ from ex4d.errors import ContractError
 
 TABLE = "text.parquet"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
-KEPT = 1024  # embeddings that one process holds
+KEPT = 1024  # embeddings that one process caches
 
 _SCHEMA = pa.schema(
     [
@@ -44,17 +44,17 @@ def text_key(text: str) -> str:
 
 
 def trimmed(embeds: np.ndarray) -> np.ndarray:
-    """Return float32 [n, d] without the zero rows at the end of float32 [512, d]; one row stays at least."""
+    """Return float32 [512, d] without the zero rows at its end, at least one row."""
     used = np.flatnonzero(embeds.any(axis=1))
     return embeds[: int(used[-1]) + 1 if len(used) else 1]
 
 
 def write(work: Path, staged: Mapping[str, str], file_size_bytes: int) -> list[str]:
-    """Write text.parquet and text/*.safetensors under `work`; return their names, the same bytes for the same texts.
+    """Write text.parquet and text/*.safetensors under `work`; return their names. Equal texts give equal bytes.
 
     Args:
-        staged: {text_sha256: URL of a file of tensors}, which holds `embeds` [n, d] and `text` uint8 (UTF-8).
-        file_size_bytes: a file is closed before it would grow over this; one embedding alone may.
+        staged: {text_sha256: URL of a file of tensors} with `embeds` [n, d] and `text` uint8 (UTF-8).
+        file_size_bytes: maximum size of a file; only a single embedding may exceed it.
     """
     rows: list[dict[str, Any]] = []
     names = [TABLE]
@@ -90,7 +90,7 @@ def _groups(staged: Mapping[str, str], file_size_bytes: int) -> Iterator[dict[st
 
 
 class TextStore:
-    """The embeddings of a latent dataset, read when they are asked for. Threads may share it.
+    """The embeddings of a latent dataset, read on demand. Thread-safe.
 
     Raises:
         ContractError: the table is not the one that dataset.json names.
@@ -113,7 +113,7 @@ class TextStore:
         """Return float32 [text_length, text_dim], zero after the last token.
 
         Raises:
-            ContractError: the text is not there, or its bytes are damaged.
+            ContractError: the text is not in the store, or its bytes are damaged.
         """
         stored = to_float32(self._read(text_key(text)))
         whole = np.zeros((self.length, self.dim), np.float32)

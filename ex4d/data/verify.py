@@ -1,4 +1,4 @@
-"""Is a dataset folder what it says? Every byte is covered by a hash, and every count is made again from the rows."""
+"""Verify a dataset folder: every byte is covered by a hash, and every count is recomputed from the rows."""
 
 from __future__ import annotations
 
@@ -25,15 +25,15 @@ Check = Callable[[Mapping[str, bytes], str], object]
 
 @dataclass(frozen=True)
 class Report:
-    """What `verify` found.
+    """The result of `verify`.
 
     Args:
-        folder: what was looked at.
-        problems: a sentence each, naming file, sample and member; empty when all is well.
-        counts: as in dataset.json, made again from the rows.
-        num_shards, num_bytes: what the shards are.
-        tree_sha256: of the whole folder, see `tree_hash`; "" where a file is missing.
-        full: whether every sample was decoded too.
+        folder: the dataset folder.
+        problems: a sentence each, naming file, sample and member; empty if there are none.
+        counts: as in dataset.json, recomputed from the rows.
+        num_shards, num_bytes: number and total size of the shards.
+        tree_sha256: of the whole folder, see `tree_hash`; "" if a file is missing.
+        full: whether every sample was decoded as well.
     """
 
     folder: str
@@ -46,7 +46,7 @@ class Report:
 
     @property
     def ok(self) -> bool:
-        """True where nothing is wrong."""
+        """True if there are no problems."""
         return not self.problems
 
     def __str__(self) -> str:
@@ -64,7 +64,7 @@ class Report:
 
 
 def tree_hash(digests: Mapping[str, str]) -> str:
-    """Return the sha256 that stands for a folder: of the lines `SHA256  PATH`, sorted by path, as sha256sum prints.
+    """Return the sha256 that identifies a folder: that of the lines `SHA256  PATH` of sha256sum, sorted by path.
 
     Args:
         digests: {relative path: hex sha256}.
@@ -74,7 +74,7 @@ def tree_hash(digests: Mapping[str, str]) -> str:
 
 
 def dataset_fingerprint(dataset: str) -> str:
-    """Return the tree hash of a finished dataset, as `ex4d verify` prints it, from the hashes that it names itself.
+    """Return the tree hash of a finished dataset, as `ex4d verify` prints it, from the hashes that it records.
 
     Raises:
         ContractError: there is no finished dataset.
@@ -88,15 +88,15 @@ def dataset_fingerprint(dataset: str) -> str:
 def verify(
     folder: str, full: bool = False, num_threads: int = 2, check: Check | None = None, trust: str = "auto"
 ) -> Report:
-    """Return a Report on a dataset folder; damage is reported, not raised.
+    """Verify a dataset folder and return a Report; damage is reported, not raised.
 
     Args:
         folder: local, or in an object store.
-        full: also decode every sample and compare it with the contract.
-        num_threads: shards that are read at the same time.
-        check: called with ({member: bytes}, key) of every sample when `full`; raises ContractError for a bad one.
-            The contract of data/sample.py when None.
-        trust: whose the dataset is; a stranger's samples are decoded in a sandbox (`ex4d.data.foreign`).
+        full: also decode every sample and check it against the contract.
+        num_threads: number of shards that are read at the same time.
+        check: called with ({member: bytes}, key) of every sample if `full`; raises ContractError for a bad one.
+            None: the contract of data/sample.py or data/latents.py.
+        trust: "auto", "own" or "foreign"; foreign samples are decoded in a sandbox (`ex4d.data.foreign`).
     """
     try:
         dataset = manifest.read_dataset(folder)
@@ -132,7 +132,7 @@ def verify(
 
 
 def _table_problems(folder: str, sealed: Mapping[str, str]) -> tuple[dict[str, str], list[str]]:
-    """Return the sha256 of each file that is not a shard ("" when missing), and which differ from dataset.json."""
+    """Return the sha256 of each file that is not a shard ("" if missing), and the problems with these files."""
     digests, problems = {}, []
     for name in (manifest.DATASET, *sorted({*manifest.TABLES, *sealed})):
         if name not in (manifest.DATASET, *manifest.TABLES) and not manifest.MORE.fullmatch(name):
@@ -161,7 +161,7 @@ def _folder_problems(folder: str, indexed: set[str], named: set[str]) -> list[st
 
 
 def _row_problems(table: pa.Table, rejects: list[Row]) -> list[str]:
-    """Return what is wrong between rows: keys that repeat, a sample in a foreign shard, a source in both splits."""
+    """Return inconsistencies between rows: repeated keys, samples in another split's shard, sources in both splits."""
     keys = Counter(table["key"].to_pylist() + [row["key"] for row in rejects if row["unit"] == "clip"])
     problems = [f"sample {key}: is there {count} times" for key, count in keys.items() if count > 1]
     split_by_source: dict[str, str] = {}
@@ -178,7 +178,7 @@ def _row_problems(table: pa.Table, rejects: list[Row]) -> list[str]:
 def _count(
     claimed: Mapping[str, int], table: pa.Table, rejected: Mapping[str, int]
 ) -> tuple[dict[str, int], list[str]]:
-    """Return the counts made again from the rows, and where dataset.json or the identities disagree with them."""
+    """Return the counts recomputed from the rows, and where dataset.json or the identities disagree with them."""
     by_split = Counter(table["split"].to_pylist())
     own_counts = {
         "samples": len(table),
@@ -219,7 +219,7 @@ def _check_shard(
                 problems += [f"{name}: sample {row['key']}: {what}" for what in _check_sample(row, blob, check)]
             marker, more = file.read(len(END)), 0
             digest.update(marker)
-            # No further than one block past its stated end: what follows may have none.
+            # Read at most one block past the stated end: a hostile file may be endless.
             while position + more <= min(there, shard["filesize"]) and (block := file.read(1 << 20)):
                 digest.update(block)
                 more += len(block)
@@ -236,7 +236,7 @@ def _check_shard(
 
 
 def _check_sample(row: Row, blob: bytes, check: Check | None) -> list[str]:
-    """Return what is wrong with one sample, by member. The layout comes from the manifest, never from headers."""
+    """Return the problems of one sample, by member. The layout comes from the manifest, never from tar headers."""
     problems, position = [], 0
     try:
         for member in row["members"]:

@@ -1,7 +1,7 @@
-"""Measure how far the camera of a generated video is from the requested path.
+"""Measure how far the camera of a generated video deviates from the requested path.
 
 The mesh gives the position of each visible point and where the requested camera would show it. Optical flow from that
-picture to the generated one tells where the point is shown; the pose that explains this (PnP with RANSAC) gives the
+picture to the generated one gives where the point is shown, and the pose that explains this (PnP with RANSAC) gives the
 error. No network is used, so it works on any video at any size that suits optical flow.
 """
 
@@ -20,19 +20,19 @@ from ex4d.geometry.render import render
 
 NEAR_DEG = 2.0
 MIN_POINTS = 30  # points that must agree on a pose
-MIN_SHARE = 0.4  # of the visible points must agree, too: fewer do where flow confuses textures
+MIN_SHARE = 0.4  # of the visible points must agree as well: fewer do if flow confuses textures
 MAX_POINTS = 2000
-# Generated pictures are soft. In the demo (96 px, orbit 30°, six scenes) these find 65 % of the cameras with
+# Generated pictures are soft. In the demo (96 px, orbit 30°, six scenes) these thresholds find 65 % of the cameras with
 # the adapter, 100 % with the codec, 6 % with the base, none under another clip's condition or in noise (38 % without
-# the check of similarity). Cameras that are off by 2, 5, 10° are measured as 1.7–1.9, 4.6–4.9, 9.7–9.9°.
+# the similarity check). Cameras that are off by 2, 5, 10° are measured as 1.7–1.9, 4.6–4.9, 9.7–9.9°.
 TOLERANCE_PX = 1.5  # up to 384 px; beyond that in proportion to the size
 MIN_LIKENESS, WINDOW_PX = 0.5, 21
-MARGIN_PX = 9  # at 512: closer to a hole than this, flow follows the hole
+MARGIN_PX = 9  # closer to a hole than this, flow follows the hole (measured at 512 px)
 
 
 @dataclass(frozen=True)
 class CameraError:
-    """Error of the camera of each frame from the second on; NaN where no pose was found.
+    """Camera error of each frame but the first; NaN where no pose was found.
 
     Attributes:
         rotation_deg: float64 [T-1], angle between the found and the requested camera.
@@ -78,7 +78,7 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
         build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile, valid=valid),
         Camera(K, view.w2c[index], (height, width)),
     )
-    # Holes hold generated content: there is nothing to compare.
+    # Holes hold generated content, which has nothing to be compared with.
     shown = np.where(picture.visible_mask[..., None], picture.colour, frame)
     flows = tracks.pair_flows(np.stack([shown, frame]))
     tolerance_px = TOLERANCE_PX * max(1.0, min(height, width) / 384)
@@ -110,7 +110,7 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
 def _likeness(a: np.ndarray, b: np.ndarray, counted: np.ndarray) -> np.ndarray:
     """Return float32 [H, W] in [-1, 1]: the correlation of two pictures uint8 [H, W, 3] around each pixel; 0 if flat.
 
-    Flow between unrelated pictures is small, smooth and consistent: it must not be taken for a camera.
+    Flow between unrelated pictures is small, smooth and consistent; it must not be mistaken for camera motion.
 
     Args:
         counted: bool [H, W], pixels to compare.

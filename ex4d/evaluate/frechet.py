@@ -1,4 +1,4 @@
-"""Compute the Fréchet distance of two sets of pictures or videos by a network's features, as in FID and FVD."""
+"""Compute the Fréchet distance between two sets of pictures or videos from a network's features, as in FID and FVD."""
 
 from __future__ import annotations
 
@@ -6,7 +6,7 @@ import numpy as np
 
 
 class Gaussian:
-    """Exact running mean and covariance of feature rows, in the memory of at most 2 D rows.
+    """Exact running mean and covariance of feature rows, stored in at most 2 D rows.
 
     Attributes:
         count: rows so far.
@@ -30,15 +30,15 @@ class Gaussian:
         factor = np.vstack([self.factor, rows - mean, between])
         self.mean = (self.count * self.mean + len(rows) * mean) / total
         self.count = total
-        # R of factor = Q R has the same scatter, and D rows.
+        # R of factor = Q R has the same scatter in only D rows.
         self.factor = np.asarray(np.linalg.qr(factor, mode="r")) if len(factor) > 2 * len(mean) else factor
 
 
 def frechet_distance(a: Gaussian, b: Gaussian) -> float:
-    """Return the squared Fréchet distance of two Gaussians, each of two rows or more.
+    """Return the squared Fréchet distance between two Gaussians, each of at least two rows.
 
-    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) (Dowson and Landau 1982; Heusel et al. 2017, eq. 6). It falls
-    with the number of samples, so compare sets of equal size only and state the number.
+    |mean_a - mean_b|² + tr(C_a + C_b - 2 (C_a C_b)^½) (Dowson and Landau 1982; Heusel et al. 2017, eq. 6). It decreases
+    with the number of samples, so compare only sets of equal size, and state that size.
     """
     if a.mean.shape != b.mean.shape or min(a.count, b.count) < 2:
         raise ValueError(

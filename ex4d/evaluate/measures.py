@@ -1,6 +1,6 @@
-"""Measure one generated video against the true novel view where it is known, and against the requested path.
+"""Measure a generated video against the true novel view, if that is known, and against the requested camera path.
 
-Frame 0, which the model is given, is left out. A figure is None where there is nothing to measure: a clip without
+Frame 0, which is an input of the model, is left out. A figure is None if there is nothing to measure: a clip without
 holes, a view without known truth.
 """
 
@@ -20,7 +20,7 @@ Figures = dict[str, float | None]
 
 @dataclass(frozen=True)
 class Measure:
-    """One figure: the name of its column, and its number of digits."""
+    """One figure: its column title, and its number of digits."""
 
     label: str
     digits: int
@@ -47,7 +47,7 @@ def measure(view: View, frames: np.ndarray, seen: np.ndarray) -> Figures:
 
     Args:
         frames: uint8 [T, H, W, 3], a method's result.
-        seen: bool [T, H, W], the eroded mask of the condition, as the method got it; False in holes.
+        seen: bool [T, H, W], the eroded mask of the condition that the method received; False in holes.
     """
     generated, condition = frames[1:], view.cond_video[1:]
     figures: Figures = {

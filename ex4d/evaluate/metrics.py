@@ -1,4 +1,4 @@
-"""Image metrics on uint8 frames, with masks. Over an empty mask a figure is NaN."""
+"""Compute image metrics on uint8 frames, optionally under a mask; NaN for an empty mask."""
 
 from __future__ import annotations
 
@@ -9,14 +9,14 @@ PSNR_CAP_DB = 100.0  # for identical pixels: keeps means finite
 
 
 def psnr(frames: np.ndarray, truth: np.ndarray, mask: np.ndarray | None = None) -> float:
-    """Return the peak signal-to-noise ratio in dB over all pixels (of the mask, where one is given).
+    """Return the peak signal-to-noise ratio in dB over all pixels, or over those of `mask`.
 
     Args:
         frames, truth: uint8 [..., H, W, 3], equal shapes.
         mask: bool [..., H, W], True where a pixel counts.
 
     Returns:
-        10 log10(255² / mean squared error), at most PSNR_CAP_DB; NaN where the mask is empty.
+        10 log10(255² / mean squared error), at most PSNR_CAP_DB; NaN if the mask is empty.
     """
     if frames.shape != truth.shape:
         raise ValueError(f"shapes differ: {frames.shape} and {truth.shape}")
@@ -51,7 +51,7 @@ def ssim(frame: np.ndarray, truth: np.ndarray) -> float:
 
 
 def inpaint(cond_video: np.ndarray, visible: np.ndarray, radius_px: float = 3.0) -> np.ndarray:
-    """Return the condition with its holes filled by Telea's fast marching: the baseline that needs no network.
+    """Fill the holes of the condition with Telea's fast marching method: the baseline without a network.
 
     Args:
         cond_video: uint8 [T, H, W, 3]; visible: bool [T, H, W].

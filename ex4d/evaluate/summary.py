@@ -29,11 +29,11 @@ class Range:
 
     @property
     def count(self) -> int:
-        """How many views."""
+        """Number of views."""
         return max(map(len, self.figures.values()), default=0)
 
     def distances(self) -> dict[str, dict[str, float]]:
-        """Return {method: {"image" or "video": Fréchet distance to the real ones}} where two samples exist."""
+        """Return {method: {"image" or "video": Fréchet distance to the real ones}} where both sets have two samples."""
         distances: dict[str, dict[str, float]] = {}
         for name, made in self.features.items():
             method, _, kind = name.rpartition(".")
@@ -44,7 +44,7 @@ class Range:
 
 
 def spread(values: Sequence[float | None], digits: int = 2, percent: bool = False) -> str:
-    """Return "mean ± standard deviation" of the known values, with their number where some are missing; "" for none."""
+    """Return "mean ± standard deviation" of the known values, with their number if some are missing; "" for none."""
     known = np.array([value for value in values if value is not None], np.float64) * (100 if percent else 1)
     if not len(known):
         return ""
@@ -58,7 +58,7 @@ def table(
     """Return (columns, rows) of text: a row per method, in the order of `labels`, without empty columns.
 
     Args:
-        distances: of `views.distances`.
+        distances: from `views.distances`.
     """
     names = [name for name in MEASURES if any(row[name] is not None for rows in views.figures.values() for row in rows)]
     kinds = [kind for kind in FRECHET if any(kind in row for row in distances.values())]

@@ -1,4 +1,4 @@
-"""Views to evaluate: a clip and a new camera, with the true picture of that camera where it is known."""
+"""Build views to evaluate: a clip and a new camera path, with the true video from that path where it is known."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ class Path:
     """The path of a new camera, as `camera_path.build` takes it.
 
     Attributes:
-        name: of a trajectory, or a file of poses or key poses. angle_deg: the extent of a path that turns.
+        name: of a trajectory, or a file of poses or key poses. angle_deg: extent of a rotating path.
         options: further arguments: `zoom` of a zoom, `scale` of a file, …
     """
 
@@ -31,13 +31,13 @@ class Path:
 
 @dataclass(frozen=True)
 class View:
-    """A clip, a path, and what the mesh of the clip shows along it.
+    """A clip, a camera path, and the clip's mesh rendered along it.
 
     Attributes:
         clip: the source.
         w2c: float64 [T, 4, 4] of the new cameras, world = the source camera of the same frame; view_K: [T, 3, 3].
         cond_video: uint8 [T, H, W, 3], zero where not visible; visible: bool [T, H, W].
-        truth: uint8 [T, H, W, 3], what the new camera sees; None where it is not known.
+        truth: uint8 [T, H, W, 3], what the new camera sees; None if it is unknown.
     """
 
     clip: Clip
@@ -59,12 +59,12 @@ def scene_clip(index: int, world: synthetic.SyntheticConfig, profile: str = "def
 
 
 def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames: int = 0) -> View:
-    """Return a clip along a path, without known truth.
+    """Return the view of a clip along a path, without known truth.
 
     Args:
-        source_motion: "keep": the new camera keeps its pose beside the source camera of the same frame; others as in
-            `camera_path.with_source`. A source whose cameras are not known stands still.
-        persistent_frames: so many other frames fill holes with the static surfaces that they saw.
+        source_motion: "keep": the new camera keeps its pose relative to the source camera of the same frame; for others
+            see `camera_path.with_source`. A source with unknown cameras counts as static.
+        persistent_frames: number of other frames that fill holes with the static surfaces that they saw.
 
     Raises:
         ConfigError, ContractError: as `camera_path.build`.

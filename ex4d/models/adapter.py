@@ -1,4 +1,4 @@
-"""The geometry adapter, and the one module that holds base, LoRA and adapter together."""
+"""Define the geometry adapter, and the one module that combines base, LoRA and adapter."""
 
 from __future__ import annotations
 
@@ -19,15 +19,15 @@ if TYPE_CHECKING:
 
 
 class GeometryAdapter(nn.Module):
-    """Condition latents to a residual of the patch embedding; float32, and zero until trained.
+    """Maps condition latents to a residual of the patch embedding; float32, and zero until trained.
 
     Conv3d 1×1×1 → SiLU → 1×1×1 → SiLU → 1×1×1, then Conv3d with kernel = stride = patch, zero-initialised
     (tau-yihouxiang/EX-4D, diffsynth/models/camera.py, whose parameter names it keeps).
 
     Args:
         latent_channels: z of the VAE; the input has 2·z channels, colour then mask.
-        width: of the transformer.
-        hidden: channels in between.
+        width: hidden size of the transformer.
+        hidden: channels of the layers in between.
     """
 
     def __init__(
@@ -47,7 +47,7 @@ class GeometryAdapter(nn.Module):
 
     @torch.no_grad()
     def _draw(self, seed: int) -> None:
-        """Draw the weights from `seed` alone, by torch's own law for convolutions, and zero the last layer."""
+        """Draw the weights from `seed` alone, as torch initialises convolutions by default, and zero the last layer."""
         generator = torch.Generator().manual_seed(seed)
         for layer in self.latent_encoder:
             if isinstance(layer, nn.Conv3d) and layer.bias is not None and not layer.weight.is_meta:
@@ -69,7 +69,7 @@ class GeometryAdapter(nn.Module):
 class Ex4dModel(nn.Module):
     """A frozen Wan transformer with trainable LoRA and geometry adapter, as one module.
 
-    The residual enters once, through a hook on `transformer.patch_embedding`, so that the transformer stays unforked.
+    The residual enters once, through a hook on `transformer.patch_embedding`, so diffusers' class needs no fork.
     """
 
     def __init__(self, transformer: Any, geometry_adapter: GeometryAdapter):
@@ -102,8 +102,8 @@ class Ex4dModel(nn.Module):
             timestep: float32 [B] in [0, 1000].
             prompt_embeds: [B, 512, text_dim].
             image_embeds: CLIP features [B, 257, 1280]; None for a base without them.
-            first_frame: [B, 4 + z, f, h, w], of `Base.first_frame_condition`; None for a base without it.
-            cond_latents: [B, 2·z, f, h, w], of `Base.encode_condition`; None leaves the geometry out.
+            first_frame: [B, 4 + z, f, h, w], from `Base.first_frame_condition`; None for a base without it.
+            cond_latents: [B, 2·z, f, h, w], from `Base.encode_condition`; None leaves the geometry out.
             source_latents: [B, z, f, h, w] of the source video, whose tokens then follow those of the target along the
                 frame axis, clean and marked as given (after ReCamMaster, arXiv 2503.11647); None leaves it out.
         """
@@ -130,7 +130,7 @@ class Ex4dModel(nn.Module):
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """Compute as the base does, without LoRA and geometry, inside the block: the baseline of an adapter."""
+        """Run the plain base, without LoRA and geometry, inside the block: the baseline for an adapter."""
         self._alone = True
         self.transformer.disable_lora()
         try:
@@ -142,7 +142,7 @@ class Ex4dModel(nn.Module):
     def set_gradient_checkpointing(
         self, enabled: bool, count: int | None = None, keep_attention: bool = False, measure: bool = False
     ) -> Recompute | None:
-        """Recompute blocks in the backward pass (True), or keep their activations; the numbers do not change.
+        """Recompute blocks in the backward pass, or keep their activations; the results do not change.
 
         Args:
             count, keep_attention, measure: see blocks.Recompute, which is returned.
@@ -164,7 +164,7 @@ class Ex4dModel(nn.Module):
 
 
 def _given_frames(source_latents: Tensor, first_frame: Tensor | None) -> Tensor:
-    """Return the source as input channels [B, C, f, h, w]: where the base has a mask, all of it is marked as given."""
+    """Return the source as input channels [B, C, f, h, w]; if the base takes a mask, all frames are marked as given."""
     if first_frame is None:
         return source_latents
     mask = torch.ones_like(first_frame[:, : first_frame.shape[1] - source_latents.shape[1]])
@@ -174,8 +174,8 @@ def _given_frames(source_latents: Tensor, first_frame: Tensor | None) -> Tensor:
 def build_model(transformer: Any, config: ModelConfig, seed: int = 0) -> Ex4dModel:
     """Return the trainable model over a loaded (or meta-device) WanTransformer3DModel, frozen and changed in place.
 
-    Trainables are float32 on the transformer's device, drawn from `seed` alone; the output equals the base's until
-    they are trained.
+    Trainable parameters are float32 on the transformer's device, drawn from `seed` alone; the output equals the base's
+    until they are trained.
 
     Raises:
         ConfigError: an alpha that is not a positive number.

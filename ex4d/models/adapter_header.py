@@ -1,4 +1,4 @@
-"""The metadata of an adapter file, in the header of its safetensors, and its checks."""
+"""Read, write and check the metadata of an adapter file, which its safetensors header holds."""
 
 from __future__ import annotations
 
@@ -13,15 +13,15 @@ from ex4d import config, storage
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import lora
 
-DEFAULT_SHIFT = 5.0  # of the release
+DEFAULT_SHIFT = 5.0  # that of the release
 FORMAT_VERSION = 1
 _HEADER = "ex4d"
-# Entries that files from before do not have, and what they mean there.
+# Entries that older files do not have, with their value there.
 _NEWER: dict[str, Any] = {
     **{"residual_fp32": False, "expert": None, "lora_targets": lora.TARGETS},
     **{"prompt": "", "negative_prompt": ""},
 }
-MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # of a file that may be a stranger's
+MAX_HEADER_BYTES, MAX_TENSORS, MAX_DIMENSIONS = 2**24, 50_000, 8  # limits for untrusted files
 CONVENTIONS = (
     "cameras OpenCV; latents normalised by the VAE's mean and std; condition = VAE(colour, black where hidden) then "
     "VAE(mask); residual added to the patch embedding; LoRA scaled by alpha / rank; timestep = 1000 sigma"
@@ -34,15 +34,15 @@ class AdapterMetadata:
 
     Args:
         base, base_revision: the base it was trained on, a hub id with its commit, a folder, or "tiny".
-        base_fingerprint: of `encoders.base_fingerprint`; None if unknown (the released file).
+        base_fingerprint: from `encoders.base_fingerprint`; None if unknown (the released file).
         lora_rank, lora_alpha, lora_targets, adapter_hidden, mask_range, source_video, residual_fp32: as in ModelConfig.
-        shift: of the noise schedule in training, and the default of sampling.
-        num_frames, size: T and [H, W] px of the clips it was trained on; what `ex4d generate` takes by default.
+        shift: of the noise schedule in training, and the default for sampling.
+        num_frames, size: T and [H, W] px of the clips it was trained on; the defaults of `ex4d generate`.
         dataset_fingerprint: tree hash of the dataset; None if unknown.
         step: training step of the weights.
-        expert: of a base of two, the one it was trained on: "high" (noise) or "low"; None for a base of one.
-        prompt, negative_prompt: what it was trained or released with, and the default of sampling; "" for captions.
-        conventions: for readers, not for code.
+        expert: of a base with two, the one it was trained on: "high" (noise) or "low"; None for a base with one.
+        prompt, negative_prompt: those it was trained or released with, and the default for sampling; "" for captions.
+        conventions: for human readers, not for code.
         format_version: of this layout.
     """
 
@@ -91,7 +91,7 @@ def read(file: Path) -> AdapterMetadata:
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:
         version = header.get("format_version") if isinstance(header, dict) else None
         raise ContractError(f"{file}: adapter format {version}, this version reads {FORMAT_VERSION}")
-    header = {"shift": DEFAULT_SHIFT} | _NEWER | header  # adapters from before 2026-11-23 do not say the shift
+    header = {"shift": DEFAULT_SHIFT} | _NEWER | header  # adapters from before 2026-11-23 do not store the shift
     names = {field.name for field in fields(AdapterMetadata)}
     if set(header) != names:
         raise ContractError(f"{file}: its header differs in {sorted(set(header) ^ names)}")
@@ -104,9 +104,9 @@ def read(file: Path) -> AdapterMetadata:
 
 
 def check(file: Path) -> None:
-    """Raise ContractError unless a safetensors file's header is small and its tensors are of few dimensions.
+    """Raise ContractError unless a safetensors file has a small header and non-empty tensors of few dimensions.
 
-    Tensors without numbers may have a million dimensions each, for which the library makes gigabytes of objects.
+    An empty tensor may declare a million dimensions, for which the library creates gigabytes of objects.
     """
     with storage.open_read(file) as opened:
         length = int.from_bytes(opened.read(8), "little")
@@ -133,7 +133,7 @@ def _of_another_program(names: Mapping[str, Any]) -> str:
 
 
 def _check_header(metadata: AdapterMetadata, shapes: Mapping[str, list[int]], file: Path) -> None:
-    """Raise ContractError unless the header's sizes are possible and match the tensors: they define the model."""
+    """Raise ContractError unless the header's sizes are valid and match the tensors; the model is built from them."""
     ranks = {shape[0] for name, shape in shapes.items() if ".lora_A" in name and shape}
     hidden = next(iter(shapes.get("geometry_adapter.latent_encoder.0.weight", [])), 0)
     if ranks != {metadata.lora_rank} or hidden != metadata.adapter_hidden:

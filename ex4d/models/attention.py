@@ -1,4 +1,4 @@
-"""Select the kernel of attention, and find out which kernel really runs."""
+"""Select the attention kernel, and detect which one actually runs."""
 
 from __future__ import annotations
 
@@ -13,7 +13,7 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from ex4d.errors import ConfigError
 
 _ATEN = torch.ops.aten
-# setting -> (name in torch.nn.attention.SDPBackend, its operators); math is made of several
+# setting -> (name in torch.nn.attention.SDPBackend, its operators); math is composed of basic operators
 KERNELS: dict[str, tuple[str, tuple[Any, ...]]] = {
     "cudnn": ("CUDNN_ATTENTION", (_ATEN._scaled_dot_product_cudnn_attention,)),
     "flash": (
@@ -30,7 +30,7 @@ def kernel(name: str) -> Iterator[None]:
     """Compute attention with one kernel inside the block, backward passes and recomputation included.
 
     Args:
-        name: of KERNELS, or "auto": PyTorch chooses.
+        name: a key of KERNELS, or "auto": PyTorch chooses.
     """
     from torch.nn.attention import SDPBackend, sdpa_kernel
 
@@ -42,7 +42,7 @@ def kernel(name: str) -> Iterator[None]:
 
 
 class _Operators(TorchDispatchMode):
-    """Collects the operators that run inside."""
+    """Records the operators that run inside the context."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -56,13 +56,13 @@ class _Operators(TorchDispatchMode):
 def kernel_that_runs(
     device: torch.device | str, dtype: torch.dtype, head_dim: int = 128, num_tokens: int = 1024
 ) -> str:
-    """Return which kernel PyTorch takes here, by trying a forward and a backward pass.
+    """Return the kernel that PyTorch uses for this input, found by a trial forward and backward pass.
 
-    PyTorch silently skips cuDNN, for example, if another copy of its library shadows it. On a GPU the device's own
-    kernel is named too, as in "flash (void pytorch_flash::flash_fwd_kernel…)".
+    PyTorch silently skips cuDNN, for example, if another copy of its library shadows it. On a GPU the result includes
+    the CUDA kernel, as in "flash (void pytorch_flash::flash_fwd_kernel…)".
 
     Raises:
-        ConfigError: the kernel that `kernel` selects does not work here.
+        ConfigError: the kernel that `kernel` selects does not work on this device.
     """
     device = torch.device(device)
     query = torch.randn(1, 2, num_tokens, head_dim, device=device, dtype=dtype, requires_grad=True)

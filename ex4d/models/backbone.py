@@ -1,5 +1,6 @@
-"""The frozen base model, loaded in parts: Wan's transformer, VAE, text and image encoders, all through diffusers' and
-transformers' own classes, or the tiny model that stands in for them on a CPU.
+"""Load the frozen base model by component: Wan's transformer, VAE, text encoder and image encoder.
+
+All use the classes of diffusers and transformers; the tiny model stands in for them on a CPU.
 """
 
 from __future__ import annotations
@@ -32,7 +33,7 @@ FOLDERS = {
     "text_encoder": ("text_encoder", "tokenizer"),
     "image_encoder": ("image_encoder", "image_processor"),
 }
-Expert = Literal["high", "low"]  # of a base of two, by the noise that it works at; see models/experts.py
+Expert = Literal["high", "low"]  # the noise levels that a transformer of a two-expert base handles; see experts.py
 TRANSFORMERS: dict[Expert | None, str] = {None: "transformer", "high": "transformer", "low": "transformer_2"}
 FILES = ("*.safetensors", "*.json", "*.txt", "*.model")
 DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch.float16}
@@ -40,7 +41,7 @@ DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16, "float16": torch
 
 @dataclass(frozen=True)
 class ModelConfig:
-    """The base model and what is trained on it."""
+    """Settings of the base model and of the weights that are trained on top of it."""
 
     base: str = setting(TINY, "Base model: tiny, a folder in diffusers layout, or a hub id.")
     revision: str | None = setting(
@@ -87,18 +88,18 @@ def load_base(
     shared: bool = False,
     expert: Expert | None = None,
 ) -> Base:
-    """Return the frozen base in eval mode, with the asked components on `device` and None for the others.
+    """Return the frozen base in eval mode, with the requested components on `device` and None for the others.
 
     Args:
-        components: of COMPONENTS; a base without an image encoder has None there. quantize: see ModelConfig.
-        transformer_device: where the transformer goes instead, for swap.swap_blocks; None: to `device`.
-        offload: everything stays in the host's memory until it works; see Base.
-        shared: every rank of the process group calls; rank 0 alone reads the weights, the others receive them.
-        expert: which of a base's two transformers is loaded; None for a base of one.
+        components: names of COMPONENTS; the image encoder is None where the base has none. quantize: see ModelConfig.
+        transformer_device: where to put the transformer instead, for swap.swap_blocks; None: `device`.
+        offload: keep each component in host memory until it is used; see Base.
+        shared: only rank 0 reads the weights and broadcasts them; every rank of the process group must call.
+        expert: which of a base's two transformers to load; None for a base with one.
 
     Raises:
         ConfigError: the base is missing and cannot be fetched.
-        ContractError: the folder exists but its files are missing, damaged or of another kind.
+        ContractError: the folder exists but its files are missing, damaged or of the wrong kind.
     """
     if unknown := set(components) - set(COMPONENTS):
         raise ConfigError("components", sorted(unknown), f"allowed: {', '.join(COMPONENTS)}")
@@ -126,13 +127,13 @@ def load_base(
 
 
 def _numbered(device: str | torch.device) -> torch.device:
-    """Return the device with its number, as the tensors on it have it."""
+    """Return the device with an explicit index, as tensors on it report it."""
     chosen = torch.device(device)
     return torch.device("cuda", torch.cuda.current_device()) if chosen == torch.device("cuda") else chosen
 
 
 def dtype_of(dtype: str | torch.dtype, device: torch.device) -> torch.dtype:
-    """Return the dtype that a setting means on a device."""
+    """Resolve a dtype setting for a device."""
     if isinstance(dtype, torch.dtype):
         return dtype
     if dtype == "auto":
@@ -147,7 +148,7 @@ def _is_local(base: str) -> bool:
 
 
 def resolve(base: str, revision: str | None = None, components: Sequence[str] = COMPONENTS) -> Path:
-    """Return the local folder of a base, fetching the asked components of a hub id where they are not cached.
+    """Return the local folder of a base, fetching the requested components of a hub id that are not cached.
 
     Raises:
         ConfigError: the base is missing and cannot be fetched; says what to download and where to put it.
@@ -165,7 +166,7 @@ def resolve(base: str, revision: str | None = None, components: Sequence[str] = 
 
 
 def read_config(folder: Path, component: str) -> dict[str, Any]:
-    """Return the config.json of a component. Raises ContractError where it is missing or no JSON mapping."""
+    """Return the config.json of a component. Raises ContractError if it is missing or not a JSON object."""
     path = folder / component / "config.json"
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
@@ -197,7 +198,7 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
     kwargs: dict[str, Any] = {"use_safetensors": True, "local_files_only": True, "device_map": {"": device}}
     if component == "vae":
         kwargs["torch_dtype"] = dtype
-    else:  # diffusers classes never run code of a folder and reject this keyword
+    else:  # transformers only: diffusers never runs code from a folder and rejects trust_remote_code
         kwargs |= {"dtype": dtype, "trust_remote_code": False}
 
     def read() -> Any:
@@ -213,13 +214,13 @@ def _load(component: str, folder: Path, dtype: torch.dtype, device: torch.device
 
     model: Any = sharing.loaded_once(read, empty, device) if shared else read()
     if hasattr(model, "enable_slicing"):
-        model.enable_slicing()  # a clip at a time: less memory, and latents that do not depend on their batch
+        model.enable_slicing()  # one clip at a time: less memory, and latents that do not depend on the batch
     log.info("loaded %s as %s in %s", component, cls.__name__, dtype)
     return model.eval().requires_grad_(False)
 
 
 def _class_of(component: str, config: Mapping[str, Any]) -> Any:
-    """Return the class of a component; the VAE's by the `_class_name` of its config.json."""
+    """Return the class of a component; that of the VAE is `_class_name` in its config.json."""
     if component == "text_encoder":
         from transformers import UMT5EncoderModel
 
@@ -259,10 +260,10 @@ def _image_settings(folder: Path) -> dict[str, Any]:
 
 
 def transformer_config(base: str, revision: str | None = None, family: str | None = None) -> dict[str, Any]:
-    """Return the transformer's configuration of a base without loading it; hub ids of known families need no network.
+    """Return the configuration of a base's transformer without loading it; known hub ids need no network access.
 
     Raises:
-        ConfigError: the base is not there, or is not of the family asked for.
+        ConfigError: the base is missing, or is not of the requested family.
     """
     known = families.family_of_hub_id(base)
     if family is not None and family not in families.FAMILIES:
@@ -277,10 +278,10 @@ def transformer_config(base: str, revision: str | None = None, family: str | Non
 
 
 def clip_stride(base: str, revision: str | None = None) -> tuple[int, int, int]:
-    """Return the pixels per latent in (T, H, W) without loading the base; known hub ids need no network.
+    """Return the pixels per latent in (T, H, W) without loading the base; known hub ids need no network access.
 
     Raises:
-        ConfigError: the base is not there.
+        ConfigError: the base is missing.
     """
     known = families.family_of_hub_id(base)
     if known is not None and not _is_local(base):
@@ -291,7 +292,7 @@ def clip_stride(base: str, revision: str | None = None) -> tuple[int, int, int]:
 
 
 def meta_transformer(config: Mapping[str, Any]) -> Any:
-    """Return a WanTransformer3DModel of this configuration on the meta device: shapes without weights or memory."""
+    """Return a WanTransformer3DModel of a configuration on the meta device: shapes without weights or memory."""
     from diffusers import WanTransformer3DModel
 
     with torch.device("meta"):

@@ -1,4 +1,4 @@
-"""How the transformer's blocks run in training: which of them recompute their activations, and compiled or not."""
+"""Configure how the transformer's blocks run in training: recomputation, a float32 residual stream, compilation."""
 
 from __future__ import annotations
 
@@ -22,7 +22,7 @@ _ATTENTION = [operator for _, operators in KERNELS.values() for operator in oper
 
 
 def _keep_self_attention(context: Any, operator: Any, *args: Any, **kwargs: Any) -> checkpoint.CheckpointPolicy:
-    """Keep the outputs of attention where queries and keys are as many; recompute everything else."""
+    """Keep the outputs of attention with as many queries as keys; recompute everything else."""
     is_attention = getattr(operator, "overloadpacket", None) in _ATTENTION
     if is_attention and args[0].shape[-2] == args[1].shape[-2]:
         return checkpoint.CheckpointPolicy.MUST_SAVE
@@ -30,19 +30,19 @@ def _keep_self_attention(context: Any, operator: Any, *args: Any, **kwargs: Any)
 
 
 class Recompute:
-    """Runs blocks for `transformer.enable_gradient_checkpointing`: the first `count` of them recompute in the backward.
+    """Runs blocks for `transformer.enable_gradient_checkpointing`: the first `count` recompute in the backward pass.
 
-    The first and not the last: when they are recomputed, the activations that the last ones kept are free again.
+    The first rather than the last: by the time they are recomputed, the activations that the last ones kept are freed.
 
     Args:
         blocks: all blocks, in order.
         count: how many recompute; None: all.
-        keep_attention: those that recompute keep the outputs of self-attention, the costliest part at many tokens. It
-            works with the fused kernels; the `math` kernel is recomputed.
-        measure: find out at the first forward pass what one block would keep, for `fit`.
+        keep_attention: blocks that recompute keep the outputs of self-attention, the costliest part at many tokens.
+            This works with the fused kernels; the `math` kernel is recomputed.
+        measure: measure at the first forward pass how many bytes one block would keep, for `fit`.
 
     Raises:
-        ConfigError: there are fewer blocks than `count`.
+        ConfigError: `count` is not between 0 and the number of blocks.
     """
 
     def __init__(
@@ -71,9 +71,9 @@ class Recompute:
         return self.count / len(self._index)
 
     def fit_memory(self, device: torch.device) -> None:
-        """Let as many blocks keep their activations as fit in a GPU's memory, after a step in which all recomputed.
+        """Let as many blocks keep their activations as fit in GPU memory; call it after a step in which all recomputed.
 
-        Every rank calls it, and the one with the least memory decides.
+        A collective call: the rank with the least free memory decides.
         """
         free, total = torch.cuda.mem_get_info(device)
         room = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
@@ -83,14 +83,14 @@ class Recompute:
         logger.info("%d blocks recompute their activations; the others keep them", self.count)
 
     def fit(self, free_bytes: float) -> int:
-        """Return how many blocks must recompute where `free_bytes` are left while all of them do."""
+        """Return how many blocks must recompute, given the bytes that are free while all of them do."""
         if not self.block_bytes:
             return len(self._index)
         return max(0, len(self._index) - max(0, math.floor(free_bytes / self.block_bytes)))
 
 
 def kept_bytes(block: nn.Module, *args: Any) -> int:
-    """Return the bytes that autograd keeps for a block's backward pass, its inputs and weights left out."""
+    """Return the bytes that autograd keeps for a block's backward pass, without its inputs and weights."""
     own = {_place(value) for value in (*block.parameters(), *block.buffers(), *_tensors(args))}
     kept: dict[int, int] = {}
 
@@ -118,8 +118,8 @@ def _tensors(values: Any) -> list[Tensor]:
 def keep_residual_float32(transformer: Any) -> None:
     """Keep the residual stream in float32 from the patch embedding on, in place; each layer still works in its dtype.
 
-    What a block adds is then rounded once and not the sum with it, as the released network does under autocast. Costs
-    twice the memory of the inputs that recomputing blocks keep; nothing changes for a float32 base.
+    Rounding then affects what a block adds and not the running sum, as in the released network under autocast. It
+    doubles the memory of the inputs that recomputing blocks keep; nothing changes for a float32 base.
     """
     dtype = transformer.patch_embedding.weight.dtype
 
@@ -136,9 +136,9 @@ def keep_residual_float32(transformer: Any) -> None:
 def compile_blocks(transformer: nn.Module, backend: str = "inductor") -> None:
     """Compile the blocks' forward pass once for all of them, in place; the first pass then takes a minute or so.
 
-    Do it after LoRA was added and before `swap.swap_blocks`, which then fetches outside of the compiled graph. One
-    function serves all blocks, because weights are inputs of its graph; another clip size, or no gradients, is a graph
-    of its own.
+    Call it after LoRA was added and before `swap.swap_blocks`, which then fetches outside of the compiled graph. One
+    function serves all blocks, because weights are inputs of its graph; another clip size, or running without
+    gradients, compiles another graph.
     """
     blocks: Any = transformer.get_submodule("blocks")
     forward = torch.compile(type(blocks[0]).forward, fullgraph=True, dynamic=False, backend=backend)

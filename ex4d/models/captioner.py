@@ -1,8 +1,8 @@
-"""Captions of clips by a vision-language model of the transformers library, for videos without captions.
+"""Caption clips with a vision-language model of the transformers library, for videos without captions.
 
-Any checkpoint that the library knows as image-text-to-text: BLIP, LLaVA, Qwen-VL, SmolVLM and others. BLIP is
-shown the middle frame and goes on from a prompt; the others are shown NUM_FRAMES frames, spread over the clip, and
-asked a question. The words are the likeliest ones, so equal frames give equal captions.
+It takes any checkpoint that the library lists as image-text-to-text: BLIP, LLaVA, Qwen-VL, SmolVLM and others. BLIP
+sees the middle frame and continues a prompt; the others see NUM_FRAMES frames, spread over the clip, and answer a
+question. Decoding is greedy, so equal frames give equal captions.
 """
 
 from __future__ import annotations
@@ -28,17 +28,17 @@ ADVICE = "for example Salesforce/blip-image-captioning-base (BSD-3-Clause, 0.99 
 def caption(
     frames: np.ndarray, weights: str, prompt: str = "", max_new_tokens: int = 40, device: str = "cpu"
 ) -> tuple[str, dict[str, str]]:
-    """Return (a caption, what made it: `model`, `revision`, `weights_sha256`) of a clip.
+    """Return (caption of a clip, provenance with `model`, `revision` and `weights_sha256`).
 
     Args:
         frames: uint8 [T,H,W,3] RGB.
         weights: a local folder or `hub-id[@revision]`.
-        prompt: BLIP: what the caption begins with; others: the question, "" for QUESTION.
-        max_new_tokens: its greatest length.
+        prompt: BLIP: the beginning of the caption; others: the question, "" for QUESTION.
+        max_new_tokens: maximum length of the caption.
         device: "cuda" or "cpu".
 
     Raises:
-        ConfigError: the weights are not here and cannot be fetched, or are of another family.
+        ConfigError: the weights are missing and cannot be fetched, or are not of a supported family.
         ContractError: the folder does not hold what its config says.
     """
     folder = folder_of(weights)
@@ -48,7 +48,7 @@ def caption(
 
 
 def _continued(frames: np.ndarray, folder: str, prompt: str, max_new_tokens: int, device: str) -> tuple[str, str]:
-    """Return (the caption of a BLIP, the sha256 of its weights)."""
+    """Return (caption by a BLIP model, sha256 of its weights)."""
     import torch
 
     model, processor, tokenizer, digest = _blip(folder, device)
@@ -66,7 +66,7 @@ def _continued(frames: np.ndarray, folder: str, prompt: str, max_new_tokens: int
 
 
 def _answered(frames: np.ndarray, folder: str, prompt: str, max_new_tokens: int, device: str) -> tuple[str, str]:
-    """Return (the answer of a model that was shown frames and asked a question, the sha256 of its weights)."""
+    """Return (a chat model's answer to a question about frames, sha256 of its weights)."""
     import torch
     from PIL import Image
 
@@ -85,7 +85,7 @@ def _answered(frames: np.ndarray, folder: str, prompt: str, max_new_tokens: int,
 
 
 def folder_of(weights: str) -> Path:
-    """Return the local folder of the weights. Raises ConfigError, which names what to get, or what the folder holds."""
+    """Return the local folder of the weights. Raises ConfigError, which says what to download or what it found."""
     from transformers.models.auto.modeling_auto import MODEL_FOR_IMAGE_TEXT_TO_TEXT_MAPPING_NAMES
 
     folder = hub.resolve(weights, FILES, KEY, f"get them with `hf download` and give their folder; {ADVICE}")
@@ -105,7 +105,7 @@ def _kind(folder: Path) -> Any:
 
 @lru_cache(maxsize=1)
 def _blip(folder: str, device: str) -> tuple[Any, Any, Any, str]:
-    """Return (model in eval mode, image processor, tokenizer, sha256 of the weights); kept from clip to clip."""
+    """Return (model in eval mode, image processor, tokenizer, sha256 of the weights), cached between clips."""
     import torch
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
@@ -125,7 +125,7 @@ def _blip(folder: str, device: str) -> tuple[Any, Any, Any, str]:
 
 @lru_cache(maxsize=1)
 def _chat(folder: str, device: str) -> tuple[Any, Any, str]:
-    """Return (model in eval mode, processor, sha256 of the weights); kept from clip to clip."""
+    """Return (model in eval mode, processor, sha256 of the weights), cached between clips."""
     from safetensors import SafetensorError
     from transformers import AutoModelForImageTextToText, AutoProcessor
 

@@ -14,9 +14,9 @@ from torch.nn import functional
 
 from ex4d.errors import ConfigError, ContractError
 
-# WanAttnProcessor of diffusers counts back from it to find the image tokens, so text is always padded to it.
+# Text is always padded to this length: diffusers' WanAttnProcessor counts back from it to find the image tokens.
 TEXT_LENGTH = 512
-# What enters the VAE for a hidden pixel; a visible one is +1. The released code scales its mask twice.
+# Value of hidden pixels in the mask that the VAE encodes; visible ones are +1. The released code scales its mask twice.
 MASK_LOW = {"unit": -1.0, "released": -3.0}
 
 
@@ -25,11 +25,11 @@ class Base:
     """A loaded base model; components that were not requested are None, and methods that need them raise ContractError.
 
     Args:
-        name, revision: as requested; of a hub id, the commit.
+        name, revision: as requested; for a hub id, the revision is the commit.
         shape: the transformer's configuration, present even without the transformer.
         image_settings: mean and std of the image encoder's input.
         transformer_2: the second of two experts, for generation.
-        offload: keep components in the host's memory, and on the device only the one at work: see `bring`.
+        offload: keep components in host memory and only the one in use on the device; see `bring`.
     """
 
     name: str
@@ -52,7 +52,7 @@ class Base:
         return value
 
     def bring(self, component: str) -> Any:
-        """Return a component that is about to work; with `offload` it is on the device, and the others are not."""
+        """Return a component for use; with `offload`, move it to the device and the others to host memory."""
         wanted = self._need(component)
         if self.offload:
             with torch.inference_mode(False):  # tensors moved in inference mode could not require gradients later
@@ -65,12 +65,12 @@ class Base:
 
     @property
     def has_first_frame(self) -> bool:
-        """True where the transformer takes the first frame as further input channels."""
+        """True if the transformer takes the first frame as additional input channels."""
         return self.shape["in_channels"] > self.shape["out_channels"]
 
     @property
     def first_frame_channels(self) -> int:
-        """How many channels of the first-frame condition are its mask: the input is noise, mask and latents."""
+        """Number of mask channels in the first-frame condition; the transformer's input is noise, mask and latents."""
         return self.shape["in_channels"] - 2 * self.shape["out_channels"]
 
     @property
@@ -83,7 +83,7 @@ class Base:
         """Return (1, z, f, h, w) for frames of shape (T, H, W, 3).
 
         Raises:
-            ConfigError: T is not of the form stride·k + 1, or H or W is no multiple of stride × patch.
+            ConfigError: T is not of the form stride·k + 1, or H or W is not a multiple of stride × patch.
         """
         num_frames, height, width = frames_shape[:3]
         check_clip(frames_shape, self.stride)
@@ -100,7 +100,7 @@ class Base:
         """Return normalised latents, float32 [B, z, f, h, w]: the mode of the posterior, (latent − mean) / std.
 
         Args:
-            pixels: float [B, 3, T, H, W] in [−1, 1]; T = 4k + 1, H and W multiples of 16.
+            pixels: float [B, 3, T, H, W] in [−1, 1]; for T, H and W see `check_clip`.
         """
         vae = self.bring("vae")
         self.latent_shape((*pixels.shape[2:], 3))
@@ -132,7 +132,7 @@ class Base:
     def first_frame_condition(self, pixels0: Tensor, num_frames: int) -> Tensor | None:
         """Return [B, 4 + z, f, h, w] float32: a mask, 1 for frame 0, and the latents of (frame 0, then grey frames).
 
-        None for a base that does not take it. The four mask channels are the four frames that share a latent.
+        None for a base that does not take it. The four mask channels stand for the four frames of a latent frame.
 
         Args:
             pixels0: float [B, 3, H, W] in [−1, 1], the first frame of the condition video.
@@ -159,10 +159,10 @@ class Base:
 
     @torch.no_grad()
     def encode_image(self, pixels: Tensor) -> Tensor | None:
-        """Return CLIP features, float32 [B, tokens, image_dim], of the last layer but one; None without an encoder.
+        """Return CLIP features, float32 [B, tokens, image_dim], of the penultimate layer; None without an encoder.
 
-        The frame is squashed to the encoder's square, bicubic, as Wan was trained (wan_video_image_encoder.py of the
-        released code), where diffusers' processor would crop it.
+        The frame is resized to the encoder's square without keeping its aspect ratio (bicubic), as in Wan's training
+        (wan_video_image_encoder.py of the released code); diffusers' processor would crop it.
 
         Args:
             pixels: float [B, 3, H, W] in [−1, 1].
@@ -180,8 +180,9 @@ class Base:
 
 
 def check_clip(frames_shape: tuple[int, ...], stride: tuple[int, int, int]) -> None:
-    """Raise ConfigError unless frames of shape (T, H, W, …) fill whole latents: T = stride·k + 1, H and W multiples of
-    stride × patch.
+    """Raise ConfigError unless frames of shape (T, H, W, …) fill whole latents.
+
+    T must be stride·k + 1, H and W multiples of stride × patch.
     """
     num_frames, height, width = frames_shape[:3]
     time, cell = stride[0], stride[1] * 2
@@ -197,9 +198,9 @@ def to_pixels(frames: Tensor) -> Tensor:
 
 
 def base_fingerprint(transformer: Any) -> str | None:
-    """Return 16 hex digits that tell bases apart by a weight, whatever folder or dtype they come from; None on meta.
+    """Return 16 hex digits that identify a base, independent of its folder and dtype; None on the meta device.
 
-    It is the hash of the patch embedding as bfloat16, to which float32 and bfloat16 copies of one model both round.
+    They hash the patch embedding in bfloat16, to which float32 and bfloat16 copies of one model both round.
     """
     weight = transformer.patch_embedding.weight
     if weight.is_meta:
@@ -212,7 +213,7 @@ def holes_in_latents(visible: Tensor, latent_size: tuple[int, int, int]) -> Tens
     """Return the masked share of each latent cell, float32 [B, 1, f, h, w], in [0, 1].
 
     Args:
-        visible: bool [B, T, H, W]; frame 0 makes latent frame 0 alone, every later latent frame the same number.
+        visible: bool [B, T, H, W]; latent frame 0 holds frame 0 alone, each later one an equal number of frames.
         latent_size: (f, h, w).
     """
     hole = (~visible).float()[:, None]

@@ -1,5 +1,6 @@
-"""Bases of two experts (Wan2.2-A14B): one transformer for much noise, `high`, and one for little, `low`. Each is
-trained by itself and has an adapter of its own; generation switches from one to the other at the base's boundary.
+"""Support bases with two experts (Wan2.2-A14B): a transformer for high noise levels, `high`, and one for low, `low`.
+
+Each expert is trained separately and has its own adapter; generation switches experts at the base's boundary.
 """
 
 from __future__ import annotations
@@ -24,17 +25,17 @@ log = logging.getLogger(__name__)
 
 EXPERTS: tuple[Expert, ...] = ("high", "low")
 NUM_TIMESTEPS = 1000  # a timestep is 1000 times the noise level
-# What two adapters that work together must have been trained with alike.
+# Metadata that must be equal in the adapters of two experts that are used together.
 _ALIKE = ("base", "mask_range", "source_video", "num_frames", "size")
 
 
 def boundary(base: str, revision: str | None = None) -> float | None:
-    """Return the noise level from which on the high expert works; None for a base of one transformer.
+    """Return the noise level at and above which the high expert works; None for a base with one transformer.
 
-    It is `boundary_ratio` in the base's model_index.json; known hub ids need no network.
+    It is `boundary_ratio` in the base's model_index.json; known hub ids need no network access.
 
     Raises:
-        ConfigError: the base is missing. ContractError: it has two transformers and no valid boundary.
+        ConfigError: the base is missing. ContractError: it has two transformers but no valid boundary.
     """
     known = families.family_of_hub_id(base)
     if known is not None and not Path(base).is_dir():
@@ -53,10 +54,10 @@ def boundary(base: str, revision: str | None = None) -> float | None:
 
 
 def timesteps(base: str, revision: str | None, expert: str | None) -> tuple[float, float]:
-    """Return [first, end) of the timesteps that an expert is trained on.
+    """Return the half-open range [first, end) of the timesteps that an expert is trained on.
 
     Raises:
-        ConfigError: `expert` is not one of the base's.
+        ConfigError: the base does not have this expert.
     """
     at = boundary(base, revision)
     if at is None:
@@ -70,8 +71,9 @@ def timesteps(base: str, revision: str | None, expert: str | None) -> tuple[floa
 
 
 def files(folder: str | Path) -> dict[Expert, Path]:
-    """Return {expert: its adapter.safetensors} of a folder with FOLDER/high and FOLDER/low, each an adapter or the
-    output of a training; {} for anything else.
+    """Return {expert: path of its adapter.safetensors} of a folder with FOLDER/high or FOLDER/low; {} for others.
+
+    Each of the two is an adapter's folder or the output folder of a training.
     """
     if (Path(folder) / weights.FILE_NAME).is_file():
         return {}
@@ -83,14 +85,14 @@ def files(folder: str | Path) -> dict[Expert, Path]:
 
 
 def read(path: str | Path) -> dict[Expert | None, tuple[Path, weights.AdapterMetadata]]:
-    """Return {expert: (file, metadata)} of an adapter: one under None for a base of one transformer, else one or two.
+    """Return {expert: (file, metadata)}, one or two entries; the key is None for a base with one transformer.
 
     Args:
         path: as in `weights.read_adapter`, or a folder of two experts' adapters (see `files`).
 
     Raises:
-        ConfigError: there is none. ContractError: a file is damaged or of the other expert, or the two do not belong
-            together.
+        ConfigError: there is no adapter. ContractError: a file is damaged or belongs to the other expert, or the two
+            were trained with different settings.
     """
     pair = files(path)
     if not pair:
@@ -112,14 +114,14 @@ def read(path: str | Path) -> dict[Expert | None, tuple[Path, weights.AdapterMet
 
 
 def common(adapters: Mapping[Expert | None, tuple[Path, weights.AdapterMetadata]]) -> weights.AdapterMetadata:
-    """Return the metadata that stands for all adapters of `read`: that of the first."""
+    """Return the metadata of the first adapter of `read`, which represents all of them."""
     return next(metadata for _, metadata in adapters.values())
 
 
 def check_fit(adapters: Mapping[Expert | None, Any], base: str, at: float | None) -> None:
-    """Raise ConfigError if the adapters of `read` are not for the experts of a base with this boundary.
+    """Raise ConfigError if the adapters of `read` do not match a base with the boundary `at` (None: one transformer).
 
-    An expert without an adapter works as the base alone, with a warning.
+    An expert without an adapter runs as the plain base, with a warning.
     """
     if (at is None) != (None in adapters):
         has, wants = ("one transformer", "two experts") if at is None else ("two experts", "a base of one transformer")
@@ -129,12 +131,12 @@ def check_fit(adapters: Mapping[Expert | None, Any], base: str, at: float | None
 
 
 class Experts(nn.Module):
-    """Two models that work as one: `high` at timesteps from the boundary on, `low` below.
+    """Two models used as one: `high` at timesteps at and above the boundary, `low` below it.
 
     Args:
-        base: holds both transformers; with its `offload` only the one at work is on the device.
-        high, low: the models over them.
-        boundary: as `boundary` returns it.
+        base: holds both transformers; with `base.offload`, only the active one is on the device.
+        high, low: the models that wrap them.
+        boundary: as the function `boundary` returns it.
     """
 
     def __init__(self, base: Base, high: Ex4dModel, low: Ex4dModel, boundary: float):
@@ -143,13 +145,13 @@ class Experts(nn.Module):
         self.base, self.first_timestep = base, NUM_TIMESTEPS * boundary
 
     def forward(self, noisy_latents: Tensor, timestep: Tensor, *conditions: Tensor | None) -> Tensor:
-        """Return the velocity by the expert of a timestep [B], the same for the whole batch; see Ex4dModel.forward."""
+        """Return the velocity from the expert for `timestep` [B], equal across the batch; see Ex4dModel.forward."""
         expert: Expert = "high" if float(timestep[0]) >= self.first_timestep else "low"
         self.base.bring(backbone.TRANSFORMERS[expert])
         return (self.high if expert == "high" else self.low)(noisy_latents, timestep, *conditions)
 
     @contextmanager
     def base_alone(self) -> Iterator[None]:
-        """Compute as the base does, without adapters, inside the block."""
+        """Run the plain base, without adapters, inside the block."""
         with self.high.base_alone(), self.low.base_alone():
             yield

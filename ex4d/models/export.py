@@ -1,4 +1,4 @@
-"""Adapters to and from the files of other programs: the whole adapter, or its LoRA under another program's names."""
+"""Convert adapters to and from other programs' files: the whole adapter, or its LoRA under the program's names."""
 
 from __future__ import annotations
 
@@ -19,22 +19,22 @@ STYLES = ("ex4d", "released", "kohya", "comfyui", "diffusers")
 
 
 def export(adapter: str | Path, style: str, output: str | Path, lora: str | Path | None = None) -> list[Path]:
-    """Return the paths of an adapter written in another form; what only changes its names changes no bit.
+    """Write an adapter in another format and return the paths; renaming tensors changes no bit of them.
 
     Args:
         adapter: folder or file of `ex4d train`, or a released ex4d.ckpt. A folder of two experts' adapters
-            (`experts.files`) makes two files, with _high_noise and _low_noise before the suffix, as ComfyUI's users
-            expect, or OUTPUT/high and OUTPUT/low; `lora` then means two files that are named so.
+            (`experts.files`) yields two files, with _high_noise and _low_noise before the suffix, as ComfyUI's users
+            expect, or OUTPUT/high and OUTPUT/low; `lora` then stands for two files with the same suffixes.
         style: "ex4d" (a folder, with the metadata), "released" (LoRA and geometry as ex4d.ckpt), or "kohya", "comfyui",
-            "diffusers": the LoRA alone, since they have no place for the geometry adapter. Where a form has none for
-            alpha, B is written times alpha / rank.
+            "diffusers": the LoRA alone, since these have no place for the geometry adapter. In a format without a
+            place for alpha, B is multiplied by alpha / rank.
         output: the folder or file to write.
         lora: take the LoRA from this file of another program (`lora_dialects`) and the rest from `adapter`.
 
     Raises:
         ConfigError: an unknown style, or one that cannot express the adapter; a missing file; an output that is one of
             the inputs.
-        ContractError: a damaged file, or a LoRA of another model than the adapter's.
+        ContractError: a damaged file, or a LoRA for a different model than the adapter's.
     """
     if style not in STYLES:
         raise ConfigError("style", style, f"allowed: {', '.join(STYLES)}")
@@ -53,7 +53,7 @@ def _of_expert(path: Path, expert: str | None) -> Path:
 
 
 def _export(adapter: str | Path, style: str, output: Path, lora: str | Path | None) -> Path:
-    """Write one adapter in another form; see `export`."""
+    """Write one adapter in another format; see `export`."""
     target = output / weights.FILE_NAME if style == "ex4d" else output
     for source in (Path(adapter), Path(adapter) / weights.FILE_NAME, *([Path(lora)] if lora else [])):
         if source.is_file() and target.exists() and source.samefile(target):
@@ -84,7 +84,7 @@ def _rank(state: dict[str, Tensor]) -> int:
 
 
 def _with_lora(state: dict[str, Tensor], lora: str | Path) -> tuple[dict[str, Tensor], float]:
-    """Return (the state with another LoRA, its alpha)."""
+    """Replace the LoRA in a state by that of a file; return (state, alpha of the new LoRA)."""
     if not Path(lora).is_file():
         raise ConfigError("from", str(lora), "no such file")
     new, alpha = weights.read_lora(lora)
@@ -105,7 +105,7 @@ def _with_lora(state: dict[str, Tensor], lora: str | Path) -> tuple[dict[str, Te
 
 
 def _without(name: str, value: Tensor, rank: int) -> Tensor:
-    """Return a tensor of a layer that the other LoRA leaves alone: A as it was, of the other rank, B zero."""
+    """Return a tensor of a layer that the new LoRA does not cover: A cut or padded to the new rank, B zero."""
     if ".lora_A" in name:
         return torch.nn.functional.pad(value[:rank], (0, 0, 0, max(0, rank - len(value)))).contiguous()
     return value.new_zeros(len(value), rank) if ".lora_B" in name else value

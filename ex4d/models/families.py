@@ -1,6 +1,4 @@
-"""The Wan models that the adapter is known to fit: one row each, with everything that is needed before any download;
-and the models that are not supported, with the reason.
-"""
+"""List the Wan models that the adapter is known to fit, with everything that is needed before any download."""
 
 from __future__ import annotations
 
@@ -35,12 +33,12 @@ class Family:
     """One architecture of the base model.
 
     Args:
-        hub_ids: repositories in diffusers layout that hold it; () where only a converted folder will do.
+        hub_ids: repositories in diffusers layout that hold it; () if there is none, only folders that users convert.
         transformer: the complete configuration of diffusers' WanTransformer3DModel.
         stride: pixels per latent in (T, H, W); T frames give (T − 1) / stride + 1 latents.
-        encoders: {component: parameters} of what makes latents, text and image features, counted on the meta device.
-        boundary: of a base of two experts, the noise level from which on the first one works (diffusers'
-            `boundary_ratio`); None for a base of one transformer.
+        encoders: {component: number of parameters} of VAE, text and image encoder, counted on the meta device.
+        boundary: for a base with two experts, the noise level at and above which the first one works (diffusers'
+            `boundary_ratio`); None for a base with one transformer.
     """
 
     hub_ids: tuple[str, ...]
@@ -71,19 +69,19 @@ FAMILIES = {
         stride=(4, 16, 16),
         encoders=_ENCODERS | {"vae": 704_688_668},
     ),
-    "wan2.2-i2v-a14b": Family(  # two experts, an adapter each; the first frame without CLIP
+    "wan2.2-i2v-a14b": Family(  # two experts with an adapter each; a first-frame condition, but no CLIP
         hub_ids=("Wan-AI/Wan2.2-I2V-A14B-Diffusers",),
         transformer=_14B | {"in_channels": 36},
         boundary=0.9,
     ),
-    "wan2.2-t2v-a14b": Family(  # two experts, an adapter each; frame 0 through the geometry adapter alone
+    "wan2.2-t2v-a14b": Family(  # two experts with an adapter each; frame 0 through the geometry adapter alone
         hub_ids=("Wan-AI/Wan2.2-T2V-A14B-Diffusers",),
         transformer=_14B,
         boundary=0.875,
     ),
 }
 
-# What tells the families apart; the rest of a configuration follows from these.
+# Entries that tell the families apart; the rest of a configuration follows from them.
 _IDENTITY = (
     *("num_attention_heads", "attention_head_dim", "num_layers", "ffn_dim"),
     *("in_channels", "out_channels", "image_dim"),
@@ -91,7 +89,7 @@ _IDENTITY = (
 
 
 def family_of(transformer_config: Mapping[str, Any]) -> str | None:
-    """Return the name of the family that a transformer configuration belongs to; None for a model of one's own."""
+    """Return the name of the family that a transformer configuration belongs to; None for a custom model."""
     for name, family in FAMILIES.items():
         if all(transformer_config.get(key) == family.transformer[key] for key in _IDENTITY):
             return name
@@ -99,5 +97,5 @@ def family_of(transformer_config: Mapping[str, Any]) -> str | None:
 
 
 def family_of_hub_id(hub_id: str) -> str | None:
-    """Return the name of the family that a hub repository belongs to; None where the table does not have it."""
+    """Return the name of the family that a hub repository belongs to; None if it is not in the table."""
     return next((name for name, family in FAMILIES.items() if hub_id in family.hub_ids), None)

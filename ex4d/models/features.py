@@ -1,7 +1,7 @@
-"""Features of pictures and of videos by networks of the transformers library, for distances between sets of them.
+"""Compute features of images and videos with models of the transformers library, for distances between sets.
 
-The paper's FID and FVD take Inception and I3D, whose weights come as code or pickles; DINOv2 (Stein et al. 2023) and
-VideoMAE (after Ge et al. 2024, who take other weights of it) take their place. Do not compare the two kinds.
+The paper's FID and FVD use Inception and I3D, whose weights come as code or pickles. DINOv2 (Stein et al. 2023) and
+VideoMAE (after Ge et al. 2024, who use other weights of it) replace them; the values are not comparable to the paper's.
 """
 
 from __future__ import annotations
@@ -24,7 +24,7 @@ BATCH = 16
 
 @dataclass(frozen=True)
 class Network:
-    """A family: its class in transformers, the checkpoint to take, its licence, and whether it sees videos."""
+    """A family: its class in transformers, the recommended checkpoint, its licence, and whether it takes videos."""
 
     cls: str
     hub_id: str
@@ -42,7 +42,7 @@ def image_features(frames: np.ndarray, weights: str, device: str = "cpu") -> np.
     """Return float32 [T, D], the class token of each of the frames uint8 [T, H, W, 3].
 
     Args:
-        weights: of a DINOv2: a folder or `hub-id[@revision]`.
+        weights: of a DINOv2 model, a folder or `hub-id[@revision]`.
     """
     import torch
 
@@ -57,10 +57,10 @@ def image_features(frames: np.ndarray, weights: str, device: str = "cpu") -> np.
 
 
 def video_features(frames: np.ndarray, weights: str, device: str = "cpu") -> np.ndarray:
-    """Return float32 [1, D], the mean token of the video uint8 [T, H, W, 3], of which the network sees a few frames.
+    """Return float32 [1, D], the mean token over evenly spaced frames of a video, uint8 [T, H, W, 3].
 
     Args:
-        weights: of a VideoMAE: a folder or `hub-id[@revision]`.
+        weights: of a VideoMAE model, a folder or `hub-id[@revision]`.
     """
     import torch
 
@@ -72,10 +72,10 @@ def video_features(frames: np.ndarray, weights: str, device: str = "cpu") -> np.
 
 
 def load(weights: str, of_videos: bool, device: str) -> tuple[Any, dict[str, Any]]:
-    """Return (model in eval mode, preprocessor settings), kept from clip to clip while the files stay the same.
+    """Return (model in eval mode, preprocessor settings), cached as long as the files do not change.
 
     Raises:
-        ConfigError: the weights are not here and cannot be fetched, or are of another family.
+        ConfigError: the weights are missing and cannot be fetched, or are not of a supported family.
         ContractError: the folder does not hold what its config says.
     """
     folder = folder_of(weights, of_videos)
@@ -105,7 +105,7 @@ def _load(folder: Path, fingerprint: str, device: str) -> tuple[Any, dict[str, A
 
 
 def folder_of(weights: str, of_videos: bool) -> Path:
-    """Return the local folder of the weights. Raises ConfigError, which names what to get, or what the folder holds."""
+    """Return the local folder of the weights. Raises ConfigError, which says what to download or what it found."""
     key = "evaluate.video_features" if of_videos else "evaluate.image_features"
     allowed = {kind: network for kind, network in NETWORKS.items() if network.of_videos == of_videos}
     advice = ", ".join(f"{network.hub_id} ({network.licence})" for network in allowed.values())
@@ -121,7 +121,7 @@ def folder_of(weights: str, of_videos: bool) -> Path:
 
 
 def _side(model: Any, settings: dict[str, Any]) -> int:
-    """Return the side in px that pictures are scaled to, from the preprocessor, not from DINOv2's own config."""
+    """Return the side in px that pictures are resized to: the preprocessor's crop size, else the model's image size."""
     crop = settings.get("crop_size") or {}
     return int(crop.get("height", model.config.image_size) if isinstance(crop, dict) else crop)
 
@@ -131,7 +131,7 @@ def _json(path: Path) -> dict[str, Any]:
 
 
 def _pixels(frames: np.ndarray, side: int, settings: dict[str, Any], device: str) -> Any:
-    """Return float32 [B, 3, side, side], the whole picture scaled, not cut: what is at the border counts as well."""
+    """Return float32 [B, 3, side, side]: whole pictures, resized rather than cropped, so that their borders count."""
     import torch
     from torch.nn import functional
 

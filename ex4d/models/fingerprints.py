@@ -19,12 +19,12 @@ def of_components(
     needed: Sequence[str] = ("transformer", "vae"),
     components: Sequence[str] = ENCODERS,
 ) -> dict[str, str]:
-    """Return {component: 16 hex digits of its weights and settings}, without those that have no files.
+    """Return {component: 16 hex digits of its weights and settings}, leaving out components without weight files.
 
     Args:
         base, revision: as in `backbone.load_base`.
-        needed: components that are fetched where a hub id is not cached.
-        components: which are wanted.
+        needed: components to fetch if a hub id is not cached.
+        components: those to fingerprint.
 
     Raises:
         ConfigError: the base is missing and cannot be fetched.

@@ -1,4 +1,4 @@
-"""Convert LoRA and adapter tensors to and from the names of other programs; only names change, no bits.
+"""Convert LoRA and adapter tensors to and from other programs' names; the values do not change.
 
 Canonical names are diffusers': `transformer.blocks.N.attn1.to_q.lora_A.weight`, and `geometry_adapter.…`.
 """
@@ -29,7 +29,7 @@ GEOMETRY = (
     "latent_patch_embedding.bias",
 )
 
-# format -> (names of the modules, "{block}" and "{module}" to a key of A, the same of B)
+# format -> (module names, pattern of A's key, pattern of B's key)
 _LORA_KEYS = {
     "diffusers": (
         {module: module for module in ORIGINAL},
@@ -56,7 +56,7 @@ FORMATS = tuple(_LORA_KEYS)
 
 
 def lora_names(num_blocks: int, style: str = "diffusers", present: Iterable[str] = ORIGINAL) -> list[str]:
-    """Return the LoRA names of a format, always in the same order, so that two formats zip together.
+    """Return the LoRA names of a format, in the same order for each, so that those of two formats can be zipped.
 
     Args:
         present: modules of a block (of ORIGINAL) that have a LoRA.
@@ -89,18 +89,18 @@ def count_blocks(names: Iterable[str]) -> int:
 def to_format(state: Mapping[str, Tensor], style: str, alpha: float | None = None) -> dict[str, Tensor]:
     """Return the LoRA of a canonical state under another program's names.
 
-    Geometry adapter tensors go along only in "released", which is the only format that has a place for them.
+    Geometry adapter tensors are included only in "released", the only format that has a place for them.
 
     Args:
-        style: of FORMATS.
-        alpha: written beside each pair in "kohya", where it is needed; elsewhere there is no place for it, and readers
-            take alpha = rank.
+        style: one of FORMATS.
+        alpha: required in "kohya", which stores it with each pair; the other formats have no place for it, and their
+            readers assume alpha = rank.
 
     Raises:
         ContractError: tensors are missing or surplus.
     """
     num_blocks = count_blocks(state)
-    # The released form has a place for each layer, and its reader wants all.
+    # The released format has an entry for every layer, and its reader requires all of them.
     all_of_them = style == "released"
     present = [module for module in ORIGINAL if all_of_them or f"transformer.blocks.0.{module}.lora_A.weight" in state]
     canonical, renamed = lora_names(num_blocks, present=present), lora_names(num_blocks, style, present)

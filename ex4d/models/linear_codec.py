@@ -1,8 +1,8 @@
-"""A linear space-time codec behind the interface of AutoencoderKLWan, small and fast enough for a CPU.
+"""A linear space-time codec with the interface of AutoencoderKLWan, small and fast enough for a CPU.
 
-Frames are cut as Wan's VAE cuts them: 4k + 1 frames, the first alone, the others in groups of four, so it is causal.
-Each 8 × 8 block of the first frame (192 numbers) and each 4 × 8 × 8 block of a group (768 numbers) is projected on an
-orthonormal basis fitted by principal components; decoding is the transposed projection, the best linear inverse.
+Frames are grouped as in Wan's VAE: of 4k + 1 frames, the first stands alone and the others form groups of four, so it
+is causal. Each 8 × 8 block of the first frame (192 numbers) and each 4 × 8 × 8 block of a group (768 numbers) is
+projected onto an orthonormal basis fitted by PCA; decoding is the transposed projection, the best linear inverse.
 There are no learned non-linearities and no overlap between blocks.
 """
 
@@ -27,8 +27,8 @@ class LinearVideoCodec(ModelMixin, ConfigMixin):  # type: ignore[misc]  # both n
 
     Args:
         z_dim: channels of a latent.
-        num_shared: the first channels mean the same spatial pattern in a first frame and in a group (constant in time
-            there); the others are fitted to each apart.
+        num_shared: how many of the first channels have the same spatial pattern in a first frame and in a group
+            (constant in time there); the others are fitted to each separately.
         latents_mean, latents_std: per channel; a normalised latent is (latent − mean) / std.
         scale_factor_temporal: frames in a group; scale_factor_spatial: block size in px.
     """

@@ -1,4 +1,4 @@
-"""LoRA on the frozen transformer. The only module that uses peft."""
+"""Add LoRA to the frozen transformer. The only module that uses peft."""
 
 from __future__ import annotations
 
@@ -14,16 +14,16 @@ from torch import Tensor, nn
 from ex4d.errors import ConfigError, ContractError
 from ex4d.models import formats
 
-# Self- and cross-attention q, k, v, o and both feed-forward layers: ten matrices a block, not the image k and v.
+# Self- and cross-attention q, k, v, o and both feed-forward layers: ten matrices per block, without the image k and v.
 TARGETS = ("to_q", "to_k", "to_v", "to_out.0", "ffn.net.0.proj", "ffn.net.2")
 ADAPTER_NAME = "default"
 
 
 class _MasterWeightLinear(nn.Linear):
-    """A linear layer whose float32 weight is cast to the input's dtype: the sum stays cheap, the update stays exact."""
+    """A linear layer that casts its float32 weight to the input's dtype: a cheap product and full-precision updates."""
 
     def forward(self, input: Tensor, onto: Tensor | None = None) -> Tensor:
-        """Return the product [..., out], added to `onto` [..., out] where it is given, in one kernel."""
+        """Return the product [..., out], added to `onto` [..., out] in the same kernel if that is given."""
         weight = self.weight.to(input.dtype)
         if onto is None:
             return nn.functional.linear(input, weight)
@@ -31,7 +31,7 @@ class _MasterWeightLinear(nn.Linear):
 
 
 def _lora_forward(layer: Any, x: Tensor) -> Tensor:
-    """Return the frozen layer's output with its LoRA; peft's own forward scales the full width, this one the rank."""
+    """Return the frozen layer's output plus its LoRA; peft's forward scales at full width, this one at the rank."""
     result: Tensor = layer.base_layer(x)
     if layer.disable_adapters:
         return result
@@ -95,14 +95,14 @@ def _draw(weight: Tensor, generator: torch.Generator) -> None:
 
 
 def stack_lora(transformer: Any, path: str | Path, scale: float, name: str) -> int:
-    """Add a LoRA of another program beside the one that is there, for generation; return its number of layers.
+    """Add another program's LoRA beside the existing one, for generation; return its number of layers.
 
-    Names of diffusers, ComfyUI, kohya and Wan itself are understood (diffusers' converter). Do it before blocks are
+    It reads the names of diffusers, ComfyUI, kohya and Wan itself (diffusers' converter). Call it before blocks are
     swapped.
 
     Args:
-        scale: its product is multiplied by this, and by alpha / rank where the file says alpha.
-        name: a name of its own among those of this transformer.
+        scale: factor of its output, in addition to alpha / rank where the file stores alpha.
+        name: adapter name, unique in this transformer.
 
     Raises:
         ConfigError: the file is missing, is not safetensors, or matches no layer of this model.
@@ -131,7 +131,7 @@ def stack_lora(transformer: Any, path: str | Path, scale: float, name: str) -> i
 
 
 def _diffusers_names(state: dict[str, Tensor]) -> dict[str, Tensor]:
-    """Return LoRA tensors under diffusers' names: kohya's by our table, Wan's own by diffusers' converter."""
+    """Return LoRA tensors under diffusers' names; `formats` converts kohya's, diffusers' converter Wan's own."""
     from diffusers.loaders import lora_conversion_utils
 
     if any(key.startswith("lora_unet_") for key in state):
@@ -155,10 +155,10 @@ def lora_parameters(transformer: nn.Module) -> dict[str, nn.Parameter]:
 
 
 def settings(transformer: nn.Module) -> tuple[int, float]:
-    """Return (rank, alpha) of a transformer that has LoRA, so that alpha / rank is its scale, with rsLoRA too.
+    """Return (rank, alpha) of a transformer's LoRA, such that alpha / rank is its scale even with rsLoRA.
 
     Raises:
-        ContractError: it has none.
+        ContractError: the transformer has no LoRA.
     """
     from peft.tuners.lora import LoraLayer
 

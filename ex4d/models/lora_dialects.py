@@ -1,4 +1,4 @@
-"""LoRA of Wan as others write it, under canonical names: diffusers, ComfyUI, kohya, musubi, DiffSynth, PEFT.
+"""Read other programs' Wan LoRA under canonical names: diffusers, ComfyUI, kohya, musubi, DiffSynth, PEFT.
 
 Every name is parsed, and unknown names are an error: silently dropping a tensor would give a network that nobody
 trained.
@@ -30,7 +30,7 @@ _MODULES = {
 }
 _IMAGE = ("add_k_proj", "add_v_proj", "k_img", "v_img")  # of cross attention; the adapter has no place for them
 _TEXT = ("lora_te", "text_encoder.", "text_encoder_", "lora_t5", "cond_stage_model.")
-_KINDS = {  # what is not a plain LoRA, by a part of a name
+_KINDS = {  # part of a tensor's name -> the kind of adapter that it reveals, none of them a plain LoRA
     "dora_scale": "DoRA",
     "lora_magnitude_vector": "DoRA",
     "lokr_": "LoKr",
@@ -51,14 +51,14 @@ class Pair:
 
 
 def read(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
-    """Return (canonical LoRA tensors of the layers that there are, alpha), all of one rank.
+    """Return (canonical LoRA tensors of the layers present, alpha), all of one rank.
 
-    Where ranks or alphas differ between layers, the smaller ranks are filled up with zeros and alpha / rank is folded
-    into B, so that alpha is the rank; else no number changes. Numbers of 8 bits become bfloat16, which holds them.
+    Where ranks or alphas differ between layers, smaller ranks are zero-padded and alpha / rank is folded into B, so
+    that alpha equals the rank; otherwise no value changes. 8-bit values become bfloat16, which holds them exactly.
 
     Raises:
-        ContractError: another kind of adapter, which it names; names of another model; a layer whose halves are
-            missing, do not fit, or hold non-finite values.
+        ContractError: another kind of adapter, which the message names; names of another model; a layer whose A or B
+            is missing, does not fit the other, or holds non-finite values.
     """
     for part, kind in _KINDS.items():
         if names := [name for name in tensors if part in re.sub(r"\.diff_\w+$", ".diff", name) + "\n"]:
@@ -90,7 +90,7 @@ def read(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
 
 
 def _pairs(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Pair], list[str], list[str]]:
-    """Return ({canonical layer: Pair}, names that are left out, names that are not understood)."""
+    """Return ({canonical layer: Pair}, skipped names, unknown names)."""
     pairs: dict[str, Pair] = {}
     left_out, odd = [], []
     for name, value in tensors.items():

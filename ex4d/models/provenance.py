@@ -1,6 +1,6 @@
 """Decide which base an adapter may load, and whether it records the weights of that base.
 
-An adapter may come from a stranger. By itself it may only load the tiny base, published models and this user's folders.
+An adapter file is not trusted. It may only choose the tiny base, published models and folders that this user owns.
 """
 
 from __future__ import annotations
@@ -44,9 +44,9 @@ def base_of(
 
 
 def is_verifiable(path: str | Path, metadata: AdapterMetadata) -> bool:
-    """Return False for an adapter of our layout that does not say which weights it was trained on: ours always do.
+    """Return True if an adapter records which base weights it was trained on, as all adapters of this project do.
 
-    The released ex4d.ckpt cannot record it: it is accepted, with a warning.
+    The released ex4d.ckpt cannot record them and is accepted with a warning.
     """
     if metadata.base_fingerprint is None and is_released(adapter_file(path)):
         log.warning("%s %s; whether it fits is not verified", path, UNVERIFIABLE)

@@ -1,7 +1,7 @@
-"""The frozen base in 8 or 4 bits, with plain torch: int8, fp8 and NF4 weights, dequantised where they are used.
+"""Quantise the frozen base to 8 or 4 bits with plain torch: int8, fp8 and NF4 weights, dequantised on use.
 
-Only the linear layers of the blocks are quantised, which hold more than 99 % of a Wan transformer; activations, biases,
-norms and embeddings stay as they are. Weights are never trained, so no gradient passes through the rounding.
+Only the linear layers of the blocks are quantised; they hold more than 99 % of a Wan transformer. Activations, biases,
+norms and embeddings stay as they are. These weights are never trained, so no gradient passes through the rounding.
 """
 
 from __future__ import annotations
@@ -70,14 +70,14 @@ def _encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
 
 def _decode_nf4(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
     levels = torch.tensor(NF4, device=codes.device, dtype=dtype)
-    # Both numbers of a byte by one look-up: half the index memory.
+    # One look-up decodes both codes of a byte, which halves the memory of the indices.
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
     values = nn.functional.embedding(codes.int(), pairs).flatten(1) * scale.to(dtype)
     return values.flatten()[: math.prod(shape)].view(shape)
 
 
-# Rows that are quantised at once, since float32 copies of a whole layer cost more than its codes. Any 64 rows are whole
-# blocks of NF4, so the codes are those of the whole layer.
+# Rows quantised at a time: a float32 copy of a whole layer would take more memory than its codes. Any 64 rows are whole
+# NF4 blocks, so the codes equal those of the whole layer.
 ROWS = 256
 
 STYLES = {
@@ -108,14 +108,14 @@ class QuantizedLinear(nn.Linear):
     """A frozen linear layer with its weight in `qweight` and `scale`; computes in the dtype of its input."""
 
     def __init__(self, layer: nn.Linear, style: str, device: torch.device | str):
-        nn.Module.__init__(self)  # nn.Linear's own would allocate a weight
+        nn.Module.__init__(self)  # nn.Linear.__init__ would allocate a weight
         self.in_features, self.out_features = layer.in_features, layer.out_features
         self.style, self.shape = style, layer.weight.shape
         parts = [STYLES[style].encode(rows.to(device).float()) for rows in layer.weight.detach().split(ROWS)]
         codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.register_buffer("qweight", codes)
         self.register_buffer("scale", scale)
-        self.register_parameter("weight", None)  # peft asks for it, and goes on to qweight
+        self.register_parameter("weight", None)  # peft looks for it first, then for qweight
         self.bias = layer.bias
 
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:

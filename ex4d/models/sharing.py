@@ -1,4 +1,4 @@
-"""What rank 0 of a process group has read, given to the other ranks, so that a file is read once."""
+"""Share what rank 0 of a process group has read with the other ranks, so that each file is read only once."""
 
 from __future__ import annotations
 
@@ -12,28 +12,28 @@ from ex4d.errors import ContractError
 
 
 def agreed(value: Any, device: torch.device) -> Any:
-    """Return rank 0's value, any object that can be pickled, on every rank. Every rank calls."""
+    """Return rank 0's value, any picklable object, on every rank. A collective call."""
     values = [value]
     torch.distributed.broadcast_object_list(values, src=0, device=device)
     return values[0]
 
 
 def broadcast(value: Tensor) -> Tensor:
-    """Fill a contiguous tensor with the bytes of rank 0's, which has its shape and dtype, and return it."""
+    """Overwrite a contiguous tensor with rank 0's, of the same shape and dtype, and return it. A collective call."""
     if value.numel():
         torch.distributed.broadcast(value.view(-1).view(torch.uint8), src=0)
     return value
 
 
 def loaded_once(load: Callable[[], nn.Module], empty: Callable[[], nn.Module], device: torch.device) -> nn.Module:
-    """Return the module that `load` returns on rank 0, on every rank; the others receive its tensors. Every rank calls.
+    """Load a module on rank 0, broadcast its tensors and return it on every rank. A collective call.
 
     Args:
-        load: reads the files; its module is on `device`.
-        empty: makes a module of the same structure, in any dtype; called on the meta device.
+        load: called on rank 0; reads the files and returns a module on `device`.
+        empty: called on the other ranks, on the meta device; returns a module of the same structure, in any dtype.
 
     Raises:
-        ContractError: `load` raised it on rank 0; on all ranks, with the same message.
+        ContractError: `load` raised it on rank 0; every rank raises it with the same message.
     """
     module, problem = None, None
     if torch.distributed.get_rank() == 0:
@@ -62,7 +62,7 @@ def loaded_once(load: Callable[[], nn.Module], empty: Callable[[], nn.Module], d
 
 
 def _tensors(module: nn.Module) -> Iterator[tuple[list[str], Tensor]]:
-    """Yield (all its names, the tensor) of each parameter and buffer, also those that no file stores."""
+    """Yield (all its names, tensor) of each parameter and buffer, non-persistent buffers included."""
     names: dict[int, list[str]] = {}
     values: dict[int, Tensor] = {}
     for found in (module.named_parameters(remove_duplicate=False), module.named_buffers(remove_duplicate=False)):

@@ -1,8 +1,7 @@
-"""Load the transformer's weights one tensor at a time: one rank reads for all and weights are quantised on arrival, so
-the host never holds a full copy beside the destination.
+"""Load the transformer's weights one tensor at a time, so that the host never holds a full second copy.
 
-Plain reads instead of mapped files: a mapped file counts as the process's memory as far as it was read, and every rank
-of a node would read all of it.
+One rank reads for all, and weights are quantised on arrival. Files are read rather than memory-mapped: the pages of a
+mapped file that were touched count as memory of the process, and every rank of a node would touch all of them.
 """
 
 from __future__ import annotations
@@ -32,7 +31,7 @@ _DTYPES = {"F64": torch.float64, "F32": torch.float32, "F16": torch.float16, "BF
 
 @dataclass(frozen=True)
 class Stored:
-    """Where a tensor lies: file, first byte, dtype and shape."""
+    """Location of a tensor: file, offset of its first byte, dtype and shape."""
 
     path: Path
     start: int
@@ -54,10 +53,10 @@ class Stored:
 
 
 def index(folder: Path) -> dict[str, Stored]:
-    """Return {name: where it lies} of the safetensors of a component in diffusers layout.
+    """Return {name: location} of the tensors in a component's folder in diffusers layout.
 
     Raises:
-        ContractError: no such file, or one that is not safetensors.
+        ContractError: a file is missing or is not safetensors.
     """
     listing = folder / f"{WEIGHTS}.index.json"
     try:
@@ -93,7 +92,7 @@ def _header(path: Path) -> dict[str, Stored]:
 
 
 class _Source:
-    """Hands out tensors by name: read from their files, or received from rank 0, which reads for all."""
+    """Provides tensors by name: read from their files, or received from rank 0, which reads for all."""
 
     def __init__(self, folder: Path, device: torch.device, shared: bool):
         self.device, self.shared = device, shared
@@ -112,7 +111,7 @@ class _Source:
             raise ContractError(problem)
 
     def take(self, name: str, dtype: torch.dtype, device: torch.device) -> Tensor:
-        """Return a tensor in a dtype on a device."""
+        """Return a tensor, cast to `dtype`, on `device`."""
         if not self.shared:
             return self.stored[name].read().to(dtype).to(device)
         if self.reads:
@@ -132,21 +131,21 @@ def load_transformer(
     style: str | None = None,
     shared: bool = False,
 ) -> Any:
-    """Return a transformer with the weights of a folder, as `cls.from_pretrained` would, on `place`.
+    """Load a transformer with the weights of a folder onto `place`, as `cls.from_pretrained` would.
 
     Args:
-        cls: of diffusers; its `_keep_in_fp32_modules` stay float32.
+        cls: a model class of diffusers; its `_keep_in_fp32_modules` stay float32.
         device: where the process group communicates and weights are quantised.
-        style: quantise the linear layers of the blocks so (quantize.STYLES), each as soon as it is there.
-        shared: every rank calls; rank 0 alone reads the files.
+        style: quantise the linear layers of the blocks in this style (quantize.STYLES), each as soon as it is loaded.
+        shared: only rank 0 reads the files; every rank must call.
 
     Raises:
-        ContractError: weights are missing, damaged, or of another shape; names them.
+        ContractError: weights are missing, damaged, or of the wrong shape; the message names the first.
     """
     from accelerate import init_empty_weights
 
     try:
-        with init_empty_weights(include_buffers=False):  # the tables of positions are computed, not stored
+        with init_empty_weights(include_buffers=False):  # position tables are computed, not stored in the files
             model = cls.from_config(dict(config))
     except (TypeError, ValueError) as error:
         raise ContractError(f"{folder} cannot be loaded as {cls.__name__}: {error}") from error
@@ -154,7 +153,7 @@ def load_transformer(
     expected = {name: tuple(value.shape) for name, value in model.state_dict().items()}
     _check(f"{folder} cannot be loaded as {cls.__name__}", source.shapes, expected)
     kept = set(cls._keep_in_fp32_modules or ())
-    for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep what is quantised below
+    for path in [path for path, _ in model.named_modules()]:  # a list of modules would keep replaced layers alive
         module = model.get_submodule(path)
         for name in [*module._parameters]:
             whole = f"{path}.{name}" if path else name
@@ -169,7 +168,7 @@ def load_transformer(
 
 
 def _check(what: str, stored: Mapping[str, tuple[int, ...]], expected: Mapping[str, tuple[int, ...]]) -> None:
-    """Raise ContractError, which begins with `what`, unless every expected tensor was found in its shape."""
+    """Raise ContractError, prefixed with `what`, unless every expected tensor is stored with the expected shape."""
     wrong = [name for name, shape in expected.items() if stored.get(name) != shape]
     if wrong:
         there = stored.get(wrong[0])

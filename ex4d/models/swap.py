@@ -1,13 +1,13 @@
-"""Block swap: keep frozen weights of some transformer blocks in host memory and copy them to the device when used.
+"""Swap blocks: keep the frozen weights of some transformer blocks in host memory and copy them to the device on use.
 
-A swapped block's frozen tensors lie in one buffer of (pinned) host memory. Its forward pass first makes a copy on the
-device, and gives the copy away when it returns. Under activation checkpointing the backward pass runs the block's
-forward again, which fetches again, and autograd holds this copy until the block's backward pass ends. References keep
-a copy alive as long as anything needs it, so the results do not depend on the order of hooks. While a block works, the
-next swapped one in the running direction is copied on a separate stream.
+A swapped block's frozen tensors lie in one buffer of (pinned) host memory. Its forward pass first copies them to the
+device, and drops the copy when it returns. Under activation checkpointing the backward pass runs the block's forward
+again, which fetches again; autograd holds this copy until the block's backward pass ends. A copy lives as long as
+something references it, so results do not depend on the order of hooks. While a block runs, the next swapped one in
+the current direction is copied on a separate stream.
 
-diffusers' `apply_group_offloading` (0.42.1) is not used: it swaps LoRA along with the base, so that an optimizer's
-updates are lost when a block comes again (tried, with its figure, in docs/decisions/models.md).
+diffusers' `apply_group_offloading` (0.42.1) is not used: it swaps LoRA along with the base, so that the optimizer's
+updates are lost when a block is fetched again (tried, with figures, in docs/decisions/models.md).
 """
 
 from __future__ import annotations
@@ -24,20 +24,21 @@ from torch.utils._python_dispatch import _disable_current_modes
 
 from ex4d.errors import ConfigError
 
-_ALIGN = 256  # bytes; what a GPU's wide loads want
-# Bytes of one allocation of pinned memory, which PyTorch rounds up to a power of two. Blocks share it: 40 blocks of the
-# 14B model in bfloat16 take 34.4 GB, one by one 42.9 GB. Not larger, since the weights are still there while it fills.
+_ALIGN = 256  # bytes, for a GPU's wide loads
+# Bytes per allocation of pinned memory, which PyTorch rounds up to a power of two. Blocks share one: the 40 blocks of
+# the 14B model in bfloat16 take 34.4 GB, and 42.9 GB one by one. It is not larger, because the original weights of its
+# blocks are still in memory while it fills.
 ARENA = 2**32
 
 
 class HostBlock:
-    """The frozen tensors of one block, out of its module and in one buffer of host memory.
+    """The frozen tensors of one block, moved out of its modules into one buffer of host memory.
 
-    The modules' own entries are None from then on, so that what walks over parameters (DeepSpeed, `Module.to`) does not
-    see them; while the block works they are plain attributes, which come before such entries.
+    The modules' parameter and buffer entries become None, so that code that walks over parameters (DeepSpeed,
+    `Module.to`) skips them. While the block runs, its tensors are plain attributes, which Python looks up first.
 
     Args:
-        host: uint8 buffer for them; see `host_buffers`.
+        host: uint8 buffer for the tensors; see `host_buffers`.
     """
 
     def __init__(self, block: nn.Module, host: Tensor):
@@ -53,14 +54,14 @@ class HostBlock:
             table[name] = None
 
     def views(self, buffer: Tensor) -> list[Tensor]:
-        """Return the block's tensors, in order, as parts of a copy of its buffer."""
+        """Return the block's tensors, in order, as views into `buffer`, which is laid out as `host`."""
         return [
             buffer[start : start + like.nbytes].view(like.dtype).view(like.shape) for *_, start, like in self._places
         ]
 
     @contextmanager
     def lent(self, buffer: Tensor) -> Iterator[None]:
-        """Put the parts of `buffer` into the modules, and take them out again."""
+        """Install the tensors of `buffer` in the modules inside the context, and remove them afterwards."""
         for (module, name, _, _), tensor in zip(self._places, self.views(buffer), strict=True):
             vars(module)[name] = tensor
         try:
@@ -71,7 +72,7 @@ class HostBlock:
 
 
 def _frozen(block: nn.Module) -> Iterator[tuple[nn.Module, dict[str, Any], str, Tensor]]:
-    """Yield (module, its own table, name, tensor) of every frozen parameter and buffer, in module order."""
+    """Yield (module, its parameters or buffers, name, tensor) of every frozen tensor, in module order."""
     for module in block.modules():
         for table in (module._parameters, module._buffers):
             for name, tensor in table.items():
@@ -86,8 +87,8 @@ def _aligned(size: int) -> int:
 def host_buffers(blocks: Sequence[nn.Module], pin: bool, arena: int = ARENA) -> Iterator[Tensor]:
     """Yield a uint8 buffer of host memory for each block's frozen tensors in turn.
 
-    Blocks share allocations of at most `arena` bytes, each made when its first block is due: by then the blocks before
-    it have given back theirs.
+    Blocks share allocations of at most `arena` bytes (more for a block that is larger). Each is made when its first
+    block is due: by then the earlier blocks have freed their original weights.
     """
     sizes = [sum(_aligned(tensor.nbytes) for *_, tensor in _frozen(block)) for block in blocks]
     while sizes:
@@ -97,18 +98,18 @@ def host_buffers(blocks: Sequence[nn.Module], pin: bool, arena: int = ARENA) -> 
 
 
 class BlockSwap:
-    """The swapped blocks of one transformer, and the running copies.
+    """The swapped blocks of one transformer, and the copies in flight.
 
     Args:
         blocks: all blocks of the transformer; those of `indices` are changed in place.
-        device: where they work. A CPU makes real copies too, so that all of this can be tried there.
+        device: where they run. On a CPU real copies are made too, so that tests need no GPU.
     """
 
     def __init__(self, blocks: nn.ModuleList, indices: list[int], device: torch.device):
         self.device, self.indices = device, indices
         self._stream = torch.cuda.Stream(device) if device.type == "cuda" else None
         self._under_way: dict[int, tuple[Tensor, Any]] = {}
-        self._started: Any = None  # the event before which all work of earlier blocks was asked for
+        self._started: Any = None  # event that follows the queued work of all earlier blocks
         buffers = host_buffers([blocks[index] for index in indices], pin=self._stream is not None)
         self._host = {index: HostBlock(blocks[index], next(buffers)) for index in indices}
         for index in indices:
@@ -116,7 +117,7 @@ class BlockSwap:
 
     def _fetching(self, index: int, forward: Callable[..., Any]) -> Callable[..., Any]:
         def fetch_and_forward(*args: Any, **kwargs: Any) -> Any:
-            with _disable_current_modes():  # selective recomputation watches each operator; copies are none of it
+            with _disable_current_modes():  # selective recomputation must not see these copies
                 buffer = self._take(index)
                 self._wait_for_the_last_but_one()
                 self._send_for(self._following(index), instead=(index, buffer))
@@ -126,16 +127,16 @@ class BlockSwap:
         return fetch_and_forward
 
     def _following(self, index: int) -> int:
-        """Return which swapped block works next; the last one in a direction is the first of the way back."""
+        """Return which swapped block runs next; the last one in a direction is the first on the way back."""
         # Inside a backward pass autograd has a current graph task; blocks are recomputed from the last to the first.
         backwards = torch._C._current_graph_task_id() != -1
         place = self.indices.index(index) + (-1 if backwards else 1)
         return self.indices[min(max(place, 0), len(self.indices) - 1)]
 
     def _wait_for_the_last_but_one(self) -> None:
-        """Hold the program until the block before the previous one is through on the device.
+        """Wait on the host until the device has finished the block before the previous one.
 
-        Otherwise the program would queue many blocks ahead, each with its own copy. The previous block still runs
+        Otherwise the host would queue many blocks ahead, each with its own copy. The previous block still runs
         meanwhile, so the device does not idle.
         """
         if self._stream is not None:
@@ -144,7 +145,7 @@ class BlockSwap:
                 before.synchronize()
 
     def _copy(self, index: int) -> tuple[Tensor, Any]:
-        """Return (a copy of a block's buffer on the device, the event after which it is there)."""
+        """Return (copy of a block's buffer on the device, event that marks its completion; None on a CPU)."""
         host = self._host[index].host
         if self._stream is None:
             return host.clone(), None
@@ -162,27 +163,27 @@ class BlockSwap:
             self._under_way[index] = self._copy(index)
 
     def _take(self, index: int) -> Tensor:
-        """Return the copy of a block, waiting until it is there."""
+        """Return the copy of a block; the current stream waits until it is complete."""
         buffer, event = self._under_way.pop(index) if index in self._under_way else self._copy(index)
         if event is not None:
             working = torch.cuda.current_stream(self.device)
             working.wait_event(event)
-            buffer.record_stream(working)  # it was allocated on the copying stream
+            buffer.record_stream(working)  # it was allocated on the copy stream
         return buffer
 
 
 def swap_blocks(transformer: nn.Module, count: int, device: torch.device, alike: bool = False) -> BlockSwap | None:
-    """Keep the frozen weights of `count` blocks, evenly spread, in the host's memory; None where count is 0.
+    """Keep the frozen weights of `count` blocks, evenly spread, in host memory; return None if count is 0.
 
-    Do it after LoRA was added; then move the model to `device`, which the swapped weights do not follow. Training then
-    needs activation checkpointing, without which autograd would hold every copy until its backward.
+    Call it after LoRA was added, then move the model to `device`; swapped weights stay where they are. Training then
+    needs activation checkpointing, without which autograd would hold every copy until the backward pass.
 
     Args:
-        alike: hold the frozen weights of the other blocks in the same way, on `device`, so that compiled blocks
-            (blocks.compile_blocks) are one graph.
+        alike: also turn the frozen weights of the other blocks into plain attributes, on `device`, so that compiled
+            blocks (blocks.compile_blocks) share one graph.
 
     Raises:
-        ConfigError: the transformer has fewer blocks.
+        ConfigError: count is not between 0 and the number of blocks.
     """
     blocks: Any = transformer.get_submodule("blocks")
     if not 0 <= count <= len(blocks):

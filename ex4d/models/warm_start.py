@@ -1,4 +1,4 @@
-"""Start a training from the weights of an adapter: one of ours, or the released ex4d.ckpt."""
+"""Start a training from the weights of an adapter: one of this project, or the released ex4d.ckpt."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ class WarmStart:
     base_fingerprint: str | None
 
     def fill(self, model: Ex4dModel, found_base: str | None) -> None:
-        """Copy the weights into the model's trainables, bit for bit.
+        """Copy the weights into the model's trainable parameters, bit for bit.
 
         Args:
             found_base: `encoders.base_fingerprint` of the model's base.
@@ -50,12 +50,12 @@ def read(path: str, config: ModelConfig, expert: Expert | None = None) -> WarmSt
 
     Args:
         path: as in `weights.read_adapter`, or a folder of two experts' adapters.
-        expert: the one that is trained.
+        expert: the expert to train; None for a base with one transformer.
 
     Raises:
-        ConfigError: there is no such file, or a setting of `model` differs from the adapter's; names it with the value
-            that it must have.
-        ContractError: a damaged file.
+        ConfigError: there is no such file, or a setting differs from the adapter's; the message names it with the
+            required value.
+        ContractError: the file is damaged.
     """
     state, metadata = weights.read_adapter(experts.files(path).get(expert or "high", Path(path)))
     if metadata.expert not in (None, expert):

@@ -1,4 +1,4 @@
-"""Adapter files: our own safetensors, strict in and out, and the released ex4d.ckpt."""
+"""Read and write adapter files: this project's safetensors, checked strictly, and the released ex4d.ckpt."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from ex4d.models.encoders import base_fingerprint
 
 FILE_NAME = "adapter.safetensors"
 RELEASED_BASE = "Wan-AI/Wan2.1-I2V-14B-480P-Diffusers"
-# The text inputs that the release's sampler gives its network; the second one is Wan's own, as diffusers documents it.
+# The prompts that the release's sampler uses; the negative one is Wan's own, as diffusers documents it.
 RELEASED_PROMPT = "4K ultra HD, surround motion, realistic tone, panoramic shot, wide-angle view, cinematic quality"
 RELEASED_NEGATIVE_PROMPT = (
     "Bright tones, overexposed, static, blurred details, subtitles, style, works, paintings, images, "
@@ -27,7 +27,7 @@ RELEASED_NEGATIVE_PROMPT = (
     "fingers, still picture, messy background, three legs, many people in the background, walking "
     "backwards"
 )
-# What torch's unpickler raises on other data, or on pickles that hold more than tensors.
+# Errors of torch's unpickler on other data, or on pickles that hold more than tensors.
 _UNPICKLABLE = (
     *(pickle.UnpicklingError, RuntimeError, EOFError, ValueError, OSError),
     *(LookupError, AttributeError, TypeError, OverflowError, MemoryError),
@@ -35,7 +35,7 @@ _UNPICKLABLE = (
 
 
 def adapter_state(model: Ex4dModel) -> dict[str, Tensor]:
-    """Return {canonical name: float32 tensor} of all trainables, detached, on the CPU, contiguous."""
+    """Return {canonical name: float32 tensor} of all trainable parameters, detached, on the CPU, contiguous."""
     return {name: value.detach().cpu().contiguous() for name, value in model.trainable_parameters().items()}
 
 
@@ -43,7 +43,7 @@ def save_adapter(folder: str | Path, model: Ex4dModel | Mapping[str, Tensor], me
     """Write `folder`/adapter.safetensors atomically and return its path; equal content gives equal bytes.
 
     Args:
-        model: the model, or its `adapter_state` where shards were gathered elsewhere.
+        model: the model, or its `adapter_state` if the caller has gathered it.
     """
     from safetensors.torch import save
 
@@ -82,11 +82,11 @@ def read_adapter(path: str | Path) -> tuple[dict[str, Tensor], AdapterMetadata]:
 
 
 def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = False) -> AdapterMetadata:
-    """Fill the model's trainables from an adapter and return its metadata; on any mismatch nothing changes.
+    """Copy an adapter into the model's trainable parameters and return its metadata; a mismatch changes nothing.
 
     Args:
         path: as in `read_adapter`.
-        allow_other_base: carry an adapter over to a base of equal shape, such as 480P to 720P.
+        allow_other_base: accept another base of equal shape, such as 720P for an adapter of 480P.
 
     Raises:
         ContractError: rank, alpha, base, names or shapes differ; says which.
@@ -109,7 +109,7 @@ def load_adapter(path: str | Path, model: Ex4dModel, allow_other_base: bool = Fa
 
 
 def load_state(model: Ex4dModel, state: Mapping[str, Tensor], what: str = "the state") -> None:
-    """Copy a canonical state into the model's trainables. Raises ContractError unless it fits: see `fill`."""
+    """Copy a canonical state into the model's trainable parameters. Raises ContractError unless it fits: see `fill`."""
     trainables = model.trainable_parameters()
     formats.require(state, trainables, what)
     fill(trainables, state, what)
@@ -139,20 +139,20 @@ def fill(trainables: Mapping[str, Tensor], state: Mapping[str, Tensor], what: st
 
 
 def write_released(path: str | Path, state: Mapping[str, Tensor]) -> None:
-    """Write a canonical state as the released code reads it. Give it alpha = rank: that code fixes 16 and 16."""
+    """Write a canonical state in the released format, which stores no alpha: its reader assumes alpha = rank = 16."""
     with storage.atomic_path(path) as temporary:
         torch.save(formats.to_format(state, "released"), temporary)
 
 
 def write_lora(path: str | Path, state: Mapping[str, Tensor], style: str, alpha: float) -> None:
-    """Write the LoRA of a canonical state as one safetensors file for another program; the geometry stays out of it.
+    """Write the LoRA of a canonical state, without the geometry adapter, as a safetensors file for another program.
 
     Args:
         style: "diffusers", "comfyui" or "kohya".
-        alpha: of the LoRA; where the format has no place for it, B is written times alpha / rank, which reads the same.
+        alpha: of the LoRA; where the format has no place for it, B is multiplied by alpha / rank instead.
 
     Raises:
-        ConfigError: another style. ContractError: the state is incomplete.
+        ConfigError: an unknown style. ContractError: the state is incomplete.
     """
     from safetensors.torch import save
 
@@ -165,16 +165,16 @@ def write_lora(path: str | Path, state: Mapping[str, Tensor], style: str, alpha:
 
 
 def folded(name: str, value: Tensor, alpha: float) -> Tensor:
-    """Return a canonical or renamed tensor with B times alpha / rank, which readers take for alpha = rank."""
+    """Return a tensor, canonical or renamed, with alpha / rank folded into B, for readers that assume alpha = rank."""
     rank = value.shape[-1]
     return value if ".lora_B" not in name or alpha == rank else value * (alpha / rank)
 
 
 def read_lora(path: str | Path) -> tuple[dict[str, Tensor], float]:
-    """Return (canonical LoRA tensors of the layers that there are, alpha) of another program's safetensors file.
+    """Return (canonical LoRA tensors of the layers present, alpha) of another program's safetensors file.
 
     Raises:
-        ContractError: damaged, or no LoRA that `lora_dialects` reads.
+        ContractError: the file is damaged, or holds no LoRA that `lora_dialects` reads.
     """
     from safetensors import SafetensorError
     from safetensors.torch import load_file
@@ -201,7 +201,7 @@ def adapter_file(path: str | Path) -> Path:
 
 
 def is_released(file: Path) -> bool:
-    """Return True for a file in the layout of the released ex4d.ckpt, by its name."""
+    """Return True if the suffix of a file is that of the released ex4d.ckpt's format."""
     return file.suffix in (".ckpt", ".pt", ".pth")
 
 

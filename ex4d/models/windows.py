@@ -1,4 +1,4 @@
-"""Videos longer than the model was trained on: overlapping windows over the same latents, joined at every step."""
+"""Sample videos longer than the training clips: overlapping windows over the same latents, blended at every step."""
 
 from __future__ import annotations
 
@@ -13,13 +13,13 @@ PartVelocity = Callable[[Tensor, Tensor, Tensor], Tensor]
 
 
 def parts(length: int, window: int, overlap: int) -> list[Tensor]:
-    """Return the frames int64 [<= window] of each window over `length` latent frames.
+    """Return the frame indices, int64 [<= window], of each window over `length` latent frames.
 
-    Every window begins with frame 0, whose true picture is known, as in training; the frames after it are consecutive,
-    share `overlap` with the window before, and in the last window end with the video.
+    Every window begins with frame 0, whose true picture is known, as in training. The frames after it are consecutive
+    and overlap the previous window by `overlap` or more; the last window ends with the video.
 
     Raises:
-        ConfigError: a window has no frame of its own.
+        ConfigError: `overlap` leaves a window no frame of its own.
     """
     if not 0 < overlap < window - 1:
         allowed = f"must leave each window of {window} latent frames one of its own, beside the first of the video"
@@ -32,9 +32,9 @@ def parts(length: int, window: int, overlap: int) -> list[Tensor]:
 
 
 def ramp(part: Tensor, length: int, overlap: int) -> Tensor:
-    """Return a window's weights, float32 [frames]: rising and falling over `overlap`, not at the video's ends.
+    """Return a window's blending weights, float32 [frames]: ramps over `overlap`, except at the ends of the video.
 
-    Frame 0 counts in the first window alone.
+    Frame 0 has weight in the first window only.
     """
     own = len(part) - 1
     rising = torch.arange(1, own + 1) / (overlap + 1)
@@ -48,10 +48,10 @@ def ramp(part: Tensor, length: int, overlap: int) -> Tensor:
 
 
 def joined(velocity: PartVelocity, window: int, overlap: int) -> Callable[[Tensor, Tensor], Tensor]:
-    """Return a velocity of whole latents [B, C, f, h, w]: the weighted mean of those of overlapping windows.
+    """Return a velocity function of whole latents [B, C, f, h, w]: the weighted mean over overlapping windows.
 
-    All windows move the same latents (after MultiDiffusion, arXiv 2302.08113), so no window starts from another's
-    result: neither contrast nor colour can grow from one to the next.
+    All windows update the same latents (after MultiDiffusion, arXiv 2302.08113). No window starts from another's
+    result, so that errors in contrast and colour do not accumulate from window to window.
 
     Args:
         velocity: (latents of a window, timestep, indices of its latent frames) -> velocity.

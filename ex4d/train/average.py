@@ -1,4 +1,4 @@
-"""The moving average of the weights (train.ema_decay), which the final adapter then holds."""
+"""Keep an exponential moving average of the weights (train.ema_decay), which becomes the final adapter."""
 
 from __future__ import annotations
 
@@ -14,10 +14,10 @@ FILE_NAME = "ema.safetensors"
 
 
 class Average:
-    """The average of the engine's trainables, on rank 0's device. Every rank creates one and updates it.
+    """The average of the trainable parameters, held on rank 0's device. Every rank creates one and updates it.
 
     Args:
-        path: checkpoint to resume; None: start from the present weights.
+        path: checkpoint to resume; None: start from the current weights.
     """
 
     def __init__(self, engine: Engine, decay: float, path: Path | None, rank: int, device: torch.device):
@@ -33,11 +33,11 @@ class Average:
 
     @torch.no_grad()
     def update(self) -> None:
-        """Move the average towards the present weights. Every rank calls it."""
+        """Move the average towards the current weights. A collective call."""
         with self._engine.full_weights():
             for name, mean in self._values.items():
                 mean.lerp_(self._engine.trainables[name], 1 - self._decay)
 
     def on_cpu(self) -> dict[str, Tensor]:
-        """Return {name: value} on the CPU; empty on other ranks than 0."""
+        """Return {name: value} on the CPU; empty on all ranks but 0."""
         return {name: value.cpu() for name, value in self._values.items()}

@@ -1,14 +1,14 @@
-"""Checkpoints that any number of ranks at any ZeRO stage can resume, and that a kill cannot damage.
+"""Write and read checkpoints that any number of ranks at any ZeRO stage can resume, and that a kill cannot damage.
 
     OUTPUT/checkpoints/step-000010/
-        adapter.safetensors     trainable weights, float32: an adapter as `ex4d generate` takes it
+        adapter.safetensors     trainable weights, float32; an adapter that `ex4d generate` accepts
         optimizer.safetensors   exp_avg.NAME and exp_avg_sq.NAME, float32
-        ema.safetensors         only where an average is kept
+        ema.safetensors         only if a moving average is kept
         state.json              step, samples consumed, identity of the run, best validation loss, versions
 
-Twelve bytes per trainable parameter (sixteen with an average). A folder is written under a temporary name and renamed
-when it is complete, so every step-* folder is complete. The latest checkpoint is the highest step: a pointer file could
-be out of date.
+It takes twelve bytes per trainable parameter (sixteen with an average). A folder is written under a temporary name and
+renamed when it is complete, so every step-* folder is complete. The latest checkpoint is the one with the highest step;
+there is no pointer file, which could be out of date.
 """
 
 from __future__ import annotations
@@ -39,9 +39,9 @@ class State:
         step: optimizer steps done.
         samples: samples consumed by all ranks together: the loader's cursor.
         global_batch_size: samples per step.
-        identity: what decides what the run learns (identity.identity).
-        validation_loss: at this step; None where it was not measured.
-        versions: of the packages that ran.
+        identity: the settings that determine what the run learns (identity.identity).
+        validation_loss: at this step; None if it was not measured.
+        versions: of the installed packages.
     """
 
     step: int
@@ -53,7 +53,7 @@ class State:
 
 
 def folder(output: str | Path) -> Path:
-    """Return where a run keeps its checkpoints."""
+    """Return the folder of a run's checkpoints."""
     return Path(output) / "checkpoints"
 
 
@@ -71,7 +71,7 @@ def latest(output: str | Path) -> Path | None:
 
 
 def read_state(path: Path) -> State:
-    """Return the state of a checkpoint. Raises ContractError if the file is not one of ours."""
+    """Return the state of a checkpoint. Raises ContractError if its state.json is missing or invalid."""
     try:
         return State(**json.loads((path / "state.json").read_text(encoding="utf-8")))
     except (OSError, ValueError, TypeError) as error:
@@ -103,7 +103,7 @@ def write_tensors(path: Path, tensors: dict[str, Any]) -> None:
 
 
 def load_weights(model: Any, tensors: Mapping[str, Any]) -> None:
-    """Fill a model's trainables from {name: tensor}. Raises ContractError if they do not fit: see weights.fill."""
+    """Fill a model's trainable parameters from {name: tensor}; ContractError if they do not fit (weights.fill)."""
     from ex4d.models import weights
 
     weights.fill(model.trainable_parameters(), tensors, "the checkpoint")
@@ -111,7 +111,7 @@ def load_weights(model: Any, tensors: Mapping[str, Any]) -> None:
 
 @contextmanager
 def writing(output: str | Path, state: State) -> Iterator[Path]:
-    """Yield the folder that becomes the checkpoint of `state`, whole or not at all. One rank calls it."""
+    """Yield a folder that atomically becomes the checkpoint of `state` on exit. Only one rank calls this."""
     with _whole_folder(folder(output) / f"step-{state.step:06d}") as temporary:
         yield temporary
         (temporary / "state.json").write_text(json.dumps(asdict(state), indent=1) + "\n", encoding="utf-8")
@@ -119,7 +119,7 @@ def writing(output: str | Path, state: State) -> Iterator[Path]:
 
 @contextmanager
 def _whole_folder(target: Path) -> Iterator[Path]:
-    """Yield a temporary folder; when the block is through, its files are flushed to disk and it takes its name.
+    """Yield a temporary folder; on exit its files are flushed to disk and it is renamed to `target`.
 
     Raises:
         OSError: a file cannot be written, for example because the disk is full.
@@ -173,7 +173,7 @@ def prune(output: str | Path, keep_last: int) -> None:
     best = min(measured)[1] if measured else None
     for path in checkpoints[:-keep_last]:
         if path != best:
-            # Renamed first: a kill in the middle of a removal must not leave half a checkpoint under its name.
+            # Rename first: a kill during the removal must not leave half a checkpoint under its name.
             doomed = path.with_name(f"{_TEMPORARY}removed-{path.name}")
             os.replace(path, doomed)
             shutil.rmtree(doomed, ignore_errors=True)

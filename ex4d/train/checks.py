@@ -12,18 +12,18 @@ from ex4d.train.config import TrainConfig
 if TYPE_CHECKING:
     from ex4d.models.backbone import ModelConfig
 
-WANDB_MODES = ("online", "offline", "disabled", "dryrun", "shared", "run")  # of W&B's own variable
+WANDB_MODES = ("online", "offline", "disabled", "dryrun", "shared", "run")  # values of W&B's own variable
 
 
 def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> None:
-    """Check that this machine can do the run.
+    """Check that this machine can execute the run.
 
     Args:
         num_processes: ranks on this machine.
 
     Raises:
-        ConfigError, ContractError: as in `check_settings`; or a GPU is missing, the validation is on a device that is
-            missing or used by a rank, or the base does not have the expert.
+        ConfigError, ContractError: as in `check_settings`; or a GPU is missing, the device for validation is missing
+            or used by a rank, or the base does not have the expert.
     """
     check_settings(train, model)
     if train.launcher == "ray":  # the GPUs are on other machines
@@ -45,11 +45,11 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
 
 
 def check_settings(train: TrainConfig, model: ModelConfig) -> None:
-    """Check what does not depend on the machine that trains.
+    """Check the settings that do not depend on the machine that trains.
 
     Raises:
-        ConfigError: an unknown W&B mode; float16, whose gradients underflow; a validation without samples.
-        ContractError: no finished dataset.
+        ConfigError: an unknown W&B mode; float16, whose gradients underflow; validation without validation samples.
+        ContractError: a dataset is not finished.
     """
     mode = os.environ.get("WANDB_MODE")
     if train.wandb_mode != "disabled" and mode not in (None, *WANDB_MODES):

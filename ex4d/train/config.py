@@ -1,4 +1,4 @@
-"""The choices of a training run (YAML section `train`), and what follows from them. Imports nothing of torch."""
+"""Settings of a training run (YAML section `train`), and what follows from them. Does not import torch."""
 
 from __future__ import annotations
 
@@ -12,8 +12,8 @@ from ex4d.config import checked, setting
 from ex4d.data.loader import LoaderConfig
 from ex4d.errors import ConfigError
 
-# Exit codes of `ex4d train`; 0, 1 and 2 mean what they mean everywhere. 75 is EX_TEMPFAIL of sysexits.h:
-# stopped by a signal, a checkpoint is written, run the same command again.
+# Exit code of `ex4d train`, besides the usual 0, 1 and 2. 75 is EX_TEMPFAIL of sysexits.h: stopped by a signal after
+# writing a checkpoint; run the same command again.
 EXIT_PREEMPTED = 75
 
 
@@ -32,7 +32,7 @@ class WeightedData:
 
 @dataclass(frozen=True)
 class TrainConfig:
-    """The choices of one training run."""
+    """Settings of one training run."""
 
     data: str | tuple[WeightedData, ...] = setting(
         "out/dataset",
@@ -188,11 +188,11 @@ class TrainConfig:
 
     @property
     def datasets(self) -> tuple[WeightedData, ...]:
-        """The datasets with their weights; one has the weight 1."""
+        """The datasets with their weights; a single one has the weight 1."""
         return (WeightedData(self.data),) if isinstance(self.data, str) else self.data
 
     def absolute(self) -> TrainConfig:
-        """Return the settings with absolute paths of data and output; URLs stay."""
+        """Return the settings with absolute paths for data and output; URLs are kept."""
 
         def place(path: str) -> str:
             return path if "://" in path else str(Path(path).resolve())
@@ -202,7 +202,7 @@ class TrainConfig:
         return dataclasses.replace(self, data=data, output=place(self.output))
 
     def recomputed_blocks(self, num_blocks: int) -> int:
-        """Return how many of the blocks recompute their activations; all of them if the memory decides (auto)."""
+        """Return how many of the blocks recompute their activations; for "auto", all of them."""
         if not self.activation_checkpointing:
             return 0
         return self.checkpoint_blocks if isinstance(self.checkpoint_blocks, int) else num_blocks
@@ -210,7 +210,7 @@ class TrainConfig:
 
 @dataclass(frozen=True)
 class BatchPlan:
-    """How one global batch is cut: world_size × accum_steps micro batches of micro_size samples."""
+    """How a global batch is divided: world_size × accum_steps micro batches of micro_size samples."""
 
     global_size: int
     micro_size: int
@@ -219,14 +219,14 @@ class BatchPlan:
 
 
 def plan_batch(config: TrainConfig, world_size: int, global_size: int | None = None) -> BatchPlan:
-    """Return the cut of a global batch over `world_size` processes.
+    """Divide a global batch over `world_size` processes.
 
     Args:
-        global_size: of the checkpoint to resume; None: a new run, which takes global_batch_size or, if that is null,
-            micro × accum × processes.
+        global_size: that of the checkpoint to resume; None: a new run, which uses global_batch_size or, if that is
+            null, micro × accum × processes.
 
     Raises:
-        ConfigError: the processes do not divide the batch, or the resumed run has another batch.
+        ConfigError: the number of processes does not divide the batch, or the resumed run has another batch size.
     """
     requested = config.global_batch_size
     if global_size is None and requested is not None:
@@ -239,7 +239,7 @@ def plan_batch(config: TrainConfig, world_size: int, global_size: int | None = N
         allowed = f"must be {global_size}, the global batch that this run was started with, or null"
         raise ConfigError("train.global_batch_size", requested, allowed)
     if global_size is None:
-        # An elastic run that starts with few processes uses the batch of its full size, so that its losses do not
+        # An elastic run that starts with few processes uses the batch of its full number, so that its losses do not
         # depend on how many nodes were free.
         processes = config.num_processes if config.min_processes and config.num_processes else world_size
         global_size = config.micro_batch_size * config.grad_accum_steps * processes
@@ -263,7 +263,7 @@ def usable_ranks(config: TrainConfig, world_size: int, global_size: int | None =
 
 @dataclass(frozen=True)
 class Place:
-    """The position of this process: rank of world_size, and its number on this machine."""
+    """The position of this process: its rank of world_size, and its local rank on this machine."""
 
     rank: int
     world_size: int
@@ -271,7 +271,7 @@ class Place:
 
 
 def place_from_environment(environment: dict[str, str] | None = None) -> Place | None:
-    """Return this process's place as torchrun, deepspeed, Ray Train or srun set it; None without a launcher.
+    """Return this process's place from the variables of torchrun, deepspeed, Ray Train or srun; None if there are none.
 
     Raises:
         ConfigError: RANK or WORLD_SIZE is not a number, or the rank is outside the world.
@@ -283,8 +283,8 @@ def place_from_environment(environment: dict[str, str] | None = None) -> Place |
             left_over = "must be numbers from a launcher; unset RANK and WORLD_SIZE to start without one"
             raise ConfigError("RANK", f"{stated[0]} of WORLD_SIZE={stated[1]}", left_over)
         return Place(*map(int, stated))
-    # A batch script itself has SLURM_PROCID=0 too; only a step that srun starts has a step id, and a shell in such a
-    # step (`srun --pty bash`) has no MASTER_ADDR.
+    # A batch script itself has SLURM_PROCID=0 too, but only a step that srun starts has a step id; and a shell in such
+    # a step (`srun --pty bash`) has no MASTER_ADDR.
     if all(name in env for name in ("SLURM_PROCID", "SLURM_STEP_ID", "SLURM_STEP_NUM_TASKS", "MASTER_ADDR")):
         return Place(int(env["SLURM_PROCID"]), int(env["SLURM_STEP_NUM_TASKS"]), int(env.get("SLURM_LOCALID", 0)))
     return None

@@ -1,4 +1,4 @@
-"""The datasets of a run: one, or several that take turns by weight; all hold clips or all hold latents."""
+"""Open the datasets of a run: one, or several that are mixed by weight; all hold clips or all hold latents."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ from ex4d.train.config import Place, TrainConfig
 
 
 def fingerprint(config: TrainConfig) -> str:
-    """Return the fingerprint of a run's data: the dataset's tree hash, or several hashes with their weights."""
+    """Return the fingerprint of a run's data: the dataset's tree hash, or the hashes of several with their weights."""
     named = [(dataset_fingerprint(data.path), data.weight) for data in config.datasets]
     return named[0][0] if len(named) == 1 else " + ".join(f"{weight:g} * {digest}" for digest, weight in named)
 
@@ -31,9 +31,9 @@ class Datasets:
         facts: dataset.json of each. texts: their prompt embeddings; empty for datasets of clips.
 
     Raises:
-        ConfigError: mask range or prompt differ from those of the latents; a dataset lacks the source videos; clips
-            are mixed with latents.
-        ContractError: a dataset is not finished, or its latents are of another model.
+        ConfigError: the mask range or prompt differs from that of the latents; a dataset lacks the source videos;
+            datasets of clips and of latents are mixed.
+        ContractError: a dataset is not finished, or its latents were made with another model.
     """
 
     def __init__(self, config: TrainConfig, model: backbone.ModelConfig, place: Place):
@@ -61,7 +61,7 @@ class Datasets:
         return next((store for store in self.texts if text in store), self.texts[0]).embeds(text)
 
     def costs(self, base: backbone.Base, model: backbone.ModelConfig) -> list[flops.Cost]:
-        """Return the cost of a sample of each dataset. Raises ConfigError where the base cannot take its clips."""
+        """Return the cost of a sample of each dataset. Raises ConfigError if the base cannot take its clips."""
         costs = []
         for facts in self.facts:
             sample = facts["sample"]
@@ -73,11 +73,11 @@ class Datasets:
     def open(
         self, split: str, samples: int, micro_batch_size: int, accum_steps: int = 1
     ) -> loader.ShardLoader | MixtureLoader:
-        """Return endless micro batches of this rank; of the validation split those of the first dataset that has one.
+        """Return endless micro batches for this rank; validation uses the first dataset that has the split.
 
         Args:
-            samples: consumed by all ranks together.
-            accum_steps: micro batches of a step, which are of one dataset.
+            samples: samples already consumed by all ranks together.
+            accum_steps: micro batches per step; all of a step come from one dataset.
         """
         if split != "train" or len(self.paths) == 1:
             count = f"samples_{split}"
@@ -101,10 +101,10 @@ class Datasets:
 def _check_latents(
     config: TrainConfig, model: backbone.ModelConfig, path: str, dataset: Mapping[str, Any], ours: Mapping[str, str]
 ) -> TextStore:
-    """Return the prompt embeddings of a latent dataset that was made for this model; see Datasets for the errors.
+    """Check that a latent dataset was made for this model and return its prompt embeddings; see Datasets for errors.
 
     Args:
-        ours: fingerprints of the base's components; those that are missing are not compared.
+        ours: fingerprints of the base's components; components without one are not compared.
     """
     facts = dataset["latents"]
     latents.LatentSpec.of(dataset)
@@ -126,7 +126,7 @@ def _check_latents(
 
 
 def _with_texts(texts: TextStore, decode_latents: loader.Decode) -> loader.Decode:
-    """Return a decode_latents that also reads the embeddings of captions in the loader's thread."""
+    """Wrap `decode_latents` so that the loader's thread also reads the embeddings of the captions."""
 
     def decode(members: Mapping[str, bytes], draw: decoding.Draw) -> dict[str, Any]:
         values = decode_latents(members, draw)

@@ -1,4 +1,4 @@
-"""DeepSpeed's configuration, which follows from the run's choices."""
+"""Derive DeepSpeed's configuration from the run's settings."""
 
 from __future__ import annotations
 
@@ -7,14 +7,14 @@ from typing import Any
 from ex4d.errors import ConfigError
 from ex4d.train.config import BatchPlan, TrainConfig
 
-# Numbers that are reduced at once; DeepSpeed's own 5e8 take 2 GB, more than any adapter's gradients.
+# Elements that are reduced at once; DeepSpeed's default of 5e8 takes 2 GB, more than any adapter's gradients.
 BUCKET = 50_000_000
 # DeepSpeed keys, besides those that deepspeed_config writes, that would change dtypes or the optimizer.
 OWNED = frozenset({"bf16", "fp16", "amp", "torch_autocast", "optimizer", "scheduler"})
 
 
 def deepspeed_config(config: TrainConfig, plan: BatchPlan) -> dict[str, Any]:
-    """Return the DeepSpeed configuration that follows from the run's choices, with the keys of `train.deepspeed` added.
+    """Return the DeepSpeed configuration of a run, including the additional keys of `train.deepspeed`.
 
     Raises:
         ConfigError: a key of `train.deepspeed` is determined by other settings.

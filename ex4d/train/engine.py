@@ -1,4 +1,4 @@
-"""The only gate to DeepSpeed: starts it, steps it, moves full weights and optimizer state in and out at any stage.
+"""Wrap DeepSpeed, in the only module that uses it: start, step, and move full weights and optimizer state in and out.
 
 Differences from DeepSpeed's defaults (measurements in docs/decisions/training.md):
 the `bf16` block casts everything, float32 adapters included, so it is not used and dtypes are checked after init;
@@ -31,9 +31,9 @@ MOMENTS = ("exp_avg", "exp_avg_sq")
 def start(place: Place, device: str) -> torch.device:
     """Join the process group (gloo on a CPU, nccl on GPUs) and return this process's device.
 
-    MASTER_ADDR and MASTER_PORT must be set. Raises whatever torch.distributed raises when the others do not come.
+    MASTER_ADDR and MASTER_PORT must be set. Raises what torch.distributed raises if the other ranks do not join.
     """
-    # DeepSpeed calls collectives by names that newer torch deprecates; a warning per step and rank would flood the log.
+    # DeepSpeed calls collectives by names that torch has deprecated; a warning per step and rank would flood the log.
     warnings.filterwarnings("ignore", category=FutureWarning, module="torch.distributed")
     on_gpu = device == "cuda" or (device == "auto" and torch.cuda.is_available())
     # If the launcher shows each rank only its own GPU, that GPU is number 0 on every rank.
@@ -70,10 +70,10 @@ def stop() -> None:
 
 
 def agreed(path: Path | None, output: str) -> Path | None:
-    """Return rank 0's checkpoint on every rank; shared file systems may show different ones for some seconds.
+    """Return rank 0's checkpoint on every rank; on a shared file system ranks may briefly see different ones.
 
     Raises:
-        ContractError: this rank cannot see it.
+        ContractError: this rank cannot see that checkpoint.
     """
     if not torch.distributed.is_initialized() or torch.distributed.get_world_size() == 1:
         return path
@@ -98,11 +98,11 @@ def _deepspeed() -> Any:
 
 
 class Engine:
-    """A model under DeepSpeed. `forward` → `backward` for each micro batch, then `step` once.
+    """A model under DeepSpeed. Call `forward` and `backward` for each micro batch, then `step` once.
 
     Args:
-        model: frozen base and trainables in one module, on its device, with the initial weights loaded.
-        config, plan: the run's choices, and how its global batch is cut.
+        model: frozen base and trainable parameters in one module, on its device, with the initial weights loaded.
+        config, plan: the run's settings, and how its global batch is divided.
         moments: {"exp_avg.NAME": float32 tensor, "exp_avg_sq.NAME": …} of a checkpoint, with the `step` they belong
             to; None for a new run.
 
@@ -138,7 +138,7 @@ class Engine:
         if moments is not None:
             self._restore(moments, step)
         elif len(groups) > 1:
-            # DeepSpeed's stages 1 and 2 link the optimizer's state after the first group's step, and miss the others'.
+            # DeepSpeed's stages 1 and 2 link the optimizer's state after the first group's step and miss other groups.
             self._make_state(0)
 
     def _audit(self, before: dict[str, torch.dtype]) -> None:
@@ -149,8 +149,8 @@ class Engine:
                 raise ContractError(f"trainable {name} is {parameter.dtype}; trainables are float32")
 
     def _watch_gradients(self) -> None:
-        # One running sum that becomes NaN with the first gradient that is not finite. Stages 2 and 3 reduce and drop
-        # gradients while the backward pass still runs, so afterwards there is nothing left to look at.
+        # A running sum that becomes NaN with the first non-finite gradient. Stages 2 and 3 reduce and free gradients
+        # during the backward pass, so that they cannot be checked afterwards.
         device = next(iter(self.trainables.values())).device
         self._poison = torch.zeros((), device=device)
 
@@ -193,7 +193,7 @@ class Engine:
 
     @contextmanager
     def full_weights(self) -> Iterator[nn.Module]:
-        """Yield the model with whole trainables on every rank. Every rank must enter."""
+        """Yield the model with unsharded trainable parameters on every rank. Every rank must enter."""
         if self.zero_stage < 3:
             yield self.model
             return
@@ -201,15 +201,15 @@ class Engine:
             yield self.model
 
     def weights(self) -> dict[str, Tensor]:
-        """Return {name: whole float32 tensor on the CPU} of the trainables. Every rank must call."""
+        """Return {name: full float32 tensor on the CPU} of the trainable parameters. A collective call."""
         with self.full_weights():
             return {name: p.detach().to("cpu", torch.float32, copy=True) for name, p in self.trainables.items()}
 
     def moments(self, keep: bool = True) -> dict[str, Tensor]:
-        """Return {"exp_avg.NAME" and "exp_avg_sq.NAME": whole float32 tensor on the CPU}. Every rank must call.
+        """Return {"exp_avg.NAME" and "exp_avg_sq.NAME": full float32 tensor on the CPU}. A collective call.
 
         Args:
-            keep: False on ranks that do not need the result; they only take part.
+            keep: False on ranks that do not need the result and only participate.
         """
         from deepspeed.utils import safe_get_full_optimizer_state
 
@@ -225,7 +225,7 @@ class Engine:
         return gathered
 
     def _restore(self, moments: dict[str, Tensor], step: int) -> None:
-        """Fill the optimizer, which has not stepped yet, so that its next step is step + 1 of the saved run."""
+        """Fill the optimizer, before its first step, so that it continues with step + 1 of the saved run."""
         expected = {f"{key}.{name}": shape for name, shape in self.shapes.items() for key in MOMENTS}
         if {name: tensor.shape for name, tensor in moments.items()} != expected:
             raise ContractError("the optimizer state of the checkpoint belongs to another model")
@@ -235,11 +235,11 @@ class Engine:
                 self._set_moment(parameter, key, moments[f"{key}.{name}"])
 
     def _make_state(self, step: int) -> None:
-        """Give the optimizer, which has not stepped yet, the state of `step` with moments of zero."""
+        """Give the optimizer, before its first step, the state of `step` with moments of zero."""
         optimizer = self.engine.optimizer
         inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
         for flat in self._flat_parameters():
-            # AdamW makes exactly this state at its first step; made here, the moments have somewhere to go.
+            # AdamW creates exactly this state at its first step; creating it now lets `_restore` fill the moments.
             inner.state[flat] = {
                 "step": torch.tensor(float(step)),
                 **{key: torch.zeros_like(flat, requires_grad=False) for key in MOMENTS},
@@ -265,7 +265,7 @@ class Engine:
         elif self.zero_stage < 3:
             safe_set_full_optimizer_state(parameter, value.to(parameter.device), key)
         else:
-            # The full setter of stage 3 fails where the ranks do not divide a parameter; the local one takes padding.
+            # Stage 3's full setter fails unless the ranks divide a parameter's size; the local one accepts padding.
             size = parameter.ds_tensor.numel()  # type: ignore[attr-defined]
             padded = torch.zeros(size * torch.distributed.get_world_size())
             padded[: value.numel()] = value.flatten()

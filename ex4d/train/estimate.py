@@ -1,4 +1,4 @@
-"""Estimate what a run needs before anything is loaded: parameters, memory of one GPU by part, time and price."""
+"""Estimate what a run needs, without loading anything: parameters, memory of one GPU by part, time and price."""
 
 from __future__ import annotations
 
@@ -12,27 +12,27 @@ from ex4d.train import flops
 from ex4d.train.config import BatchPlan, TrainConfig
 
 DTYPE_BYTES = {"float32": 4.0, "float16": 2.0, "bfloat16": 2.0}
-# Bytes of a quantised weight; NF4 has half a byte, and a bfloat16 scale for each 64.
+# Bytes of a quantised weight; NF4 takes half a byte, and a bfloat16 scale per 64 weights.
 QUANTIZED_BYTES = {"int8": 1.0, "fp8": 1.0, "nf4": 0.5 + 2 / 64}
-# What a block keeps for its backward pass, in numbers for a token and unit of width: float32 copies around norms and
-# gates, tensors in the base's dtype, and those as wide as the feed-forward layer; in numbers for a token of text or
-# image, tensors in the base's dtype. Counted on a traced step (tests/train/trace_memory.py).
+# Tensors of [tokens, width] that a block keeps for its backward pass: float32 copies around norms and gates, tensors in
+# the base's dtype, tensors in that dtype as wide as the feed-forward layer, and, for each token of text or image,
+# tensors in the base's dtype. Counted on a traced step (tests/train/trace_memory.py).
 _KEPT_FLOAT32, _KEPT_DTYPE, _KEPT_FFN, _KEPT_CONTEXT = 3, 14, 2, 4
-# Extra memory of a block's backward pass: if the block recomputes, and if it kept its activations.
+# Such tensors that a block's backward pass adds: if the block recomputes, and if it kept its activations.
 _RECOMPUTING_FLOAT32, _RECOMPUTING_DTYPE = 3, 3
 _BACKWARD_FLOAT32, _BACKWARD_DTYPE, _BACKWARD_FFN = 2, 3, 2
 _KEPT_ADAPTER = 5  # float32 tensors of `adapter_hidden` channels that the geometry adapter keeps for its backward
-_SWAPPED_HERE = 3  # copies of swapped blocks on the device: one at work, one on its way, one not yet given back
+_SWAPPED_HERE = 3  # copies of swapped blocks on the device: one in use, one in flight, one not yet freed
 # Copies of the largest weight, in the compute dtype, while a quantised weight is dequantised.
 _DEQUANTIZED = {"int8": 2, "fp8": 2, "nf4": 4}
-# Numbers that ZeRO-3 gathers at most, DeepSpeed's stage3_max_live_parameters and its prefetch bucket.
+# Most parameters that ZeRO-3 gathers: DeepSpeed's stage3_max_live_parameters plus its prefetch bucket.
 _GATHERED = 1e9 + 5e7
 
 
 def count_parameters(shape: Mapping[str, Any], config: backbone.ModelConfig) -> dict[str, int]:
-    """Return numbers of parameters, counted on the meta device.
+    """Return the numbers of parameters, counted on the meta device.
 
-    "base", of which "blocks" are in the transformer's blocks and "float32" stay in that type; "lora";
+    Keys: "base", of which "blocks" are in the transformer's blocks and "float32" stay in that type; "lora";
     "geometry_adapter".
     """
     model = adapter.build_model(backbone.meta_transformer(shape), config)
@@ -64,13 +64,13 @@ def memory(
     plan: BatchPlan,
     encoders: Mapping[str, int] | None = None,
 ) -> dict[str, float]:
-    """Return an estimate of the bytes that one GPU needs, by part; with flash attention.
+    """Estimate the bytes that one GPU needs, by part, with flash attention.
 
     Args:
-        parameters: of `count_parameters`.
+        parameters: from `count_parameters`.
         latents: (f, h, w) of one sample.
-        encoders: {name: parameters} of the encoders that stay loaded where clips are encoded while training; None where
-            latents and text are precomputed.
+        encoders: {name: parameters} of the encoders that stay loaded if training encodes clips; None if latents and
+            text are precomputed.
     """
     tokens = math.prod(latents) // math.prod(shape["patch_size"]) * (2 if model.source_video else 1)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
@@ -102,7 +102,7 @@ def memory(
         return parts
     vae = DTYPE_BYTES[model.vae_dtype]
     parts |= {name: count * (vae if name == "vae" else dtype) for name, count in encoders.items()}
-    # The VAE works before the forward pass, when no activations are there.
+    # The VAE runs before the forward pass, when there are no activations yet.
     later = sum(parts[name] for name in ("geometry adapter", "block inputs", "block activations", "backward"))
     return parts | {"vae at work": max(0.0, vae / 4 * flops.vae_work_bytes(shape, latents) - later)}
 
@@ -110,7 +110,7 @@ def memory(
 def _activations(
     shape: Mapping[str, Any], tokens: int, samples: int, dtype: float, train: TrainConfig, residual_fp32: bool
 ) -> dict[str, float]:
-    """Return the peak of what blocks keep for the backward pass.
+    """Return the bytes that blocks keep for the backward pass, at its peak.
 
     If some blocks keep their activations, the peak is in the backward pass of the last block; if all recompute, it is
     at the end of the first recomputed block.
@@ -134,9 +134,7 @@ def _activations(
 
 
 def _input_bytes(shape: Mapping[str, Any], latents: tuple[int, int, int], source_video: bool) -> float:
-    """Return the bytes of one sample's float32 inputs: noisy latents and condition, target, source, prompt, image
-    features.
-    """
+    """Return the bytes of a sample's float32 inputs: noisy latents, condition, target, source, prompt, image."""
     channels = shape["in_channels"] + (4 if source_video else 3) * shape["out_channels"]
     image = flops.CLIP_TOKENS * (shape["image_dim"] or 0)
     return 4.0 * (channels * math.prod(latents) + TEXT_LENGTH * shape["text_dim"] + image)
@@ -150,16 +148,16 @@ def summary(
     plan: BatchPlan,
     precomputed: bool,
 ) -> dict[str, Any]:
-    """Return what a run would need, as plain values; nothing is loaded.
+    """Return what a run would need, as plain values, without loading anything.
 
-    `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`),
-    `host_bytes` (while it runs: of swapped blocks, of an offloaded optimizer) and `host_bytes_loading` (while the base
-    is read), both of one process; `fits` (whether the estimate is within the GPU's memory), `seconds_per_step`,
-    of which `vae_seconds_per_step` encode clips, `hours`, `gpu_hours`, and `usd` where a price is given. Times assume
-    flops.ASSUMED_HFU and data that is ready. checkpoint_blocks=auto counts as all: it fills what is left.
+    Keys: `parameters`, `tokens`, `flops_per_sample` (forward, useful, executed), `memory_bytes` (by part, and `total`),
+    `host_bytes` (during the run: swapped blocks, offloaded optimizer) and `host_bytes_loading` (while the base is
+    read), both per process; `fits` (whether the estimate is within the GPU's memory), `gpu`, `seconds_per_step`,
+    including `vae_seconds_per_step` for encoding clips, `hours`, `gpu_hours`, and `usd` (None without a price). Times
+    assume flops.ASSUMED_HFU and no wait for data. checkpoint_blocks=auto counts as all blocks: it fills what is left.
 
     Args:
-        precomputed: the dataset holds latents and text, so that no encoder is loaded.
+        precomputed: whether the dataset holds latents and text, so that no encoder is loaded.
     """
     parameters = count_parameters(shape, model)
     sample = flops.cost(shape, latents, model)
@@ -195,10 +193,10 @@ def summary(
 def _host_bytes(
     shape: Mapping[str, Any], parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig
 ) -> float:
-    """Return the bytes of host memory that one process takes: swapped blocks, an offloaded optimizer.
+    """Return the bytes of host memory that one process needs for swapped blocks and an offloaded optimizer.
 
-    Allocations of pinned memory are rounded up to a power of two: 34.4 GB for the 32.3 of all 40 blocks of 14B in
-    bfloat16 (swap.py).
+    Not counted: pinned memory is allocated in powers of two, 34.4 GB for all 40 blocks of 14B in bfloat16, which hold
+    32.3 GB (swap.py).
     """
     weight = QUANTIZED_BYTES[model.quantize] if model.quantize else DTYPE_BYTES.get(model.dtype, 2.0)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
@@ -209,10 +207,10 @@ def _host_bytes(
 def _loading_bytes(
     shape: Mapping[str, Any], parameters: Mapping[str, int], model: backbone.ModelConfig, train: TrainConfig
 ) -> float:
-    """Return the most bytes of host memory that one process takes while it reads the transformer.
+    """Return the peak bytes of host memory of one process while it reads the transformer.
 
-    A tensor is read at a time, stored in up to four bytes a number, and cast; a base whose blocks are to be swapped is
-    whole in the host's memory, beside the first arena for them, unless it is quantised on the device first.
+    One tensor at a time is read, at up to four bytes per number, and cast. A base whose blocks are to be swapped is
+    whole in host memory, beside the first arena for them, unless it is quantised on the device first.
     """
     dtype = DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
     tensor = (4.0 + dtype) * flops.width_of(shape) * shape["ffn_dim"]

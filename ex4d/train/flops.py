@@ -28,11 +28,11 @@ GPUS = {
 }
 # HFU that `seconds_per_step` assumes without a measurement.
 ASSUMED_HFU = 0.40
-# FLOPs of encoding, by pixel of a clip, and bytes that it works in, by pixel of a frame, in float32; counted with
+# FLOPs of encoding per pixel of a clip, and bytes of its working memory per pixel of a frame, in float32; counted with
 # torch's counter and on traced tensors for 49 × 512 × 512, for Wan's VAE and for that of the 5B model (48 channels).
 VAE_FLOPS_PER_PIXEL = {16: 5.037e6, 48: 3.514e6}
 VAE_BYTES_PER_PIXEL = {16: 14_696, 48: 8_365}
-# Share of the bfloat16 peak that encoding in float32 (TF32 products) is taken to reach: 2 to 4 s a sample on an H200.
+# Assumed share of the bfloat16 peak that encoding in float32 (TF32 products) reaches: 2 to 4 s per sample on an H200.
 ASSUMED_VAE_SHARE = 0.09
 
 
@@ -41,8 +41,8 @@ class Part:
     """FLOPs of one sample in one part of the model.
 
     Args:
-        forward, backward: FLOPs; a frozen weight has no gradient of its own, so its backward is one forward.
-        in_blocks: computed once more under activation checkpointing.
+        forward, backward: FLOPs; a frozen weight gets no gradient, so its backward costs as much as its forward.
+        in_blocks: whether activation checkpointing computes it once more.
     """
 
     forward: float
@@ -68,11 +68,11 @@ class Cost:
         return self.forward + sum(part.backward for part in self.parts.values())
 
     def executed(self, recomputed: float, keep_attention: bool = False) -> float:
-        """FLOPs that a training step does, recomputed blocks included: the numerator of HFU.
+        """Return the FLOPs that a training step executes, recomputed blocks included: the numerator of HFU.
 
         Args:
             recomputed: share of the blocks that recompute, in [0, 1].
-            keep_attention: those keep the outputs of self-attention.
+            keep_attention: whether these keep the outputs of self-attention.
         """
         parts = {name: part for name, part in self.parts.items() if part.in_blocks}
         if keep_attention:
@@ -111,14 +111,14 @@ def cost(shape: Mapping[str, Any], latents: tuple[int, int, int], model: ModelCo
 
 
 def width_of(shape: Mapping[str, Any]) -> int:
-    """Return the channels of a token."""
+    """Return the number of channels of a token."""
     return shape["num_attention_heads"] * shape["attention_head_dim"]
 
 
 def _blocks(
     shape: Mapping[str, Any], tokens: int, image: int, lora_rank: int, lora_targets: Sequence[str]
 ) -> dict[str, Part]:
-    """Return the parts of all blocks for so many tokens, and `image` tokens of CLIP."""
+    """Return the parts of all blocks, for `tokens` tokens of video and `image` tokens of CLIP."""
     width, ffn, blocks = width_of(shape), shape["ffn_dim"], shape["num_layers"]
     # q, k, v, o of self-attention, q and o of cross-attention, two feed-forward layers
     linear = 2.0 * tokens * (6 * width**2 + 2 * width * ffn) * blocks
@@ -154,9 +154,9 @@ def _embedding(shape: Mapping[str, Any], tokens: int, image: int) -> float:
 
 
 def vae_flops(shape: Mapping[str, Any], latents: tuple[int, int, int], source_video: bool = False) -> float:
-    """Return the FLOPs of encoding a sample's clip, condition, mask, first frame (where the base takes one) and source.
+    """Return the FLOPs of encoding a sample's clip, condition, mask, first frame (if the base takes one) and source.
 
-    Zero for a VAE that is not known.
+    Zero for an unknown VAE.
     """
     pixels = _clip_pixels(shape, latents)
     videos = 3 + (shape["in_channels"] > shape["out_channels"]) + source_video
@@ -164,12 +164,12 @@ def vae_flops(shape: Mapping[str, Any], latents: tuple[int, int, int], source_vi
 
 
 def vae_work_bytes(shape: Mapping[str, Any], latents: tuple[int, int, int]) -> float:
-    """Return the bytes that encoding one video works in, in float32; zero for a VAE that is not known."""
+    """Return the bytes of working memory for encoding one video in float32; zero for an unknown VAE."""
     return VAE_BYTES_PER_PIXEL.get(shape["out_channels"], 0.0) * _clip_pixels(shape, latents)[1]
 
 
 def _clip_pixels(shape: Mapping[str, Any], latents: tuple[int, int, int]) -> tuple[int, int]:
-    """Return (frames, pixels of a frame) of the clip that these latents are of."""
+    """Return (frames, pixels per frame) of the clip that these latents encode."""
     side = 16 if shape["out_channels"] == 48 else 8
     return 4 * (latents[0] - 1) + 1, latents[1] * latents[2] * side**2
 
@@ -195,10 +195,10 @@ def memory_of(gpu: str) -> float:
 def utilisation(
     sample: Cost, samples_per_s: float, peak: float, recomputed: float, keep_attention: bool = False
 ) -> tuple[float, float]:
-    """Return (MFU, HFU) of one device, shares of `peak`: useful and executed FLOPs a second.
+    """Return (MFU, HFU) of one device: useful and executed FLOPs per second, as shares of `peak`.
 
     Args:
-        samples_per_s: that one device trains on.
+        samples_per_s: throughput of one device.
         peak: FLOP/s of the device in the dtype of the base.
         recomputed, keep_attention: as in Cost.executed.
     """
@@ -209,7 +209,7 @@ def utilisation(
 def seconds_per_step(
     sample: Cost, samples: int, gpu: str, recomputed: float, keep_attention: bool = False, hfu: float = ASSUMED_HFU
 ) -> float:
-    """Return seconds that one GPU needs for `samples` of a step at the given HFU.
+    """Return the seconds that one GPU needs for its `samples` of a step at the given HFU.
 
     Raises:
         ConfigError: the GPU is not in GPUS.

@@ -1,4 +1,4 @@
-"""Which settings decide what a run learns: they may not change when it resumes."""
+"""Determine which settings decide what a run learns; these must not change when it resumes."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ FREE = frozenset(
 
 
 def identity(config: TrainConfig, model: Any, dataset_fingerprint: str) -> dict[str, Any]:
-    """Return {dotted name: value} of all settings that decide what a run learns; equal in every start of a run."""
+    """Return {dotted name: value} of all settings that decide what a run learns; equal at every start of a run."""
     chosen = {f"train.{k}": v for k, v in dataclasses.asdict(config).items() if k not in FREE}
     if config.lr_decay != "none":
         chosen["train.num_steps"] = config.num_steps  # the learning rate's decay ends at this step
@@ -35,9 +35,9 @@ def identity(config: TrainConfig, model: Any, dataset_fingerprint: str) -> dict[
 
 
 def check_identity(saved: dict[str, Any], now: dict[str, Any], output: str) -> None:
-    """Raise ConfigError if a setting of a checkpoint differs from this start; it names the first such setting.
+    """Raise ConfigError, which names the first setting, if one of the checkpoint differs from that of this start.
 
-    A setting that the checkpoint does not have is newer than the run, which therefore used its default.
+    A setting that the checkpoint lacks is newer than the run, which therefore used its default.
     """
     known = identity(TrainConfig(), ModelConfig(), "") | saved
     for key in sorted(saved.keys() | now.keys()):

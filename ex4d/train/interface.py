@@ -1,7 +1,7 @@
-"""The network interface through which ranks reach each other.
+"""Choose the network interface through which ranks reach each other.
 
-gloo resolves this machine's host name, which is 127.0.1.1 on Debian: other machines cannot reach that. On other systems
-the name is an address that other machines can reach, on which ranks of a single machine must not listen.
+gloo listens on the address of this machine's host name. On Debian that is 127.0.1.1, which other machines cannot reach;
+on other systems other machines can reach it, which the ranks of a single-machine run must not allow.
 """
 
 from __future__ import annotations
@@ -16,13 +16,13 @@ SIOCGIFADDR = 0x8915  # ioctl: the IPv4 address of an interface
 
 
 def is_loopback(environment: Mapping[str, str]) -> bool:
-    """Return whether MASTER_ADDR is the IPv4 loopback."""
+    """Return whether MASTER_ADDR is an IPv4 loopback address."""
     master = environment.get("MASTER_ADDR", "")
     return master == "localhost" or master.startswith("127.")
 
 
 def towards_master(environment: Mapping[str, str] | None = None) -> str | None:
-    """Return the name of the interface towards MASTER_ADDR; None where there is none or it is IPv6."""
+    """Return the name of the interface that reaches MASTER_ADDR; None if there is none or the address is IPv6."""
     env = os.environ if environment is None else environment
     master = env.get("MASTER_ADDR", "")
     if master == "" or ":" in master:
@@ -38,7 +38,7 @@ def towards_master(environment: Mapping[str, str] | None = None) -> str | None:
         return None  # the rendezvous reports the error
     if not own.startswith("127."):
         return next((name for name, address in by_name.items() if address == own), None)
-    # MASTER_ADDR is this machine's own name: the others reach it by one of its real addresses.
+    # MASTER_ADDR is this machine's own name: other machines reach it by one of its real addresses.
     return next((name for name, address in by_name.items() if not address.startswith("127.")), None)
 
 

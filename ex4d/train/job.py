@@ -1,4 +1,4 @@
-"""Build what a run needs from its configuration: base, model, data and the function that writes the adapter."""
+"""Build the parts of a run from its configuration: base, model, data and the function that writes the adapter."""
 
 from __future__ import annotations
 
@@ -32,11 +32,11 @@ class Job:
 
     Args:
         encoder: turns a batch of clips into the model's inputs.
-        model: frozen base and trainables in one module, on its device; `trainable_parameters()` names them.
-        open_loader: (split, samples consumed, micro batch size, micro batches a step) -> endless micro batches of this
-            rank, with `close()`; where there are several datasets each batch names its own, an index, as `dataset`.
+        model: frozen base and trainable parameters in one module, on its device; see `trainable_parameters()`.
+        open_loader: (split, samples consumed, micro batch size, micro batches per step) -> endless micro batches of
+            this rank, with `close()`; with several datasets, each batch has the index of its dataset as `dataset`.
         identity: the settings that decide what the run learns (identity.identity).
-        write_adapter: (folder, {name: float32 CPU tensor}, step) writes what `ex4d generate --adapter` takes.
+        write_adapter: (folder, {name: float32 CPU tensor}, step); writes an adapter for `ex4d generate --adapter`.
         facts: configuration and versions, for the log.
         costs: FLOPs and tokens of one sample of each dataset; () if unknown.
         recompute: which blocks recompute their activations; None if none do.
@@ -62,7 +62,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
 
     Raises:
         ConfigError: the base is missing, cannot take these clips, or has other experts; see also datasets.Datasets.
-        ContractError: a dataset is not finished, or its latents are of another model.
+        ContractError: a dataset is not finished, or its latents were made with another model.
     """
     chosen = model_config
     timesteps = experts.timesteps(chosen.base, chosen.revision, config.expert)
@@ -71,7 +71,7 @@ def build_job(config: TrainConfig, model_config: backbone.ModelConfig, place: Pl
     if config.init_from and checkpoint.latest(config.output) is None:
         start = warm_start.read(config.init_from, chosen, config.expert)
     if chosen.family is not None:
-        backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # rejects it before it is loaded
+        backbone.transformer_config(chosen.base, chosen.revision, chosen.family)  # reject it before loading
     known: dict[str, Tensor] = {}
     if not data.texts and config.prompt is not None:
         known = prompts.fixed(config, chosen, place, device)
@@ -119,7 +119,7 @@ def _load_base(
 def _build_model(
     config: TrainConfig, chosen: backbone.ModelConfig, base: backbone.Base, device: torch.device
 ) -> tuple[adapter.Ex4dModel, blocks.Recompute | None]:
-    """Return (the model on its device, which of its blocks recompute), compiled and swapped as asked for."""
+    """Return (model on its device, compiled and swapped as configured; its recomputation, None if there is none)."""
     model = adapter.build_model(base.transformer, chosen, seed=config.seed)
     if config.compile:
         blocks.compile_blocks(model.transformer)
@@ -161,7 +161,7 @@ def _metadata(
 def _facts(
     config: TrainConfig, chosen: backbone.ModelConfig, base: backbone.Base, device: torch.device
 ) -> dict[str, Any]:
-    """Return configuration, versions, dtype and the kernel of attention, for the log."""
+    """Return configuration, versions, dtype and the attention kernel, for the log."""
     facts: dict[str, Any] = without_secrets({"train": configs.to_dict(config), "model": configs.to_dict(chosen)})
     facts["versions"] = configs.installed_versions(PACKAGES)
     with attention.kernel(config.attention):

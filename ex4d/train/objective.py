@@ -19,7 +19,7 @@ class Encoded:
 
     Args:
         latents: of the clips, [B, z, f, h, w].
-        cond_latents: of the colours shown and of the mask, [B, 2·z, f, h, w].
+        cond_latents: of the masked colours and of the mask, [B, 2·z, f, h, w].
         image, first_frame: the first frame's features [B, n, d] and condition [B, m + z, f, h, w]; None if the base
             takes none.
         hole: share of each latent cell that is masked, [B, 1, f, h, w], in [0, 1].
@@ -43,7 +43,7 @@ class Inputs:
         target: velocity to predict, float32 [B, C, f, h, w].
         sigma: float32 [B]; loss_weight: float32 [B].
         hole: share of each latent cell that is masked, float32 [B, 1, f, h, w], in [0, 1].
-        valid: float32 [B], 0 for a sample that could not be read: it stays in the batch with weight 0.
+        valid: float32 [B], 0 for a sample that could not be read; it stays in the batch with weight 0.
     """
 
     model_inputs: tuple[Tensor | None, ...]
@@ -64,7 +64,7 @@ class Encoder:
         known: {text: embeddings [1, 512, d]} of prompts that need not be encoded.
 
     Attributes:
-        timesteps: [first, end) of those that are trained; one expert of two has its part.
+        timesteps: [first, end) of the timesteps to train on; each of two experts has its own range.
     """
 
     timesteps = flow.ALL_TIMESTEPS
@@ -75,9 +75,10 @@ class Encoder:
 
     @torch.no_grad()
     def encode(self, batch: dict[str, Any], noises: list[NamedNoise], shift: float, sampling: str) -> Inputs:
-        """Return the inputs of a micro batch of the loader: `captions`, `valid` bool [B], and what `clips` takes.
+        """Return the model's inputs for a micro batch.
 
         Args:
+            batch: from the loader: `captions`, `valid` bool [B], and the keys that `clips` needs.
             noises: one source of randomness per sample.
             shift, sampling: of the noise levels (flow.draw_sigma).
         """
@@ -102,9 +103,12 @@ class Encoder:
         return Inputs(model_inputs, noise_latents - latents, sigma, weight, encoded.hole, valid)
 
     def clips(self, batch: dict[str, Any]) -> Encoded:
-        """Return `frames` u8 [B,T,H,W,3] encoded by the base. The mask `visible` bool [B,T,H,W] shows the colours
-        `shown` (u8, as `frames`), or those of `frames` if the batch has no `shown`. `source` (u8, as `frames`), if the
-        batch has it, is the scene from the other camera.
+        """Encode a batch of clips with the base.
+
+        Args:
+            batch: `frames` u8 [B,T,H,W,3]; the mask `visible` bool [B,T,H,W]; optionally `shown` (u8, as `frames`), the
+                colours under the mask if not those of `frames`; optionally `source` (u8, as `frames`), the scene from
+                the other camera.
         """
         device = self.base.device
         frames, visible = on_device(batch["frames"], device), on_device(batch["visible"], device)
@@ -144,11 +148,11 @@ class Encoder:
 
 
 class LatentEncoder(Encoder):
-    """The encoder of a latent dataset: nothing is left to encode, so only the base's transformer is needed.
+    """The encoder for a latent dataset: everything is already encoded, so the base needs no encoders.
 
     Args:
         base: models.backbone.Base.
-        texts: prompt embeddings by text: a data.texts.TextStore, or any object with its `embeds`.
+        texts: prompt embeddings by text: a data.texts.TextStore, or any object with its method `embeds`.
         prompt: as in Encoder.
     """
 
@@ -157,7 +161,7 @@ class LatentEncoder(Encoder):
         self.texts = texts
 
     def clips(self, batch: dict[str, Any]) -> Encoded:
-        """Return the batch of data.latents.decode_latents on the base's device, with the first frame's mask."""
+        """Return a batch of data.latents.decode_latents on the base's device, with the first frame's mask added."""
         device = self.base.device
         names = ("latents", "cond_latents", "hole", "first_frame", "image", "source")
         values = {name: on_device(batch[name], device) for name in names if name in batch}
@@ -176,13 +180,13 @@ class LatentEncoder(Encoder):
 
 
 def on_device(values: Any, device: torch.device) -> Tensor:
-    """Return an array or CPU tensor on a device; to a GPU through pinned memory, so that the copy is asynchronous."""
+    """Move an array or CPU tensor to a device; to a GPU through pinned memory, so that the copy is asynchronous."""
     tensor = torch.as_tensor(values)
     return tensor.pin_memory().to(device, non_blocking=True) if device.type == "cuda" else tensor.to(device)
 
 
 class NamedNoise:
-    """The randomness of one sample at one step; it depends on names, not on rank, device or call order."""
+    """The randomness of one sample at one step; it depends on seed, step and key, not on rank, device or call order."""
 
     def __init__(self, seed: int, step: int | str, key: str, condition_dropout: float = 0.0):
         self.generator = flow.generator_for(seed, step, key)
@@ -199,7 +203,7 @@ class NamedNoise:
 
 @dataclass(frozen=True)
 class Losses:
-    """Errors of one micro batch, float32 [B]: `weighted` is what is minimised, `mse` the plain squared error."""
+    """Errors of one micro batch, float32 [B]: `weighted` is minimised, `mse` is the unweighted squared error."""
 
     weighted: Tensor
     mse: Tensor

@@ -18,7 +18,7 @@ from ex4d.train.report import NonFinite
 logger = logging.getLogger(__name__)
 
 SHOWN = ("loss", "validation_loss")
-LINGER_S = 12.0  # longer than two scrapes of prometheus.yml, shorter than a launcher's wait for the last rank
+LINGER_S = 12.0  # more than two scrape intervals of prometheus.yml, less than a launcher's wait for the last rank
 GAUGES = {
     "step": "Last step.",
     "loss": "Weighted loss of the last step.",
@@ -59,11 +59,11 @@ class Progress:
         if self._serving is not None:
             if isinstance(error, NonFinite):
                 self._non_finite = True
-                time.sleep(LINGER_S)  # so that Prometheus still scrapes why the run ended
+                time.sleep(LINGER_S)  # lets Prometheus scrape the reason why the run ended
             self._serving.close()
 
     def show(self, step: dict[str, Any]) -> None:
-        """Show one step. Rank 0 calls."""
+        """Show one step. Only rank 0 calls this."""
         self._last, self._last_time = self._last | step, time.time()
         self._bad_samples += step["bad_samples"]
         if self._serving is None:
@@ -76,7 +76,7 @@ class Progress:
             self._serving.enter_context(
                 metrics.serving(self._train.metrics_port, self._train.metrics_host, self.families)
             )
-        except ConfigError as error:  # for example the port is still held by the run that this one replaces
+        except ConfigError as error:  # for example, the run that this one replaces still holds the port
             logger.warning("metrics are not served: %s", error)
 
     def families(self) -> Iterator[Any]:

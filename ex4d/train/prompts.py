@@ -1,4 +1,4 @@
-"""The embeddings of a run's single prompt, computed once by rank 0 and cached in the run's folder.
+"""Embed a run's single prompt: rank 0 computes the embeddings once and caches them in the run's folder.
 
 The text encoder, 11 GB for 14B, is never loaded beside the transformer, on another rank, or again after a restart.
 """
@@ -17,7 +17,7 @@ from ex4d.train.config import Place, TrainConfig
 
 
 def fixed(config: TrainConfig, model: backbone.ModelConfig, place: Place, device: torch.device) -> dict[str, Tensor]:
-    """Return {text: embeddings [1, 512, d] on the device} of `train.prompt` and the empty prompt. Every rank calls."""
+    """Return {text: embeddings [1, 512, d] on the device} of `train.prompt` and the empty prompt. A collective call."""
     embeddings: list[Any] = [_read_or_compute(config, model, device) if place.rank == 0 else None]
     if place.world_size > 1:
         torch.distributed.broadcast_object_list(embeddings, src=0)

@@ -22,7 +22,7 @@ from ex4d.train.objective import Inputs, Losses
 logger = logging.getLogger(__name__)
 
 NUM_SIGMA_BUCKETS = 5
-SPIKE = 5.0  # the log names a gradient norm above this × the median of the last 20 steps
+SPIKE = 5.0  # a gradient norm above this × the median of the last 20 steps is logged
 WEIGHTED, MSE, SIGMA, VALID = 1, 2, 3, 4  # columns of `rows`; the first is the position
 
 
@@ -35,10 +35,10 @@ class Report:
     """One step over the global batch.
 
     Args:
-        loss: mean weighted loss. mse: mean plain error. Both None if no sample could be read.
-        by_sigma: mean plain error in equal buckets of sigma, None for an empty bucket.
+        loss: mean weighted loss. mse: mean unweighted error. Both are None if no sample could be read.
+        by_sigma: mean unweighted error in equal buckets of sigma, None for an empty bucket.
         finite: whether every loss and gradient was finite. stop: whether any rank was asked to stop.
-        peak_memory_bytes: of the rank that needed most. bad_samples: samples that could not be read; they do not count.
+        peak_memory_bytes: the maximum over ranks. bad_samples: samples that could not be read; the means exclude them.
     """
 
     loss: float | None
@@ -51,20 +51,20 @@ class Report:
 
 
 def positions(place: Place, plan: BatchPlan, accum: int) -> list[int]:
-    """Return where the samples of a rank's micro batch stand in the global batch: sample g goes to rank g mod W."""
+    """Return the positions of a rank's micro batch in the global batch; position g belongs to rank g mod W."""
     first = accum * plan.micro_size
     return [place.rank + place.world_size * (first + i) for i in range(plan.micro_size)]
 
 
 def rows(places: list[int], losses: Losses, inputs: Inputs) -> Tensor:
-    """Return float64 [B, 5]: position, weighted loss, plain error, sigma and validity of each sample."""
+    """Return float64 [B, 5]: position, weighted loss, unweighted error, sigma and validity of each sample."""
     where = torch.tensor(places, dtype=torch.float64, device=losses.mse.device)
     columns = (losses.weighted.detach(), losses.mse, inputs.sigma, inputs.valid)
     return torch.stack([where, *(column.double() for column in columns)], dim=1)
 
 
 def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None = None) -> Report:
-    """Return the report of all ranks' rows [n, 5]. Every rank calls it, with equal n, and gets the same result.
+    """Return the report over all ranks' rows [n, 5]. A collective call with equal n; all ranks get the same result.
 
     Args:
         first: count only the samples at the first `first` positions.
@@ -83,27 +83,28 @@ def gather(local: Tensor, gradients_finite: bool, stop: bool, first: int | None 
 
 
 def in_order(samples: Tensor, first: int | None = None) -> Tensor:
-    """Return rows [n, 5] sorted by their position in the global batch, truncated to the first ones."""
+    """Return rows [n, 5] sorted by their position in the global batch, truncated to the first `first`."""
     return samples[samples[:, 0].argsort()][:first]
 
 
 def mean(samples: Tensor, column: int) -> float | None:
-    """Return the mean of a column of rows [n, 5] over the samples that could be read; None where there are none, or
-    one is not finite. The sum is exact, so the order does not matter.
+    """Return the mean of a column of rows [n, 5] over the samples that could be read.
+
+    None if there are none, or one is not finite. The sum is exact, so the order does not matter.
     """
     good = samples[samples[:, VALID] > 0]
     return math.fsum(good[:, column].tolist()) / len(good) if len(good) and good.isfinite().all() else None
 
 
 def by_sigma(samples: Tensor) -> list[float | None]:
-    """Return the mean plain error in NUM_SIGMA_BUCKETS equal parts of sigma's range [0, 1]."""
+    """Return the mean unweighted error in each of NUM_SIGMA_BUCKETS equal parts of sigma's range [0, 1]."""
     bucket = (samples[:, SIGMA] * NUM_SIGMA_BUCKETS).long().clamp(0, NUM_SIGMA_BUCKETS - 1)
     groups = [samples[bucket == index, MSE].tolist() for index in range(NUM_SIGMA_BUCKETS)]
     return [math.fsum(group) / len(group) if group else None for group in groups]
 
 
 def describe_non_finite(step: int, local: Tensor, keys: list[str], gradients_finite: bool) -> str:
-    """Return which clips of the global batch had a loss that is not finite. Every rank calls it."""
+    """Return an error message that names the clips with a non-finite loss, over all ranks. A collective call."""
     finite = local[:, 1:3].isfinite().all(dim=1).tolist()
     bad = [key for key, ok in zip(keys, finite, strict=True) if not ok]
     if not bad and not gradients_finite:
@@ -115,7 +116,7 @@ def describe_non_finite(step: int, local: Tensor, keys: list[str], gradients_fin
 
 
 def peak_memory_bytes(device: torch.device) -> int:
-    """Return the most memory that this process has held: on the GPU, or resident on a CPU."""
+    """Return the peak memory of this process: on the GPU, or resident on a CPU."""
     if device.type == "cuda":
         return torch.cuda.max_memory_allocated(device)
     return resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024
@@ -128,7 +129,7 @@ class SpikeWatch:
         self._norms: deque[float] = deque(maxlen=20)
 
     def check(self, step: int, grad_norm: float, keys: list[str]) -> None:
-        """Compare a step's gradient norm with those before, and keep it."""
+        """Compare a step's gradient norm with the earlier ones, and remember it."""
         if len(self._norms) == self._norms.maxlen and grad_norm > SPIKE * (usual := statistics.median(self._norms)):
             clips = ", ".join(keys)
             logger.warning("step %d: gradient norm %.3g, usually %.3g; clips: %s", step, grad_norm, usual, clips)
@@ -138,12 +139,12 @@ class SpikeWatch:
 def throughput(
     plan: BatchPlan, seconds: float, cost: flops.Cost | None, again: tuple[float, bool], device: torch.device
 ) -> dict[str, float]:
-    """Return samples and tokens per second of all ranks, and on a known GPU its MFU and HFU.
+    """Return samples and tokens per second over all ranks and, on a known GPU, MFU and HFU.
 
     Args:
-        seconds: of the step.
-        cost: of a sample; None where it is not known.
-        again: what is recomputed, as in `flops.utilisation`.
+        seconds: duration of the step.
+        cost: of one sample; None if unknown.
+        again: (recomputed, keep_attention) as in `flops.utilisation`.
     """
     rate = plan.global_size / seconds
     if cost is None:
@@ -159,8 +160,8 @@ class Stopwatch:
     """Splits a step's wall-clock time into named parts; synchronises the GPU at each, so that the parts are exact.
 
     Args:
-        waited: seconds that this process waited in collectives since the last call; they become the part
-            "communication" and are taken out of the part in which they fell (waits.waited).
+        waited: returns the seconds that this process waited in collectives since the last call (waits.waited); they
+            are moved from the part in which they fell to the part "communication".
     """
 
     def __init__(self, device: torch.device, waited: Callable[[], float] = lambda: 0.0):

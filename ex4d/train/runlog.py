@@ -17,14 +17,15 @@ logger = logging.getLogger(__name__)
 
 
 class RunLog:
-    """Writes OUTPUT/metrics.jsonl, one object per step, and OUTPUT/validation.jsonl, one object per separate
-    validation, and mirrors both to W&B. Only rank 0 has one.
+    """Writes OUTPUT/metrics.jsonl and OUTPUT/validation.jsonl, and mirrors both to W&B. Only rank 0 has one.
+
+    The first file has one object per step, the second one per separate validation.
 
     Args:
         output: folder of the run.
         step: the step that the run resumes from; later lines are dropped, so that each step is logged once.
-        wandb_options: mode ("online", "offline", "disabled" or None: by the key), project, group.
-        facts: configuration, versions, commit and dataset, for W&B: as its configuration and as an artifact.
+        wandb_options: mode ("online", "offline", "disabled"; None: depends on the API key), project, group.
+        facts: configuration, versions, commit and dataset; W&B stores them as its configuration and as an artifact.
     """
 
     def __init__(self, output: str | Path, step: int, wandb_options: dict[str, Any], facts: dict[str, Any]):
@@ -36,7 +37,7 @@ class RunLog:
         truncate(self.validation_path, step)
         self._file = open(self.path, "a", encoding="utf-8", opener=storage.no_links)  # noqa: SIM115 - as long as the run
         self._wandb = _start_wandb(self.output, wandb_options, facts)
-        # A validation is logged later than its step, so it has its own axis.
+        # A separate validation is logged later than its step, so it has its own axis.
         self._mirror(lambda run: run.define_metric("validation/*", step_metric="validation/step"))
         self._mirror(lambda run: run.log_artifact(_artifact(run.id, self.output, facts)))
 
@@ -68,7 +69,7 @@ class RunLog:
     def _mirror(self, act: Callable[[Any], Any]) -> None:
         """Call W&B; if it fails, continue without it.
 
-        Its service is a separate process, which a batch system's SIGTERM to all processes of a job also ends.
+        Its service is a separate process, which a batch system's SIGTERM to all processes of a job ends too.
         """
         if self._wandb is None:
             return
@@ -82,14 +83,14 @@ class RunLog:
 
 
 def read(path: str | Path) -> list[dict[str, Any]]:
-    """Return the steps of a metrics.jsonl; a last line cut off by a kill is left out."""
+    """Return the steps of a metrics.jsonl, without a last line that a kill has cut off."""
     path = Path(path)
     lines = path.read_text(encoding="utf-8").split("\n") if path.exists() else []
     return [json.loads(line) for line in lines[:-1] if line.endswith("}")]
 
 
 def truncate(path: str | Path, step: int) -> None:
-    """Drop the lines after `step`: they will be written again."""
+    """Drop the lines of steps after `step`, which the resumed run writes again."""
     steps = read(path)
     rest = [metrics for metrics in steps if metrics["step"] <= step]
     if Path(path).exists():
@@ -97,7 +98,7 @@ def truncate(path: str | Path, step: int) -> None:
 
 
 def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return one number per chart: nested values by their path, errors by range of sigma, without None."""
+    """Flatten metrics to one value per chart: nested keys joined by /, errors per range of sigma, None left out."""
     flat: dict[str, Any] = {}
     for key, value in metrics.items():
         if key == "mse_by_sigma":
@@ -111,7 +112,7 @@ def _flat(metrics: dict[str, Any], prefix: str = "") -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """Return the commit of this source, with a "+" if files differ from it; None outside a repository."""
+    """Return the commit of this source tree, with a "+" if files differ from it; None outside its repository."""
 
     def git(*words: str) -> str | None:
         try:
@@ -147,7 +148,7 @@ def _videos(output: Path, paths: list[str]) -> dict[str, Any]:
 
 
 def _start_wandb(output: Path, options: dict[str, Any], facts: dict[str, Any]) -> Any:
-    """Return a W&B run, or None if it cannot start: W&B is a mirror, and its failure must not end a training."""
+    """Return a W&B run, or None if it cannot start: W&B is only a mirror, and its failure must not end a training."""
     mode: Any = options["mode"] or os.environ.get("WANDB_MODE")
     if mode is None:
         mode = "online" if os.environ.get("WANDB_API_KEY") else "offline"
@@ -158,7 +159,7 @@ def _start_wandb(output: Path, options: dict[str, Any], facts: dict[str, Any]) -
     except ImportError:
         logger.warning("W&B is not installed; metrics.jsonl has everything")
         return None
-    # Offline runs ignore `resume`, so the id is ours: later starts append to the same run when they are synced.
+    # Offline runs ignore `resume`, so we choose the id: later starts append to the same run when they are synced.
     id_file = output / "wandb_run_id"
     run_id = id_file.read_text(encoding="utf-8").strip() if id_file.exists() else uuid.uuid4().hex[:8]
     storage.write_bytes(id_file, run_id.encode())

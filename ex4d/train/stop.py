@@ -12,10 +12,11 @@ import torch
 
 @contextmanager
 def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[[], bool]]:
-    """Yield a function that returns whether SIGTERM or Ctrl-C arrived; inside the block neither ends the process.
+    """Yield a function that returns whether SIGTERM or Ctrl-C arrived; inside the context neither ends the process.
 
     Args:
-        instead: yielded as it is, if set: Ray Train runs the loop in a thread, where signals cannot be handled.
+        instead: if set, yielded in place of that function: Ray Train runs the loop in a thread, which cannot handle
+            signals.
     """
     if instead is not None:
         yield instead
@@ -30,7 +31,7 @@ def stop_signal(instead: Callable[[], bool] | None = None) -> Iterator[Callable[
 
 
 def any_rank(requested: bool, device: torch.device) -> bool:
-    """Return whether any rank was asked to stop. Every rank calls it and gets the same result."""
+    """Return whether any rank was asked to stop. A collective call with the same result on all ranks."""
     flag = torch.tensor([float(requested)], device=device)
     torch.distributed.all_reduce(flag, op=torch.distributed.ReduceOp.MAX)
     return bool(flag.item())

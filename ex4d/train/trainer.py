@@ -1,8 +1,8 @@
-"""The training loop, from a batch of clips to an adapter, in one visible file.
+"""The training loop, from a batch of clips to an adapter.
 
 A run is reproducible: the loader's order depends only on (seed, epoch), noise and sigma only on (seed, step, sample
-key), and the logged loss is summed over the global batch in the order of its samples. A run that is killed and resumed
-is identical bit for bit, and on another number of ranks or ZeRO stage identical up to summation order.
+key), and the logged loss is summed over the global batch in sample order. A run that is killed and resumed is
+bit-identical; with another number of ranks or ZeRO stage it is identical up to summation order.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ logger = logging.getLogger(__name__)
 
 
 class Trainer:
-    """A run at the last checkpoint of its output folder. Every rank creates one and calls `run`.
+    """A run, restored from the last checkpoint of its output folder. Every rank creates one and calls `run`.
 
     Args:
         show: called on rank 0 with each step's metrics.
@@ -78,7 +78,7 @@ class Trainer:
         """Train to `num_steps`, write the adapter, and return 0; or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
 
         Raises:
-            NonFinite: a loss or gradient is not finite; names the clips. The last checkpoint is untouched.
+            NonFinite: a loss or gradient is not finite; the message names the clips. The last checkpoint is kept.
         """
         if self.place.rank != 0:
             return self.loop(stop_asked, None, None)
@@ -134,7 +134,8 @@ class Trainer:
     def step(self, step: int, stop_asked: Callable[[], bool]) -> tuple[dict[str, Any], bool]:
         """Do one optimizer step; return its metrics, and whether any rank was asked to stop.
 
-        A request between two micro batches, which may take minutes, drops the accumulated gradients: no metrics then.
+        A request that arrives between two micro batches, which may take minutes, drops the accumulated gradients; the
+        metrics are then empty.
         """
         watch = report.Stopwatch(self.device, waited)
         rows, keys = [], []
@@ -179,12 +180,12 @@ class Trainer:
         return metrics, result.stop
 
     def accumulate(self, step: int, batch: dict[str, Any], watch: report.Stopwatch) -> tuple[Losses, Inputs]:
-        """Add the gradients of one micro batch; return its losses and what the model was given."""
+        """Add the gradients of one micro batch; return its losses and the model's inputs."""
         config = self.config
         noises = [NamedNoise(config.seed, step, key, config.condition_dropout) for key in batch["keys"]]
         inputs = self.job.encoder.encode(batch, noises, config.shift, config.timestep_sampling)
         watch.lap("encode")
-        # LoRA's dropout draws from the global generator; recomputation repeats its state.
+        # LoRA's dropout draws from the global generator; activation recomputation restores its state.
         torch.manual_seed(noises[0].generator.initial_seed())
         losses = velocity_losses(self.engine.forward(*inputs.model_inputs), inputs, config.hole_weight)
         watch.lap("forward")
@@ -193,15 +194,16 @@ class Trainer:
         return losses, inputs
 
     def initial_loss(self) -> dict[str, float]:
-        """Return {"initial_validation_loss"} of a run that starts from given weights, before its first update."""
+        """Return {"initial_validation_loss"} before the first update of a run with `train.init_from`, else {}."""
         if self.first_step or not self.config.init_from or not self.validation_batches:
             return {}
         return {"initial_validation_loss": self.validate(0, None)["validation_loss"]}
 
     def validate(self, step: int, validator: Validator | None) -> dict[str, Any]:
-        """Validate: return the metrics computed by the ranks, and start the separate validation for the rest.
+        """Validate: return the metrics that the ranks compute, and start the separate validation for the rest.
 
-        Every rank calls it. `validation_loss` is the mean plain error over the same clips, noise and sigmas each time.
+        A collective call. `validation_loss` is the mean unweighted error, each time over the same clips, noise and
+        sigmas.
         """
         config, metrics = self.config, dict[str, Any]()
         if not config.validate_apart:
@@ -223,7 +225,7 @@ class Trainer:
                 checkpoint.note_validation(self.config.output, result["step"], result["validation_loss"])
 
     def save(self, step: int, validation_loss: float | None, log: RunLog | None) -> None:
-        """Write the checkpoint of `step`. Every rank calls it; rank 0 writes while the others wait."""
+        """Write the checkpoint of `step`. A collective call: rank 0 writes while the others wait."""
         rank0 = self.place.rank == 0
         weights, moments = self.engine.weights(), self.engine.moments(keep=rank0)
         if rank0:
@@ -242,7 +244,7 @@ class Trainer:
         torch.distributed.barrier()
 
     def export(self) -> None:
-        """Write OUTPUT/adapter, from the moving average if there is one. Every rank calls it."""
+        """Write OUTPUT/adapter, from the moving average if there is one. A collective call."""
         weights = self.engine.weights()
         if self.place.rank == 0:
             step = max(self.first_step, self.config.num_steps)
@@ -259,18 +261,18 @@ def train(
     stop_asked: Callable[[], bool] | None = None,
     start_validation: Callable[[Path, str], Handle] = Child,
 ) -> int:
-    """Train as configured, as one rank of several; return 0, or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
+    """Train as one rank of a run; return 0, or EXIT_PREEMPTED after a SIGTERM and a checkpoint.
 
     Args:
-        place: this process among all. Its launcher has set MASTER_ADDR and MASTER_PORT.
+        place: rank of this process. Its launcher has set MASTER_ADDR and MASTER_PORT.
         show: called on rank 0 with each step's metrics.
-        stop_asked: returns whether to write a checkpoint and stop; None: whether SIGTERM arrived.
+        stop_asked: returns whether to write a checkpoint and stop; None: whether SIGTERM or Ctrl-C arrived.
         start_validation: where a separate validation runs; see validator.Validator.
 
     Raises:
         ConfigError: the settings are invalid, or the output folder holds a run with other settings.
         ContractError: a dataset is not finished, or a checkpoint is damaged.
-        NonFinite: a loss or gradient is not finite; names the clips.
+        NonFinite: a loss or gradient is not finite; the message names the clips.
     """
     device = engine.start(place, config.device)
     job = build_job(config, model_config, place, device)
@@ -281,7 +283,7 @@ def train(
 
 
 def learning_rate(config: TrainConfig, step: int) -> float:
-    """Return the learning rate of a step, counted from 1: linear warm-up, then as `lr_decay` says."""
+    """Return the learning rate of a step, counted from 1: linear warm-up, then the schedule of `lr_decay`."""
     if step <= config.warmup_steps:
         return config.lr * step / config.warmup_steps
     if config.lr_decay == "none":

@@ -1,13 +1,14 @@
-"""Validation in a separate process: one set of weights is evaluated on held-out clips while the ranks train on.
+"""Validate in a separate process: evaluate one set of weights on held-out clips while the ranks continue to train.
 
-    OUTPUT/validation/step-000010/job.json              the choices of the run
-    OUTPUT/validation/step-000010/adapter.safetensors   the weights to judge; removed afterwards
-    OUTPUT/validation/step-000010/clip-0.mp4            beside each other: condition, generated, real
+    OUTPUT/validation/step-000010/job.json              the settings of the run
+    OUTPUT/validation/step-000010/adapter.safetensors   the weights to evaluate; removed afterwards
+    OUTPUT/validation/step-000010/clip-0.mp4            side by side: condition, generated, real
     OUTPUT/validation/step-000010/result.json           written last
     OUTPUT/validation/step-000010/log.txt
 
-The process is not in the process group. It has a deadline and the lowest priority, and the kernel kills it first when
-memory runs out. Success or failure is a line in validation.jsonl and does not affect the training. One runs at a time.
+The process does not belong to the process group. It has a deadline and the lowest priority, and the kernel kills it
+first when memory runs out. Success or failure is a line in validation.jsonl and does not affect the training. At most
+one runs at a time.
 
     python -m ex4d.train.validation OUTPUT/validation/step-000010
 """
@@ -52,9 +53,9 @@ def measure(
     plan: BatchPlan,
     place: Place,
 ) -> Tensor:
-    """Return report.rows of a rank's share of the validation clips.
+    """Return `report.rows` for a rank's share of the validation clips.
 
-    Noise and sigmas are the same each time and in every run, at any number of ranks.
+    Noise and sigmas are the same every time and in every run, with any number of ranks.
     """
     rows = []
     for index, batch in enumerate(batches):
@@ -66,7 +67,7 @@ def measure(
 
 
 def read_share(job: Job, config: TrainConfig, micro_size: int, world_size: int) -> list[dict[str, Any]]:
-    """Return this rank's share of the validation clips, always the same."""
+    """Return this rank's share of the validation clips, which is the same every time."""
     batches = job.open_loader("val", 0, micro_size, 1)
     try:
         return [next(batches) for _ in range(math.ceil(config.validate_samples / (micro_size * world_size)))]
@@ -104,7 +105,7 @@ def judge(folder: Path) -> None:
 def write_videos(job: Job, config: TrainConfig, model_config: Mapping[str, Any], folder: Path) -> list[str]:
     """Write the first held-out clips as clip-N.mp4: condition, generated and real side by side; return the names.
 
-    Same clips, masks and noise at every step, without guidance. Clips that cannot be read are skipped.
+    Clips, masks and noise are the same at every step; there is no guidance. Clips that cannot be read are skipped.
     """
     base = job.encoder.base
     if getattr(base, "vae", base) is None:  # a training on latents loads no VAE
@@ -136,11 +137,12 @@ def sample(
     real: Tensor,
     timesteps: tuple[float, float] = flow.ALL_TIMESTEPS,
 ) -> Tensor:
-    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from its own noise.
+    """Return latents [1, z, f, h, w] generated under the conditions of one clip's inputs, from fixed noise.
 
     Args:
-        real: latents of the clip, and timesteps: [first, end) of the model's. An expert of two is shown alone: the high
-            one goes from its last step to the end at once, the low one starts from the noised clip.
+        real: latents of the clip.
+        timesteps: [first, end) of the model's. One expert of two samples alone: the high one jumps from its last step
+            to the end, the low one starts from the noised clip.
     """
     noisy, _, prompt, *conditions = model_inputs
     noise = torch.randn(noisy.shape, generator=flow.generator_for(config.seed, "validation video")).to(noisy.device)

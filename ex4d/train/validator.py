@@ -1,4 +1,4 @@
-"""Rank 0's side of the separate validation (`validation`): start it, wait for it, read its result."""
+"""Run the separate validation (`validation`) from rank 0: start it, wait for it, read its result."""
 
 from __future__ import annotations
 
@@ -70,21 +70,21 @@ class Validator:
     """Evaluates weights, one set at a time, on rank 0. No method except `wait` blocks, and none raises.
 
     Args:
-        config: of the run.
-        job: its facts and its function that writes an adapter.
+        config: settings of the run.
+        job: the run's job; its facts and `write_adapter` are used.
         start: (folder of a step, device) -> handle of the running validation.
     """
 
     def __init__(self, config: TrainConfig, job: Job, start: Callable[[Path, str], Handle] = Child):
         self.config, self.job, self.start = config, job, start
         self._running: tuple[int, Handle, float] | None = None
-        self._next: int | None = None  # the last step, waiting for an earlier validation to end
+        self._next: int | None = None  # the last step, if it waits for an earlier validation to end
         self._results: list[dict[str, Any]] = []
 
     def submit(self, step: int, weights: Mapping[str, Tensor]) -> list[str]:
-        """Start the validation of a step; return where its videos will be, relative to the run's folder.
+        """Start the validation of a step; return the future paths of its videos, relative to the run's folder.
 
-        If the previous validation still runs, this one is skipped; that of the last step waits instead.
+        If the previous validation is still running, this one is skipped; that of the last step waits instead.
         """
         self._collect()
         last = step >= self.config.num_steps
@@ -116,8 +116,9 @@ class Validator:
         return True
 
     def results(self) -> list[dict[str, Any]]:
-        """Return the results since the last call: {"step", "validation_loss", "videos": paths, "seconds"} or {"step",
-        "failed": why}.
+        """Return the results since the last call.
+
+        Each is {"step", "validation_loss", "videos": paths, "seconds"} or {"step", "failed": reason}.
         """
         self._collect()
         results, self._results = self._results, []

@@ -12,14 +12,14 @@ import torch
 def waited() -> float:
     """Return the seconds that this process waited in DeepSpeed's collectives since the last call.
 
-    This includes transfers and waiting for the slowest rank. On a GPU it is the time that its main stream was blocked,
-    so overlapped communication does not count; call it after a synchronize.
+    This includes transfers and waiting for the slowest rank. On a GPU it is the time that the main stream was blocked,
+    so overlapped communication does not count; synchronize before calling it.
     """
     return _waits.take()
 
 
 class _Waits:
-    """Adds up the time between a collective's call and its return, or that of its handle's `wait`."""
+    """Adds up the time between the call of a collective, or of its handle's `wait`, and its return."""
 
     def __init__(self) -> None:
         self._seconds, self._inside = 0.0, False
@@ -32,7 +32,7 @@ class _Waits:
 
     def timed(self, function: Callable[..., Any], on_gpu: bool) -> Callable[..., Any]:
         def call(*args: Any, **kwargs: Any) -> Any:
-            # One collective may call another; and work on a side stream is not waited for.
+            # Not timed: a collective called by another one, and work on a side stream, for which nothing waits.
             if self._inside or (on_gpu and torch.cuda.current_stream() != torch.cuda.default_stream()):
                 return function(*args, **kwargs)
             self._inside = True
@@ -62,7 +62,7 @@ class _Waits:
 
 
 class _Handle:
-    """A running collective whose `wait` is timed."""
+    """Handle of an asynchronous collective whose `wait` is timed."""
 
     def __init__(self, work: Any, wait: Callable[..., Any]):
         self._work, self.wait = work, wait
@@ -80,7 +80,7 @@ _waits = _Waits()
 
 
 def time_collectives(backend: Any, on_gpu: bool) -> None:
-    """Time the collectives of DeepSpeed's backend, through which all its communication goes."""
+    """Time the collectives of DeepSpeed's backend, which carries all of its communication."""
     for name in COLLECTIVES:
         function = getattr(backend, name)
         if not hasattr(function, "untimed"):

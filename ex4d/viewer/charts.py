@@ -1,4 +1,4 @@
-"""Small charts as SVG: a histogram with a threshold in it, the share kept at each threshold, a split bar, lines.
+"""Draw small SVG charts: a histogram with a threshold, the share kept at each threshold, a stacked bar, lines.
 
 Each is Markup: its text is escaped here, and templates insert it unchanged.
 """
@@ -25,7 +25,7 @@ def number(value: float) -> str:
 
 
 def limits(values: np.ndarray, marks: Sequence[float] = ()) -> tuple[float, float]:
-    """Return the ends of an axis that shows all but the last half per cent of the values, and the marks."""
+    """Return the ends of an axis that covers the marks and all values but the highest half per cent."""
     low, high = float(values.min()), float(np.percentile(values, 99.5))
     low, high = min([low, *marks]), max([high, *marks])
     if high - low < 1e-12:
@@ -34,7 +34,7 @@ def limits(values: np.ndarray, marks: Sequence[float] = ()) -> tuple[float, floa
 
 
 def histogram(values: Sequence[float] | np.ndarray, label: str, mark: float | None = None) -> Markup:
-    """Return an SVG histogram of finite values; those beyond the axis are in its last bar. `mark`: a threshold."""
+    """Return an SVG histogram of finite values; values beyond the axis count in the last bar. `mark`: a threshold."""
     data = np.asarray(values, np.float64)
     low, high = limits(data, [] if mark is None else [mark])
     counts, _ = np.histogram(np.clip(data, low, high), bins=BINS, range=(low, high))
@@ -52,7 +52,7 @@ def histogram(values: Sequence[float] | np.ndarray, label: str, mark: float | No
 
 
 def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark: float | None = None) -> Markup:
-    """Return an SVG line of the share of values that a threshold keeps: at or above it ("min"), at or below ("max")."""
+    """Return an SVG line of the share of values that each threshold keeps: those >= it ("min") or <= it ("max")."""
     data = np.sort(np.asarray(values, np.float64))
     low, high = limits(data, [] if mark is None else [mark])
     at = np.linspace(low, high, 121)
@@ -70,7 +70,7 @@ def kept_curve(values: Sequence[float] | np.ndarray, keep: str, label: str, mark
 
 
 def split_bar(parts: Sequence[tuple[str, int]], label: str) -> Markup:
-    """Return an SVG bar, split in the shares of (name, count), and below it the sum that they make: `label`."""
+    """Return a stacked SVG bar of the shares of (name, count), with a legend of the counts and their sum, `label`."""
     whole = sum(count for _, count in parts)
     total = max(1, whole)
     colours = ("var(--mark)", "var(--warm)", "var(--bad)")
@@ -89,7 +89,7 @@ def split_bar(parts: Sequence[tuple[str, int]], label: str) -> Markup:
 
 
 class Scale:
-    """Places the values of one axis on [0, 1]: by logarithm where they span more than a decade, names in order."""
+    """Maps the values of one axis to [0, 1]: logarithmic if they span more than a decade; names in sorted order."""
 
     def __init__(self, values: Sequence[Any]):
         numbers = all(isinstance(value, int | float) and not isinstance(value, bool) for value in values)
@@ -105,7 +105,7 @@ class Scale:
         return (at - low) / (high - low) if high > low else 0.5
 
     def ticks(self) -> list[tuple[float, Any]]:
-        """Return (place, value) of what is written beside the axis: each name, or the ends and the middle."""
+        """Return (position, value) of the axis labels: each name, or the ends and the middle."""
         if self.names:
             return [(self(name), name) for name in self.names]
         if self.low == self.high:
@@ -116,7 +116,7 @@ class Scale:
 
 @dataclass(frozen=True)
 class Line:
-    """A line of a chart: its points (x, y), and how it is drawn. `dots`: each point is marked."""
+    """A line of a chart: its points (x, y), and its style. `dots`: whether to mark each point."""
 
     points: Sequence[Sequence[float]]
     colour: str = "var(--mark)"
@@ -125,7 +125,7 @@ class Line:
 
 
 def lines(drawn: Sequence[Line], label: str, x_name: str = "step", width: int = 900, height: int = 240) -> Markup:
-    """Return an SVG of lines over shared axes, the last one on top; at least one has a point."""
+    """Return an SVG of lines over shared axes, the last one on top; at least one must have a point."""
     points = [point for line in drawn for point in line.points]
     across, up = Scale([x for x, _ in points]), Scale([y for _, y in points])
     left, bottom = 60, height - 34

@@ -1,7 +1,7 @@
 """Render HTML: Jinja2 templates with autoescape, inlined assets, and a Content-Security-Policy.
 
-A page is one file. Its policy allows the styles and the script in it, by their hashes, and pictures and videos in it or
-beside it; nothing else runs or loads, whatever a hostile name injects.
+A page is one file. Its policy allows the styles and the script in it, by their hashes, pictures in it, and videos in it
+or beside it; nothing else runs or loads, whatever a hostile name injects.
 """
 
 from __future__ import annotations
@@ -31,7 +31,7 @@ def document(template: str, title: str, styles: Sequence[str], scripts: Sequence
     Args:
         template: name of a file in `templates/` that extends base.html.
         styles, scripts: names of files in `assets/`, inlined in this order.
-        context: what the template shows. Text is escaped, unless it is Markup.
+        context: the template's variables. Text is escaped unless it is Markup.
     """
     style, script = (
         Markup("".join((ASSETS / name).read_text(encoding="utf-8") for name in names)) for names in (styles, scripts)
@@ -61,5 +61,5 @@ def _hash(text: str) -> str:
 
 
 def json_block(text: str) -> Markup:
-    """Return JSON for a `<script type="application/json">`: no character in it can end the element."""
+    """Escape JSON for a `<script type="application/json">`, so that nothing in it can end the element."""
     return Markup(text.replace("<", "\\u003c"))

@@ -1,4 +1,4 @@
-"""A page of results: one HTML file with videos side by side, figures and the loss curve."""
+"""Write a page of results: one HTML file with videos side by side, figures and the loss curve."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from ex4d.viewer.html import document
 
 @dataclass(frozen=True)
 class Clip:
-    """One labelled video of a row: a path relative to the page, or the result of `embedded`."""
+    """One labelled video of a row; `src` is a path relative to the page, or the result of `embedded`."""
 
     label: str
     src: str
@@ -25,7 +25,7 @@ class Clip:
 
 @dataclass(frozen=True)
 class Row:
-    """Videos of equal length shown side by side and played in step."""
+    """Videos of equal length, shown side by side and played in sync."""
 
     title: str
     clips: Sequence[Clip]
@@ -33,7 +33,7 @@ class Row:
 
 @dataclass(frozen=True)
 class Table:
-    """A table with its heading, an explanation, and rows of ready-made text; `best` marks one row."""
+    """A table with a heading, an explanation, and rows of formatted text; `best` is the index of a row to mark."""
 
     title: str
     explanation: str
@@ -55,7 +55,7 @@ class Page:
 
 
 def depth_colours(z_depth: np.ndarray) -> np.ndarray:
-    """Return uint8 [T, H, W, 3] pictures of z_depth float [T, H, W]: disparity, near bright, one scale for the clip."""
+    """Colour z_depth float [T, H, W] as uint8 [T, H, W, 3]: disparity, near is bright, one scale for the clip."""
     import cv2
 
     return np.stack(
@@ -69,7 +69,7 @@ def embedded(mp4: bytes) -> str:
 
 
 def write(page: Page, path: str | Path) -> str:
-    """Write the page as one HTML file, to a path or URL; return that."""
+    """Write the page as one HTML file to a path or URL, and return it."""
     data = document(
         "results.html",
         page.title,

@@ -1,6 +1,6 @@
-"""The pages of a dataset: its content and its rejects; and, before it is made, what thresholds would keep.
+"""Render the pages of a dataset: its contents and rejects, and, before it is built, what thresholds would keep.
 
-All text is escaped, since file names come from outside. Equal data give equal bytes.
+All text is escaped, since file names are untrusted. Equal data give equal bytes.
 """
 
 from __future__ import annotations
@@ -26,8 +26,8 @@ class Preview:
 
     Args:
         title, lines: text beside the pictures.
-        frames, masked: uint8 [N,H,W,3] pictures in a row each: the clip, and the clip under its masks.
-        labels: a line under each of the masked ones.
+        frames, masked: uint8 [N,H,W,3], one row of pictures each: the clip, and the clip under its masks.
+        labels: a caption for each masked picture.
     """
 
     title: str
@@ -38,7 +38,7 @@ class Preview:
 
 
 def masked_picture(frame: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Return uint8 [H,W,3]: the frame where bool [H,W] `visible` is True, else grey stripes."""
+    """Return uint8 [H,W,3]: the frame where `visible`, bool [H,W], is True, else grey stripes."""
     height, width = visible.shape
     wide = max(2, max(height, width) // 48)
     stripes = (np.arange(height)[:, None] + np.arange(width)) // wide % 2
@@ -62,10 +62,10 @@ def dataset_page(
         name: of the dataset.
         counts: as in dataset.json.
         rejects: rows of rejects.parquet.
-        scores: {score: of every sample}.
-        thresholds: {score: {"min" or "max": threshold}} of the filters that are on.
+        scores: {score: values of all samples}.
+        thresholds: {score: {"min" or "max": threshold}} of the enabled filters.
         facts: the table at the end.
-        problems: sentences, where the run failed.
+        problems: sentences about what went wrong, if the run failed.
     """
     clip_parts = [("samples", counts["samples"]), ("filtered", counts["clips_filtered"]), ("bad", counts["clips_bad"])]
     video_parts = [("split into clips", counts["videos_split"]), ("rejected", counts["videos_rejected"])]
@@ -96,10 +96,10 @@ def score_page(
 
     Args:
         counts: of the run; `clips_planned`, `videos_in`.
-        scores: {score: of every clip}.
-        thresholds: {score: {"min" or "max": threshold}} of the filters that are on.
-        kept: clips that pass all of them.
-        rejects: rows of what could not be scored.
+        scores: {score: values of all clips}.
+        thresholds: {score: {"min" or "max": threshold}} of the enabled filters.
+        kept: number of clips that pass all filters.
+        rejects: rows of the videos and clips that could not be scored.
     """
     total = max((len(values) for values in scores.values()), default=0)
     tiles = [("videos in", counts["videos_in"]), ("clips planned", counts["clips_planned"]), ("clips scored", total)]

@@ -1,4 +1,4 @@
-"""A page of samples of a dataset: the clip, the other camera's video if any, and the clip under each mask."""
+"""Build a page of a dataset's samples: the clip, the other camera's video if any, and the clip under each mask."""
 
 from __future__ import annotations
 
@@ -23,12 +23,12 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: 
 
     Args:
         dataset: folder or URL of a finished dataset.
-        trust: whose the dataset is; foreign samples are decoded in a sandbox (`ex4d.data.foreign`).
-        keys: which samples; none: `count` of them, evenly spread over the manifest.
+        trust: "auto", "own" or "foreign"; foreign samples are decoded in a sandbox (`ex4d.data.foreign`).
+        keys: which samples; (): `count` of them, evenly spread over the manifest.
 
     Raises:
-        ConfigError: a dataset of latents, a key that it does not have.
-        ContractError: no finished dataset, or a damaged sample.
+        ConfigError: the dataset holds latents, or does not have a key.
+        ContractError: the dataset is not finished, or a sample is damaged.
     """
     facts = manifest.read_dataset(dataset)
     if "latents" in facts:
@@ -53,7 +53,7 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: 
 
 
 def hatched(frames: np.ndarray, visible: np.ndarray) -> np.ndarray:
-    """Return uint8 [T, H, W, 3] whose holes are black with lines across, so that they can be told from what is dark.
+    """Return uint8 [T, H, W, 3] with holes drawn black and hatched, to tell them from dark surfaces.
 
     Args:
         frames: uint8 [T, H, W, 3]. visible: bool [T, H, W].

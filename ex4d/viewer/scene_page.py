@@ -1,7 +1,7 @@
-"""A page with the depth watertight mesh of a clip and its cameras in 3D: one file, no server, no network.
+"""Write a page with the depth watertight mesh of a clip and its cameras in 3D: one file, no server, no network.
 
-WebGL 2 draws the mesh from the depth picture, with the occlusion flag of every face. The new camera's view there is the
-condition, up to the browser's rasteriser.
+WebGL 2 draws the mesh from the depth picture, with the occlusion flag of every face. The new camera's view in it equals
+the condition, up to the browser's rasteriser.
 """
 
 from __future__ import annotations
@@ -19,15 +19,15 @@ from ex4d.geometry import mesh
 from ex4d.reconstruct import Reconstruction
 from ex4d.viewer.html import document, json_block
 
-FOR_EVER = 1e9  # JSON has no infinity
+FOR_EVER = 1e9  # in place of infinity, which JSON lacks
 MAX_SIDE_PX = 320  # 49 frames of 320 × 320 make a page of about 10 MB
 
 
 def write(view: Reconstruction, path: str | Path, title: str, max_side_px: int = MAX_SIDE_PX) -> str:
-    """Write the page of a reconstruction to a path or URL; return that.
+    """Write the page of a reconstruction to a path or URL, and return it.
 
     Args:
-        max_side_px: pictures and meshes are scaled down to this side.
+        max_side_px: pictures and meshes are scaled down to at most this longer side.
     """
     chosen = view.choices
     about = (
@@ -47,10 +47,10 @@ def write(view: Reconstruction, path: str | Path, title: str, max_side_px: int =
 
 
 def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
-    """Return what the page draws, JSON-able.
+    """Return the data that the page draws, JSON-serialisable.
 
-    `frames` holds for every frame two pictures as data URLs: a PNG whose red and green are disparity, in 65535th parts
-    of `disparity_max`, and whose blue has a bit for each of a block's two faces, set where it is occluded; and colours.
+    `frames` holds two pictures for every frame, as data URLs: a PNG whose red and green are disparity, in 65535ths of
+    `disparity_max`, and whose blue has a bit for each of a block's two faces, set if it is occluded; and the colours.
     """
     height, width = view.frames.shape[1:3]
     scale = min(1.0, max_side_px / max(height, width))
@@ -87,9 +87,9 @@ def scene(view: Reconstruction, max_side_px: int = MAX_SIDE_PX) -> dict:
 
 
 def bounds(meshes: Sequence[mesh.DWMesh], w2c: np.ndarray) -> tuple[np.ndarray, float]:
-    """Return (centre [3], radius) of a ball around scene and cameras, so that the page first shows all of it.
+    """Return (centre [3], radius) of a ball around scene and cameras, for the page's initial view.
 
-    Of the surface, its border left out, the 5th to the 95th percentile counts: sky would make the rest too small.
+    It covers the 5th to 95th percentile of the surface without its border: sky would make the rest too small.
     """
     step = max(1, len(meshes) // 5)
     grids = [one.vertices[: one.z_depth.size].reshape(*one.size, 3) for one in meshes[::step]]
@@ -101,7 +101,7 @@ def bounds(meshes: Sequence[mesh.DWMesh], w2c: np.ndarray) -> tuple[np.ndarray, 
 
 
 def geometry(one: mesh.DWMesh, disparity_max: float) -> np.ndarray:
-    """Return uint8 [H, W, 3]: disparity in two bytes, high then low, and the flags of the block that begins there."""
+    """Return uint8 [H, W, 3]: disparity as high and low byte, and the flags of the block whose corner the pixel is."""
     parts = np.rint(65535 / (one.z_depth.astype(np.float64) * disparity_max)).clip(1, 65535).astype(np.uint16)
     flags = np.zeros(one.size, np.uint8)
     flags[:-1, :-1] = one.face_occluded[0] | (one.face_occluded[1].astype(np.uint8) << 1)

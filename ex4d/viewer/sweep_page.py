@@ -1,4 +1,4 @@
-"""The page of a sweep: curves, parallel coordinates, importance, pairs of settings, and the noise of seeds."""
+"""Render the page of a sweep: curves, parallel coordinates, importance, pairs of settings, and variation over seeds."""
 
 from __future__ import annotations
 
@@ -28,9 +28,9 @@ def sweep_page(
     """Return the HTML page of a sweep.
 
     Args:
-        metric: what was minimised. keys: the settings that varied.
+        metric: the minimised metric. keys: the settings that were varied.
         rows: the trials, best first: `point`, `state`, `value`, `step`, `curve` [[step, value], …].
-        importance: share of each setting in what decides. repeats: {"best", "default"}: values of several seeds.
+        importance: relative importance of each setting. repeats: {"best" or "default": values of several seeds}.
         verdict: the sentence at the top.
     """
     usable = [row for row in rows if row["value"] is not None]
@@ -89,7 +89,7 @@ def _parallel(rows: Sequence[Mapping[str, Any]], keys: Sequence[str], metric: st
         body += f'<line x1="{x:.1f}" x2="{x:.1f}" y1="{frame.y(0)}" y2="{frame.y(1)}" stroke="var(--soft)"/>'
         body += frame.text(x + 6, frame.height - 6, name, "middle")
         for at, value in scale.ticks():
-            # Above the line that ends there, so that both can be read.
+            # Above the line that ends there, so that both are readable.
             body += frame.text(x + 6, frame.y(at) - 5, _text(value), "start")
     return frame.svg("settings and value of each trial", body)
 
@@ -108,7 +108,7 @@ def _pair(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> Markup:
     for index, row in reversed(list(enumerate(both))):
         x, y = frame.x(xs(row["point"][a])), frame.y(ys(row["point"][b]))
         title = escape(f"{_text(row['value'])} at step {row['step']}")
-        radius = 9 - 6 * index / max(1, len(both) - 1)  # the best is the largest
+        radius = 9 - 6 * index / max(1, len(both) - 1)  # the best trial has the largest dot
         body += f'<circle cx="{x:.1f}" cy="{y:.1f}" r="{radius:.1f}" fill="{COLOURS[row["state"]]}" opacity="0.8">'
         body += f"<title>{title}</title></circle>"
     return frame.svg(f"{a} and {b}", body)
@@ -116,7 +116,7 @@ def _pair(rows: Sequence[Mapping[str, Any]], a: str, b: str) -> Markup:
 
 @dataclass(frozen=True)
 class _Frame:
-    """A drawing of so many units, whose inner part is [0, 1] across and up."""
+    """A drawing of `width` × `height` units whose inner part maps to [0, 1] in x and y, with y upwards."""
 
     width: float
     height: float

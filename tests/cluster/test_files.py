@@ -1,4 +1,4 @@
-"""What `ex4d cluster render` writes is valid, calls commands that exist, and is what cluster/ holds."""
+"""The output of `ex4d cluster render` is valid, calls commands that exist, and equals the files in cluster/."""
 
 from __future__ import annotations
 
@@ -48,7 +48,7 @@ def test_scripts_parse_and_explain_themselves_without_arguments(root, name):
 
 
 def problems(value: object, schema: dict, where: str = "") -> list[str]:
-    """Return what a Kubernetes API server would refuse: unknown fields, wrong types, missing fields, foreign values."""
+    """Return what a Kubernetes API server would reject: unknown fields, wrong types, missing fields, invalid values."""
     if schema.get("x-kubernetes-preserve-unknown-fields"):
         return []
     if schema.get("x-kubernetes-int-or-string"):
@@ -125,7 +125,7 @@ def test_what_no_cluster_can_be_is_refused(values):
 
 
 def run_script(script: Path, *arguments: str, nodes: str, **stand_ins: str) -> tuple[int, str]:
-    """Run a batch script with stand-ins for SLURM's own commands; return its status and what they noted in $CALLS."""
+    """Run a batch script with stubs for SLURM's commands; return its status and the calls logged in $CALLS."""
     with tempfile.TemporaryDirectory() as folder:
         for name, body in stand_ins.items():
             (Path(folder) / name).write_text(f"#!/bin/sh\n{body}\n")
@@ -152,7 +152,7 @@ def test_slurm_script_starts_the_trainer_and_requeues_when_preempted(root):
 
 
 def test_slurm_starts_no_ray_where_the_token_cannot_be_made(root):
-    """Within `eval "$(…)"` a failure is lost, and the nodes would listen without a token."""
+    """`eval "$(…)"` hides a failure, and the nodes would then listen without a token."""
     status, calls = run_script(
         root / "cluster" / "slurm" / "preprocess.sbatch",
         nodes="node1",
@@ -213,7 +213,7 @@ def test_no_secret_of_this_machine_reaches_a_rendered_file(monkeypatch):
 @pytest.mark.heavy
 @pytest.mark.ray
 def test_the_head_of_the_manifests_answers_its_health_url_beyond_loopback(tmp_path):
-    """The head with the manifests' own rayStartParams, from the dependencies that are installed here."""
+    """A head with the rayStartParams of the manifests, using the locally installed dependencies."""
     if shutil.which("ip") is None:
         pytest.skip("`ip` is not installed")
     params = yaml.safe_load(render("kuberay-preprocess", ClusterConfig()))["spec"]["rayClusterSpec"]["headGroupSpec"]

@@ -1,4 +1,4 @@
-"""The simulation of benchmarks/scale against cases that can be computed by hand."""
+"""The simulation of benchmarks/scale, compared with cases computed by hand."""
 
 from __future__ import annotations
 

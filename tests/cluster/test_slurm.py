@@ -79,7 +79,7 @@ def slurm() -> Iterator[dict[str, str]]:
     (folder / "gres.conf").write_text(f"Name=gpu File={folder}/gpu[0-1]\n")
     (folder / "cgroup.conf").write_text("CgroupAutomount=no\n")
     environment = os.environ | {"SLURM_CONF": str(folder / "slurm.conf"), "HOME": str(folder)}
-    environment |= {"RAY_worker_niceness": "0"}  # else 15, and they starve on a busy machine
+    environment |= {"RAY_worker_niceness": "0"}  # default 15, with which they starve on a busy machine
     environment |= {"PATH": f"{BIN}:{os.environ['PATH']}:/usr/sbin", "RAY_TMPDIR": str(folder), "OMP_NUM_THREADS": "1"}
     environment = {k: v for k, v in environment.items() if not k.startswith(("RAY_AUTH", "RAY_ADDRESS"))}
     files = {"key-file": "munge.key", "pid-file": "munge.pid", "log-file": "munge.log", "seed-file": "munge.seed"}
@@ -102,7 +102,7 @@ def slurm() -> Iterator[dict[str, str]]:
             time.sleep(1.0)
         yield environment
     finally:
-        _said(environment, "scancel", "--user=root")  # else the steps of a failed test outlive the daemons
+        _said(environment, "scancel", "--user=root")  # otherwise the steps of a failed test outlive the daemons
         deadline = time.monotonic() + 30
         while _said(environment, "squeue", "-h").strip() and time.monotonic() < deadline:
             time.sleep(1.0)

@@ -26,7 +26,7 @@ Change = Callable[[Path], None]
 
 
 def edit_json(name: str, change: Callable[[dict], object]) -> Change:
-    """Return what changes a JSON file of a dataset."""
+    """Return a function that changes a JSON file of a dataset."""
 
     def apply(folder: Path) -> None:
         body = json.loads((folder / name).read_text())
@@ -37,12 +37,12 @@ def edit_json(name: str, change: Callable[[dict], object]) -> Change:
 
 
 def replaced(name: str, data: bytes) -> Change:
-    """Return what replaces a file."""
+    """Return a function that replaces a file."""
     return lambda folder: (folder / name).write_bytes(data) and None
 
 
 def reseal(folder: Path) -> None:
-    """Make dataset.json name the tables as they are, as a stranger who builds a dataset can."""
+    """Update the hashes in dataset.json to the tables, as the author of a hostile dataset can."""
     body = json.loads((folder / "dataset.json").read_text())
     for name in body["sha256"]:
         if (folder / name).is_file():
@@ -51,7 +51,7 @@ def reseal(folder: Path) -> None:
 
 
 def swapped(name: str, data: bytes) -> Change:
-    """Return what puts other bytes in the place of a member of every sample, all tables and hashes made again."""
+    """Return a function that replaces a member of every sample and rebuilds all tables and hashes."""
 
     def apply(folder: Path) -> None:
         from ex4d.data.tar import END, read_sample, sample_tar
@@ -106,7 +106,7 @@ def mask_bomb() -> bytes:
 
 
 def npy_header_bomb() -> bytes:
-    """Return a masks.npz whose npy header announces a gigabyte."""
+    """Return a masks.npz whose npy header declares a gigabyte."""
     out = io.BytesIO()
     with zipfile.ZipFile(out, "w", zipfile.ZIP_DEFLATED) as archive:
         for name in ("kind", "hole_share", "visible_packed"):
@@ -134,7 +134,7 @@ def long_video() -> bytes:
 
 
 def wide_dictionary(folder: Path) -> None:
-    """Give every row of the manifest one and the same text of megabytes: kilobytes on disk."""
+    """Give every row of the manifest the same text of megabytes, which takes kilobytes on disk."""
     table = pq.read_table(folder / "manifest.parquet")
     index = table.column_names.index("source_path")
     many = pa.concat_tables([table] * 64)
@@ -144,7 +144,7 @@ def wide_dictionary(folder: Path) -> None:
 
 
 def special(name: str, make: Callable[[Path], object]) -> Change:
-    """Return what puts a pipe or a link in the place of a file."""
+    """Return a function that replaces a file by a pipe or a link."""
 
     def apply(folder: Path) -> None:
         (folder / name).unlink()
@@ -172,12 +172,12 @@ BOMBS: dict[str, Change] = {
 
 
 def slow_bombs() -> dict[str, Change]:
-    """Return bombs that take seconds to make."""
+    """Return bombs that take seconds to build."""
     return {"a clip of 1,500 frames": swapped("mp4", long_video())}
 
 
 def fuzzed(seed: int) -> Change:
-    """Return seeded damage: bytes of a file, values of a JSON, or numbers and texts of the manifest, sealed again."""
+    """Return seeded damage to bytes of a file, values of a JSON, or cells of the manifest, with updated hashes."""
     rng = np.random.default_rng([seed, 13])
 
     def apply(folder: Path) -> None:
@@ -240,7 +240,7 @@ def _spoil_table(folder: Path, rng: np.random.Generator) -> None:
 
 
 def try_all(folder: str) -> dict[str, object]:
-    """Return what verify, view and the loader make of a dataset: problems, or the error that is meant for it."""
+    """Return the outcomes of verify, view and the loader on a dataset: problems, or the expected error."""
     from ex4d.data.loader import LoaderConfig, ShardLoader
     from ex4d.data.verify import verify
     from ex4d.viewer import sample_page
@@ -279,7 +279,7 @@ def main(original: str, work: str, which: str) -> None:
         shutil.rmtree(folder, ignore_errors=True)
         shutil.copytree(original, folder)
         change(folder)
-        # What makes a bomb takes memory, too: only what is added by reading it counts.
+        # Building a bomb takes memory too: count only what reading it adds.
         before = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss
         found[name] = try_all(str(folder))
         found[name]["grew_mb"] = (resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - before) >> 10

@@ -1,4 +1,4 @@
-"""Small samples and datasets made here, so that every claim is tried without any other part of the project."""
+"""Create small samples and datasets without using any other part of the project."""
 
 from __future__ import annotations
 

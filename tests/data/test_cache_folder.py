@@ -1,4 +1,4 @@
-"""A cache deletes what a cache wrote, and nothing else, whatever folder it is pointed at."""
+"""A cache deletes only files that a cache wrote, whatever folder it is pointed at."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""`verify` is what one runs first on a stranger's dataset: it survives whatever lies there and names it."""
+"""`verify`, the first command to run on an untrusted dataset, survives any content and reports it."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ GROWTH_MB = 400  # by reading any one dataset, in our own process
 
 
 def result(dataset: Path, work: Path, which: str, timeout_s: float) -> dict:
-    """Run hostile.py within 6 GiB of address space: what it prints."""
+    """The output of hostile.py, run within 6 GiB of address space."""
     command = ["bash", "-c", 'ulimit -v 6291456; exec "$@"', "-", sys.executable, str(PROGRAM)]
     environment = os.environ | {"PYTHONPATH": os.pathsep.join(filter(None, sys.path)), "OMP_NUM_THREADS": "1"}
     done = subprocess.run(
@@ -44,7 +44,7 @@ def test_a_clip_of_far_more_frames_than_stated_stops_early(dataset16, tmp_path):
 def check_fuzzed(dataset: Path, work: Path, which: str, timeout_s: float) -> None:
     made = result(dataset, work, which, timeout_s)
     quiet = {name for name, what in made["found"].items() if what["ok"]}
-    # A table may be sealed again after a change of what no table can prove, such as a message of a reject.
+    # With updated hashes, some changes cannot be detected, such as another message of a reject.
     assert len(quiet) <= 0.2 * len(made["found"]), quiet
     assert {name: what["grew_mb"] for name, what in made["found"].items() if what["grew_mb"] > GROWTH_MB} == {}
     assert {name: what["seconds"] for name, what in made["found"].items() if what["seconds"] > 60} == {}

@@ -1,4 +1,4 @@
-"""Tensors as bytes, the contract of a latent sample, and texts that are stored once."""
+"""Tensors as bytes, the contract of a latent sample, and deduplicated text embeddings."""
 
 from __future__ import annotations
 
@@ -171,7 +171,7 @@ def test_a_dataset_json_without_a_spec_is_refused(facts):
 
 
 def make_texts(folder, count: int = 9, dtype: str = "float32", order: int = 1):
-    """A store of texts of one to nine tokens in small files, and what is in it."""
+    """Write a store of texts of one to nine tokens in small files; return it and its contents."""
     staged, made = {}, {}
     for index in [*range(count)][::order]:
         text = "" if index == 0 else f"text number {index}: π"

@@ -1,4 +1,4 @@
-"""The loader: one order for all, from anywhere, every sample once an epoch, nothing bad unnoticed."""
+"""The loader: one global order, resumable anywhere, each sample once per epoch, no bad sample unnoticed."""
 
 from __future__ import annotations
 
@@ -119,7 +119,7 @@ def test_an_epoch_is_a_permutation(count, seed, epoch):
 
 
 def test_the_order_is_pinned():
-    """A change here would silently break the resume of every run that is under way."""
+    """A change of the order would silently break resuming existing runs."""
     assert epoch_order(10, 1, 0).tolist() == [3, 5, 2, 9, 7, 0, 8, 6, 1, 4]
     assert draw_mask(4, 1, 0, "abc") == 2
     assert epoch_order(10, 1, 0).tolist() != epoch_order(10, 1, 1).tolist()
@@ -238,7 +238,7 @@ def test_an_object_store_with_a_cache_gives_the_same_and_reads_once(staged16, da
     config = LoaderConfig(num_threads=0, cache_dir=str(tmp_path / "cache"))
     loader = ShardLoader("memory://loaded", "train", 4, 5, config=config, decode=keys_only)
     keys = [next(loader)["keys"] for _ in range(9)]
-    assert len([place for place in reads if str(place[0]).endswith(".tar")]) == TRAIN  # of 36 that were asked for
+    assert len([place for place in reads if str(place[0]).endswith(".tar")]) == TRAIN  # of 36 requests
     assert keys == [batch[0] for batch in take(dataset16, 9, micro_batch_size=4)]
 
 
@@ -271,7 +271,7 @@ def test_a_range_that_is_under_way_is_not_asked_for_again(tmp_path, monkeypatch)
         return b"range"
 
     class Watched:
-        """A lock that tells when it is about to be waited for."""
+        """A lock that signals when a thread is about to wait for it."""
 
         def __init__(self):
             self.lock = Lock()
@@ -298,7 +298,7 @@ def test_a_range_that_is_under_way_is_not_asked_for_again(tmp_path, monkeypatch)
 
 @pytest.mark.parametrize("threads", [0, 2])
 def test_frames_are_decoded_to_their_place_in_the_batch(dataset16, threads):
-    """The fast path against its twin: the same decoder given by hand, whose samples are stacked afterwards."""
+    """The fast path against its slow twin: the same decoder passed explicitly, whose samples are stacked afterwards."""
     config = LoaderConfig(num_threads=threads)
     fast, slow = (
         ShardLoader(str(dataset16), "train", 3, 5, config=config, decode=decode)
@@ -311,7 +311,7 @@ def test_frames_are_decoded_to_their_place_in_the_batch(dataset16, threads):
         for name in ("frames", "visible", "kind", "mask_index", "valid"):
             np.testing.assert_array_equal(ours[name], twin[name])
             assert ours[name].dtype == twin[name].dtype
-    # A batch stays what it is when the next ones come.
+    # Later batches do not change an earlier one.
     assert not np.shares_memory(batches[0][0]["frames"], batches[1][0]["frames"])
     fast.close()
     slow.close()

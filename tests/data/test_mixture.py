@@ -1,4 +1,4 @@
-"""Whose turn a step is: shares by weight, the same at every start, and no batch of two datasets."""
+"""Mixing datasets: shares by weight, the same order at every start, no batch from two datasets."""
 
 from __future__ import annotations
 

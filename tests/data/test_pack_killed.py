@@ -1,4 +1,4 @@
-"""A real `kill -9` of a packing process, at moments spread over its whole run."""
+"""Packing survives a real `kill -9` at moments spread over its whole run."""
 
 from __future__ import annotations
 

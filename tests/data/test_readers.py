@@ -1,4 +1,4 @@
-"""The shards are plain WebDataset: three readers that know nothing of this project open them, offline."""
+"""The shards are plain WebDataset: three independent readers open them offline."""
 
 from __future__ import annotations
 
@@ -66,7 +66,7 @@ def test_hugging_face_datasets_reads_every_sample(dataset16, tmp_path):
         assert row["json"]["scores"] == expected.provenance["scores"]
         assert [path is None for path in row["camera.json"]["w2c"]] == [False, False, True]
         assert row["txt"] == expected.caption
-        # its reader turns npz into nested lists; the bits are unpacked by ours
+        # its reader turns npz into nested lists; our code unpacks the bits
         packed = np.array(row["masks.npz"]["visible_packed"], dtype=np.uint8)
         np.testing.assert_array_equal(unpack_bits(packed, SPEC["size"][1]), expected.visible)
         assert len(decode_frames(row["mp4"]["bytes"])) == SPEC["num_frames"]

@@ -1,4 +1,4 @@
-"""A dataset on the web or on the hub is read as one on a disk is: a ranged read a sample, a bounded copy beside it."""
+"""A dataset on the web or the hub reads like a local one: one ranged read per sample, and a bounded cache."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from ex4d.data.verify import verify
 
 
 class Ranges(_Handler):
-    """The same server, but one that knows ranges, as every store of data sets does."""
+    """A server that supports range requests, as every store of datasets does."""
 
     def do_GET(self) -> None:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d*)", self.headers.get("Range", ""))
@@ -40,7 +40,7 @@ class Ranges(_Handler):
 
 
 class Hub(Ranges):
-    """What the hub answers of one dataset repository, me/set, for a client that reads its files."""
+    """The hub's responses for one dataset repository, me/set, as far as reading its files needs them."""
 
     FILES = "/datasets/me/set/resolve/main/"
     TREE = "/api/datasets/me/set/tree/main"
@@ -149,7 +149,7 @@ def test_the_hub_is_read_by_its_own_scheme(dataset16, serve, root):
 
 
 def test_a_server_that_is_damaged_on_the_way_is_a_bad_sample(dataset16, serve, tmp_path):
-    """What arrives is compared with the manifest, so a proxy that changes a byte costs a sample and is named."""
+    """Received bytes are checked against the manifest: a proxy that changes a byte costs one sample, which is named."""
 
     class Proxy(Ranges):
         def translate_path(self, path: str) -> str:
@@ -173,7 +173,7 @@ def test_a_server_that_is_damaged_on_the_way_is_a_bad_sample(dataset16, serve, t
 
 
 def test_a_dataset_on_the_web_is_verified(dataset16, serve):
-    """Where the server lists its folders, as this one does."""
+    """This needs a server that lists its folders, as this one does."""
     report = verify(serve(Ranges, dataset16).url)
     assert report.counts["samples"] == 16
     assert report.tree_sha256 == verify(str(dataset16)).tree_sha256

@@ -1,4 +1,4 @@
-"""The contract of one sample: what goes in comes out, the same bytes every time, and each violation is named."""
+"""The contract of one sample: exact round trips, equal bytes every time, and named violations."""
 
 from __future__ import annotations
 
@@ -79,7 +79,7 @@ def test_every_number_keeps_its_type():
 
 
 def with_json(name, edit):
-    """The members of a good sample after `edit` on one of its JSON members."""
+    """The members of a good sample with one JSON member changed by `edit`."""
     members = encode(make_sample(0))
     value = json.loads(members[name])
     edit(value)
@@ -87,7 +87,7 @@ def with_json(name, edit):
 
 
 def with_masks(**change):
-    """The members of a good sample after functions changed arrays of masks.npz."""
+    """The members of a good sample with arrays of masks.npz changed by functions."""
     members = encode(make_sample(0))
     names = ("visible_packed", "kind", "hole_share")
     arrays = dict(zip(names, decode_masks(members["masks.npz"], (SPEC["num_frames"], *SPEC["size"])), strict=True))

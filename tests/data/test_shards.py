@@ -1,4 +1,4 @@
-"""Packing: the same bytes whatever the order, nothing lost, no commit that lies."""
+"""Packing: equal bytes in any order, no sample lost, no commit of an incomplete dataset."""
 
 from __future__ import annotations
 
@@ -95,7 +95,7 @@ def test_a_smaller_dataset_takes_the_place_of_a_larger_one(staged16, tmp_path):
 
 
 def test_a_killed_pack_leaves_no_commit_that_lies(staged16, tmp_path, monkeypatch):
-    """Killed before any of its moves, the folder is either the old dataset, whole, or has no dataset.json."""
+    """Killed before any of its moves, the folder is either the complete old dataset or has no dataset.json."""
     pack(staged16[:8], str(tmp_path / "new"), facts(8), REJECTS, shard_size_bytes=100_000)
     pack(staged16, str(tmp_path / "old"), facts(16), REJECTS, shard_size_bytes=100_000)
     old, new, move = tree(tmp_path / "old"), tree(tmp_path / "new"), storage.move_file
@@ -201,7 +201,7 @@ def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_pa
         assert again() == (first, inside)
         assert tree(output) == whole
         assert again()[1] == 0
-    os.utime(staged[0].url)  # written anew, perhaps with other bytes
+    os.utime(staged[0].url)  # rewritten, perhaps with other bytes
     assert 0 < again()[1] < 8
     assert again(size=50_000)[1] >= inside
     assert again()[1] >= inside
@@ -213,7 +213,7 @@ def test_a_pack_with_nothing_to_do_reads_no_sample_and_any_change_is_seen(tmp_pa
 
 
 def known(staged):
-    """The same samples with what a ledger knows of them."""
+    """The same samples with the sizes and hashes that a ledger records."""
     return [item._replace(size=os.path.getsize(item.url), sha256=storage.sha256(item.url)) for item in staged]
 
 

@@ -1,4 +1,4 @@
-"""Verify: silent on a good dataset, and on a damaged one it names what is damaged."""
+"""`verify` reports no problem in a good dataset, and names the damage in a damaged one."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_any_flipped_byte_anywhere_is_found(copy, dataset16):
         for position in {0, path.stat().st_size - 1, *(rng.randrange(path.stat().st_size) for _ in range(3))}:
             flip(path, position)
             report = verify(str(copy))
-            # dataset.json seals the others and is itself sealed by the tree's hash alone
+            # dataset.json holds the hashes of the others; only the tree hash covers dataset.json itself
             assert not report.ok or (path.name == "dataset.json" and report.tree_sha256 != clean), (path, position)
             flip(path, position)
     assert verify(str(copy)).tree_sha256 == clean
@@ -140,7 +140,7 @@ def test_a_source_in_both_splits_is_found(copy):
 
 
 def test_full_finds_a_sample_that_breaks_the_contract(tmp_path):
-    """The hashes are right, since the pair was packed so; only decoding shows that the mask lies about itself."""
+    """The hashes match, since the sample was packed this way; only decoding reveals that its mask is inconsistent."""
     sample = make_sample(0)
     members = encode(sample)
     members["masks.npz"] = encode(dataclasses.replace(make_sample(1), key=sample.key))["masks.npz"][:-40]

@@ -1,4 +1,4 @@
-"""`depth: auto`: which estimator it becomes, once for a run, and what it tells the user."""
+"""`depth: auto`: which estimator it resolves to, once per run, and its message to the user."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What is no depth is a BadSample with its reason, whichever network said it."""
+"""Invalid depth raises BadSample with a reason, whichever network returned it."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ FAULTS = {
 NOTHING = np.zeros_like(RAMP)
 CASES = [
     *((name, fault, *FAULTS[fault]) for name in (*MAKERS, "depthcrafter") for fault in FAULTS),
-    # Depth Pro and the relative networks speak of disparity, where zero is infinity; DepthCrafter's is cut to [0, 1].
+    # Depth Pro and the relative networks return disparity, where zero is infinity; DepthCrafter's is clipped to [0, 1].
     *((name, "negative", NEGATIVE, "depth_nonpositive") for name in MAKERS),
     *((name, "all zero", NOTHING, "depth_constant") for name in ("depth-anything-v2", "depth-pro", "depthcrafter")),
     ("zoedepth", "zero", ZERO, "depth_nonpositive"),
@@ -68,7 +68,7 @@ CASES = [
 
 @pytest.mark.parametrize(("name", "fault", "values", "reason"), CASES, ids=[f"{case[0]}, {case[1]}" for case in CASES])
 def test_what_a_network_may_not_say(weights, monkeypatch, name, fault, values, reason):
-    """The checkpoint is loaded as it is; what it says is put in its mouth."""
+    """The checkpoint is loaded as usual, and its output is replaced."""
     spoken = iter([values[index : index + 1] for index in range(len(values))])
 
     def one_frame(model, settings, frames, device):
@@ -84,7 +84,7 @@ def test_what_a_network_may_not_say(weights, monkeypatch, name, fault, values, r
 
 @pytest.mark.parametrize("name", [*MAKERS, "depthcrafter"])
 def test_what_it_may_say_passes(weights, monkeypatch, name):
-    """The same path with good values: the refusals above are of the values, not of the path."""
+    """The same code path with good values passes: the rejections above are due to the values."""
     spoken = iter(RAMP[:, None])
     monkeypatch.setattr(transformers, "_run", lambda *_: (next(spoken), np.array([50.0])))
     monkeypatch.setattr(depthcrafter, "denoise", lambda networks, latents, embeddings, noise: latents)

@@ -1,4 +1,4 @@
-"""Cameras and depth by parallax of clips that mostly turn: near and far are never exchanged."""
+"""Cameras and depth from parallax for clips that mostly rotate: near and far are never swapped."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def turning_clip(seed: int, num_frames: int = 9, moving_bodies: bool = False):
 
 
 def outcome(frames: np.ndarray, truth: np.ndarray, request: DepthRequest | None = None) -> float | None:
-    """Return the correlation of 1/z with the truth where there is one; None where the clip is refused."""
+    """Return the correlation of 1/z with the truth; None if the clip is rejected."""
     try:
         values = estimate("parallax", frames, request or DepthRequest()).values
     except Filtered:
@@ -74,7 +74,7 @@ def test_eighteen_encodes_of_a_real_shot(media, tmp_path):
 
 
 def exact_matches(scene: Scene, path: list[Camera], step: int = 8) -> bundle.Matches:
-    """Return where the points of a grid truly go, between frames 1 and 2 apart."""
+    """Return the true correspondences of a grid of points, between frames 1 and 2 apart."""
     height, width = SIZE
     cut = (slice(step // 2, None, step), slice(step // 2, None, step))
     grid = np.stack(np.meshgrid(np.arange(width) + 0.5, np.arange(height) + 0.5), axis=-1)[cut].reshape(-1, 2)
@@ -202,7 +202,7 @@ def turning_past_bodies(seed: int, size: int = 96, moving_bodies: bool = True) -
 
 
 def accepted_shift(frames: np.ndarray) -> float | None:
-    """Return how far the camera is said to move, in median depths; None where the clip is refused."""
+    """Return the estimated shift of the camera, in median depths; None if the clip is rejected."""
     try:
         return float(np.linalg.norm(invert(estimate("parallax", frames, DepthRequest()).w2c)[:, :3, 3], axis=1).max())
     except Filtered:

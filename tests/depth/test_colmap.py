@@ -1,4 +1,4 @@
-"""Cameras by COLMAP, against true ones: moving cameras are found, resting and turning ones get no translation."""
+"""Cameras from COLMAP against true ones: moving cameras are found; static and rotating ones get no translation."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def exact(z_depth: np.ndarray, K: np.ndarray | None = None) -> Geometry:
 
 
 def relative(z_depth: np.ndarray) -> Geometry:
-    """Return what a network of relative disparity knows: 1/z up to a factor and a shift."""
+    """Return the output of a relative-disparity network: 1/z up to scale and shift."""
     inverse = 1 / z_depth
     return Geometry(((inverse - 0.5 * inverse.min()) / inverse.max()).astype(np.float32), "disparity")
 
@@ -101,7 +101,7 @@ def test_a_camera_that_rests_or_turns_gets_no_translation(depth, turn_deg: float
 
 
 def scattered(seed: int = 0) -> bundle.Matches:
-    """Return matches that no camera explains."""
+    """Return random matches that no camera motion explains."""
     rng = np.random.default_rng(seed)
     pairs = np.array([(i, j) for i in range(3) for j in range(3) if i != j])
     places = rng.uniform(-60, 60, (3, 30, 2))

@@ -1,4 +1,4 @@
-"""Depth files that announce more than a machine holds are refused by their headers, before any array is made."""
+"""Depth files that declare more data than fits in memory are rejected by their headers, before any allocation."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ INDEX = np.arange(49)
 
 
 def refused_in_the_child_and_outside(path: Path, reason: str = "depth_shape") -> None:
-    """Read a file in this process, whose memory is watched, and as a command does: the same refusal."""
+    """Read a file in this process, with its memory measured, and as a command does; both must reject it alike."""
     with path.open("rb") as file, pytest.raises(BadSample) as caught:
         arrays.read(file, path.name, arrays.Wanted(INDEX))
     with pytest.raises(BadSample) as isolated:

@@ -1,4 +1,4 @@
-"""DepthCrafter through the real `from_pretrained`, on a tiny checkpoint that the real classes wrote; offline."""
+"""DepthCrafter through the real `from_pretrained`, offline, on a tiny checkpoint written by the real classes."""
 
 from __future__ import annotations
 
@@ -24,7 +24,7 @@ def weights(tmp_path_factory) -> str:
 
 
 def networks_of(weights: str) -> depthcrafter_weights.Networks:
-    """Return the very networks that `estimate` uses."""
+    """Return the networks that `estimate` uses."""
     return depthcrafter_weights.load(weights, "cpu")
 
 
@@ -57,7 +57,7 @@ def test_a_clip_becomes_disparity_of_its_size(weights, caplog):
 def slow_windows(step, noise: np.ndarray, num_frames: int, window: int, overlap: int, scale: float, sigma: float):
     """The windows of the published tool, frame by frame: which noise, which start, which weight each frame gets."""
     done: list[np.ndarray] = []
-    order = list(range(window))  # which of the noise frames stands where in this window
+    order = list(range(window))  # which noise frame is at which position of this window
     start = 0
     while start == 0 or start < num_frames - overlap:
         count = min(window, num_frames - start)
@@ -105,7 +105,7 @@ def test_windows_and_their_overlap_equal_the_slow_twin(monkeypatch, num_frames):
 
 
 def test_a_long_clip_is_sampled_as_euler_says(weights, monkeypatch):
-    """The whole of denoising against a twin that writes the sampler's formulas out, in windows of 4 that share 2."""
+    """The whole denoising against a slow twin with the sampler's formulas, in windows of 4 that overlap by 2."""
     import torch
 
     monkeypatch.setattr(depthcrafter, "WINDOW", 4)
@@ -153,7 +153,7 @@ def test_each_frame_has_its_own_embedding(weights):
     changed = embeddings.clone()
     changed[2] += 5
     assert (run(changed) - plain)[0, 2].abs().max() > 1e-4
-    with torch.inference_mode():  # nothing stays behind
+    with torch.inference_mode():  # nothing is left behind
         torch.testing.assert_close(unet(sample, torch.tensor(1.5), embeddings[:1], time_ids).sample, plain)
 
 

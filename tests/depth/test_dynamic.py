@@ -1,4 +1,4 @@
-"""What moves is found where the depth does not say it, and leaves no ghosts in a world that persists."""
+"""Moving parts are found where the depth does not report them, and leave no ghosts in persistent surfaces."""
 
 from __future__ import annotations
 

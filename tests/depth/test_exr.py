@@ -153,7 +153,7 @@ def path(count: int) -> np.ndarray:
 
 
 def vipe(root: Path, count: int = 10, name: str = "clip") -> Path:
-    """Write what ViPE does for a video of so many frames."""
+    """Write ViPE's output for a video of that many frames."""
     for folder in ("depth", "pose", "intrinsics"):
         (root / folder).mkdir(parents=True, exist_ok=True)
     with zipfile.ZipFile(root / f"depth/{name}.zip", "w", zipfile.ZIP_DEFLATED) as archive:
@@ -182,7 +182,7 @@ def test_the_folder_of_vipe_is_depth_lens_and_cameras(tmp_path, named):
     w2c = path(10)[[2, 3, 5, 7]]
     np.testing.assert_allclose(result.w2c, w2c @ invert(w2c[0]), atol=1e-6)
     assert (result.kind, result.provenance["cameras"]) == ("z_depth", "estimator")
-    # the poses are part of what the sample was made of
+    # the poses are an input of the sample
     before = places.sha256(str(file))
     assert result.provenance["sha256"] == before
     np.savez(tmp_path / "vipe_results/pose/clip.npz", data=invert(path(10))[:, :, :], inds=np.arange(10))

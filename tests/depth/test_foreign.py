@@ -1,4 +1,4 @@
-"""Depth by a worker in another Python: clips served, and every way to fail costs one clip with its reason."""
+"""Depth from a worker in another Python: clips succeed, and every kind of failure rejects only one clip."""
 
 from __future__ import annotations
 
@@ -51,7 +51,7 @@ def none_left(monkeypatch):
 
 
 def workers_left() -> list[str]:
-    """Return the command lines of worker processes that this process started and that still run."""
+    """Return the command lines of this process's workers that are still running."""
     found = []
     for status in Path("/proc").glob("[0-9]*/status"):
         with contextlib.suppress(OSError):
@@ -131,7 +131,7 @@ HOSTILE = {
 
 @pytest.mark.parametrize("what", HOSTILE)
 def test_a_worker_that_was_taken_over_costs_its_clip(tmp_path, request_of, what: str):
-    """Answers of every shape, written past the protocol: refused in little memory, and the next clip is served."""
+    """Malformed answers of every kind are rejected with little memory, and the next clip is processed."""
     (tmp_path / "reply").write_bytes(HOSTILE[what])
     adapter = ADAPTER.replace(
         "    z = 1.0", f"    if how == 7: os.write(3, open({str(tmp_path / 'reply')!r}, 'rb').read())\n    z = 1.0"

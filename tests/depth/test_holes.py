@@ -1,4 +1,4 @@
-"""Measured depth with holes (0, NaN, inf): read, closed for the mesh, and never shown or textured."""
+"""Measured depth with holes (0, NaN, inf): they are read, filled for the mesh, and never shown or textured."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def scene(num_frames: int = 4) -> tuple[np.ndarray, np.ndarray]:
 
 
 def with_holes(z_depth: np.ndarray, value: float) -> tuple[np.ndarray, np.ndarray]:
-    """Return depth with a wide hole on the wall, one over the box's edge and a narrow one; and what is known."""
+    """Return (depth with a wide hole on the wall, one across the box's edge and a narrow one; mask of known pixels)."""
     valid = np.ones(z_depth.shape, bool)
     valid[:, 5:15, 44:56], valid[:, 20:26, 38:46], valid[:, 40:42, 10:20] = False, False, False
     return np.where(valid, z_depth, np.float32(value)), valid
@@ -43,7 +43,7 @@ def test_a_hole_is_read_whatever_a_sensor_calls_it(tmp_path, value):
     assert np.isfinite(found.values).all()
     assert found.values.min() > 0
     assert found.provenance["measured_share"] == pytest.approx(valid.mean())
-    # What lies beside an edge and cannot be measured belongs to what is behind.
+    # Unmeasured pixels beside an edge belong to the surface behind it.
     assert found.values[0, 20:26, 38:46].min() > 3.9
 
 
@@ -110,7 +110,7 @@ def test_the_mesh_is_there_over_a_hole_and_shows_nothing(profile):
 
 @pytest.mark.parametrize("profile", ["default", "released"])
 def test_no_colour_of_a_hole_reaches_the_condition(profile):
-    """Holes are painted red; the warp, the zoom and the frames that fill holes show no red from any camera."""
+    """Holes are painted red: no red may appear in the warp, the zoom or filled holes, from any camera."""
     frames, z_depth = scene()
     frames[..., 0] //= 2
     _, valid = with_holes(z_depth, 0.0)
@@ -126,7 +126,7 @@ def test_no_colour_of_a_hole_reaches_the_condition(profile):
         filled, seen = persistent.fill(cond, visible, *world, None, profile, "cpu", view_K, valid)
         assert (filled[1:, ..., 0] < 200).all()
         assert (seen >= visible).all()
-    np.testing.assert_array_equal(visible[1:] & ~valid[1:], False)  # from where the source stands
+    np.testing.assert_array_equal(visible[1:] & ~valid[1:], False)  # from the source camera
 
 
 def test_a_hole_is_hidden_by_every_mask_and_condition():

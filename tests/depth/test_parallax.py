@@ -1,4 +1,4 @@
-"""Depth by parallax against the true depth of synthetic clips, beside the best constant depth."""
+"""Depth from parallax against the true depth of synthetic clips, with the best constant depth as baseline."""
 
 from __future__ import annotations
 
@@ -20,7 +20,7 @@ def clip(seed: int, size: int = 72, moving_bodies: bool = False, motion: str = "
 
 
 def compare(seeds: range, **options) -> tuple[np.ndarray, np.ndarray, int]:
-    """Return (our errors, the constant's errors, number of clips that were refused for want of parallax)."""
+    """Return (our errors, the constant's errors, number of clips rejected for lack of parallax)."""
     ours, constant, refused = [], [], 0
     for seed in seeds:
         frames, truth = clip(seed, **options)
@@ -47,7 +47,7 @@ def test_twenty_clips(moving_bodies: bool, ratio: float):
     print(
         f"moving bodies {moving_bodies}: abs-rel {ours.mean():.3f}, constant {constant.mean():.3f}, refused {refused}"
     )
-    # Half of gentle clips may be refused: a translation that only some points ask for is not believed.
+    # Half of the gentle clips may be rejected: a translation that only few points support is not trusted.
     assert refused <= 10
     assert ours.mean() <= ratio * constant.mean()
 

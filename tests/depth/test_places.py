@@ -1,4 +1,4 @@
-"""Which depth file is a video's, where several could be; how many maps it needs; and the units that enter with it."""
+"""Which depth file belongs to a video if several match, how many maps it needs, and which units it has."""
 
 from __future__ import annotations
 
@@ -47,7 +47,7 @@ def test_a_file_that_could_be_of_two_videos_is_refused(tmp_path):
     caught = refusal(own)
     assert caught.reason == "sidecar_ambiguous"
     assert "a/clip.mp4 or to b/clip.mp4: put it at a/clip.depth.npz" in caught.message
-    # without a namesake the flat folder is as good as ever
+    # without another video of that name, a flat folder is fine
     assert taken(DepthRequest(str(tmp_path / "in/a/clip.mp4"), str(tmp_path), "a/clip.mp4")).kind == "z_depth"
     # the one at the root of the videos has its place at the root of the maps
     assert taken(DepthRequest(str(tmp_path / "in/clip.mp4"), str(tmp_path), "clip.mp4", namesake="b/clip.mp4"))
@@ -192,7 +192,7 @@ def test_a_grey_video_is_relative_disparity(tmp_path, name):
         result = taken(dataclasses.replace(request, depth_path=str(chosen)))
         assert (result.kind, result.metric, result.provenance["key"]) == ("disparity", False, "video")
         np.testing.assert_allclose(result.values, disparity(10)[3:7], atol=4)
-    # beside the video nobody has said what it is
+    # next to the video, its kind is not stated
     (tmp_path / name).write_bytes((tmp_path / "maps" / name).read_bytes())
     caught = refusal(DepthRequest(str(tmp_path / "clip.mp4")))
     assert caught.reason == "depth_missing"

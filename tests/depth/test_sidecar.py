@@ -1,4 +1,4 @@
-"""Depth from files: selection, scaling, conventions, and every way in which a file can be bad."""
+"""Depth from files: selection, scaling, conventions, and every way in which a file can be invalid."""
 
 from __future__ import annotations
 
@@ -164,7 +164,7 @@ def test_an_archive_that_unpacks_to_too_much_is_refused(tmp_path, monkeypatch):
 
 
 def test_what_a_child_says_that_was_taken_over_is_checked(tmp_path, monkeypatch):
-    """Answers that the wire lets through, but that are no depth: each costs the clip alone."""
+    """Answers that the protocol accepts but that are not depth: each rejects only its clip."""
     good = {"values": depth(4), "kind": "z_depth", "key": "z_depth", "K": K, "w2c": None}
     np.savez(tmp_path / "clip.npz", z_depth=depth(4))
     for bad in (
@@ -276,7 +276,7 @@ def points_of(values: np.ndarray) -> np.ndarray:
 
 
 def files_with_cameras() -> dict[str, dict]:
-    """Return what each program writes of one clip, in its own layout."""
+    """Return the files that each program writes for one clip, in its own layout."""
     z, w2c, lens = depth(), source_path(), np.tile(K, (10, 1, 1))
     c2w = np.linalg.inv(w2c)
     return {

@@ -1,4 +1,4 @@
-"""Cameras of one origin, depth of another: brought into one unit, measured against exact scenes."""
+"""Cameras from one source with depth from another: scaled to one unit, and measured on exact scenes."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_filled_holes_have_no_say_in_the_unit(tmp_path, kind, cameras):
         cameras = str(tmp_path / "poses.json")
     values = exact.values if kind == "z_depth" else (3 / exact.values + 0.7).astype(np.float32)
     valid = np.ones(values.shape, bool)
-    valid[:, :, :60] = False  # most of the picture: a median over all would be that of the holes
+    valid[:, :, :60] = False  # most of the picture: the median over all pixels would be that of the holes
     results = [
         source_cameras.joined(
             dataclasses.replace(exact, values=np.where(valid, values, filler), kind=kind, valid_mask=valid),

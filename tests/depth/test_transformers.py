@@ -1,4 +1,4 @@
-"""Depth networks through the real `from_pretrained`, on tiny checkpoints that the real classes wrote; offline."""
+"""Depth networks through the real `from_pretrained`, offline, on tiny checkpoints written by the real classes."""
 
 from __future__ import annotations
 
@@ -108,7 +108,7 @@ MAKERS = {"depth-anything-v2": depth_anything, "depth-pro": depth_pro, "zoedepth
 
 
 def wake(model) -> None:
-    """Give convolutions weights that pass a signal: with the library's 0.02 a tiny network answers one constant."""
+    """Scale up convolution weights: with the library's 0.02, a tiny network returns a constant."""
     import torch
 
     for module in model.modules():

@@ -1,4 +1,4 @@
-"""A folder of DepthCrafter's weights as the real classes write it, small enough for a test."""
+"""Write a folder of DepthCrafter's weights with the real classes, small enough for a test."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The camera of a generated video: where the truth is known, and where it is known to be wrong by how much."""
+"""The camera error of videos with a known camera, and of videos that are off by a known amount."""
 
 from __future__ import annotations
 
@@ -16,7 +16,7 @@ WORLD = synthetic.SyntheticConfig(num_frames=4, size=(96, 96), seed=900_000)
 
 @pytest.fixture(scope="module", params=[(0, "orbit", 30.0), (1, "orbit", 60.0), (2, "left", 90.0)])
 def view_at(request):
-    """A view, and what a camera shows that is turned by so many degrees and shifted by a share of the radius."""
+    """A view, and the picture of a camera that is rotated by some degrees and shifted by a share of the radius."""
     index, trajectory, angle_deg = request.param
     clip = views.scene_clip(index, WORLD)
     view = views.with_truth(views.along(clip, views.Path(trajectory, angle_deg, {})), index, WORLD)

@@ -1,4 +1,4 @@
-"""The Fréchet distance against its slow twin, the textbook's formula with a matrix square root."""
+"""The Fréchet distance against its slow twin, the textbook formula with a matrix square root."""
 
 from __future__ import annotations
 
@@ -10,7 +10,7 @@ from ex4d.evaluate.frechet import Gaussian, frechet_distance
 
 
 def distance(a: np.ndarray, b: np.ndarray, parts: int = 1) -> float:
-    """The distance of rows that come in so many parts."""
+    """The distance between rows that are added in that many parts."""
     sets = []
     for rows in (a, b):
         one = Gaussian()
@@ -42,7 +42,7 @@ def test_moved_features_are_as_far_as_they_were_moved():
 
 
 def test_fewer_samples_than_features_are_exact_too():
-    """In a plane of two dimensions out of 300: a rotation of the axes changes nothing."""
+    """The rows span two of 300 dimensions, so that a rotation of the axes must not change the distance."""
     rng = np.random.default_rng(1)
     a, b = rng.normal(size=(9, 2)), rng.normal(size=(7, 2)) * 2 + 1
     turn = np.linalg.qr(rng.normal(size=(300, 300)))[0][:2]

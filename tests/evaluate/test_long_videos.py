@@ -33,7 +33,7 @@ pytestmark = [pytest.mark.heavy, pytest.mark.timeout(1800)]
 
 @pytest.fixture(scope="module")
 def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """The demo's adapter, trained by its recipe; EX4D_DEMO names a finished demo, to save its minutes."""
+    """The demo's adapter, trained with its recipe, or that of the finished demo in EX4D_DEMO, which saves minutes."""
     if "EX4D_DEMO" in os.environ:
         return Path(os.environ["EX4D_DEMO"]) / "train" / "adapter"
     out = tmp_path_factory.mktemp("long") / "demo"
@@ -43,7 +43,7 @@ def adapter(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 def test_joins_do_not_show_and_colours_do_not_drift(adapter: Path) -> None:
-    """The path goes to one side and back, then to the other and back: first and last window are alike."""
+    """The path goes to one side and back, then to the other and back, so that first and last window are similar."""
     base, model = generate.load(adapter, device="cpu")
     torch.set_num_threads(1)
     errors, pops, drifts = [], [], []
@@ -76,7 +76,7 @@ def offset(made: np.ndarray, warp: np.ndarray, seen: np.ndarray, part: slice) ->
 
 
 def joins() -> np.ndarray:
-    """Return for each frame whether several windows make it, bool [T]; frame 0, which is given, counts as one's."""
+    """Return bool [T], True for frames in several windows; frame 0, which is given, counts as in one."""
     parts = windows.parts(LATENTS, (WINDOW - 1) // 4 + 1, OVERLAP // 4)
     makers = torch.zeros(LATENTS)
     for part in parts:

@@ -1,4 +1,4 @@
-"""The figures of one video: of methods whose scores are known beforehand."""
+"""The figures of one video, for methods whose scores are known in advance."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_truth_is_perfect_and_the_dimmed_truth_is_not(view, seen):
     dim = measures.measure(view, view.truth // 2, seen)
     assert max(dim["psnr"], dim["psnr_holes"]) < 30
     assert dim["ssim"] < 0.99
-    # The seen pixels are those of the condition, whatever the method made of them.
+    # Seen pixels are those of the condition, whatever the method shows there.
     assert dim["psnr_pasted"] > dim["psnr"]
 
 

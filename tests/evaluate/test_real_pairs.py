@@ -1,4 +1,4 @@
-"""Warps from measured depth and poses to a second picture: on real pairs, and on a pair of a synthetic scene."""
+"""Warps from measured depth and poses to a second picture: real pairs, and a pair from a synthetic scene."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ def test_a_warp_lands_where_the_second_camera_saw_it(pair):
     assert found.coverage > 0.4
     assert found.recall > 0.9
     assert found.depth_error < 0.005
-    wrong = real_pairs.score(pair[0], replace(pair[1], w2c=pair[0].w2c))  # a pose that is not its own
+    wrong = real_pairs.score(pair[0], replace(pair[1], w2c=pair[0].w2c))  # a wrong pose
     assert wrong.psnr < found.psnr - 5
     assert wrong.depth_error > 2 * found.depth_error
 

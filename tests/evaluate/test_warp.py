@@ -1,4 +1,4 @@
-"""Warps are measured against pictures that the new camera truly took."""
+"""Warps are compared with pictures that the new camera really sees."""
 
 from __future__ import annotations
 
@@ -35,7 +35,7 @@ def test_what_is_visible_is_true(pairs, angle):
 
 
 def test_curtains_that_hide_all_the_way_refuse_what_both_cameras_see(pairs):
-    """A body seen from its side: a camera that looks past its back is refused the wall behind, for no false colours."""
+    """Seen past a body's back, the wall behind is hidden, the price of no false colours."""
     closed, default = ([warp.score(pair, p) for pair in pairs[60.0]] for p in ("closed", "default"))
     assert np.mean([s.recall for s in closed]) < LEAST_RECALL
     assert np.mean([s.false_share for s in closed]) <= np.mean([s.false_share for s in default])

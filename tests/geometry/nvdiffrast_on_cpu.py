@@ -153,6 +153,6 @@ class DepthPeeler:
 
 
 def _check(good: bool) -> None:
-    """Refuse what the extension would refuse."""
+    """Reject the input that the extension would reject."""
     if not good:
         raise RuntimeError("nvdiffrast takes contiguous float32 [B, N, 4], int32 [M, 3]")

@@ -1,4 +1,4 @@
-"""Cameras: axes, pixel centres, inverses, refusals."""
+"""Cameras: axes, pixel centres, inverses, rejected input."""
 
 from __future__ import annotations
 
@@ -84,7 +84,7 @@ def test_bad_cameras_are_refused():
 
 @pytest.mark.parametrize(("focal", "centre"), [(1e300, 32.0), (1e-300, 32.0), (0.1, 32.0), (1e5, 32.0), (60.0, 1e5)])
 def test_a_lens_that_no_camera_has_is_refused(focal, centre):
-    """Drawn, such a picture would take for ever, or bring the process down."""
+    """Rendering such a picture would never end, or would kill the process."""
     K = np.array([[focal, 0, centre], [0, focal, 32.0], [0, 0, 1]])
     with pytest.raises(ConfigError, match=r"camera\.K"):
         Camera(K, np.eye(4), (64, 64))

@@ -1,4 +1,4 @@
-"""Depth: bounds, robustness, refusals with their reasons, alignment."""
+"""Depth: bounds, robustness, reasons for rejection, alignment."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Conditions with imperfect geometry: the errors are those asked for, and seeded."""
+"""Conditions with imperfect geometry: the errors have the requested size and depend on the seed alone."""
 
 from __future__ import annotations
 

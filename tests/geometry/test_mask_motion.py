@@ -1,4 +1,4 @@
-"""Masks of a clip whose camera moves: paths fixed in the world, and static surfaces that persist, as in generation."""
+"""Masks of a clip with a moving camera: paths fixed in the world, and persistent static surfaces, as in generation."""
 
 from __future__ import annotations
 

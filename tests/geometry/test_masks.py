@@ -32,7 +32,7 @@ def clip(seed: int, num_frames: int = 5, motion: str = "gentle", max_frequency: 
 
 
 def landing(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: whose surface point lands inside the novel picture."""
+    """Return bool [H, W]: pixels whose surface point projects into the novel picture."""
     points = (pixel_rays(z_depth.shape, K) * z_depth[..., None]) @ w2c[:3, :3].T + w2c[:3, 3]
     uv = points @ K.T
     uv = uv[..., :2] / np.where(points[..., 2:] > 1e-6, points[..., 2:], np.nan)
@@ -40,7 +40,7 @@ def landing(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray) -> np.ndarray:
 
 
 def marched(z_depth: np.ndarray, K: np.ndarray, w2c: np.ndarray, num_steps: int = 300) -> np.ndarray:
-    """Return bool [H, W], the slow twin: walk from each point to the novel eye, never close behind the depth."""
+    """Return bool [H, W], the slow twin: march from each point to the novel eye; hidden if close behind the depth."""
     height, width = z_depth.shape
     points = pixel_rays(z_depth.shape, K) * z_depth[..., None].astype(np.float64)
     eye = -w2c[:3, :3].T @ w2c[:3, 3]
@@ -65,7 +65,7 @@ def away_from_edges(z_depth: np.ndarray) -> np.ndarray:
 
 
 def outline(mask: np.ndarray) -> np.ndarray:
-    """Return bool [H, W]: a pixel of the other value is a neighbour."""
+    """Return bool [H, W]: pixels with a neighbour of the other value."""
     values = mask.astype(np.uint8)
     return cv2.dilate(values, np.ones((3, 3))) != cv2.erode(values, np.ones((3, 3)))
 
@@ -104,7 +104,7 @@ def test_visibility_keeps_what_is_truly_seen_as_its_slow_twin_does(angle_deg: in
         true += (visible & truth & smooth).sum()
         kept_or_true += ((visible | truth) & smooth).sum()
     assert true / kept_or_true >= 0.95
-    # At 90° a tenth of the picture is left, and on grazing floors of 80 px the mesh is torn where the walk is not.
+    # At 90° a tenth of the picture is left, and on grazing floors at 80 px the mesh is torn where the march is not.
     assert both / either >= (0.95 if angle_deg < 90 else 0.75)
 
 
@@ -183,7 +183,7 @@ def test_strata_are_met_and_first_frames_are_complete():
 
 
 def test_strata_are_met_where_the_search_sees_a_small_twin():
-    """On 150 px the search looks at 75, where erosion takes another share: what the clip gives corrects it."""
+    """At 150 px the search uses 75 px, where erosion removes another share; the full-size result corrects it."""
     made, cameras = clip_scene(SyntheticConfig(num_frames=4, size=(150, 150), seed=1, max_frequency=8.0), 0)
     frames, z_depth = render_clip(made, cameras, 8.0)
     config = MaskConfig(num_masks=4, tracking=0, generation=(), hole_share=(0.3, 0.8), erosion_px=(12, 16))

@@ -1,4 +1,4 @@
-"""The mesh is closed, wound consistently, and flags the faces that the arccos rule flags; checks catch mutants."""
+"""The mesh is closed, wound consistently, and flags the faces of the arccos rule; the checks detect mutants."""
 
 from __future__ import annotations
 
@@ -58,7 +58,7 @@ def trimesh_closed(vertices: np.ndarray, faces: np.ndarray) -> bool:
 
 
 def open_rays(vertices: np.ndarray, faces: np.ndarray, origins: np.ndarray, directions: np.ndarray) -> int:
-    """Return how many rays cross the surface an odd number of times, or leave it more or less often than they enter.
+    """Return how many rays cross the surface an odd number of times, or enter and leave it unequally often.
 
     The side of an edge on which a ray passes is the sign of a determinant, computed once for both faces of the edge
     (from its lower to its higher vertex), so that rays through an edge are counted by exactly one of them.
@@ -156,7 +156,7 @@ def check_mesh(mesh: DWMesh, radius: float) -> None:
 
 
 def check_frame(frame: np.ndarray, z_depth: np.ndarray) -> None:
-    """What check_mesh says, border and cap behind everything and occluded."""
+    """Run check_mesh; border and cap must be behind everything and occluded."""
     mesh = build(frame, z_depth, intrinsics(z_depth.shape))
     check_mesh(mesh, float(1.06 * np.percentile(z_depth, 1)))
     assert np.isclose(mesh.boundary_depth, BOUNDARY_RATIO * z_depth.max())

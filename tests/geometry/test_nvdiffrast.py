@@ -1,4 +1,4 @@
-"""The nvdiffrast backend: its own code on an emulated rasteriser, and on the real one where there is a GPU."""
+"""The nvdiffrast backend: its code on an emulated rasteriser, and on the real one if there is a GPU."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ SIZE = (40, 56)
 
 @pytest.fixture
 def emulated(monkeypatch):
-    """nvdiffrast's functions on the CPU, and tensors that stay there when they are told to go to the GPU."""
+    """nvdiffrast's functions on the CPU, and tensors that stay there when moved to the GPU."""
     import torch
 
     monkeypatch.setattr(nvdiffrast, "_context", lambda: (nvdiffrast_on_cpu, None))

@@ -1,4 +1,4 @@
-"""Static surfaces of other frames in the novel view, against what the new camera truly sees."""
+"""Static surfaces of other frames in the novel view, compared with what the new camera really sees."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Poses of other tools: each format read right, and each refused by name for each way in which it can be wrong."""
+"""Poses of other tools: each format is read correctly, and each kind of error is reported by name."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def colmap(c2w: np.ndarray) -> str:
 
 
 def colmap_binary(c2w: np.ndarray) -> bytes:
-    """Return what COLMAP 4.2 writes as images.bin, byte for byte, where it has these poses."""
+    """Return the bytes of images.bin that COLMAP 4.2 writes for these poses."""
     w2c = np.linalg.inv(c2w)
     quaternions = Rotation.from_matrix(w2c[:, :3, :3]).as_quat()[:, [3, 0, 1, 2]]
     images = [struct.pack("<Q", len(c2w))]
@@ -347,7 +347,7 @@ def test_lengths_of_another_unit_are_refused_unless_the_scale_is_said(tmp_path):
     write(tmp_path / "metres.txt", PoseFile(w2c), "tum")
     K = np.array([[120.0, 0, 64], [0, 125, 48], [0, 0, 1]])
     where = str(tmp_path / "metres.txt")
-    for radius in (2000.0 * 1e3, 2e-4):  # depth in millimetres and more, and the other way round
+    for radius in (2000.0 * 1e3, 2e-4):  # depth in millimetres or larger, and vice versa
         with pytest.raises(ConfigError, match="scale"):
             camera_path.build(where, 5, 0, radius, K)
         with pytest.raises(ConfigError, match="scale"):

@@ -99,7 +99,7 @@ def test_depth_is_the_nearest_along_the_ray_also_across_the_near_plane(seed, pro
     if seed >= 3:
         camera = Camera(camera.K, look_at([2.5, 0, 2.5], [0, 0.1 * seed, 2.5]), size)
         local = mesh.vertices @ camera.w2c[:3, :3].T + camera.w2c[:3, 3]
-        assert (local[:, 2] < 0).any()  # triangles do cross the near plane
+        assert (local[:, 2] < 0).any()  # some triangles cross the near plane
     expected, drawn = nearest_by_rays(mesh, camera), cpu.render(mesh, camera).z_depth
     agree = np.isclose(drawn, expected, rtol=0.01)
     assert agree.mean() >= 0.97  # the rest: pixels within 1/256 px of an edge, slivers seen almost along them
@@ -157,7 +157,7 @@ def test_equal_depth_goes_to_the_lowest_face_and_nearest_wins():
         fill_both(corners, level * depth, face, slow, keys)
     assert set(np.unique(slow[1])) == set(np.unique(faces_of(keys))) == {-1, 3}
     cpu_raster._fill(0.0, 0.0, 1.0, 0.0, 0.0, 2048.0, 1.0, 0.0, 2048.0, 0.0, 1.0, 0.0, 1, False, keys)
-    assert set(np.unique(faces_of(keys))) == {-1, 1}  # whatever the order in which they come
+    assert set(np.unique(faces_of(keys))) == {-1, 1}  # in any order
     fill_both(corners, level * 2, 11, slow, keys)
     assert set(np.unique(faces_of(keys))) == {-1, 11}
 
@@ -284,7 +284,7 @@ def test_frame_0_is_whole_or_drawn_like_the_next():
 
 
 def source_depth(shown: Rendered, camera: Camera) -> np.ndarray:
-    """Return [H, W]: along the source camera's axis, how far away is what is drawn; −inf where nothing is."""
+    """Return [H, W]: depth of the rendered surface along the source camera's axis; −inf where there is none."""
     hit = np.where(shown.face_id >= 0, shown.z_depth, 0)
     points = (pixel_rays(camera.size, camera.K) * hit[..., None] - camera.w2c[:3, 3]) @ camera.w2c[:3, :3]
     return np.where(shown.face_id >= 0, points[..., 2], -np.inf)

@@ -1,4 +1,4 @@
-"""Files of poses: each format out and in again, and the files of others."""
+"""Pose files: round trips through each format, and files of other tools."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The compiled visibility rule against the same rule in numpy."""
+"""The compiled visibility rule, compared with the same rule in NumPy."""
 
 from __future__ import annotations
 
@@ -70,7 +70,7 @@ def test_the_compiled_rule_is_the_one_in_numpy(index):
 
 @pytest.mark.parametrize("size", [(720, 1280), (721, 1280), (511, 512), (385, 600), (512, 511)])
 def test_a_smaller_shadow_map_leaves_no_row_and_no_column_out(size):
-    """Sides that are no multiples of its step are rounded, each in its own way."""
+    """Sides that are not multiples of its step are rounded separately."""
     z_depth, K = np.full((1, *size), 3.0, np.float32), intrinsics(size)
     scene = Scene(np.zeros((1, *size, 3), np.uint8), z_depth, K)
     assert scene.view(0, np.eye(4)[None], "visibility", 0.02).all()

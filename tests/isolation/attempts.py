@@ -1,4 +1,4 @@
-"""What an attacker who took over a decoder would try next. Run in the real child; each returns how it ended."""
+"""Attacks that someone who controls a decoder would try. Each runs in the real child and returns its outcome."""
 
 from __future__ import annotations
 
@@ -53,7 +53,7 @@ def overwrite(file: IO[bytes]) -> None:
 
 
 def everything(file: IO[bytes], secret: str, folder: str, port: int, unix: str) -> dict[str, str]:
-    """Return {attempt: how it ended}."""
+    """Return {attempt: outcome}."""
     parent = os.getppid()
     buffer = ctypes.create_string_buffer(4096)
     start = threading.Thread(target=lambda: None).start
@@ -108,7 +108,7 @@ def everything(file: IO[bytes], secret: str, folder: str, port: int, unix: str) 
 
 
 def milder(file: IO[bytes], secret: str, folder: str, port: int) -> dict[str, str]:
-    """Return {attempt: how it ended} of attempts that hurt nobody where they succeed."""
+    """Return {attempt: outcome} of attempts that do no harm if they succeed."""
     input_path = f"/proc/self/fd/{file.fileno()}"
     attempts: dict[str, Callable[[], object]] = {
         "read a secret": lambda: read(secret),
@@ -127,7 +127,7 @@ def milder(file: IO[bytes], secret: str, folder: str, port: int) -> dict[str, st
 
 
 def facts() -> dict[str, object]:
-    """Return what this process can still do, and all that it was told."""
+    """Return the remaining abilities of this process, and everything that it was passed."""
     libc = ctypes.CDLL(None, use_errno=True)
     header, sets = (ctypes.c_uint32 * 2)(0x20080522, 0), (ctypes.c_uint32 * 6)()
     libc.capget(header, sets)
@@ -144,7 +144,7 @@ def facts() -> dict[str, object]:
 
 
 def other_numbers() -> None:
-    """Make a system call by x32's numbers, which a list of x86-64's does not have."""
+    """Make a system call with x32's numbers, which a filter for x86-64 does not list."""
     system_call(0x40000000 + 41, 2, 1, 0)
 
 
@@ -153,12 +153,12 @@ def abort() -> None:
 
 
 def hold(num_bytes: int) -> int:
-    """Fill so much memory and give it back."""
+    """Allocate and fill that much memory, then free it."""
     return len(bytearray(os.urandom(1)) * num_bytes)
 
 
 def strided(num_bytes: int) -> object:
-    """Return an array of so many bytes that must be copied to be sent."""
+    """Return a strided array of that many bytes, which must be copied to be sent."""
     import numpy as np
 
     return np.ones((num_bytes // 2, 2), np.uint8)[:, ::-1]
@@ -169,7 +169,7 @@ def contents(file: IO[bytes]) -> bytes:
 
 
 class Secret:
-    """Of no class that may cross."""
+    """A class that the protocol does not allow."""
 
 
 def foreign_class() -> object:

@@ -1,4 +1,4 @@
-"""Become another program on what looks like an older kernel: `python old_kernel.py landlock,seccomp PROGRAM …`.
+"""Run another program as if on an older kernel: `python old_kernel.py landlock,seccomp PROGRAM …`.
 
 A seccomp filter of its own answers as such a kernel does: ENOSYS for Landlock's system calls, EINVAL for a filter.
 """

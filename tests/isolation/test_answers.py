@@ -1,4 +1,4 @@
-"""What a parent makes of a child's answer, and of what the child did before."""
+"""How a parent handles a child's answer, and the child's behaviour before it."""
 
 from __future__ import annotations
 
@@ -24,12 +24,12 @@ def isolated(monkeypatch):
 
 
 def test_a_crash_is_not_taken_for_the_memory_of_an_earlier_call(isolated):
-    """One child serves many videos, and the peak of its memory is that of the hungriest."""
+    """One child serves many videos, and its peak memory is that of the largest one."""
     with pytest.raises(BadSample, match="decode_memory"):
         isolated.call("hold", 2**31)
     with pytest.raises(BadSample, match="SIGABRT"):
         isolated.call("abort")
-    assert isolated.call("hold", 900 << 20) == 900 << 20  # of 1024: it goes well, and near the limit
+    assert isolated.call("hold", 900 << 20) == 900 << 20  # of 1024: it succeeds, close to the limit
     with pytest.raises(BadSample, match="SIGABRT"):
         isolated.call("abort")
 

@@ -1,4 +1,4 @@
-"""A decoder that was taken over can read its input and spend its time and memory, and do nothing else."""
+"""A compromised decoder can read its input and spend its time and memory, and can do nothing else."""
 
 from __future__ import annotations
 
@@ -68,7 +68,7 @@ def test_every_attempt_is_refused(isolated, target):
 
 
 def test_every_attempt_is_refused_to_an_ordinary_user_too(target):
-    """Started as another user, by an interpreter that this user can reach; the isolation needs nothing but Python."""
+    """Started as another user, with an interpreter that this user can access; the isolation needs only Python."""
     if os.getuid() != 0:
         pytest.skip("the other tests run as an ordinary user already")
     python = next((p for p in (sys.executable, "/usr/bin/python3") if runs_as_nobody(p)), None)
@@ -142,7 +142,7 @@ def test_an_answer_of_another_class_is_an_error_and_not_an_object(isolated):
 
 
 def answer(raw: bytes, max_bytes: int = 1000) -> object:
-    """Return what a parent makes of bytes that a child sent."""
+    """Return the parent's interpretation of bytes that a child sent."""
     ours, theirs = socket.socketpair()
     with ours, theirs:
         thread = threading.Thread(target=lambda: (theirs.sendall(raw), theirs.close()))
@@ -256,7 +256,7 @@ cli.main(["doctor"])
     ],
 )
 def test_where_the_kernel_lacks_a_part_the_others_hold_and_it_is_said(tmp_path, lacking, wrapped):
-    """On what looks like an older kernel decoding gives the same frames; the doctor and a warning say what lacks."""
+    """On an emulated older kernel, decoding gives the same frames; the doctor and a warning name what is missing."""
     if wrapped and shutil.which("bwrap") is None:
         pytest.skip("bubblewrap is not installed")
     from ex4d import video
@@ -279,7 +279,7 @@ def test_where_the_kernel_lacks_a_part_the_others_hold_and_it_is_said(tmp_path, 
         ("seccomp", False): {"send by UDP"},
         ("landlock,seccomp", True): {"open the input for writing", "truncate the input"},
     }
-    if (lacking, wrapped) != ("landlock,seccomp", False):  # nothing is left there but the limits
+    if (lacking, wrapped) != ("landlock,seccomp", False):  # only the limits remain there
         assert set(succeeded) == still_possible.get((lacking, wrapped), set())
     for name in lacking.split(","):
         assert f"{name} " in of_doctor.lower()

@@ -1,4 +1,4 @@
-"""Shared by the tests of the models: one tiny base of the real classes."""
+"""Fixtures for the tests of the models: one tiny base of the real classes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Record the released network's outputs again, and compare both ways: `python record_released.py CHECKOUT [--write]`.
+"""Record the released network's outputs, and compare both directions: `python record_released.py CHECKOUT [--write]`.
 
 CHECKOUT is a clone of tau-yihouxiang/EX-4D. Nothing of it is kept but three arrays of outputs (see test_parity.py).
 """
@@ -23,7 +23,7 @@ OUTPUT = Path(__file__).parent / "data" / "released_outputs.npz"
 
 
 def load_module(checkout: Path, name: str) -> Any:
-    """Return one of the released modules, without importing the package around it."""
+    """Load one of the released modules without importing its package."""
     if "released" not in sys.modules:
         sys.modules["released"] = package = types.ModuleType("released")
         package.__path__ = []

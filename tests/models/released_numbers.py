@@ -1,4 +1,4 @@
-"""Weights and inputs of a tiny Wan I2V model, from integers alone, so that every machine has the same ones.
+"""Weights and inputs of a tiny Wan I2V model, derived from integers alone, so that every machine gets the same ones.
 
 Shared by the test and by whoever records the released network's outputs again. Names are the released network's.
 """
@@ -52,7 +52,7 @@ def base_weights(shapes: dict[str, tuple[int, ...]]) -> dict[str, Tensor]:
 
 
 def released_checkpoint() -> dict[str, Tensor]:
-    """Return what a released ex4d.ckpt of this size holds, 40 + 8 tensors."""
+    """Return the contents of a released ex4d.ckpt of this size, 40 + 8 tensors."""
     model = adapter.build_model(backbone.meta_transformer(CONFIG), MODEL)
     shapes = {name: value.detach() for name, value in model.trainable_parameters().items()}
     return {name: _weight(name, tuple(value.shape)) for name, value in formats.to_format(shapes, "released").items()}

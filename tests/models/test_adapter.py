@@ -1,4 +1,4 @@
-"""The one module of base, LoRA and geometry adapter: neutral at first, counted, and the same with checkpointing."""
+"""The module of base, LoRA and geometry adapter: neutral at first, sizes, and the same under checkpointing."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def load_transformer(folder: Path, dtype: str = "float32") -> Any:
 
 @torch.no_grad()
 def disturb(model: adapter.Ex4dModel, seed: int = 0) -> None:
-    """Give every trainable a value, so that the zero-initialised ones act."""
+    """Give every trainable parameter a value, so that zero-initialised ones have an effect."""
     generator = torch.Generator().manual_seed(seed)
     for parameter in model.trainable_parameters().values():
         parameter.copy_(torch.randn(parameter.shape, generator=generator) * 0.05)
@@ -72,12 +72,12 @@ def test_geometry_enters_only_where_it_is_given(wan_folder: Path) -> None:
         without = model(**(inputs | {"cond_latents": None}))
         assert torch.equal(without, base_output(model.transformer, inputs))
         assert not torch.equal(model(**inputs), without)
-        # The residual of one call must not stay for the next.
+        # The residual of one call must not leak into the next.
         assert torch.equal(model(**(inputs | {"cond_latents": None})), without)
 
 
 def test_residual_is_what_the_slow_sum_says(wan_folder: Path) -> None:
-    """The 1×1×1 convolutions and the patch embedding once more, as matrix products over positions."""
+    """The slow twin: the 1×1×1 convolutions and the patch embedding as matrix products over positions."""
     module = adapter.build_model(load_transformer(wan_folder), CONFIG).geometry_adapter
     cond = make_inputs()["cond_latents"]
     with torch.no_grad():

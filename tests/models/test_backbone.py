@@ -1,4 +1,4 @@
-"""The base in parts: real classes, saved and loaded; conditions as Wan's own pipeline makes them; clear refusals."""
+"""The base by component: real classes saved and loaded, conditions equal to those of Wan's pipeline, clear errors."""
 
 from __future__ import annotations
 
@@ -254,7 +254,7 @@ def test_section_model_of_the_tiny_experiment_is_valid(tmp_path: Path) -> None:
 
 @pytest.mark.parametrize("name", list(families.FAMILIES))
 def test_every_family_takes_and_gives_the_shapes_of_its_latents(name: str) -> None:
-    """A row of the table is enough: its published configuration, on the meta device, from input to velocity."""
+    """A row of the table suffices: its published configuration runs on the meta device, from input to velocity."""
     family = families.FAMILIES[name]
     shape = dict(family.transformer) | {"num_layers": 1}
     model = adapter.build_model(backbone.meta_transformer(shape), backbone.ModelConfig(adapter_hidden=8))

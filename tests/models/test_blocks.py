@@ -1,4 +1,4 @@
-"""Recomputation and compilation of blocks: the same numbers, only what was asked for recomputed, one graph for all."""
+"""Recomputation and compilation of blocks: equal numbers, only the requested recomputation, one graph for all."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Captions by a tiny BLIP made of the library's own classes and read back from its folder, without a network."""
+"""Captions from a tiny BLIP of the library's own classes, read back from its folder without a network."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_chat_model_is_shown_frames_of_the_whole_clip_and_asked(llava, tmp_pat
     assert set(" ".join(text for text, _ in found).split()) <= set(WORDS)
     assert found[0][1]["weights_sha256"] == hub.fingerprint([llava], ("*.safetensors",))
     ends = clips[0].copy()
-    ends[-2:] = 255 - ends[-2:]  # the last of the frames that are shown, and not the middle one
+    ends[-2:] = 255 - ends[-2:]  # the last of the frames that the model sees, not the middle one
     assert len({captioner.caption(clip, str(llava), max_new_tokens=30)[0] for clip in (clips[0], ends)}) == 2
     asked = captioner.caption(clips[0], str(llava), prompt="the red ball", max_new_tokens=6)[0]
     assert asked != found[0][0]

@@ -1,4 +1,4 @@
-"""Bases of two experts: which is loaded and trained where, the switch between them, and their two adapters."""
+"""Bases with two experts: which one is loaded and trained, the switch between them, and their two adapters."""
 
 from __future__ import annotations
 
@@ -59,7 +59,7 @@ def folder(pipeline: Any, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def adapters(folder: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """A folder of two adapters with random weights, as two trainings leave them."""
+    """A folder of two adapters with random weights, as two trainings write them."""
     out = tmp_path_factory.mktemp("run")
     for index, expert in enumerate(experts.EXPERTS):
         base = backbone.load_base(str(folder), components=("transformer",), expert=expert)
@@ -262,7 +262,7 @@ def test_an_expert_is_named_where_there_are_two_and_only_there(folder: Path) -> 
 
 @pytest.mark.parametrize("law", list(flow.TIMESTEP_SAMPLING))
 def test_an_expert_s_noise_follows_the_law_within_its_range(law: str) -> None:
-    """Drawing again gives the law on condition of the range: as often as the whole law falls there."""
+    """Redrawing gives the distribution conditioned on the range, compared with draws over all timesteps."""
     generator = flow.generator_for(3, law)
     whole = [flow.draw_sigma(law, generator) for _ in range(3000)]
     for ends, wanted in (((900.0, float("inf")), lambda s: s * 1000 >= 900), ((0.0, 900.0), lambda s: s * 1000 < 900)):

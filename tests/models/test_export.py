@@ -1,4 +1,4 @@
-"""`ex4d export`: to other programs' files and back without a changed bit."""
+"""`ex4d export`: to other programs' files and back without changing a bit."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_the_released_form_holds_everything_and_comes_back_bit_equal(trained: Pa
     (ours, _), (back, metadata) = weights.read_adapter(trained), weights.read_adapter(tmp_path / "back")
     assert all(torch.equal(ours[name], back[name]) for name in ours)
     assert len(back) == len(ours)
-    assert metadata.mask_range == "released"  # what the .ckpt cannot say is taken as the release has it
+    assert metadata.mask_range == "released"  # what the .ckpt cannot store defaults to the release's values
 
 
 def test_alpha_is_kept_or_folded_in(tmp_path: Path) -> None:

@@ -1,4 +1,4 @@
-"""Features by a tiny DINOv2 and a tiny VideoMAE of the library's own classes, read back without a network."""
+"""Features from a tiny DINOv2 and a tiny VideoMAE of the library's own classes, read back without a network."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Folders of weights that name code of their own: it is never run, even where somebody would answer yes."""
+"""Weight folders that refer to code of their own: it never runs, even if a prompt would be answered with yes."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""LoRA: exactly the released set of matrices, exactly the formula, and the counts of the published model."""
+"""LoRA: exactly the released set of matrices, exactly the formula, and the parameter counts of the published model."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def test_the_image_keys_and_values_are_left_alone(model_14b: adapter.Ex4dModel) 
 
 @pytest.mark.parametrize("name", list(families.FAMILIES))
 def test_every_family_takes_the_adapter(name: str) -> None:
-    """One forward pass in shapes alone: what goes in fits, and the velocity has the latent's shape."""
+    """A forward pass of shapes only: the inputs fit, and the velocity has the latent's shape."""
     family = families.FAMILIES[name]
     shape = family.transformer
     model = adapter.build_model(backbone.meta_transformer(shape | {"num_layers": 1}), backbone.ModelConfig())

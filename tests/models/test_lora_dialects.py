@@ -1,4 +1,4 @@
-"""LoRA of other programs: each dialect gives the same layers, and what is none is refused by its kind."""
+"""LoRA of other programs: every dialect gives the same layers, and other kinds of adapters are rejected by name."""
 
 from __future__ import annotations
 

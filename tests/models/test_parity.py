@@ -34,7 +34,7 @@ def difference(a: torch.Tensor, b: torch.Tensor) -> float:
 
 
 def test_numbers_are_the_recorded_ones() -> None:
-    # Pinned: were the generator to change, every comparison below would fail for the wrong reason.
+    # Pinned: if the generator changed, every comparison below would fail for the wrong reason.
     drawn = released_numbers.numbers("input.noisy_latents", (3,))
     assert drawn.tolist() == [0.4712568521499634, 0.2673978805541992, 0.1739974021911621]
 
@@ -52,7 +52,7 @@ def test_released_weights_give_the_released_outputs(recorded: dict[str, torch.Te
     with torch.no_grad():
         assert difference(model.geometry_adapter(inputs["cond_latents"]), recorded["residual"]) < TOLERANCE
         assert difference(model(**inputs), recorded["adapted"]) < TOLERANCE
-    # The comparison has teeth: the adapter changes the output by far more than the tolerance.
+    # The comparison is sensitive: the adapter changes the output by far more than the tolerance.
     assert difference(recorded["adapted"], recorded["base"]) > 1
 
 

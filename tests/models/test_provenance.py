@@ -1,4 +1,4 @@
-"""An adapter does not choose what is loaded: strangers' bases must be named by the user."""
+"""An adapter does not choose which base is loaded: users must name untrusted bases themselves."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def model():
 
 @pytest.fixture
 def write(tmp_path, model):
-    """A function that writes an adapter which says other things of itself, and returns (folder, metadata)."""
+    """A function that writes an adapter with changed metadata and returns (folder, metadata)."""
 
     def write(**changes):
         metadata = replace(TOLD, **changes)

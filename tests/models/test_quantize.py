@@ -1,4 +1,4 @@
-"""The quantised base: small errors, exact gradients of what it computes, and nothing dequantised kept."""
+"""The quantised base: small errors, exact gradients of its own computation, no dequantised weights kept."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def make_layer(style: str, out: int = 48, width: int = 40) -> tuple[nn.Linear, q
 
 
 def slow_nf4(weight: np.ndarray) -> np.ndarray:
-    """NF4 once more, one number at a time: the nearest level of its block of 64."""
+    """The slow twin of NF4, one number at a time: the nearest level in its block of 64."""
     flat = weight.ravel()
     out = np.empty_like(flat)
     for start in range(0, len(flat), 64):
@@ -50,7 +50,7 @@ def test_nf4_is_the_nearest_level() -> None:
     layer, quantised = make_layer("nf4")
     weight = quantised.decode(quantised.qweight, quantised.scale, torch.float32)
     assert np.allclose(weight.numpy(), slow_nf4(layer.weight.numpy()), atol=1e-6)
-    # A weight that fills no whole number of blocks keeps its shape.
+    # A weight whose size is not a multiple of the block keeps its shape.
     odd, small = make_layer("nf4", out=3, width=7)
     assert small.decode(small.qweight, small.scale, torch.float32).shape == odd.weight.shape
 

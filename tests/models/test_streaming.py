@@ -1,4 +1,4 @@
-"""The transformer's own loader against diffusers', what it refuses, and who reads how much, in how much memory."""
+"""The transformer's loader against diffusers': equal weights, errors, which rank reads how much, and peak memory."""
 
 from __future__ import annotations
 
@@ -115,7 +115,7 @@ print(json.dumps(said))
 def load_in_processes(
     folder: Path, style: str = "", count: int = 1, components: str = "transformer", others: Path | None = None
 ) -> list[dict[str, Any]]:
-    """Return what each of so many ranks says of its loading; those beyond the first may have a folder of their own."""
+    """Load on that many ranks and return each one's report; ranks other than 0 may get a folder of their own."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -138,7 +138,7 @@ def test_one_rank_reads_and_the_others_receive(wan_folder: Path) -> None:
 
 
 def test_encoders_are_read_by_one_rank_too(wan_folder: Path, tmp_path: Path) -> None:
-    """Rank 1 is given a base without weights. (Mapped files are not counted among the bytes that a process reads.)"""
+    """Rank 1 gets a base without weights. (Memory-mapped files do not count in the bytes that a process reads.)"""
     names = "vae,image_encoder,text_encoder"
     shutil.copytree(wan_folder, tmp_path / "base", ignore=shutil.ignore_patterns("*.safetensors"))
     alone = load_in_processes(wan_folder, components=names)[0]

@@ -1,4 +1,4 @@
-"""Block swap on the CPU, where the copies are real ones too: the same bits, and few copies alive at a time."""
+"""Block swap on the CPU, where copies are real too: bit-identical results, and few copies alive at a time."""
 
 from __future__ import annotations
 
@@ -49,7 +49,7 @@ def step(model: adapter.Ex4dModel) -> list[Tensor]:
 
 
 class Copies:
-    """Which device copies are alive, by their storages, whoever holds them."""
+    """The device copies that are alive, by their storages, whoever references them."""
 
     def __init__(self, swapped: swap.BlockSwap):
         self._refs: list[StorageWeakRef] = []
@@ -75,7 +75,7 @@ class Copies:
 def test_swapped_blocks_change_no_bit(count: int, style: str | None) -> None:
     plain, _ = make_model(0, style)
     swapped, _ = make_model(count, style)
-    for _ in range(2):  # the second step finds what the first left under way
+    for _ in range(2):  # the second step starts with the copy that the first left in flight
         assert all(torch.equal(a, b) for a, b in zip(step(plain), step(swapped), strict=True))
     with torch.no_grad():
         swapped.transformer.blocks[NUM_BLOCKS // 2].attn1.to_q.lora_B["default"].weight.zero_()
@@ -89,12 +89,12 @@ def test_two_copies_at_a_time_are_enough_with_checkpointing() -> None:
         step(model)
         assert copies.alive == 1  # the first block, for the next step
     assert copies.most == 2
-    # Each block comes twice a step, but for the last, which turns round, and the first, which is still there.
+    # Each block is fetched twice per step, except the last, where the direction turns, and the first, which is kept.
     assert copies.made == 2 * (2 * NUM_BLOCKS - 2) + 1
 
 
 def test_the_count_has_teeth() -> None:
-    """Without checkpointing autograd holds every copy, and the count says so."""
+    """Without checkpointing autograd holds every copy, which the count must show."""
     model, swapped = make_model(NUM_BLOCKS, checkpointing=False)
     copies = Copies(swapped)
     step(model)
@@ -115,7 +115,7 @@ def test_what_is_swapped_is_off_the_device_and_out_of_sight(style: str | None) -
     assert 4 * frozen <= host_bytes < 4 * frozen * 1.05  # aligned
     before = plain.trainable_parameters(), swapped.trainable_parameters()
     assert list(before[0]) == list(before[1])
-    # What walks over the parameters, as `Module.to` does, does not reach them.
+    # Code that walks over the parameters, such as `Module.to`, does not reach them.
     swapped.to(torch.float64)
     assert sum(host.host.nbytes for host in swap_of._host.values()) == host_bytes
     assert next(iter(swap_of._host.values())).views(next(iter(swap_of._host.values())).host)[0].dtype != torch.float64
@@ -137,7 +137,7 @@ def test_blocks_share_allocations_that_are_made_when_they_are_due() -> None:
     storages = [buffer.untyped_storage() for buffer in found]
     assert [storage.nbytes() for storage in storages] == [2 * one] * 4 + [one]
     assert len({storage.data_ptr() for storage in storages}) == 3
-    # A block that is larger than an allocation gets its own.
+    # A block that is larger than the arena gets its own allocation.
     assert [len(buffer) for buffer in swap.host_buffers(list(blocks), pin=False, arena=1)] == [one] * 5
     bf16 = (391_000_000 + 10_000_000) * 2  # of a 14B block
     assert 40 * bf16 < 8 * swap.ARENA < 1.08 * 40 * bf16

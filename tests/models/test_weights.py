@@ -1,4 +1,4 @@
-"""Adapter files: round trips without a changed bit, and refusals that say what differs."""
+"""Adapter files: bit-exact round trips, and errors that say what differs."""
 
 from __future__ import annotations
 
@@ -165,7 +165,7 @@ def test_lora_files_of_other_programs_in_and_out(wan_folder: Path, tmp_path: Pat
     weights.write_lora(tmp_path / "lora.safetensors", state, style, alpha)
     back, read_alpha = weights.read_lora(tmp_path / "lora.safetensors")
     lora = {name: value for name, value in state.items() if name.startswith("transformer.")}
-    # What counts is the product, B A alpha / rank; rank is 4.
+    # Compare the product B A alpha / rank; rank is 4.
     name = "transformer.blocks.1.attn2.to_k.lora_{}.weight"
     product = back[name.format("B")] @ back[name.format("A")] * read_alpha / 4
     assert torch.allclose(product, lora[name.format("B")] @ lora[name.format("A")] * alpha / 4)

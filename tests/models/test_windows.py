@@ -1,4 +1,4 @@
-"""Overlapping windows: what does not look across frames is unchanged, and every frame is covered smoothly."""
+"""Overlapping windows: a model that does not look across frames is unaffected, and weights cover frames smoothly."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_a_velocity_that_looks_at_one_frame_is_unchanged(length: int, window: in
 
 
 def test_windows_that_disagree_are_faded_into_each_other() -> None:
-    """Each window says its own number: the result steps from one to the next by no more than a ramp's step."""
+    """Each window returns its own number: the result changes between frames by no more than a ramp's step."""
     calls: list[int] = []
 
     def velocity(part_latents, timestep, part):  # type: ignore[no-untyped-def]

@@ -1,4 +1,4 @@
-"""A tiny Wan I2V checkpoint of the real classes, saved as the published ones are."""
+"""Save a tiny Wan I2V checkpoint of the real classes, in the layout of the published ones."""
 
 from __future__ import annotations
 

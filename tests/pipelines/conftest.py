@@ -1,4 +1,4 @@
-"""The small corpus and the choices for it; a module that needs others brings its own."""
+"""The small corpus and its settings; modules that need others define their own."""
 
 from __future__ import annotations
 

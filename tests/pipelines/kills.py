@@ -1,4 +1,4 @@
-"""A preprocess run in a process of its own, its Ray and all its processes, so that a test can kill any of them."""
+"""Run preprocess with its Ray in separate processes, so that a test can kill any of them."""
 
 from __future__ import annotations
 
@@ -35,28 +35,28 @@ sys.exit(result.exit_code)
 
 @dataclass
 class Run:
-    """One `ex4d preprocess`, started at once; `seen` are all the processes that it ever had."""
+    """One run of `ex4d preprocess`, started on creation; `seen` holds all processes that it ever had."""
 
     output: Path
     process: subprocess.Popen[bytes]
     seen: dict[int, psutil.Process] = field(default_factory=dict)
 
     def look(self) -> dict[int, psutil.Process]:
-        """Return the processes below the driver that are there now."""
+        """Return the current descendants of the driver."""
         with contextlib.suppress(psutil.NoSuchProcess):
             for process in psutil.Process(self.process.pid).children(recursive=True):
                 self.seen.setdefault(process.pid, process)
         return {pid: process for pid, process in self.seen.items() if process.is_running()}
 
     def find(self, kind: str, rng: np.random.Generator) -> psutil.Process | None:
-        """Return the raylet, the driver, or any one of Ray's workers; None where there is none (yet)."""
+        """Return the raylet, the driver, or any of Ray's workers; None if there is none yet."""
         if kind == "driver":
             return psutil.Process(self.process.pid) if self.process.poll() is None else None
         found = [process for process in self.look().values() if kind == _kind(process)]
         return found[int(rng.integers(len(found)))] if found else None
 
     def wait(self, limit_s: float = 240.0) -> int:
-        """Return the exit status, once the driver has ended and everything below it is gone."""
+        """Wait until the driver and all its descendants have ended, and return the exit status."""
         deadline = time.monotonic() + limit_s
         while self.process.poll() is None or any(_alive(process) for process in self.look().values()):
             if time.monotonic() > deadline:
@@ -65,7 +65,7 @@ class Run:
         return self.process.returncode
 
     def staged(self) -> int:
-        """Return how many artifacts are finished."""
+        """Return the number of finished artifacts."""
         staging = self.output / "staging"
         records = sum(path.read_bytes().count(b" videos/") for path in staging.glob("records/*.records"))
         return records + len(list(staging.glob("clips/[!.]*.tar")))
@@ -94,7 +94,7 @@ def _alive(process: psutil.Process) -> bool:
 
 @dataclass(frozen=True)
 class Bench:
-    """A corpus and the choices of all runs over it; each output folder is a run's or several's, one after another."""
+    """A corpus and the settings of all runs over it; an output folder belongs to one run, or to several in turn."""
 
     folder: Path
     sections: dict
@@ -117,7 +117,7 @@ class Bench:
         return path
 
     def finish(self, name: str, runner_name: str = "ray") -> str:
-        """Return the tree hash after a run that nobody disturbs."""
+        """Return the tree hash after an undisturbed run."""
         log = self.folder / f"{name}.log"
         code = self.start(name, runner_name).wait()
         if code == 1 and "timed out during startup" in log.read_text()[-500:]:  # Ray, on a machine that is too busy
@@ -132,7 +132,7 @@ class Bench:
         return self.checked(name)
 
     def checked(self, name: str) -> str:
-        """Return the tree hash of a finished folder, where nothing may be left over."""
+        """Return the tree hash of a finished folder, and check that it has no leftovers."""
         report = verify(str(self.folder / name), full=False)
         assert report.ok, str(report)
         leftovers = [path.name for path in (self.folder / name).rglob(".tmp-*")]
@@ -141,9 +141,9 @@ class Bench:
         return report.tree_sha256
 
     def kill(self, name: str, kinds: Sequence[str], rng: np.random.Generator) -> tuple[list[int], int]:
-        """Return (artifacts that were finished at each kill, exit status) of a run that loses processes on its way.
+        """Kill processes of a run; return (number of finished artifacts at each kill, exit status).
 
-        A moment is drawn by progress, since seconds mean another thing on a busy machine: after so many artifacts and
+        Moments are drawn by progress, since seconds mean little on a busy machine: after that many artifacts and
         up to a quarter of a second. With all of them finished, the shards are being packed.
         """
         run, killed = self.start(name), []

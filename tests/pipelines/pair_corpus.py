@@ -1,4 +1,4 @@
-"""Two procedural scenes from two cameras, pairs with lenses of their own, and what reads and changes their files."""
+"""Two procedural scenes from two cameras, pairs with different lenses, and helpers that read and change the files."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Functions that misbehave on purpose, for the tests of isolation. Run only in a child process."""
+"""Functions that misbehave on purpose, to test isolation. Run them only in a child process."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ def nap() -> str:
 
 
 def hang_with_gil() -> None:
-    """Sleep in C without giving the lock back, as a decoder that deadlocks does."""
+    """Sleep in C without releasing the interpreter lock, like a deadlocked decoder."""
     ctypes.PyDLL(None).sleep(3600)
 
 

@@ -1,4 +1,4 @@
-"""A corpus of four small videos, and the choices that cut three clips of five frames from each."""
+"""A corpus of four small videos, and settings that cut three clips of five frames from each."""
 
 from __future__ import annotations
 
@@ -14,12 +14,12 @@ CORPUS = SyntheticConfig(num_videos=4, num_frames=17, size=(32, 32), supersample
 
 
 def choices(corpus: Path, output: Path, **more) -> PreprocessConfig:
-    """Return a configuration: one mask a clip, of the kind that costs least."""
+    """Return a configuration with one mask per clip, of the cheapest kind."""
     few = {"num_frames": 5, "size": (32, 32), "clips_per_shot": 3, "val_fraction": 0.3}
     masks = MaskConfig(num_masks=1, visibility=0.0, tracking=0.0, novel_view=1.0)
     return PreprocessConfig(output=str(output), input=str(corpus), **{"masks": masks} | few | more)
 
 
 def inline(config: PreprocessConfig, **more) -> Result:
-    """Return what happens in this process, without a Ray."""
+    """Run in this process, without Ray, and return the result."""
     return preprocess.run(config, runner_name="inline", **more)

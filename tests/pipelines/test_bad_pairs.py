@@ -1,4 +1,4 @@
-"""Pairs that cannot be used, by accident or by design: each costs itself alone, with its reason."""
+"""Unusable pairs, by accident or on purpose: each is rejected alone, with its reason."""
 
 from __future__ import annotations
 
@@ -218,7 +218,7 @@ def test_a_threshold_drops_what_does_not_fit(corpus, tmp_path, wrong):
 
 
 def test_a_cut_of_the_other_video_within_a_clip_is_found(tmp_path):
-    """Two scenes behind each other, of 22 and 18 frames: of eight clips the one across the cut is refused."""
+    """Two scenes in sequence, of 22 and 18 frames: of eight clips, the one across the cut is rejected."""
     world = replace(WORLD, num_frames=22, size=(64, 64))
     parts = []
     for index in range(2):

@@ -1,4 +1,4 @@
-"""Where a Ray is started or joined: its token, and what is said where it cannot be joined."""
+"""Starting or joining a Ray cluster: its token, and the error if it cannot be joined."""
 
 from __future__ import annotations
 
@@ -142,7 +142,7 @@ def test_auto_finds_no_ray_of_another_user_which_would_be_sent_the_token(tmp_pat
 
 
 def test_no_node_starts_where_the_token_cannot_be_made(root, tmp_path):
-    """Within `eval "$(…)"` a failure is lost, and the nodes would listen without a token."""
+    """`eval "$(…)"` hides a failure, and the nodes would then listen without a token."""
     ray = tmp_path / "ray"
     ray.write_text(f"#!/bin/sh\ntouch {tmp_path}/started\n")
     ray.chmod(0o755)
@@ -211,7 +211,7 @@ def test_two_nodes_demand_the_token_and_stop_ends_only_them(root, home):
         code, text = connect("127.0.0.1:7431", environment=env | {"RAY_AUTH_MODE": "disabled"})
         assert (code, len(text.splitlines())) == (2, 1), "without a token"
         assert mode(home / ".ray" / "auth_token") == 0o600
-        assert connect(environment=env) == (0, "nodes 1 42")  # no address: never the cluster that is remembered
+        assert connect(environment=env) == (0, "nodes 1 42")  # no address: never the cluster that Ray remembers
         subprocess.run([*script, "stop"], env=os.environ | env, check=True, timeout=120)
         assert connect("127.0.0.1:7431", environment=env)[0] == 2
         assert other.poll() is None

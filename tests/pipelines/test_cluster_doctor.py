@@ -1,4 +1,4 @@
-"""`ex4d doctor --cluster`: two nodes that are well, and each fault provoked: by a real disk, port, library, package."""
+"""`ex4d doctor --cluster`: two healthy nodes, and each fault, caused by a real disk, port, library or package."""
 
 from __future__ import annotations
 

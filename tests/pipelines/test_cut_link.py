@@ -1,4 +1,4 @@
-"""Preprocess over two nodes with addresses of their own: a cut link and a killed node change no byte."""
+"""Preprocess over two nodes with their own addresses: a cut link or a killed node changes no byte."""
 
 from __future__ import annotations
 
@@ -41,7 +41,7 @@ def test_the_doctor_finds_a_blocked_port_between_the_nodes(blocked):
     with network() as net, ray_head.head(ADDRESSES["a"], net.inside("a")) as head:
         head.add_node(net.inside("b"), ADDRESSES["b"])
         if blocked:
-            for end in ADDRESSES:  # either node may be the one that listens
+            for end in ADDRESSES:  # either node may be the listening one
                 net.block(end, 29555)
         words = [*net.inside("a"), str(ray_head.BIN / "ex4d"), "doctor", "--cluster", "--address", head.gcs]
         words += ["--min-disk-gb", "0.001", "--port", "29555"]

@@ -1,4 +1,4 @@
-"""Copies that were encoded again, scaled or cropped are found, in any order; distinct videos are not taken for one."""
+"""Re-encoded, scaled or cropped copies are found, in any order; distinct videos are not taken for copies."""
 
 from __future__ import annotations
 
@@ -61,7 +61,7 @@ def hashes(corpus):
 
 
 def distance(first, second):
-    """Return in how many bits most frames of two videos differ at most; None where too many frames are flat."""
+    """Return the number of bits within which most frames of two videos agree; None if too many frames are flat."""
     frames = [
         (int(one, 16) ^ int(other, 16)).bit_count() for one, other in zip(first, second, strict=True) if one and other
     ]
@@ -150,14 +150,14 @@ def test_frames_are_taken_at_equal_times_whatever_the_rate():
 
 
 def test_a_hash_is_imagehashs():
-    """The same bits as ImageHash's phash of the same small picture, but for what lies on the median."""
+    """The same bits as ImageHash's phash of the same small picture, except for values at the median."""
     imagehash = pytest.importorskip("imagehash")
     from PIL import Image
 
     rng = np.random.default_rng(1)
     image = cv2.resize(rng.integers(0, 256, (6, 9, 3), dtype=np.uint8), (160, 90), interpolation=cv2.INTER_CUBIC)
     theirs = int(str(imagehash.phash(Image.fromarray(image))), 16)
-    assert (duplicates.frame_hash(image) ^ theirs).bit_count() <= 6  # they shrink by another filter
+    assert (duplicates.frame_hash(image) ^ theirs).bit_count() <= 6  # they downscale with another filter
 
 
 def test_of_a_group_the_largest_then_the_longest_is_taken():
@@ -173,7 +173,7 @@ def test_of_a_group_the_largest_then_the_longest_is_taken():
 
 
 def test_many_videos_are_compared_as_few_are(monkeypatch):
-    """Machine code finds the pairs that the arrays find: of random videos, and of copies with some frames changed."""
+    """Compiled code finds the same pairs as array code: random videos, and copies with some frames changed."""
     rng = np.random.default_rng(7)
     values = rng.integers(0, 2**64, (3000, 8), dtype=np.uint64)
     values[1500:1600] = values[:100] ^ (np.uint64(1) << rng.integers(0, 64, (100, 8)).astype(np.uint64))
@@ -199,7 +199,7 @@ def config_of(corpus, output, **more):
 
 
 def test_near_duplicates_share_a_split_or_are_filtered_and_counted(corpus, tmp_path):
-    """The copies have no depth of their own, so what is kept of a group is told by what is planned."""
+    """The copies have no depth, so the planned clips show which video of a group is kept."""
     names = [path.name for path in corpus.glob("*.mp4")]
     outcomes = {}
     for mode in ("group", "filter", "off"):
@@ -210,13 +210,13 @@ def test_near_duplicates_share_a_split_or_are_filtered_and_counted(corpus, tmp_p
         near = [row for row in result.rejects if row["reason"] == "near_duplicate"]
         assert len(near) == (8 if mode == "filter" else 0)
         assert all(row["fate"] == "filtered" and row["unit"] == "video" for row in near)
-    assert outcomes["filter"].worked["split"] == 0  # another choice needs no new look at the videos
+    assert outcomes["filter"].worked["split"] == 0  # another setting needs no rereading of the videos
     kept = {row["message"] for row in outcomes["filter"].rejects if row["reason"] == "near_duplicate"}
     assert kept == {f"nearly the same as cropped-{index}.mp4" for index in (0, 1)}  # 96 px: the largest pictures
 
 
 def test_groups_are_in_the_samples_whatever_came_first(corpus, tmp_path):
-    """A folder to which copies are added later ends as one that had them from the start."""
+    """A folder that gets copies later ends like one that had them from the start."""
     folder = tmp_path / "in"
     folder.mkdir()
     paths = sorted(corpus.glob("synthetic*"))

@@ -1,4 +1,4 @@
-"""From clips to latents: nothing lost, the same bytes by any runner, and a training that cannot tell the difference."""
+"""From clips to latents: nothing is lost, any runner gives equal bytes, and training sees no difference."""
 
 from __future__ import annotations
 
@@ -37,7 +37,7 @@ from make_run import make_base, make_dataset
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A dataset of nine clips, a base, and the latents of the one by the other as float32."""
+    """A dataset of nine clips, a base, and the dataset's latents by that base, as float32."""
     path = tmp_path_factory.mktemp("encode")
     make_dataset(path)
     make_base(path)
@@ -115,7 +115,7 @@ def test_every_safetensors_reader_opens_a_member(folder):
         n: a.tobytes() for n, a in ours.items()
     }
     assert theirs["condition"].shape == (3, 16, 2, 4, 4)
-    assert theirs["first_frame"].shape == (1, 8, 2, 4, 4)  # three masks show one first frame: it is there once
+    assert theirs["first_frame"].shape == (1, 8, 2, 4, 4)  # three masks show one first frame, which is stored once
 
 
 # ---------------------------------------------------------------- exactly once
@@ -143,7 +143,7 @@ def test_running_again_does_what_is_missing_alone(folder, tmp_path):
     assert inline(folder, output, captions=False).worked == {"samples": 0, "texts": 0}
     assert len(pq.read_table(output / "text.parquet")) == 2
     released = inline(folder, output, model_of(folder, mask_range="released"))
-    assert released.worked == {"samples": 9, "texts": 0}  # another mask range is another condition, and no other text
+    assert released.worked == {"samples": 9, "texts": 0}  # another mask range changes the condition, but not the text
     assert inline(folder, output).worked == {"samples": 0, "texts": 0}
     assert tree(output) == before
 
@@ -201,7 +201,7 @@ sys.exit(cli.main(["encode", *sys.argv[1:]]))
 @pytest.mark.ray
 @pytest.mark.timeout(900)
 def test_kill_9_of_a_run_on_ray_loses_nothing(folder, tmp_path, root):
-    """As a user runs it; killed and started again, it ends as if nothing had been."""
+    """Run as by a user, killed and started again, it ends like an undisturbed run."""
     output, config = tmp_path / "killed", tmp_path / "encode.yaml"
     places = {"data": str(folder / "dataset"), "output": str(output)}
     model = {"base": str(folder / "base"), "lora_rank": 3, "adapter_hidden": 8}

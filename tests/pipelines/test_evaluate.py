@@ -1,4 +1,4 @@
-"""`ex4d evaluate`: the same figures by any runner, nothing done twice, bad videos counted, a page to look at."""
+"""`ex4d evaluate`: equal figures from any runner, no work done twice, bad videos counted, a results page."""
 
 from __future__ import annotations
 
@@ -105,7 +105,7 @@ def test_figures_videos_and_page_are_those_of_the_methods(folder):
             assert clip["figures"][name]["psnr"] == pytest.approx(psnr(shown[name][1:], shown["truth"][1:]), abs=2.0)
         assert clip["figures"]["codec"]["psnr"] > clip["figures"]["base"]["psnr"]
         assert clip["figures"]["adapter"] != clip["figures"]["base"]
-        resampled = clip["key"].endswith("zoomed")  # such a warp is not drawn from the mesh, which is compared with it
+        resampled = clip["key"].endswith("zoomed")  # this warp is not rendered from the mesh, with which it is compared
         assert clip["figures"]["warp"]["rotation_deg"] == pytest.approx(0, abs=0.05 if resampled else 1e-6)
     distances = found["ranges"]["small"]["distances"]
     assert set(distances) == {"adapter", "base", "other", "warp", "codec"}
@@ -117,7 +117,7 @@ def test_figures_videos_and_page_are_those_of_the_methods(folder):
 
 
 def test_the_base_alone_is_the_base(folder):
-    """What an adapter is compared with, against a model that never had one."""
+    """The baseline of an adapter, compared with a model that never had one."""
     from ex4d.evaluate import views
     from ex4d.generate import generate
     from ex4d.models import backbone
@@ -178,14 +178,14 @@ def test_only_what_is_missing_is_done_again(folder, tmp_path):
     assert scenes(folder, output).result.worked == {"views": 1}
     after = record(output)
     assert (after["clips"], after["ranges"]) == (before["clips"], before["ranges"])
-    # A new range adds its own views, another seed makes all of them again; neither leaves anything behind.
+    # A new range adds its own views, another seed redoes all of them; neither leaves anything behind.
     assert scenes(folder, output, ranges={**RANGES, "large": ("orbit", 60.0)}).result.worked == {"views": 2}
     assert scenes(folder, output, seed=1).result.worked == {"views": 4}
     keys = {f"scene-0000{index}-{name}" for index in (0, 1) for name in RANGES}
     assert {path.name.partition(".")[0] for path in (output / "videos").iterdir()} == keys
     staged = [path.name.partition(".")[0] for path in (output / "staging" / "clips").iterdir()]
     assert sorted(staged) == sorted([*keys, "scene-00000-large", "scene-00001-large"])
-    # Where weights wait while they do not work changes nothing.
+    # Where weights are kept while idle does not change the result.
     again = scenes(folder, output, seed=1, sampler=replace(SAMPLER, offload=True))
     assert again.result.worked == {"views": 0}
 

@@ -1,4 +1,4 @@
-"""Scores of clips through the whole pipeline: bars are cropped, geometry is judged, score_only measures first."""
+"""Clip scores through the whole pipeline: bars are cropped, geometry is scored, score_only measures first."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def test_every_sample_holds_every_score(config):
     for one in samples(config):
         assert set(one.provenance["scores"]) == set(SCORES) - {
             "warp_error",  # which needs two cameras
-            "camera_depth_error",  # which needs cameras that are found
+            "camera_depth_error",  # which needs estimated cameras
         }
         assert one.provenance["crop_box"] == [0, 0, 32, 32]
 
@@ -63,7 +63,7 @@ def _letterboxed(folder, top):
 
 @pytest.mark.parametrize("fit", ["crop", "pad", "squeeze"])
 def test_letterboxed_video_gives_the_picture_its_depth_and_its_intrinsics_inside_the_bars(config, tmp_path, fit):
-    """What is cut out is the picture without its border line: compared with the unbarred video, cut the same way."""
+    """The crop is the picture without its border line; compare with the unbarred video, cropped alike."""
     _letterboxed(tmp_path, top=24)
     found = {}
     for name in ("plain", "barred"):
@@ -127,7 +127,7 @@ def test_score_only_measures_every_clip_makes_none_and_a_full_run_takes_its_work
     half = replace(config, filters=FilterConfig(min_motion=motions[6]))
     after = inline(half)
     assert (after.counts["samples"], after.counts["clips_filtered"]) == (6, 6)
-    assert after.worked == {"hash": 4, "split": 0, "clip": 6}  # what falls under a threshold is not decoded again
+    assert after.worked == {"hash": 4, "split": 0, "clip": 6}  # clips rejected by a threshold are not decoded again
     assert after.stages["measure"].done == 6
     alone = replace(half, output=str(tmp_path / "alone"))
     inline(alone)

@@ -1,4 +1,4 @@
-"""Folders that somebody else may have prepared: nothing is taken from them, nothing is written through them."""
+"""Folders that another user may have prepared: nothing is read from them or written through them."""
 
 from __future__ import annotations
 
@@ -102,7 +102,7 @@ def test_runs_of_timestamps_stand_for_no_more_frames_than_a_video_has():
 
 
 class Endless(http.server.BaseHTTPRequestHandler):
-    """A body that never ends, of a length that nobody states."""
+    """An endless body of unknown length."""
 
     def do_HEAD(self) -> None:
         self.send_response(200)

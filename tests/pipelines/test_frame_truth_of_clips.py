@@ -1,4 +1,4 @@
-"""Every frame of every clip in the dataset is the one that the plan asked for, by the number that stands in it."""
+"""Every frame of every clip in the dataset is the planned one, by the number drawn in it."""
 
 from __future__ import annotations
 

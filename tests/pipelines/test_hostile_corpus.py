@@ -74,7 +74,7 @@ def write_corpus(folder: Path, num_variants: int) -> None:
     for number, name in enumerate(NAMES):
         path = os.path.join(os.fsencode(folder), name)
         barcode.write(work / "good.mp4", barcode.RECIPES["h264"], 24)
-        with open(path, "wb") as file:  # a free box at the end makes each content another
+        with open(path, "wb") as file:  # a free box at the end makes each file's content unique
             file.write((work / "good.mp4").read_bytes() + (8 + number).to_bytes(4, "big") + b"free" + bytes(number))
         os.link(os.fsencode(depth), os.path.splitext(path)[0] + b".depth.npz")
 

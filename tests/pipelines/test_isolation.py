@@ -102,7 +102,7 @@ def test_memory_is_limited_and_given_back(isolated):
 
 @pytest.mark.parametrize(("times", "fate"), [(1, "alive"), (2, "decode_memory")])
 def test_a_kill_from_outside_is_tried_once_more(times, fate):
-    """A child cannot count its own deaths: it has nowhere to write. So it naps, and the test kills it."""
+    """A child cannot count its own deaths, since it cannot write. So it sleeps, and the test kills it."""
     with closing(Isolated(LIMITS, "poison")) as child:
         child.call("pid")
         answers: list[str] = []
@@ -230,7 +230,7 @@ def test_a_child_starts_fast_and_imports_only_what_it_needs():
 
 
 def test_a_large_parent_does_not_make_a_crash_look_like_a_lack_of_memory():
-    """A child's peak memory counts from its parent's: a worker that holds frames must still tell a crash from that."""
+    """A child's peak memory includes its parent's; a worker that holds frames must still recognise a crash."""
     ballast = np.ones(2**27)  # 1 GiB, above the child's limit
     with closing(Isolated(LIMITS, "poison")) as fresh:
         assert reason_of(fresh, "segfault") == "decode_crash"
@@ -238,7 +238,7 @@ def test_a_large_parent_does_not_make_a_crash_look_like_a_lack_of_memory():
 
 
 def test_one_child_serves_calls_of_different_times(poison_on_path):
-    """A pool by time limits would keep a child, and its memory, for each length of video."""
+    """One pool per time limit would keep a child, with its memory, for each length of video."""
     within = [Limits(wall_s=wall_s, cpu_s=wall_s, memory_bytes=2**30) for wall_s in (20, 7, 35)]
     pids = [isolation.run("pid", (), limits, table="poison") for limits in within]
     assert len(set(pids)) == 1

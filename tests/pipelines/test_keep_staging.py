@@ -48,7 +48,7 @@ def test_the_dataset_is_the_same_whatever_is_kept(config, tmp_path, small_shards
 
 
 def test_samples_are_put_back_where_shards_change(config, corpus, tmp_path, small_shards):
-    """A video that comes later moves the samples of others into other shards."""
+    """A video that is added later moves samples of others into other shards."""
     some = tmp_path / "some"
     shutil.copytree(corpus, some)
     for path in some.glob("synthetic-*-00001.*"):
@@ -60,7 +60,7 @@ def test_samples_are_put_back_where_shards_change(config, corpus, tmp_path, smal
     inline(config)
     assert tree(grown) == tree(config)
     assert staged(grown) == []
-    kept = replace(grown, keep_staging="all")  # what was dropped does not come back
+    kept = replace(grown, keep_staging="all")  # dropped artifacts do not come back
     assert inline(kept).worked["clip"] == 0
     assert staged(grown) == []
 

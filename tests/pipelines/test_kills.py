@@ -31,7 +31,7 @@ def sixty(tmp_path_factory):
 def test_a_run_that_lost_a_worker_and_then_its_driver_is_made_up(small):
     whole = small.finish_here("whole")
     killed, code = small.kill("killed", ("worker", "driver"), np.random.default_rng(1))
-    assert code in (-9, 1)  # 1: the worker was one that Ray Data cannot do without, and the driver had ended itself
+    assert code in (-9, 1)  # 1: Ray Data could not continue without that worker, and the driver ended itself
     assert killed[-1] < small.num_artifacts
     assert small.finish_here("killed") == whole
 

@@ -81,7 +81,7 @@ def test_what_is_no_lease_is_named(store):
 
 
 def test_a_second_driver_exits_with_2_and_a_killed_one_is_made_up(store, tmp_path):
-    """Through the command line, with the waits that users have."""
+    """Through the command line, with the default waits."""
     from ex4d.synthetic import write_corpus
 
     write_corpus(tmp_path / "in", CORPUS)
@@ -98,7 +98,7 @@ def test_a_second_driver_exits_with_2_and_a_killed_one_is_made_up(store, tmp_pat
     while not storage.exists(URL):
         assert first.poll() is None
         time.sleep(0.05)
-    store.delay_s = 0.3  # the first needs long enough to renew
+    store.delay_s = 0.3  # the first runs long enough to renew
     second = subprocess.run(command, capture_output=True, text=True, timeout=100)
     store.delay_s = 0.0
     assert second.returncode == 2, second.stdout + second.stderr

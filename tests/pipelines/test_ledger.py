@@ -38,7 +38,7 @@ REFUSAL = {"fate": "bad", "stage": "decode", "reason": "decode_timeout", "messag
 
 
 def old_file(folder, name, body):
-    """What each record was before there were parts: a file of its own."""
+    """Write a record as before the introduction of parts: in its own file."""
     (folder / "staging" / name).parent.mkdir(parents=True, exist_ok=True)
     (folder / "staging" / name).write_text(json.dumps(body))
 
@@ -97,7 +97,7 @@ def test_records_that_are_files_of_their_own_are_still_read(tmp_path):
 
 
 def test_a_run_that_was_killed_has_written_down_what_it_knew(tmp_path):
-    """On a disk line by line; what the kill cut in two is one row's loss."""
+    """Records are written to a disk line by line; the line that a kill cuts off costs one row."""
     ledger = Ledger(str(tmp_path))
     for number in range(3):
         ledger.records.add(f"clips/{number}.1.json", REFUSAL)
@@ -218,7 +218,7 @@ def test_a_row_that_ended_well_starts_anew(tmp_path):
 
 @pytest.mark.parametrize("where", ["folder", "store"])
 def test_deaths_with_whole_runs_count_less_but_not_for_ever(tmp_path, where):
-    """A run that is killed takes innocent rows with it; a row that kills every run is found nevertheless."""
+    """A killed run also counts deaths of innocent rows; a row that kills every run is found nevertheless."""
     output = str(tmp_path) if where == "folder" else f"memory://{tmp_path.name}"
     tried = []
     for _ in range(12):

@@ -15,7 +15,7 @@ from pipelines.inputs import expand
 
 @pytest.fixture
 def place(tmp_path) -> Path:
-    """Return a folder beside which lie files of others."""
+    """Return a folder next to other users' files."""
     for name in ("in/a.mp4", "in/deep/b.mp4", "other/c.mp4", "other/inner/d.mp4"):
         (tmp_path / name).parent.mkdir(parents=True, exist_ok=True)
         (tmp_path / name).write_bytes(name.encode())

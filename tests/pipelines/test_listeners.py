@@ -55,13 +55,13 @@ def listening(parent: int) -> set[tuple[str, str]]:
 
 
 def is_loopback(address: str) -> bool:
-    """Return whether an address is one of the loopback, also where it is written as IPv6."""
+    """Return whether an address is a loopback address, also in IPv6 notation."""
     found = ipaddress.ip_address(address)
     return (getattr(found, "ipv4_mapped", None) or found).is_loopback
 
 
 def watched(command: list[str], folder: Path, environment: dict[str, str]) -> set[tuple[str, str]]:
-    """Run a command to its good end; return every listener that was seen."""
+    """Run a command until it succeeds; return every listener that was seen."""
     seen: set[tuple[str, str]] = set()
     with open(folder / "told.txt", "wb") as told:
         process = subprocess.Popen(command, cwd=folder, env=environment, stdout=told, stderr=subprocess.STDOUT)

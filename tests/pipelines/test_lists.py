@@ -89,7 +89,7 @@ def test_openvid(folder):
 
 
 def test_panda_and_koala(folder):
-    """Pages that show videos; where the file was downloaded beside the list, it is taken."""
+    """Lists of web pages with videos; a file that was downloaded next to the list is used."""
     page = "https://www.youtube.com/watch?v="
     times = [["0:00:16.300", "0:01:18.100"], ["1:00:00.0", "1:00:02.5"]]
     captions = ["a dog, it's running", 'a "cat"']
@@ -196,7 +196,7 @@ def test_names_hold_no_secret_and_stay_apart():
 
 
 def expand_list(urls):
-    """Sources of web addresses that nobody asks for."""
+    """Expand a list to sources, without requesting their web addresses."""
     from pipelines import inputs
     from pipelines.inputs.sources import Found
 

@@ -69,7 +69,7 @@ def test_every_sample_has_both_and_verify_knows_them(config, tmp_path):
     for ours, theirs in zip(
         samples(preprocess.storage.local_path(config.output)), samples(tmp_path / "plain"), strict=True
     ):
-        assert not (ours.visible & ~theirs.visible).any()  # the wrong warp tears holes and closes none
+        assert not (ours.visible & ~theirs.visible).any()  # the wrong warp opens holes and closes none
         other = ours.kind != KINDS.index(VISIBILITY)
         np.testing.assert_array_equal(ours.visible[other], theirs.visible[other])
         torn = [a.sum() < b.sum() for a, b in zip(ours.visible[~other], theirs.visible[~other], strict=True)]

@@ -40,7 +40,7 @@ def write_minute(path: Path) -> Path:
 
 
 def remux(minute: Path, path: Path, times: int) -> Path:
-    """Write the minute so many times, one after another, without encoding again."""
+    """Concatenate copies of the minute without re-encoding."""
     with av.open(str(path), "w") as target:
         copy = None
         for number in range(times):
@@ -56,7 +56,7 @@ def remux(minute: Path, path: Path, times: int) -> Path:
 
 
 def watched(folder: Path, num_gpus: int = 0, **choices) -> dict:
-    """Return what a run says of its memory."""
+    """Return the memory figures that a run reports."""
     settings = {"output": str(folder / "out"), "masks": {"num_masks": 1}, "num_workers": 2, **choices}
     folder.mkdir(exist_ok=True)
     config.dump({"preprocess": settings}, folder / "config.yaml")
@@ -118,7 +118,7 @@ def test_ten_times_the_corpus_takes_no_more_memory(tmp_path):
 @pytest.mark.ray
 @pytest.mark.timeout(1200)
 def test_clips_that_travel_to_the_actors_of_a_gpu_are_never_many_at_once(tmp_path):
-    """Only then do frames enter the object store: 308 MB in all. Ray believes in a GPU, and has two CPUs."""
+    """Only then do frames enter the object store: 308 MB in all. Ray is told of one GPU and two CPUs."""
     corpus = SyntheticConfig(num_videos=32, num_frames=49, size=(256, 256), supersample=1)
     write_corpus(tmp_path / "in", corpus)
     masks = {"num_masks": 1, "tracking": 0.0, "visibility": 1.0, "novel_view": 0.0}

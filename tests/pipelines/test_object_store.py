@@ -1,4 +1,4 @@
-"""Preprocessing out of a store and into one, where one request in twenty fails: the bytes of a local run."""
+"""Preprocessing from a store into a store, where one request in twenty fails: the same bytes as a local run."""
 
 from __future__ import annotations
 
@@ -28,7 +28,7 @@ from pipelines.preprocess import fetch, file_cache
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory):
-    """Videos with depth and captions beside them, and what is none, a copy, and a file that breaks."""
+    """Videos with depth and captions beside them, a file that is not a video, a copy, and a broken file."""
     folder = tmp_path_factory.mktemp("corpus")
     first = write_corpus(folder, CORPUS)[0]
     (folder / "zz").mkdir()
@@ -47,7 +47,7 @@ def config(corpus, tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def local(config):
-    """What happens to the same files on a local disk."""
+    """The result of a run on the same files on a local disk."""
     return inline(config)
 
 
@@ -113,12 +113,12 @@ def test_in_and_out_of_a_flaky_store_gives_the_bytes_of_a_local_run(config, loca
     again = inline(stored)
     assert again.worked == {"hash": 7, "split": 1, "clip": 0}
     videos = [path for path in store.read if path.endswith(".mp4")]
-    assert set(videos) == {"/bucket/in/empty.mp4"}  # what the store says is unchanged was not read again
+    assert set(videos) == {"/bucket/in/empty.mp4"}  # files that the store reports unchanged were not read again
     assert "secret-that-nobody-may-see" not in caplog.text + storage.read_bytes("s3://bucket/out/run.jsonl").decode()
 
 
 def test_a_video_costs_few_requests_and_a_resume_next_to_none(config, corpus, local, store):
-    """Of every kind of file a run reads each once; what a resume must know comes in parts and listings."""
+    """A run reads each file of every kind once; a resume reads only parts of the ledger and listings."""
     upload(corpus, "s3://bucket/in")
     stored = replace(config, input="s3://bucket/in", output="s3://bucket/out", max_bad_fraction=1.0)
     store.asked.clear()
@@ -138,7 +138,7 @@ def test_a_video_costs_few_requests_and_a_resume_next_to_none(config, corpus, lo
     print("resumed", dict(store.asked))
     assert again.worked["clip"] == again.worked["split"] == 0
     read = {path for path in store.read if path.endswith((".mp4", ".npz"))}
-    assert read == {"/bucket/in/empty.mp4"}  # what cannot be used is looked at again
+    assert read == {"/bucket/in/empty.mp4"}  # unusable files are checked again
 
 
 def assert_equal_batches(config, stored):
@@ -153,7 +153,7 @@ def assert_equal_batches(config, stored):
 
 
 def test_each_remote_file_is_fetched_once_by_a_run(config, corpus, tmp_path, monkeypatch):
-    """The hash pass leaves a video in the cache for the others; of a machine, not of a process."""
+    """The hash pass leaves a video in the cache, which belongs to the machine, for later passes."""
     with web_server(corpus) as site:
         inline(replace(config, input=f"{site.url}/", output=str(tmp_path / "web")))
     videos = [request for request in site.asked if request.startswith("GET") and request.endswith(".mp4")]
@@ -162,7 +162,7 @@ def test_each_remote_file_is_fetched_once_by_a_run(config, corpus, tmp_path, mon
 
 
 def test_a_full_cache_drops_what_nobody_works_with(tmp_path):
-    """Two processes share the folder, which has room for one byte: what one of them decodes now stays."""
+    """Two processes share the folder, which has room for one byte; a file that one of them is decoding stays."""
     names = ["a", "b"]
     (tmp_path / "cache").mkdir()
     (tmp_path / "cache" / ".tmp-0dead").touch()
@@ -209,7 +209,7 @@ def test_no_listing_is_stale_and_a_broken_upload_leaves_what_was_there(store, sm
     with pytest.raises(remote.Unavailable):
         storage.move_file(tmp_path / "new", url)
     assert storage.read_bytes(url) == b"old"
-    assert not _boto().list_multipart_uploads(Bucket="bucket").get("Uploads")  # nothing that is paid for stays
+    assert not _boto().list_multipart_uploads(Bucket="bucket").get("Uploads")  # nothing billable is left behind
     store.refuse = set()
     storage.move_file(tmp_path / "new", url)
     assert storage.read_bytes(url) == new

@@ -1,4 +1,4 @@
-"""A video's clips are made while others are still hashed, where its files are; what that guesses changes no byte."""
+"""Clips are made where a video's files are, while others are still hashed; wrong guesses change no byte."""
 
 from __future__ import annotations
 
@@ -73,7 +73,7 @@ os._exit(0)
 @pytest.mark.heavy
 @pytest.mark.ray
 def test_six_nodes_read_a_remote_video_once(tmp_path, monkeypatch):
-    """Each node has a cache of its own, as on machines of their own; nothing else tells the nodes apart."""
+    """Each node has its own cache, as separate machines do; nothing else distinguishes the nodes."""
     logging.getLogger("werkzeug").setLevel(logging.ERROR)
     write_corpus(tmp_path / "in", SyntheticConfig(num_videos=72, num_frames=17, size=(96, 96), supersample=1))
     with flaky_store.object_store(share=0.0) as (address, store):
@@ -124,7 +124,7 @@ os._exit(0)
 
 @pytest.fixture
 def backwards(monkeypatch):
-    """The inline runner gets the videos in the opposite order, as if the last were hashed first."""
+    """The inline runner gets the videos in reverse order, as if the last were hashed first."""
     forwards = runner.Inline.__call__
 
     def call(self, tracks, rows, context, added):
@@ -135,7 +135,7 @@ def backwards(monkeypatch):
 
 @pytest.mark.parametrize("near", ["group", "filter", "off"])
 def test_what_other_videos_decide_is_the_same_in_any_order(corpus, tmp_path, request, near):
-    """An exact copy under an earlier name takes the place of the one that was seen first."""
+    """An exact copy under an earlier name replaces the one that was seen first."""
     folder = tmp_path / "in"
     shutil.copytree(corpus, folder)
     for path in corpus.glob("*0.*"):
@@ -169,7 +169,7 @@ def failing(ending: str, error: Exception, stage, tries: list[str]) -> Stages:
 
 @pytest.mark.parametrize("stage", [shots.STAGE, decode.STAGE], ids=lambda stage: stage.name)
 def test_what_fails_for_now_is_tried_once_in_a_run_and_again_in_the_next(config, stage):
-    """A store that does not answer: the row is rejected, nothing of it is kept, and the next run has it."""
+    """If a store does not answer, the row is rejected but not recorded, and the next run completes it."""
     lost, tries = {"shots": 1, "decode": 3}[stage.name], []
     stages = failing("0.mp4", BadSample("unreadable", "the store does not answer"), stage, tries)
     result = inline(replace(config, max_bad_fraction=0.5), stages=stages)
@@ -182,7 +182,7 @@ def test_what_fails_for_now_is_tried_once_in_a_run_and_again_in_the_next(config,
 
 @pytest.fixture
 def bugs_reject(monkeypatch):
-    """As a worker has it: a bug rejects its row."""
+    """Behave like a worker: a bug rejects its row."""
     chain = runner.Chain
     monkeypatch.setattr(runner, "Chain", lambda stages, keep, propagate: chain(stages, keep, False))
 

@@ -1,4 +1,4 @@
-"""One output, one command: what writes a folder or files holds them, and leaves nothing where it fails."""
+"""One output, one command: a command locks the folder or files that it writes, and leaves nothing if it fails."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A score of the user's own: the example of the how-to, with a tiny CLIP, filters clips and is in the samples."""
+"""A custom score, the example of the how-to with a tiny CLIP, filters clips and is stored in the samples."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def test_the_example_scores_every_clip_and_a_threshold_needs_no_new_work(config,
     assert {(row["stage"], row["reason"]) for row in again.rejects} == {("own_score", "own")}
     fresh = replace(half, output=str(tmp_path / "fresh"))
     result = inline(fresh)
-    assert result.stages["depth"].done == 6  # what is dropped gets no depth
+    assert result.stages["depth"].done == 6  # dropped clips get no depth
     assert verify(fresh.output, full=True).tree_sha256 == verify(half.output, full=True).tree_sha256
     assert str(Path(scorer.file).parent) not in Path(fresh.output, "dataset.json").read_text()
 

@@ -1,4 +1,4 @@
-"""Videos from two cameras, from their files to samples: the right frames, the right camera, the same bytes."""
+"""Two-camera videos, from files to samples: the right frames, the right camera, equal bytes."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ def corpus(tmp_path_factory) -> Path:
 
 @pytest.fixture(scope="module")
 def done(corpus, tmp_path_factory):
-    """(the configuration, what came of it) of a run over two videos, four clips."""
+    """(configuration, result) of a run over two videos, four clips."""
     config = choices(corpus, tmp_path_factory.mktemp("out") / "dataset", **FEW)
     result = inline(config)
     assert (result.exit_code, result.rejects, result.counts["samples"]) == (0, [], 4)
@@ -57,7 +57,7 @@ def test_the_second_camera_is_no_video_of_its_own_and_verify_knows_its_member(do
 
 
 def test_frames_cameras_and_mask_are_those_of_the_scene(done, corpus):
-    """The slow twin: the scene itself says what the other camera filmed and which pixels of the clip it sees."""
+    """The slow twin: the scene itself gives what the other camera films and which pixels of the clip it sees."""
     config, _ = done
     for sample in samples(config.output):
         path = corpus / sample.provenance["source_path"]
@@ -213,7 +213,7 @@ def test_what_one_model_is_given_no_other_is_asked_for(corpus, tmp_path):
 
 
 def test_one_clip_may_have_two_sources(corpus, tmp_path):
-    """A video is known by its content and that of its pair; one without its pair takes nothing from another."""
+    """A video is identified by its content and that of its pair; one without a pair reuses nothing from another."""
     folder = tmp_path / "in"
     shutil.copytree(corpus, folder)
     stem = next(corpus.glob("*-00000.mp4")).stem
@@ -301,7 +301,7 @@ def test_bars_are_kept_in_both_pictures_or_in_none(tmp_path, crop_bars):
 
 
 def test_metres_of_depth_pro_follow_the_lens():
-    """It measures along the focal length that it takes; a camera that says another scales what it says."""
+    """Its metres depend on the focal length that it assumes; a known camera rescales them."""
     rng = np.random.default_rng(0)
     K = intrinsics((32, 32), 54.0)
     poses = trajectory.build("orbit", 3, 20.0, 3.0).tolist()

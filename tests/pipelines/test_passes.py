@@ -1,4 +1,4 @@
-"""The one loop over a pass: rows are counted, and too many unexpected errors stop the run."""
+"""The loop over a pass: rows are counted, and too many unexpected errors stop the run."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ STAGE = Stage("invert", invert, reads=("number",), writes=("inverse",))
 
 
 class Guarded:
-    """Runs as a worker does: a bug refuses its row."""
+    """Runs like a worker: a bug rejects its row."""
 
     problems = ("a node was quarantined",)
 

@@ -1,4 +1,4 @@
-"""`kill -9` in any phase of the driver: videos come in, units are planned, records and shards written, tars dropped."""
+"""`kill -9` in every phase of the driver: reading videos, planning units, writing records and shards, dropping tars."""
 
 from __future__ import annotations
 
@@ -66,11 +66,11 @@ def tree(config):
 
 @pytest.fixture(scope="module")
 def begun(corpus, tmp_path_factory):
-    """{phase: (choices, the folder that a run begins with, the hash that it must have, calls of the phase)}."""
+    """{phase: (settings, folder that a run starts with, hash that it must end with, calls of the phase)}."""
     folder, found = tmp_path_factory.mktemp("begun"), {}
     for phase, target in PHASES.items():
         keep = "none" if phase in ("drop", "restore") else "all"
-        # All samples are in the other split first, so that all shards are built anew.
+        # All samples are in the other split first, so that all shards are rebuilt.
         config = choices(corpus, folder / phase, val_fraction=0.0, keep_staging=keep)
         if phase in ("unit", "shard", "restore"):
             assert run(replace(config, val_fraction=1.0), target).returncode == 0

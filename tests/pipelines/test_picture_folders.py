@@ -1,4 +1,4 @@
-"""Folders of pictures in the input of preprocess: which of them are videos, and that a run with them is like any."""
+"""Picture folders as input of preprocess: which of them are videos, and that they run like any other video."""
 
 from __future__ import annotations
 
@@ -19,7 +19,7 @@ FPS = 25.0
 
 
 def write(folder: Path, count: int = 17, seed: int = 0, name: str = "{:05d}.png", depth: bool = True) -> Path:
-    """Write frames of a texture that slides, and their depth beside the folder."""
+    """Write frames of a sliding texture, and their depth next to the folder."""
     folder.mkdir(parents=True)
     noise = np.random.default_rng(seed).integers(0, 255, (64, 64 + count, 3)).astype(np.uint8)
     for number in range(count):
@@ -55,7 +55,7 @@ def test_which_folders_are_videos(tmp_path):
         ],
         "not_a_video",
     )
-    # where nobody says so, pictures are no videos
+    # by default, pictures are not videos
     videos, others = found(place, pictures=False)
     assert videos == {"clip.mp4", "mixed/film.mp4"}
     assert len(others) == 17 + 3 + 1 + 6 + 3 + 1  # the frames, poses.json and three depth files without a video

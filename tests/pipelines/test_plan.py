@@ -1,4 +1,4 @@
-"""What `ex4d plan` predicts, against arithmetic by hand and against a run of the same corpus."""
+"""The predictions of `ex4d plan`, compared with arithmetic by hand and with a run on the same corpus."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos that crash, hang or eat memory cost a row each: in the decoder's child, and in Ray's worker itself."""
+"""Videos that crash, hang or exhaust memory cost one row each: in the decoder's child, and in Ray's worker."""
 
 from __future__ import annotations
 
@@ -18,7 +18,7 @@ from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
 from pipelines.preprocess.stages import decode
 
-# What a child process is told to do, in place of decoding.
+# What a child process must do instead of decoding.
 TABLE = """
 import ctypes, time
 FUNCTIONS = {name: f"poisoned_table:{name}" for name in ("crash", "hang", "eat")}
@@ -31,7 +31,7 @@ def eat():
 
 
 def make(folder, num_videos, clips_per_video=1):
-    """Return the choices for so many synthetic videos of clips of 5 × 32 × 32."""
+    """Return the settings for that many synthetic videos with clips of 5 × 32 × 32."""
     frames = 5 * clips_per_video + 2
     corpus = SyntheticConfig(num_videos=num_videos, num_frames=frames, size=(32, 32), supersample=1)
     write_corpus(folder / "in", corpus)
@@ -74,7 +74,7 @@ def stages(folder, kinds):
 
 @pytest.fixture
 def by_value(ray_local):
-    """Ray's workers cannot import a test file, so its functions travel whole."""
+    """Pickle the test's functions by value, since Ray's workers cannot import a test file."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield ray_local
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])
@@ -108,7 +108,7 @@ def test_a_row_that_kills_its_worker_is_refused_and_its_neighbours_are_kept(tmp_
     assert reasons(result) == dict.fromkeys(kinds, "worker_crash")
     assert (result.counts["samples"], result.counts["clips_bad"], result.exit_code) == (10, 2, 0)
     assert not (tmp_path / "out" / "staging" / "attempts.json").exists()
-    again = preprocess.run(config, runner_name="inline")  # known, so not tried: it would kill this process
+    again = preprocess.run(config, runner_name="inline")  # known, so not retried: it would kill this process
     assert (again.worked["clip"], again.counts) == (0, result.counts)
     healed = retry(config.output, ["worker_crash"], runner_name="inline")
     assert set(healed.retried.values()) == {("worker_crash", "done")}

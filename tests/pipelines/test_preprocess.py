@@ -1,4 +1,4 @@
-"""The whole way from videos to a dataset folder: same bytes by any runner, nothing lost, nothing twice."""
+"""The whole path from videos to a dataset folder: equal bytes from any runner, nothing lost, nothing done twice."""
 
 from __future__ import annotations
 
@@ -97,7 +97,7 @@ def test_running_again_does_nothing_and_leaves_the_same_bytes(config):
 
 
 def test_a_killed_run_resumes_with_all_clips_of_a_video_and_none_twice(config, tmp_path):
-    """Fan-out: a video of three clips stops after one of them; the resumed run has all three."""
+    """Fan-out: a run is killed after one of a video's three clips; the resumed run has all three."""
     inline(config)
     whole = tree(config)
     stopped = replace(config, output=str(tmp_path / "stopped"))
@@ -183,7 +183,7 @@ def test_one_bad_row_costs_one_row(config):
     assert {row["reason"] for row in result.rejects} == {"decode_timeout"}
     bad = result.counts["clips_bad"]
     assert 1 <= bad <= 3
-    assert inline(config).worked["clip"] == 0  # what was refused stays refused
+    assert inline(config).worked["clip"] == 0  # rejected rows stay rejected
 
 
 @pytest.mark.parametrize(("num_gpus", "num_chains"), [(0.0, 1), (0.25, 3)])
@@ -336,7 +336,7 @@ def test_one_run_at_a_time(config):
 
 @pytest.mark.heavy
 def test_every_real_and_hostile_file_ends_as_a_sample_or_a_reason(media, tmp_path):
-    """All the media: videos in all formats, and everything that has brought a decoder down."""
+    """All real media: videos in all formats, and all files that have crashed a decoder."""
     config = PreprocessConfig(
         output=str(tmp_path / "out"),
         input=str(media),

@@ -1,4 +1,4 @@
-"""What a list or a redirect names must not reach the local network, however its address is spelled."""
+"""URLs in lists and redirects must not reach the local network, however the address is written."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def test_which_addresses_are_public():
 
 @pytest.fixture
 def rebound(monkeypatch):
-    """A name whose address is this machine's: what a stranger's DNS server says whenever it likes."""
+    """A host name that resolves to this machine, as an attacker's DNS server may answer at any time."""
     real = socket.getaddrinfo
     monkeypatch.setattr(
         socket,
@@ -48,14 +48,14 @@ def test_no_spelling_reaches_this_machine(host, tmp_path, rebound):
     with web_server(tmp_path) as site:
         url = f"http://{host}:{site.url.rpartition(':')[2]}/a.mp4"
         for ask in (storage.sha256, storage.size, storage.read_bytes):
-            # Some spellings are no host for the client.
+            # The client does not accept some spellings as a host.
             with web.rules(private="none"), pytest.raises((OSError, ConfigError)):
                 ask(url)
         assert site.asked == []
 
 
 class Redirects(_Handler):
-    """Sends whoever asks for one of `site.targets` there."""
+    """Redirects requests for a path in `site.targets`."""
 
     def do_HEAD(self) -> None:
         self._redirect() or super().do_HEAD()
@@ -76,7 +76,7 @@ class Redirects(_Handler):
 
 @pytest.fixture
 def redirects(tmp_path):
-    """A function that serves a folder with {path: where it is redirected to}."""
+    """A function that serves a folder with redirects {path: target}."""
     from functools import partial
     from http.server import ThreadingHTTPServer
     from threading import Thread
@@ -99,7 +99,7 @@ def redirects(tmp_path):
 
 
 def test_a_redirect_does_not_lead_to_the_local_network(tmp_path, redirects):
-    """A host that somebody named may be private; where it sends them may not, but within itself."""
+    """A host that the user named may be private; it may redirect only to itself or to public hosts."""
     (tmp_path / "a.bin").write_bytes(b"bytes")
     site = redirects(tmp_path)
     with web_server(tmp_path) as inner:
@@ -144,7 +144,7 @@ def test_a_run_refuses_private_hosts_unless_it_is_told_otherwise(corpus, tmp_pat
 
 
 def test_a_sidecar_does_not_follow_a_redirect_to_another_host(corpus, tmp_path, redirects):
-    """The video's own redirect is followed, as to a hub's store; its caption's would bring text from anywhere."""
+    """The redirect of a video is followed, as to a hub's store; that of its caption could bring text from anywhere."""
     name = sorted(path.stem for path in corpus.glob("*.mp4"))[0]
     site = redirects(corpus)
     (tmp_path / "inner").mkdir()

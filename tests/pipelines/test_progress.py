@@ -1,4 +1,4 @@
-"""The figures of a run while it runs: every sink tells the same tallies."""
+"""Live figures of a run: every sink reports the same counts."""
 
 from __future__ import annotations
 

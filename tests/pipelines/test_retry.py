@@ -1,4 +1,4 @@
-"""`ex4d retry` tries again exactly what was refused for the reasons that are named, with the choices of the run."""
+"""`ex4d retry` repeats exactly the rejects with the named reasons, with the settings of the run."""
 
 from __future__ import annotations
 
@@ -21,7 +21,7 @@ from pipelines.runtime.ledger import Ledger
 
 @pytest.fixture
 def refused(tmp_path, monkeypatch):
-    """Choices with paths relative to the folder of the run, which refused a video and two clips, each for a reason."""
+    """Settings, with relative paths, of a run that rejected a video and two clips for different reasons."""
     corpus = SyntheticConfig(num_videos=3, num_frames=12, size=(32, 32), supersample=1)
     write_corpus(tmp_path / "in", corpus)
     monkeypatch.chdir(tmp_path)
@@ -72,7 +72,7 @@ def test_only_the_named_reasons_are_tried_again(refused, tmp_path, monkeypatch):
 
 
 def test_refusals_under_other_choices_stay(refused):
-    """With other limits the refusals of before do not hold, so there is nothing to forget; it is worked on anyway."""
+    """Under other limits the earlier rejects do not apply, so there are none to forget; the work is redone anyway."""
     more = replace(refused, limits=DecodeLimits(timeout_s=240.0))
     before = Ledger("out").names()
     result = preprocess.run(more, runner_name="inline", retry=["decode_timeout"])

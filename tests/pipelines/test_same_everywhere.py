@@ -1,4 +1,4 @@
-"""One tree hash for one corpus, wherever and however it is made: the demo's videos, and clips of real ones."""
+"""One tree hash for one corpus, wherever and however it is processed: the demo's videos, and real clips."""
 
 from __future__ import annotations
 
@@ -55,7 +55,7 @@ def demo_corpus(folder: Path, media: Path | None) -> dict[str, object]:
 
 
 def real_corpus(folder: Path, media: Path | None) -> dict[str, object]:
-    """Return settings that cut over 60 clips from real videos; depth is of their motion, or they are refused."""
+    """Return settings that cut over 60 clips from real videos; depth comes from their motion, or they are rejected."""
     assert media is not None
     places = [str(media / name) for name in ("vipe_examples", "pyscenedetect_cuts", "sam2_gallery", "torchcodec_nasa")]
     clip = {"num_frames": 5, "size": [64, 96], "fps": 8.0, "clips_per_shot": 12, "clips_per_video": 12}

@@ -1,4 +1,4 @@
-"""Which caption and which depth is a video's: by its relative path, never by a name that two videos share."""
+"""Which caption and depth belong to a video: by relative path, never by a name that two videos share."""
 
 from __future__ import annotations
 
@@ -17,7 +17,7 @@ from pipelines.preprocess.stages.identify import identify
 
 @pytest.fixture
 def two_folders(corpus, tmp_path) -> Path:
-    """Return a folder with a/clip.mp4 and b/clip.mp4, other videos of other depth."""
+    """Return a folder with a/clip.mp4 and b/clip.mp4, different videos with different depth."""
     videos = sorted(corpus.glob("*.mp4"))
     for folder, video in zip("ab", videos[:2], strict=True):
         (tmp_path / "in" / folder).mkdir(parents=True)

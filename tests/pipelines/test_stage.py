@@ -1,4 +1,4 @@
-"""The Guard decides fates, lists of stages are checked, and both runners give the same rows."""
+"""The Guard assigns fates, lists of stages are checked, and both runners give the same rows."""
 
 from __future__ import annotations
 
@@ -15,7 +15,7 @@ from pipelines.runtime.stage import Chain, Guard, Stage, chains, check, is_bug, 
 
 @pytest.fixture
 def by_value(ray_local):
-    """Ray's workers cannot import a test file, so its functions travel whole."""
+    """Pickle the test's functions by value, since Ray's workers cannot import a test file."""
     ray_local.cloudpickle.register_pickle_by_value(sys.modules[__name__])
     yield ray_local
     ray_local.cloudpickle.unregister_pickle_by_value(sys.modules[__name__])

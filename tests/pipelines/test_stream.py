@@ -1,4 +1,4 @@
-"""The stream over a cluster: what dies is done elsewhere, pools follow the cluster, broken nodes are left alone.
+"""The stream over a cluster: lost work is redone elsewhere, pools follow the cluster, broken nodes are avoided.
 
 Each test starts a cluster of its own, in a process of its own: one process can be in one cluster only. GPUs are
 pretended.
@@ -68,7 +68,7 @@ def report(done, execute, **more):
 
 
 def run(folder: Path, script: str) -> dict:
-    """Return what a script says in its last line."""
+    """Run a script and return its last line of output."""
     (folder / "script.py").write_text(HEAD + script)
     short = tempfile.mkdtemp(prefix="ex4d-")  # a socket's path has a limit
     done = subprocess.run(

@@ -1,4 +1,4 @@
-"""`ex4d submit` and `ex4d jobs`: what is sent, what is refused, and a job that is stopped and submitted again."""
+"""`ex4d submit` and `ex4d jobs`: what is sent, what is rejected, and a job that is stopped and submitted again."""
 
 from __future__ import annotations
 
@@ -45,7 +45,7 @@ SHARED = {
 
 @pytest.fixture
 def here(tmp_path, monkeypatch) -> Path:
-    """The current folder, with a configuration file that says nothing."""
+    """The current folder, with an empty configuration file."""
     monkeypatch.chdir(tmp_path)
     (tmp_path / "c.yaml").write_text("{}\n")
     return tmp_path
@@ -131,7 +131,7 @@ def test_a_list_with_a_shared_root_may_name_relative_files(here):
     assert "list.txt" in sent
 
 
-# Settings whose help speaks of files, and which name none that must be sent.
+# Settings whose help mentions files, but which name none that must be sent.
 NO_FILES = {
     *("depth", "follow_links", "max_file_mb", "profile", "visibility", "max_angle_deg", "tracker", "output", "data"),
     *("revision", "mask_range", "save_every", "keep_last", "ema_decay", "wandb_mode", "wandb_project", "wandb_group"),
@@ -183,7 +183,7 @@ def answering(answer: Callable[[BaseHTTPRequestHandler], None]) -> Iterator[str]
 
 @pytest.mark.parametrize("name", ANSWERS)
 def test_a_server_that_is_not_rays_is_one_sentence(here, capsys, name):
-    """The version is right, what follows is not."""
+    """The version is valid, the later answers are not."""
 
     def answer(request: BaseHTTPRequestHandler) -> None:
         body = ANSWERS[name] if "version" not in request.path else b'{"ray_version": "2.50.0", "version": "4"}'
@@ -219,7 +219,7 @@ def test_the_token_follows_no_redirect(here, capsys):
 @pytest.mark.ray
 @pytest.mark.timeout(1500)
 def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_path):
-    """Token authentication, the log, Ctrl-C, stop, submit again; no secret of this side on the other."""
+    """Token authentication, the log, Ctrl-C, stop, submit again; no local secret reaches the cluster."""
     planted = {"WANDB_API_KEY": "planted-wandb-key", "AWS_SECRET_ACCESS_KEY": "planted-store-key"}
     with kills.bench(tmp_path, num_videos=6, clips_per_video=8) as bench, ray_head.head() as head:
         whole = bench.finish_here("whole")

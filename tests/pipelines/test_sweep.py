@@ -1,4 +1,4 @@
-"""The sweep's own parts; whole sweeps are in test_sweep_runs.py and test_sweep_kills.py."""
+"""The components of a sweep; test_sweep_runs.py and test_sweep_kills.py test whole sweeps."""
 
 from __future__ import annotations
 
@@ -159,7 +159,7 @@ def test_the_page_escapes_what_it_shows(tmp_path):
         ("preprocess.output=x", ConfigError),
         ("sweep.space={train.lr: {gauss: [0, 1]}}", ConfigError),
         ("sweep.num_trials=0", ConfigError),
-        ("train.num_steps=3", ContractError),  # no dataset is there
+        ("train.num_steps=3", ContractError),  # there is no dataset
     ],
 )
 def test_what_every_trial_would_trip_over_is_said_before_the_first(tmp_path, monkeypatch, override, error):
@@ -207,7 +207,7 @@ def trial(status: str, lr: float, **result) -> SimpleNamespace:
 
 
 def log_of(folder, values: dict[int, float], seconds: float = 0.5):
-    """Write a metrics.jsonl whose last line is not whole."""
+    """Write a metrics.jsonl whose last line is incomplete."""
     (folder / "train").mkdir(parents=True)
     lines = [{"step": k, "validation_loss": v, "step_s": {"total": seconds}} for k, v in values.items()]
     text = "".join(json.dumps(line) + "\n" for line in lines)
@@ -245,7 +245,7 @@ def test_the_board_knows_of_steps_between_two_reports(tmp_path, capsys):
 
 
 def test_a_scheduler_made_anew_remembers_what_trials_reported(tmp_path):
-    """Ray Tune restores its trials, but not what ASHA compared them by."""
+    """Ray Tune restores its trials, but not the results by which ASHA compares them."""
     from pipelines.train.sweep_tune import _scheduler
 
     space = {"train.lr": {"choice": [0.1, 0.2, 0.3]}}

@@ -1,4 +1,4 @@
-"""A sweep of twelve trials that is killed again and again, and trials over two nodes of which one dies."""
+"""A sweep of twelve trials that is killed repeatedly, and trials over two nodes, one of which dies."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ def adapters(folder: Path) -> dict[Path, int]:
 
 
 def training(folder: Path) -> int | None:
-    """Return the process id of a trial's training that has done a step and is not through, or None."""
+    """Return the process id of a trial's training that has done a step but has not finished, or None."""
     for path in Path("/proc").glob("[0-9]*/cmdline"):
         try:
             words = path.read_bytes().split(b"\0")
@@ -46,7 +46,7 @@ def training(folder: Path) -> int | None:
 
 
 def wait_for_training(folder: Path, begun: int, process: subprocess.Popen) -> int:
-    """Return the process id of a training that is midway, once so many trials have begun."""
+    """Wait until that many trials have started, and return the process id of a training in progress."""
     deadline = time.monotonic() + 1200
     while len(list(folder.glob("trials/*"))) < begun or (found := training(folder)) is None:
         assert process.poll() is None, process.communicate()[0]
@@ -96,7 +96,7 @@ def test_twelve_trials_beat_the_default_or_say_that_they_do_not_and_survive_kill
 def cluster():
     """A head without processors for the command, and two nodes that hold one rank each."""
     require_token()
-    os.environ.update(RAY_worker_niceness="0")  # else 15, and they starve on a busy machine
+    os.environ.update(RAY_worker_niceness="0")  # default 15, with which they starve on a busy machine
     from ray.cluster_utils import Cluster
 
     made = Cluster(initialize_head=True, head_node_args={"num_cpus": 0, **STORE, "include_dashboard": False})
@@ -134,7 +134,7 @@ def test_a_trial_of_two_ranks_over_two_nodes_is_done_again_where_a_node_dies(ben
     words = (folder / "train.log").read_text()
     assert words.count("Started training worker group of size 2") > 1, "it was done again"
     assert len(words.splitlines()) < 300, "Ray's helpers do not fill the log"
-    # A batch of 2 in one process is a batch of 1 in two: what the lost node cost is not in the result.
+    # A batch of 2 in one process equals a batch of 1 in two, so the lost node does not change the result.
     code, text = finish(start(write(bench, "alone", PLANTED | {"num_steps": 100}, **common)))
     assert code == 0, text
     assert trial["value"] == pytest.approx(result(bench, "alone")["trials"][0]["value"], rel=1e-4)

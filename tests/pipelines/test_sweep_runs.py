@@ -1,4 +1,4 @@
-"""Whole small sweeps with Ray Tune and real trainings: who wins, population based training, Ctrl-C."""
+"""Small whole sweeps with Ray Tune and real trainings: the winner, population-based training, Ctrl-C."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def bench(tmp_path_factory) -> Path:
 
 
 def check_winner(bench: Path, name: str, key: str, num_trials: int) -> list[dict]:
-    """Assert that best.yaml holds the best of those trials that got furthest; return the trials."""
+    """Assert that best.yaml holds the best of the trials with the most steps; return the trials."""
     trials = result(bench, name)["trials"]
     assert len(trials) == num_trials
     assert max(trial["step"] for trial in trials) == 9

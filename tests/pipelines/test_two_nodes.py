@@ -1,4 +1,4 @@
-"""A cluster of two nodes that loses one midway ends with the bytes of a run in one process."""
+"""A cluster of two nodes that loses one midway gives the same bytes as a run in one process."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Videos are planned in units, and no way of cutting them changes what is planned."""
+"""Videos are planned in units, and the way they are divided does not change the plan."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run knows of a local file spares the next run reading it, as long as nobody touched the file."""
+"""The record of a local file saves the next run from reading it, as long as the file is unchanged."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_a_second_run_reads_only_what_was_changed(config, monkeypatch, read):
     read.clear()
     assert preprocess.run(config, runner_name="inline").worked["clip"] == 0
     assert not [name for name in read if name.endswith((".mp4", ".npz"))]
-    # Other bytes of the same size, with the old time set again: only the time of the inode's change tells.
+    # Other bytes of the same size with the old mtime restored: only the inode's change time reveals it.
     changed = first_of(config, ".npz")
     before = os.stat(changed)
     with open(changed, "r+b") as file:

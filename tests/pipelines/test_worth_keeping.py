@@ -1,4 +1,4 @@
-"""What is dropped by default, what a video's damage or gaps cost, and what a run says that commits nothing."""
+"""What is dropped by default, the cost of damaged or incomplete videos, and the message of a run without a commit."""
 
 from __future__ import annotations
 
@@ -25,7 +25,7 @@ from pipelines.runtime.stage import new_row, refuse
 
 
 def with_depth(path: Path, frames: np.ndarray) -> None:
-    """Write a video with a depth of its own, so that nothing but its pictures is wrong with it."""
+    """Write a video with its own depth, so that only its pictures can be rejected."""
     video.write(path, frames, 25)
     ramp = 1 + np.arange(frames.shape[1])[:, None] / 50 + np.zeros(frames.shape[1:3])
     np.savez(path.with_suffix(".depth.npz"), z_depth=np.stack([ramp] * len(frames)).astype(np.float32))
@@ -120,7 +120,7 @@ def test_a_gap_in_time_is_in_no_clip(tmp_path):
     found = planned(tmp_path, ticks, num_frames=7, clips_per_shot=4)
     assert [one.frame_index for one in found] == [list(range(0, 7)), list(range(10, 17))]
     assert all(one.fps == 25.0 for one in found)
-    # the part that would do is taken, whatever the mean rate of the whole
+    # the suitable part is used, whatever the mean rate of the whole
     at_rate = planned(tmp_path, ticks, num_frames=7, clips_per_shot=4, fps=25.0)
     assert all(max(np.diff(one.pts)) == 40 for one in at_rate)
     assert len(at_rate) == 2

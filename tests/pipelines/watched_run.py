@@ -1,4 +1,4 @@
-"""`python watched_run.py CONFIG.yaml [NUM_GPUS]`: a preprocess run on Ray that says what memory it took, in JSON.
+"""`python watched_run.py CONFIG.yaml [NUM_GPUS]`: run preprocess on Ray and print its peak memory as JSON.
 
 Peaks, MB: `driver_mb` and `worker_mb` (the largest Ray worker, its decoding child included) are resident memory without
 shared pages; `store_mb` is what the object store ever held at once. With NUM_GPUS Ray believes in so many GPUs, so that
@@ -22,7 +22,7 @@ from pipelines.preprocess import run as preprocess
 
 
 class Watch(threading.Thread):
-    """Looks every fifth of a second, from the start of Ray to its end."""
+    """Samples memory every fifth of a second, from the start of Ray to its end."""
 
     def __init__(self) -> None:
         super().__init__(daemon=True)

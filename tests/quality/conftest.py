@@ -1,4 +1,4 @@
-"""Its helpers are imported by name."""
+"""Makes helpers of this folder importable by name."""
 
 from __future__ import annotations
 

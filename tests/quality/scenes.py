@@ -1,4 +1,4 @@
-"""Small made clips whose truth is known: a texture that pans, bodies on it, writing, bars, logos."""
+"""Small synthetic clips whose truth is known: a panning texture with bodies, text, bars or logos on it."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Each score of a clip against made positives and negatives, and its thresholds."""
+"""Each clip score on synthetic positives and negatives, and its thresholds."""
 
 from __future__ import annotations
 
@@ -72,7 +72,7 @@ def test_still_counts_repeated_frames():
     assert clip.still_share(moving) == 0.0
     assert clip.still_share(slides) == pytest.approx(22 / 23)
     assert clip.still_share(pulled) == pytest.approx(0.2, abs=0.02)
-    assert clip.still_share(grey(pan(24, step=(0, 0), noise=3.0))) < 0.1  # a resting camera is no slide
+    assert clip.still_share(grey(pan(24, step=(0, 0), noise=3.0))) < 0.1  # a still camera is not a slide-show
 
 
 @pytest.mark.parametrize("seed", range(4))

@@ -1,4 +1,4 @@
-"""Scores of depth against scenes whose depth is exact, and against the same with made faults of known size."""
+"""Depth scores on scenes with exact depth, and on the same scenes with errors of known size."""
 
 from __future__ import annotations
 
@@ -26,7 +26,7 @@ def test_true_depth_neither_flickers_nor_drifts_and_sky_is_counted(clip):
     frames, z_depth, sky = clip
     scores = geometry.measure(frames, z_depth)
     measured = {name for name, score in SCORES.items() if score.stage == "depth_quality"}
-    assert set(scores) == measured - {"depth_holes"}  # the stage counts those: they are no matter of the values
+    assert set(scores) == measured - {"depth_holes"}  # the stage counts those; they do not depend on the values
     assert scores["depth_flicker"] < 0.003
     assert scores["depth_drift"] < 0.05
     assert (0.2 < scores["sky"] < 0.8) if sky else scores["sky"] == 0

@@ -1,4 +1,4 @@
-"""Black bars are found to the line and nothing else is taken for them; a logo is told from a picture at rest."""
+"""Black bars are found to the exact line, without false positives; a logo is distinguished from a still picture."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ def test_dark_pictures_have_no_bars():
     assert shot.find_box(grey((pan(16) * 0.1).astype(np.uint8))) == whole
     assert shot.find_box(np.zeros((0, 144, 256), np.uint8)) == whole
     night = pan(16)
-    night[:, :60] = 8  # a dark sky over roofs: no straight edge
+    night[:, :60] = 8  # a dark sky above roofs has no straight edge
     for column, top in zip(range(0, 256, 16), np.random.default_rng(0).integers(10, 60, 16), strict=True):
         night[:, top:60, column : column + 16] = 90
     assert shot.find_box(grey(night)) == whole

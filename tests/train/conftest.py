@@ -1,4 +1,4 @@
-"""One process group of one rank for the session, so that most of training is tried without starting processes."""
+"""One process group of one rank per session, so that most training tests start no processes."""
 
 from __future__ import annotations
 
@@ -34,7 +34,7 @@ def alone():
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A folder of the module's own with a dataset and an untrained base."""
+    """A folder per module, with a dataset and an untrained base."""
     path = tmp_path_factory.mktemp("train")
     make_dataset(path)
     make_base(path)

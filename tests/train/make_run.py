@@ -1,4 +1,4 @@
-"""A dataset folder, a random base of the tiny classes, and a configuration file, all made here in a second or two."""
+"""Create a dataset folder, a random base of the tiny classes and a configuration file in a second or two."""
 
 from __future__ import annotations
 
@@ -46,7 +46,7 @@ def make_sample(index: int, num_frames: int = 5, size: tuple[int, int] = (32, 32
 def make_dataset(
     folder: Path, train: int = 7, val: int = 2, num_frames: int = 5, size: tuple[int, int] = (32, 32), first: int = 0
 ) -> Path:
-    """Write a dataset of so many clips, numbered from `first`; an odd number, so that epochs end inside a batch."""
+    """Write a dataset of `count` clips, numbered from `first`; an odd count makes epochs end inside a batch."""
     staging = folder / "staging"
     staging.mkdir(parents=True)
     staged = []

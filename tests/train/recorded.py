@@ -1,4 +1,4 @@
-"""One rank of real runs, one after another, that writes down which clip it took at which place of which step.
+"""Run one rank of real runs in turn, and record which clip it takes at which position of which step.
 
     python tests/train/recorded.py RUNS.json      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 
@@ -42,7 +42,7 @@ class Recorded(Trainer):
 
 
 def run(place: Place, chosen: dict[str, Any]) -> int:
-    """Do one run on a started engine; return its exit status."""
+    """Execute one run on a started engine; return its exit status."""
     config = configs.validate(TrainConfig, chosen["train"], "train")
     model = configs.validate(ModelConfig, chosen["model"], "model")
     Path(config.output).mkdir(parents=True, exist_ok=True)
@@ -60,7 +60,7 @@ def run(place: Place, chosen: dict[str, Any]) -> int:
 
 
 def read_keys(output: Path) -> dict[int, list[str]]:
-    """Return {step: keys in the order of the global batch}; a step that was done again counts as done last."""
+    """Return {step: keys in the order of the global batch}; for a repeated step, those of the last time."""
     steps: dict[int, tuple[int, dict[int, str]]] = {}
     for path in sorted(output.glob("keys/*.jsonl"), key=lambda path: [int(n) for n in path.stem.split("-")]):
         start = int(path.stem.split("-")[0])

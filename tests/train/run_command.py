@@ -1,4 +1,4 @@
-"""`ex4d train` as a process of its own: started, waited for, and its losses read."""
+"""Run `ex4d train` in its own process: start it, wait for it, and read its losses."""
 
 from __future__ import annotations
 
@@ -23,14 +23,14 @@ def start(
     launcher: Sequence[str] = ("-m", "pipelines.cli", "train"),
     environment: dict[str, str] | None = None,
 ) -> subprocess.Popen:
-    """Start `python LAUNCHER CONFIG OVERRIDES`; what it prints can be read."""
+    """Start `python LAUNCHER CONFIG OVERRIDES` with its output piped."""
     command = [sys.executable, *launcher, str(config), *overrides]
     options = {"stdout": subprocess.PIPE, "stderr": subprocess.STDOUT, "text": True}
     return subprocess.Popen(command, cwd=ROOT, env=PLAIN | (environment or {}), **options)
 
 
 def finish(process: subprocess.Popen, timeout_s: float = 600) -> tuple[int, str]:
-    """Return (exit status, what it printed) of a process that must end in time."""
+    """Return (exit status, output) of a process that must end in time."""
     try:
         text, _ = process.communicate(timeout=timeout_s)
     finally:
@@ -48,7 +48,7 @@ def losses(output: Path) -> list[float]:
 
 
 def wait_for(what: Callable[[], object], why: str, timeout_s: float = 400) -> None:
-    """Wait until `what()` is true; fail with `why` where it does not come."""
+    """Wait until `what()` is true; fail with `why` after a timeout."""
     deadline = time.monotonic() + timeout_s
     while not what():
         assert time.monotonic() < deadline, f"did not come: {why}"

@@ -1,4 +1,4 @@
-"""The trainer on a machine that has PyTorch, transformers and the wheels of the GPU run book, and nothing else."""
+"""The trainer on a machine with only PyTorch, transformers and the wheels of the GPU run book."""
 
 from __future__ import annotations
 
@@ -33,7 +33,7 @@ importlib.util.find_spec = lambda name, package=None: (
 
 @pytest.fixture
 def bare(tmp_path: Path) -> dict[str, str]:
-    """The environment of processes in which those libraries cannot be imported."""
+    """The environment for processes in which the other libraries cannot be imported."""
     (tmp_path / "sitecustomize.py").write_text(BLOCK)
     inherited = {name: value for name, value in os.environ.items() if name not in ("RANK", "WORLD_SIZE", "LOCAL_RANK")}
     return {**inherited, "PYTHONPATH": f"{tmp_path}:{ROOT}", "OMP_NUM_THREADS": "1", "HF_HUB_OFFLINE": "1"}

@@ -1,4 +1,4 @@
-"""Choices that cannot work are refused before a run starts, in one sentence and with exit status 2."""
+"""Impossible settings are rejected before a run starts, in one sentence and with exit status 2."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""What a run is said to need, against what torch counts and autograd keeps, and the figures of the published size."""
+"""The estimated needs of a run, against torch's counts and autograd's memory, and figures of the published size."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def test_memory_of_the_published_size(parameters: dict[str, int]) -> None:
 
 
 def test_base_and_swap_are_counted_as_they_are_stored() -> None:
-    """The slow twin: build a small model in the same way and add up what it holds on its device and on the host."""
+    """The slow twin: build a small model alike and add up its bytes on the device and on the host."""
     shape = dict(tiny.new_transformer(8).config)
     for style, swapped in ((None, 0), ("int8", 0), ("nf4", 4), (None, 4)):
         transformer = tiny.new_transformer(8)
@@ -160,7 +160,7 @@ def test_tiles_decode_a_large_video_in_less_memory() -> None:
 
 @pytest.fixture
 def counted_once(parameters: dict[str, int], monkeypatch: pytest.MonkeyPatch) -> None:
-    """Counting takes a second or more each time."""
+    """Cached, since counting takes a second or more each time."""
     monkeypatch.setattr(estimate, "count_parameters", lambda *_: parameters)
 
 

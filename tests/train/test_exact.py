@@ -61,12 +61,12 @@ def chosen(folder: Path, name: str, start: int = 0, kill_at: int | None = None, 
 
 
 def on_two_ranks(folder: Path, runs: list[dict]) -> list[int]:
-    """Return the exit statuses of two ranks that do these runs; when one dies, so does the other."""
+    """Execute these runs on two ranks and return their exit statuses; if one dies, so does the other."""
     return on_ranks(folder, runs, 2)
 
 
 def on_ranks(folder: Path, runs: list[dict], count: int, **environment: str) -> list[int]:
-    """Return the exit statuses of so many ranks that do these runs; when one dies, so do the others."""
+    """Execute these runs on that many ranks and return their exit statuses; if one dies, so do the others."""
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
         port = str(probe.getsockname()[1])
@@ -92,7 +92,7 @@ def losses(folder: Path, name: str) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
-    """Fourteen steps on two ranks at ZeRO-2 without a break: two epochs and a half."""
+    """Fourteen uninterrupted steps on two ranks at ZeRO-2: two and a half epochs."""
     runs = [chosen(folder, "whole", micro_batch_size=2, num_steps=14, save_every=20, zero_stage=2)]
     assert on_two_ranks(folder, runs) == [0, 0]
     return folder / "whole"
@@ -128,7 +128,7 @@ def test_losses_do_not_depend_on_stage_ranks_or_recomputation(folder, alone):
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_resumed_twice_in_an_epoch_and_across_its_end_on_other_ranks_and_stages(folder, whole, alone):
-    """2 ranks ZeRO-2 → 1 rank ZeRO-3 → 2 ranks ZeRO-3, killed → 2 ranks ZeRO-1, beside a run that was not broken."""
+    """2 ranks ZeRO-2 → 1 rank ZeRO-3 → 2 ranks ZeRO-3, killed → 2 ranks ZeRO-1, compared with an uninterrupted run."""
     name, common = "broken", {"micro_batch_size": 2, "save_every": 1}
     assert on_two_ranks(folder, [chosen(folder, name, 0, **common, num_steps=2, zero_stage=2)]) == [0, 0]
     assert run(alone, chosen(folder, name, 1, **common, num_steps=4, zero_stage=3)) == 0
@@ -186,7 +186,7 @@ while True:
 
 @pytest.mark.heavy
 def test_kill_nine_during_the_write_loses_nothing(tmp_path):
-    """Twelve kills at random moments of a writer that does nothing else than write and prune."""
+    """Twelve kills at random moments of a process that only writes and prunes checkpoints."""
     chance, said, half_written = random.Random(11), 0, 0
     for _ in range(12):
         writer = subprocess.Popen([sys.executable, "-c", WRITER, str(tmp_path)], stdout=subprocess.PIPE, text=True)

@@ -1,4 +1,4 @@
-"""Twenty steps of the tiny model, whose losses are on record: a change of any number on the way shows here.
+"""Twenty steps of the tiny model with recorded losses: any change of a number on the way shows here.
 
 The corpus is drawn from a seed: its shards hold masks and captions, and its frames come from NumPy by the sample's
 number, so that no video codec's version is part of the record. Everything after that is the real thing: loader, mask
@@ -45,7 +45,7 @@ TRAIN = {"lr": 2e-3, "warmup_steps": 3, "lr_decay": "cosine", "micro_batch_size"
 
 
 def decode(members: dict[str, bytes], draw: loader.Draw) -> dict[str, Any]:
-    """A clip of drifting noise, and a mask that the draw decides; both by numbers alone."""
+    """A clip of drifting noise and a mask that depends on the draw, both computed from numbers alone."""
     caption = members["txt"].decode()
     number, mask = int(caption.split()[1]), draw(3)
     coarse = np.random.default_rng([21, number]).integers(0, 256, (CLIP[0], CLIP[1] // 8, CLIP[2] // 8, 3), np.uint8)
@@ -76,7 +76,7 @@ def train(folder: Path, dataset: Path, place: Place, model: dict[str, Any] | Non
 
 @pytest.fixture(scope="module")
 def corpus(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """Seven clips, so that batches of two go across the ends of epochs."""
+    """Seven clips, so that batches of two cross the ends of epochs."""
     return make_dataset(tmp_path_factory.mktemp("golden"))
 
 
@@ -114,7 +114,7 @@ def test_another_choice_is_another_curve(
 
 
 def record() -> None:
-    """Write the record anew."""
+    """Rewrite the recorded losses."""
     import os
 
     from ex4d.train import engine

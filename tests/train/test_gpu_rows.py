@@ -1,4 +1,4 @@
-"""The runner of the GPU measurements: whatever becomes of one row, or of the runner, the other rows stay."""
+"""The runner of the GPU measurements: whatever happens to one row or to the runner, other rows are kept."""
 
 from __future__ import annotations
 

@@ -38,7 +38,7 @@ def wait_for_step(output: Path, step: int) -> None:
 
 @pytest.fixture(scope="module")
 def whole(folder) -> Path:
-    """Twenty steps on two ranks without a break; the path of its configuration."""
+    """An uninterrupted run of twenty steps on two ranks; the path of its configuration."""
     config = make_config(folder, **TWO_RANKS, output=str(folder / "whole"))
     code, text = finish(start(config))
     assert code == 0, text

@@ -1,4 +1,4 @@
-"""The dashboard and the alert rules ask for what runs really serve."""
+"""The dashboard and the alert rules query metrics that runs really serve."""
 
 from __future__ import annotations
 
@@ -40,7 +40,7 @@ def expressions() -> list[str]:
 
 
 def lost(ours: Any, read: Any, where: str = "") -> list[str]:
-    """Return where `read` lacks something of `ours`, or has another value."""
+    """Return the paths at which `read` lacks an entry of `ours` or has another value."""
     if isinstance(ours, dict) and isinstance(read, dict):
         return [place for name in ours for place in lost(ours[name], read.get(name), f"{where}.{name}")]
     if isinstance(ours, list) and isinstance(read, list) and len(ours) == len(read):
@@ -76,7 +76,7 @@ def asked(expression: str) -> list[tuple[str, dict[str, str]]]:
 
 
 def missing(text: str) -> list[str]:
-    """Return what the expressions ask for and a scrape does not hold."""
+    """Return what the expressions query and a scrape does not contain."""
     served: dict[str, list[dict[str, str]]] = {}
     for name, labels in re.findall(r"^(ex4d_\w+)(?:\{(.*)\})? \S+$", text, re.MULTILINE):
         served.setdefault(name, []).append(dict(re.findall(r'(\w+)="([^"]*)"', labels)))

@@ -1,4 +1,4 @@
-"""A run's one prompt is embedded once: a restart and other ranks load no text encoder, and get the same numbers."""
+"""A run's prompt is embedded once: restarts and other ranks load no text encoder, and get the same numbers."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Two ranks on two nodes with addresses of their own: a cut link and a killed node change no loss."""
+"""Two ranks on two nodes with their own addresses: a cut link or a killed node changes no loss."""
 
 from __future__ import annotations
 

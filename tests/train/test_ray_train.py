@@ -1,4 +1,4 @@
-"""Ray Train over two virtual nodes of one machine: ranks and nodes that go away, nodes that come back, SIGTERM."""
+"""Ray Train over two virtual nodes of one machine: ranks and nodes that fail, nodes that return, SIGTERM."""
 
 from __future__ import annotations
 
@@ -36,12 +36,12 @@ sys.exit(train.command(sys.argv[1], sys.argv[2:]))
 
 
 def last_size(output: Path) -> int:
-    """Return how many processes took the last step; 0 where the log goes back to a checkpoint before the first."""
+    """Return the number of processes in the last logged step; 0 if the log is truncated to before the first."""
     return steps(output)[-1]["processes"] if steps(output) else 0
 
 
 def same_adapter(ours: Path, theirs: Path) -> bool:
-    """Return whether two runs ended on the same bytes of each tensor."""
+    """Return whether the final adapters of two runs are equal, byte for byte in each tensor."""
     a, b = (load_file(folder / "adapter" / "adapter.safetensors") for folder in (ours, theirs))
     return a.keys() == b.keys() and all(a[name].numpy().tobytes() == b[name].numpy().tobytes() for name in a)
 
@@ -53,7 +53,7 @@ def config(folder) -> Path:
 
 @pytest.fixture(scope="module")
 def whole(folder, config) -> Path:
-    """Thirty steps on two local ranks without a break or a Ray; the path of its configuration."""
+    """An uninterrupted run of thirty steps on two local ranks, without Ray; the path of its configuration."""
     code, text = finish(start(config))
     assert code == 0, text
     return config

@@ -1,4 +1,4 @@
-"""The small real base under the engine: dtypes after its start, swapped blocks, and what the adapter file then says."""
+"""The small real base under the engine: dtypes after its start, swapped blocks, and the adapter file's metadata."""
 
 from __future__ import annotations
 

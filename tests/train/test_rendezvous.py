@@ -1,4 +1,4 @@
-"""Ranks of one machine meet on the loopback, and nothing else can come in."""
+"""Ranks of one machine meet on the loopback, which no other machine can reach."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The run log: every step once, whatever was killed when, and W&B as a mirror that may fail."""
+"""The run log: every step once, whatever is killed and when, and W&B as a mirror that may fail."""
 
 from __future__ import annotations
 
@@ -29,7 +29,7 @@ def test_lines_after_the_checkpoint_are_written_again(tmp_path):
 
 
 def test_an_offline_run_is_kept_for_wandb_and_its_id_stays(tmp_path):
-    """A real offline run of the real library, twice: no network, no key, one id."""
+    """A real offline run with the real library, started twice: no network, no key, one id."""
     options = {"mode": "offline", "project": "ex4d-test", "group": "g"}
     ids = []
     for step in (0, 1):

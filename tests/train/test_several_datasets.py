@@ -1,4 +1,4 @@
-"""A run on two datasets of unequal clips, 3 : 1 by steps: one order on any ranks, after kills and in one piece."""
+"""A run on two datasets with different clips, 3 : 1 by steps: one order on any ranks, with or without kills."""
 
 from __future__ import annotations
 
@@ -39,7 +39,7 @@ def mixed(folder: Path, name: str, start: int = 0, kill_at: int | None = None, *
 
 
 def origin(keys: list[str]) -> set[int]:
-    """Return which datasets these keys are of."""
+    """Return the datasets to which these keys belong."""
     of = {
         make_sample(first + n).key: index
         for index, (first, count) in enumerate(zip(FIRST, NUM_CLIPS, strict=True))
@@ -71,7 +71,7 @@ def test_a_step_takes_one_dataset_and_its_clips_once_an_epoch(folder: Path, alon
 @pytest.mark.heavy
 @pytest.mark.timeout(900)
 def test_killed_and_resumed_on_two_ranks_and_on_one(folder: Path, alone) -> None:
-    """52 steps of two ranks in one piece, beside a run that is killed, goes on with one rank and ends with two."""
+    """52 uninterrupted steps on two ranks, compared with a run that is killed, resumes on one rank and ends on two."""
     last = {"num_steps": 52}
     assert on_two_ranks(folder, [mixed(folder, "whole", **last, save_every=52)]) == [0, 0]
     killed = mixed(folder, "broken", 0, kill_at=18, **last, save_every=5)

@@ -1,4 +1,4 @@
-"""The source video as second condition: from clips of two cameras to an adapter that is given it again."""
+"""The source video as second condition: from two-camera clips to an adapter that generates with it."""
 
 from __future__ import annotations
 
@@ -38,7 +38,7 @@ STEPS |= {"validate_every": 4, "validate_samples": 2, "condition_dropout": 0.3, 
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """Clips of two cameras, a base, and the latents of the one by the other as float32."""
+    """Two-camera clips, a base, and the clips' latents by that base, as float32."""
     path = tmp_path_factory.mktemp("pairs")
     config = PreprocessConfig(
         output=str(path / "dataset"),
@@ -82,7 +82,7 @@ def test_training_on_latents_is_training_on_pixels(folder, alone, tmp_path, trai
 
 
 def test_the_adapter_says_what_it_was_trained_with_and_is_given_it(folder, trained, tmp_path, monkeypatch):
-    """Whoever has one camera gives the video itself."""
+    """With only one camera, the video itself is the source video."""
     path = trained[1] / "adapter"
     assert weights.read_metadata(path).source_video
     clip = next((folder / "dataset" / "source").glob("*-00000.source.mp4"))
@@ -166,7 +166,7 @@ def test_a_step_is_counted_with_the_tokens_of_both(folder, alone):
 
 
 def test_clips_of_one_camera_are_refused(tmp_path, folder, alone):
-    """A clip that is its own source would only be copied."""
+    """With a clip as its own source, the model would only learn to copy."""
     make_dataset(tmp_path)
     config = TrainConfig(data=str(tmp_path / "dataset"), output=str(tmp_path / "out"), **STEPS)
     with pytest.raises(ConfigError, match=r"model\.source_video=True.*preprocess\.members"):

@@ -1,4 +1,4 @@
-"""What makes a step faster or smaller changes no loss: compiled blocks, partial and selective recomputation, swap."""
+"""Options that make a step faster or smaller do not change the loss: compilation, partial recomputation, swap."""
 
 from __future__ import annotations
 
@@ -71,7 +71,7 @@ def test_twenty_steps_at_one_and_two_ranks(folder: Path, alone) -> None:
 @pytest.mark.heavy
 @pytest.mark.timeout(600)
 def test_compiled_blocks_differ_no_more_than_another_order_of_summation(folder: Path, alone) -> None:
-    """At thirty times the method's learning rate AdamW carries any rounding on; a compiled kernel's no further."""
+    """At 30 times the method's learning rate AdamW amplifies all rounding, a compiled kernel's no more than other."""
     common = TWENTY | {"lr": 1e-2, "zero_stage": 0, "grad_accum_steps": 2}
     for name, kind in {"steep": PLAIN, "steep-compiled": KINDS["compiled"]}.items():
         assert run(alone, chosen(folder, name, **common, **kind)) == 0

@@ -1,4 +1,4 @@
-"""The benchmark of the 14B step at the size of the tiny base: its rows run, and hold what their names say."""
+"""The benchmark of the 14B step, at the size of the tiny base: its rows run and match their names."""
 
 from __future__ import annotations
 

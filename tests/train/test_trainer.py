@@ -32,7 +32,7 @@ def losses(output: Path) -> list[float]:
 
 @pytest.fixture(scope="module")
 def whole(alone, tmp_path_factory) -> Path:
-    """Twenty steps at ZeRO-2 without a break."""
+    """An uninterrupted run of twenty steps at ZeRO-2."""
     output = tmp_path_factory.mktemp("whole")
     assert train_toy(str(output), alone, **BATCH) == 0
     return output
@@ -158,7 +158,7 @@ def test_gradient_that_is_not_finite_is_seen_where_the_loss_is(alone):
 
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_sigterm_within_a_step_saves_the_one_before_and_the_run_goes_on(stage, alone, whole, tmp_path):
-    """Micro batch 1 of 2 of step 8: what it accumulated is dropped, nothing is lost."""
+    """In micro batch 1 of 2 of step 8: the accumulated gradients are dropped, and the step is repeated on resume."""
     assert train_toy(str(tmp_path), alone, {"term_in": 15}, **BATCH, zero_stage=stage) == EXIT_PREEMPTED
     assert checkpoint.read_state(checkpoint.latest(tmp_path)).step == 7
     assert len(losses(tmp_path)) == 7
@@ -175,7 +175,7 @@ def test_a_stop_within_a_step_keeps_what_validation_found(alone, tmp_path):
 
 
 def test_sigterm_before_the_end_of_a_step_saves_that_step(alone, whole, tmp_path):
-    """Its last micro batch is under way: the step is finished first."""
+    """During its last micro batch: the step is finished first."""
     assert train_toy(str(tmp_path), alone, {"term_in": 16}, **BATCH) == EXIT_PREEMPTED
     assert checkpoint.read_state(checkpoint.latest(tmp_path)).step == 8
     assert train_toy(str(tmp_path), alone, **BATCH) == 0
@@ -381,7 +381,7 @@ def test_two_then_one_then_two_ranks(alone, whole, tmp_path):
 
 
 def test_every_rank_goes_on_from_the_checkpoint_of_rank_0(tmp_path, monkeypatch):
-    """As where a file system shows two machines two states of a folder for a while."""
+    """As if a file system showed two machines different states of a folder for a while."""
     mine, theirs = tmp_path / "checkpoints" / "step-10", tmp_path / "checkpoints" / "step-20"
     mine.mkdir(parents=True)
     monkeypatch.setattr(torch.distributed, "is_initialized", lambda: True)

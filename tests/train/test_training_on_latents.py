@@ -1,4 +1,4 @@
-"""A training on precomputed latents: the same losses and adapter, no encoder loaded, no other model's latents."""
+"""Training on precomputed latents: equal losses and adapter, no encoder loaded, latents of other models rejected."""
 
 from __future__ import annotations
 
@@ -27,7 +27,7 @@ STEPS = {"num_steps": 6, "save_every": 3, "micro_batch_size": 2, "lr": 1e-3, "wa
 
 @pytest.fixture(scope="module")
 def folder(tmp_path_factory) -> Path:
-    """A dataset of nine clips, a base, and the latents of the one by the other as float32."""
+    """A dataset of nine clips, a base, and the dataset's latents by that base, as float32."""
     path = tmp_path_factory.mktemp("latents")
     make_dataset(path)
     make_base(path)

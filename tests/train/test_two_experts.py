@@ -1,4 +1,4 @@
-"""A base of two experts: each is trained within its own noise and resumed exactly; both adapters then work together."""
+"""A base with two experts: each trains at its own noise levels and resumes exactly; the adapters then work together."""
 
 from __future__ import annotations
 
@@ -56,7 +56,7 @@ def chosen(folder: Path, name: str, expert: str | None, kill_at: int | None = No
 
 @pytest.fixture(scope="module")
 def trained(folder: Path, alone: Place) -> Path:
-    """A folder of two unbroken trainings, high and low."""
+    """A folder of two uninterrupted trainings, high and low."""
     for expert in experts.EXPERTS:
         assert run(alone, chosen(folder, f"whole/{expert}", expert, **VALIDATED)) == 0
     return folder / "whole"

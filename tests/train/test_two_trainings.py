@@ -1,4 +1,4 @@
-"""One output, one training: the second start is refused before it writes anything."""
+"""One output, one training: a second start is rejected before it writes anything."""
 
 from __future__ import annotations
 

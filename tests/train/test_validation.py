@@ -1,4 +1,4 @@
-"""Validation apart: the same figure, real videos, and a validator that breaks in every way changes nothing."""
+"""Separate validation: equal figures, real videos, and a validator that fails in every way without any effect."""
 
 from __future__ import annotations
 
@@ -32,7 +32,7 @@ RUN = {"num_steps": 6, "save_every": 3, "validate_every": 3, "validate_samples":
 
 
 class Script(validator.Child):
-    """A validator that does as the code says, in a real process; `folder` is its step's."""
+    """A validator that executes the given code in a real process; `folder` is that of its step."""
 
     def __init__(self, folder: Path, code: str):
         command = [sys.executable, "-c", f"folder = {str(folder)!r}\n{code}"]
@@ -199,7 +199,7 @@ def test_the_figure_is_the_same_apart(folder, in_ranks):
 
 @pytest.mark.heavy
 def test_a_latent_dataset_is_judged_as_its_pixels_are(folder):
-    """In this process: the same adapter on both; the latents' base has no VAE, so one is loaded to look at them."""
+    """In this process, with the same adapter on both; the latents' base has no VAE, so one is loaded to decode them."""
     settings = encode.EncodeConfig(
         str(folder / "dataset"), str(folder / "latents"), dtype="float32", captions=False, prompts=("",)
     )
@@ -223,7 +223,7 @@ def test_a_latent_dataset_is_judged_as_its_pixels_are(folder):
 
 
 def test_the_child_is_the_first_to_be_killed_and_dies_with_its_rank(tmp_path):
-    """Started by a process that is then killed: its priority, its place with the out-of-memory killer, its end."""
+    """Started by a process that is then killed: its priority, its out-of-memory score, its end."""
     code = (
         "import os, sys, time; from pathlib import Path; from ex4d.train import validator\n"
         "child = validator.Child(Path(sys.argv[1]), 'cpu')\n"

@@ -1,4 +1,4 @@
-"""What an offline W&B run holds, read from its own file: metrics, the artifact of what ran, videos, one id, no key."""
+"""The contents of an offline W&B run, read from its own file: metrics, run artifact, videos, one id, no API key."""
 
 from __future__ import annotations
 

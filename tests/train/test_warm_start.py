@@ -1,4 +1,4 @@
-"""Starting from an adapter's weights, and the settings of batch, learning rates and LoRA around it."""
+"""Starting from an adapter's weights, and the related settings of batch, learning rates and LoRA."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""A base, a model and a loader of a few thousand numbers behind the real interfaces, and a process that trains them.
+"""A toy base, model and loader of a few thousand numbers behind the real interfaces, and a process to train them.
 
     python tests/train/toy.py OUTPUT KEY=VALUE …      (RANK, WORLD_SIZE, MASTER_ADDR, MASTER_PORT in the environment)
 
@@ -102,7 +102,7 @@ def clips(seed: int, place: Place, micro: int, samples: int, nan_at: int | None,
 
 
 class ToyEncoder(Encoder):
-    """Damages the clips whose key says so, takes its time, and has its process asked to stop at a micro batch."""
+    """Damages the clips whose key says so, may be slow, and can request a stop of its process at a micro batch."""
 
     late_s, term_in, calls = 0.0, None, 0
 

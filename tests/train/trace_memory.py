@@ -1,4 +1,4 @@
-"""The memory of a training step at its full size, added up without any: torch's fake tensors have shapes alone.
+"""Compute the memory of a full-size training step without allocating it: torch's fake tensors have only shapes.
 
     python tests/train/trace_memory.py [BLOCKS [MICRO_BATCH [RECOMPUTED_BLOCKS]]]     prints what is held at the peak
 
@@ -32,7 +32,7 @@ FLASH_BACKWARD = torch.ops.aten._scaled_dot_product_flash_attention_for_cpu_back
 
 
 class Held(TorchDispatchMode):
-    """Adds up the bytes of all tensors that operators make while they are referred to."""
+    """Adds up the bytes of all tensors that operators create, for as long as they are referenced."""
 
     def __init__(self) -> None:
         super().__init__()
@@ -42,7 +42,7 @@ class Held(TorchDispatchMode):
         self._known: weakref.WeakKeyDictionary[Any, int] = weakref.WeakKeyDictionary()
 
     def add(self, tensor: Tensor, name: str) -> None:
-        """Count a tensor's storage until it is gone."""
+        """Count a tensor's storage until it is freed."""
         storage = tensor.untyped_storage()
         if storage in self._known:
             return
@@ -56,7 +56,7 @@ class Held(TorchDispatchMode):
         self.by_operator[name] -= size
 
     def note_peak(self, more: int = 0) -> None:
-        """Compare what is held now, and `more` inside an operator, with the most so far."""
+        """Update the peak with the current bytes, plus `more` inside an operator."""
         if self.now + more > self.peak:
             self.peak, self.at_peak = self.now + more, Counter(self.by_operator)
 
@@ -71,7 +71,7 @@ class Held(TorchDispatchMode):
 
 
 class _FusedRmsNorm(torch.autograd.Function):
-    """What the GPU's kernel allocates and keeps; the numbers do not matter."""
+    """Emulates what the GPU's kernel allocates and keeps; the values do not matter."""
 
     @staticmethod
     def forward(ctx: Any, x: Tensor, weight: Tensor | None) -> Tensor:
@@ -109,7 +109,7 @@ def make_fake(model: adapter.Ex4dModel) -> None:
 def traced_step(
     shape: Mapping[str, Any], latents: tuple[int, int, int], micro_size: int, recomputed: int | None = None
 ) -> Held:
-    """Return what forward and backward of the last micro batch of a step hold, its gradients and AdamW's moments there.
+    """Return the bytes held in a step's last micro batch, forward and backward, with gradients and AdamW's moments.
 
     Args:
         recomputed: how many blocks recompute their activations; None: all.

@@ -1,4 +1,4 @@
-"""Sound in results: copied packets of the same time, or none and a reason."""
+"""Sound in results: the packets of the same time span are copied, or there is none, with a reason."""
 
 from __future__ import annotations
 
@@ -52,7 +52,7 @@ def write(path: Path, codec: str = "aac", seconds: float = 2.0, times: list[int]
 
 
 def heard(data: bytes | Path) -> np.ndarray:
-    """Return the samples that a player gives, mono."""
+    """Return the samples that a player plays, mono."""
     import io
 
     with av.open(io.BytesIO(data) if isinstance(data, bytes) else str(data)) as container:

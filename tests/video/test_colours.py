@@ -1,4 +1,4 @@
-"""Colours by matrix, range and depth; pictures upright and with square pixels, as a viewer shows them."""
+"""Colours by matrix, range and depth; upright pictures with square pixels, as a player shows them."""
 
 from __future__ import annotations
 
@@ -14,7 +14,7 @@ from ex4d import video
 
 
 def flat_yuv(colour, matrix: str, full: bool, depth: int) -> list[int]:
-    """Return (Y, Cb, Cr) of an RGB colour by ITU-R BT.601 / BT.709, the formula written out."""
+    """Return (Y, Cb, Cr) of an RGB colour by the formulas of ITU-R BT.601 / BT.709."""
     kr, kb = {"601": (0.299, 0.114), "709": (0.2126, 0.0722)}[matrix]
     r, g, b = (value / 255 for value in colour)
     y = kr * r + (1 - kr - kb) * g + kb * b

@@ -1,4 +1,4 @@
-"""Every frame is the one asked for: clips whose frames say their own number, in every codec there is."""
+"""Every frame is the requested one: clips whose frames show their own number, in every available codec."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""Files that are no videos, or want more than to be decoded, are refused by a reason; fuzzed ones end somehow."""
+"""Files that are not videos, or exceed the limits, are rejected with a reason; fuzzed ones always terminate."""
 
 from __future__ import annotations
 
@@ -92,7 +92,7 @@ def test_a_pipe_is_refused_and_not_waited_for(tmp_path):
 
 
 def use(child: Isolated, path: str) -> str:
-    """Return "ok" or the reason: what a pipeline does with a file, first and last frame decoded."""
+    """Decode the first and last frame of a file as a pipeline does; return "ok" or the reason of the rejection."""
     try:
         child.call("probe", File(path))
         pts, _ = child.call("frame_pts", File(path))

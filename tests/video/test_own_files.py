@@ -1,4 +1,4 @@
-"""Files that this project writes: equal bytes, the colours that went in, whole or not there; and the one resize."""
+"""Files that this project writes: equal bytes, the right colours, complete or absent; and the single resize."""
 
 from __future__ import annotations
 
@@ -50,7 +50,7 @@ def test_lossless_files_give_back_every_bit():
 
 
 def test_frames_are_let_go_without_the_garbage_collector():
-    """PyAV's side data hold their frame in a circle: at 1080p, frames that wait for the collector took 700 MB."""
+    """PyAV's side data and their frame form a reference cycle: at 1080p, frames awaiting collection took 700 MB."""
 
     def num_alive() -> int:
         return sum(type(thing) is av.VideoFrame for thing in gc.get_objects())

@@ -1,4 +1,4 @@
-"""Folders of pictures and animated WebP as videos: their pixels, their times, their hash, and what is refused."""
+"""Picture folders and animated WebP as videos: their pixels, times and hash, and what is rejected."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""HDR becomes what an SDR display shows, interlaced frames one moment each, and damage costs what it touches."""
+"""HDR becomes what an SDR display shows, interlaced frames show one moment each, and damage stays local."""
 
 from __future__ import annotations
 

@@ -77,7 +77,7 @@ def shown(path: Path, tmp_path: Path) -> tuple[str, list[str]]:
 
 
 def refused(dom: str) -> bool:
-    """Return whether the title is what the data say, not what a script of theirs would make of it."""
+    """Return whether the title is the data's text, unchanged by a script in the data."""
     return "<title>taken</title>" not in dom
 
 
@@ -117,7 +117,7 @@ def write_kind(kind: str, text: str, path: Path, view) -> None:
 
 @pytest.mark.heavy
 def test_the_check_can_fail(tmp_path):
-    """The same data in a page without escaping and policy: the browser runs the script and asks the server."""
+    """In a page without escaping and policy, the browser runs the same data's script and contacts the server."""
     (tmp_path / "served").mkdir()
     with web_server(tmp_path / "served") as site:
         text = HOSTILE["elements"].format(url=site.url, taken=TAKEN)

@@ -1,4 +1,4 @@
-"""The policy of a page: its own style and script run, and nothing that a hostile name brings along."""
+"""The policy of a page: its own style and script run, and nothing that a hostile name injects."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The page is one file, escapes what it is given, and its videos are really in it."""
+"""The page is one file, escapes its input, and really contains its videos."""
 
 from __future__ import annotations
 

@@ -1,4 +1,4 @@
-"""The pages of a dataset: nothing from outside is markup, figures are the data's, equal data give equal bytes."""
+"""The pages of a dataset: no untrusted text becomes markup, figures match the data, equal data give equal bytes."""
 
 from __future__ import annotations
 

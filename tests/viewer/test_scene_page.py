@@ -1,4 +1,4 @@
-"""The page of a mesh: what it holds is the mesh, and what a browser draws from the new camera is the condition."""
+"""The page of a mesh: it holds the mesh, and a browser draws the condition from the new camera."""
 
 from __future__ import annotations
 

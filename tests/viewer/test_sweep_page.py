@@ -11,7 +11,7 @@ from ex4d.viewer.sweep_page import sweep_page
 
 
 def rows() -> list[dict]:
-    """Return trials of every state, with names, numbers and a setting that not all have."""
+    """Return trials in every state, with names, numbers and a setting that only some have."""
 
     def row(lr: float, decay: str, state: str, curve: list) -> dict:
         value, step = (curve[-1][1], curve[-1][0]) if curve else (None, None)
