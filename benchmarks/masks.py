@@ -186,6 +186,7 @@ def main() -> None:
     text = markdown(figures, args.num_clips)
     (RESULTS / "masks.json").write_text(json.dumps(figures, indent=1) + "\n", encoding="utf-8")
     (RESULTS / "masks.md").write_text(text, encoding="utf-8")
+    IMAGES.mkdir(parents=True, exist_ok=True)
     plot(histograms).save(IMAGES / "hole_share.png", optimize=True)
     sheet().quantize(192).save(IMAGES / "masks.png", optimize=True)
     print(text)
