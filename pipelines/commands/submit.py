@@ -21,7 +21,7 @@ STOP_S = 180  # from SIGTERM to SIGKILL of a job that is stopped; Ray's own 3 s 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ex4d submit`."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="settings of the job; its own --help lists them")
-    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="changes to the file's settings")
+    parser.add_argument("overrides", nargs="*", metavar="section.key=value", help="overrides of the file's settings")
     parser.add_argument("--job", required=True, metavar="JOB", choices=package.SHARED, help="what to run")
     parser.add_argument("--address", metavar="URL", help=job_server.HELP)
     parser.add_argument(
