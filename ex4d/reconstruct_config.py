@@ -93,7 +93,7 @@ class ReconstructConfig:
     def __post_init__(self) -> None:
         need = checked(self)
         camera_path.check_name(self.trajectory)
-        need(self.source_poses is None or Path(self.source_poses).is_file(), "source_poses", "no such file of poses")
+        need(self.source_poses is None or Path(self.source_poses).is_file(), "source_poses", "no such pose file")
         if self.cameras != "auto":
             from ex4d.depth import source_cameras  # imports OpenCV
 

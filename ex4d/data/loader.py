@@ -200,7 +200,7 @@ class ShardLoader(Iterator[Batch]):
             far = (self._load(row, 0)[1] for row in range(self.num_samples))
             like = next(near, None) or next((values for values in far if values is not None), None)
             if like is None:
-                raise ContractError(f"{self.dataset}: not one sample of {self.num_samples} can be read")
+                raise ContractError(f"{self.dataset}: none of the {self.num_samples} samples can be read")
             self._blank = {k: "" if isinstance(v, str) else np.zeros_like(v) for k, v in like.items()}
         return self._blank
 

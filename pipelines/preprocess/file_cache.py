@@ -73,10 +73,8 @@ class FileCache:
             except OSError as error:
                 raise unreadable(error) from None
             if found != sha256:
-                raise BadSample("source_changed", "the content is no longer what it was when it was hashed")
-        raise BadSample(
-            "unreadable", "other processes dropped it before it could be used; give preprocess.cache_mb more"
-        )
+                raise BadSample("source_changed", "the content has changed since it was hashed")
+        raise BadSample("unreadable", "other processes evicted it before it was used; increase preprocess.cache_mb")
 
     def add(self, url: str, name: str, announced: int | None = None, fps: float | None = None) -> tuple[str, int]:
         """Return (sha256, bytes) of a file after copying it here; `announced` bytes, None: ask. Raises OSError."""

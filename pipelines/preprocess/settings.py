@@ -186,7 +186,7 @@ class PreprocessConfig:
     def __post_init__(self) -> None:
         need = checked(self, "preprocess")
         has_python = self.depth not in FOREIGN or self.depth_python is not None
-        need(has_python, "depth_python", f"must be the Python of an environment that depth={self.depth} can run in")
+        need(has_python, "depth_python", f"must be the Python executable of an environment for depth={self.depth}")
         need(self.fps is None or self.stride == 1, "stride", "must be 1 if preprocess.fps is set")
         if "source" in self.members:
             alone = "must be [source]: samples of two cameras have no other extra members"

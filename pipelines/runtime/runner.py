@@ -147,4 +147,4 @@ def _need_gpus(stages: Sequence[Stage], ray_config: RayConfig) -> None:
     there = ray.cluster_resources().get("GPU", 0.0)
     wanted = max(stage.num_gpus for stage in stages)
     if ray_config.address is None and wanted > there:
-        raise ConfigError("num_gpus", wanted, f"at most {there:g}, the GPUs of this machine; 0 works on the CPU")
+        raise ConfigError("num_gpus", wanted, f"at most {there:g}, the GPUs of this machine; 0 runs on the CPU")

@@ -156,7 +156,7 @@ def test_what_is_no_array_is_said_so(tmp_path, content):
     (tmp_path / "clip.depth.npz").write_bytes(content)
     caught = refusal(DepthRequest(str(tmp_path / "clip.mp4")))
     assert caught.reason == "depth_shape"
-    assert "is no npy or npz file" in caught.message
+    assert "is not an npy or npz file" in caught.message
 
 
 @pytest.mark.parametrize("name", ["clip_vis.mp4", "clip.depth.exr", "clip.depth.avi"])
