@@ -37,7 +37,7 @@ class TrainConfig:
     data: str | tuple[WeightedData, ...] = setting(
         "out/dataset",
         "Folder or URL of a dataset (from `ex4d preprocess` or `ex4d encode`), or a list of {path, weight}: each step "
-        "uses one dataset, and they take turns by weight.",
+        "uses one dataset, in turn by weight.",
         not_empty=True,
     )
     output: str = setting("out/train", "Folder of this run; run the same command again to resume.")
@@ -86,8 +86,8 @@ class TrainConfig:
     )
     expert: Literal["high", "low"] | None = setting(
         None,
-        "Which expert of a base with two (Wan2.2-A14B) to train: high, for noise levels from the base's boundary up, "
-        "or low, for those below; null: the base has a single model.",
+        "Expert to train of a base with two (Wan2.2-A14B): high, for noise levels from the base's boundary up, or low, "
+        "for those below; null: it has one.",
     )
     hole_weight: float = setting(1.0, "Loss weight of latents inside holes, relative to visible ones.", gt=0)
     condition_dropout: float = setting(

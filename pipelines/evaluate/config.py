@@ -62,8 +62,8 @@ class EvaluateConfig:
     )
     source_motion: str = setting(
         "keep",
-        "Motion of the source camera, if its cameras are known; keep: the path moves with the camera; remove: the path "
-        "is fixed in the world; smooth: the path moves with a stabilised camera.",
+        "How paths treat the source camera's motion, if known; keep: move with it; remove: fixed in the world; smooth: "
+        "move with a stabilised camera.",
         choices=SOURCE_MOTIONS,
     )
     persistent_frames: int = setting(0, "Number of other frames whose static surfaces fill holes.", ge=0)

@@ -144,8 +144,8 @@ class PreprocessConfig:
     )
     source_motion: Literal["remove", "keep", "smooth"] = setting(
         "keep",
-        "Motion of the source camera in masks, if its cameras are known; keep: paths move with the camera; remove: "
-        "paths are fixed in the world, as in generate; smooth: paths move with a stabilised camera.",
+        "How mask paths treat the source camera's motion, if known; keep: move with it; remove: fixed in the world, as "
+        "in generate; smooth: stabilised.",
     )
     persistent_frames: int = setting(
         0,
