@@ -338,7 +338,7 @@ def test_noise_and_folders_are_refused(tmp_path, suffix):
                 read(tmp_path / f"a{suffix}", format=format)
             assert "\n" not in str(caught.value)
     (tmp_path / f"folder{suffix}").mkdir()
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="no such pose file"):
         read(tmp_path / f"folder{suffix}")
 
 
