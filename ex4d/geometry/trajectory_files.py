@@ -80,7 +80,7 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         format = format or _guess(path)
         poses = checked(READERS[format](path, camera))
     except UNREADABLE as error:
-        kind = f"no {format} file of poses" if format else "no file of poses that is read"
+        kind = f"not a {format} pose file" if format else "not a pose file of a supported format"
         raise ContractError(f"{name} is {kind}: {_reason(error)}") from error
     if flip_y:
         poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.size)
