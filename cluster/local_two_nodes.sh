@@ -1,5 +1,5 @@
 #!/usr/bin/env bash
-# Two Ray nodes on this machine, to try what crosses nodes. They demand the token of ~/.ray/auth_token.
+# Two Ray nodes on this machine, to test communication between nodes. They require the token of ~/.ray/auth_token.
 #   cluster/local_two_nodes.sh start      then: ex4d preprocess CONFIG.yaml ray.address=127.0.0.1:6399
 #   cluster/local_two_nodes.sh stop       ends these two nodes and no other Ray
 set -euo pipefail
@@ -32,7 +32,7 @@ start)
     echo "already running: add ray.address=127.0.0.1:$port to a command" >&2
     exit 1
   fi
-  token=$(${EX4D_BIN:-ex4d} cluster token)  # a line of its own: within eval, a failure would start Ray without a token
+  token=$(${EX4D_BIN:-ex4d} cluster token)  # not inside eval, where a failure would start Ray without a token
   eval "$token"
   mkdir -p "$state"
   node head --head --port="$port" --include-dashboard=false
@@ -44,7 +44,7 @@ stop)
   for name in worker head; do
     if [ -e "$state/$name.pid" ]; then
       pid=$(cat "$state/$name.pid")
-      # Its session: `ray start --block` and all that it started.
+      # Its session: `ray start --block` and everything that it started.
       if pgrep -s "$pid" >/dev/null; then
         kill "$pid" 2>/dev/null || true
         for _ in $(seq 20); do pgrep -s "$pid" >/dev/null || break; sleep 0.5; done

@@ -24,7 +24,7 @@ def settings_page() -> str:
             classes[name] = cls
             readers.setdefault(name, []).append(f"`ex4d {job}`")
     parts = [
-        f"# Settings\n\n{NOTE}\n\nA setting stands in a file as `section: {{key: value}}`, or on the command line as "
+        f"# Settings\n\n{NOTE}\n\nSet a value in a file as `section: {{key: value}}`, or on the command line as "
         "`section.key=value`. `null` means off or automatic.\n"
     ]
     for name in SECTIONS:

@@ -162,7 +162,7 @@ def _parse(text: str) -> Any:
         node = open_nodes.pop()
         count += 1
         if count > MAX_VALUES:
-            raise ValueError(f"its aliases stand for more than {MAX_VALUES} values")
+            raise ValueError(f"its aliases expand to more than {MAX_VALUES} values")
         if isinstance(node, dict | list):
             open_nodes.extend(node.values() if isinstance(node, dict) else node)
     return tree

@@ -178,7 +178,7 @@ def novel_views(
     loaded, model = load(adapter_path, base, view_config.device, config)
     for source in sources:
         if not source.starts_at_source:
-            log.warning("the path does not begin at the source camera: the base starts from a picture with holes")
+            log.warning("the path does not start at the source camera, so the base starts from a frame with holes")
         frames = generate(
             loaded,
             model,

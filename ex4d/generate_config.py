@@ -16,7 +16,9 @@ class GenerateConfig:
     """How a video is sampled."""
 
     num_inference_steps: int = setting(25, "Sampling steps; the published code uses 25.", ge=1)
-    guidance_scale: float = setting(5.0, "Classifier-free guidance, as in the published code; 1: off, half the time.")
+    guidance_scale: float = setting(
+        5.0, "Classifier-free guidance, as in the published code; 1: off, which halves the time."
+    )
     shift: float | None = setting(None, "Shift of the noise schedule; null: what the adapter was trained with.", gt=0)
     erosion_px: int = setting(
         5, "Erode the visible region by a square of this side, px at 512; training uses 2 to 8.", ge=0
@@ -30,22 +32,23 @@ class GenerateConfig:
         "released with.",
     )
     quantize: Literal["int8", "fp8", "nf4"] | None = setting(
-        None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) a weight, for small GPUs."
+        None, "Store the base's blocks in 1 byte (int8, fp8) or half a byte (nf4) per weight, for small GPUs."
     )
     block_swap: int = setting(0, "Keep N blocks in CPU memory and copy each to the GPU when it runs.", ge=0)
     lora: tuple[str, ...] = setting(
         (),
-        "More LoRA files for the base, FILE or FILE:SCALE, e.g. one distilled to few steps; high:FILE or low:FILE for "
-        "one of two experts.",
+        "Additional LoRA files for the base, FILE or FILE:SCALE, e.g. one distilled to few steps; high:FILE or "
+        "low:FILE for one of two experts.",
     )
     window_frames: int | None = setting(
         None, "Sample a long video in overlapping windows of this many frames (4k+1); null: all frames at once.", ge=5
     )
     window_overlap: int = setting(16, "Frames that two windows share, a multiple of 4.", ge=4)
     vae_tiling: bool = setting(
-        False, "Encode and decode in overlapping tiles of 256 px: less memory for large videos, slightly other pixels."
+        False,
+        "Encode and decode in overlapping tiles of 256 px: less memory for large videos, slightly different pixels.",
     )
-    offload: bool = setting(False, "Keep on the GPU only the network that runs (base, encoder or VAE); slower.")
+    offload: bool = setting(False, "Keep on the GPU only the network that is running (base, encoder or VAE); slower.")
 
     def __post_init__(self) -> None:
         need = checked(self, "generate")

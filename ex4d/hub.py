@@ -55,7 +55,9 @@ def resolve(weights: str, patterns: Sequence[str], key: str, advice: str = "") -
             f"run `{command}` where there is a network "
             f"(needed: {', '.join(patterns)}), bring the folder here and set {key} to it"
         )
-        raise ConfigError(key, weights, f"not here and not to be fetched ({type(error).__name__}): {advice}") from error
+        raise ConfigError(
+            key, weights, f"not found here and cannot be downloaded ({type(error).__name__}): {advice}"
+        ) from error
     return Path(path)
 
 

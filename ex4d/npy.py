@@ -53,7 +53,7 @@ def header(file: IO[bytes]) -> Header:
     """
     start = file.read(10)
     if start[:6] != MAGIC or len(start) < 10:
-        raise ValueError("is no npy or npz file; fetch the real one where it is a Git LFS pointer or a page")
+        raise ValueError("is not an npy or npz file; if it is a Git LFS pointer or a web page, download the real file")
     if start[6:8] != b"\x01\x00":  # a later version may announce a header of gigabytes
         raise ValueError(f"npy of version {start[6]}.{start[7]}, not 1.0")
     length = int.from_bytes(start[8:], "little")
@@ -71,7 +71,7 @@ def header(file: IO[bytes]) -> Header:
     sides = tuple(int(side.strip(" L")) for side in shape.split(",") if side.strip())
     found = Header(sides, dtype, order == "True")
     if not dtype.itemsize or found.num_bytes >= 2**63:  # zero-size items could be any number
-        raise ValueError(f"npy with the header {text[:80]!r}, which no memory holds")
+        raise ValueError(f"npy with the header {text[:80]!r}, which does not fit into memory")
     return found
 
 

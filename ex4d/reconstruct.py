@@ -224,10 +224,10 @@ def _read(
     if num_frames is None:
         num_frames = len(pts)
     if len(pts) < num_frames:
-        raise BadSample("too_short", f"{Path(video_path).name} has {len(pts)} frames, {num_frames} are asked for")
+        raise BadSample("too_short", f"{Path(video_path).name} has {len(pts)} frames, but {num_frames} are requested")
     height, width = info.size
     if min(info.size) < MIN_SIDE_PX:
-        raise BadSample("too_small", f"{Path(video_path).name} is {height} × {width} px, {MIN_SIDE_PX} are the least")
+        raise BadSample("too_small", f"{Path(video_path).name} is {height} × {width} px, the minimum is {MIN_SIDE_PX}")
     target = size or (height - height % 2, width - width % 2)
     frames = isolation.run("decode", (file, pts[:num_frames], target, fit))
     request = depth_estimators.DepthRequest(

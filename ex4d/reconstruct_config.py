@@ -33,37 +33,38 @@ class ReconstructConfig:
         choices=CHOICES,
     )
     depth_python: str | None = setting(
-        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
+        None, "Python executable of the environment for depth=da3, video-depth-anything or own."
     )
-    depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network its weights.")
+    depth_path: str | None = setting(None, "Depth file, if not beside the video; for a network, its weights.")
     depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
-    trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a file of poses.")
-    angle_deg: float = setting(60.0, "How far the camera goes, degrees.")
+    trajectory: str = setting("orbit", f"Camera path: {', '.join(TRAJECTORIES)}, or a pose file.")
+    angle_deg: float = setting(60.0, "How far the camera moves, degrees.")
     trajectory_options: Mapping[str, Any] = setting(
         {},
-        "KEY=VALUE, repeatable: distance (dolly), turns (spiral), zoom; for a file of poses scale, resample, camera, "
-        "and rebase=false, which keeps its poses in the world of --source-poses.",
+        "KEY=VALUE, repeatable: distance (dolly), turns (spiral), zoom; for a pose file scale, resample, camera, and "
+        "rebase=false, which keeps its poses in the world of --source-poses.",
     )
     cameras: str = setting(
         "auto",
-        "Cameras of the source; auto: the depth estimator's, if it has any; none: the camera stands still; estimator: "
-        "required from the depth estimator; parallax: estimated from motion; colmap: by COLMAP; or a file of poses in "
-        "any unit.",
+        "Source cameras; auto: those of the depth estimator, if any; none: the camera stands still; estimator: "
+        "required from the depth estimator; parallax: estimated from motion; colmap: estimated by COLMAP; or a pose "
+        "file in any unit.",
     )
-    source_poses: str | Path | None = setting(None, "File with the poses of the source camera, where it moves.")
+    source_poses: str | Path | None = setting(None, "File with the poses of a moving source camera.")
     source_scale: float | None = setting(
         None, "Units of depth per unit of --source-poses; null: 1 if that is plausible."
     )
     source_motion: str | None = setting(
         None,
-        "The source camera's own motion, where it is known; remove: path fixed in the world; keep: path rides on the "
-        "source camera; smooth: on its stabilised path. null: remove; keep for the released profile without poses.",
+        "Motion of the source camera, if it is known; remove: the path is fixed in the world; keep: the path moves "
+        "with the source camera; smooth: the path moves with a stabilised camera. null: remove; keep for the released "
+        "profile without poses.",
         choices=camera_path.SOURCE_MOTIONS,
     )
     first_frame: str = setting(
         "exact",
-        "Frame 0, if its camera is the source's; exact: the source's picture without holes; drawn: rendered with "
-        "holes, as the frames after it, which avoids a jump.",
+        "Frame 0, if its camera is the source camera; exact: the source frame without holes; drawn: rendered with "
+        "holes like the frames after it, which avoids a jump.",
         choices=FIRST_FRAMES,
     )
     persistent_frames: int = setting(0, "Number of other frames whose static surfaces fill holes.", ge=0)
@@ -83,14 +84,16 @@ class ReconstructConfig:
         le=MAX_SIDE_PX,
         multiple_of=2,
     )
-    fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
+    fit: Literal["crop", "pad", "squeeze"] = setting(
+        "crop", "How to fit a video of another aspect ratio into this size."
+    )
     image_fps: float = setting(FPS, "Frames per second of a video that is a folder of pictures.", gt=0, le=MAX_FPS)
-    device: str | None = setting(None, "Device of a depth network; null: a GPU where there is one.")
+    device: str | None = setting(None, "Device of a depth network; null: a GPU if there is one.")
 
     def __post_init__(self) -> None:
         need = checked(self)
         camera_path.check_name(self.trajectory)
-        need(self.source_poses is None or Path(self.source_poses).is_file(), "source_poses", "no such file of poses")
+        need(self.source_poses is None or Path(self.source_poses).is_file(), "source_poses", "no such pose file")
         if self.cameras != "auto":
             from ex4d.depth import source_cameras  # imports OpenCV
 

@@ -68,7 +68,7 @@ def sounding(view: Reconstruction, frames: np.ndarray) -> bytes:
     try:
         result = isolation.run("with_audio", (isolation.File(view.video_path), data))
     except BadSample as error:
-        log.warning("the result has no sound: %s", error.message)
+        log.warning("the result has no audio: %s", error.message)
         return data
     return result or data
 

@@ -39,20 +39,22 @@ COMMANDS = {
     "demo": Command("run every step on a synthetic corpus and write a page of results", "pipelines.commands.demo"),
     "preprocess": Command("turn videos into training shards", JOBS["preprocess"]),
     "plan": Command("estimate what preprocessing will cost, from a few videos", JOBS["plan"]),
-    "encode": Command("turn clips into latents, so that training loads no encoder", JOBS["encode"]),
+    "encode": Command("encode clips into latents, so that training loads no encoder", JOBS["encode"]),
     "train": Command("train an adapter on shards", JOBS["train"]),
     "sweep": Command("run many short trainings and find the best settings", JOBS["sweep"]),
-    "evaluate": Command("measure how good an adapter is, with a side-by-side page", JOBS["evaluate"]),
-    "reconstruct": Command("show what a camera path would see of a video", "pipelines.commands.reconstruct"),
-    "generate": Command("generate a video as seen along a camera path", "pipelines.commands.generate"),
+    "evaluate": Command("evaluate an adapter and write a side-by-side page", JOBS["evaluate"]),
+    "reconstruct": Command("render what a new camera path sees of a video", "pipelines.commands.reconstruct"),
+    "generate": Command("generate a video along a new camera path", "pipelines.commands.generate"),
     "view": Command("write a page of a dataset's samples, or of a video's mesh", "pipelines.commands.view"),
     "export": Command("convert an adapter for other programs, and back", "pipelines.commands.export"),
     "import": Command("arrange MultiCamVideo or SynCamVideo as pairs of cameras", "pipelines.commands.import_cameras"),
-    "verify": Command("check a dataset completely", "pipelines.commands.verify"),
-    "retry": Command("retry what preprocess rejected for a given reason", "pipelines.commands.retry"),
-    "submit": Command("run a job on a Ray cluster that is up, and follow its log", "pipelines.commands.submit"),
+    "verify": Command("check every byte and sample of a dataset", "pipelines.commands.verify"),
+    "retry": Command(
+        "retry the videos and clips that preprocess rejected for a given reason", "pipelines.commands.retry"
+    ),
+    "submit": Command("run a job on a running Ray cluster and follow its log", "pipelines.commands.submit"),
     "jobs": Command("list, follow or stop the jobs that were submitted to a cluster", "pipelines.commands.submitted"),
-    "cluster": Command("write the files that start a cluster, or make its token", "pipelines.commands.cluster"),
+    "cluster": Command("write the files that start a cluster, or create its token", "pipelines.commands.cluster"),
     "config": Command("print a complete, commented configuration of a job", "pipelines.commands.config"),
     "doctor": Command("report what this machine has and what is missing", "pipelines.commands.doctor"),
 }
@@ -79,7 +81,7 @@ def command_parser(name: str) -> argparse.ArgumentParser:
         below.job = name
         below.add_argument("config", metavar="CONFIG.yaml", help="settings of this run; see configs/ and `ex4d config`")
         below.add_argument(
-            "overrides", nargs="*", default=[], metavar="section.key=value", help="changes to its settings"
+            "overrides", nargs="*", default=[], metavar="section.key=value", help="overrides of the file's settings"
         )
     else:
         importlib.import_module(command.module).arguments(below)
@@ -95,14 +97,14 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     top = argparse.ArgumentParser(
         prog="ex4d",
         description="EX-4D: from ordinary videos to novel views.",
-        epilog=f"commands:\n{commands}\n\n`ex4d COMMAND --help` lists everything that a command takes.",
+        epilog=f"commands:\n{commands}\n\n`ex4d COMMAND --help` lists the arguments and settings of a command.",
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     version = installed_versions(["ex4d-platform"]).get("ex4d-platform", "not installed")
     top.add_argument("--version", action="version", version=f"ex4d {version}")
     top.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
     top.add_argument("command", metavar="COMMAND", nargs="?", help="see below")
-    top.add_argument("arguments", nargs=argparse.REMAINDER, help="what the command takes")
+    top.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     args = top.parse_args(argv)
     if args.command is None:
         top.print_help(sys.stderr)

@@ -37,7 +37,9 @@ def claim(folder: Path, key: str) -> Path:
     if not (folder / MARKER).is_file():
         foreign = next((name for name in os.listdir(folder) if not _OURS.fullmatch(name)), None)
         if foreign is not None:
-            raise ConfigError(key, str(folder), f"holds {foreign!r}, so it is no cache of ours; name an empty folder")
+            raise ConfigError(
+                key, str(folder), f"holds {foreign!r}, so it is not a cache of this project; name an empty folder"
+            )
         (folder / MARKER).touch(mode=0o600)
     folder.chmod(0o700)
     return folder

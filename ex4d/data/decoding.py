@@ -83,7 +83,7 @@ def decode_one(facts: Mapping[str, Any], members: Mapping[str, bytes], index: in
 
     def draw(count: int) -> int:
         if index >= count:
-            raise ContractError(f"has {count} masks, {facts['sample'].get('num_masks')} are stated")
+            raise ContractError(f"has {count} masks, {facts['sample'].get('num_masks')} are expected")
         return index
 
     if "latents" not in facts:

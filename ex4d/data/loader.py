@@ -41,9 +41,11 @@ class LoaderConfig:
     num_threads: int = setting(2, "Threads that read and decode; 0: the training thread does it.", ge=0)
     prefetch_batches: int = setting(2, "Micro batches prepared ahead of the one in use.", ge=0)
     cache_dir: str | None = setting(None, "Local folder that caches samples of an object store; null: no cache.")
-    cache_size_bytes: int = setting(20 * 2**30, "Size of that cache.", ge=0)
-    trust: str = setting("auto", "Whose the dataset is; auto, own or foreign: foreign samples decode in a sandbox.")
-    max_bad_samples: int = setting(100, "Stop a rank that has met more damaged samples than this.", ge=0)
+    cache_size_bytes: int = setting(20 * 2**30, "Maximum size of that cache.", ge=0)
+    trust: str = setting(
+        "auto", "Origin of the dataset: own, foreign or auto; foreign samples are decoded in a sandbox."
+    )
+    max_bad_samples: int = setting(100, "Stop a rank after more than this many damaged samples.", ge=0)
 
     def __post_init__(self) -> None:
         checked(self, "train.loader")
@@ -198,7 +200,7 @@ class ShardLoader(Iterator[Batch]):
             far = (self._load(row, 0)[1] for row in range(self.num_samples))
             like = next(near, None) or next((values for values in far if values is not None), None)
             if like is None:
-                raise ContractError(f"{self.dataset}: not one sample of {self.num_samples} can be read")
+                raise ContractError(f"{self.dataset}: none of the {self.num_samples} samples can be read")
             self._blank = {k: "" if isinstance(v, str) else np.zeros_like(v) for k, v in like.items()}
         return self._blank
 

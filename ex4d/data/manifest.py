@@ -231,7 +231,7 @@ def read_json(folder: str, name: str) -> dict[str, Any]:
 def read_dataset(folder: str) -> dict[str, Any]:
     """Return dataset.json of a finished dataset. Raises ContractError if it is missing or of another version."""
     if not storage.exists(storage.join(folder, DATASET)):
-        raise ContractError(f"{folder}: has no {DATASET}, so it is no finished dataset; run preprocess on it again")
+        raise ContractError(f"{folder}: has no {DATASET}, so it is not a finished dataset; run preprocess on it again")
     dataset = read_json(folder, DATASET)
     if dataset.get("format") != FORMAT or dataset.get("format_version") != FORMAT_VERSION:
         raise ContractError(

@@ -70,7 +70,7 @@ def plain(value: Any, where: str) -> Any:
         return {name: plain(child, f"{where}.{name}") for name, child in value.items()}
     if isinstance(value, list | tuple):
         return [plain(child, where) for child in value]
-    raise ContractError(f"{where}: {value!r} ({type(value).__name__}) has no place in a JSON member")
+    raise ContractError(f"{where}: {value!r} ({type(value).__name__}) cannot be stored in a JSON member")
 
 
 def type_tree(value: Any) -> Any:

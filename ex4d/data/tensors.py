@@ -77,9 +77,9 @@ def decode_tensors(data: bytes, member: str = "safetensors") -> dict[str, np.nda
             tensors[name] = np.frombuffer(data, kind, math.prod(shape), start + first).reshape(shape)
             position = last
         if start + position != len(data):
-            raise ValueError("more follows the last tensor")
+            raise ValueError("there is data after the last tensor")
     except (ValueError, KeyError, TypeError, AttributeError, RecursionError) as error:
-        raise ContractError(f"{member}: is not tensors of ours ({error})") from error
+        raise ContractError(f"{member}: does not hold valid tensors ({error})") from error
     return tensors
 
 

@@ -176,7 +176,7 @@ def check(result: Geometry, shape: tuple[int, ...]) -> None:
         try:
             Camera(result.K, np.eye(4), (shape[1], shape[2]))
         except ConfigError as error:  # K comes from data, not from a setting
-            raise BadSample("depth_shape", f"K is no matrix of intrinsics in px: {error.allowed}") from None
+            raise BadSample("depth_shape", f"K is not an intrinsics matrix in px: {error.allowed}") from None
     if values.shape != tuple(shape) or values.dtype != np.float32:
         raise BadSample("depth_shape", f"{values.dtype} {list(values.shape)} where float32 {list(shape)} is needed")
     valid = result.valid_mask

@@ -49,14 +49,14 @@ class Wanted:
         source = self.source_frames
         if source in (0, count):
             if self.index.max(initial=0) >= count or self.index.min(initial=0) < 0:
-                raise BadSample("depth_frames", f"has {count} maps, the clip needs that of frame {self.index.max()}")
+                raise BadSample("depth_frames", f"has {count} maps, but the clip needs frame {self.index.max()}")
             return self.index
         if fps is None or self.frame_s is None:
             remedy = "write one map a frame, or the maps' rate as `fps` in the npz"
             raise BadSample("depth_frames", f"has {count} maps, the video {source} frames: {remedy}")
         if abs(count / fps - self.source_s * source / max(1, source - 1)) > 1.5 / fps:
             raise BadSample(
-                "depth_frames", f"{count} maps at fps={fps:g} do not last the video's {self.source_s:.2f} s"
+                "depth_frames", f"{count} maps at fps={fps:g} do not cover the video's {self.source_s:.2f} s"
             )
         return np.clip(np.rint(self.frame_s * fps).astype(np.int64), 0, count - 1)
 
@@ -124,9 +124,9 @@ def _of_pictures(archive: zipfile.ZipFile, name: str, wanted: Wanted) -> dict[st
     """
     names = sorted(member for member in archive.namelist() if member.endswith(".exr"))
     if not names:
-        raise BadSample("depth_missing", f"{name} holds no OpenEXR; a zip of them, one a frame, is read")
+        raise BadSample("depth_missing", f"{name} holds no OpenEXR; expected a zip with one per frame")
     if [member.removesuffix(".exr").lstrip("0") for member in names] != ["", *map(str, range(1, len(names)))]:
-        raise BadSample("depth_frames", f"{name} needs a picture for each frame, 00000.exr and on, without a gap")
+        raise BadSample("depth_frames", f"{name} needs one picture per frame, from 00000.exr on, without a gap")
     index = wanted.of(len(names), None)
     values = np.empty(0)
     for number in np.unique(index):

@@ -43,7 +43,7 @@ def in_one_unit(result: Geometry, matches: bundle.Matches, focal: float | None) 
         return replace(result, w2c=w2c), 0.0
     known &= measured(result, matches)
     if known.sum() < MIN_POINTS:
-        raise BadSample("cameras_missing", "too few points can be triangulated to bring cameras and depth together")
+        raise BadSample("cameras_missing", "too few points can be triangulated to align cameras and depth")
     values = at_points(result.values, matches)[known]
     inverse, weight = solution.inverse[known], np.sqrt(solution.information[known])
     if relative(result):
@@ -79,7 +79,7 @@ def _of_disparity(
         off = np.abs(columns @ (factor, shift) - inverse)
         robust = weight / np.maximum(off, 1e-3 * np.median(inverse))
     if factor <= 0:
-        raise BadSample("cameras_missing", "the cameras contradict the depth: what it has near is far")
+        raise BadSample("cameras_missing", "the cameras contradict the depth: near and far are swapped")
     nearest = float(np.percentile(inverse, 1)) / 10  # limits what the fit puts beyond infinity
     z_depth = 1 / np.maximum(factor * result.values.astype(np.float64) + shift, nearest)
     error = weighted_median(np.abs(np.log(np.maximum(columns @ (factor, shift), nearest) / inverse)), weight)

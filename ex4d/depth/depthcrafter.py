@@ -55,9 +55,7 @@ def estimate(frames: np.ndarray, request: DepthRequest) -> Geometry:
         disparity = denoise(networks, latents, embeddings, noise)
         values = decode(networks, disparity, frames.shape[1:3])
     if not np.isfinite(values).all():
-        raise BadSample(
-            "depth_nan", f"depthcrafter gave {(~np.isfinite(values)).mean():.2%} values that are not numbers"
-        )
+        raise BadSample("depth_nan", f"depthcrafter gave {(~np.isfinite(values)).mean():.2%} non-finite values")
     return Geometry(values, "disparity", None, False, dict(networks.facts))
 
 

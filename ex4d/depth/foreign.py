@@ -95,14 +95,14 @@ def _adapter(name: str, depth_path: str | None) -> Path:
     if name != OWN:
         return ADAPTERS / f"{name.replace('-', '_')}.py"
     if depth_path is None or not Path(depth_path).is_file():
-        raise ConfigError("depth_path", depth_path, "with depth=own your adapter, a file NAME.py")
+        raise ConfigError("depth_path", depth_path, "must be your adapter file NAME.py with depth=own")
     return Path(depth_path).resolve()
 
 
 def _paths(request: DepthRequest, name: str) -> tuple[str, str, str | None]:
     python = request.python
     if python is None or not os.access(python, os.X_OK):
-        raise ConfigError("depth_python", python, f"the python of an environment that depth={name} can run in")
+        raise ConfigError("depth_python", python, f"must be the Python executable of an environment for depth={name}")
     return python, str(_adapter(name, request.depth_path)), None if name == OWN else request.depth_path
 
 
@@ -115,7 +115,7 @@ def _geometry(
         if key not in expected or array.shape != tuple(expected[key]):
             raise BadSample("depth_worker_answer", f"{key[:40]} is {list(array.shape)}, not {expected.get(key)}")
     if "values" not in arrays or message.get("kind") not in KINDS:
-        raise BadSample("depth_worker_answer", f"no values, or a kind that is none of {', '.join(KINDS)}")
+        raise BadSample("depth_worker_answer", f"it has no values, or its kind is not one of {', '.join(KINDS)}")
     K, w2c = (arrays[key].astype(np.float64) if key in arrays else None for key in ("K", "w2c"))
     if w2c is not None:
         from ex4d.geometry.camera import invert, nearest_rigid

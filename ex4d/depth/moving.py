@@ -44,7 +44,7 @@ def find(inverse: np.ndarray, residual: np.ndarray, flows: Flows, weights: Flows
         mask.append(own[i] | (votes > 0.5 * np.maximum(sum(weights[pair] for pair in pairs), 0.5)))
     share = float(np.mean(mask))
     if share > MAX_MOVING:
-        raise Filtered("parallax_moving", share, MAX_MOVING, "most of the picture moves by itself")
+        raise Filtered("parallax_moving", share, MAX_MOVING, "most of the picture moves independently of the camera")
     return np.stack(mask)
 
 

@@ -103,7 +103,7 @@ def _check_motion(frames: np.ndarray, flows: Flows) -> None:
             "parallax_noise",
             likeness,
             MIN_LIKENESS,
-            "frames do not show what their neighbours show: noise, or steps too wide",
+            "neighbouring frames do not match: noise, or too much motion between them",
         )
     widest = max(j - i for i, j in flows)
     still = [

@@ -42,13 +42,13 @@ def read(folder: str, index: np.ndarray, source_frames: int = 0) -> tuple[np.nda
         raise BadSample("depth_missing", f"{place} needs 16-bit PNG or OpenEXR, one a frame; it has {has}")
     if source_frames not in (0, len(files)):
         raise BadSample(
-            "depth_frames", f"{len(files)} pictures for a video of {source_frames} frames: one a frame is needed"
+            "depth_frames", f"{len(files)} pictures for a video of {source_frames} frames: one per frame is needed"
         )
     if index.max(initial=0) >= len(files):
-        raise BadSample("depth_frames", f"{len(files)} pictures, the clip needs that of frame {index.max()}")
+        raise BadSample("depth_frames", f"{len(files)} pictures, but the clip needs frame {index.max()}")
     is_disparity = place.endswith(".disparity")
     if is_disparity and kinds == {".png"}:
-        raise BadSample("depth_shape", f"{place} holds PNG; disparity is read from OpenEXR, PNG are millimetres")
+        raise BadSample("depth_shape", f"{place} holds PNG, which are in millimetres; disparity must be OpenEXR")
     chosen = [files[int(number)] for number in index]
     sizes = {_size(file) for file in dict.fromkeys(chosen)}
     if len(sizes) > 1:
@@ -93,10 +93,12 @@ def _size(file: Path) -> tuple[int, int]:
 
 def _png_size(data: bytes, name: str) -> tuple[int, int]:
     if len(data) < HEADER_BYTES or data[:8] != b"\x89PNG\r\n\x1a\n":
-        raise BadSample("depth_shape", f"{name} is no PNG")
+        raise BadSample("depth_shape", f"{name} is not a PNG")
     width, height, bits, colour = struct.unpack(">IIBB", data[16:HEADER_BYTES])
     if bits != 16 or colour != 0:
-        raise BadSample("depth_shape", f"{name} is no 16-bit grey PNG of millimetres, but of {bits} bits a channel")
+        raise BadSample(
+            "depth_shape", f"{name} is not a 16-bit grey PNG in millimetres: it has {bits} bits per channel"
+        )
     return height, width
 
 

@@ -115,7 +115,7 @@ def _lens(K: np.ndarray, size: tuple[int, int], name: str) -> np.ndarray:
     try:
         return check_lens(K, size)
     except ConfigError as error:  # K comes from data, not from a setting
-        message = f"{name}: K is no matrix of intrinsics in px of its maps of {size[1]} × {size[0]}: {error.allowed}"
+        message = f"{name}: K is not an intrinsics matrix in px of its maps of {size[1]} × {size[0]}: {error.allowed}"
         raise BadSample("depth_shape", message) from error
 
 
@@ -123,14 +123,14 @@ def _in_one_unit(values: np.ndarray, kind: str, name: str) -> np.ndarray:
     """Convert values to float32; integers of z-depth are millimetres and become metres."""
     if kind == "z_depth" and values.dtype.kind in "iu":
         if values.dtype.itemsize == 1:
-            raise BadSample("depth_unit", f"{name}: 8 bits hold no z_depth; call it disparity where near is bright")
+            raise BadSample("depth_unit", f"{name}: 8 bits cannot hold z_depth; if near is bright, name it disparity")
         return values.astype(np.float32) / 1000
     known = values[np.isfinite(values)]
     middle = float(np.median(known)) if known.size else 1.0
     with np.errstate(over="ignore"):
         values = values.astype(np.float32)
     if kind == "z_depth" and middle > MAX_Z:
-        raise BadSample("depth_unit", f"{name}: a middle z_depth of {middle:.3g} is in no unit that is known")
+        raise BadSample("depth_unit", f"{name}: a middle z_depth of {middle:.3g} fits no known unit")
     return values
 
 
@@ -147,7 +147,9 @@ def _fitted(
         raise BadSample("depth_shape", f"the frames are {(height, width)}, the fit makes {tuple(fit.size)}")
     aspect = (stored[0] / stored[1]) / (fit.source_size[0] / fit.source_size[1])
     if abs(aspect - 1) > ASPECT_TOLERANCE:
-        raise BadSample("depth_shape", f"{name} is {stored}, the video {tuple(fit.source_size)}: another aspect")
+        raise BadSample(
+            "depth_shape", f"{name} is {stored}, the video {tuple(fit.source_size)}: their aspect ratios differ"
+        )
     depth = np.ascontiguousarray(fit.scaled_to(stored).apply_depth(values))
     if K is None:
         return depth, None

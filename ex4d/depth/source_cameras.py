@@ -44,7 +44,7 @@ def check(choice: str) -> None:
     if choice == "colmap":
         colmap.check()
     if choice not in CHOICES and not Path(choice).is_file():
-        raise ConfigError("cameras", choice, f"must be one of {', '.join(CHOICES)}, or a file of poses")
+        raise ConfigError("cameras", choice, f"must be one of {', '.join(CHOICES)}, or a pose file")
 
 
 def joined(result: Geometry, frames: np.ndarray, request: DepthRequest) -> Geometry:
@@ -152,7 +152,7 @@ def _explained(
     values, valid = at_points(result.values, matches).astype(np.float64), measured(result, matches)
     matches = replace(matches, weights=matches.weights * valid[matches.pairs[:, 0]])
     if np.count_nonzero(matches.weights) < MIN_POINTS:
-        raise BadSample("cameras_missing", "too few points with depth are followed to find cameras")
+        raise BadSample("cameras_missing", "too few tracked points with depth to estimate the cameras")
     inverse = 1 / values if result.kind == "z_depth" else np.maximum(values, 1e-9)
     known = fov_deg is not None or result.K is not None
     usual = cameras.focal_of(size, fov_deg or FOV_DEG) if result.K is None else float(result.K[0, 0])
@@ -220,7 +220,9 @@ def _from_motion(matches: bundle.Matches, size: tuple[int, int], fov_deg: float 
     try:
         solution = cameras.find(matches.only(gaps <= max(parallax.GAPS)), size, fov_deg)
         if solution.certainty < parallax.MIN_CERTAINTY:
-            raise Filtered("parallax_certainty", solution.certainty, parallax.MIN_CERTAINTY, "near and far are unsure")
+            raise Filtered(
+                "parallax_certainty", solution.certainty, parallax.MIN_CERTAINTY, "near and far cannot be told apart"
+            )
         return solution.bundle
     except Filtered as error:
         turned = cameras.turning(matches, cameras.focal_of(size, fov_deg or FOV_DEG), fov_deg is None)
@@ -238,5 +240,5 @@ def _of_file(request: DepthRequest, num_frames: int) -> np.ndarray:
     index = np.arange(num_frames) if request.frame_index is None else request.frame_index
     if index.max() >= len(w2c):
         name = Path(request.cameras).name
-        raise BadSample("cameras_missing", f"{name} has {len(w2c)} poses, the clip needs that of frame {index.max()}")
+        raise BadSample("cameras_missing", f"{name} has {len(w2c)} poses, but the clip needs frame {index.max()}")
     return w2c[index] @ invert(w2c[index[0]])

@@ -72,7 +72,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
         fields.append(fov)
     values = np.concatenate(parts)
     if not np.isfinite(values).all():
-        raise BadSample("depth_nan", f"{name} gave {(~np.isfinite(values)).mean():.2%} values that are not numbers")
+        raise BadSample("depth_nan", f"{name} gave {(~np.isfinite(values)).mean():.2%} non-finite values")
     if values.min() < 0:
         raise BadSample("depth_nonpositive", f"{name} gave values down to {values.min():.4g}")
     provenance = {

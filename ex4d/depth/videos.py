@@ -29,9 +29,7 @@ def read(path: str, choose: Callable[[int, float | None], np.ndarray]) -> np.nda
         BadSample: depth_missing (not local), depth_shape (too large, or coloured), depth_frames, the decoder's.
     """
     if not storage.is_local(path):
-        raise BadSample(
-            "depth_missing", f"{PurePosixPath(path).name}: a video of depth is read from a local folder only"
-        )
+        raise BadSample("depth_missing", f"{PurePosixPath(path).name}: depth videos are read only from a local folder")
     name, file = PurePosixPath(path).name, isolation.File(str(storage.local_path(path)))
     height, width = isolation.run("probe", (file,)).size
     pts, time_base = isolation.run("frame_pts", (file,))
@@ -45,5 +43,5 @@ def read(path: str, choose: Callable[[int, float | None], np.ndarray]) -> np.nda
         raise BadSample("depth_shape", f"{name}: {error}") from None
     images = isolation.run("decode", (file, pts[index]))
     if float(np.ptp(images[:, ::2, ::2], axis=-1).mean()) > MAX_COLOUR:
-        raise BadSample("depth_shape", f"{name} is a coloured picture of depth; only grey disparity is read")
+        raise BadSample("depth_shape", f"{name} is colour-mapped depth; only grey disparity is read")
     return images.mean(axis=-1, dtype=np.float32)

@@ -55,7 +55,7 @@ def cameras(depth: str, index: np.ndarray, size: tuple[int, int]) -> tuple[np.nd
     if w2c is None:
         return K, None
     if index.max(initial=0) >= len(w2c):
-        raise BadSample("cameras_missing", f"ViPE has {len(w2c)} poses, the clip needs that of frame {index.max()}")
+        raise BadSample("cameras_missing", f"ViPE has {len(w2c)} poses, but the clip needs frame {index.max()}")
     return K, w2c[index] @ invert(w2c[index[0]])
 
 

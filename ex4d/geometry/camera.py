@@ -20,7 +20,7 @@ FOV_DEG = 54.0  # default over the longer side, when the camera is unknown
 def fov_setting() -> Any:
     """Return the setting `fov_deg`, which several sections of the configuration share."""
     help = (
-        "Field of view over the longer side, degrees, if depth has no intrinsics; null: 54, and parallax estimates it."
+        "Field of view over the longer side, degrees, if depth has no intrinsics; null: 54, or estimated by parallax."
     )
     return setting(None, help, ge=1, le=170)
 

@@ -56,7 +56,7 @@ def check_name(name: str) -> None:
     """Raise ConfigError unless `name` is a path of trajectory.TRAJECTORIES or a file."""
     if name not in trajectory.TRAJECTORIES and not Path(name).is_file():
         known = ", ".join(trajectory.TRAJECTORIES)
-        raise ConfigError("trajectory", name, f"a file of poses, or one of {known}")
+        raise ConfigError("trajectory", name, f"must be a pose file, or one of {known}")
 
 
 def from_file(
@@ -77,7 +77,7 @@ def from_file(
     """
     for key, value in options.items():
         if key not in FILE_OPTIONS:
-            raise ConfigError(key, value, f"unknown option for a file of poses; allowed: {', '.join(FILE_OPTIONS)}")
+            raise ConfigError(key, value, f"unknown option for a pose file; allowed: {', '.join(FILE_OPTIONS)}")
     rebase = options.get("rebase", True)
     if not isinstance(rebase, bool):
         raise ConfigError("rebase", rebase, "true or false")

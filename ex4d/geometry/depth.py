@@ -97,7 +97,7 @@ def align_scale_shift(source: np.ndarray, target: np.ndarray, positive_scale: bo
     spread = x - x.mean() if x.size else x
     variance = float(spread @ spread)
     if x.size < 2 or variance <= 1e-12 * float(x @ x):
-        raise BadSample("depth_constant", "nothing varies, so that no scale can be found")
+        raise BadSample("depth_constant", "nothing varies, so no scale can be estimated")
     scale = float(spread @ (y - y.mean())) / variance
     if positive_scale and scale <= 0:
         raise BadSample("depth_constant", f"the best scale is {scale:.3g}: the two are not related")

@@ -28,7 +28,7 @@ class MaskConfig:
     num_masks: int = setting(4, "Masks of each clip; each is another training sample of the same video.", ge=1)
     visibility: float = setting(0.5, "Share of visibility masks (weights, need not sum to 1).", ge=0)
     tracking: float = setting(
-        0.3, "Share of tracking masks; visibility takes their place where motion is too fast for tracks.", ge=0
+        0.3, "Share of tracking masks; visibility masks replace them where motion is too fast to track.", ge=0
     )
     novel_view: float = setting(0.2, "Share of novel-view masks.", ge=0)
     trajectories: tuple[str, ...] = setting(

@@ -59,7 +59,7 @@ def check_poses(matrices: np.ndarray) -> None:
         if not np.isfinite(pose).all() or np.abs(pose).max() > MAX_LENGTH:
             raise ValueError(f"pose {index} has a value that is not finite, or above {MAX_LENGTH:g}")
         if not is_rigid(pose, ROTATION_TOLERANCE):
-            raise ValueError(f"pose {index} is no rigid motion: {_what_is_wrong(pose)}")
+            raise ValueError(f"pose {index} is not a rigid motion: {_what_is_wrong(pose)}")
 
 
 def _what_is_wrong(pose: np.ndarray) -> str:

@@ -178,7 +178,7 @@ def _binary_images(data: bytes) -> tuple[np.ndarray, list[str]]:
             names.append(data[place + 64 : end].decode())
             place = end + 9 + 24 * struct.unpack_from("<Q", data, end + 1)[0]
     except struct.error:
-        raise ValueError("it is damaged or cut short, or no images.bin of COLMAP") from None
+        raise ValueError("it is damaged or cut short, or not an images.bin of COLMAP") from None
     if place != len(data) or len(cells) != count or not cells:
-        raise ValueError("it is damaged or cut short, or no images.bin of COLMAP with a pose")
+        raise ValueError("it is damaged or cut short, or not an images.bin of COLMAP with a pose")
     return np.array(cells, np.float64), names

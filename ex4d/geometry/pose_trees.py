@@ -58,7 +58,7 @@ def of_json(data: bytes) -> PoseFile:
 def check_axes(tree: dict[str, Any]) -> None:
     """Raise ValueError unless the file says that its axes are OpenCV's."""
     if str(tree.get("axes")).lower() != "opencv":
-        raise ValueError(f"says the axes {tree.get('axes')!r}; a file of ours says opencv")
+        raise ValueError(f"has the axes {tree.get('axes')!r}; must be opencv")
 
 
 def write_json(poses: PoseFile) -> bytes:

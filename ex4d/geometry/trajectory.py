@@ -188,7 +188,7 @@ def build(
         ConfigError: unknown name or option, or a value outside what the path allows.
     """
     if name not in TRAJECTORIES:
-        raise ConfigError("trajectory", name, f"allowed: {', '.join(TRAJECTORIES)}, or a file of poses")
+        raise ConfigError("trajectory", name, f"allowed: {', '.join(TRAJECTORIES)}, or a pose file")
     _check("num_frames", num_frames, num_frames >= 1, "at least 1")
     _check("radius", radius, np.isfinite(radius) and radius > 0, "finite and above 0")
     function = TRAJECTORIES[name]

@@ -72,7 +72,7 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         ContractError: the content does not have that format, or a pose is not a rigid motion.
     """
     if not storage.is_file(path):
-        raise ConfigError("trajectory", str(path), "no such file of poses")
+        raise ConfigError("trajectory", str(path), "no such pose file")
     if format is not None and format not in READERS:
         raise ConfigError("format", format, f"allowed: {', '.join(READERS)}")
     name = Path(str(path)).name
@@ -80,7 +80,7 @@ def read(path: str | Path, format: str | None = None, camera: str = "cam01", fli
         format = format or _guess(path)
         poses = checked(READERS[format](path, camera))
     except UNREADABLE as error:
-        kind = f"no {format} file of poses" if format else "no file of poses that is read"
+        kind = f"not a {format} pose file" if format else "not a pose file of a supported format"
         raise ContractError(f"{name} is {kind}: {_reason(error)}") from error
     if flip_y:
         poses = PoseFile(FLIP_Y @ poses.w2c @ FLIP_Y, poses.K, poses.size)
@@ -101,7 +101,7 @@ def parse(data: bytes) -> PoseFile:
     try:
         return checked(pose_trees.of_json(data))
     except UNREADABLE as error:
-        raise ContractError(f"is no camera.json: {_reason(error)}") from error
+        raise ContractError(f"is not a camera.json: {_reason(error)}") from error
 
 
 def read_key_poses(path: str | Path) -> np.ndarray | None:
@@ -114,7 +114,7 @@ def read_key_poses(path: str | Path) -> np.ndarray | None:
         ContractError: `key_poses` is not a list of poses. ConfigError: the file is missing.
     """
     if not storage.exists(path):
-        raise ConfigError("trajectory", str(path), "no such file of poses")
+        raise ConfigError("trajectory", str(path), "no such pose file")
     if not looks_like(path, ".json"):
         return None
     try:
@@ -123,7 +123,7 @@ def read_key_poses(path: str | Path) -> np.ndarray | None:
             return None
         pose_trees.check_axes(tree)
         if not isinstance(tree["key_poses"], list) or not tree["key_poses"]:
-            raise ValueError("key_poses is no list of poses")
+            raise ValueError("key_poses is not a list of poses")
         return np.stack([check_rigid(_key_pose(entry)) for entry in tree["key_poses"]])
     except (*UNREADABLE, ConfigError) as error:
         raise ContractError(f"{Path(str(path)).name} holds no key poses: {_reason(error)}") from error
@@ -159,7 +159,7 @@ def _guess(path: str | Path) -> str:
     if len(rows[0]) >= 10 and rows[0][0].isdigit() and any(character.isalpha() for character in rows[0][-1]):
         return "colmap"
     if len(rows[0]) == 16:
-        raise ValueError("16 columns do not say which way the matrices go: say format=w2c or format=c2w (OpenCV axes)")
+        raise ValueError("16 columns may be w2c or c2w: set format=w2c or format=c2w (OpenCV axes)")
     if len(rows[0]) not in COLUMNS:
         raise ValueError(f"its rows have {len(rows[0])} columns; {READ}")
     return COLUMNS[len(rows[0])]
@@ -197,11 +197,11 @@ def _guess_arrays(path: str | Path) -> str:
         return names.pop()
     if names:
         way = sorted(names)[0]
-        raise ValueError(f"{way} does not say its axes: say format={way} where they are OpenCV's (x right, y down)")
+        raise ValueError(f"{way} does not state its axes: set format={way} if they are OpenCV's (x right, y down)")
     if keys:
         raise ValueError(f"its keys are {', '.join(sorted(keys)[:8])}; {READ}")
     if len(shape) == 2 and shape[1] == 17:
         return "llff"
     if len(shape) == 3 and shape[1:] in ((4, 4), (3, 4)):
-        raise ValueError("an npy does not say which way its matrices go: say format=w2c or format=c2w (OpenCV axes)")
+        raise ValueError("an npy may hold w2c or c2w: set format=w2c or format=c2w (OpenCV axes)")
     raise ValueError(f"its shape is {list(shape)}; {READ}")

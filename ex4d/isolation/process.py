@@ -108,7 +108,7 @@ class Child:
         except TimeoutError:
             raise BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s") from None
         except ProtocolError as error:
-            raise BadSample("decode_crash", f"{function} gave an answer that cannot be read") from error
+            raise BadSample("decode_crash", f"{function} returned an answer that cannot be read") from error
         except (EOFError, ConnectionError):
             raise self._post_mortem(function, limits) from None
         self.busy = False
@@ -130,7 +130,7 @@ class Child:
         if self.wrapped and code > 128:  # bubblewrap's exit status for a signal
             code = 128 - code
         if code == -signal.SIGXCPU:
-            return BadSample("decode_cpu", f"{function} used more than {limits.cpu_s:g} s of processor time")
+            return BadSample("decode_cpu", f"{function} used more than {limits.cpu_s:g} s of CPU time")
         if code == -signal.SIGALRM:
             return BadSample("decode_timeout", f"{function} took more than {limits.wall_s:g} s")
         tail, peak_bytes = self.stderr.text(), usage.ru_maxrss * 1024

@@ -85,7 +85,7 @@ def read(file: Path) -> AdapterMetadata:
             header: Any = json.loads((opened.metadata() or {}).get(_HEADER, "null"))
             shapes = {name: opened.get_slice(name).get_shape() for name in opened.keys()}  # noqa: SIM118 (it cannot be iterated itself)
     except (SafetensorError, OSError, ValueError, RecursionError) as error:
-        raise ContractError(f"{file} is no safetensors file: {what_it_is(file) or error}") from error
+        raise ContractError(f"{file} is not a safetensors file: {what_it_is(file) or error}") from error
     if header is None:
         raise ContractError(f"{file} {_of_another_program(shapes)}")
     if not isinstance(header, dict) or header.get("format_version") != FORMAT_VERSION:

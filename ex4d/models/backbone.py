@@ -49,8 +49,8 @@ class ModelConfig:
     )
     family: str | None = setting(None, "Family that the base must belong to; null: any.", choices=families.FAMILIES)
     lora_rank: int = setting(16, "Rank of the LoRA.", ge=1)
-    lora_alpha: float = setting(16.0, "Scale of the LoRA: its product is multiplied by alpha / rank.")
-    lora_dropout: float = setting(0.0, "Fraction of the LoRA's input that training drops.", ge=0, lt=1)
+    lora_alpha: float = setting(16.0, "Scale of the LoRA: its output is multiplied by alpha / rank.")
+    lora_dropout: float = setting(0.0, "Dropout on the input of the LoRA in training.", ge=0, lt=1)
     lora_rslora: bool = setting(False, "Multiply by alpha / sqrt(rank) instead, for high ranks (rank-stabilised LoRA).")
     lora_targets: tuple[str, ...] = setting(
         lora.TARGETS, "Layers of each block that get a LoRA.", choices=lora.TARGETS, not_empty=True
@@ -63,11 +63,11 @@ class ModelConfig:
         "auto", "Data type of transformer and text encoder; auto: bfloat16 on an accelerator, float32 on a CPU."
     )
     quantize: Literal["int8", "fp8", "nf4"] | None = setting(
-        None, "Store the frozen blocks as int8, fp8 (1 byte a weight) or nf4 (half a byte); null: as dtype."
+        None, "Store the frozen blocks as int8, fp8 (1 byte per weight) or nf4 (half a byte); null: as dtype."
     )
     vae_dtype: Literal["float32", "bfloat16"] = setting("float32", "Data type of the VAE.")
     residual_fp32: bool = setting(
-        False, "Keep the sum of the blocks' outputs in float32 over a bfloat16 base, as the published weights expect."
+        False, "Keep the residual stream in float32 with a bfloat16 base, as the published weights expect."
     )
     source_video: bool = setting(False, "Give the source video to the model as a second condition (beyond the paper).")
 

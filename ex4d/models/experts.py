@@ -66,7 +66,7 @@ def timesteps(base: str, revision: str | None, expert: str | None) -> tuple[floa
         return 0.0, math.inf
     if expert not in EXPERTS:
         allowed = f"must be high (noise levels of at least {at:g}) or low (below): {base} has two transformers"
-        raise ConfigError("train.expert", expert, f"{allowed}, each trained by itself")
+        raise ConfigError("train.expert", expert, f"{allowed}, each trained separately")
     return (NUM_TIMESTEPS * at, math.inf) if expert == "high" else (0.0, NUM_TIMESTEPS * at)
 
 
@@ -127,7 +127,7 @@ def check_fit(adapters: Mapping[Expert | None, Any], base: str, at: float | None
         has, wants = ("one transformer", "two experts") if at is None else ("two experts", "a base of one transformer")
         raise ConfigError("base", base, f"has {has}, but the adapter was trained on {wants}")
     for name in set(EXPERTS) - set(adapters) if at is not None else ():
-        log.warning("there is no adapter for the expert %s: it works as the base alone", name)
+        log.warning("there is no adapter for the expert %s: it runs as the base alone", name)
 
 
 class Experts(nn.Module):

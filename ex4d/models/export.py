@@ -62,9 +62,11 @@ def _export(adapter: str | Path, style: str, output: Path, lora: str | Path | No
     if metadata.source_video and style != "ex4d":
         raise ConfigError("style", style, "must be ex4d: other formats cannot record that it takes the source video")
     if style == "released" and {*metadata.lora_targets} != {*TARGETS}:
-        raise ConfigError("style", style, "must be another: this format needs a LoRA on every layer")
+        raise ConfigError("style", style, "must be another style: this format needs a LoRA on every layer")
     if metadata.expert and style == "released":
-        raise ConfigError("style", style, "must be another: this format belongs to Wan2.1, which has one transformer")
+        raise ConfigError(
+            "style", style, "must be another style: this format belongs to Wan2.1, which has one transformer"
+        )
     if lora is not None:
         state, alpha = _with_lora(state, lora)
         metadata = replace(metadata, lora_rank=_rank(state), lora_alpha=alpha)
@@ -94,11 +96,14 @@ def _with_lora(state: dict[str, Tensor], lora: str | Path) -> tuple[dict[str, Te
     strange = [name for name in new if name not in old or new[name].shape[axis[name]] != old[name].shape[axis[name]]]
     if strange:
         raise ContractError(
-            f"{lora}: its LoRA is of another model than the adapter's, the first such layer {strange[0]}"
+            f"{lora}: its LoRA belongs to another model than the adapter's, the first such layer {strange[0]}"
         )
     if missing := sorted(old.keys() - new.keys()):
         logger.warning(
-            "%s: %d of %d layers are not in it and stay as the base has them", lora, len(missing) // 2, len(old) // 2
+            "%s: %d of %d layers are missing in it and keep the weights of the base",
+            lora,
+            len(missing) // 2,
+            len(old) // 2,
         )
     rank = _rank(new)
     return {name: new.get(name, _without(name, value, rank)) for name, value in state.items()}, alpha

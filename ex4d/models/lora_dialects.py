@@ -65,11 +65,9 @@ def read(tensors: Mapping[str, Tensor]) -> tuple[dict[str, Tensor], float]:
             raise ContractError(f"{kind} is not read, only plain LoRA: {len(names)} tensors such as {names[0]}")
     pairs, left_out, odd = _pairs(tensors)
     if odd or not pairs:
-        raise ContractError(f"no LoRA of Wan: {len(odd) or len(tensors)} names such as {sorted(odd or tensors)[:2]}")
+        raise ContractError(f"not a LoRA of Wan: {len(odd) or len(tensors)} names such as {sorted(odd or tensors)[:2]}")
     if left_out:
-        logger.warning(
-            "left out, as the adapter has no place for it: %d tensors such as %s", len(left_out), left_out[0]
-        )
+        logger.warning("left out %d tensors that the adapter cannot hold, such as %s", len(left_out), left_out[0])
     for name, pair in pairs.items():
         _check(name, pair)
     ranks = {pair.down.shape[0] for pair in pairs.values() if pair.down is not None}
@@ -120,7 +118,7 @@ def _check(name: str, pair: Pair) -> None:
         )
     for which, value in (("A", down), ("B", up)):
         if not value.is_floating_point() or not torch.isfinite(_plain(value)).all():
-            raise ContractError(f"{name}: {which} is not finite numbers")
+            raise ContractError(f"{name}: {which} is not finite")
     if pair.alpha is not None and not 0 < pair.alpha < float("inf"):
         raise ContractError(f"{name} has alpha {pair.alpha}, not above 0")
 

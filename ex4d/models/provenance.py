@@ -49,6 +49,6 @@ def is_verifiable(path: str | Path, metadata: AdapterMetadata) -> bool:
     The released ex4d.ckpt cannot record them and is accepted with a warning.
     """
     if metadata.base_fingerprint is None and is_released(adapter_file(path)):
-        log.warning("%s %s; whether it fits is not verified", path, UNVERIFIABLE)
+        log.warning("%s %s; whether the base matches is not verified", path, UNVERIFIABLE)
         return True
     return metadata.base_fingerprint is not None

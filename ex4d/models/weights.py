@@ -211,7 +211,7 @@ def _load_pickle(file: Path) -> dict[str, Tensor]:
     except _UNPICKLABLE as error:
         # Only the first line: the rest of torch's message advises to load the file unsafely.
         reason = (str(error).splitlines() or [type(error).__name__])[0]
-        raise ContractError(f"{file} is no file of plain tensors: {reason}") from error
+        raise ContractError(f"{file} is not a file of plain tensors: {reason}") from error
     if not isinstance(tensors, dict) or not all(
         isinstance(name, str) and isinstance(value, Tensor) for name, value in tensors.items()
     ):

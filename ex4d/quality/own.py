@@ -35,7 +35,7 @@ def measure(frames: np.ndarray, fps: float, file: str, weights: str | None, devi
     score, model = _loaded(os.path.abspath(file), weights, device)
     value = float(score(model, frames, fps))
     if not math.isfinite(value):
-        raise BadSample("own_score", f"{Path(file).name} returned {value}, which is no finite number")
+        raise BadSample("own_score", f"{Path(file).name} returned {value}, which is not a finite number")
     return value
 
 

@@ -41,11 +41,11 @@ def check_url(url: str) -> None:
     if scheme not in SCHEMES:
         raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
     if not web.has_host(f"{scheme}://{rest.partition('/')[0]}"):
-        raise ConfigError("url", shown, "no valid URL: its host or port cannot be read") from None
+        raise ConfigError("url", shown, "not a valid URL: its host or port cannot be read") from None
     if "::" in rest or "://" in rest.partition("?")[0]:
         raise ConfigError("url", shown, "one scheme, not a chain of them")
     if ".." in unquote(unquote(rest)).replace("\\", "/").partition("?")[0].split("/"):
-        raise ConfigError("url", shown, "no .. in it")
+        raise ConfigError("url", shown, "must not contain ..")
 
 
 def is_web(url: str | Path) -> bool:

@@ -36,27 +36,31 @@ class TrainConfig:
 
     data: str | tuple[WeightedData, ...] = setting(
         "out/dataset",
-        "Folder or URL of a dataset (from `ex4d preprocess` or `ex4d encode`), or a list of {path, weight}: a step "
-        "takes its samples from one of them, in turn by weight.",
+        "Folder or URL of a dataset (from `ex4d preprocess` or `ex4d encode`), or a list of {path, weight}: each step "
+        "uses one dataset, in turn by weight.",
         not_empty=True,
     )
-    output: str = setting("out/train", "Folder of this run. The same command run again resumes there.")
+    output: str = setting("out/train", "Folder of this run; run the same command again to resume.")
     num_steps: int = setting(1000, "Number of optimizer steps.", ge=1)
     micro_batch_size: int = setting(1, "Samples that one device processes at once.", ge=1)
     grad_accum_steps: int = setting(
-        1, "Micro batches per step. micro_batch_size × this × processes is the global batch; a run keeps it.", ge=1
+        1, "Micro batches per step. The global batch size is micro_batch_size × this × processes; a run keeps it.", ge=1
     )
     global_batch_size: int | None = setting(
-        None, "Samples per step over all processes; grad_accum_steps follows. null: from grad_accum_steps.", ge=1
+        None,
+        "Samples per step over all processes; it determines grad_accum_steps. null: computed from grad_accum_steps.",
+        ge=1,
     )
     init_from: str | None = setting(
         None, "Start from the weights of this adapter: a folder or file of `ex4d train`, or the released ex4d.ckpt."
     )
     num_processes: int | None = setting(
-        None, "Local processes to start; null: one per GPU, or 2 without a GPU. A launcher's number wins.", ge=1
+        None,
+        "Local processes to start; null: one per GPU, or 2 without a GPU. A launcher's number takes precedence.",
+        ge=1,
     )
     lr: float = setting(3e-5, "Learning rate after warm-up.", gt=0)
-    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to train on; auto: a GPU where there is one.")
+    device: Literal["auto", "cpu", "cuda"] = setting("auto", "Device to train on; auto: a GPU if there is one.")
     seed: int = setting(0, "Seed of all random choices.", ge=0, le=2**31 - 1)
     save_every: int = setting(100, "Write a checkpoint every N steps, and after the last.", ge=1)
     keep_last: int = setting(2, "Number of newest checkpoints to keep; the best by validation loss is kept too.", ge=1)
@@ -82,8 +86,8 @@ class TrainConfig:
     )
     expert: Literal["high", "low"] | None = setting(
         None,
-        "Which expert of a base of two (Wan2.2-A14B) is trained: high, from the base's boundary of noise on, or low, "
-        "below; null: it has one.",
+        "Expert to train of a base with two (Wan2.2-A14B): high, for noise levels from the base's boundary up, or low, "
+        "for those below; null: it has one.",
     )
     hole_weight: float = setting(1.0, "Loss weight of latents inside holes, relative to visible ones.", gt=0)
     condition_dropout: float = setting(
@@ -95,12 +99,12 @@ class TrainConfig:
         False, "Recompute activations in the backward pass: less memory, about a third more time.", group="Memory"
     )
     checkpoint_blocks: int | Literal["auto"] | None = setting(
-        None, "Recompute N blocks only; auto: as few as fit the GPU's memory after the first step; null: all."
+        None, "Recompute only N blocks; auto: after the first step, as few as the GPU's memory allows; null: all."
     )
     checkpoint_keep_attention: bool = setting(False, "Keep the outputs of self-attention instead of recomputing them.")
-    compile: bool = setting(False, "Compile the blocks: faster steps after a first one of a minute or so.")
+    compile: bool = setting(False, "Compile the blocks: faster steps, but the first one takes about a minute.")
     attention: Literal["auto", "cudnn", "flash", "efficient", "math"] = setting(
-        "auto", "Kernel of attention; auto: PyTorch chooses. The log names the one that runs."
+        "auto", "Attention kernel; auto: PyTorch chooses. The log names the kernel that runs."
     )
     cpu_offload: bool = setting(False, "Keep optimizer state in CPU memory (GPU runs).")
     block_swap: int = setting(
@@ -113,11 +117,11 @@ class TrainConfig:
         group="Processes",
     )
     min_processes: int | None = setting(
-        None, "With Ray Train, keep training with as few processes as this; null: wait for all.", ge=1
+        None, "With Ray Train, keep training with as few as this many processes; null: wait for all.", ge=1
     )
     zero_stage: Literal[0, 1, 2, 3] = setting(2, "DeepSpeed ZeRO stage; losses do not depend on it.")
     deepspeed: dict[str, Any] = setting(
-        {}, "More keys of DeepSpeed's configuration; those that the trainer sets are refused."
+        {}, "Extra keys for DeepSpeed's configuration; keys that the trainer sets are refused."
     )
     loader: LoaderConfig = setting(LoaderConfig(), "How samples are fetched.")
 
@@ -133,7 +137,7 @@ class TrainConfig:
     validate_device: str = setting(
         "cpu", "Device of the separate process: cpu, or a GPU that no rank uses, e.g. cuda:7 (under Ray: cuda)."
     )
-    validate_timeout_s: float = setting(1800.0, "Abandon a validation that takes longer.", gt=0)
+    validate_timeout_s: float = setting(1800.0, "Abandon a validation that takes longer than this.", gt=0)
 
     wandb_mode: Literal["online", "offline", "disabled"] | None = setting(
         None, "Weights & Biases mode; null: online where an API key is set, else offline.", group="Logging"
@@ -144,7 +148,7 @@ class TrainConfig:
         None, "Serve Prometheus metrics of rank 0 on this port while the run lasts; null: off.", ge=1, le=65535
     )
     metrics_host: str = setting(
-        "127.0.0.1", "Address of that port; a cluster's Prometheus needs the node's own, or 0.0.0.0."
+        "127.0.0.1", "Address of that port; for a Prometheus on another machine, the node's address, or 0.0.0.0."
     )
 
     dry_run: bool = setting(

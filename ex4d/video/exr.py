@@ -35,7 +35,7 @@ def header(data: bytes) -> Header:
         ValueError: it is not an OpenEXR, or of a kind that is not supported.
     """
     if not data.startswith(_MAGIC) or len(data) < 8:
-        raise ValueError("is no OpenEXR")
+        raise ValueError("is not an OpenEXR file")
     (flags,) = struct.unpack_from("<I", data, 4)
     if flags & 0xFF != 2 or flags & (_DEEP | _PARTS):
         raise ValueError("has several parts or deep pixels")

@@ -23,7 +23,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         'export: token=$(ex4d cluster token) && eval "$token"',
     )
     writer = below.add_parser("render", help="print a file that starts a cluster: a KubeRay manifest, a SLURM script …")
-    writer.add_argument("kind", choices=sorted(KINDS), help="what to print")
+    writer.add_argument("kind", choices=sorted(KINDS), help="kind of file to print")
     defaults = (f"{one.key.removeprefix('cluster.')}={one.default}" for one in describe(ClusterConfig, "cluster"))
     text = f"settings with their defaults: {', '.join(defaults)}"
     writer.add_argument("settings", nargs="*", default=[], metavar="KEY=VALUE", help=text)

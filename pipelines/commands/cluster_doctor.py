@@ -42,7 +42,11 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         "--weights", action="append", default=[], metavar="BASE", help="base model that all nodes need; repeatable"
     )
     group.add_argument(
-        "--min-disk-gb", type=float, default=10.0, metavar="GB", help="free space of each disk (default: %(default)g)"
+        "--min-disk-gb",
+        type=float,
+        default=10.0,
+        metavar="GB",
+        help="free space that each disk needs (default: %(default)g)",
     )
     group.add_argument(
         "--port", type=int, default=0, help="port of rank 0 in the all-reduce between nodes (default: any free one)"

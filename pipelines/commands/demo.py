@@ -27,7 +27,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--config", metavar="CONFIG.yaml", help=f"default: {CONFIG} or, if it is missing, the copy in the package"
     )
-    parser.add_argument("--output", default="out/demo", help="folder of everything it makes (default: %(default)s)")
+    parser.add_argument("--output", default="out/demo", help="folder for all outputs (default: %(default)s)")
 
 
 def sections() -> dict[str, type]:

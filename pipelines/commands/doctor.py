@@ -34,7 +34,7 @@ PACKAGES = (
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d doctor`."""
-    parser.add_argument("--json", action="store_true", help="the same facts as JSON")
+    parser.add_argument("--json", action="store_true", help="print the report as JSON")
     cluster_doctor.arguments(parser)
 
 

@@ -15,7 +15,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="folder written by `ex4d train`, its file, or an ex4d.ckpt; or a folder of two experts, high and low",
     )
     parser.add_argument("--style", required=True, choices=("ex4d", "released", "kohya", "comfyui", "diffusers"))
-    parser.add_argument("--output", required=True, metavar="F", help="file to write; for ex4d, folder")
+    parser.add_argument("--output", required=True, metavar="F", help="file to write; with --style ex4d, a folder")
     parser.add_argument("--from", dest="lora", metavar="LORA", help="take the LoRA from this file of another program")
 
 

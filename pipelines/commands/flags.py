@@ -98,5 +98,5 @@ def size(text: str) -> tuple[int, int]:
 
 def trust(parser: argparse.ArgumentParser) -> None:
     """Add the flag `--trust`, which says whether a dataset is foreign."""
-    text = "Whose the dataset is; foreign: decode in a sandbox. Default: own for your folders and buckets."
+    text = "Origin of the dataset; foreign: decode in a sandbox; auto: own for your folders and buckets, else foreign."
     parser.add_argument("--trust", choices=("auto", "own", "foreign"), default="auto", help=text)

@@ -19,8 +19,8 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--adapter",
         required=True,
-        help="Folder written by `ex4d train` (its adapter/), one with two experts' trainings, high and low, or the "
-        "published ex4d.ckpt.",
+        help="Folder written by `ex4d train` (its adapter/), a folder with the trainings of two experts, high and low, "
+        "or the published ex4d.ckpt.",
     )
     parser.add_argument("--output", required=True, metavar="OUT.mp4", help="The video to write.")
     parser.add_argument(
@@ -31,9 +31,13 @@ def arguments(parser: argparse.ArgumentParser) -> None:
         help="Another path over the same depth and model, repeatable; its video is OUT.TRAJECTORY.mp4.",
     )
     parser.add_argument("--base", help="Base model: tiny, a folder, or a hub id; default: the adapter's own.")
-    parser.add_argument("--size", type=flags.size, help="HEIGHTxWIDTH; default: what the adapter was trained at.")
-    parser.add_argument("--num-frames", type=int, help="4k+1; default: what the adapter was trained at.")
-    parser.add_argument("--device", help="cuda or cpu; default: cuda where there is one.")
+    parser.add_argument(
+        "--size", type=flags.size, help="HEIGHTxWIDTH; default: the size that the adapter was trained at."
+    )
+    parser.add_argument(
+        "--num-frames", type=int, help="Number of frames, 4k+1; default: the number that the adapter was trained at."
+    )
+    parser.add_argument("--device", help="cuda or cpu; default: cuda if there is one.")
     flags.add(parser, GenerateConfig)
     flags.add(parser, ReconstructConfig, flags.PATH)
 

@@ -16,9 +16,9 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "folder", metavar="FOLDER", help="MultiCamVideo-Dataset or SynCamVideo-Dataset, or a part of it"
     )
-    parser.add_argument("--output", required=True, metavar="F", help="folder for the pairs, on the same disk")
-    parser.add_argument("--pairs-per-scene", type=int, default=10, help="pairs of two cameras (default: %(default)s)")
-    parser.add_argument("--seed", type=int, default=0, help="of the draw of the pairs (default: %(default)s)")
+    parser.add_argument("--output", required=True, metavar="F", help="folder for the pairs, on the same disk as FOLDER")
+    parser.add_argument("--pairs-per-scene", type=int, default=10, help="camera pairs per scene (default: %(default)s)")
+    parser.add_argument("--seed", type=int, default=0, help="seed for drawing the pairs (default: %(default)s)")
 
 
 def run(args: argparse.Namespace) -> int:

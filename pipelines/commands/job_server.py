@@ -106,10 +106,10 @@ def follow(client: Any, job_id: str, address: str) -> int:
         asyncio.run(_print_log(client, job_id))
         return _ended(client, job_id)
     except KeyboardInterrupt:
-        print(f"\n{job_id} goes on running. {how_to(job_id, address)}", file=sys.stderr)
+        print(f"\n{job_id} is still running. {how_to(job_id, address)}", file=sys.stderr)
         return INTERRUPTED
     except (*INVALID, OSError, aiohttp.ClientError) as error:
-        print(f"{job_id} cannot be followed any more ({_reason(error)}). {how_to(job_id, address)}", file=sys.stderr)
+        print(f"{job_id} can no longer be followed ({_reason(error)}). {how_to(job_id, address)}", file=sys.stderr)
         return 1
 
 
@@ -137,7 +137,7 @@ def _ended(client: Any, job_id: str) -> int:
         print(f"{job_id}: done")
         return 0
     if state == "STOPPED":
-        print(f"{job_id} was stopped; the same `ex4d submit` does what is missing", file=sys.stderr)
+        print(f"{job_id} was stopped; run the same `ex4d submit` again to resume", file=sys.stderr)
         return STOPPED
     code = info.driver_exit_code
     message = printable((info.message or "").strip().split("\n")[0])

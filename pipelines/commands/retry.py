@@ -21,8 +21,10 @@ if TYPE_CHECKING:
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the flags of `ex4d retry`."""
     parser.add_argument("dataset", metavar="OUT", help="folder written by `ex4d preprocess`")
-    parser.add_argument("--reason", action="append", required=True, help="e.g. decode_timeout; repeatable")
-    parser.add_argument("--config", metavar="CONFIG.yaml", help="default: the settings of the last run there")
+    parser.add_argument(
+        "--reason", action="append", required=True, help="reason to retry, e.g. decode_timeout; repeatable"
+    )
+    parser.add_argument("--config", metavar="CONFIG.yaml", help="default: the settings of the last run in that folder")
 
 
 def run(args: argparse.Namespace) -> int:

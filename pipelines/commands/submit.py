@@ -22,7 +22,7 @@ def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ex4d submit`."""
     parser.add_argument("config", metavar="CONFIG.yaml", help="settings of the job; its own --help lists them")
     parser.add_argument(
-        "overrides", nargs="*", default=[], metavar="section.key=value", help="changes to the file's settings"
+        "overrides", nargs="*", default=[], metavar="section.key=value", help="overrides of the file's settings"
     )
     parser.add_argument("--job", required=True, metavar="JOB", choices=package.SHARED, help="what to run")
     parser.add_argument("--address", metavar="URL", help=job_server.HELP)

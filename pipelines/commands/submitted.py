@@ -14,11 +14,11 @@ from pipelines.commands import job_server
 
 def arguments(parser: argparse.ArgumentParser) -> None:
     """Add the arguments of `ex4d jobs`."""
-    parser.add_argument("id", nargs="?", metavar="ID", help="one job; default: a table of all")
+    parser.add_argument("id", nargs="?", metavar="ID", help="the job; default: list all jobs")
     parser.add_argument("--address", metavar="URL", help=job_server.HELP)
     what = parser.add_mutually_exclusive_group()
     what.add_argument("--follow", action="store_true", help="print its log until it ends")
-    what.add_argument("--stop", action="store_true", help="stop it: SIGTERM, after three minutes SIGKILL")
+    what.add_argument("--stop", action="store_true", help="stop it: SIGTERM, and SIGKILL after three minutes")
 
 
 def run(args: argparse.Namespace) -> int:

@@ -45,16 +45,17 @@ class EncodeConfig:
 
     data: str = setting("out/dataset", "Dataset folder or URL written by `ex4d preprocess`.")
     output: str = setting("out/latents", "Folder or URL of the latent dataset to write.", not_empty=True)
-    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
+    num_workers: int = setting(2, "CPU workers, if this command starts Ray itself.", ge=1)
     num_gpus: float = setting(0.0, "Share of a GPU for each actor that runs a model; 0: on the CPU.", ge=0)
     dtype: Literal["bfloat16", "float32"] = setting(
-        "bfloat16", "Stored tensors: bfloat16, half the size, or float32, equal to what training itself would encode."
+        "bfloat16",
+        "Data type of stored tensors; float32 equals what training itself would encode; bfloat16 has half the size.",
     )
     captions: bool = setting(True, "Encode each distinct caption; false: training uses fixed prompts only.")
     prompts: tuple[str, ...] = setting((), "More texts to encode, for train.prompt; the empty text is always included.")
-    shard_size_mb: int = setting(1024, "Start a new shard before one grows over this size.", ge=1)
+    shard_size_mb: int = setting(1024, "Start a new shard before the current one exceeds this size.", ge=1)
     max_bad_fraction: float = setting(
-        0.1, "Fail, and commit nothing, where a larger fraction of samples is damaged.", ge=0, le=1
+        0.1, "Fail, and commit nothing, if a larger fraction of samples is damaged.", ge=0, le=1
     )
     max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
     max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
@@ -62,7 +63,8 @@ class EncodeConfig:
         None, "Serve Prometheus metrics on this port while the run lasts; null: off.", ge=1, le=65535
     )
     metrics_host: str = setting(
-        "127.0.0.1", "Address of that port; a cluster's Prometheus needs the driver node's own, or 0.0.0.0."
+        "127.0.0.1",
+        "Address of that port; for a Prometheus on another machine, the address of the driver's node, or 0.0.0.0.",
     )
 
     def __post_init__(self) -> None:

@@ -35,7 +35,8 @@ class EvaluateConfig:
     num_scenes: int = setting(16, "Number of procedural scenes.", ge=1)
     ranges: dict[str, tuple[str, float] | tuple[str, float, Options]] = setting(
         RANGES,
-        "{name: [trajectory or file of poses, degrees]}, with its options as a third item; default: the paper's four.",
+        "{name: [trajectory or pose file, degrees]}, optionally with its options as a third item; default: the paper's "
+        "four.",
         not_empty=True,
     )
     methods: tuple[str, ...] | None = setting(
@@ -45,24 +46,24 @@ class EvaluateConfig:
         not_empty=True,
     )
     seed: int = setting(0, "Seed of the sampler's noise.", ge=0)
-    num_workers: int = setting(2, "CPU workers, where this command starts Ray itself.", ge=1)
+    num_workers: int = setting(2, "CPU workers, if this command starts Ray itself.", ge=1)
     num_gpus: float = setting(0.0, "Share of a GPU for each worker; 0: on the CPU.", ge=0)
 
     depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS, group="Videos and scenes")
     depth_python: str | None = setting(
-        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
+        None, "Python executable of the environment for depth=da3, video-depth-anything or own."
     )
     depth_path: str | None = setting(None, "Depth file, or weights of a network.")
     depth_fill_px: int = setting(0, "Fill holes of measured depth that are no wider than this, px of the frames.", ge=0)
     fov_deg: float | None = fov_setting()
     cameras: str = setting(
         "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none; estimator; parallax: found from motion; colmap.",
+        "Source cameras; auto: those of the depth estimator, if any; none; estimator; parallax: from motion; colmap.",
     )
     source_motion: str = setting(
         "keep",
-        "Source's own motion, where its cameras are known; keep: the path rides on it; remove: fixed in the world; "
-        "smooth: on a stabilised one.",
+        "How paths treat the source camera's motion, if known; keep: move with it; remove: fixed in the world; smooth: "
+        "move with a stabilised camera.",
         choices=SOURCE_MOTIONS,
     )
     persistent_frames: int = setting(0, "Number of other frames whose static surfaces fill holes.", ge=0)
@@ -78,7 +79,7 @@ class EvaluateConfig:
     video_features: str | None = setting(
         None, "VideoMAE weights (folder or hub-id[@revision]) for a Fréchet distance of videos; null: not measured."
     )
-    max_bad_fraction: float = setting(0.1, "Fail where a larger fraction of views fails.", ge=0, le=1)
+    max_bad_fraction: float = setting(0.1, "Fail if a larger fraction of views fails.", ge=0, le=1)
     max_bugs: int = setting(10, "Stop after more than this many unexpected errors.", ge=0)
     max_attempts: int = setting(3, "Reject a row as worker_crash after it has killed this many processes.", ge=1)
 

@@ -63,7 +63,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     _check_size(num_frames, size)
     scenes = config.videos is None
     if scenes and world.seed == CORPUS_SEED:
-        raise ConfigError("synthetic.seed", world.seed, "must be another one: the scenes of evaluate have it")
+        raise ConfigError("synthetic.seed", world.seed, "must be another number: the scenes of evaluate use it")
     world = replace(world, seed=CORPUS_SEED, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
     base = provenance.base_of(config.adapter, metadata, config.base, "evaluate.base")
     _check_swap(sampler, base)
@@ -196,7 +196,7 @@ def _videos(config: EvaluateConfig, rejects: list[dict[str, Any]]) -> Iterator[d
         raise ConfigError("evaluate.videos", error.value, error.allowed) from None
     sources = [source for source in listed if source.reason != "not_a_video"]
     if not sources:
-        raise ConfigError("evaluate.videos", config.videos, "no video there")
+        raise ConfigError("evaluate.videos", config.videos, "no videos found there")
     known = set()
     for source in sources:
         try:

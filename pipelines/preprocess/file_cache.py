@@ -74,10 +74,8 @@ class FileCache:
             except OSError as error:
                 raise unreadable(error) from None
             if found != sha256:
-                raise BadSample("source_changed", "the content is no longer what it was when it was hashed")
-        raise BadSample(
-            "unreadable", "other processes dropped it before it could be used; give preprocess.cache_mb more"
-        )
+                raise BadSample("source_changed", "the content has changed since it was hashed")
+        raise BadSample("unreadable", "other processes evicted it before it was used; increase preprocess.cache_mb")
 
     def add(self, url: str, name: str, announced: int | None = None, fps: float | None = None) -> tuple[str, int]:
         """Copy a file to the cache; return (sha256, bytes). `announced`: its size, None: query it. Raises OSError."""

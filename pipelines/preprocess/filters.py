@@ -24,9 +24,9 @@ class FilterConfig:
     )
     max_motion: float | None = setting(None, "Change of luma from frame to frame.", ge=0, le=1)
     min_camera_motion: float | None = setting(
-        None, "Camera motion, in longer sides per second; 0.02 drops cameras at rest.", ge=0
+        None, "Camera motion, in longer sides of the picture per second; 0.02 drops cameras at rest.", ge=0
     )
-    max_camera_motion: float | None = setting(None, "Camera motion, in longer sides per second.", ge=0)
+    max_camera_motion: float | None = setting(None, "Camera motion, in longer sides of the picture per second.", ge=0)
     max_object_motion: float | None = setting(
         None, "Fraction of the texture that moves differently from the camera, parallax included.", ge=0, le=1
     )
@@ -37,13 +37,13 @@ class FilterConfig:
         0.02, "Fraction of the picture with a gradient; 0.02 drops blank pictures with a dot or a line.", ge=0, le=1
     )
     min_source_side: float | None = setting(
-        32.0, "Shorter side of the source inside black bars, px; 32 drops what is no picture.", ge=0
+        32.0, "Shorter side of the source inside black bars, px; 32 drops what is not a picture.", ge=0
     )
     max_hdr: float | None = setting(None, "0 drops HDR videos (PQ, HLG), which are tone-mapped.", ge=0, le=1)
     max_interlaced: float | None = setting(None, "0 drops interlaced videos, which are deinterlaced.", ge=0, le=1)
     max_still: float | None = setting(None, "Fraction of repeated frames; 0.6 drops slide-shows.", ge=0, le=1)
     max_text: float | None = setting(None, "Fraction of the picture under text; 0.005 finds most.", ge=0, le=1)
-    max_bars: float | None = setting(None, "Fraction of the picture that black bars took.", ge=0, le=1)
+    max_bars: float | None = setting(None, "Fraction of the source picture that black bars covered.", ge=0, le=1)
     max_logo: float | None = setting(None, "Fraction of a corner under a logo; 0.1 finds most.", ge=0, le=1)
     max_depth_flicker: float | None = setting(None, "Frame-to-frame jitter of log depth.", ge=0)
     max_depth_drift: float | None = setting(None, "Change of the depth's scale over the clip, log.", ge=0)
@@ -52,12 +52,12 @@ class FilterConfig:
         None, "Fraction of the clip without measured depth, after preprocess.depth_fill_px.", ge=0, le=1
     )
     max_camera_depth_error: float | None = setting(
-        None, "Disagreement of depth and cameras that are found from motion, log.", ge=0
+        None, "Disagreement between depth and the cameras estimated from motion, log.", ge=0
     )
     min_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
     max_holes: float | None = setting(None, "Mean fraction of holes in the masks.", ge=0, le=1)
     max_warp_error: float | None = setting(
-        None, "Two cameras: difference of the warp from the clip; 0.05 drops wrong cameras and units.", ge=0, le=1
+        None, "Two cameras: difference between warp and clip; 0.05 drops wrong cameras and units.", ge=0, le=1
     )
 
     def __post_init__(self) -> None:
@@ -71,11 +71,13 @@ class ScorerConfig:
     file: str = setting(
         MISSING, "Python file with `score(model, frames, fps)` and `load(weights, device)`.", not_empty=True
     )
-    weights: str | None = setting(None, "What `load` gets: a file, a folder or an id; null: None.")
+    weights: str | None = setting(None, "Passed to `load`: a file, a folder or an id; null: None.")
     min: float | None = setting(None, "Drop clips whose score is lower; null: off.")
     max: float | None = setting(None, "Drop clips whose score is higher; null: off.")
     num_gpus: float = setting(
-        0.0, "Share of a GPU; 0: on the CPU. The actor gets the largest of this, the depth's and the captioner's.", ge=0
+        0.0,
+        "Share of a GPU; 0: on the CPU. The actor gets the largest share of scorer, depth network and captioner.",
+        ge=0,
     )
 
     def __post_init__(self) -> None:

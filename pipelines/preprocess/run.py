@@ -105,7 +105,7 @@ def find_sources(config: PreprocessConfig, synthetic_config: SyntheticConfig | N
             found = inputs.expand(config.input, *place)
         is_pictures = not found.num_videos and any(source.name.lower().endswith(SUFFIXES) for source in found)
         if is_pictures and config.image_fps is None:
-            logger.warning("no video there, but pictures: preprocess.image_fps=24 takes folders of them for videos")
+            logger.warning("no videos found, but pictures; preprocess.image_fps=24 reads folders of pictures as videos")
         return inputs.Sources(pairs.without_sources(found)) if "source" in config.members else found
     if synthetic_config is None:
         raise ConfigError("preprocess.input", None, "must be set, or there must be a section `synthetic`")

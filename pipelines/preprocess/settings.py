@@ -21,9 +21,11 @@ CLIP_BYTES_PER_PX = 32  # peak memory per pixel of a clip's frames; measured: 24
 class DecodeLimits:
     """Limits of decoding one clip in its child process; reading a whole video for cuts gets more by its length."""
 
-    timeout_s: float = setting(120.0, "Seconds on the clock; 49 frames of 4K need about 2.5.", gt=0)
-    cpu_s: float = setting(120.0, "Seconds of processor time.", gt=0)
-    memory_mb: int = setting(6144, "Address space of the child, MB; its libraries take about 500.", ge=256)
+    timeout_s: float = setting(120.0, "Wall-clock limit, seconds; 49 frames of 4K need about 2.5.", gt=0)
+    cpu_s: float = setting(120.0, "CPU time limit, seconds.", gt=0)
+    memory_mb: int = setting(
+        6144, "Limit on the address space of the child process, MB; its libraries take about 500.", ge=256
+    )
 
     def __post_init__(self) -> None:
         checked(self, "preprocess.limits")
@@ -39,11 +41,15 @@ class CaptionerConfig:
         not_empty=True,
     )
     prompt: str = setting(
-        "", "BLIP: text that every caption begins with; others: the question; empty: they are asked to describe it."
+        "",
+        "BLIP: text that every caption starts with; other models: the question; empty: a request to describe the "
+        "picture.",
     )
     max_new_tokens: int = setting(40, "Longest caption, in tokens.", ge=1)
     num_gpus: float = setting(
-        0.0, "Share of a GPU; 0: on the CPU. The actor gets the largest of this, the depth's and the scorer's.", ge=0
+        0.0,
+        "Share of a GPU; 0: on the CPU. The actor gets the largest share of scorer, depth network and captioner.",
+        ge=0,
     )
 
     def __post_init__(self) -> None:
@@ -60,12 +66,14 @@ class PreprocessConfig:
         "of them; null: the section `synthetic`.",
     )
     output: str = setting(
-        "out/dataset", "Dataset folder to write. The same command run again resumes there.", not_empty=True
+        "out/dataset", "Dataset folder to write; run the same command again to resume.", not_empty=True
     )
     num_workers: int = setting(2, "CPU workers, if this command starts Ray itself.", ge=1)
     num_frames: int = setting(49, "Frames of a clip.", ge=2)
     size: tuple[int, int] = setting((512, 512), "[height, width] of a clip, px.", ge=16, le=8192, multiple_of=2)
-    fit: Literal["crop", "pad", "squeeze"] = setting("crop", "How a video of another aspect ratio becomes this size.")
+    fit: Literal["crop", "pad", "squeeze"] = setting(
+        "crop", "How to fit a video of another aspect ratio into this size."
+    )
     fps: float | None = setting(None, "Frames per second of a clip; null: the video's own.", gt=0, le=1000)
     depth: str = setting(
         "sidecar",
@@ -80,24 +88,24 @@ class PreprocessConfig:
     seed: int = setting(0, "Seed of all random choices.", ge=0, le=2**31 - 1)
 
     list_root: str | None = setting(
-        None, "Folder that names in lists are relative to; null: each list's own.", group="Input and cache"
+        None, "Folder that file names in lists are relative to; null: the folder of each list.", group="Input and cache"
     )
     image_fps: float | None = setting(
         None,
-        "Frames per second of folders of JPEG or PNG, each of which then is a video; null: pictures are no videos.",
+        "Read each folder of JPEG or PNG files as a video with this frame rate; null: pictures are not videos.",
         gt=0,
         le=MAX_FPS,
     )
     follow_links: bool = setting(False, "Follow links that lead out of the input folder; false: count and skip them.")
     cache_dir: str | None = setting(
-        None, "Local folder for copies of remote videos and folders of pictures; null: in a temporary one."
+        None, "Local folder for copies of remote videos and folders of pictures; null: a temporary folder."
     )
-    cache_mb: int = setting(20480, "Size of that cache, MB, besides the videos in use.", ge=1)
+    cache_mb: int = setting(20480, "Maximum size of that cache, MB, not counting the videos in use.", ge=1)
     max_file_mb: int = setting(
-        65536, "Refuse remote videos and folders of pictures above this, MB, as file_too_large.", ge=1
+        65536, "Reject remote videos and folders of pictures larger than this, MB, as file_too_large.", ge=1
     )
     allow_private_hosts: bool = setting(
-        False, "Fetch videos from hosts on this machine or its local network, too; false: refuse them as private_host."
+        False, "Also fetch videos from this machine or its local network; false: reject them as private_host."
     )
     near_duplicates: Literal["group", "filter", "off"] = setting(
         "group",
@@ -105,8 +113,8 @@ class PreprocessConfig:
     )
 
     stride: int = setting(1, "Take every N-th frame of the video, if fps is null.", ge=1, group="Clips")
-    clips_per_shot: int = setting(1, "Most clips of one shot.", ge=1)
-    clips_per_video: int | None = setting(None, "Most clips of one video; null: no limit.", ge=1)
+    clips_per_shot: int = setting(1, "Maximum number of clips per shot.", ge=1)
+    clips_per_video: int | None = setting(None, "Maximum number of clips per video; null: no limit.", ge=1)
     min_shot_s: float = setting(0.0, "Skip shots shorter than this many seconds.", ge=0)
     crop_bars: bool = setting(True, "Crop black bars before resizing.")
     filters: FilterConfig = setting(FilterConfig(), "Thresholds on scores that decide which clips are kept.")
@@ -114,7 +122,7 @@ class PreprocessConfig:
     captioner: CaptionerConfig | None = setting(None, "Network that describes clips without a caption; null: none.")
 
     depth_python: str | None = setting(
-        None, "Python of the environment that depth=da3, video-depth-anything or own runs in."
+        None, "Python executable of the environment for depth=da3, video-depth-anything or own."
     )
     depth_path: str | None = setting(
         None,
@@ -131,17 +139,17 @@ class PreprocessConfig:
     fov_deg: float | None = fov_setting()
     cameras: Literal["auto", "none", "estimator", "parallax", "colmap"] = setting(
         "auto",
-        "Source's cameras; auto: the depth estimator's, if any; none: it stands still; estimator: reject clips without "
-        "any; parallax or colmap: from motion.",
+        "Source cameras; auto: those of the depth estimator, if any; none: the camera stands still; estimator: reject "
+        "clips without any; parallax or colmap: from motion.",
     )
     source_motion: Literal["remove", "keep", "smooth"] = setting(
         "keep",
-        "Source's own motion in masks, where its cameras are known; keep: paths ride on it; remove: fixed in the "
-        "world, as in generate; smooth: stabilised.",
+        "How mask paths treat the source camera's motion, if known; keep: move with it; remove: fixed in the world, as "
+        "in generate; smooth: stabilised.",
     )
     persistent_frames: int = setting(
         0,
-        "Number of other frames whose static surfaces masks keep if the path sees them, as in generate.",
+        "Number of other frames whose static surfaces stay visible in masks if the path sees them, as in generate.",
         ge=0,
     )
     profile: Literal["default", "released"] = setting(
@@ -154,7 +162,7 @@ class PreprocessConfig:
     )
 
     shard_size_mb: int = setting(
-        256, "Start a new shard before one grows over this size.", ge=1, group="Shards and runs"
+        256, "Start a new shard before the current one exceeds this size.", ge=1, group="Shards and runs"
     )
     limits: DecodeLimits = setting(DecodeLimits(), "Resources that decoding may use.")
     max_bad_fraction: float = setting(
@@ -171,13 +179,14 @@ class PreprocessConfig:
         None, "Serve Prometheus metrics on this port while the run lasts; null: off.", ge=1, le=65535
     )
     metrics_host: str = setting(
-        "127.0.0.1", "Address of that port; a cluster's Prometheus needs the driver node's own, or 0.0.0.0."
+        "127.0.0.1",
+        "Address of that port; for a Prometheus on another machine, the address of the driver's node, or 0.0.0.0.",
     )
 
     def __post_init__(self) -> None:
         need = checked(self, "preprocess")
         has_python = self.depth not in FOREIGN or self.depth_python is not None
-        need(has_python, "depth_python", f"must be the Python of an environment that depth={self.depth} can run in")
+        need(has_python, "depth_python", f"must be the Python executable of an environment for depth={self.depth}")
         need(self.fps is None or self.stride == 1, "stride", "must be 1 if preprocess.fps is set")
         if "source" in self.members:
             alone = "must be [source]: samples of two cameras have no other extra members"

@@ -67,7 +67,7 @@ class Attempts:
             kept = json.loads(storage.read_bytes(self.url))
             return Counter({str(name): int(count) for name, count in kept.items()})
         except (ValueError, AttributeError, TypeError) as error:
-            logger.warning("%s is damaged and starts anew: %s", self.url, error)
+            logger.warning("%s is damaged and is replaced by an empty one: %s", self.url, error)
             return Counter()
 
     def _write(self) -> None:
@@ -89,4 +89,4 @@ class Attempts:
             else:
                 storage.write_bytes(self.url, data)
         except OSError as error:  # a transient failure of a store must not end the run
-            logger.warning("attempts are not written down: %s", error)
+            logger.warning("attempts cannot be recorded: %s", error)

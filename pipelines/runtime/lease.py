@@ -50,7 +50,9 @@ class Lease:
         first = seen = self._read()
         deadline = time.monotonic() + LOST_S
         if seen:
-            logger.warning("%s: held by %s; waiting %.0f s to see whether it lives", self.url, seen[1], LOST_S)
+            logger.warning(
+                "%s: held by %s; waiting %.0f s to see whether it is still running", self.url, seen[1], LOST_S
+            )
         while seen and time.monotonic() < deadline:
             time.sleep(LOOK_S)
             seen = self._read()

@@ -68,7 +68,7 @@ def writing(output: str | Path, is_file: bool = False) -> Iterator[None]:
     folder, name = (path.parent, f".{path.name}.lock") if is_file else (path, LOCK)
     there = next(parent for parent in (folder, *folder.absolute().parents) if parent.exists())
     if not there.is_dir() or not os.access(there, os.W_OK | os.X_OK):
-        raise ConfigError("output", str(folder), f"{there} is no folder that can be written to")
+        raise ConfigError("output", str(folder), f"{there} is not a writable folder")
     missing = [parent for parent in (folder, *folder.absolute().parents) if not parent.exists()]
     try:
         with exclusive(str(folder), name):

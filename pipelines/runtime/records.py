@@ -119,7 +119,10 @@ class Records:
             url, place = storage.join(self.folder, part), storage.join(self.damaged, part)
             numbers = [number for number, pair in enumerate(good, 1) if pair is None]
             logger.warning(
-                "%s: lines %s are damaged; what they said is made again. The part is kept as %s", url, numbers, place
+                "%s: lines %s are damaged; their records are made again. The damaged part is kept as %s",
+                url,
+                numbers,
+                place,
             )
             storage.write_bytes(place, blob)
             whole = (line for line, pair in zip(lines, good, strict=True) if pair)

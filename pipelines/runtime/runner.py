@@ -47,13 +47,18 @@ class RayConfig:
         "Address of a running cluster: auto or host:port, not ray://…; null: start Ray here and stop it at the end.",
     )
     object_store_mb: int | None = setting(
-        None, "Object store of a Ray started here, MB; clips between CPU and GPU wait in it; null: Ray chooses.", ge=1
+        None,
+        "Size of the object store of a Ray started here, MB; it holds clips between CPU and GPU stages; null: Ray "
+        "chooses.",
+        ge=1,
     )
     gpu_actors: int | None = setting(
-        None, "Most actors of each stage that needs a GPU; null: as many as the GPUs can hold, also later ones.", ge=1
+        None,
+        "Maximum number of actors per GPU stage; null: as many as the GPUs can hold, including GPUs that join later.",
+        ge=1,
     )
     ranks_timeout_s: float = setting(
-        1800.0, "Give up a training whose ranks find no place for this long, at the start or after losing a node.", gt=0
+        1800.0, "Stop a training whose ranks cannot be placed for this long, at the start or after losing a node.", gt=0
     )
 
     def __post_init__(self) -> None:
@@ -143,4 +148,4 @@ def _need_gpus(stages: Sequence[Stage], ray_config: RayConfig) -> None:
     there = ray.cluster_resources().get("GPU", 0.0)
     wanted = max(stage.num_gpus for stage in stages)
     if ray_config.address is None and wanted > there:
-        raise ConfigError("num_gpus", wanted, f"at most {there:g}, the GPUs of this machine; 0 works on the CPU")
+        raise ConfigError("num_gpus", wanted, f"at most {there:g}, the GPUs of this machine; 0 runs on the CPU")

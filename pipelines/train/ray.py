@@ -92,7 +92,10 @@ def _fit(trainer: Any, flag: Any, asked: threading.Event) -> Any:
     threading.Thread(target=fit, daemon=True).start()
     while not wait([outcome], timeout=1.0).done:
         if asked.is_set() and ray.get(flag.silent_s.remote()) > SILENT_S:
-            print("ex4d train: no rank runs that could write a checkpoint; the last one stays", file=sys.stderr)
+            print(
+                "ex4d train: no rank is running that could write a checkpoint; the last checkpoint is kept",
+                file=sys.stderr,
+            )
             return None
     return outcome.result()
 

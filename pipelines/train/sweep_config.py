@@ -34,9 +34,11 @@ class SweepConfig:
     window: int = setting(10, "Steps over which mse or loss is averaged.", ge=1)
     search: Literal["tpe", "random", "grid", "pbt"] = setting("tpe", "How points are proposed.")
     scheduler: Literal["asha", "median", "none"] = setting("asha", "How weak trials are stopped early.")
-    grace_steps: int = setting(10, "Steps between two comparisons; no trial is stopped earlier.", ge=1)
-    reduction_factor: int = setting(2, "ASHA: one of so many trials survives each rung.", ge=2)
-    repeat_seeds: int = setting(3, "Train the best and the file's own values with so many seeds; 1: do not.", ge=1)
+    grace_steps: int = setting(10, "Steps between two comparisons; no trial is stopped before the first.", ge=1)
+    reduction_factor: int = setting(2, "ASHA: one in this many trials survives each rung.", ge=2)
+    repeat_seeds: int = setting(
+        3, "Train the best and the file's own values with this many seeds each; 1: skip this.", ge=1
+    )
     cpus_per_trial: float = setting(1.0, "CPUs that Ray reserves for each trial.", ge=0)
     gpus_per_trial: float = setting(0.0, "GPUs that Ray reserves for each trial.", ge=0)
     group: str = setting("sweep", "W&B group of all trials.")

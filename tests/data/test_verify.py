@@ -98,7 +98,7 @@ def test_missing_and_foreign_files_are_named(copy):
     assert any(p.startswith("shards/train-000099.tar: is not in index.json") for p in report.problems)
     assert report.tree_sha256 == ""
     (copy / "dataset.json").unlink()
-    assert "no finished dataset" in str(verify(str(copy)))
+    assert "not a finished dataset" in str(verify(str(copy)))
 
 
 @pytest.mark.parametrize("name", ["../../etc/passwd", "shards/../../x.tar", "/etc/passwd", "s3://elsewhere/x.tar"])

@@ -55,7 +55,7 @@ def choice_of(config):
 def test_files_beside_all_videos_are_taken_and_the_dataset_is_that_of_sidecar(corpus, tmp_path, capsys):
     config = config_of(corpus, tmp_path / "auto")
     assert preprocess.run(config, runner_name="inline").exit_code == 0
-    assert capsys.readouterr().out == "depth=auto: sidecar, since no video lacks a depth file\n"
+    assert capsys.readouterr().out == "depth=auto: sidecar, because every video has a depth file\n"
     named = replace(config, output=str(tmp_path / "named"), depth="sidecar")
     preprocess.run(named, runner_name="inline")
     facts = [json.loads((tmp_path / name / "dataset.json").read_text()) for name in ("auto", "named")]
@@ -116,4 +116,4 @@ def test_the_choices_of_a_setting_are_the_estimators_and_auto():
 def test_reconstruct_takes_it_too(corpus, tmp_path, capsys):
     video = next(corpus.rglob("*.mp4"))
     assert cli.main(["reconstruct", str(video), "--depth", "auto", "--output", str(tmp_path / "view")]) == 0
-    assert capsys.readouterr().out.startswith("depth=auto: sidecar, since no video lacks a depth file\n")
+    assert capsys.readouterr().out.startswith("depth=auto: sidecar, because every video has a depth file\n")

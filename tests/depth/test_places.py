@@ -156,7 +156,7 @@ def test_what_is_no_array_is_said_so(tmp_path, content):
     (tmp_path / "clip.depth.npz").write_bytes(content)
     caught = refusal(DepthRequest(str(tmp_path / "clip.mp4")))
     assert caught.reason == "depth_shape"
-    assert "is no npy or npz file" in caught.message
+    assert "is not an npy or npz file" in caught.message
 
 
 @pytest.mark.parametrize("name", ["clip_vis.mp4", "clip.depth.exr", "clip.depth.avi"])
@@ -222,7 +222,7 @@ def test_videos_that_hold_no_depth(tmp_path, how):
         path.write_bytes(b"GIF89a" + bytes(60) if how == "no video" else path.read_bytes()[:-200])
     caught = refusal(DepthRequest(str(tmp_path / "clip.mp4"), str(tmp_path / "maps")))
     assert caught.reason != "depth_missing"
-    assert ("coloured" in caught.message) == (how == "coloured")
+    assert ("colour-mapped" in caught.message) == (how == "coloured")
 
 
 @pytest.mark.parametrize("dtype", [np.uint16, np.int32, np.uint32, np.int64])

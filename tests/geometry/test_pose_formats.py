@@ -324,7 +324,7 @@ def test_what_is_of_no_format_is_refused_with_what_is_read(tmp_path, name):
 def test_a_table_of_another_format_never_passes_for_the_one_that_is_named(tmp_path):
     (tmp_path / "a.txt").write_text(lines(C2W[:, :3].reshape(COUNT, 12)))
     for format in set(READERS) - {"kitti", "w2c", "c2w"}:
-        with pytest.raises(ContractError, match=f"no {format} file of poses"):
+        with pytest.raises(ContractError, match=f"not a {format} pose file"):
             read(tmp_path / "a.txt", format=format)
 
 
@@ -338,7 +338,7 @@ def test_noise_and_folders_are_refused(tmp_path, suffix):
                 read(tmp_path / f"a{suffix}", format=format)
             assert "\n" not in str(caught.value)
     (tmp_path / f"folder{suffix}").mkdir()
-    with pytest.raises(ConfigError, match="no such file"):
+    with pytest.raises(ConfigError, match="no such pose file"):
         read(tmp_path / f"folder{suffix}")
 
 

@@ -114,7 +114,7 @@ def test_image_keys_and_text_encoders_are_left_out_and_said(caplog):
     }
     state, _ = lora_dialects.read(dialect("kohya") | more)
     assert state.keys() == canonical().keys()
-    assert "left out, as the adapter has no place for it: 4 tensors" in caplog.text
+    assert "left out 4 tensors that the adapter cannot hold" in caplog.text
 
 
 def changed(**more: torch.Tensor | None) -> dict[str, torch.Tensor]:
@@ -129,11 +129,11 @@ REFUSED = {
     "LoKr": {"lycoris_blocks_0_self_attn_k.lokr_w1": torch.ones(4, 4)},
     "LoHa": {f"{Q}.hada_w1_a": torch.ones(4, 4)},
     "whole differences": changed(**{"lora_unet_blocks_0_norm3.diff_b": torch.ones(6)}),
-    "no LoRA of Wan": {
+    "not a LoRA of Wan": {
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_down.weight": torch.ones(2, 6),
         "lora_unet_input_blocks_4_1_transformer_blocks_0_attn1_to_k.lora_up.weight": torch.ones(6, 2),
     },
-    "no LoRA of Wan, nothing": {},
+    "not a LoRA of Wan, nothing": {},
     "no B": changed(**{f"{Q}.lora_up.weight": None}),
     "no A": changed(**{f"{Q}.lora_down.weight": None}),
     "do not fit": changed(**{f"{Q}.lora_up.weight": torch.ones(6, 1)}),
@@ -143,7 +143,7 @@ REFUSED = {
     "not finite, whole numbers": changed(**{f"{Q}.lora_down.weight": torch.ones(2, 6, dtype=torch.int32)}),
     "alpha": changed(**{f"{Q}.alpha": torch.tensor(float("nan"))}),
     "alpha of several": changed(**{f"{Q}.alpha": torch.ones(3)}),
-    "no LoRA of Wan, head": changed(**{"lora_unet_head.lora_down.weight": torch.ones(2, 6)}),
+    "not a LoRA of Wan, head": changed(**{"lora_unet_head.lora_down.weight": torch.ones(2, 6)}),
 }
 
 

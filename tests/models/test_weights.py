@@ -229,7 +229,7 @@ def test_what_is_no_adapter_is_refused(wan_folder: Path, tmp_path: Path) -> None
     with pytest.raises(ConfigError, match="neither a folder"):
         weights.read_adapter(tmp_path)
     (tmp_path / "adapter.safetensors").write_bytes(b"nothing like it")
-    with pytest.raises(ContractError, match="no safetensors"):
+    with pytest.raises(ContractError, match="not a safetensors"):
         weights.read_metadata(tmp_path)
     save_file(weights.adapter_state(model), tmp_path / "adapter.safetensors")
     with pytest.raises(ContractError, match="LoRA of another program"):
@@ -245,7 +245,7 @@ def test_a_truncated_file_is_refused(wan_folder: Path, tmp_path: Path) -> None:
     path = weights.save_adapter(tmp_path, model, metadata_of(model))
     assert len(load_file(path)) == 48
     path.write_bytes(path.read_bytes()[:-100])
-    with pytest.raises(ContractError, match="no safetensors"):
+    with pytest.raises(ContractError, match="not a safetensors"):
         weights.load_adapter(tmp_path, model)
 
 

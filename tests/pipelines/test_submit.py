@@ -241,7 +241,7 @@ def test_a_job_that_is_stopped_and_submitted_again_ends_with_the_same_bytes(tmp_
         text, _ = following.communicate(timeout=60)
         assert following.returncode == 130, text
         assert "Running entrypoint" in text, "the log streams"
-        assert "goes on running" in text
+        assert "is still running" in text
         job_id = re.search(r"submitted (\S+) to", text)[1]
 
         code, text = head.run("jobs", job_id, "--stop", "--address", head.url)

@@ -219,4 +219,4 @@ def test_sigterm_while_no_rank_runs_ends_the_run(folder, whole, cluster):
     process.send_signal(signal.SIGTERM)
     code, text = finish(process, timeout_s=60)
     assert code == EXIT_PREEMPTED, text
-    assert "no rank runs" in text
+    assert "no rank is running" in text

@@ -142,7 +142,7 @@ def test_reconstruct_keeps_the_sound_or_says_why_not(tmp_path, caplog):
         np.savez(tmp_path / f"{name[0]}.depth.npz", z_depth=DEPTH)
         caplog.clear()
         assert cli.main(["reconstruct", str(tmp_path / name), "--output", str(tmp_path / name[0]), *flags]) == 0
-        assert sum("the result has no sound" in record.message for record in caplog.records) == lines
+        assert sum("the result has no audio" in record.message for record in caplog.records) == lines
         assert (len(heard(tmp_path / name[0] / "cond.mp4")) > 0) == (lines == 0)
         assert len(heard(tmp_path / name[0] / "mask.mp4")) == 0
 

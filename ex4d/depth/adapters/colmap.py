@@ -38,7 +38,7 @@ def estimate(model, places, pairs, targets, weights, lens):
         found = max(models.values(), key=lambda one: one.num_reg_images()) if models else None
         count = found.num_reg_images() if found else 0
         if found is None or count < len(places):
-            raise RuntimeError(f"COLMAP places {count} of {len(places)} frames: too little moves, or too much at once")
+            raise RuntimeError(f"COLMAP places {count} of {len(places)} frames: too little motion, or too much at once")
         w2c = np.tile(np.eye(4), (len(places), 1, 1))
         for number, image in enumerate(ids):
             w2c[number, :3] = found.images[image].cam_from_world().matrix()

@@ -62,10 +62,12 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 def _local(path: str, local: fetch.Local, config: PreprocessConfig) -> tuple[str, int]:
     if os.path.isdir(path):
         if config.image_fps is None:
-            raise BadSample("not_a_file", "is a folder; preprocess.image_fps reads one of pictures as a video")
+            raise BadSample(
+                "not_a_file", "is a folder; set preprocess.image_fps to read a folder of pictures as a video"
+            )
         return pictures.digest(path, config.image_fps, max_bytes=config.max_file_mb << 20)
     if not os.path.isfile(path):  # opening a pipe or device would block
-        raise BadSample("not_a_file", "is missing, or no regular file")
+        raise BadSample("not_a_file", "is missing or not a regular file")
     if os.path.getsize(path) == 0:
         raise BadSample("empty_file", "has no bytes")
     return local.digest([path], "video", lambda: storage.sha256(path))
@@ -75,7 +77,7 @@ def _remote(url: str, remote: fetch.Remote, config: PreprocessConfig) -> tuple[s
     try:
         sha256, size_bytes = remote.digest(url, config, "video")
     except FileNotFoundError:
-        raise BadSample("not_a_file", "is missing, or no regular file") from None
+        raise BadSample("not_a_file", "is missing or not a regular file") from None
     if size_bytes == 0:
         raise BadSample("empty_file", "has no bytes")
     return sha256, size_bytes

@@ -121,7 +121,7 @@ def _poses(
     if len(data) > MAX_CAMERA_BYTES:
         raise BadSample("pair_cameras", f"{name} has more than {MAX_CAMERA_BYTES} bytes")
     if hashlib.sha256(data).hexdigest() != row["pair"]["sha256"][1 + which]:
-        raise BadSample("source_changed", f"{name} is no longer what it was when it was hashed")
+        raise BadSample("source_changed", f"{name} has changed since it was hashed")
     w2c, K, size = isolated.call(config, "poses_of", data, index, name)
     return w2c, K, size, name
 
@@ -166,7 +166,7 @@ def _clip_K(
     try:
         made = Camera(fit.apply_K(np.diag([width / stored[1], height / stored[0], 1.0]) @ K[0]), np.eye(4), config.size)
     except ConfigError as error:  # here K is data, not a setting
-        raise BadSample("pair_cameras", f"{name}: K is no matrix of intrinsics: {error.allowed}") from None
+        raise BadSample("pair_cameras", f"{name}: K is not an intrinsics matrix: {error.allowed}") from None
     return made.K.tolist()
 
 

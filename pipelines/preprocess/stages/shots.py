@@ -83,9 +83,9 @@ def find_shots(path: Source) -> tuple[list[int], list[int], list[dict[str, Any]]
                     segments.append((start, cut.frame_num, _looks(samples.take_until(cut.frame_num), image.shape[:2])))
                     start = cut.frame_num
     if not pts:
-        raise BadSample("no_frames", "nothing decodes")
+        raise BadSample("no_frames", "no frame can be decoded")
     if any(later <= earlier for earlier, later in itertools.pairwise(pts)):
-        raise BadSample("timestamps_disordered", "the timestamps of the frames do not rise")
+        raise BadSample("timestamps_disordered", "the frame timestamps do not increase")
     segments.append((start, len(pts), _looks(samples.take_until(len(pts)), image.shape[:2])))
     cuts = sorted(cut for cut in found if 0 < cut < len(pts))
     # A fade is reported late and may lie in a closed segment; then both halves share that segment's facts.
