@@ -2,7 +2,7 @@
 
 Differences from DeepSpeed's defaults (measurements in docs/decisions/training.md):
 the `bf16` block casts everything, float32 adapters included, so it is not used and dtypes are checked after init;
-the shared-memory op takes minutes to compile on a CPU, so it is marked incompatible; DeepSpeed's checkpoints are bound
+the shared-memory op takes minutes to compile on a CPU, so no op counts as compatible; DeepSpeed's checkpoints are bound
 to one world size, so state is gathered parameter by parameter into plain tensors instead.
 """
 
@@ -93,7 +93,9 @@ def _deepspeed() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with ninja for minutes
+    # The shared-memory op would be built with ninja for minutes. Reading the table would make DeepSpeed try each of its
+    # ops: on a GPU machine a compiler or two in every rank, and a warning for each op where there is no nvcc.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed
 
 
