@@ -135,6 +135,7 @@ class Engine:
         self.engine, *_ = _deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, plan)
         )
+        self._has_early_state = False  # before the first step
         self._audit(dtypes)
         self._watch_gradients()
         if moments is not None:
@@ -226,6 +227,17 @@ class Engine:
                     gathered[f"{key}.{name}"] = full.detach().to("cpu", torch.float32, copy=True)
         return gathered
 
+    def state_bytes(self) -> int:
+        """Return the bytes of optimizer state on the GPU that the first step made; 0 where it was made before."""
+        if self._has_early_state:
+            return 0
+        values = [value for state in self._optimizer().state.values() for value in state.values()]
+        return sum(value.nbytes for value in values if value.device.type == "cuda")
+
+    def _optimizer(self) -> Any:
+        """Return torch's optimizer, without what a ZeRO stage wraps around it."""
+        return self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+
     def _restore(self, moments: dict[str, Tensor], step: int) -> None:
         """Fill the optimizer, which has not stepped yet, so that its next step is step + 1 of the saved run."""
         expected = {f"{key}.{name}": shape for name, shape in self.shapes.items() for key in MOMENTS}
@@ -238,8 +250,8 @@ class Engine:
 
     def _make_state(self, step: int) -> None:
         """Give the optimizer, which has not stepped yet, the state of `step` with moments of zero."""
-        optimizer = self.engine.optimizer
-        inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
+        optimizer, inner = self.engine.optimizer, self._optimizer()
+        self._has_early_state = True
         for flat in self._flat_parameters():
             # AdamW makes exactly this state at its first step; made here, the moments have somewhere to go.
             inner.state[flat] = {
