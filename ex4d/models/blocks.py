@@ -70,14 +70,17 @@ class Recompute:
         """Share of the blocks that recompute."""
         return self.count / len(self._index)
 
-    def fit_memory(self, device: torch.device) -> None:
+    def fit_memory(self, device: torch.device, state_bytes: int = 0) -> None:
         """Let as many blocks keep their activations as fit in GPU memory; call it after a step in which all recomputed.
 
         A collective call: the rank with the least free memory decides.
+
+        Args:
+            state_bytes: size of the optimizer state, which was created after the peak of the first step.
         """
         free, total = torch.cuda.mem_get_info(device)
         room = free + torch.cuda.memory_reserved(device) - torch.cuda.max_memory_allocated(device)
-        count = torch.tensor(self.fit(room - MEMORY_MARGIN * total), device=device)
+        count = torch.tensor(self.fit(room - state_bytes - MEMORY_MARGIN * total), device=device)
         torch.distributed.all_reduce(count, torch.distributed.ReduceOp.MAX)
         self.count = int(count)
         logger.info("%d blocks recompute their activations; the others keep them", self.count)
@@ -99,7 +102,10 @@ def kept_bytes(block: nn.Module, *args: Any) -> int:
             kept[_place(tensor)] = tensor.untyped_storage().nbytes()
         return tensor
 
-    with torch.enable_grad(), torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor):
+    # LoRA's dropout must draw what it would have drawn without this measurement.
+    gpus = {tensor.device.index for tensor in _tensors(args) if tensor.device.type == "cuda"}
+    hooks = torch.autograd.graph.saved_tensors_hooks(keep, lambda tensor: tensor)
+    with torch.random.fork_rng(devices=gpus), torch.enable_grad(), hooks:
         output = block(*args)
     del output
     return sum(kept.values())

@@ -7,7 +7,7 @@ norms and embeddings stay as they are. These weights are never trained, so no gr
 from __future__ import annotations
 
 import math
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -30,11 +30,13 @@ class Style:
 
     Args:
         encode: weight float32 -> (codes uint8, scale).
-        decode: (codes, scale, shape, dtype) -> weight.
+        decode: (codes, scale, shape, dtype, levels) -> weight.
+        levels: what the codes stand for, where they are numbers of a table.
     """
 
     encode: Callable[[Tensor], tuple[Tensor, Tensor]]
-    decode: Callable[[Tensor, Tensor, torch.Size, torch.dtype], Tensor]
+    decode: Callable[[Tensor, Tensor, torch.Size, torch.dtype, Tensor | None], Tensor]
+    levels: Sequence[float] | None = None
 
 
 def _row_scale(weight: Tensor, largest: float) -> Tensor:
@@ -46,7 +48,7 @@ def _encode_int8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).round().to(torch.int8).view(torch.uint8), scale
 
 
-def _decode_int8(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _decode_int8(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype, levels: Tensor | None) -> Tensor:
     return codes.view(torch.int8).to(dtype) * scale.to(dtype)
 
 
@@ -56,7 +58,7 @@ def _encode_fp8(weight: Tensor) -> tuple[Tensor, Tensor]:
     return (weight / scale).to(torch.float8_e4m3fn).view(torch.uint8), scale
 
 
-def _decode_fp8(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
+def _decode_fp8(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype, levels: Tensor | None) -> Tensor:
     return codes.view(torch.float8_e4m3fn).to(dtype) * scale.to(dtype)
 
 
@@ -68,8 +70,9 @@ def _encode_nf4(weight: Tensor) -> tuple[Tensor, Tensor]:
     return codes[:, 0::2] << 4 | codes[:, 1::2], scale
 
 
-def _decode_nf4(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype) -> Tensor:
-    levels = torch.tensor(NF4, device=codes.device, dtype=dtype)
+def _decode_nf4(codes: Tensor, scale: Tensor, shape: torch.Size, dtype: torch.dtype, levels: Tensor | None) -> Tensor:
+    assert levels is not None
+    levels = levels.to(codes.device, dtype)
     # One look-up decodes both codes of a byte, which halves the memory of the indices.
     pairs = torch.stack([levels.repeat_interleave(16), levels.repeat(16)], dim=1)
     values = nn.functional.embedding(codes.int(), pairs).flatten(1) * scale.to(dtype)
@@ -83,7 +86,7 @@ ROWS = 256
 STYLES = {
     "int8": Style(_encode_int8, _decode_int8),
     "fp8": Style(_encode_fp8, _decode_fp8),
-    "nf4": Style(_encode_nf4, _decode_nf4),
+    "nf4": Style(_encode_nf4, _decode_nf4, NF4),
 }
 
 
@@ -115,12 +118,16 @@ class QuantizedLinear(nn.Linear):
         codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.register_buffer("qweight", codes)
         self.register_buffer("scale", scale)
+        # Created once: building it from Python numbers at each use would block the host until the GPU has caught up. Not
+        # a buffer, since a buffer would be swapped out with the block before the backward pass needs it.
+        table = STYLES[style].levels
+        self.levels = None if table is None else torch.tensor(table, device=device)
         self.register_parameter("weight", None)  # peft looks for it first, then for qweight
         self.bias = layer.bias
 
     def decode(self, codes: Tensor, scale: Tensor, dtype: torch.dtype) -> Tensor:
         """Return the weight [out, in] in `dtype`."""
-        return STYLES[self.style].decode(codes, scale, self.shape, dtype)
+        return STYLES[self.style].decode(codes, scale, self.shape, dtype, self.levels)
 
     def forward(self, input: Tensor) -> Tensor:
         return _FrozenProduct.apply(input, self.qweight, self.scale, self.bias, self)

@@ -2,7 +2,7 @@
 
 Differences from DeepSpeed's defaults (measurements in docs/decisions/training.md):
 the `bf16` block casts everything, float32 adapters included, so it is not used and dtypes are checked after init;
-the shared-memory op takes minutes to compile on a CPU, so it is marked incompatible; DeepSpeed's checkpoints are bound
+the shared-memory op takes minutes to compile on a CPU, so no op counts as compatible; DeepSpeed's checkpoints are bound
 to one world size, so state is gathered parameter by parameter into plain tensors instead.
 """
 
@@ -93,7 +93,9 @@ def _deepspeed() -> Any:
     import deepspeed.ops
 
     logging.getLogger("DeepSpeed").setLevel(logging.ERROR)
-    deepspeed.ops.__compatible_ops__["deepspeed_shm_comm"] = False  # else built with ninja for minutes
+    # The shared-memory op would be built with ninja for minutes. Reading the table would make DeepSpeed try each of its
+    # ops: on a GPU machine a compiler or two in every rank, and a warning for each op where there is no nvcc.
+    vars(deepspeed.ops)["__compatible_ops__"] = {}
     return deepspeed
 
 
@@ -133,6 +135,7 @@ class Engine:
         self.engine, *_ = _deepspeed().initialize(
             model=model, optimizer=optimizer, config=deepspeed_config(config, plan)
         )
+        self._has_early_state = False  # before the first step
         self._audit(dtypes)
         self._watch_gradients()
         if moments is not None:
@@ -224,6 +227,17 @@ class Engine:
                     gathered[f"{key}.{name}"] = full.detach().to("cpu", torch.float32, copy=True)
         return gathered
 
+    def state_bytes(self) -> int:
+        """Return the bytes of optimizer state on the GPU that the first step made; 0 where it was made before."""
+        if self._has_early_state:
+            return 0
+        values = [value for state in self._optimizer().state.values() for value in state.values()]
+        return sum(value.nbytes for value in values if value.device.type == "cuda")
+
+    def _optimizer(self) -> Any:
+        """Return torch's optimizer, without what a ZeRO stage wraps around it."""
+        return self.engine.optimizer if self.zero_stage == 0 else self.engine.optimizer.optimizer
+
     def _restore(self, moments: dict[str, Tensor], step: int) -> None:
         """Fill the optimizer, before its first step, so that it continues with step + 1 of the saved run."""
         expected = {f"{key}.{name}": shape for name, shape in self.shapes.items() for key in MOMENTS}
@@ -236,8 +250,8 @@ class Engine:
 
     def _make_state(self, step: int) -> None:
         """Give the optimizer, before its first step, the state of `step` with moments of zero."""
-        optimizer = self.engine.optimizer
-        inner = optimizer if self.zero_stage == 0 else optimizer.optimizer
+        optimizer, inner = self.engine.optimizer, self._optimizer()
+        self._has_early_state = True
         for flat in self._flat_parameters():
             # AdamW creates exactly this state at its first step; creating it now lets `_restore` fill the moments.
             inner.state[flat] = {

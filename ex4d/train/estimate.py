@@ -96,6 +96,8 @@ def memory(
     }
     if over[3] > 1:
         parts["gathered weights"] = dtype * min(_GATHERED, parameters["base"] * (1 - 1 / over[3]))
+        # DeepSpeed shards a model that is whole on each GPU.
+        parts["base before it is sharded"] = max(0.0, base + 4.0 * trainable - sum(parts.values()))
     if model.quantize:
         parts["dequantized weight"] = _DEQUANTIZED[model.quantize] * dtype * flops.width_of(shape) * shape["ffn_dim"]
     if encoders is None:

@@ -5,6 +5,8 @@ The text encoder, 11 GB for 14B, is never loaded beside the transformer, on anot
 
 from __future__ import annotations
 
+import gc
+from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
 
@@ -39,11 +41,18 @@ def _read_or_compute(config: TrainConfig, model: backbone.ModelConfig, device: t
         return {text: tensors[name] for name, text in texts.items()}
     except (OSError, KeyError, SafetensorError):  # missing, or only partly written
         pass
-    component = ("text_encoder",)
-    base = backbone.load_base(model.base, model.revision, model.dtype, device, components=component)
-    embeds = {name: base.encode_text([text]).cpu() for name, text in texts.items()}
+    embeds = _compute(texts, model, device)
+    # Loading leaves frames that refer to each other and to the encoder, which would stay on the GPU until Python next
+    # looks for such circles.
+    gc.collect()
     path.parent.mkdir(parents=True, exist_ok=True)
     partial = path.with_suffix(".tmp")
     save_file(embeds, partial)
     partial.replace(path)
     return {text: embeds[name] for name, text in texts.items()}
+
+
+def _compute(texts: Mapping[str, str], model: backbone.ModelConfig, device: torch.device) -> dict[str, Tensor]:
+    components = ("text_encoder",)
+    base = backbone.load_base(model.base, model.revision, model.dtype, device, components=components)
+    return {name: base.encode_text([text]).cpu() for name, text in texts.items()}

@@ -1,8 +1,9 @@
 """The training loop, from a batch of clips to an adapter.
 
 A run is reproducible: the loader's order depends only on (seed, epoch), noise and sigma only on (seed, step, sample
-key), and the logged loss is summed over the global batch in sample order. A run that is killed and resumed is
-bit-identical; with another number of ranks or ZeRO stage it is identical up to summation order.
+key), and the logged loss is summed over the global batch in sample order. On CPUs, a run that is killed and resumed is
+bit-identical. With another number of ranks or ZeRO stage it is identical up to summation order, and so it is on GPUs,
+whose kernels may sum in another order each time.
 """
 
 from __future__ import annotations
@@ -114,7 +115,7 @@ class Trainer:
             if step == self.first_step + 1:
                 metrics |= start
                 if self.job.recompute and config.checkpoint_blocks == "auto" and self.device.type == "cuda":
-                    self.job.recompute.fit_memory(self.device)
+                    self.job.recompute.fit_memory(self.device, self.engine.state_bytes())
             last = step == config.num_steps
             if config.validate_every and (last or step % config.validate_every == 0):
                 metrics |= self.validate(step, validator)

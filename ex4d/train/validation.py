@@ -86,6 +86,10 @@ def judge(folder: Path) -> None:
     # The dtype of the ranks: "auto" would be float32 on a CPU, 65 GB for 14B.
     model_config = dataclasses.replace(model_config, dtype=chosen.get("dtype") or model_config.dtype)
     place, device = Place(0, 1, 0), torch.device(config.validate_device)
+    if device.type == "cpu":  # what serves the ranks' GPUs
+        config = dataclasses.replace(config, attention="auto", compile=False, block_swap=0)
+    elif device.index is not None:
+        torch.cuda.set_device(device)  # pinned memory, for one, opens the current GPU, which is a rank's
     job = build_job(config, model_config, place, device)
     checkpoint.load_weights(job.model, checkpoint.read_tensors(folder / "adapter.safetensors"))
     job.model.eval()

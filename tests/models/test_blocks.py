@@ -92,6 +92,38 @@ def test_memory_decides_how_many_blocks_recompute() -> None:
         model.set_gradient_checkpointing(True, 7)
 
 
+def test_a_gpus_free_memory_is_what_the_peak_and_later_state_leave(monkeypatch: pytest.MonkeyPatch) -> None:
+    """With doubles of torch.cuda's functions: 80 GB, of which 30 are free and 40 reserved; 38 were used at the peak."""
+    model, _ = make_model(0)
+    recompute = model.set_gradient_checkpointing(True, measure=True)
+    assert recompute is not None
+    monkeypatch.setattr(torch.cuda, "mem_get_info", lambda device: (30e9, 80e9))
+    monkeypatch.setattr(torch.cuda, "memory_reserved", lambda device: 40e9)
+    monkeypatch.setattr(torch.cuda, "max_memory_allocated", lambda device: 38e9)
+    monkeypatch.setattr(torch.distributed, "all_reduce", lambda *_: None)
+    room = 30e9 + 40e9 - 38e9 - blocks.MEMORY_MARGIN * 80e9
+    recompute.block_bytes = round(room / 2.5)
+    recompute.fit_memory(CPU)
+    assert recompute.count == NUM_BLOCKS - 2
+    recompute.fit_memory(CPU, state_bytes=round(room / 2))
+    assert recompute.count == NUM_BLOCKS - 1
+
+
+def test_measuring_a_block_draws_no_random_numbers() -> None:
+    """The first step of a run, or after a resume, measures: its dropout must be that of any other start."""
+    outputs = []
+    for measure in (False, True):
+        transformer = tiny.new_transformer(8, num_layers=2, num_attention_heads=2, ffn_dim=64)
+        model = adapter.build_model(transformer, backbone.ModelConfig(lora_rank=4, adapter_hidden=16, lora_dropout=0.5))
+        with torch.no_grad():
+            for parameter in model.trainable_parameters().values():
+                parameter.fill_(0.05)
+        model.set_gradient_checkpointing(True, measure=measure)
+        torch.manual_seed(0)
+        outputs.append(step(model.train()))
+    assert all(torch.equal(a, b) for a, b in zip(*outputs, strict=True))
+
+
 @pytest.mark.parametrize(("swapped", "keep"), [(0, False), (2, True)])
 def test_compiled_blocks_are_one_graph(swapped: int, keep: bool) -> None:
     """Without recompiles, at two steps; a swapped block's weights are inputs of the graph like any other's."""

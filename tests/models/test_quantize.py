@@ -81,6 +81,14 @@ def test_autograd_keeps_codes_not_weights() -> None:
     assert 0 < sum(tensor.numel() * tensor.element_size() for tensor in kept) < 0.6 * 512 * 512
 
 
+def test_nothing_is_copied_from_the_program_to_the_device_at_each_use(monkeypatch: pytest.MonkeyPatch) -> None:
+    """A tensor made of Python's numbers on a GPU holds the program until the GPU is through, at each of 400 layers."""
+    layers = [make_layer(style)[1] for style in STYLES]
+    monkeypatch.setattr(torch, "tensor", lambda *_, **__: pytest.fail("a tensor is made of Python's numbers"))
+    for layer in layers:
+        layer(torch.ones(2, 40, requires_grad=True)).sum().backward()
+
+
 def run(folder: Path, style: str | None, checkpointing: bool = False) -> tuple[Tensor, list[Tensor], Any]:
     base = backbone.load_base(str(folder), components=("transformer",), quantize=style)
     model = adapter.build_model(base.transformer, backbone.ModelConfig(lora_rank=4, adapter_hidden=16))

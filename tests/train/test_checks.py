@@ -55,6 +55,8 @@ def test_devices_that_cannot_be_are_refused(dataset: str, monkeypatch: pytest.Mo
     check(3, validate_device="cuda:1", device="cpu", **APART)
     check(0, validate_device="cuda:9")  # nothing is validated apart
     check(0, validate_device="cuda", launcher="ray", **APART)
+    with pytest.raises(ConfigError, match=r"train\.validate_device='cuda:7': must be cpu or, under Ray, cuda"):
+        check(8, validate_device="cuda:7", launcher="ray", **APART)
 
 
 def test_the_command_says_it_in_one_sentence(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
@@ -89,3 +91,29 @@ def test_apart_on_a_cpu_loads_the_base_in_the_ranks_own_type(tmp_path: Path, mon
         with pytest.raises(Stop):
             validation.judge(tmp_path)
         assert asked.pop() == wanted
+
+
+def test_what_serves_the_ranks_gpus_is_off_in_a_validation_on_a_cpu(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """And a validation on a GPU opens no other: what is pinned, for one, belongs to the current one."""
+    found: list[tuple[TrainConfig, torch.device]] = []
+    current: list[torch.device] = []
+
+    def watched(config: TrainConfig, model: object, place: object, device: torch.device) -> None:
+        found.append((config, device))
+        raise InterruptedError
+
+    monkeypatch.setattr(validation, "build_job", watched)
+    monkeypatch.setattr(torch.cuda, "set_device", current.append)
+    gpu = {"attention": "cudnn", "compile": True, "block_swap": 4, "activation_checkpointing": True}
+    for device in ("cpu", "cuda:3", "cuda"):
+        train = {"validate_every": 2, "validate_apart": True, "validate_device": device, **gpu}
+        (tmp_path / "job.json").write_text(json.dumps({"train": train, "model": {}}))
+        with pytest.raises(InterruptedError):
+            validation.judge(tmp_path)
+    (on_cpu, _), (on_gpu, _), _ = found
+    assert (on_cpu.attention, on_cpu.compile, on_cpu.block_swap) == ("auto", False, 0)
+    assert (on_gpu.attention, on_gpu.compile, on_gpu.block_swap) == ("cudnn", True, 4)
+    assert [device for _, device in found] == [torch.device(name) for name in ("cpu", "cuda:3", "cuda")]
+    assert current == [torch.device("cuda:3")]

@@ -116,6 +116,8 @@ def test_what_other_settings_add(parameters: dict[str, int]) -> None:
     sharded = bytes_of(parameters, BatchPlan(8, 1, 1, 8), zero_stage=3)
     assert 2e9 < sharded["gathered weights"] < 2.2e9
     assert "gathered weights" not in bytes_of(parameters, BatchPlan(8, 1, 1, 8), zero_stage=2)
+    # Each GPU holds the whole base, and the trainables, until DeepSpeed shards them.
+    assert sum(sharded.values()) >= plain["frozen base"] + plain["trainable weights"]
 
 
 def test_work_of_the_vae_is_that_of_torch_s_counter() -> None:

@@ -4,6 +4,8 @@ from __future__ import annotations
 
 import logging
 import os
+import subprocess
+import sys
 from pathlib import Path
 
 import torch
@@ -47,3 +49,32 @@ def test_another_prompt_or_encoder_is_embedded_anew(folder: Path, alone, tmp_pat
     next(iter(tmp_path.glob("prompts/*"))).write_bytes(b"cut off")
     prompts.fixed(TrainConfig(output=str(tmp_path), prompt="a"), model, alone, device)
     assert len(list(tmp_path.glob("prompts/*"))) == 3
+
+
+ALONE = """
+import gc, sys, weakref
+import torch
+from ex4d.models import backbone
+from ex4d.train import prompts
+from ex4d.train.config import Place, TrainConfig
+
+load, kept = backbone.load_base, []
+
+def watched(*arguments, **options):
+    base = load(*arguments, **options)
+    kept.append(weakref.ref(base.text_encoder))
+    return base
+
+backbone.load_base = watched
+gc.disable()
+chosen = TrainConfig(output=sys.argv[2], prompt="a"), backbone.ModelConfig(base=sys.argv[1])
+prompts.fixed(*chosen, Place(0, 1, 0), torch.device("cpu"))
+print([reference() is None for reference in kept])
+"""
+
+
+def test_the_text_encoder_is_gone_before_the_transformer_is_loaded(folder: Path, tmp_path: Path) -> None:
+    """11 GB of a GPU for 14B, which no later chance collection may be left to free. The first load of a process."""
+    command = [sys.executable, "-c", ALONE, str(folder / "base"), str(tmp_path)]
+    done = subprocess.run(command, capture_output=True, text=True, check=True)
+    assert done.stdout.splitlines()[-1] == "[True]"

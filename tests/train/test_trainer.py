@@ -228,6 +228,17 @@ def test_dtypes_are_audited(alone):
         Engine(model, TrainConfig(), BatchPlan(1, 1, 1, 1))
 
 
+def test_deepspeed_tries_none_of_its_ops(alone, monkeypatch):
+    """On a GPU machine that would be compilers in every rank, and a warning for each op where there is no nvcc."""
+    import deepspeed.ops
+    from deepspeed.comm.torch import build_shm_op
+
+    vars(deepspeed.ops).pop("__compatible_ops__")
+    monkeypatch.setattr(deepspeed.ops, "_probe_compatible_ops", lambda: pytest.fail("ops are tried"))
+    engine._deepspeed()
+    assert build_shm_op() is None
+
+
 @pytest.mark.parametrize("stage", [0, 1, 2, 3])
 def test_a_bfloat16_base_stays_so_under_float32_trainables(stage, alone):
     mixed = ToyModel()
