@@ -177,6 +177,7 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
     make_dataset(tmp_path, val=0)
     trees = []
     monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(sweep, "_check_gpus", lambda *_: None)  # asks Ray
     monkeypatch.setattr(sweep_tune, "search", lambda _, tree: trees.append(tree) or [])
     path = sweep_bench.write(tmp_path, "mse", {"num_steps": 6}, metric="mse", grace_steps=3, repeat_seeds=1)
     with pytest.raises(ConfigError, match=r"validate_every.*has no validation samples"):
@@ -261,3 +262,31 @@ def test_a_scheduler_made_anew_remembers_what_trials_reported(tmp_path):
     assert made.on_trial_result(None, going, {"step": 3, "value": 1.5}) == "CONTINUE", "judged before"
     assert made.on_trial_result(None, new, {"step": 3, "value": 1.4}) == "STOP", "worse than the median of 1.0 and 1.5"
     assert made.on_trial_result(None, going, {"step": 6, "value": 0.95}) == "STOP", "step 6 was not reported before"
+
+
+@pytest.mark.parametrize(
+    ("there", "is_own_ray", "chosen", "train", "named"),
+    [
+        (8, True, {"max_concurrent": 2}, {}, r"gpus_per_trial=0\.0: must be set, for each trial"),
+        (8, False, {}, {}, r"gpus_per_trial=0\.0: must be set, for each trial"),
+        (2, True, {"gpus_per_trial": 4.0}, {}, "must be at most 2, the GPUs of this machine"),
+        (0, True, {"gpus_per_trial": 1.0}, {}, "must be at most 0, the GPUs of this machine"),
+        (8, True, {"gpus_per_trial": 2.0}, {"num_processes": 4}, "must be at least 4, train.num_processes"),
+        (8, True, {}, {}, None),
+        (0, True, {"max_concurrent": 2}, {}, None),
+        (0, False, {"gpus_per_trial": 8.0}, {"num_processes": 8}, None),
+        (8, True, {"max_concurrent": 2, "gpus_per_trial": 0.5}, {"num_processes": 1}, None),
+        (8, True, {"max_concurrent": 2}, {"device": "cpu"}, None),
+        (8, False, {"max_concurrent": 2}, {"launcher": "ray", "num_processes": 8}, None),
+    ],
+)
+def test_trials_that_would_share_or_never_get_their_gpus_are_refused(
+    there, is_own_ray, chosen, train, named, monkeypatch
+):
+    import ray
+
+    from ex4d.train.config import TrainConfig
+
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"CPU": 16.0, "GPU": float(there)})
+    with pytest.raises(ConfigError, match=named) if named else nullcontext():
+        sweep._check_gpus(sweep.SweepConfig(**chosen), TrainConfig(**train), is_own_ray)
