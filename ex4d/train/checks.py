@@ -26,7 +26,11 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
             missing or used by a rank, or the base does not have the expert.
     """
     check_settings(train, model)
+    apart = train.validate_apart or train.validate_videos
     if train.launcher == "ray":  # the GPUs are on other machines
+        if apart and train.validate_device not in ("cpu", "cuda"):
+            allowed = "must be cpu or, under Ray, cuda: Ray chooses the GPU"
+            raise ConfigError("train.validate_device", train.validate_device, allowed)
         return
     import torch
 
@@ -35,7 +39,7 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
     gpus = torch.cuda.device_count()
     if train.device == "cuda" and not gpus:
         raise ConfigError("train.device", "cuda", "must be cpu or auto: PyTorch finds no GPU on this machine")
-    if train.validate_apart or train.validate_videos:
+    if apart:
         ranks_gpus = min(num_processes, gpus) if train.device != "cpu" else 0
         free = ["cpu", *(f"cuda:{index}" for index in range(ranks_gpus, gpus))]
         if train.validate_device not in free:
