@@ -79,12 +79,11 @@ def _check_gpus(sweep: SweepConfig, train: TrainConfig, is_own_ray: bool) -> Non
     Args:
         is_own_ray: Ray runs on this machine alone; a cluster may get more nodes.
     """
-    import ray
-
-    each, there = sweep.gpus_per_trial, ray.cluster_resources().get("GPU", 0.0)
     if train.launcher == "ray" or train.device == "cpu":  # its ranks reserve GPUs themselves
         return
-    allowed = None
+    import ray
+
+    each, there, allowed = sweep.gpus_per_trial, ray.cluster_resources().get("GPU", 0.0), None
     if is_own_ray and each > there:
         allowed = f"must be at most {there:g}, the GPUs of this machine"
     elif each == 0 and there and (sweep.max_concurrent > 1 or not is_own_ray):

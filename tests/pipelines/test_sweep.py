@@ -177,6 +177,7 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
     make_dataset(tmp_path, val=0)
     trees = []
     monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(sweep, "_check_gpus", lambda *_: None)  # asks Ray
     monkeypatch.setattr(sweep_tune, "search", lambda _, tree: trees.append(tree) or [])
     path = sweep_bench.write(tmp_path, "mse", {"num_steps": 6}, metric="mse", grace_steps=3, repeat_seeds=1)
     with pytest.raises(ConfigError, match=r"validate_every.*has no validation samples"):
