@@ -80,7 +80,7 @@ class DepthRequest:
     source_frames, source_s: number of frames of the whole source, and seconds from its first to its last; 0 is unknown.
     fit: how the source's pictures were cropped and scaled to the clip's frames; None if unchanged.
     seed: of random numbers.
-    device: of a network, "cuda" or "cpu"; None is a GPU if there is one.
+    device: of a network: cpu, cuda or cuda:N; None is a GPU if there is one.
     batch_size: frames that a per-frame network processes at once; None is 8 on a GPU and 1 on the CPU.
     fov_deg: field of view over the longer side; None leaves it to the estimator.
     cameras: where the source's cameras come from: see `source_cameras`.

@@ -64,7 +64,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
     device = request.device or ("cuda" if torch.cuda.is_available() else "cpu")
     folder = hub.resolve(request.depth_path or network.hub_id, FILES, "depth_path")
     model, settings, digest = _load(name, str(folder), device)
-    size = request.batch_size or (GPU_BATCH if device == "cuda" else 1)
+    size = request.batch_size or (GPU_BATCH if device.startswith("cuda") else 1)
     parts, fields = [], []
     for start in range(0, len(frames), size):
         values, fov = _run(model, settings, frames[start : start + size], device)
@@ -125,7 +125,7 @@ def _load(name: str, folder: str, device: str) -> tuple[Any, dict[str, Any], str
     try:
         model = getattr(transformers, network.cls).from_pretrained(
             folder,
-            dtype=torch.float16 if device == "cuda" else torch.float32,
+            dtype=torch.float16 if device.startswith("cuda") else torch.float32,
             use_safetensors=True,
             local_files_only=True,
             trust_remote_code=False,
