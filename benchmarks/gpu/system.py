@@ -23,6 +23,7 @@ from collections.abc import Callable, Mapping
 from pathlib import Path
 from typing import Any
 
+import collect
 import rows
 import torch
 
@@ -104,12 +105,6 @@ def renderer(size: str, device: torch.device, scratch: Path) -> None:
     from ex4d.geometry.render import warp_video
 
     found: dict[str, Any] = {}
-    if device.type == "cuda" and importlib.util.find_spec("nvdiffrast") is None and (HERE / "nvdiffrast").is_dir():
-        start = time.perf_counter()
-        command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
-        subprocess.run([*command, "--target", os.environ["EX4D_SITE"], str(HERE / "nvdiffrast")], check=True)
-        importlib.invalidate_caches()
-        found["build_s"] = time.perf_counter() - start
     frames, z_depth, K = clip(size)
     w2c = trajectory.build("orbit", len(frames), 45.0, trajectory.radius_of(z_depth[0]))
 
@@ -121,6 +116,12 @@ def renderer(size: str, device: torch.device, scratch: Path) -> None:
     warp("cpu")  # compiles
     colours, visible, found["cpu_ms_per_frame"] = warp("cpu")
     rows.record("renderer, cpu", seconds=found["cpu_ms_per_frame"] * len(frames) / 1000)
+    if device.type == "cuda" and importlib.util.find_spec("nvdiffrast") is None and collect.NVDIFFRAST.is_dir():
+        start = time.perf_counter()
+        command = [sys.executable, "-m", "pip", "install", "--no-index", "--no-deps", "--no-build-isolation"]
+        subprocess.run([*command, "--target", os.environ["EX4D_SITE"], str(collect.NVDIFFRAST)], check=True)
+        importlib.invalidate_caches()
+        found["build_s"] = time.perf_counter() - start
     if device.type != "cuda" or importlib.util.find_spec("nvdiffrast") is None:
         rows.record("renderer, nvdiffrast", failed="needs a GPU and nvdiffrast's source: see collect.py")
         return

@@ -19,7 +19,7 @@ from ex4d.geometry.render.rendered import NEAR_RATIO, Rendered
 
 MAX_FACES = 2**24  # ids come back as float32
 MAX_LAYERS = 8  # at most this many curtains are peeled; surfaces behind the last stay hidden
-BATCH_VERTICES = 4_000_000  # about 0.5 GB of positions, attributes and pictures at a time
+BATCH_VERTICES = 4_000_000  # at a time: about 2 GB of positions, faces and pictures, and 0.8 GB of nvdiffrast's own
 
 
 @lru_cache(maxsize=1)
@@ -32,9 +32,8 @@ def _context() -> tuple[Any, Any]:
     try:
         import nvdiffrast.torch as dr
     except ImportError as error:
-        raise ConfigError(
-            "backend", "nvdiffrast", f"not installed ({error}): pip install git+https://github.com/NVlabs/nvdiffrast"
-        ) from error
+        how = "pip install --no-build-isolation git+https://github.com/NVlabs/nvdiffrast"
+        raise ConfigError("backend", "nvdiffrast", f"not installed ({error}): {how}") from error
     return dr, dr.RasterizeCudaContext(device="cuda")
 
 
