@@ -123,6 +123,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "video-depth-anything": partial(_late, "foreign", name="video-depth-anything"),
     "own": partial(_late, "foreign", name="own"),
 }
+WITHOUT_NETWORK = ("sidecar", "parallax")
 FOREIGN = ("da3", "video-depth-anything", "own")  # run in a separate Python environment, `depth_python`
 AUTO = "auto"  # a setting may have this value instead of a key of ESTIMATORS; `depth.auto` then chooses one
 CHOICES = (AUTO, *ESTIMATORS)

@@ -187,6 +187,12 @@ class PreprocessConfig:
             need(self.depth in METRIC, "depth", metric)
 
 
+def gpu_share(config: PreprocessConfig) -> float:
+    """Return the share of a GPU that an actor reserves: the largest of the depth's, captioner's and scorer's."""
+    others = [one.num_gpus for one in (config.captioner, config.scorer) if one is not None]
+    return max(config.depth_num_gpus, *others, 0.0)
+
+
 def clip_memory_mb(config: PreprocessConfig) -> int:
     """Return the memory that Ray reserves for work on a clip, MB, so that a small machine works on fewer at once."""
     pixels = config.num_frames * config.size[0] * config.size[1]
