@@ -37,6 +37,11 @@ def _context() -> tuple[Any, Any]:
     return dr, dr.RasterizeCudaContext(device="cuda")
 
 
+def release() -> None:
+    """Free the rasteriser's buffers, which are no part of PyTorch's memory; the next picture makes others."""
+    _context.cache_clear()
+
+
 def render(mesh: DWMesh, camera: Camera) -> Rendered:
     """Return what `camera` sees of `mesh`. Raises ConfigError without CUDA, without nvdiffrast, or with 2²⁴ faces."""
     return render_batch([mesh], [camera])[0]
