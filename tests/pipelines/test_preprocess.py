@@ -266,6 +266,12 @@ def test_a_tracker_works_on_the_gpu_only_where_one_is_reserved(config, monkeypat
     assert set(asked) == {"cuda" if num_gpus else "cpu"}
 
 
+@pytest.mark.parametrize(("gpus", "each", "size"), [(8, 0.3, 24), (8, 0.6, 8), (3, 1 / 3, 9), (8, 0.1, 80), (8, 2, 4)])
+def test_a_share_lies_on_one_gpu(gpus, each, size):
+    """Actors that no GPU has room for would wait for ever, and keep the CPUs that they were to take."""
+    assert pool.room(1000, gpus, [], {"num_cpus": 1.0}, each)[0] == size
+
+
 @pytest.mark.parametrize(
     ("cpus", "gpus", "memory", "taken"),
     [
