@@ -121,7 +121,7 @@ def renderer(size: str, device: torch.device, scratch: Path) -> None:
     colours, visible, found["cpu_ms_per_frame"] = warp("cpu")
     rows.record("renderer, cpu", seconds=found["cpu_ms_per_frame"] * len(frames) / 1000)
     if device.type != "cuda" or importlib.util.find_spec("nvdiffrast") is None:
-        rows.record("renderer, nvdiffrast", failed="needs a GPU, and nvdiffrast built from its source: see collect.py and log.txt")
+        rows.record("renderer, nvdiffrast", failed="needs a GPU and nvdiffrast, built: collect.py, log.txt")
         return
     warp("nvdiffrast")
     theirs, seen, found["nvdiffrast_ms_per_frame"] = warp("nvdiffrast")

@@ -81,7 +81,7 @@ class DepthRequest:
     fit: how the source's pictures were cropped and scaled to the clip's frames; None if unchanged.
     seed: of random numbers.
     device: of a network: cpu, cuda or cuda:N; None is a GPU if there is one.
-    batch_size: frames that a per-frame network processes at once; None is 8 on a GPU and 1 on the CPU.
+    batch_size: frames that a per-frame network processes at once; None is 8 on a GPU (Depth Pro: 2), 1 on the CPU.
     fov_deg: field of view over the longer side; None leaves it to the estimator.
     cameras: where the source's cameras come from: see `source_cameras`.
     python: the interpreter of a foreign estimator's environment.

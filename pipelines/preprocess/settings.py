@@ -126,7 +126,7 @@ class PreprocessConfig:
     )
     depth_num_gpus: float = setting(0.0, "Share of a GPU for each depth network; 0: on the CPU.", ge=0)
     depth_batch_size: int | None = setting(
-        None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
+        None, "Frames that a per-frame network processes at once; null: 8 on a GPU (depth-pro: 2), 1 on the CPU.", ge=1
     )
     fov_deg: float | None = fov_setting()
     cameras: Literal["auto", "none", "estimator", "parallax", "colmap"] = setting(

@@ -189,6 +189,17 @@ def test_a_gpu_with_a_number_is_a_gpu(checkpoints, monkeypatch):
     np.testing.assert_allclose(half.values, exact.values, atol=0.01 * np.ptp(exact.values))
 
 
+def test_depth_pro_takes_few_frames_at_once_on_a_gpu(checkpoints, monkeypatch):
+    """Eight took 17 GB, so that a GPU of 80 GB had no room for the four actors of depth_num_gpus=0.25."""
+    import torch
+
+    seen, run = [], transformers._run
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    monkeypatch.setattr(transformers, "_run", lambda *args: seen.append(len(args[2])) or run(*args[:3], "cpu"))
+    estimate("depth-pro", pictures(5), DepthRequest(depth_path=checkpoints["depth-pro"], device="cuda"))
+    assert seen == [2, 2, 1]
+
+
 def test_depth_pro_gives_intrinsics(checkpoints):
     result = estimate("depth-pro", pictures(), DepthRequest(depth_path=checkpoints["depth-pro"]))
     focal = 0.5 * 56 / np.tan(np.radians(result.provenance["fov_deg"]) / 2)
