@@ -16,6 +16,7 @@ from ex4d import depth, flow, storage, video
 from ex4d.generate_config import GenerateConfig
 from ex4d.generate_load import device_of, load, lora_files
 from ex4d.geometry import masks
+from ex4d.geometry.render import nvdiffrast
 from ex4d.models import backbone, encoders, experts, provenance, weights, windows
 from ex4d.models.adapter import Ex4dModel
 from ex4d.reconstruct import Reconstruction, along, read
@@ -174,6 +175,7 @@ def novel_views(
     encoders.check_clip((view_config.num_frames or 0, *(view_config.size or metadata.size), 3), stride)
     clip = read(video_path, view_config)
     sources = [along(clip, path, str(video_path)) for path in configs]
+    nvdiffrast.release()
     depth.release()
     loaded, model = load(adapter_path, base, view_config.device, config)
     for source in sources:

@@ -93,15 +93,17 @@ def test_a_view_keeps_the_sound_of_its_source(clip, adapters, tmp_path):
 
 def test_several_paths_share_one_depth_pass_and_one_model(clip, adapters, tmp_path, monkeypatch):
     from ex4d import depth
+    from ex4d.geometry.render import nvdiffrast
 
     order: list = []
     load, estimate, release = generate.load, depth.estimate, depth.release
     monkeypatch.setattr(generate, "load", lambda *args: order.append("load") or load(*args))
     monkeypatch.setattr(depth, "estimate", lambda *args: order.append("depth") or estimate(*args))
     monkeypatch.setattr(depth, "release", lambda: order.append("release") or release())
+    monkeypatch.setattr(nvdiffrast, "release", lambda: order.append("release"))
     flags = ("--trajectory", "orbit", "--angle-deg", "20", "--also", "left:30", "--also", "dolly")
     run(clip, adapters["unit"], tmp_path / "a.mp4", *flags)
-    assert order == ["depth", "release", "load"]
+    assert order == ["depth", "release", "release", "load"]
     record = run(clip, adapters["unit"], tmp_path / "one.mp4", "--trajectory", "left", "--angle-deg", "30")
     for end in ("mp4", "cond.mp4"):
         assert (tmp_path / f"a.left-30.{end}").read_bytes() == (tmp_path / f"one.{end}").read_bytes()

@@ -17,7 +17,8 @@ import sys
 from pathlib import Path
 
 HERE = Path(__file__).resolve().parent
-WHEELS, NVDIFFRAST = HERE / "wheels", HERE / "nvdiffrast"
+# A folder `nvdiffrast` beside the scripts would be found as that package.
+WHEELS, NVDIFFRAST = HERE / "wheels", HERE / "nvdiffrast-source"
 DEEPSPEED, AV = "deepspeed==0.19.8", "av==18.1.0"
 # pip matches each of these tags exactly.
 PLATFORMS = ("manylinux_2_28", "manylinux_2_27", "manylinux_2_24", "manylinux_2_17", "manylinux2014", "manylinux1")

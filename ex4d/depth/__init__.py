@@ -80,8 +80,8 @@ class DepthRequest:
     source_frames, source_s: number of frames of the whole source, and seconds from its first to its last; 0 is unknown.
     fit: how the source's pictures were cropped and scaled to the clip's frames; None if unchanged.
     seed: random seed.
-    device: of a network, "cuda" or "cpu"; None is a GPU if there is one.
-    batch_size: frames that a per-frame network processes at once; None is 8 on a GPU and 1 on the CPU.
+    device: of a network: cpu, cuda or cuda:N; None is a GPU if there is one.
+    batch_size: frames that a per-frame network processes at once; None is 8 on a GPU (Depth Pro: 2), 1 on the CPU.
     fov_deg: field of view over the longer side; None leaves it to the estimator.
     cameras: where the source's cameras come from: see `source_cameras`.
     python: the interpreter of a foreign estimator's environment.
@@ -123,6 +123,7 @@ ESTIMATORS: dict[str, Estimator] = {
     "video-depth-anything": partial(_late, "foreign", name="video-depth-anything"),
     "own": partial(_late, "foreign", name="own"),
 }
+WITHOUT_NETWORK = ("sidecar", "parallax")
 FOREIGN = ("da3", "video-depth-anything", "own")  # run in a separate Python environment, `depth_python`
 AUTO = "auto"  # a setting may have this value instead of a key of ESTIMATORS; `depth.auto` then chooses one
 CHOICES = (AUTO, *ESTIMATORS)

@@ -94,7 +94,7 @@ def _from_pretrained(unet: Path, base: Path, device: str) -> tuple[list[Any], An
     from diffusers import AutoencoderKLTemporalDecoder, EulerDiscreteScheduler, UNetSpatioTemporalConditionModel
     from transformers import CLIPVisionModelWithProjection
 
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     # diffusers classes never run code from a folder, and reject the keyword trust_remote_code.
     classes: list[tuple[Any, Path, dict[str, Any]]] = [
         (UNetSpatioTemporalConditionModel, unet, {"torch_dtype": dtype}),

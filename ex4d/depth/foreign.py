@@ -35,11 +35,14 @@ SMALL_BYTES = 2**20  # of K and cameras
 MAX_LINE = 2**16
 MAX_ERROR = 4000  # characters
 KINDS = ("z_depth", "disparity")
-# The only environment variables that reach the worker: those for GPUs, libraries and caches, no keys or tokens.
+# The only environment variables that reach the worker: those for GPUs, libraries and caches, no keys or tokens. The
+# numbers in CUDA_VISIBLE_DEVICES mean other GPUs in another CUDA_DEVICE_ORDER.
 ENVIRONMENT = (
-    *("HOME", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "CUDA_VISIBLE_DEVICES", "CUDA_HOME"),
-    *("HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "XDG_CACHE_HOME"),
+    *("HOME", "LANG", "LC_ALL", "PATH", "LD_LIBRARY_PATH", "TMPDIR", "TZ", "OMP_NUM_THREADS"),
+    *("CUDA_VISIBLE_DEVICES", "CUDA_DEVICE_ORDER", "CUDA_HOME", "CUDA_MPS_PIPE_DIRECTORY"),
+    *("PYTORCH_ALLOC_CONF", "PYTORCH_CUDA_ALLOC_CONF", "HF_HOME", "HF_HUB_OFFLINE", "TORCH_HOME", "XDG_CACHE_HOME"),
 )
+CUDA = "CUDA"  # in an error: after most of them a process cannot use its GPU any more
 
 
 def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
@@ -53,7 +56,7 @@ def estimate(frames: np.ndarray, request: DepthRequest, name: str) -> Geometry:
     options = {"weights": weights, "device": request.device, "batch_size": request.batch_size}
     num_bytes = MAX_VALUE_BYTES * frames.size // 3 + SMALL_BYTES
     message, arrays = ask(python, adapter, options, {"frames": frames}, num_bytes)
-    if "error" in message:  # an error of the adapter itself: the worker keeps running
+    if "error" in message:  # an error of the adapter itself: the worker keeps running, unless CUDA was its cause
         raise BadSample("depth_worker_error", str(message["error"])[:MAX_ERROR])
     return _geometry(message, arrays, frames.shape[:3], {"estimator": name, "adapter": hub.file_sha256(Path(adapter))})
 
@@ -75,10 +78,13 @@ def ask(
         if worker is None or worker.process.poll() is not None:
             worker = _workers[key] = _Worker(python, adapter, options)
         try:
-            return worker.call({}, arrays, CLIP_S, max_bytes)
+            answer = worker.call({}, arrays, CLIP_S, max_bytes)
         except BaseException:
             worker.kill()
             raise
+        if CUDA in str(answer[0].get("error", "")):
+            worker.kill()  # and the next call starts another
+        return answer
 
 
 def identity(name: str, depth_path: str | None) -> str:

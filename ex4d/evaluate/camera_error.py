@@ -77,6 +77,7 @@ def _frame_error(view: View, index: int, frame: np.ndarray) -> tuple[float, floa
     picture = render(
         build(clip.frames[index], clip.z_depth[index], clip.K, clip.profile, valid=valid),
         Camera(K, view.w2c[index], (height, width)),
+        view.backend,
     )
     # Holes hold generated content, which has nothing to be compared with.
     shown = np.where(picture.visible_mask[..., None], picture.colour, frame)

@@ -3,7 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 import numpy as np
@@ -38,6 +38,7 @@ class View:
         w2c: float64 [T, 4, 4] of the new cameras, world = the source camera of the same frame; view_K: [T, 3, 3].
         cond_video: uint8 [T, H, W, 3], zero where not visible; visible: bool [T, H, W].
         truth: uint8 [T, H, W, 3], what the new camera sees; None if it is unknown.
+        backend: the renderer, as in `render.choose_backend`.
     """
 
     clip: Clip
@@ -46,6 +47,7 @@ class View:
     cond_video: np.ndarray
     visible: np.ndarray
     truth: np.ndarray | None = None
+    backend: str = "auto"
 
 
 def scene_clip(index: int, world: synthetic.SyntheticConfig, profile: str = "default") -> Clip:
@@ -58,13 +60,16 @@ def scene_clip(index: int, world: synthetic.SyntheticConfig, profile: str = "def
     return Clip(frames, world.fps, z_depth, cameras[0].K, profile, facts, source_w2c=source_w2c, dynamic_mask=moves)
 
 
-def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames: int = 0) -> View:
+def along(
+    clip: Clip, path: Path, source_motion: str = "keep", persistent_frames: int = 0, backend: str = "auto"
+) -> View:
     """Return the view of a clip along a path, without known truth.
 
     Args:
         source_motion: "keep": the new camera keeps its pose relative to the source camera of the same frame; for others
             see `camera_path.with_source`. A source with unknown cameras counts as static.
         persistent_frames: number of other frames that fill holes with the static surfaces that they saw.
+        backend: the renderer, as in `render.choose_backend`.
 
     Raises:
         ConfigError, ContractError: as `camera_path.build`.
@@ -73,7 +78,8 @@ def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames
     w2c, K = camera_path.build(path.name, count, path.angle_deg, clip.radius, clip.K, path.options)
     view_K, source = np.broadcast_to(K, (count, 3, 3)), clip.source_w2c
     w2c = camera_path.beside_source(w2c, source, source_motion, clip.fps)
-    warp = warp_video(clip.frames, clip.z_depth, clip.K, w2c, clip.profile, view_K=view_K, valid=clip.valid_mask)
+    drawn = (clip.frames, clip.z_depth, clip.K, w2c, clip.profile, backend)
+    warp = warp_video(*drawn, view_K=view_K, valid=clip.valid_mask)
     if persistent_frames:
         source = np.tile(np.eye(4), (count, 1, 1)) if source is None else source
         warp = persistent.fill(
@@ -86,10 +92,11 @@ def along(clip: Clip, path: Path, source_motion: str = "keep", persistent_frames
             num_others=persistent_frames,
             dynamic_mask=clip.dynamic_mask,
             profile=clip.profile,
+            backend=backend,
             view_K=view_K,
             valid=clip.valid_mask,
         )
-    return View(clip, w2c, view_K, *warp)
+    return View(clip, w2c, view_K, *warp, backend=backend)
 
 
 def with_truth(view: View, index: int, world: synthetic.SyntheticConfig) -> View:
@@ -98,4 +105,4 @@ def with_truth(view: View, index: int, world: synthetic.SyntheticConfig) -> View
     places = zip(view.view_K, view.w2c, cameras, strict=True)
     moved = [Camera(K, step @ source.w2c, world.size) for K, step, source in places]
     truth, _ = synthetic.render_clip(scene, moved, world.fps, world.supersample)
-    return View(view.clip, view.w2c, view.view_K, view.cond_video, view.visible, truth)
+    return replace(view, truth=truth)

@@ -25,20 +25,22 @@ FETCH = (
 WINDOW = 60  # frames; the offline checkpoint was trained with this
 
 
-def track(frames: np.ndarray, points: np.ndarray, folder: str | None) -> tuple[np.ndarray, np.ndarray]:
+def track(
+    frames: np.ndarray, points: np.ndarray, folder: str | None, device: str | None = None
+) -> tuple[np.ndarray, np.ndarray]:
     """Track points of the first frame; return (xy float32 [T, N, 2] px, visible bool [T, N]).
 
     Args:
         frames: uint8 [T, H, W, 3].
         points: float [N, 2] px (x, y) in frame 0, pixel centres at +0.5 (CoTracker's own are at integers).
-        folder: see FETCH.
+        folder: see FETCH. device: cpu, cuda or cuda:N; None is a GPU if there is one.
 
     Raises:
         ConfigError: masks.tracker_path: code or weights are missing, or the weights are of another model.
     """
     import torch
 
-    device = "cuda" if torch.cuda.is_available() else "cpu"
+    device = device or ("cuda" if torch.cuda.is_available() else "cpu")
     places = [Path(folder, place, CHECKPOINT) for place in (".", "checkpoints")] if folder else []
     checkpoint = next((path for path in places if path.is_file()), None)
     if checkpoint is None:

@@ -44,6 +44,7 @@ class Scene:
     """A clip: frames uint8 [T, H, W, 3], z_depth float32 [T, H, W], K float64 [3, 3], and the radius of its orbits.
 
     valid: bool [T, H, W], True where depth is known; None: everywhere. step: side of a pixel in full-size pixels.
+    device: device of a tracker that is a network, as in `masks.draw`.
     """
 
     def __init__(
@@ -54,8 +55,9 @@ class Scene:
         valid: np.ndarray | None = None,
         source: SourceMotion = STANDS,
         step: int = 1,
+        device: str | None = None,
     ):
-        self.valid, self.source, self.step = valid, source, step
+        self.valid, self.source, self.step, self.device = valid, source, step, device
         self.frames, self.z_depth, self.K = frames, np.ascontiguousarray(z_depth, np.float32), np.asarray(K, np.float64)
         self.radius = trajectory.radius_of(self.z_depth[0])
         self._meshes: dict[int, DWMesh] = {}

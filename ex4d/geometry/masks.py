@@ -61,6 +61,7 @@ def draw(
     seed: int,
     valid: np.ndarray | None = None,
     source: SourceMotion = STANDS,
+    device: str | None = None,
 ) -> MaskSet:
     """Draw S masks of a clip; equal arguments give bit-identical masks.
 
@@ -70,6 +71,7 @@ def draw(
         K: float64 [3, 3] px.
         valid: bool [T, H, W], True where depth is known; None: everywhere. Unknown depth is a hole in every mask.
         source: how the source camera moves, and whether static surfaces persist.
+        device: device of a tracker that is a network: cpu, cuda or cuda:N; None: a GPU if there is one.
 
     Raises:
         BadSample: depth_shape, depth_nan, depth_nonpositive, flow_size.
@@ -78,7 +80,7 @@ def draw(
         raise BadSample("depth_shape", f"frames {list(frames.shape)}, depth {list(z_depth.shape)}")
     count = config.num_masks
     rng = np.random.default_rng([seed, count])
-    scene = Scene(frames, z_depth, K, valid, source)
+    scene = Scene(frames, z_depth, K, valid, source, device=device)
     generated = mask_targets.generation_holes(scene.small(), config.generation)
     places = (rng.permutation(count) + rng.uniform(0, 1, count)) / count
     targets = mask_targets.spread_targets(places, *config.hole_share, generated.max(axis=1, initial=0.0))
@@ -207,7 +209,7 @@ def _tracked(
     spacing = np.array([width, height]) / count
     points = np.stack(np.meshgrid(*(np.arange(count) + 0.5,) * 2), axis=-1).reshape(-1, 2) * spacing
     dense = scene.dense if config.tracker == "flow" else None
-    xy, seen = tracks.track(scene.frames, points, dense, config.tracker, config.tracker_path)
+    xy, seen = tracks.track(scene.frames, points, dense, config.tracker, config.tracker_path, scene.device)
 
     def mask_at(dropped: float, moments: np.ndarray) -> np.ndarray:
         late = moments / max(1, num_frames - 1) * dropped

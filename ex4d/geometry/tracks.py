@@ -14,7 +14,8 @@ import numpy as np
 
 from ex4d.errors import BadSample, ConfigError
 
-METHODS = ("flow", "cotracker3")
+COTRACKER3 = "cotracker3"
+METHODS = ("flow", COTRACKER3)
 Flows = dict[tuple[int, int], np.ndarray]
 # With these limits, 96–99 % of the visible tracks of synthetic 96 px clips are within 2 px of the truth; without, 83 %.
 MAX_ERROR_PX = 0.7  # forward–backward error at up to 358 px; for larger sizes, in proportion to the size
@@ -186,6 +187,7 @@ def track(
     dense: tuple[np.ndarray, np.ndarray] | None = None,
     method: str = "flow",
     folder: str | None = None,
+    device: str | None = None,
 ) -> tuple[np.ndarray, np.ndarray]:
     """Track points of the first frame; return (xy float32 [T, N, 2] px, visible bool [T, N]).
 
@@ -194,7 +196,7 @@ def track(
         points: float [N, 2] px (x, y) in frame 0, pixel centres at +0.5.
         dense: result of `follow(frames)`; None: computed here.
         method: one of METHODS.
-        folder: of CoTracker3's code and weights (`cotracker.FETCH`).
+        folder, device: of CoTracker3 (`cotracker.track`).
 
     Raises:
         ConfigError: unknown method; missing code or weights.
@@ -202,10 +204,10 @@ def track(
     """
     if method not in METHODS:
         raise ConfigError("masks.tracker", method, f"one of {', '.join(METHODS)}")
-    if method == "cotracker3":
+    if method == COTRACKER3:
         from ex4d.geometry import cotracker
 
-        return cotracker.track(frames, points, folder)
+        return cotracker.track(frames, points, folder, device)
     import cv2
 
     height, width = frames.shape[1:3]

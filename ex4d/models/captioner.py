@@ -110,7 +110,7 @@ def _blip(folder: str, device: str) -> tuple[Any, Any, Any, str]:
     from safetensors import SafetensorError
     from transformers import AutoTokenizer, BlipForConditionalGeneration, BlipImageProcessorPil
 
-    dtype = torch.float16 if device == "cuda" else torch.float32
+    dtype = torch.float16 if device.startswith("cuda") else torch.float32
     try:
         model = BlipForConditionalGeneration.from_pretrained(
             folder, dtype=dtype, use_safetensors=True, local_files_only=True, trust_remote_code=False
@@ -133,7 +133,7 @@ def _chat(folder: str, device: str) -> tuple[Any, Any, str]:
     try:
         processor = AutoProcessor.from_pretrained(folder, **local)
         model = AutoModelForImageTextToText.from_pretrained(
-            folder, dtype="auto" if device == "cuda" else "float32", use_safetensors=True, **local
+            folder, dtype="auto" if device.startswith("cuda") else "float32", use_safetensors=True, **local
         )
     except ImportError as error:
         raise ConfigError(KEY, folder, f"its processor needs a package that is not installed: {error}"[:300]) from error

@@ -90,6 +90,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         device="cuda" if config.num_gpus else "cpu",
         source_motion=config.source_motion,
         persistent_frames=config.persistent_frames,
+        backend=choose_backend("auto") if config.num_gpus else "cpu",  # here, for all workers
     )
     rejects: list[dict[str, Any]] = []
     cases = _cases(config, rejects)
@@ -136,7 +137,7 @@ def _known_by(config: EvaluateConfig, context: Evaluation) -> list[Any]:
     how = to_dict(replace(context.sampler, offload=False, block_swap=0))
     known_by = [CODE, installed_versions(PACKAGES), context.model, how, config.seed, context.device, config.compared]
     known_by += [config.source_motion, config.persistent_frames]
-    known_by += [context.reconstruct, to_dict(context.world) if context.world else None, choose_backend("auto")]
+    known_by += [context.reconstruct, to_dict(context.world) if context.world else None, context.backend]
     return [*known_by, _networks(config)]
 
 

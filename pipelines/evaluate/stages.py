@@ -48,7 +48,7 @@ class Evaluation:
         image_features, video_features: weights of the feature networks; None: not measured.
         mask_range, source_video: as the adapter was trained.
         device: cuda or cpu.
-        source_motion, persistent_frames: see `ex4d.evaluate.views.along`.
+        source_motion, persistent_frames, backend: see `ex4d.evaluate.views.along`.
     """
 
     output: str
@@ -67,6 +67,7 @@ class Evaluation:
     source_video: bool = False
     source_motion: str = "keep"
     persistent_frames: int = 0
+    backend: str = "cpu"
 
 
 @lru_cache(maxsize=1)
@@ -122,7 +123,7 @@ def view_of(row: Row, which: str, context: Evaluation) -> View:
     else:
         choices = tuple(sorted(context.reconstruct.items()))
         clip = _video(case["path"], tuple(case["content"]), context.device, choices)
-    how = (context.source_motion, context.persistent_frames)
+    how = (context.source_motion, context.persistent_frames, context.backend)
     return views.along(clip, views.Path(path["name"], path["angle_deg"], path["options"]), *how)
 
 

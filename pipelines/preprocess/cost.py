@@ -260,6 +260,7 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
         return Mean(statistics.fmean(values), deviation * math.sqrt(rest / len(values)))
 
     cpu_s, gpu_s = mean([one.cpu_s for one in sample]), mean([one.gpu_s for one in sample])
+    share = max(stage.num_gpus for stage in preprocess.stages_of(config).clip)  # of depth, captioner or scorer
     if gpu_s.value and not choice.num_gpus:
         raise ConfigError("plan.num_gpus", choice.num_gpus, "must be at least 1, since a stage reserves a GPU")
     cpu_wall_s = num_videos * cpu_s.value / num_cpus
@@ -285,7 +286,7 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
         wall_h=(RAY_START_S + max(cpu_wall_s, gpu_wall_s) / EFFICIENCY) / 3600,
         num_cpus=num_cpus,
         num_gpus=choice.num_gpus,
-        gpu_actors=math.ceil(gpu_s.value / config.depth_num_gpus / (cpu_s.value / num_cpus)) if gpu_s.value else 0,
+        gpu_actors=math.ceil(gpu_s.value / share / (cpu_s.value / num_cpus)) if gpu_s.value else 0,
         usd=None if prices == (None, None) else cpu_h * (prices[0] or 0) + gpu_h * (prices[1] or 0),
     )
 

@@ -7,8 +7,9 @@ from functools import cache
 from typing import Any
 
 from ex4d.config import Digest, fingerprint, installed_versions, to_dict
-from ex4d.depth import AUTO
-from pipelines.preprocess.settings import PreprocessConfig
+from ex4d.depth import AUTO, WITHOUT_NETWORK
+from ex4d.geometry.tracks import COTRACKER3
+from pipelines.preprocess.settings import PreprocessConfig, gpu_share
 
 # Packages whose version may change a sample's bytes.
 PACKAGES = ("ex4d-platform", "av", "numpy", "opencv-python-headless", "scenedetect-headless", "numba", "scipy")
@@ -103,7 +104,22 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
         chosen |= installed_versions((colmap.PACKAGE,))
     if config.scorer is not None and not config.score_only:
         chosen["scorer"] = _scorer(config.scorer.file, config.scorer.weights)
+    if on_gpu := _on_gpu(config):
+        chosen["on_gpu"] = on_gpu
     return chosen
+
+
+def _on_gpu(config: PreprocessConfig) -> list[str]:
+    """Return which networks work on a GPU, in half precision: their numbers differ from those of a CPU."""
+    if config.score_only:
+        return []
+    found = {
+        "depth": config.depth_num_gpus > 0 and config.depth not in WITHOUT_NETWORK,
+        "captioner": config.captioner is not None and config.captioner.num_gpus > 0,
+        "scorer": config.scorer is not None and config.scorer.num_gpus > 0,
+        "tracker": config.masks.tracker == COTRACKER3 and gpu_share(config) > 0,
+    }
+    return [name for name, is_there in found.items() if is_there]
 
 
 @cache

@@ -6,6 +6,8 @@ from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 
+from ex4d.depth import WITHOUT_NETWORK
+from ex4d.geometry.tracks import COTRACKER3
 from pipelines.preprocess import fetch, settings, units
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import (
@@ -77,8 +79,9 @@ class Stages:
 def stages_of(config: PreprocessConfig) -> Stages:
     """Return the stages with the resources that the configuration assigns to them.
 
-    Depth, captions and a user's score run in GPU actors, everything else in CPU tasks. A clip's frames travel to the
-    actor and back through Ray's object store. Several actors may share a GPU (`depth_num_gpus` 0.25: four).
+    The stages from the first to the last that runs a network are one chain in GPU actors, all others are CPU tasks. So
+    a clip's frames travel to the actor and back once, through Ray's object store. Several actors may share a GPU
+    (`depth_num_gpus` 0.25: four).
     """
     plain = Stages()
     is_pair = "source" in config.members
@@ -86,10 +89,9 @@ def stages_of(config: PreprocessConfig) -> Stages:
     if config.scorer is not None:
         before = clip.index(score.FILTER) + 1
         clip = (*clip[:before], own_score.STAGE, *clip[before:])
-    on_gpu = {"depth_facts", "caption_facts"}
-    chosen = (config.captioner, config.scorer)
-    share = max(config.depth_num_gpus, *(one.num_gpus for one in chosen if one is not None), 0.0)
-    gpus = [share if on_gpu & set(stage.writes) or stage is own_score.STAGE else 0.0 for stage in clip]
+    places = [place for place, stage in enumerate(clip) if _has_network(stage, config)]
+    in_actor = range(places[0], places[-1] + 1) if places else ()
+    gpus = [settings.gpu_share(config) if place in in_actor else 0.0 for place in range(len(clip))]
     clip_mb = settings.clip_memory_mb(config)
     return Stages(
         hash=_fetching(plain.hash),
@@ -97,6 +99,15 @@ def stages_of(config: PreprocessConfig) -> Stages:
         clip=_fetching([replace(s, memory_mb=clip_mb, num_gpus=g) for s, g in zip(clip, gpus, strict=True)]),
         score=_fetching([replace(stage, memory_mb=clip_mb) for stage in plain.score]),
     )
+
+
+def _has_network(stage: Stage, config: PreprocessConfig) -> bool:
+    """Return whether a stage runs a network."""
+    if "depth_facts" in stage.writes:
+        return config.depth not in WITHOUT_NETWORK or config.depth_num_gpus > 0
+    if "caption_facts" in stage.writes:
+        return config.captioner is not None
+    return stage is own_score.STAGE or (stage is masks.STAGE and config.masks.tracker == COTRACKER3)
 
 
 def _fetching(stages: Sequence[Stage]) -> tuple[Stage, ...]:

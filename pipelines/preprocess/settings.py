@@ -134,7 +134,7 @@ class PreprocessConfig:
     )
     depth_num_gpus: float = setting(0.0, "Share of a GPU for each depth network; 0: on the CPU.", ge=0)
     depth_batch_size: int | None = setting(
-        None, "Frames that a per-frame network processes at once; null: 8 on a GPU, 1 on the CPU.", ge=1
+        None, "Frames that a per-frame network processes at once; null: 8 on a GPU (depth-pro: 2), 1 on the CPU.", ge=1
     )
     fov_deg: float | None = fov_setting()
     cameras: Literal["auto", "none", "estimator", "parallax", "colmap"] = setting(
@@ -194,6 +194,12 @@ class PreprocessConfig:
             need(self.masks.num_masks == 1, "masks.num_masks", "must be 1 with members=[source]")
             metric = f"must be one of {', '.join(METRIC)} with members=[source]: cameras need its unit"
             need(self.depth in METRIC, "depth", metric)
+
+
+def gpu_share(config: PreprocessConfig) -> float:
+    """Return the share of a GPU that an actor reserves: the largest of the depth's, captioner's and scorer's."""
+    others = [one.num_gpus for one in (config.captioner, config.scorer) if one is not None]
+    return max(config.depth_num_gpus, *others, 0.0)
 
 
 def clip_memory_mb(config: PreprocessConfig) -> int:

@@ -62,7 +62,9 @@ def room(
         num_cpus, num_gpus: totals of the cluster. memory: bytes of each node.
         options: `num_cpus` and optionally `memory` (bytes) of a call. each: GPUs per actor.
     """
-    size, taken = max(1, int(num_gpus / each)), dict(options)
+    # Ray never spreads a share over two GPUs: of 0.3 each of them holds three.
+    size = int(num_gpus / each) if each >= 1 else int(num_gpus) * int(1 / each + 1e-6)
+    size, taken = max(1, size), dict(options)
     rooms = {"num_cpus": int(num_cpus / options["num_cpus"]) if options["num_cpus"] else size + 1}
     if "memory" in options:
         rooms["memory"] = sum(there // options["memory"] for there in memory)
@@ -75,7 +77,7 @@ def room(
 
 @dataclass
 class Member:
-    """An actor: its handle, its node ("" until it has started), and its pending calls in order."""
+    """An actor: its handle, its node ("" until it has started), its pending calls in order, and whether we killed it."""
 
     actor: Any
     started: Any
@@ -83,6 +85,7 @@ class Member:
     node: str = ""
     calls: deque[Any] = field(default_factory=deque)
     idle_since: float = field(default_factory=time.monotonic)
+    was_killed: bool = False
 
 
 class Pool:
@@ -133,8 +136,7 @@ class Pool:
             self._start(taken)
         for member in self.members[1:]:
             if not member.calls and member.node and time.monotonic() - member.idle_since > IDLE_S:
-                ray.kill(member.actor)
-                self._drop(member)
+                self._kill(member)
 
     def _start(self, taken: dict[str, Any]) -> None:
         import ray
@@ -164,15 +166,18 @@ class Pool:
         self.of_call[references[0]] = member
         return references
 
-    def returned(self, call: Any, node: str, has_bug: bool, tried_on: set[str]) -> bool:
+    def returned(self, call: Any, node: str, has_bug: bool, tried_on: set[str], lost_gpu: bool = False) -> bool:
         """Record that a call returned; return True if its bug may be the node's fault and another node can try.
 
         Args:
             tried_on: nodes where these rows ended in a bug before; after a bug, `node` is added.
+            lost_gpu: the actor cannot use its GPU any more and is replaced.
         """
         member = self.of_call.pop(call)
         member.calls.remove(call)
         member.idle_since = time.monotonic()
+        if lost_gpu:
+            self._kill(member)
         if not has_bug:
             self.failures[node] = 0
             return False
@@ -184,8 +189,6 @@ class Pool:
         return bool(others - tried_on)
 
     def _quarantine(self, node: str) -> None:
-        import ray
-
         self.quarantined.add(node)
         sentence = (
             f"node {node[:12]} failed {RUN_OF_FAILURES} rows in succession and was quarantined; its rows were done on "
@@ -194,8 +197,7 @@ class Pool:
         logger.error(sentence)
         self.problems.append(sentence)
         for member in [member for member in self.members if member.node == node]:
-            ray.kill(member.actor)
-            self._drop(member)
+            self._kill(member)
 
     def lost(self, call: Any, actor_died: bool) -> bool:
         """Record that a call failed; return True if the actor died working on it, unless its node is quarantined."""
@@ -205,7 +207,14 @@ class Pool:
             self._drop(member)
         else:
             member.calls.remove(call)
-        return actor_died and was_first and member.node not in self.quarantined
+        return actor_died and was_first and not member.was_killed
+
+    def _kill(self, member: Member) -> None:
+        import ray
+
+        member.was_killed = True
+        ray.kill(member.actor)
+        self._drop(member)
 
     def _drop(self, member: Member) -> None:
         if member in self.members:

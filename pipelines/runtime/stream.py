@@ -175,7 +175,8 @@ class Stream:
                 died = isinstance(error, died_errors)
                 self._begin_again(batch, error, died if pool is None else pool.lost(reference, died))
                 continue
-            if pool is not None and pool.returned(reference, facts.node, facts.has_bug, batch.tried_on):
+            found = (facts.has_bug, batch.tried_on, facts.lost_gpu)
+            if pool is not None and pool.returned(reference, facts.node, *found):
                 self.backlog.restart(batch)  # the bug may be the node's fault: retry on another node
                 continue
             self.backlog.drop_payload(batch)

@@ -11,6 +11,8 @@ from typing import Any
 from ex4d.errors import ConfigError, ContractError
 from pipelines.runtime.stage import Chain, pack_row, quiet_threads, unpack_row
 
+CUDA_ERROR = "CUDA error"  # begins what torch says of them; "CUDA out of memory" leaves the process as it was
+
 
 @dataclass(frozen=True)
 class Work:
@@ -43,12 +45,17 @@ class Work:
 
 @dataclass(frozen=True)
 class Facts:
-    """What the driver needs to know of a finished call besides its rows; `has_bug`: a row ended in a bug there."""
+    """What the driver needs to know of a finished call besides its rows.
+
+    Args:
+        has_bug: a row ended in a bug there. lost_gpu: an error occurred after which no CUDA call of the process works.
+    """
 
     seconds: float
     size_bytes: int
     node: str
     has_bug: bool
+    lost_gpu: bool = False
 
 
 def run_batch(work: Work, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list[dict[str, Any]]]:
@@ -59,8 +66,10 @@ def run_batch(work: Work, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list
     started = time.monotonic()
     done = [work(row) for row in packed]
     size_bytes = sum(len(row["json"]) + len(row["arrays"]) for row in done)
-    has_bug = any(_has_bug(after) and not _has_bug(before) for before, after in zip(packed, done, strict=True))
-    return Facts(time.monotonic() - started, size_bytes, ray.get_runtime_context().get_node_id(), has_bug), done
+    bugs = [after for before, after in zip(packed, done, strict=True) if _has_bug(after) and not _has_bug(before)]
+    lost_gpu = any(CUDA_ERROR in row["json"] for row in bugs)
+    node = ray.get_runtime_context().get_node_id()
+    return Facts(time.monotonic() - started, size_bytes, node, bool(bugs), lost_gpu), done
 
 
 def _has_bug(packed: dict[str, Any]) -> bool:

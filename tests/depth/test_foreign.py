@@ -35,6 +35,9 @@ def estimate(model, frames):
     if how == 4: z = z[:, :4]
     if how == 5: os.write(3, b"\\x00garbage\\n"); os.close(3); time.sleep(60)
     if how == 6: return {"values": z, "kind": "ray"}
+    if how == 8 or "lost" in model:
+        model["lost"] = True
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
     w2c = np.tile(np.eye(4), (len(frames), 1, 1))
     w2c[:, 0, 3] = np.arange(len(frames))
     K = np.array([[20.0, 0, 10], [0, 20, 8], [0, 0, 1]])
@@ -101,6 +104,28 @@ def test_a_failure_costs_one_clip(request_of, how: int, reason: str):
     assert caught.value.reason == reason
     assert time.monotonic() - started < 30
     assert estimate("own", clip(9), request_of).values[0, 0, 0] == 10
+
+
+def test_an_error_of_the_gpu_costs_one_clip(request_of):
+    """After such an error every CUDA call of a process fails, so that another process must serve the next clip."""
+    estimate("own", clip(9), request_of)
+    for _ in range(2):
+        with pytest.raises(BadSample, match="illegal memory access"):
+            estimate("own", clip(8), request_of)
+        assert estimate("own", clip(9), request_of).values[0, 0, 0] == 10
+
+
+def test_a_worker_sees_the_same_gpus_and_no_secret(tmp_path, request_of, monkeypatch):
+    writes = f"    open({str(tmp_path / 'names')!r}, 'w').write(' '.join(os.environ))\n    how = frames"
+    adapter = ADAPTER.replace("    how = frames", writes)
+    (tmp_path / "mine.py").write_text(adapter)
+    gpus = {"CUDA_VISIBLE_DEVICES": "1", "CUDA_DEVICE_ORDER": "PCI_BUS_ID", "OMP_NUM_THREADS": "1"}
+    for name, value in {**gpus, "WANDB_API_KEY": "secret"}.items():
+        monkeypatch.setenv(name, value)
+    estimate("own", clip(9), request_of)
+    names = (tmp_path / "names").read_text().split()
+    assert set(gpus) <= set(names)
+    assert "WANDB_API_KEY" not in names
 
 
 def reply(arrays: object, body: bytes = b"", **more: object) -> bytes:

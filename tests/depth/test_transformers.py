@@ -168,6 +168,38 @@ def test_frames_in_batches_have_the_depth_of_frames_alone(checkpoints, name, mon
     np.testing.assert_allclose(batches.values, alone.values, rtol=1e-4, atol=1e-6)
 
 
+def test_a_gpu_with_a_number_is_a_gpu(checkpoints, monkeypatch):
+    """Half precision and batches, on `cuda:1` as on `cuda`; what would go there stays here."""
+    import torch
+
+    seen, run = [], transformers._run
+
+    def watched(model, settings, frames, device):
+        seen.append((model.dtype, len(frames), device))
+        return run(model, settings, frames, "cpu")
+
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    monkeypatch.setattr(transformers, "_run", watched)
+    half = estimate(
+        "depth-anything-v2", pictures(9), DepthRequest(depth_path=checkpoints["depth-anything-v2"], device="cuda:1")
+    )
+    assert seen == [(torch.float16, 8, "cuda:1"), (torch.float16, 1, "cuda:1")]
+    monkeypatch.undo()
+    exact = estimate("depth-anything-v2", pictures(9), DepthRequest(depth_path=checkpoints["depth-anything-v2"]))
+    np.testing.assert_allclose(half.values, exact.values, atol=0.01 * np.ptp(exact.values))
+
+
+def test_depth_pro_takes_few_frames_at_once_on_a_gpu(checkpoints, monkeypatch):
+    """Eight took 17 GB, so that a GPU of 80 GB had no room for the four actors of depth_num_gpus=0.25."""
+    import torch
+
+    seen, run = [], transformers._run
+    monkeypatch.setattr(torch.nn.Module, "to", lambda module, *_: module)
+    monkeypatch.setattr(transformers, "_run", lambda *args: seen.append(len(args[2])) or run(*args[:3], "cpu"))
+    estimate("depth-pro", pictures(5), DepthRequest(depth_path=checkpoints["depth-pro"], device="cuda"))
+    assert seen == [2, 2, 1]
+
+
 def test_depth_pro_gives_intrinsics(checkpoints):
     result = estimate("depth-pro", pictures(), DepthRequest(depth_path=checkpoints["depth-pro"]))
     focal = 0.5 * 56 / np.tan(np.radians(result.provenance["fov_deg"]) / 2)

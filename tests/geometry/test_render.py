@@ -332,6 +332,24 @@ def test_wrong_shapes_and_unknown_backends_are_refused():
     assert choose_backend("auto") in ("cpu", "nvdiffrast")
 
 
+def test_a_clone_of_nvdiffrast_is_not_the_package(tmp_path, monkeypatch):
+    import importlib
+
+    import torch
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    (tmp_path / "clone" / "nvdiffrast" / "csrc").mkdir(parents=True)
+    (tmp_path / "site" / "nvdiffrast").mkdir(parents=True)
+    (tmp_path / "site" / "nvdiffrast" / "__init__.py").write_text("")
+    monkeypatch.syspath_prepend(tmp_path / "clone")
+    importlib.invalidate_caches()
+    found = importlib.util.find_spec("nvdiffrast")
+    assert choose_backend("auto") == ("cpu" if found is None or found.origin is None else "nvdiffrast")
+    monkeypatch.syspath_prepend(tmp_path / "site")
+    importlib.invalidate_caches()
+    assert choose_backend("auto") == "nvdiffrast"
+
+
 def test_nvdiffrast_without_a_gpu_says_so():
     import torch
 

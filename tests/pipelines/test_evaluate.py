@@ -131,6 +131,24 @@ def test_the_base_alone_is_the_base(folder):
     assert video.encode(frames, 8.0) == (folder / "scenes" / "videos" / "scene-00000-small.base.mp4").read_bytes()
 
 
+@pytest.mark.parametrize(("num_gpus", "backend"), [(0.0, "cpu"), (0.5, "nvdiffrast")])
+def test_all_workers_render_as_the_driver_says(folder, monkeypatch, num_gpus, backend):
+    """Workers without a GPU of their own see the machine's all the same, and the driver may run where none is."""
+    from ex4d.geometry import render
+    from pipelines.evaluate import plan, stages
+
+    monkeypatch.setattr(plan, "choose_backend", lambda name: "nvdiffrast")
+    config = EvaluateConfig(str(folder / "adapter"), num_scenes=1, ranges={"small": ("orbit", 30.0)}, num_gpus=num_gpus)
+    planned = plan.plan(config, SAMPLER, WORLD)
+    assert planned.context.backend == backend
+    asked = []
+    monkeypatch.setattr(render, "choose_backend", lambda name: asked.append(name) or "cpu")
+    row = planned.rows[0]
+    view = stages.make_view(row, planned.context)["view"]
+    stages.measure({"view": view, "made": {"warp": view.cond_video}, "seen": view.visible}, planned.context)
+    assert set(asked) == {backend, "cpu"}
+
+
 def test_one_expert_of_two_or_both_are_evaluated(folder, tmp_path):
     """Two adapters, each alone and both together: three results, and the base alone is the same in all of them."""
     import tiny

@@ -52,8 +52,8 @@ def test_the_example_scores_every_clip_and_a_threshold_needs_no_new_work(config,
 
 
 def test_the_score_runs_in_the_actors_of_the_gpu(config, scorer):
-    stages = preprocess.stages_of(replace(config, scorer=replace(scorer, num_gpus=0.25)))
-    assert [stage.name for stage in stages.clip if stage.num_gpus] == ["own_score", "depth", "caption"]
+    chosen = replace(config, scorer=replace(scorer, num_gpus=0.25), depth="depth-pro")
+    assert [s.name for s in preprocess.stages_of(chosen).clip if s.num_gpus] == ["own_score", "depth"]
 
 
 def test_what_is_no_score_is_named(config, tmp_path, scorer):

@@ -16,7 +16,7 @@ from pipelines.preprocess import cost as plan
 from pipelines.preprocess import cost_history
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.cost import Measured, PlanConfig
-from pipelines.preprocess.settings import PreprocessConfig
+from pipelines.preprocess.settings import CaptionerConfig, PreprocessConfig
 
 
 @pytest.fixture(autouse=True)
@@ -42,6 +42,12 @@ def test_a_mean_is_scaled_to_the_corpus_and_laid_out_on_the_cluster():
     assert made.gpu_actors == 8
     # The standard error of two of 3600, with the correction for a finite corpus.
     assert made.cpu_s.error == pytest.approx(math.sqrt(2) * math.sqrt((1 - 2 / 3600) / 2))
+
+
+def test_a_gpu_that_only_the_captioner_reserves_is_planned_for():
+    config = PreprocessConfig(output="out", captioner=CaptionerConfig(model="any", num_gpus=0.5))
+    choice = PlanConfig(num_videos=3600, num_cpus=4, num_gpus=1)
+    assert plan.scale([measured(1.0, 2.0), measured(3.0, 2.0)], 10, config, choice).gpu_actors == 8
 
 
 def test_a_corpus_that_was_measured_whole_leaves_no_error():

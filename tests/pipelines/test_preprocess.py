@@ -21,10 +21,12 @@ from ex4d.config import setting, to_dict
 from ex4d.data.verify import verify
 from ex4d.errors import BadSample, ConfigError
 from ex4d.geometry.masks import MaskConfig
+from pipelines.preprocess import fingerprints
 from pipelines.preprocess import run as preprocess
-from pipelines.preprocess.filters import FilterConfig
+from pipelines.preprocess.filters import FilterConfig, ScorerConfig
 from pipelines.preprocess.run import PreprocessConfig, RayConfig, Stages
-from pipelines.preprocess.stages import decode
+from pipelines.preprocess.settings import CaptionerConfig
+from pipelines.preprocess.stages import decode, masks
 from pipelines.runtime import pool, worker
 from pipelines.runtime.output import exclusive
 from pipelines.runtime.stage import chains, pack_row
@@ -187,16 +189,87 @@ def test_one_bad_row_costs_one_row(config):
 
 
 @pytest.mark.parametrize(("num_gpus", "num_chains"), [(0.0, 1), (0.25, 3)])
-def test_only_depth_and_captions_take_the_gpu_and_memory_is_reserved(config, num_gpus, num_chains):
+def test_only_depth_takes_the_gpu_and_memory_is_reserved(config, num_gpus, num_chains):
     stages = preprocess.stages_of(replace(config, depth_num_gpus=num_gpus, num_frames=49, size=(512, 512)))
     made = list(chains(stages.clip, (), propagate=False))
     assert len(made) == num_chains
     assert [stage.name for chain in made for stage in chain.stages] == [stage.name for stage in Stages().clip]
     assert "frames" not in made[-1].keep
     for stage in stages.clip:
-        assert stage.num_gpus == (num_gpus if stage.name in ("depth", "caption") else 0)
+        assert stage.num_gpus == (num_gpus if stage.name == "depth" else 0)
         assert 700 < stage.memory_mb < 1200
     assert {stage.memory_mb for stage in stages.find_shots} == {512}
+
+
+@pytest.mark.parametrize(
+    ("choice", "in_actor"),
+    [
+        ({"depth": "depth-pro", "depth_num_gpus": 0.25}, ["depth"]),
+        ({"depth": "parallax", "captioner": CaptionerConfig("any", num_gpus=0.5)}, ["caption"]),
+        ({"depth": "depth-pro", "captioner": CaptionerConfig("any", num_gpus=0.5)}, ["depth", "caption"]),
+        ({"depth": "sidecar", "scorer": ScorerConfig("any.py", num_gpus=0.5)}, ["own_score"]),
+        (
+            {"captioner": CaptionerConfig("any"), "scorer": ScorerConfig("any.py", num_gpus=0.5)},
+            ["own_score", "depth", "caption"],
+        ),
+        (
+            {"depth": "zoedepth", "depth_num_gpus": 0.5, "masks": MaskConfig(tracker="cotracker3")},
+            ["depth", "caption", "depth_quality", "masks"],
+        ),
+        ({"depth": "zoedepth", "masks": MaskConfig(tracker="cotracker3")}, []),
+    ],
+)
+def test_the_actors_of_the_gpu_hold_the_networks_and_nothing_before_or_after(config, choice, in_actor):
+    """One run of stages, so that a clip travels once, and so that two pools never wait for each other's GPU."""
+    stages = preprocess.stages_of(replace(config, **choice)).clip
+    assert [stage.name for stage in stages if stage.num_gpus] == in_actor
+
+
+def test_what_a_gpu_computed_is_not_taken_for_what_a_cpu_computed(config, monkeypatch):
+    """Networks work in half precision on a GPU, so that their depth differs in its last digits; files do not."""
+    monkeypatch.setattr(fingerprints, "_depth_weights", lambda depth, path: "weights")
+    monkeypatch.setattr(fingerprints, "_caption_weights", lambda model: "weights")
+
+    def settings(num_gpus: float, **choice) -> dict:
+        return fingerprints.sample_settings(replace(config, depth_num_gpus=num_gpus, **choice))
+
+    assert settings(0.25, depth="depth-pro") == settings(1.0, depth="depth-pro") != settings(0.0, depth="depth-pro")
+    assert settings(0.25) == settings(0.0)
+    assert "on_gpu" not in settings(0.0, depth="depth-pro")  # so that no work of earlier versions is lost
+    captioner = CaptionerConfig("any")
+    assert settings(0.0, captioner=captioner) != settings(0.0, captioner=replace(captioner, num_gpus=1.0))
+
+
+@pytest.mark.parametrize("num_gpus", [0.0, 0.5])
+def test_a_tracker_works_on_the_gpu_only_where_one_is_reserved(config, monkeypatch, num_gpus):
+    """Tasks that reserve no GPU see all of them, and each would take the first."""
+    import torch
+
+    from ex4d.geometry import cotracker
+
+    asked = []
+
+    def track(frames, points, folder, device=None):
+        asked.append(device)
+        return np.repeat(points[None].astype(np.float32), len(frames), 0), np.ones((len(frames), len(points)), bool)
+
+    monkeypatch.setattr(torch.cuda, "is_available", lambda: True)
+    monkeypatch.setattr(cotracker, "track", track)
+    chosen = MaskConfig(num_masks=1, visibility=0, tracking=1, novel_view=0, tracker="cotracker3", generation=())
+    row = {
+        "frames": np.zeros((3, 32, 32, 3), np.uint8),
+        "z_depth": np.full((3, 32, 32), 2.0, np.float32),
+        "K": np.eye(3),
+    }
+    row |= dict.fromkeys(("valid", "source_w2c", "dynamic_mask")) | {"seed": 0, "fps": 8.0}
+    masks.masks(row, replace(config, masks=chosen, depth_num_gpus=num_gpus))
+    assert set(asked) == {"cuda" if num_gpus else "cpu"}
+
+
+@pytest.mark.parametrize(("gpus", "each", "size"), [(8, 0.3, 24), (8, 0.6, 8), (3, 1 / 3, 9), (8, 0.1, 80), (8, 2, 4)])
+def test_a_share_lies_on_one_gpu(gpus, each, size):
+    """Actors that no GPU has room for would wait for ever, and keep the CPUs that they were to take."""
+    assert pool.room(1000, gpus, [], {"num_cpus": 1.0}, each)[0] == size
 
 
 @pytest.mark.parametrize(

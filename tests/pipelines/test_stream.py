@@ -187,3 +187,28 @@ report(list(runner.through(execute, stages, rows(20), None, ("number", "mask")))
 """,
     )
     assert (facts["right"], facts["refused"], facts["problems"]) == (19, {"row-0005": "bug:ZeroDivisionError"}, [])
+
+
+@pytest.mark.heavy
+@pytest.mark.ray
+def test_a_process_that_lost_its_gpu_costs_one_row(tmp_path):
+    """After an illegal access every CUDA call of the process fails: the only GPU goes to another process."""
+    facts = run(
+        tmp_path,
+        """
+cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **NODE})
+ray.init(address=cluster.address, log_to_driver=False)
+
+def sticky(row, context):
+    time.sleep(0.05)
+    if row["pixels"] == 5 or "GPU_IS_LOST" in os.environ:
+        os.environ["GPU_IS_LOST"] = "1"
+        raise RuntimeError("CUDA error: an illegal memory access was encountered")
+    return depth(row, context)
+
+stages = (STAGES[0], Stage("depth", sticky, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
+execute = runner.OnRay(runner.RayConfig(address=cluster.address), Attempts(folder, 3))
+report(list(runner.through(execute, stages, rows(20), None, ("number", "mask"))), execute)
+""",
+    )
+    assert (facts["right"], facts["refused"], facts["problems"]) == (19, {"row-0005": "bug:RuntimeError"}, [])

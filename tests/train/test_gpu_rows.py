@@ -58,6 +58,21 @@ def test_the_rows_that_count_fit_one_run_together() -> None:
     assert sum(train_14b.KERNELS.values()) + sum(first) <= budget_s
 
 
+def test_the_source_of_nvdiffrast_is_not_taken_for_the_package(tmp_path: Path) -> None:
+    """A folder of that name beside the scripts would be: then nothing would be built, and its row could only fail."""
+    clone, here = tmp_path / "nvdiffrast", tmp_path / "gpu"
+    for folder in (clone / "csrc", clone / "nvdiffrast", here):
+        folder.mkdir(parents=True)
+    (here / "collect.py").write_text((GPU / "collect.py").read_text())
+    code = (
+        f"import sys; sys.path.insert(0, {str(here)!r}); import collect, importlib.util; from pathlib import Path; "
+        f"collect.copy_nvdiffrast(Path({str(clone)!r})); assert (collect.NVDIFFRAST / 'csrc').is_dir(); "
+        "found = importlib.util.find_spec('nvdiffrast'); print(found is not None and found.origin is None)"
+    )
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=here)
+    assert done.stdout.strip() == "False"
+
+
 def test_rows_end_with_their_budget(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(rows, "LEAST_S", 1.0)
     start = time.monotonic()

@@ -32,7 +32,8 @@ BACKENDS = {"reference": reference.render, "cpu": cpu.render, "nvdiffrast": nvdi
 def choose_backend(name: str = "auto") -> str:
     """Return a key of BACKENDS; "auto" is nvdiffrast if it and CUDA are available, else cpu. Raises ConfigError."""
     if name == "auto":
-        if importlib.util.find_spec("nvdiffrast") is None:
+        found = importlib.util.find_spec("nvdiffrast")
+        if found is None or found.origin is None:  # a clone in the working directory is a folder of that name
             return "cpu"
         import torch
 

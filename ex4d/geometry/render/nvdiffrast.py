@@ -32,10 +32,14 @@ def _context() -> tuple[Any, Any]:
     try:
         import nvdiffrast.torch as dr
     except ImportError as error:
-        raise ConfigError(
-            "backend", "nvdiffrast", f"not installed ({error}): pip install git+https://github.com/NVlabs/nvdiffrast"
-        ) from error
+        how = "pip install --no-build-isolation git+https://github.com/NVlabs/nvdiffrast"
+        raise ConfigError("backend", "nvdiffrast", f"not installed ({error}): {how}") from error
     return dr, dr.RasterizeCudaContext(device="cuda")
+
+
+def release() -> None:
+    """Free the rasteriser's buffers, which are no part of PyTorch's memory; the next picture makes others."""
+    _context.cache_clear()
 
 
 def render(mesh: DWMesh, camera: Camera) -> Rendered:

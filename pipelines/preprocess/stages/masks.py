@@ -16,10 +16,13 @@ def masks(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """
     from ex4d.geometry import masks as simulated
     from ex4d.geometry.mask_scene import SourceMotion
+    from pipelines.preprocess.settings import gpu_share
 
     moved = (row["source_w2c"], config.source_motion, float(row["fps"]))
     source = SourceMotion(*moved, config.persistent_frames, row["dynamic_mask"])
-    drawn = simulated.draw(row["frames"], row["z_depth"], row["K"], config.masks, row["seed"], row["valid"], source)
+    device = "cuda" if gpu_share(config) else "cpu"  # of cotracker3, with which the stage is in the actor of the GPU
+    clip = (row["frames"], row["z_depth"], row["K"])
+    drawn = simulated.draw(*clip, config.masks, row["seed"], row["valid"], source, device)
     return {
         "visible": drawn.visible,
         "kind": drawn.kind,
