@@ -77,7 +77,7 @@ def room(
 
 @dataclass
 class Member:
-    """An actor: its handle, its node ("" until it has started), its pending calls in order, and whether we killed it."""
+    """An actor: its handle, its node ("" until it has started), its pending calls, and whether we killed it."""
 
     actor: Any
     started: Any
