@@ -118,7 +118,7 @@ class QuantizedLinear(nn.Linear):
         codes, scale = (torch.cat(part) for part in zip(*parts, strict=True))
         self.register_buffer("qweight", codes)
         self.register_buffer("scale", scale)
-        # Created once: building it from Python numbers at each use would block the host until the GPU catches up. Not a
+        # Created once: building it from Python numbers at each use would block the host until the GPU catches up. Not
         # a buffer, since a buffer would be swapped out with the block before the backward pass needs it.
         table = STYLES[style].levels
         self.levels = None if table is None else torch.tensor(table, device=device)
