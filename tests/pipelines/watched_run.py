@@ -39,7 +39,7 @@ class Watch(threading.Thread):
                     command = process.cmdline()[:1]
                     if command and command[0].endswith("raylet/raylet"):
                         self._store(process)
-                    elif command and command[0].startswith("ray::Map"):
+                    elif command and command[0].startswith(("ray::Worker", "ray::run_batch")):
                         if "Worker" in command[0]:
                             self.actors.add(process.pid)
                         children = process.children(recursive=True)
@@ -67,7 +67,7 @@ def main(path: str, num_gpus: int = 0) -> int:
     if num_gpus:
         import ray
 
-        store = {"object_store_memory": sections["ray"].object_store_mb << 20}  # as a Ray that the run itself starts
+        store = {"object_store_memory": 500 << 20}
         ray.init(address="local", num_cpus=2, num_gpus=num_gpus, include_dashboard=False, log_to_driver=False, **store)
     watch = Watch()
     watch.start()
