@@ -41,7 +41,7 @@ class SyntheticConfig:
     seed: int = setting(0, "Seed of the corpus; corpora of different seeds share no scene.", ge=0)
     camera_motion: str = setting(
         "gentle",
-        "Motion of the source camera: gentle is 10 to 30 degrees a second, strong twice as much.",
+        "Motion of the source camera: gentle is 3 to 30 degrees a second, strong twice as much.",
         choices=CAMERA_MOTIONS,
     )
     moving_bodies: bool = setting(True, "Bodies move; false: they stand still.")

@@ -29,6 +29,8 @@ def test_each_command_explains_itself(command, capsys):
         (["train", "configs/tiny.yaml", "train.dry_run=true", "model.family=wan2.1-i2v-14b"], "model.family"),
         (["generate", "--video", "a.mp4", "--adapter", ".", "--output", "out/b.mp4", "--shift", "-1"], "shift"),
         (["sweep", "configs/tiny.yaml", "sweep.no_such_key=1"], "sweep.no_such_key"),
+        (["sweep", "configs/tiny.yaml", "sweep.gpus_per_trial=1.5"], "sweep.gpus_per_trial=1.5: must be a whole"),
+        (["preprocess", "configs/tiny.yaml", "preprocess.depth_num_gpus=1.5"], "preprocess.depth_num_gpus=1.5"),
         (["demo", "--config", "nowhere.yaml"], "nowhere.yaml"),
     ],
 )

@@ -46,7 +46,7 @@ class EncodeConfig:
     data: str = setting("out/dataset", "Dataset folder or URL written by `ex4d preprocess`.")
     output: str = setting("out/latents", "Folder or URL of the latent dataset to write.", not_empty=True)
     num_workers: int = setting(2, "CPU workers, if this command starts Ray itself.", ge=1)
-    num_gpus: float = setting(0.0, "Share of a GPU for each actor that runs a model; 0: on the CPU.", ge=0)
+    num_gpus: float = setting(0.0, "Share of a GPU for each actor that runs a model; 0: on the CPU.", ge=0, le=1)
     dtype: Literal["bfloat16", "float32"] = setting(
         "bfloat16",
         "Data type of stored tensors; float32 equals what training itself would encode; bfloat16 has half the size.",

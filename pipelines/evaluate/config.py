@@ -47,7 +47,7 @@ class EvaluateConfig:
     )
     seed: int = setting(0, "Seed of the sampler's noise.", ge=0)
     num_workers: int = setting(2, "CPU workers, if this command starts Ray itself.", ge=1)
-    num_gpus: float = setting(0.0, "Share of a GPU for each worker; 0: on the CPU.", ge=0)
+    num_gpus: float = setting(0.0, "Share of a GPU for each worker; 0: on the CPU.", ge=0, le=1)
 
     depth: str = setting("sidecar", "Depth estimator of videos.", choices=ESTIMATORS, group="Videos and scenes")
     depth_python: str | None = setting(

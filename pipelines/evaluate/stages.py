@@ -26,11 +26,11 @@ if TYPE_CHECKING:
 ADAPTER, BASE, OTHER, WARP, INPAINT, CODEC = "adapter", "base", "other", "warp", "inpaint", "codec"
 METHODS = {
     ADAPTER: "trained adapter",
-    BASE: "zero adapter: the base alone",
-    OTHER: "trained, another clip's condition",
+    BASE: "base alone (zero adapter)",
+    OTHER: "trained adapter, condition of another clip",
     WARP: "warp only",
     INPAINT: "OpenCV inpainting",
-    CODEC: "the codec's own reconstruction",
+    CODEC: "VAE reconstruction of the true view",
 }
 
 

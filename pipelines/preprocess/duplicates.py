@@ -46,7 +46,11 @@ def sampled(hashes: Sequence[int | None], pts: Sequence[int]) -> list[str]:
     """
     times = np.asarray(pts)
     wanted = times[0] + (np.arange(NUM_FRAMES) + 0.5) / NUM_FRAMES * (times[-1] - times[0])
-    after = np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1)) if len(times) > 1 else np.zeros(8, np.int64)
+    after = (
+        np.searchsorted(times, wanted).clip(1, max(1, len(times) - 1))
+        if len(times) > 1
+        else np.zeros(NUM_FRAMES, np.int64)
+    )
     before = np.maximum(after - 1, 0)
     nearest = np.where(times[after] - wanted < wanted - times[before], after, before)
     found = (hashes[int(index)] for index in nearest)

@@ -78,6 +78,7 @@ class ScorerConfig:
         0.0,
         "Share of a GPU; 0: on the CPU. The actor gets the largest share of scorer, depth network and captioner.",
         ge=0,
+        le=1,
     )
 
     def __post_init__(self) -> None:

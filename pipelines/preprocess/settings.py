@@ -50,6 +50,7 @@ class CaptionerConfig:
         0.0,
         "Share of a GPU; 0: on the CPU. The actor gets the largest share of scorer, depth network and captioner.",
         ge=0,
+        le=1,
     )
 
     def __post_init__(self) -> None:
@@ -132,7 +133,7 @@ class PreprocessConfig:
     depth_fill_px: int = setting(
         0, "Fill holes of measured depth that are no wider than this, px of the clip; wider ones stay holes.", ge=0
     )
-    depth_num_gpus: float = setting(0.0, "Share of a GPU for each depth network; 0: on the CPU.", ge=0)
+    depth_num_gpus: float = setting(0.0, "Share of a GPU for each depth network; 0: on the CPU.", ge=0, le=1)
     depth_batch_size: int | None = setting(
         None, "Frames that a per-frame network processes at once; null: 8 on a GPU (depth-pro: 2), 1 on the CPU.", ge=1
     )

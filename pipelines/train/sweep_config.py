@@ -48,6 +48,8 @@ class SweepConfig:
         need = checked(self, "sweep")
         unknown = [name for name in self.report if name not in REPORTED]
         need(not unknown, "report", f"must be some of {', '.join(REPORTED)}")
+        whole = self.gpus_per_trial <= 1 or self.gpus_per_trial % 1 == 0
+        need(whole, "gpus_per_trial", "must be a whole number, or less than 1 for a share of one GPU")
         space = Space.of(self.space)
         if self.metric == "loss":
             scaling = [axis.key for axis in space.axes if axis.key in SCALES_LOSS]
