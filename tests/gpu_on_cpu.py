@@ -35,8 +35,14 @@ def gpu(monkeypatch: Any) -> Iterator[Callable[[nn.Module], nn.Module]]:
     with FakeTensorMode() as mode, _Replaced(), torch.no_grad():
 
         def placed(module: nn.Module) -> nn.Module:
-            """Put it there; what is fake already only moves."""
-            return _apply(module, lambda x: (x if isinstance(x, FakeTensor) else mode.from_tensor(x)).to(DEVICE))
+            """Put it there; what is fake already only moves. Tensors outside parameters and buffers were made there."""
+
+            def fake(x: torch.Tensor) -> torch.Tensor:
+                return (x if isinstance(x, FakeTensor) else mode.from_tensor(x)).to(DEVICE)
+
+            for owner in module.modules():
+                vars(owner).update({name: fake(x) for name, x in vars(owner).items() if isinstance(x, torch.Tensor)})
+            return _apply(module, fake)
 
         yield placed
 
