@@ -75,11 +75,9 @@ def memory(
     tokens = math.prod(latents) // math.prod(shape["patch_size"]) * (2 if model.source_video else 1)
     trainable = parameters["lora"] + parameters["geometry_adapter"]
     over = {stage: plan.world_size if train.zero_stage >= stage else 1 for stage in (1, 2, 3)}
-    # "auto" means bfloat16 on the GPU of the estimate.
-    dtype = DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]
+    dtype = DTYPE_BYTES["bfloat16" if model.dtype == "auto" else model.dtype]  # "auto" is bfloat16 on a GPU
     blocks = parameters["blocks"] * (QUANTIZED_BYTES[model.quantize] if model.quantize else dtype)
-    share = 1 / shape["num_layers"]
-    swapped = max(0, train.block_swap - _SWAPPED_HERE) * share if train.block_swap else 0.0
+    swapped = max(0, train.block_swap - _SWAPPED_HERE) / shape["num_layers"] if train.block_swap else 0.0
     moments = 0.0 if train.cpu_offload else 8.0
     wide = 4.0 - dtype if dtype < 4 else 0.0
     base = blocks * (1 - swapped) + (parameters["base"] - parameters["blocks"]) * dtype + parameters["float32"] * wide
@@ -96,8 +94,8 @@ def memory(
     }
     if over[3] > 1:
         parts["gathered weights"] = dtype * min(_GATHERED, parameters["base"] * (1 - 1 / over[3]))
-        # DeepSpeed shards a model that is whole on each GPU.
-        parts["base before it is sharded"] = max(0.0, base + 4.0 * trainable - sum(parts.values()))
+        whole = base + 4.0 * trainable  # each GPU holds the whole model before DeepSpeed shards it
+        parts["base before it is sharded"] = max(0.0, whole - sum(parts.values()))
     if model.quantize:
         parts["dequantized weight"] = _DEQUANTIZED[model.quantize] * dtype * flops.width_of(shape) * shape["ffn_dim"]
     if encoders is None:

@@ -56,13 +56,12 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     """
     adapters = experts.read(config.adapter)
     metadata = experts.common(adapters)
-    size, num_frames = config.size or metadata.size, config.num_frames
-    num_frames = metadata.num_frames if num_frames is None else num_frames
+    size = config.size or metadata.size
+    num_frames = metadata.num_frames if config.num_frames is None else config.num_frames
     choices = _reconstruct_choices(config, metadata, num_frames, size)
     ReconstructConfig(**choices)  # raises if a setting is invalid
     _check_size(num_frames, size)
-    scenes = config.videos is None
-    if scenes and world.seed == CORPUS_SEED:
+    if config.videos is None and world.seed == CORPUS_SEED:
         raise ConfigError("synthetic.seed", world.seed, "must be another number: the scenes of evaluate use it")
     world = replace(world, seed=CORPUS_SEED, num_frames=num_frames, size=(size[0], size[1]), num_videos=1)
     base = provenance.base_of(config.adapter, metadata, config.base, "evaluate.base")
@@ -81,7 +80,7 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
         sampler=sampler,
         seed=config.seed,
         methods=config.compared,
-        world=world if scenes else None,
+        world=world if config.videos is None else None,
         reconstruct=choices,
         image_features=config.image_features,
         video_features=config.video_features,
