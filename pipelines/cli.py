@@ -116,6 +116,8 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
         return below.parse_args(args.arguments, args)
     for word in args.arguments:  # argparse would report missing arguments and not the misspelt option
         flag = word.partition("=")[0]
+        if " " in flag:  # to argparse a value, such as a prompt
+            continue
         if flag.startswith("--") and not any(known.startswith(flag) for known in below._option_string_actions):
             known = nearest(flag, list(below._option_string_actions))
             below.error(f"{flag} is not an option{'; write section.key=value' if args.command in JOBS else known}")

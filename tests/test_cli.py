@@ -64,6 +64,11 @@ def test_a_slip_on_the_command_line_is_named(argv, message, capsys):
     assert message in capsys.readouterr().err
 
 
+def test_a_value_that_starts_like_an_option_is_a_value():
+    needed = ["generate", "--video", "a.mp4", "--adapter", ".", "--output", "b.mp4"]
+    assert cli.parse([*needed, "--prompt", "-- a dog, please"]).prompt == "-- a dog, please"
+
+
 def test_verify_of_nothing_ends_with_1_and_says_so(tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err

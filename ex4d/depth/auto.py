@@ -31,7 +31,8 @@ def choose(requests: Iterable[DepthRequest], depth_path: str | None = None) -> t
     has_file = {request.name or PurePosixPath(request.video_path).name: _has_file(request) for request in requests}
     lacking = [name for name, has in has_file.items() if has is False]
     if not lacking:
-        return "sidecar", f"depth={AUTO}: sidecar, because every video has a depth file"
+        which = "every video that can be read" if None in has_file.values() else "every video"
+        return "sidecar", f"depth={AUTO}: sidecar, because {which} has a depth file"
     first = lacking[0].encode("utf-8", "backslashreplace").decode()
     why = f"since {len(lacking)} of {len(has_file)} videos have no depth file (first: {first})"
     if _has_weights():

@@ -20,7 +20,7 @@ class Path:
     """The path of a new camera, as `camera_path.build` takes it.
 
     Attributes:
-        name: of a trajectory, or a file of poses or key poses. angle_deg: extent of a rotating path.
+        name: of a trajectory, or a pose file. angle_deg: extent of a rotating path.
         options: further arguments: `zoom` of a zoom, `scale` of a file, …
     """
 

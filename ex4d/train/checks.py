@@ -28,7 +28,7 @@ def check_run(train: TrainConfig, model: ModelConfig, num_processes: int) -> Non
     check_settings(train, model)
     apart = train.validate_apart or train.validate_videos
     if train.launcher == "ray":  # the GPUs are on other machines
-        if apart and train.validate_device not in ("cpu", "cuda"):
+        if apart and train.validate_device not in ("cpu", "cuda", "cuda:0"):  # its actor sees one GPU, as number 0
             allowed = "must be cpu or, under Ray, cuda: Ray chooses the GPU"
             raise ConfigError("train.validate_device", train.validate_device, allowed)
         return

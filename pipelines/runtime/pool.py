@@ -200,7 +200,7 @@ class Pool:
             self._kill(member)
 
     def lost(self, call: Any, actor_died: bool) -> bool:
-        """Record that a call failed; return True if the actor died working on it, unless its node is quarantined."""
+        """Record that a call failed; return True if the actor died working on it, unless we killed the actor."""
         member = self.of_call.pop(call)
         was_first = bool(member.calls) and member.calls[0] == call
         if actor_died:

@@ -60,11 +60,11 @@ def command(path: str, overrides: Sequence[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
     with exclusive(str(output)):
-        _check_same(sweep, tree, output)
         from pipelines.train.sweep_tune import Interrupted, search
 
         with _interruptible(), connected(loaded["ray"].address):
             _check_gpus(sweep, train, loaded["ray"].address is None)
+            _check_same(sweep, tree, output)  # records the settings, so only once the GPUs suit them
             try:
                 rows = sweep_report.ranked(search(sweep, tree), sweep, tree)
                 noise = confirm(sweep, tree, rows)
@@ -79,17 +79,18 @@ def _check_gpus(sweep: SweepConfig, train: TrainConfig, is_own_ray: bool) -> Non
     Args:
         is_own_ray: Ray runs on this machine alone; a cluster may get more nodes.
     """
-    if train.launcher == "ray" or train.device == "cpu":  # its ranks reserve GPUs themselves
+    if train.launcher == "ray":  # its ranks reserve GPUs themselves
         return
     import ray
 
     each, there, allowed = sweep.gpus_per_trial, ray.cluster_resources().get("GPU", 0.0), None
+    on_gpu = train.device != "cpu"
     if is_own_ray and each > there:
         allowed = f"must be at most {there:g}, the GPUs of this machine"
-    elif each == 0 and there and (sweep.max_concurrent > 1 or not is_own_ray):
+    elif on_gpu and each == 0 and there and (sweep.max_concurrent > 1 or not is_own_ray):
         # Ray hides no GPU from a trial that reserves none: each would take them all, or on a node without one, the CPU.
         allowed = "must be set, for each trial to have GPUs of its own (1 for one process); or set train.device=cpu"
-    elif 0 < each < (train.num_processes or 0) > 1:
+    elif on_gpu and 0 < each < (train.num_processes or 0) > 1:
         allowed = f"must be at least {train.num_processes}, train.num_processes, since two ranks cannot share a GPU"
     if allowed:
         raise ConfigError("sweep.gpus_per_trial", each, allowed)

@@ -87,11 +87,12 @@ def test_weights_that_are_here_are_taken(corpus, tmp_path, monkeypatch, capsys):
     assert "depth=auto: depth-anything-v2, since 2 of 2 videos" in capsys.readouterr().out
 
 
-def test_a_video_that_is_missing_does_not_decide(corpus, tmp_path):
+def test_a_video_that_is_missing_does_not_decide(corpus, tmp_path, capsys):
     listing = tmp_path / "list.txt"
     paths = sorted(str(path) for path in corpus.rglob("*.mp4"))
     listing.write_text("\n".join([*paths, str(tmp_path / "nowhere.mp4")]))
     assert choice_of(config_of(listing, tmp_path / "out")) == "sidecar"
+    assert "because every video that can be read has a depth file" in capsys.readouterr().out
 
 
 def test_scores_need_no_choice(corpus, tmp_path, capsys):

@@ -190,6 +190,25 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
     assert trees[0]["train"].get("validate_every") is None
 
 
+def test_the_advice_on_gpus_can_be_followed_in_the_same_folder(tmp_path, monkeypatch):
+    """What is refused for the machine's GPUs is not recorded as the folder's settings."""
+    import ray
+    import sweep_bench
+    from make_run import make_dataset
+
+    make_dataset(tmp_path)
+    trees = []
+    monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
+    monkeypatch.setattr(sweep_tune, "search", lambda _, tree: trees.append(tree) or [])
+    path = sweep_bench.write(tmp_path, "one", {"num_steps": 6, "device": "auto"}, max_concurrent=2, repeat_seeds=1)
+    overrides = ["model.base=tiny", "train.num_processes=1"]
+    with pytest.raises(ConfigError, match=r"gpus_per_trial=0\.0: must be set.*or set train\.device=cpu"):
+        sweep.command(str(path), overrides)
+    sweep.command(str(path), [*overrides, "train.device=cpu"])
+    assert [tree["train"]["device"] for tree in trees] == ["cpu"]
+
+
 def test_a_second_sweep_in_the_same_folder_is_refused(tmp_path):
     import sweep_bench
     from make_run import make_dataset
@@ -271,6 +290,7 @@ def test_a_scheduler_made_anew_remembers_what_trials_reported(tmp_path):
         (8, False, {}, {}, r"gpus_per_trial=0\.0: must be set, for each trial"),
         (2, True, {"gpus_per_trial": 4.0}, {}, "must be at most 2, the GPUs of this machine"),
         (0, True, {"gpus_per_trial": 1.0}, {}, "must be at most 0, the GPUs of this machine"),
+        (0, True, {"gpus_per_trial": 1.0}, {"device": "cpu"}, "must be at most 0, the GPUs of this machine"),
         (8, True, {"gpus_per_trial": 2.0}, {"num_processes": 4}, "must be at least 4, train.num_processes"),
         (8, True, {}, {}, None),
         (0, True, {"max_concurrent": 2}, {}, None),

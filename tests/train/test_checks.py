@@ -54,7 +54,8 @@ def test_devices_that_cannot_be_are_refused(dataset: str, monkeypatch: pytest.Mo
     check(3, validate_device="cuda:2", **APART)
     check(3, validate_device="cuda:1", device="cpu", **APART)
     check(0, validate_device="cuda:9")  # nothing is validated apart
-    check(0, validate_device="cuda", launcher="ray", **APART)
+    for device in ("cpu", "cuda", "cuda:0"):
+        check(0, validate_device=device, launcher="ray", **APART)
     with pytest.raises(ConfigError, match=r"train\.validate_device='cuda:7': must be cpu or, under Ray, cuda"):
         check(8, validate_device="cuda:7", launcher="ray", **APART)
 
