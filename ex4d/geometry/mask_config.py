@@ -54,7 +54,9 @@ class MaskConfig:
         "Point tracker; cotracker3 needs tracker_path, and its licence forbids commercial use.",
         choices=tracks.METHODS,
     )
-    tracker_path: str | None = setting(None, "Folder of CoTracker3's code and weights.")
+    tracker_path: str | None = setting(
+        None, "Folder of CoTracker3's code and weights; it uses a GPU if preprocess.depth_num_gpus is set."
+    )
     depth_tolerance: float = setting(
         0.02, "How far behind the surface a pixel may lie and still be visible, as a fraction of depth.", gt=0
     )
