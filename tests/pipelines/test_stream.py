@@ -54,6 +54,14 @@ STAGES = (
 )
 NODE = {"object_store_memory": 100 * 2**20, "include_dashboard": False}
 
+def one_gpu():
+    cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **NODE})
+    ray.init(address=cluster.address, log_to_driver=False)
+    return cluster
+
+def with_depth(function):
+    return (STAGES[0], Stage("depth", function, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
+
 def rows(count):
     return [new_row(f"row-{number:04d}", number=number) for number in range(count)]
 
@@ -111,8 +119,7 @@ def test_a_pool_takes_a_gpu_that_joins_midway_and_leaves_a_node_that_dies(tmp_pa
     facts = run(
         tmp_path,
         """
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **NODE})
-ray.init(address=cluster.address, log_to_driver=False)
+cluster = one_gpu()
 
 def source():
     # Until a node has joined and left. Ray starts nodes in the main thread alone, and that is what reads the rows.
@@ -156,7 +163,7 @@ def broken(row, context):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     return depth(row, context)
 
-stages = (STAGES[0], Stage("depth", broken, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
+stages = with_depth(broken)
 execute = runner.OnRay(runner.RayConfig(address=cluster.address), Attempts(folder, 3))
 bad = other.node_id
 done = list(runner.through(execute, stages, rows(60), bad, ("number", "mask")))
@@ -175,13 +182,12 @@ def test_a_bug_of_the_row_and_not_of_the_node_stays_a_bug(tmp_path):
     facts = run(
         tmp_path,
         """
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **NODE})
-ray.init(address=cluster.address, log_to_driver=False)
+cluster = one_gpu()
 
 def picky(row, context):
     return {"depth": 2 * row["pixels"] // (row["pixels"] != 5)}
 
-stages = (STAGES[0], Stage("depth", picky, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
+stages = with_depth(picky)
 execute = runner.OnRay(runner.RayConfig(address=cluster.address), None)
 report(list(runner.through(execute, stages, rows(20), None, ("number", "mask"))), execute)
 """,
@@ -196,8 +202,7 @@ def test_a_process_that_lost_its_gpu_costs_one_row(tmp_path):
     facts = run(
         tmp_path,
         """
-cluster = Cluster(initialize_head=True, head_node_args={"num_cpus": 2, "num_gpus": 1, **NODE})
-ray.init(address=cluster.address, log_to_driver=False)
+cluster = one_gpu()
 
 def sticky(row, context):
     time.sleep(0.05)
@@ -206,7 +211,7 @@ def sticky(row, context):
         raise RuntimeError("CUDA error: an illegal memory access was encountered")
     return depth(row, context)
 
-stages = (STAGES[0], Stage("depth", sticky, reads=("pixels",), writes=("depth",), num_gpus=1.0), STAGES[2])
+stages = with_depth(sticky)
 execute = runner.OnRay(runner.RayConfig(address=cluster.address), Attempts(folder, 3))
 report(list(runner.through(execute, stages, rows(20), None, ("number", "mask"))), execute)
 """,
