@@ -37,15 +37,17 @@ def check_url(url: str) -> None:
         ConfigError: a scheme that is not in SCHEMES, a chain of schemes (`zip::s3://…`), or `..` among its folders.
     """
     scheme, _, rest = url.partition("://")
-    shown = remote.redacted(url)
     if scheme not in SCHEMES:
-        raise ConfigError("url", shown, f"allowed schemes: {', '.join(SCHEMES)}")
-    if not web.has_host(f"{scheme}://{rest.partition('/')[0]}"):
-        raise ConfigError("url", shown, "not a valid URL: its host or port cannot be read") from None
-    if "::" in rest or "://" in rest.partition("?")[0]:
-        raise ConfigError("url", shown, "one scheme, not a chain of them")
-    if ".." in unquote(unquote(rest)).replace("\\", "/").partition("?")[0].split("/"):
-        raise ConfigError("url", shown, "must not contain ..")
+        what = f"allowed schemes: {', '.join(SCHEMES)}"
+    elif not web.has_host(f"{scheme}://{rest.partition('/')[0]}"):
+        what = "not a valid URL: its host or port cannot be read"
+    elif "::" in rest or "://" in rest.partition("?")[0]:
+        what = "one scheme, not a chain of them"
+    elif ".." in unquote(unquote(rest)).replace("\\", "/").partition("?")[0].split("/"):
+        what = "must not contain .."
+    else:
+        return
+    raise ConfigError("url", remote.redacted(url), what)
 
 
 def is_web(url: str | Path) -> bool:

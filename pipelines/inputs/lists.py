@@ -59,8 +59,10 @@ def may_be_video(path: str) -> bool:
 
 def is_page(url: str) -> bool:
     """Return True for the URL of a web page that shows a video."""
+    if not storage.is_web(url):
+        return False
     host = url.partition("://")[2].partition("/")[0].rpartition("@")[2].partition(":")[0].lower()
-    return url.startswith(("http://", "https://")) and any(host == page or host.endswith("." + page) for page in PAGES)
+    return any(host == page or host.endswith("." + page) for page in PAGES)
 
 
 def read(path: str, root: str | None = None) -> Iterator[Entry]:

@@ -6,9 +6,8 @@ import ast
 import json
 import math
 from collections.abc import Iterable, Mapping
-from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Any, NamedTuple
 
 from ex4d.errors import BadSample
 
@@ -25,8 +24,7 @@ COLUMNS = {
 MAX_CAPTION_CHARS, MAX_LICENCE_CHARS = 65536, 200
 
 
-@dataclass(frozen=True)
-class Span:
+class Span(NamedTuple):
     """A part of a file, with the metadata that a list gives it.
 
     Args:
@@ -41,8 +39,7 @@ class Span:
     licence: str = ""
 
 
-@dataclass(frozen=True)
-class Entry:
+class Entry(NamedTuple):
     """A file with one of its spans; or a row of a list, a file or a folder that cannot be used.
 
     Args:
@@ -82,6 +79,8 @@ def spans(row: Mapping[str, Any]) -> list[Span]:
     """Return the spans of a row, at least one. Raises BadSample (bad_row)."""
     make = partial(Span, licence=_text(row.get("licence", ""))[:MAX_LICENCE_CHARS])
     caption = row.get("caption")
+    if not {"timestamp", "start", "end"} & row.keys():  # fast, as a list may have millions of rows
+        return [make(0.0, None, _caption(caption))]
     if "timestamp" not in row:
         start, end = _span(row.get("start", 0.0), row.get("end"))
         return [make(start, end, _caption(caption))]
@@ -150,7 +149,8 @@ def _text(value: Any) -> str:
         BadSample: bad_row: the text is not UTF-8, or contains NUL.
     """
     try:
-        text = str(value).encode("utf-16", "surrogatepass").decode("utf-16").strip()
+        plain = str(value)
+        text = plain.strip() if plain.isascii() else plain.encode("utf-16", "surrogatepass").decode("utf-16").strip()
     except UnicodeDecodeError:
         raise BadSample("bad_row", "the text is not UTF-8: save the list as UTF-8") from None
     if "\0" in text:

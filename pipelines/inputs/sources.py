@@ -8,10 +8,10 @@ import json
 import os
 import posixpath
 from collections.abc import Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from functools import cached_property
 from itertools import groupby, islice
 from operator import itemgetter
-from typing import Any
+from typing import Any, NamedTuple
 from urllib.parse import unquote
 
 from ex4d import storage
@@ -27,8 +27,7 @@ SIDECAR_SUFFIXES = (".camera.json", ".depth.npz", ".npz", ".depth.npy", ".npy", 
 DEPTH = "by its name, it shows the depth of the video beside it; depth_path reads a grey one as depth"
 
 
-@dataclass(frozen=True)
-class Source:
+class Source(NamedTuple):
     """One input file, or a row of a list that names no file.
 
     Args:
@@ -77,7 +76,7 @@ class Sources:
     def __iter__(self) -> Iterator[Source]:
         return (_unpacked(body) for (body,) in self._scratch.execute("SELECT body FROM source ORDER BY number"))
 
-    @property
+    @cached_property
     def num_videos(self) -> int:
         """Number of sources that may be videos."""
         return int(self._scratch.execute("SELECT COUNT(*) FROM source WHERE is_video").fetchone()[0])
@@ -85,11 +84,7 @@ class Sources:
 
 def _packed(source: Source) -> str:
     names = (source.path, source.name, source.twin, source.namesake, source.reason, source.message, source.root)
-    return json.dumps([*names, [_values(span) for span in source.spans]])
-
-
-def _values(span: Span) -> list[Any]:
-    return list(vars(span).values())  # faster than `astuple`, which makes deep copies
+    return json.dumps([*names, source.spans])
 
 
 def _unpacked(body: str) -> Source:
@@ -107,7 +102,10 @@ class Found:
     def __init__(self, entries: Iterable[Entry]):
         self._scratch = scratch()
         execute = self._scratch.execute
-        execute("CREATE TABLE entry (number INTEGER PRIMARY KEY, path BLOB, span TEXT, reason TEXT, message TEXT)")
+        execute(
+            "CREATE TABLE entry (number INTEGER PRIMARY KEY, path BLOB, reason TEXT, message TEXT, "
+            "start_s REAL, end_s REAL, caption TEXT, licence TEXT)"
+        )
         execute(
             "CREATE TABLE file (path BLOB PRIMARY KEY, root BLOB, is_good INTEGER, is_named INTEGER, is_video INTEGER, "
             "is_depth INTEGER DEFAULT 0, name TEXT, place BLOB, stem BLOB)"
@@ -118,7 +116,8 @@ class Found:
         self._sort_out()
 
     def _add(self, entries: Iterable[Entry]) -> None:
-        add_entry = "INSERT INTO entry (path, span, reason, message) VALUES (?, ?, ?, ?)"
+        columns = "path, reason, message, start_s, end_s, caption, licence"
+        add_entry = f"INSERT INTO entry ({columns}) VALUES (?, ?, ?, ?, ?, ?, ?)"
         add_file = (
             "INSERT INTO file (path, root, is_good, is_named, is_video, place, stem) VALUES (?, ?, ?, ?, ?, ?, ?) "
             "ON CONFLICT DO UPDATE SET root = excluded.root, is_good = is_good OR excluded.is_good, "
@@ -171,15 +170,22 @@ class Found:
             self._scratch.executemany(f"UPDATE file SET {change} WHERE path = ?", found)
 
     def __len__(self) -> int:
-        return self._count("file WHERE is_good") + self._count("entry WHERE reason != ''")
+        return self._counts[0] + self._counts[1]
 
     @property
     def num_videos(self) -> int:
         """Number of sources that may be videos."""
-        return self._count("file WHERE is_good AND is_video AND NOT is_depth")
+        return self._counts[2]
 
-    def _count(self, what: str) -> int:
-        return int(self._scratch.execute(f"SELECT COUNT(*) FROM {what}").fetchone()[0])
+    @cached_property
+    def _counts(self) -> tuple[int, int, int]:
+        """Numbers of files, of entries that cannot be used, and of files that may be videos."""
+        files = "SELECT COUNT(*), COALESCE(SUM(is_video AND NOT is_depth), 0) FROM file WHERE is_good"
+        (num_files, num_videos), (num_bad,) = (
+            self._scratch.execute(query).fetchone()
+            for query in (files, "SELECT COUNT(*) FROM entry WHERE reason != ''")
+        )
+        return num_files, num_bad, num_videos
 
     def __iter__(self) -> Iterator[Source]:
         return heapq.merge(self._files(), self._refused(), key=lambda source: source.name)
@@ -190,21 +196,22 @@ class Found:
             shared[column] = f"SELECT {column} FROM file WHERE is_video GROUP BY {column} HAVING COUNT(*) > 1"
         query = (
             f"SELECT file.path, name, root, place, stem, is_video, is_depth, place IN ({shared['place']}), "
-            f"stem IN ({shared['stem']}), span FROM file LEFT JOIN entry ON entry.path = file.path AND "
-            "span IS NOT NULL WHERE is_good ORDER BY name, file.path, entry.number"
+            f"stem IN ({shared['stem']}), start_s, end_s, caption, licence FROM file LEFT JOIN entry ON "
+            "entry.path = file.path AND start_s IS NOT NULL WHERE is_good ORDER BY name, file.path, entry.number"
         )
         for _, rows in groupby(self._scratch.execute(query), key=itemgetter(0)):
             first, *others = rows
-            key, name, root, place, stem, is_video, is_depth, has_twin, has_namesake, span = first
+            key, name, root, place, stem, is_video, is_depth, has_twin, has_namesake, *span = first
             path = _text(key)
             twin = self._other("place", place, name) if has_twin or not is_video else ""
             namesake = self._other("stem", stem, name) if has_namesake or not is_video else ""
             if not is_video or is_depth:
                 yield Source(path, name, (), twin, namesake, "not_a_video", DEPTH if is_depth else "by its name")
                 continue
-            texts = [span, *(row[-1] for row in others)] if span is not None else []
-            found = dict.fromkeys(Span(*json.loads(text)) for text in texts)
-            yield Source(path, name, tuple(found), twin, namesake, root=_text(root))
+            spans = (Span(*span),) if span[0] is not None else ()
+            if others:
+                spans = tuple(dict.fromkeys([*spans, *(Span(*row[-len(span) :]) for row in others)]))
+            yield Source(path, name, spans, twin, namesake, root=_text(root))
 
     def _other(self, column: str, value: bytes, name: str) -> str:
         """Return the first other video that shares this place or stem, "" if there is none."""
@@ -221,6 +228,8 @@ class Found:
     def _belongs(self, path: str, suffixes: Sequence[str]) -> bool:
         """Return True if `path` is a video's path with a suffix of `suffixes` in place of its own, or appended."""
         plain = without_query(path)
+        if not plain.endswith(tuple(suffixes)):  # fast, as there may be millions of files
+            return False
         for owner in (plain.removesuffix(suffix) for suffix in suffixes if plain.endswith(suffix)):
             for place in {owner, os.path.splitext(owner)[0]}:
                 query = "SELECT path FROM file WHERE is_video AND place = ?"
@@ -240,8 +249,7 @@ def _file(entry: Entry) -> tuple[Any, ...]:
 
 
 def _entry(entry: Entry) -> tuple[Any, ...]:
-    span = None if entry.span is None else json.dumps(_values(entry.span))
-    return _key(entry.path), span, entry.reason, entry.message
+    return _key(entry.path), entry.reason, entry.message, *(entry.span or (None,) * len(Span._fields))
 
 
 def _key(path: str) -> bytes:

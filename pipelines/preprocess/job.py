@@ -122,7 +122,7 @@ class Job:
                 continue
             yield new_row(
                 source.name,
-                spans=[dict(vars(span)) for span in source.spans],
+                spans=[span._asdict() for span in source.spans],
                 known_source=self.ledger.records.get(_source_name(source.path)),
                 **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
             )

@@ -90,7 +90,7 @@ def with_depth(config: PreprocessConfig, sources: inputs.AnySources) -> Preproce
     if config.depth != AUTO or config.score_only:  # scores need no depth
         return config
     videos = (source for source in sources if source.is_video)
-    requests = (fetch.depth_request(vars(source), config, source.path) for source in videos)
+    requests = (fetch.depth_request(source._asdict(), config, source.path) for source in videos)
     with fetch.reach(config):
         depth, choice = auto.choose(requests, config.depth_path)
     print(choice)
