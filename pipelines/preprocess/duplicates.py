@@ -113,6 +113,26 @@ class Identity:
         if other is not None:
             self._others.append((sha256, *other))
 
+    def columns(self) -> dict[str, Any]:
+        """Return everything as columns of a row, for `extend`."""
+        arrays = {
+            "sha256s": np.frombuffer(self._names, np.uint8),
+            "pixels": np.frombuffer(self._pixels, np.int64),
+            "durations_s": np.frombuffer(self._duration_s, np.float64),
+            "hashes": np.frombuffer(self._values, np.uint64),
+            "are_seen": np.frombuffer(self._seen, np.uint8),
+        }
+        return {**arrays, "others": self._others}
+
+    def extend(self, row: Mapping[str, Any]) -> None:
+        """Add the videos in the columns that another Identity returned."""
+        self._names += row["sha256s"].tobytes()
+        self._pixels.frombytes(row["pixels"].tobytes())
+        self._duration_s.frombytes(row["durations_s"].tobytes())
+        self._values.frombytes(row["hashes"].tobytes())
+        self._seen.frombytes(row["are_seen"].tobytes())
+        self._others += [(sha256, other, hashes) for sha256, other, hashes in row["others"]]
+
     def decide(self, how: str) -> tuple[dict[str, str], dict[str, str]]:
         """Return ({sha256: its group, which goes to one split}, {sha256: the near duplicate that replaces it}).
 
@@ -125,7 +145,9 @@ class Identity:
         values = np.frombuffer(self._values, np.uint64).reshape(-1, NUM_FRAMES)
         seen = np.frombuffer(self._seen, bool).reshape(-1, NUM_FRAMES)
         order = np.arange(len(names))
-        if not (names[1:] > names[:-1]).all():  # videos with a pair are added in another order, and may be added twice
+        if not (
+            names[1:] > names[:-1]
+        ).all():  # units arrive in any order; a video with several pairs is added several times
             names, order = np.unique(names, return_index=True)
             values, seen = values[order], seen[order]
         alone = np.arange(len(names))
@@ -176,7 +198,8 @@ def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
     """Find the pairs of near duplicates with an index.
 
     Two 8-byte hashes that differ in few bits usually have two equal bytes. So each pair of bytes of every second frame
-    is a key, and only videos that share a key are compared. This finds all pairs with up to 6 differing bits.
+    is a key, and only videos that share a key and are near in its frame are compared. This finds all pairs with up to
+    6 differing bits.
     """
     neighbours = _neighbours if len(values) < MANY else _compiled_neighbours()
     found: set[tuple[int, int]] = set()
@@ -186,20 +209,25 @@ def _pairs(values: np.ndarray, seen: np.ndarray) -> set[tuple[int, int]]:
         for one, other in combinations(range(8), 2):
             keys = parts[:, one] << 8 | parts[:, other]
             order = np.argsort(keys, kind="stable")  # 16-bit keys: numpy uses a radix sort
-            pairs = neighbours(keys[order], usable[order], values, seen)
+            pairs = neighbours(keys[order], usable[order], values[usable[order], frame], values, seen)
             found.update(zip(pairs[0].tolist(), pairs[1].tolist(), strict=True))
     return found
 
 
 def _neighbours(
-    keys: np.ndarray, index: np.ndarray, values: np.ndarray, seen: np.ndarray
+    keys: np.ndarray, index: np.ndarray, own: np.ndarray, values: np.ndarray, seen: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Return the near pairs among videos that share a key and are at most WINDOW apart in key order."""
+    """Return the near pairs among videos that share a key and are at most WINDOW apart in key order.
+
+    Args:
+        index: of each video, sorted by key. own: uint64 hashes of their frame that the key is of.
+    """
     found = [np.zeros((2, 0), np.int64)]
     for step in range(1, min(WINDOW, len(keys) - 1) + 1):
         same = np.flatnonzero(keys[step:] == keys[:-step])
         if not len(same):
             break
+        same = same[np.bitwise_count(own[same] ^ own[same + step]) <= MAX_BITS]
         first, second = index[same], index[same + step]
         near = _bits(values[first], values[second], seen[first] & seen[second]) <= MAX_BITS
         hits = near.sum(1) >= MAJORITY
@@ -217,19 +245,24 @@ def _compiled_neighbours() -> Callable[..., tuple[np.ndarray, np.ndarray]]:
     pairs, fours, eights, ones = (np.uint64(int(digits * 8, 16)) for digits in ("55", "33", "0f", "01"))
 
     @numba.njit(nogil=True)
-    def neighbours(keys: Any, index: Any, values: Any, seen: Any) -> Any:
+    def num_bits(bits: Any) -> Any:
+        bits -= (bits >> one) & pairs
+        bits = (bits & fours) + ((bits >> two) & fours)
+        return (((bits + (bits >> four)) & eights) * ones) >> top
+
+    @numba.njit(nogil=True)
+    def neighbours(keys: Any, index: Any, own: Any, values: Any, seen: Any) -> Any:
         firsts, seconds = [np.int64(0)], [np.int64(0)]
         for start in range(len(keys)):
             for end in range(start + 1, min(start + WINDOW + 1, len(keys))):
                 if keys[end] != keys[start]:
                     break
+                if num_bits(own[start] ^ own[end]) > MAX_BITS:
+                    continue
                 first, second = index[start], index[end]
                 far = 0
                 for frame in range(NUM_FRAMES):
-                    bits = values[first, frame] ^ values[second, frame]
-                    bits -= (bits >> one) & pairs
-                    bits = (bits & fours) + ((bits >> two) & fours)
-                    count = (((bits + (bits >> four)) & eights) * ones) >> top
+                    count = num_bits(values[first, frame] ^ values[second, frame])
                     far += (count > MAX_BITS) | (not (seen[first, frame] and seen[second, frame]))
                     if far > NUM_FRAMES - MAJORITY:
                         break

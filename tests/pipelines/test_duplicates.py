@@ -20,6 +20,7 @@ from pipelines.preprocess import duplicates
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.run import PreprocessConfig
 from pipelines.preprocess.stages.shots import find_shots
+from pipelines.runtime.stage import new_row, pack_row, unpack_row
 
 WORLD = SyntheticConfig(num_videos=8, num_frames=17, size=(64, 64), supersample=1, seed=5)
 
@@ -183,6 +184,42 @@ def test_many_videos_are_compared_as_few_are(monkeypatch):
     monkeypatch.setattr(duplicates, "MANY", 0)
     assert duplicates._pairs(values, seen) == few
     assert len(few) > 20
+
+
+def videos(with_pairs):
+    """Return the arguments of `Identity.add` for 60 videos, some of them near duplicates, some flat, some pairs."""
+    rng = np.random.default_rng(11)
+    looks = [hexadecimal(rng.integers(0, 2**63, 8)) for _ in range(20)]
+    found = []
+    for number in range(60):
+        look = [""] * 8 if number % 10 == 9 else looks[number % 20]
+        other = (f"{number % 7:064x}", looks[number % 7]) if with_pairs and number % 3 == 0 else None
+        sha256 = f"{rng.integers(1, 2**62):048x}" + "0" * 16  # numpy strips trailing zeros
+        found.append((sha256, look, [int(rng.integers(1, 4)), 8], float(rng.integers(1, 4)), other))
+    return found
+
+
+@pytest.mark.parametrize("with_pairs", [False, True])
+@pytest.mark.parametrize("how", ["off", "group", "filter"])
+def test_videos_that_workers_collected_are_decided_like_those_added_one_by_one(with_pairs, how):
+    """Whatever the units, and in whatever order they arrive."""
+    every = videos(with_pairs)
+    single = duplicates.Identity()
+    for video_facts in sorted(every):
+        single.add(*video_facts)
+    expected = single.decide(how)
+    for seed in range(3):
+        random.Random(seed).shuffle(every)
+        joined = duplicates.Identity()
+        for unit in (every[:1], [], every[1:25], every[25:59]):
+            part = duplicates.Identity()
+            for video_facts in unit:
+                part.add(*video_facts)
+            joined.extend(unpack_row(pack_row(new_row("unit", **part.columns()))))
+        joined.add(*every[59])
+        assert joined.decide(how) == expected
+    assert how == "off" or len(expected[0]) > 20
+    assert bool(expected[1]) == (how == "filter")
 
 
 def config_of(corpus, output, **more):
