@@ -80,10 +80,22 @@ def read_facts(tables: str, name: str) -> dict[str, Any] | None:
         return None
 
 
-def read_rows(tables: str, name: str) -> pa.Table:
-    """Return the manifest rows of a shard. Raises OSError, ArrowException."""
+def first_and_last_key(tables: str, name: str) -> tuple[str, str]:
+    """Return the smallest and the largest key of a shard's samples. Raises OSError, ArrowException."""
     with storage.open_read(table_url(tables, name)) as file:
-        table = pq.read_table(file).replace_schema_metadata(None)
+        facts = pq.read_metadata(file)
+        groups = [facts.row_group(number).column(0).statistics for number in range(facts.num_row_groups)]
+        if not all(group and group.has_min_max for group in groups):
+            return "", "\x7f"
+    return min(group.min for group in groups), max(group.max for group in groups)
+
+
+def read_rows(tables: str, name: str, columns: Sequence[str] | None = None) -> pa.Table:
+    """Return the manifest rows of a shard, or only some columns. Raises OSError, ArrowException."""
+    with storage.open_read(table_url(tables, name)) as file:
+        table = pq.read_table(file, columns=columns and list(columns)).replace_schema_metadata(None)
+    if columns is not None:
+        return table
     # Parquet names the elements of lists differently.
     return table.cast(manifest.schema_of(name[6:] for name in table.column_names if name.startswith("score_")))
 

@@ -83,7 +83,7 @@ def run(
             except TooManyBugs as error:
                 job.problems.append(str(error))
             finally:
-                job.ledger.records.flush()
+                job.ledger.flush()
         report = job.finish(passes)
         end(report.result)
     return report

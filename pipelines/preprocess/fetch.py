@@ -69,6 +69,16 @@ def depth_path(row: Mapping[str, Any], config: PreprocessConfig) -> str | None:
     return str(_cache(config).get(row["depth_place"], digest, name))
 
 
+class MustRead(Exception):
+    """A file is not known, or has changed, so it would have to be read."""
+
+
+def check_may_read(may_read: bool) -> None:
+    """Raise MustRead unless a file may be read."""
+    if not may_read:
+        raise MustRead
+
+
 @dataclass(frozen=True)
 class Remote:
     """The files of one remote video, with what is known of them, to save requests to the store.
@@ -76,6 +86,7 @@ class Remote:
     Args:
         there: result of `storage.beside`.
         known: {kind: result of `digest` in an earlier run}.
+        may_read: False: `digest` raises MustRead instead of reading a file.
         fetched: {kind: result of `digest` in this run}; its URLs are redacted, since it goes into the ledger.
         urls: {kind: the URL that was read}.
     """
@@ -83,6 +94,7 @@ class Remote:
     url: str
     there: Mapping[str, tuple[int, str]] | None
     known: Mapping[str, Any]
+    may_read: bool = True
     fetched: dict[str, dict[str, Any]] = field(default_factory=dict)
     urls: dict[str, str] = field(default_factory=dict)
 
@@ -103,6 +115,7 @@ class Remote:
             size, tag = self._facts(url)
             shown = remote.redacted(url)
             if not (tag and _is_note(known) and (known["url"], known["tag"]) == (shown, tag)):
+                check_may_read(self.may_read)
                 name = "video" if kind == "video" else url.rpartition("/")[2]
                 sha256, size_bytes = _cache(config).add(url, name, size)
                 known = {"url": shown, "tag": tag, "sha256": sha256, "size_bytes": size_bytes}
@@ -134,10 +147,12 @@ class Local:
 
     Args:
         known: {kind: result of `digest` in an earlier run}.
+        may_read: False: `digest` raises MustRead instead of reading a file.
         found: {kind: result of `digest` in this run, for the next one}.
     """
 
     known: Mapping[str, Any]
+    may_read: bool = True
     found: dict[str, dict[str, Any]] = field(default_factory=dict)
 
     def digest(self, paths: Sequence[str], kind: str, read: Callable[[], str]) -> tuple[str, int]:
@@ -149,6 +164,7 @@ class Local:
         known: Any = self.known.get(kind)
         tag = _stamp(paths)
         if not (tag and _is_note(known) and (known["url"], known["tag"]) == (paths[0], tag)):
+            check_may_read(self.may_read)
             known = {"url": paths[0], "sha256": read(), "size_bytes": storage.local_path(paths[0]).stat().st_size}
             known["tag"] = tag if _stamp(paths) == tag else ""
         if known["tag"]:

@@ -2,27 +2,27 @@
 
 from __future__ import annotations
 
-import json
 from collections import deque
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
-from itertools import islice
 from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from ex4d import storage
-from ex4d.config import fingerprint
 from ex4d.data import shards
 from ex4d.data.manifest import DATASET
 from pipelines import inputs
-from pipelines.preprocess import duplicates, fingerprints, pairs, units
+from pipelines.preprocess import compare, duplicates, fingerprints, unchanged, units
 from pipelines.preprocess.outcomes import Outcomes
 from pipelines.preprocess.packing import Packing
 from pipelines.preprocess.settings import PreprocessConfig
-from pipelines.preprocess.tables import Clip, Tables, pack_rows, unpack_rows
+from pipelines.preprocess.tables import Clip, Tables, digits_for, pack_rows, unpack_rows
+from pipelines.preprocess.unchanged import VIDEO_COLUMNS
 from pipelines.preprocess.units import ARTIFACTS
+from pipelines.runtime.blocks import Blocks, Sorter, unpack
 from pipelines.runtime.ledger import Ledger
+from pipelines.runtime.parts import READ
 from pipelines.runtime.passes import Passes
 from pipelines.runtime.result import Result
 from pipelines.runtime.stage import Row, Stage, Track, is_lasting, new_row, refused
@@ -30,13 +30,8 @@ from pipelines.runtime.stage import Row, Stage, Track, is_lasting, new_row, refu
 if TYPE_CHECKING:
     from pipelines.preprocess.recipe import Stages
 
-CHUNK = 1000  # videos whose records are looked up at a time
-# Columns that the driver keeps of a finished row.
-VIDEO_COLUMNS = (
-    *("name", "path", "twin", "namesake", "spans", "sha256", "size_bytes", "caption", "pair"),
-    *("depth_file", "depth_place", "known_source", "fetched"),
-)
 CLIP_COLUMNS = ("scores", "staged", "name", "path", "source_group", "frame_index", *ARTIFACTS)
+HASH_PASS = "hash"
 SHOTS_PASS = "split"  # name of the pass in run.jsonl and in measured results, like `videos_split` in dataset.json
 
 
@@ -47,96 +42,137 @@ class Job:
     config: PreprocessConfig
     passes: Passes
     stages: Stages
-    retry: frozenset[str]
+    sources: inputs.AnySources
+    retry: frozenset[str] = frozenset()
     problems: list[str] = field(default_factory=list)
     committed: bool = False
 
     def __post_init__(self) -> None:
-        self.ledger = Ledger(self.config.output)
-        self.tables = Tables(self.ledger.database)
+        self.ledger = Ledger(self.config.output, read=self._read)
+        self.ledger.digits = digits_for(self.sources.num_videos, sum(self.ledger.parts.values()))
+        self.tables = Tables(self.ledger.database, self.ledger.digits)
+        self.identity = duplicates.Identity()
+        self.digests = fingerprints.video_fingerprints(self.config)
         self.outcomes = Outcomes(self.ledger, self.tables, self.config.score_only, self.retry)
         self.counts = self.outcomes.counts
-        self.digests = fingerprints.video_fingerprints(self.config)
 
-    def work(self, sources: inputs.AnySources) -> None:
+    def work(self) -> None:
         """Do the work that staging lacks, so that every clip has a sample or is rejected."""
-        self.counts["videos_in"] = len(sources)
-        self._stream(sources)
+        self.counts["videos_in"] = len(self.sources)
+        self._stream(*self._rows_to_hash())
         # From here on all videos are known, so duplicates can be decided.
-        for row, first in self.tables.duplicates():
-            self.outcomes.reject("video", refused(row, "filtered", "hash", "duplicate", f"same content as {first}"))
-        self._find_shots()
-        self._decide()
+        self._find_shots(self._compare())
+        self.tables.decide(*self.identity.decide(self.config.near_duplicates))
         self._clips(self._plan())
+
+    def _read(self, rows: Iterable[Row], number: int) -> Iterator[Row]:
+        """Read the ledger's records on the workers."""
+        return self.passes.must("ledger", READ, rows, self.config, ("number", *READ.writes), number)
 
     # ------------------------------------------------------------ videos
 
-    def _stream(self, sources: inputs.AnySources) -> None:
-        """Hash every video; find the shots of new videos and make their clips while others are still being hashed.
+    def _rows_to_hash(self) -> tuple[Iterator[Row], int]:
+        """Add all videos that have not changed since an earlier run; return the rows of the others and their number."""
+        lines, records = self._sources(), self.ledger.records
+        if not records.has_sources:
+            return (unchanged.row_of(line) for _, line in lines), self.sources.num_videos
+        waiting = Blocks(self.ledger.database, "waiting")
+        sorter = Sorter(waiting)
+        for path, line in lines:
+            name = unchanged.record_name(path).partition("/")[2]
+            sorter.add(name[: min(self.tables.digits, unchanged.GROUP_DIGITS)], line)
+        sorter.close()
+        groups = waiting.places()
+        keep, rows = ("prefix", *unchanged.UNCHANGED.writes), (self._group(waiting, prefix) for prefix in groups)
+        for row in self.passes.must("unchanged", unchanged.UNCHANGED, rows, self.config, keep, len(groups)):
+            lacking = ~np.logical_or(*(records.may_have_hashes(row[name]) for name in unchanged.HASHES))
+            if lacking.any():  # rare: a version of the program that has no records yet, or a run that was killed
+                row = unchanged.without_record(row, self._group(waiting, row["prefix"]), lacking)
+            self.tables.add_unchanged(row)
+            self.tables.add_changed(unpack(row["changed"].tobytes()))
+            self.passes.worked[HASH_PASS] = self.passes.worked.get(HASH_PASS, 0) + row["num_unchanged"]
+        waiting.drop()
+        return (unchanged.row_of(*source) for _, *source in self.tables.changed()), self.tables.count("changed")
+
+    def _group(self, waiting: Blocks, prefix: str) -> Row:
+        blocks = {"sources": waiting.at(prefix), "records": self.ledger.records.sources(prefix)}
+        arrays = {name: np.frombuffer(block, np.uint8) for name, block in blocks.items()}
+        return new_row(f"sources {prefix}", prefix=prefix, **arrays, digits=self.tables.digits)
+
+    def _stream(self, rows: Iterable[Row], number: int) -> None:
+        """Hash these videos; find the shots of new videos and make their clips while others are still being hashed.
 
         Each video is first assumed to be unique. If a later decision across videos changes a clip's name, the clip is
         made again. So what is made here goes only into the ledger, and is counted once all videos are known.
         """
         last, clips = self._last()
         tracks = (
-            Track("hash", self.stages.hash, VIDEO_COLUMNS),
+            Track(HASH_PASS, self.stages.hash, (*VIDEO_COLUMNS, "known_source", "fetched")),
             Track(SHOTS_PASS, self.stages.find_shots, ("record", "clips", "name", *ARTIFACTS)),
             Track(last, clips, CLIP_COLUMNS),
         )
         later: deque[tuple[str, Row]] = deque()
-        rows = self._sources(sources)
-        for name, row in self.passes.flow(tracks, rows, self.config, sources.num_videos, later):
-            if name == "hash":
+        for name, row in self.passes.flow(tracks, rows, self.config, number, later):
+            if name == HASH_PASS:
                 video = self._hashed(row)
                 if video is not None:
                     later.append((SHOTS_PASS, video))
             elif name == SHOTS_PASS:
                 self.outcomes.write_video(row)
-                later.extend((last, clip) for clip in row["clips"] or () if not units.finished(self.ledger, clip))
+                later.extend((last, clip) for clip in row["clips"] or () if not self._may_be_finished(clip))
             else:
                 self.outcomes.write_clip(row)
-            if row["refusal"] is not None and name != "hash":
+            if row["refusal"] is not None and name != HASH_PASS:
                 self.outcomes.failed(row, is_guess=name == last)
 
     def _hashed(self, row: Row) -> Row | None:
         """Add a video to the tables, or reject it; return it if its shots have to be found."""
-        fetched, known = row.pop("fetched"), row.pop("known_source")
-        if fetched and fetched != known:
-            self.ledger.records.add(_source_name(row["path"]), fetched)
+        if row["fetched"] and row["fetched"] != row["known_source"]:
+            self.ledger.records.add(unchanged.record_name(row["path"]), row["fetched"])
         if row["refusal"] is not None:
             self.outcomes.reject("video", row)
             return None
-        content = pairs.content(row["sha256"], row["pair"])
-        row |= {"content": content, "seconds": {}}  # the seconds of this pass have been counted
-        names = {name: f"videos/{content}.{digest}.json" for name, digest in zip(ARTIFACTS, self.digests, strict=True)}
-        video = row | names | pairs.other_of(row)
-        is_new = self.tables.add_video(video) and not units.finished(self.ledger, video)
+        video = unchanged.video_of(row, self.digests)
+        is_new = self.tables.add_video(video) and not self._may_be_finished(video)
         return video if is_new else None
 
-    def _sources(self, sources: inputs.AnySources) -> Iterator[Row]:
-        """Yield the rows of the videos; reject sources that are not videos."""
-        for source in sources:
-            if not source.is_video:
-                row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
-                self.outcomes.reject("video", row)
-                continue
-            yield new_row(
-                source.name,
-                spans=[span._asdict() for span in source.spans],
-                known_source=self.ledger.records.get(_source_name(source.path)),
-                **{name: getattr(source, name) for name in ("name", "path", "root", "twin", "namesake")},
-            )
+    def _may_be_finished(self, row: Row) -> bool:
+        """Return whether the ledger has a row's result or refusal; possibly wrong, which later passes mend."""
+        return any(self.ledger.may_have(row[name]) for name in ARTIFACTS)
 
-    def _find_shots(self) -> None:
+    def _sources(self) -> Iterator[tuple[str, str]]:
+        """Yield (path, line for `unchanged`) of each video; reject sources that are not videos."""
+        for source in self.sources:
+            if source.is_video:
+                yield source.path, unchanged.line_of(source)
+                continue
+            row = refused(new_row(source.name), source.fate, "input", source.reason, source.message)
+            self.outcomes.reject("video", row)
+
+    def _compare(self) -> int:
+        """Reject copies and collect the frame hashes of all videos; return the number of videos without a record."""
+        number, prefixes, keep = 0, self.tables.units(), compare.COMPARE.writes
+        rows = (self._unit(prefix) | {"shards": []} for prefix in prefixes)  # samples are planned later
+        for row in self.passes.must("compare", compare.COMPARE, rows, self.config, keep, len(prefixes)):
+            found = row["compared"]
+            self._take(found)
+            self.identity.extend(row)
+            self.tables.add_pairs(found["pairs"])
+            self.tables.add_names(row)
+            number += self._add_work("video", row["missing"].tobytes(), found["num_missing"])
+        return number
+
+    def _find_shots(self, number: int) -> None:
         """Find the shots of videos that still lack a record: those to be retried and those whose record is damaged."""
-        rows, number = self._without_record(), 0
-        while some := list(islice(rows, CHUNK)):
-            number += self._add_work("video", pack_rows(some), len(some))
-        keep = ("record", "content", "path", "name", *ARTIFACTS)
+        keep = ("record", "content", "path", "name", "sha256", "other_sha256", *ARTIFACTS)
         for row in self.passes.run(SHOTS_PASS, self.stages.find_shots, self.tables.work(), self.config, keep, number):
             self.outcomes.write_video(row)
             self.outcomes.note(row)
-            if row["refusal"] is not None and not is_lasting(row):
+            if row["refusal"] is None:
+                self.identity.add(*compare.identity_of(row, row["record"]))
+                self.tables.add_pairs(compare.pairs_of([row]))
+                self.tables.add_names(compare.names_of([row], self.config))
+            elif not is_lasting(row):
                 self.outcomes.reject("video", row)
                 self.tables.drop_video(row["content"])
         self.tables.clear_work()
@@ -149,62 +185,35 @@ class Job:
         self.tables.add_work(packed)
         return number
 
-    def _without_record(self) -> Iterator[Row]:
-        """Yield the videos without a record, after deleting the rejections that are to be retried."""
-        known = len(self.ledger.records) and self.digests[: 1 if self.retry else 2]
-        videos = self.tables.without_record(known) if known else self.tables.videos()
-        while rows := list(islice(videos, CHUNK)):
-            units.load(self.ledger, rows)
-            for row in rows:
-                name = units.finished(self.ledger, row)
-                if self.retry and name == row["refusal_artifact"] and not self.tables.tried(name, row["name"]):
-                    reason = (self.ledger.get(name) or {})["refusal"]["reason"]
-                    if reason in self.retry:
-                        self.ledger.remove(name)
-                        self.outcomes.retried[row["key"]] = (reason, "")
-                        name = ""
-                if not name:
-                    yield row
-
-    def _decide(self) -> None:
-        """Find near duplicates across all videos: they share a split, or the best one replaces the others."""
-        identity = duplicates.Identity()
-        for sha256, other_sha256, facts in self.tables.identities(self.digests[0]):
-            hashes, size, duration_s, other_hashes = json.loads(facts)
-            other = (other_sha256, other_hashes) if other_sha256 else None
-            identity.add(sha256, hashes, size, duration_s, other)
-        self.tables.decide(*identity.decide(self.config.near_duplicates))
-
     # ------------------------------------------------------------ clips
 
     def _plan(self) -> int:
         """Plan the clips of all units; return the number of clips to be made."""
-        number = 0
-        prefixes, keep = self.tables.units(), ("planned", "todo")
-        for row in self.passes.must("plan", units.PLAN, self._units(prefixes), self.config, keep, len(prefixes)):
-            self._take(row["planned"])
-            number += self._add_work("clip", row["todo"].tobytes(), row["planned"]["num_todo"])
+        number, prefixes, keep = 0, self.tables.units(), units.PLAN.writes
+        rows = (self._unit(prefix) | {"decided": self.tables.decided(prefix)} for prefix in prefixes)
+        for row in self.passes.must("plan", units.PLAN, rows, self.config, keep, len(prefixes)):
+            planned = row["planned"]
+            self.counts.update(planned["counts"])
+            self._take(planned)
+            self.tables.add_staged_of(row)
+            for clip in planned["scored"]:
+                self.tables.add_scored(clip)
+            self.tables.add_superseded(planned["superseded"])
+            number += self._add_work("clip", row["todo"].tobytes(), planned["num_todo"])
         return number
 
-    def _units(self, prefixes: Sequence[str]) -> Iterator[Row]:
+    def _unit(self, prefix: str) -> Row:
+        """Return the row of a unit for `compare.COMPARE` and `units.PLAN`."""
         retry = sorted(self.retry)
-        for prefix in prefixes:
-            records, sizes = self.ledger.part(prefix)
-            arrays = {"videos": self.tables.unit(prefix), "records": records.encode()}
-            bodies = {name: np.frombuffer(data, np.uint8) for name, data in arrays.items()}
-            tried = self.tables.tried_in(prefix) if retry else []
-            yield new_row(f"unit {prefix}", **bodies, sizes=sizes, retry=retry, tried=tried)
+        tried = self.tables.tried_in(prefix) if retry else []
+        columns = self.ledger.unit(prefix) | self.tables.unit(prefix)
+        return new_row(f"unit {prefix}", prefix=prefix, retry=retry, tried=tried, **columns)
 
-    def _take(self, planned: Mapping[str, Any]) -> None:
-        """Apply the plan of a unit: count what is finished and what is rejected."""
-        self.counts.update(planned["counts"])
-        self.outcomes.add_rejects(planned["rejects"])
-        self.tables.add_staged(planned["staged"])
-        for row in planned["scored"]:
-            self.tables.add_scored(row)
-        self.outcomes.retried.update({key: (reason, "") for key, reason in planned["retried"].items()})
-        self.ledger.apply(planned["changes"])
-        self.tables.add_superseded(planned["superseded"])
+    def _take(self, found: Mapping[str, Any]) -> None:
+        """Apply what a worker found in a unit: rejects, rejections to be retried, and changes of the ledger."""
+        self.outcomes.add_rejects(found["rejects"])
+        self.outcomes.retried.update({key: (reason, "") for key, reason in found["retried"].items()})
+        self.ledger.apply(found["changes"])
 
     def _last(self) -> tuple[str, tuple[Stage, ...]]:
         """Return the name and stages of the last pass."""
@@ -231,7 +240,7 @@ class Job:
     def judge(self) -> None:
         """Commit the dataset, unless too many rows are bad."""
         self.passes.forget_bugs(self.outcomes.guessed_bugs)
-        self.counts["samples"] = self.tables.count("staged")
+        self.counts["samples"] = self.tables.num_staged()
         shares = {
             "videos": (self.counts["videos_bad"], self.counts["videos_in"]),
             "clips": (self.counts["clips_bad"], self.counts["clips_planned"]),
@@ -249,8 +258,8 @@ class Job:
         try:
             Packing(self.config, self.ledger, self.tables, self.outcomes.rejects, self.passes).pack(self.counts)
         except shards.DamagedSamples as error:
-            for key in error.keys:
-                self.ledger.set_aside(self.tables.artifact(key))
+            for artifact in self.tables.artifacts(error.keys):
+                self.ledger.set_aside(artifact)
             self.problems.append(f"{error}; they were set aside; run the same command again to rebuild them")
             return
         self.committed = True
@@ -274,8 +283,3 @@ class Job:
             self.tables.count("scored") if self.config.score_only else None,
             stands=not self.committed and storage.exists(storage.join(self.config.output, DATASET)),
         )
-
-
-def _source_name(url: str) -> str:
-    """Return the name of the ledger's record of a video's files: their hashes, and tags that change with the files."""
-    return f"sources/{fingerprint(url)}"

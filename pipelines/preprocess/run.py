@@ -1,8 +1,8 @@
 """`ex4d preprocess`: turn videos into training shards; the staging folder is the ledger of finished work.
 
-Hash every file, find the shots of all new content, and make a sample of every clip. The three run side by side, each
-only where the ledger lacks results, on Ray or in this process, with identical bytes. Then decide across all videos,
-redo what these decisions change, and pack.
+Hash every new or changed file, find the shots of new content, and make a sample of every clip. The three run side by
+side, each only where the ledger lacks results, on Ray or in this process, with identical bytes. Then decide across all
+videos, redo what these decisions change, and pack.
 """
 
 from __future__ import annotations
@@ -10,7 +10,6 @@ from __future__ import annotations
 import logging
 from collections.abc import Sequence
 from dataclasses import replace
-from functools import partial
 
 from ex4d import config as config_file
 from ex4d import storage
@@ -74,12 +73,12 @@ def run(
         sources = find_sources(config, synthetic_config)
     config = with_depth(config, sources)
     with opened("preprocess", config, ray_config, runner_name) as (passes, end):
-        job = Job(config, passes, stages or stages_of(config), frozenset(retry))
+        job = Job(config, passes, stages or stages_of(config), sources, frozenset(retry))
         job.ledger.write_config({"preprocess": config, "ray": ray_config, "synthetic": synthetic_config})
         try:
-            result = complete(job, partial(job.work, sources))
+            result = complete(job, job.work)
         finally:
-            job.ledger.records.flush()
+            job.ledger.flush()
         result = replace(result, report=pages.write(config, job.tables.scored(), result))
         end(result)
     return result

@@ -6,14 +6,25 @@ import json
 import sqlite3
 import zlib
 from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from functools import cached_property
+from heapq import merge
+from itertools import product
 from typing import Any, NamedTuple
 
+import numpy as np
+
+from pipelines.runtime.blocks import STORED, Blocks, pack, unpack
+from pipelines.runtime.parts import FOLDERS, is_among, name_hash
 from pipelines.runtime.stage import Row
 
-UNIT_VIDEOS = 2000  # maximum videos of a unit, if content hashes are evenly distributed
+UNIT_VIDEOS = 4000  # videos of a unit on average, at most; content hashes are evenly distributed
+VIDEO_BYTES = 2500  # of the records of a video with two clips, with which the number of known videos is estimated
 HEX = "0123456789abcdef"
 _TABLES = (
-    "video (content TEXT, name TEXT, sha256 TEXT, pair INTEGER, body TEXT, PRIMARY KEY (content, name))",
+    "video (content TEXT, name TEXT, body TEXT, PRIMARY KEY (content, name))",
+    "changed (name TEXT, line TEXT)",
+    "dropped (content TEXT PRIMARY KEY) WITHOUT ROWID",
+    "pair (content TEXT PRIMARY KEY, sha256 TEXT)",
     "staged (split TEXT, key TEXT, artifact TEXT, size INTEGER, sha256 BLOB, PRIMARY KEY (split, key))",
     "decided (sha256 TEXT PRIMARY KEY, source_group TEXT, stand_in TEXT) WITHOUT ROWID",
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
@@ -21,6 +32,14 @@ _TABLES = (
     "superseded (name TEXT PRIMARY KEY) WITHOUT ROWID",
     "tried (artifact TEXT, name TEXT, refusal TEXT, PRIMARY KEY (artifact, name))",
 )
+
+
+def digits_for(num_videos: int, ledger_bytes: int = 0) -> int:
+    """Return how many hex digits of a content hash divide this many videos, or those of the ledger, into units."""
+    digits = 0
+    while max(num_videos, ledger_bytes // VIDEO_BYTES) > UNIT_VIDEOS * 16**digits:
+        digits += 1
+    return digits
 
 
 def pack_rows(rows: Sequence[Row]) -> bytes:
@@ -47,102 +66,100 @@ class Clip(NamedTuple):
 class Tables:
     """The videos, clips and pending rows of one run.
 
+    Videos are in units: those whose content begins with the same `digits` hex digits. Unchanged videos are in blocks,
+    others are rows; so are finished samples.
+
     Args:
-        database: the ledger's, whose table `record` is joined.
+        database: the ledger's.
+        digits: from `digits_for`.
     """
 
-    def __init__(self, database: sqlite3.Connection):
+    def __init__(self, database: sqlite3.Connection, digits: int):
         self._scratch = database
         for table in _TABLES:
             self._scratch.execute(f"CREATE TABLE {table}")
+        self.digits = digits
+        self.unchanged, self._finished, self._names = (
+            Blocks(database, name) for name in ("unchanged", "finished", "names")
+        )
+        self._num_in_blocks = 0
+        self._hashes = [np.zeros(0, np.uint64)]
 
     # ------------------------------------------------------------ videos
+
+    def add_unchanged(self, row: Mapping[str, Any]) -> None:
+        """Add the videos in the columns `videos` of a row of `unchanged.UNCHANGED`; all before the first hashed one."""
+        self.unchanged.add_row("videos", row)
+        self._hashes.append(row["contents"])
+
+    def add_changed(self, lines: Iterable[str]) -> None:
+        """Add sources to be hashed: lines of `unchanged.check_group`."""
+        self._scratch.executemany("INSERT INTO changed VALUES (?, ?)", ((json.loads(line)[0], line) for line in lines))
+
+    def changed(self) -> Iterator[list[Any]]:
+        """Yield [name, line, record] of each source to be hashed, sorted by name."""
+        return (json.loads(line) for (line,) in self._scratch.execute("SELECT line FROM changed ORDER BY name"))
 
     def add_video(self, row: Row) -> bool:
         """Add a hashed video; return True if it is the first with its `content`."""
         known = self._scratch.execute("SELECT 1 FROM video WHERE content = ?", (row["content"],)).fetchone()
-        values = (row["content"], row["name"], row["sha256"], "other_sha256" in row, json.dumps(row))
-        self._scratch.execute("INSERT INTO video VALUES (?, ?, ?, ?, ?)", values)
-        return known is None
+        values = (row["content"], row["name"], json.dumps(row))
+        self._scratch.execute("INSERT INTO video VALUES (?, ?, ?)", values)
+        return known is None and not is_among(name_hash(row["content"]), self._contents)
 
-    def duplicates(self) -> Iterator[tuple[Row, str]]:
-        """Yield each video whose content also exists under an alphabetically earlier name, with that name."""
-        query = (
-            "SELECT body, first FROM video JOIN (SELECT content AS one, MIN(name) AS first FROM video GROUP BY content "
-            "HAVING COUNT(*) > 1) ON content = one WHERE name > first ORDER BY name"
-        )
-        return ((json.loads(body), first) for body, first in self._scratch.execute(query))
+    @cached_property
+    def _contents(self) -> np.ndarray:
+        """Sorted hashes of the contents of unchanged videos."""
+        return np.unique(np.concatenate(self._hashes))
 
-    def videos(self, prefix: str = "") -> Iterator[Row]:
-        """Yield the first video of each content that begins with `prefix`, sorted by content."""
-        return (json.loads(body) for body, *_ in self._firsts(prefix))
-
-    def without_record(self, digests: Sequence[str]) -> Iterator[Row]:
-        """Yield the videos, as `videos` does, that have no record with one of these digests in its name."""
-        lacks = " AND ".join(
-            "NOT EXISTS (SELECT 1 FROM record WHERE name = 'videos/' || content || ?)" for _ in digests
-        )
-        suffixes = [f".{digest}.json" for digest in digests]
-        return (json.loads(body) for body, *_ in self._firsts("", f"AND {lacks}", suffixes))
-
-    def identities(self, digest: str) -> Iterator[tuple[str, str, str]]:
-        """Yield (sha256, other_sha256, facts) of each video with a record. facts: JSON of hashes, size, duration_s and
-        the hashes of the other camera's video.
-        """
-        query = (
-            "SELECT content, sha256, iif(pair, json_extract(video.body, '$.other_sha256'), ''), "
-            "json_extract(record.body, '$.hashes', '$.info.size', '$.info.duration_s', '$.other.hashes') "
-            "FROM video JOIN record ON record.name = 'videos/' || content || ? "
-            "WHERE json_extract(record.body, '$.refusal') IS NULL ORDER BY content, video.name"
-        )
-        last = None
-        for content, *found in self._scratch.execute(query, (f".{digest}.json",)):
-            if content != last:
-                yield tuple(found)
-            last = content
-
-    def unit(self, prefix: str) -> bytes:
-        """Return the videos of a unit as JSON: [row, its group, name of the video that replaces it]; None: its own."""
-        parts = [f"[{body},{json.dumps(group)},{json.dumps(name)}]" for body, group, name in self._firsts(prefix)]
-        return f"[{','.join(parts)}]".encode()
-
-    def _firsts(
-        self, prefix: str, more: str = "", values: Sequence[str] = ()
-    ) -> Iterator[tuple[str, str | None, str | None]]:
-        query = (
-            "SELECT content, body, source_group, stand_in FROM video LEFT JOIN decided USING (sha256) "
-            f"WHERE content BETWEEN ? AND ? {more} ORDER BY content, name"
-        )
-        last = None
-        for content, body, group, stand_in in self._scratch.execute(query, (prefix, f"{prefix}g", *values)):
-            if content != last:
-                yield body, group, stand_in
-            last = content
+    def unit(self, prefix: str) -> dict[str, Any]:
+        """Return columns for `videos_of`: all videos whose content begins with `prefix`, except for dropped ones."""
+        bounds = (prefix, f"{prefix}g")
+        rows = self._scratch.execute("SELECT body FROM video WHERE content BETWEEN ? AND ?", bounds)
+        block = self.unchanged.of(prefix) + pack((body for (body,) in rows), STORED)
+        dropped = self._scratch.execute("SELECT content FROM dropped WHERE content BETWEEN ? AND ?", bounds)
+        return {"videos": np.frombuffer(block, np.uint8), "dropped": [content for (content,) in dropped]}
 
     def drop_video(self, content: str) -> None:
-        """Delete a video that is rejected and has no record."""
-        self._scratch.execute("DELETE FROM video WHERE content = ?", (content,))
+        """Drop a video that is rejected and has no record."""
+        self._scratch.execute("INSERT OR IGNORE INTO dropped VALUES (?)", (content,))
+
+    def add_names(self, row: Mapping[str, Any]) -> None:
+        """Add the names in the columns `names` of a row, see `compare.names_of`."""
+        self._names.add_row("names", row)
+
+    def add_pairs(self, pairs: Iterable[tuple[str, str]]) -> None:
+        """Add (content, sha256) of videos whose content is not their sha256."""
+        self._scratch.executemany("INSERT INTO pair VALUES (?, ?)", pairs)
 
     def decide(self, groups: Mapping[str, str], stand_ins: Mapping[str, str]) -> None:
         """Store decisions across videos: {sha256: its group} and {sha256: the video that replaces it}."""
-        names = self._names(set(stand_ins.values()))
+        names = self._first_names(set(stand_ins.values()))
         rows = ((key, groups.get(key), names.get(stand_ins.get(key, ""))) for key in {*groups, *stand_ins})
         self._scratch.executemany("INSERT INTO decided VALUES (?, ?, ?)", rows)
 
-    def _names(self, contents: Set[str]) -> dict[str, str]:
+    def decided(self, prefix: str) -> dict[str, list[str | None]]:
+        """Return {sha256: [its group, name of the video that replaces it]} of a unit's videos; None: their own."""
+        query = (
+            "SELECT * FROM decided WHERE sha256 BETWEEN :first AND :last UNION ALL SELECT decided.* FROM pair JOIN "
+            "decided USING (sha256) WHERE content BETWEEN :first AND :last"
+        )
+        rows = self._scratch.execute(query, {"first": prefix, "last": f"{prefix}g"})
+        return {sha256: [group, name] for sha256, group, name in rows}
+
+    def _first_names(self, contents: Set[str]) -> dict[str, str]:
         """Return {sha256: the first name of a video of that sha256}."""
-        if contents:
-            self._scratch.execute("CREATE INDEX IF NOT EXISTS video_sha256 ON video (sha256, name)")
-        query = "SELECT MIN(name) FROM video WHERE sha256 = ?"
-        return {sha256: self._scratch.execute(query, (sha256,)).fetchone()[0] for sha256 in contents}
+        found: dict[str, str] = {}
+        for prefix in sorted({sha256[:2] for sha256 in contents}):
+            for line in unpack(self._names.at(prefix)):
+                sha256, name = json.loads(line)
+                if sha256 in contents:
+                    found[sha256] = min(name, found.get(sha256, name))
+        return found
 
     def units(self) -> list[str]:
-        """Return prefixes of content hashes that divide the videos into units."""
-        count = self._scratch.execute("SELECT COUNT(*) FROM video").fetchone()[0]
-        units = [""]
-        while count > UNIT_VIDEOS * len(units):
-            units = [prefix + letter for prefix in units for letter in HEX]
-        return units
+        """Return the prefixes of content hashes that divide the videos into units."""
+        return ["".join(letters) for letters in product(HEX, repeat=self.digits)]
 
     # ------------------------------------------------------------ clips
 
@@ -164,14 +181,25 @@ class Tables:
         rows = ((split, key, artifact, size, bytes.fromhex(digest)) for split, key, artifact, size, digest in clips)
         self._scratch.executemany("INSERT INTO staged VALUES (?, ?, ?, ?, ?)", rows)
 
+    def add_staged_of(self, row: Mapping[str, Any]) -> None:
+        """Add the finished samples in the columns `staged` of a unit's row: `Clip` as JSON, by split and unit."""
+        self._finished.add_row("staged", row)
+        self._num_in_blocks += row["planned"]["num_staged"]
+
     def staged(self) -> Iterator[Clip]:
         """Yield the finished samples in packing order."""
         rows = self._scratch.execute("SELECT * FROM staged ORDER BY split, key")
-        return (Clip(split, key, artifact, size, digest.hex()) for split, key, artifact, size, digest in rows)
+        own = (Clip(split, key, artifact, size, digest.hex()) for split, key, artifact, size, digest in rows)
+        return merge(own, (Clip(*json.loads(line)) for line in self._finished.lines()))
 
-    def artifact(self, key: str) -> str:
-        """Return the artifact of a finished sample."""
-        return str(self._scratch.execute("SELECT artifact FROM staged WHERE key = ?", (key,)).fetchone()[0])
+    def num_staged(self) -> int:
+        """Return the number of finished samples."""
+        return self._num_in_blocks + self.count("staged")
+
+    def artifacts(self, keys: Iterable[str]) -> list[str]:
+        """Return the artifacts of some finished samples."""
+        wanted = set(keys)
+        return [clip.artifact for clip in self.staged() if clip.key in wanted]
 
     def add_scored(self, row: Mapping[str, Any]) -> None:
         """Add the scores of a clip in a `score_only` run: key, name, start_frame, end_frame, scores."""
@@ -199,14 +227,11 @@ class Tables:
         found = self._scratch.execute(query, (artifact, name)).fetchone()
         return None if found is None else json.loads(found[0])
 
-    def tried_in(self, prefix: str) -> list[str]:
-        """Return the artifacts that `add_tried` stored for the clips of a unit."""
-        query = "SELECT artifact FROM tried WHERE artifact BETWEEN ? AND ? ORDER BY artifact"
-        found: list[str] = []
-        for folder in ("clips", "scores"):
-            bounds = (f"{folder}/{prefix}", f"{folder}/{prefix}g")
-            found += [artifact for (artifact,) in self._scratch.execute(query, bounds)]
-        return found
+    def tried_in(self, prefix: str) -> list[tuple[str, str]]:
+        """Return (artifact, name) of each row of a unit that `add_tried` stored."""
+        query = "SELECT artifact, name FROM tried WHERE artifact BETWEEN ? AND ?"
+        bounds = ((f"{folder}/{prefix}", f"{folder}/{prefix}g") for folder in FOLDERS)
+        return [row for pair in bounds for row in self._scratch.execute(query, pair)]
 
     def count(self, table: str) -> int:
         """Return the number of rows of `staged`, `scored` or `tried`."""

@@ -1,15 +1,16 @@
 """Plan one unit of videos: which clips there are, which are finished, and which have to be made.
 
-A unit is all videos whose content hash begins with the same digits. Planning a unit needs only its videos' records,
-the ledger's entries for them, and the decisions made across all videos. So workers plan units, and the driver holds
-none of their rows in memory.
+A unit is all videos whose content hash begins with the same digits. Planning it needs only its videos, the ledger's
+entries for them, and the decisions made across all videos. So workers plan units, and the driver reads none of their
+rows.
 """
 
 from __future__ import annotations
 
 import json
-from collections import Counter
+from collections import Counter, defaultdict
 from collections.abc import Sequence
+from operator import itemgetter
 from typing import Any
 
 import numpy as np
@@ -23,32 +24,55 @@ from pipelines.preprocess.filters import decide
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import own_score, pair
 from pipelines.preprocess.tables import pack_rows
+from pipelines.runtime.blocks import columns, unpack
 from pipelines.runtime.known import Known, take
-from pipelines.runtime.ledger import superseded
+from pipelines.runtime.ledger import known_of, superseded
 from pipelines.runtime.rejects import reject_of
 from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
 
 ARTIFACTS = ("artifact", "refusal_artifact")  # columns: a row's ledger names, finished and rejected
 
 
-def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
-    """Return `planned` (`Unit.result`) and `todo`, the packed rows of the clips to be made.
+def videos_of(row: Row) -> tuple[list[Row], list[tuple[Row, str]]]:
+    """Return the first video (by name) of each content of a unit, sorted by content; and (copy, name of the first).
 
     Args:
-        row: `videos`: bytes of `Tables.unit`. `records` (as bytes) and `sizes`: see Known.
-            `retry`: reasons to retry. `tried`: names of rejections made in this run.
+        row: columns of `Tables.unit`.
     """
-    known = Known(config.output, row["records"].tobytes().decode(), row["sizes"])
-    unit = Unit(config, known, row["retry"], row["tried"])
-    videos = json.loads(row["videos"].tobytes())
-    own = [{**video, "source_group": group or video["sha256"], "stand_in": name or ""} for video, group, name in videos]
+    dropped, block = set(row["dropped"]), row["videos"].tobytes()
+    videos = sorted((json.loads(line) for line in unpack(block)), key=itemgetter("content", "name"))
+    firsts: dict[str, Row] = {}
+    copies = []
+    for video in (video for video in videos if video["content"] not in dropped):
+        first = firsts.setdefault(video["content"], video)
+        if first is not video:
+            copies.append((video, first["name"]))
+    return list(firsts.values()), sorted(copies, key=lambda copy: copy[0]["name"])
+
+
+def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+    """Return `planned` (`Unit.result`); `todo`, the packed rows of the clips to be made; and the columns `staged`.
+
+    Args:
+        row: columns of `Ledger.unit` and `Tables.unit`; `decided`: see `Tables.decided`. `retry`, `tried`: as in
+            `compare_unit`.
+    """
+    unit = Unit(config, known_of(row, config.output), row["retry"], [artifact for artifact, _ in row["tried"]])
+    own = []
+    for video in videos_of(row)[0]:
+        group, name = row["decided"].get(video["sha256"], (None, None))
+        own.append({**video, "source_group": group or video["sha256"], "stand_in": name or ""})
     todo = unit.plan(own)
-    return {"planned": unit.result(len(todo)), "todo": np.frombuffer(pack_rows(todo), np.uint8)}
+    groups: dict[str, list[str]] = defaultdict(list)
+    for clip in sorted(unit.staged):
+        groups[f"{clip[0]}/{row['prefix']}"].append(json.dumps(clip))
+    packed = np.frombuffer(pack_rows(todo), np.uint8)
+    return {"planned": unit.result(len(todo)), "todo": packed, **columns("staged", groups)}
 
 
 def first_clips(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `clips`: rows of a new video's clips that have to be made, if no other video is a (near) duplicate."""
-    known = Known(config.output, f"{row['artifact']} {json.dumps(row['record'])}", {})
+    known = Known(config.output, {row["artifact"]: json.dumps(row["record"])}, {})
     group = min(filter(None, (row["sha256"], pairs.other_of(row).get("other_sha256"))))  # as in `duplicates.groups`
     return {"clips": Unit(config, known, ()).plan([{**row, "source_group": group, "stand_in": ""}])}
 
@@ -73,12 +97,13 @@ class Unit:
         self.used: set[str] = set()
 
     def result(self, num_todo: int) -> dict[str, Any]:
-        """Return everything that the driver needs, serializable as JSON."""
-        names = ("counts", "rejects", "staged", "scored", "retried")
+        """Return everything that the driver needs except for rows of clips, serializable as JSON."""
+        names = ("counts", "rejects", "scored", "retried")
         drops = self.config.keep_staging != "all" and not self.config.score_only
         old = superseded(self.everything, self.used) if drops else []
         found = {name: getattr(self, name) for name in names}
-        return {**found, "changes": self.known.changes, "superseded": old, "num_todo": num_todo}
+        numbers = {"num_todo": num_todo, "num_staged": len(self.staged)}
+        return {**found, **numbers, "changes": self.known.changes, "superseded": old}
 
     def plan(self, videos: Sequence[Row]) -> list[Row]:
         """Return the rows of the clips that have to be made.
@@ -215,7 +240,8 @@ def scored(row: Row, scores: dict[str, float]) -> dict[str, Any]:
     return {"key": row["key"], "name": row["name"], **frames, "scores": scores}
 
 
-PLAN = Stage("plan", plan_unit, reads=("videos", "records", "sizes", "retry", "tried"), writes=("planned", "todo"))
+UNIT = ("prefix", "videos", "dropped", "records", "sizes", "shards", "retry", "tried")  # columns of a unit
+PLAN = Stage("plan", plan_unit, reads=(*UNIT, "decided"), writes=("planned", "todo", "staged", "staged_ends"))
 FIRST_CLIPS = Stage(
     "first_clips",
     first_clips,

@@ -1,4 +1,4 @@
-"""What a ledger knows of some rows: everything on the driver, or the part for one unit of videos on a worker."""
+"""What a ledger knows of the artifacts of one unit of videos, on a worker; and how old artifacts are read."""
 
 from __future__ import annotations
 
@@ -33,13 +33,12 @@ class Known:
 
     Args:
         output: the dataset folder.
-        records: lines `NAME JSON`.
-        sizes: {name: bytes} of the artifacts that are files of their own.
+        bodies: {name: JSON of the record}; may be changed.
+        sizes: {name: bytes} of the artifacts that are files of their own, and of samples in shards.
     """
 
-    def __init__(self, output: str, records: str, sizes: Mapping[str, int]):
-        self.output, self.sizes = output, dict(sizes)
-        self.bodies: dict[str, str] = dict(line.split(" ", 1) for line in records.split("\n") if line)
+    def __init__(self, output: str, bodies: dict[str, str], sizes: Mapping[str, int]):
+        self.output, self.bodies, self.sizes = output, bodies, dict(sizes)
         self.changes: dict[str, list[Any]] = {"added": [], "damaged": [], "removed": []}
 
     def __contains__(self, name: str) -> bool:
@@ -55,7 +54,7 @@ class Known:
         return storage.join(self.output, "staging", name)
 
     def size(self, name: str) -> int | None:
-        """Return the bytes of an artifact that is a file of its own, or None if it is not one."""
+        """Return the bytes of an artifact that is a file of its own or a sample in a shard, else None."""
         return self.sizes.get(name)
 
     def has_record(self, name: str) -> bool:

@@ -39,26 +39,28 @@ from functools import cached_property
 from itertools import product
 from typing import Any
 
+import numpy as np
+
 from ex4d import storage
 from ex4d.config import to_dict
 from ex4d.errors import ConfigError
 from ex4d.redact import SECRET, without_secrets
 from ex4d.threads import in_order
 from pipelines.runtime import attempts
-from pipelines.runtime.known import take
-from pipelines.runtime.packed import NUM_THREADS, Packed
-from pipelines.runtime.records import Records
+from pipelines.runtime.blocks import LAST
+from pipelines.runtime.known import Known, take
+from pipelines.runtime.packed import MARK, NUM_THREADS, Packed, sizes_in
+from pipelines.runtime.parts import FOLDERS, Reader, merged
+from pipelines.runtime.records import SUFFIX, Records
 from pipelines.runtime.scratch import scratch
 
 logger = logging.getLogger(__name__)
 
-FOLDERS = ("videos", "clips", "scores")
 CONFIG = "staging/config.json"
 DAMAGED = "staging/damaged"
 RECORDS = "staging/records"
 MANY = (5000, 200_000)  # numbers of records beyond which listing is split by the first letter, and by the first two
 LETTERS = string.ascii_lowercase + string.digits  # the first characters of sample keys
-LAST = "\x7f"  # sorts after all characters of names
 PACKED = "packed"  # subfolder of staging: what the shards were built from
 
 
@@ -66,40 +68,59 @@ class Ledger:
     """The staging folder of the dataset folder `output`, local or in an object store.
 
     On first use it is listed and its records are read, once, into a scratch database on this machine.
+
+    Args:
+        digits, read: see Records.
     """
 
-    def __init__(self, output: str):
-        self.output = output
+    def __init__(self, output: str, digits: int = 0, read: Reader | None = None):
+        self.output, self.digits, self.read = output, digits, read
 
     @cached_property
     def database(self) -> sqlite3.Connection:
-        """The scratch database, with the table `file` and, once `records` has been used, `record`."""
+        """The scratch database, with the table `file` of the artifacts that are files of their own."""
         connection = scratch()
-        connection.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER, is_here INTEGER) WITHOUT ROWID")
+        connection.execute("CREATE TABLE file (name TEXT PRIMARY KEY, size INTEGER) WITHOUT ROWID")
         return connection
+
+    @cached_property
+    def parts(self) -> dict[str, int]:
+        """{name: bytes} of the parts that earlier runs have written, in order."""
+        sizes = storage.list_sizes(storage.join(self.output, RECORDS))
+        return dict(sorted((name, size) for name, size in sizes if name.endswith(SUFFIX)))
 
     @cached_property
     def records(self) -> Records:
         """All records in parts, and those in files of their own that `take` has read."""
         database, folder, damaged = self.database, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
-        records = Records(database, folder, damaged)
-        digits = sum(len(records) > many for many in MANY)
+        records = Records(database, folder, damaged, list(self.parts), self.digits, self.read)
+        digits = sum(records.num_earlier > many for many in MANY)
         prefixes = ["".join(letters) for letters in product(LETTERS, repeat=digits)]
         for folder in FOLDERS:
             sizes = storage.list_sizes(storage.join(self.output, "staging", folder), prefixes)
             rows = ((f"{folder}/{name}", size) for name, size in sizes)
-            database.executemany("INSERT INTO file VALUES (?, ?, 1)", rows)
-        self.packed = Packed(self.output, database)
+            database.executemany("INSERT INTO file VALUES (?, ?)", rows)
+        self.packed = Packed(self.output, database, MARK in records)
         return records
 
+    def flush(self) -> None:
+        """Write all pending records; do nothing if the records were never read."""
+        if "records" in vars(self):
+            self.records.flush()
+
     def names(self) -> set[str]:
-        """Return the names of all finished artifacts, e.g. `clips/KEY.FP.tar`."""
+        """Return the names of all finished artifacts, e.g. `clips/KEY.FP.tar`, except for samples only in shards."""
         records = {name for name in self.records if name.partition("/")[0] in FOLDERS and not name.endswith(".tar")}
         return records | {name for (name,) in self.database.execute("SELECT name FROM file")}
 
     def __contains__(self, name: str) -> bool:
         """Return True if an artifact is finished; a sample is finished if its file exists."""
         return (not name.endswith(".tar") and name in self.records) or self.size(name) is not None
+
+    def may_have(self, name: str) -> bool:
+        """Return whether an artifact is finished, fast, but possibly wrong: a shard may have lost a sample."""
+        in_parts = not name.endswith(".tar") or self.packed.is_alone
+        return (in_parts and self.records.may_have(name)) or self.size(name) is not None
 
     def size(self, name: str) -> int | None:
         """Return the bytes of an artifact that is a file of its own, or None if it is not one."""
@@ -119,7 +140,7 @@ class Ledger:
     def finished(self, name: str, record: Mapping[str, Any]) -> None:
         """Record, on the driver, that a worker has written a sample."""
         self.records.add(name, record)
-        self.database.execute("INSERT OR REPLACE INTO file VALUES (?, ?, 1)", (name, record["size"]))
+        self.database.execute("INSERT OR REPLACE INTO file VALUES (?, ?)", (name, record["size"]))
 
     def has_record(self, name: str) -> bool:
         """Return True if there is a record of this name."""
@@ -137,17 +158,16 @@ class Ledger:
         """Load the records of artifacts that lack one; return the names of damaged ones. See `known.take`."""
         return take(self, keys)
 
-    def part(self, prefix: str) -> tuple[str, dict[str, int]]:
-        """Return (records, sizes) for `Known`, of the videos whose content hash begins with `prefix`."""
-        lines = list(self.records.lines(prefix))
-        sizes: dict[str, int] = {}
+    def unit(self, prefix: str) -> dict[str, Any]:
+        """Return columns for `known_of`: what the ledger has of the videos whose content hash begins with `prefix`."""
+        records, sizes = np.frombuffer(self.records.unit(prefix), np.uint8), dict[str, int]()
         for folder in FOLDERS:
             first = f"{folder}/{prefix}"
             found = self.database.execute(
                 "SELECT name, size FROM file WHERE name BETWEEN ? AND ?", (first, first + LAST)
             )
             sizes.update(found.fetchall())
-        return "\n".join(lines), sizes
+        return {"records": records, "sizes": sizes, "shards": self.packed.shards_of(prefix)}
 
     def apply(self, changes: Mapping[str, Iterable[Any]]) -> None:
         """Apply the `changes` of a `Known`."""
@@ -172,7 +192,7 @@ class Ledger:
 
     def _forget(self, name: str) -> None:
         self.database.execute("DELETE FROM file WHERE name = ?", (name,))
-        if name in self.records:
+        if self.records.may_have(name):
             self.records.forget(name)
 
     def write_config(self, sections: Mapping[str, Any]) -> None:
@@ -223,6 +243,12 @@ class Ledger:
         if is_file:
             storage.remove(self.url(name))
         return name
+
+
+def known_of(row: Mapping[str, Any], output: str) -> Known:
+    """Return what the ledger knows of a unit, on a worker. Args: row: has the columns of `Ledger.unit`."""
+    bodies = merged(row["records"].tobytes())
+    return Known(output, bodies, sizes_in(output, row["shards"], bodies) | row["sizes"])
 
 
 def superseded(names: Iterable[str], used: set[str]) -> list[str]:

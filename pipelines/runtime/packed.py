@@ -7,46 +7,55 @@ copied back to staging, and all copies are made before any shard is overwritten,
 from __future__ import annotations
 
 import hashlib
+import json
 import sqlite3
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Iterable, Iterator, Mapping, Sequence
+from functools import cached_property, partial
 from typing import Any
 
 from ex4d import storage
 from ex4d.data import building
 from ex4d.errors import ContractError
 from ex4d.threads import in_order
+from pipelines.runtime.blocks import LAST
 from pipelines.runtime.records import Records
 
 FOLDER = "staging/packed"
 MARK = "packed/alone"  # name of a record: samples may be missing from staging
 NUM_THREADS = 32
 COLUMNS = ("key", "shard", "offset", "length", "sha256")
+NUM_TABLES = 4  # threads that read tables of shards
 
 
 class Packed:
     """Locations of samples in the shards of a dataset folder.
 
     Args:
-        scratch: a database with the ledger's tables `file` and `record`.
+        scratch: a database with the ledger's table `file`.
+        is_alone: `alone` was called, in this run or an earlier one.
     """
 
-    def __init__(self, output: str, scratch: sqlite3.Connection):
-        self.output, self._scratch = output, scratch
-        self._scratch.execute("CREATE TABLE packed (key TEXT PRIMARY KEY, shard, offset, length, sha256) WITHOUT ROWID")
-        self.is_alone = scratch.execute("SELECT 1 FROM record WHERE name = ?", (MARK,)).fetchone() is not None
-        if self.is_alone:
-            for rows in _rows(output):
-                self._scratch.executemany("INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?, ?)", rows)
-            self._scratch.execute(
-                "INSERT OR IGNORE INTO file SELECT name, length, 0 FROM packed JOIN record ON name BETWEEN "
-                "'clips/' || key || '.' AND 'clips/' || key || '.~' WHERE name LIKE '%.tar' AND "
-                "json_extract(body, '$.sha256') = sha256"
-            )
+    def __init__(self, output: str, scratch: sqlite3.Connection, is_alone: bool):
+        self.output, self._scratch, self.is_alone = output, scratch, is_alone
+        self._shards = list(_shards(output)) if is_alone else []  # (name, first key, last key)
 
     @property
     def holds_samples(self) -> bool:
         """True if some samples may be stored in shards only."""
-        return self._scratch.execute("SELECT 1 FROM packed LIMIT 1").fetchone() is not None
+        return bool(self._shards)
+
+    def shards_of(self, prefix: str) -> list[str]:
+        """Return the names of the shards that may hold samples whose key begins with `prefix`."""
+        return [name for name, first, last in self._shards if first <= prefix + LAST and prefix <= last]
+
+    @cached_property
+    def _places(self) -> sqlite3.Connection:
+        """The scratch database, with the table `packed` of all samples in shards."""
+        self._scratch.execute("CREATE TABLE packed (key TEXT PRIMARY KEY, shard, offset, length, sha256) WITHOUT ROWID")
+        names = [name for name, *_ in self._shards]
+        for rows in in_order(partial(_rows, self.output, COLUMNS), names, NUM_TABLES):
+            self._scratch.executemany("INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?, ?)", rows)
+        return self._scratch
 
     def alone(self, records: Records) -> None:
         """Declare that samples in shards need no file in staging."""
@@ -62,48 +71,68 @@ class Packed:
             items: [key, url, bytes, sha256] of each sample in a shard's plan.
         """
         found = []
+        query = "SELECT shard, offset, length FROM packed WHERE key = ? AND sha256 = ?"
         for key, url, _, sha256 in items:
-            name = f"clips/{url.rpartition('/')[2]}"
-            query = "SELECT shard, offset, length FROM packed JOIN file ON name = ? WHERE key = ? AND NOT is_here"
-            place = self._scratch.execute(query, (name, key)).fetchone()
-            if place is not None:
+            place = self._places.execute(query, (key, sha256)).fetchone()
+            if place is not None and not self._is_here(_name(url)):
                 found.append([url, storage.join(self.output, place[0]), *place[1:], sha256])
         return found
 
     def dropped(self, items: Iterable[Sequence[Any]]) -> None:
         """Record that a worker deleted the staged files of these items of a shard's plan."""
-        names = ((f"clips/{url.rpartition('/')[2]}",) for _, url, *_ in items)
-        self._scratch.executemany("UPDATE file SET is_here = 0 WHERE name = ?", names)
+        names = ((_name(url),) for _, url, *_ in items)
+        self._scratch.executemany("DELETE FROM file WHERE name = ?", names)
 
     def drop(self, names: Iterable[str]) -> None:
         """Delete the staged files of samples that are already in shards."""
-        if not self._scratch.execute("SELECT 1 FROM file WHERE is_here AND name LIKE '%.tar' LIMIT 1").fetchone():
+        if not self._scratch.execute("SELECT 1 FROM file WHERE name LIKE '%.tar' LIMIT 1").fetchone():
             return
         here = (name for name in names if self._is_here(name))
         for name in in_order(self._delete, here, NUM_THREADS):
-            self._scratch.execute("UPDATE file SET is_here = 0 WHERE name = ?", (name,))
+            self._scratch.execute("DELETE FROM file WHERE name = ?", (name,))
 
     def _is_here(self, name: str) -> bool:
-        return bool(self._scratch.execute("SELECT is_here FROM file WHERE name = ?", (name,)).fetchone()[0])
+        return self._scratch.execute("SELECT 1 FROM file WHERE name = ?", (name,)).fetchone() is not None
 
     def _delete(self, name: str) -> str:
         storage.remove(storage.join(self.output, "staging", name))
         return name
 
 
-def _rows(output: str) -> Iterator[Iterable[tuple[Any, ...]]]:
-    """Yield the rows of each shard that is unchanged since it was built."""
+def sizes_in(output: str, shards: Iterable[str], bodies: Mapping[str, str]) -> dict[str, int]:
+    """Return {name: bytes} of the samples with a record in `bodies` that are in these shards as they were made."""
+    found: dict[str, Any] = {}
+    for rows in in_order(partial(_rows, output, ("key", "length", "sha256")), shards, NUM_TABLES):
+        found |= {key: facts for key, *facts in rows}
+    sizes = {}
+    for name, body in bodies.items() if found else ():
+        length, sha256 = found.get(name.removeprefix("clips/").rsplit(".", 2)[0], (0, ""))
+        if name.endswith(".tar") and sha256 and json.loads(body)["sha256"] == sha256:
+            sizes[name] = length
+    return sizes
+
+
+def _name(url: str) -> str:
+    return f"clips/{url.rpartition('/')[2]}"
+
+
+def _shards(output: str) -> Iterator[tuple[str, str, str]]:
+    """Yield (name, first key, last key) of each shard that is unchanged since it was built."""
     folder = storage.join(output, FOLDER)
     names = [f"shards/{name.removesuffix('.parquet')}.tar" for name in storage.list_files(folder, (".parquet",))]
 
-    def read(name: str) -> list[tuple[Any, ...]]:
+    def read(name: str) -> tuple[str, str, str] | None:
         facts = building.read_facts(folder, name)
         if not facts or not building.is_as_built(facts, output, folder):
-            return []
-        table = building.read_rows(folder, name)
-        return list(zip(*(table[column].to_pylist() for column in COLUMNS), strict=True))
+            return None
+        return name, *building.first_and_last_key(folder, name)
 
-    yield from in_order(read, names, 4)
+    return filter(None, in_order(read, names, NUM_TABLES))
+
+
+def _rows(output: str, columns: Sequence[str], name: str) -> list[tuple[Any, ...]]:
+    table = building.read_rows(storage.join(output, FOLDER), name, columns)
+    return list(zip(*(table[column].to_pylist() for column in columns), strict=True))
 
 
 def restore(places: Iterable[Sequence[Any]]) -> None:

@@ -26,7 +26,7 @@ class Passes:
         execute: the runner, from `runner.runner`.
         progress: displays the passes.
         max_bugs: rows of the whole job that may end in an unexpected error.
-        worked: {pass: number of rows sent through it}.
+        worked: {pass: number of rows sent through it; for `hash`, also of unchanged videos}.
         bugs: {"key", "fate", "stage", "reason", "message", "traceback"} of each such row, for run.jsonl.
     """
 

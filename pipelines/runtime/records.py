@@ -3,6 +3,9 @@
 A line is `CRC NAME JSON`; CRC is the CRC-32 of the rest, as 8 hex digits. A later line replaces an earlier one of the
 same name, and `null` deletes the record. On a local disk, a run appends each line to a part as it is written, so that
 records survive the process. An object store cannot append, so there a part is written every few seconds.
+
+Workers read the parts of earlier runs (`parts.py`). The driver stores their blocks unread, with a 64-bit hash of each
+name, and passes them to the workers that compare and plan units.
 """
 
 from __future__ import annotations
@@ -13,68 +16,105 @@ import os
 import sqlite3
 import time
 import zlib
-from collections.abc import Iterator, Mapping
+from collections.abc import Iterator, Mapping, Sequence
+from itertools import compress
 from typing import Any
 
+import numpy as np
+
 from ex4d import storage
-from ex4d.threads import in_order
+from pipelines.runtime.blocks import STORED, Blocks, Sorter, pack
+from pipelines.runtime.parts import (
+    DELETED,
+    FOLDERS,
+    Reader,
+    is_among,
+    merged,
+    name_hash,
+    name_hashes,
+    parsed,
+    place_of,
+    read_parts,
+)
+from pipelines.runtime.stage import new_row
 
 logger = logging.getLogger(__name__)
 
 SUFFIX = ".records"
-NUM_READERS = 16  # threads that read parts; an object store serves many reads at once
 PART_EVERY_S = 10.0  # interval between two parts in an object store
 PART_RECORDS = 5000  # maximum records of a part: parts are read whole
+PARTS_AT_ONCE = 16  # parts that one call of `read_parts` reads
 
 
 class Records:
     """The records of one ledger: {name: mapping}.
 
     They are kept in a scratch database on this machine, not in memory: a million videos have gigabytes of records.
+    Those of earlier runs are in blocks; only records that this run writes have rows of their own.
 
     Args:
         scratch: the database.
         folder: where the parts are, local or in an object store.
         damaged: folder for copies of damaged parts.
+        parts: names of the parts of earlier runs, in order.
+        digits: number of first characters of a key that its place has.
+        read: runs READ; None: in this process.
     """
 
-    def __init__(self, scratch: sqlite3.Connection, folder: str, damaged: str):
-        self.folder, self.damaged, self._scratch = folder, damaged, scratch
+    def __init__(
+        self,
+        scratch: sqlite3.Connection,
+        folder: str,
+        damaged: str,
+        parts: Sequence[str],
+        digits: int = 0,
+        read: Reader | None = None,
+    ):
+        self.folder, self.damaged, self.digits, self._scratch = folder, damaged, digits, scratch
         self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT)")
+        self._earlier = Blocks(scratch, "earlier")
+        self._names = np.zeros(0, np.uint64)  # sorted hashes of the names of artifacts in `_earlier`
+        self._last: tuple[str, dict[str, str]] = ("", {})
         self._waiting: list[bytes] = []
         self._file: int | None = None
         self._num_lines = 0
         self._written = time.monotonic()
-        self._parts = storage.list_files(folder, (SUFFIX,))
+        self._parts = list(parts)
         self._number = 1 + max((int(name[: -len(SUFFIX)]) for name in self._parts), default=0)
-        for name, blob in zip(self._parts, in_order(self._read, self._parts, NUM_READERS), strict=True):
-            self._take(name, blob)
+        self.num_earlier = self._read(read) if self._parts else 0
 
     def __contains__(self, name: str) -> bool:
-        return self._scratch.execute("SELECT 1 FROM record WHERE name = ?", (name,)).fetchone() is not None
-
-    def __len__(self) -> int:
-        return int(self._scratch.execute("SELECT COUNT(*) FROM record").fetchone()[0])
+        return self._text(name) is not None
 
     def __iter__(self) -> Iterator[str]:
         """Yield the names, sorted."""
-        return (name for (name,) in self._scratch.execute("SELECT name FROM record ORDER BY name"))
+        self._settle()
+        return iter(sorted(name for place in self._earlier.places() for name in self._bucket(place)))
 
     def get(self, name: str) -> dict[str, Any] | None:
-        """Return a record, or None if there is none."""
-        found = self._scratch.execute("SELECT body FROM record WHERE name = ?", (name,)).fetchone()
-        return None if found is None else json.loads(found[0])
+        """Return a record, or None if there is none. The first look-up in a place decompresses the whole place."""
+        text = self._text(name)
+        return None if text is None else json.loads(text)
+
+    def may_have(self, name: str) -> bool:
+        """Return whether there is a record of an artifact, fast; wrong for one name in 10^12 (of 10^7 records)."""
+        found = self._own(name)
+        return is_among(name_hash(name), self._names) if found is None else found != DELETED
+
+    def may_have_hashes(self, hashes: np.ndarray) -> np.ndarray:
+        """Return, for each `name_hash` of an array, whether an earlier run wrote its record; as `may_have`."""
+        if not len(self._names):
+            return np.zeros(len(hashes), bool)
+        places = np.searchsorted(self._names, hashes).clip(max=len(self._names) - 1)
+        return self._names[places] == hashes
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
         """Write a record; in an object store possibly some seconds later, see `flush`."""
-        text = json.dumps(body, sort_keys=True)
-        self._scratch.execute("INSERT OR REPLACE INTO record VALUES (?, ?)", (name, text))
-        self._append(_line(name, text))
+        self._add(name, json.dumps(body, sort_keys=True))
 
     def forget(self, name: str) -> None:
         """Delete a record."""
-        self._scratch.execute("DELETE FROM record WHERE name = ?", (name,))
-        self._append(_line(name, "null"))
+        self._add(name, DELETED)
 
     def flush(self) -> None:
         """Write all pending records, and finish the current part."""
@@ -86,47 +126,118 @@ class Records:
             os.close(self._file)
             self._file, self._num_lines = None, 0
 
-    def lines(self, prefix: str) -> Iterator[str]:
-        """Yield `NAME JSON` of all records of videos, clips and scores whose key begins with `prefix`."""
-        for folder in ("clips", "scores", "videos"):
-            first = f"{folder}/{prefix}"
-            bounds = (first, f"{first}\x7f")
+    def unit(self, prefix: str) -> bytes:
+        """Return the records of all artifacts whose key begins with `prefix` as a block, see `merged`."""
+        own: list[str] = []
+        for folder in FOLDERS:
+            bounds = (f"{folder}/{prefix}", f"{folder}/{prefix}\x7f")
             rows = self._scratch.execute("SELECT name || ' ' || body FROM record WHERE name BETWEEN ? AND ?", bounds)
-            yield from (line for (line,) in rows)
+            own += [line for (line,) in rows]
+        return self._earlier.of(place_of(f"clips/{prefix}", self.digits)) + pack(own, STORED)
+
+    @property
+    def has_sources(self) -> bool:
+        """True if earlier runs recorded sources."""
+        return any(place.startswith("sources/") for place in self._earlier.places())
+
+    def sources(self, prefix: str) -> bytes:
+        """Return what earlier runs recorded of sources whose name begins with `sources/PREFIX`, as a block."""
+        return self._earlier.of(f"sources/{prefix}")
 
     def rewrite(self) -> None:
         """Write all records as new parts of PART_RECORDS, and delete the old parts."""
         self.flush()
-        old = list(self._parts)
-        rows = self._scratch.execute("SELECT name, body FROM record ORDER BY name")
-        while some := rows.fetchmany(PART_RECORDS):
-            self._write_part(b"".join(_line(name, body) for name, body in some))
+        self._settle()
+        old, lines = list(self._parts), list[bytes]()
+        for place in self._earlier.places():
+            lines += [_line(name, text) for name, text in sorted(self._bucket(place).items())]
+            while len(lines) >= PART_RECORDS:
+                self._write_part(b"".join(lines[:PART_RECORDS]))
+                lines = lines[PART_RECORDS:]
+        if lines:
+            self._write_part(b"".join(lines))
         for name in old:  # oldest first: after an interruption, deleted records must not come back
             storage.remove(storage.join(self.folder, name))
         self._parts = [name for name in self._parts if name not in old]
 
-    def _read(self, name: str) -> bytes:
-        return storage.read_bytes(storage.join(self.folder, name))
+    # ------------------------------------------------------------ parts of earlier runs
 
-    def _take(self, part: str, blob: bytes) -> None:
-        """Load the lines of a part into the scratch database; if any is damaged, copy the part aside and repair it."""
+    def _read(self, read: Reader | None) -> int:
+        """Read all parts; return the number of their lines."""
+        urls = [storage.join(self.folder, name) for name in self._parts]
+        groups = [urls[first : first + PARTS_AT_ONCE] for first in range(0, len(urls), PARTS_AT_ONCE)]
+        rows = (
+            new_row(f"records {number}", parts=parts, digits=self.digits, number=number)
+            for number, parts in enumerate(groups)
+        )
+        here = (row | read_parts(row, None) for row in rows)
+        found = here if read is None or len(groups) == 1 else read(rows, len(groups))
+        num_lines, hashes, damaged = 0, dict[int, tuple[np.ndarray, np.ndarray]](), list[str]()
+        for row in found:
+            self._earlier.add_row("lines", row, row["number"])
+            hashes[row["number"]] = (row["names"], row["deleted"])
+            num_lines += row["num_lines"]
+            damaged += row["damaged"]
+        self._note([part for number in range(len(groups)) for part in hashes[number]])
+        for url in damaged:
+            self._mend(url)
+        return num_lines
+
+    def _note(self, changes: Sequence[np.ndarray]) -> None:
+        """Update the hashes of names. Args: changes: in turn, in order, hashes of names written and deleted."""
+        found = [self._names, np.zeros(0, np.uint64), *changes]
+        is_there = np.repeat([True, False] * (len(found) // 2), [len(part) for part in found])
+        names, lasts = np.unique(np.concatenate(found)[::-1], return_index=True)  # reversed: the last change counts
+        self._names = names[is_there[::-1][lasts]]
+
+    def _mend(self, url: str) -> None:
+        """Copy a damaged part aside, and remove its damaged lines."""
+        blob = storage.read_bytes(url)
         lines = blob.splitlines(keepends=True)
-        good = [_parsed(line) for line in lines]
-        self._scratch.executemany("INSERT OR REPLACE INTO record VALUES (?, ?)", filter(None, good))
-        forgotten = [(pair[0],) for pair in good if pair and pair[1] == "null"]
-        self._scratch.executemany("DELETE FROM record WHERE name = ?", forgotten)
-        if None in good:
-            url, place = storage.join(self.folder, part), storage.join(self.damaged, part)
-            numbers = [number for number, pair in enumerate(good, 1) if pair is None]
-            logger.warning(
-                "%s: lines %s are damaged; their records are made again. The damaged part is kept as %s",
-                url,
-                numbers,
-                place,
-            )
-            storage.write_bytes(place, blob)
-            whole = (line for line, pair in zip(lines, good, strict=True) if pair)
-            storage.write_bytes(url, b"".join(whole))
+        good = [parsed(line) is not None for line in lines]
+        numbers = [number for number, is_good in enumerate(good, 1) if not is_good]
+        place = storage.join(self.damaged, url.rpartition("/")[2])
+        logger.warning(
+            "%s: lines %s are damaged; their records are made again. The damaged part is kept as %s",
+            url,
+            numbers,
+            place,
+        )
+        storage.write_bytes(place, blob)
+        storage.write_bytes(url, b"".join(compress(lines, good)))
+
+    def _own(self, name: str) -> str | None:
+        """Return the JSON of a record that this run has written; None if it has written none."""
+        found = self._scratch.execute("SELECT body FROM record WHERE name = ?", (name,)).fetchone()
+        return None if found is None else str(found[0])
+
+    def _text(self, name: str) -> str | None:
+        own = self._own(name)
+        if own is not None:
+            return None if own == DELETED else own
+        return self._bucket(place_of(name, self.digits)).get(name)
+
+    def _bucket(self, place: str) -> dict[str, str]:
+        """Return the records of a place that earlier runs have written."""
+        if self._last[0] != place:
+            self._last = (place, merged(self._earlier.at(place)))
+        return self._last[1]
+
+    def _settle(self) -> None:
+        """Move the records that this run has written to the blocks."""
+        sorter = Sorter(self._earlier, self._number)  # grows with every part
+        for name, body in self._scratch.execute("SELECT name, body FROM record"):
+            sorter.add(place_of(name, self.digits), f"{name} {body}")
+        sorter.close()
+        self._note(name_hashes(self._scratch.execute("SELECT name, body FROM record")))
+        self._scratch.execute("DELETE FROM record")
+        self._last = ("", {})
+
+    # ------------------------------------------------------------ parts of this run
+
+    def _add(self, name: str, text: str) -> None:
+        self._scratch.execute("INSERT OR REPLACE INTO record VALUES (?, ?)", (name, text))
+        self._append(_line(name, text))
 
     def _append(self, line: bytes) -> None:
         if storage.is_local(self.folder):
@@ -162,12 +273,3 @@ class Records:
 def _line(name: str, text: str) -> bytes:
     rest = f"{name} {text}".encode()
     return b"%08x %s\n" % (zlib.crc32(rest), rest)
-
-
-def _parsed(line: bytes) -> tuple[str, str] | None:
-    """Return (name, JSON) of a line, or None if it is damaged."""
-    rest = line[9:-1]
-    if line[-1:] != b"\n" or line[:9] != b"%08x " % zlib.crc32(rest):
-        return None
-    name, _, text = rest.decode().partition(" ")
-    return name, text

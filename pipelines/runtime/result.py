@@ -34,7 +34,7 @@ class Result:
         problems: sentences for the user; the run succeeded if there are none.
         committed: True if the dataset folder now holds this run's dataset.
         stages: {stage: Tally} of the rows that this run worked on.
-        worked: {pass: rows} that this run worked on; the ledger had the others.
+        worked: {pass: rows} that this run worked on, for `hash` also unchanged videos; the ledger had the others.
         scored: number of scored clips, if the run only measured scores; else None.
         stands: True if the folder holds the dataset of an earlier run.
         report: path of the run's page; "" if there is none.

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import json
 import shutil
 from dataclasses import replace
 from pathlib import Path
@@ -11,7 +12,10 @@ from small_corpus import inline
 
 from ex4d import storage
 from ex4d.data import building, shards
+from ex4d.data.manifest import MANIFEST, read_table
 from ex4d.data.verify import verify
+from pipelines.runtime import packed
+from pipelines.runtime.ledger import Ledger
 
 
 def tree(config):
@@ -129,3 +133,52 @@ def test_a_folder_that_was_copied_makes_nothing_again_and_is_read_once(
     assert inline(copy).worked["clip"] == 0
     assert not [name for name in read if name.endswith(".tar")]
     assert built == []
+
+
+def test_samples_in_shards_are_found_by_the_first_digits_of_their_keys(config, small_shards):
+    inline(replace(config, keep_staging="none"))
+    ledger = Ledger(config.output)
+    rows = read_table(config.output, MANIFEST).select(["key", "shard"]).to_pylist()
+    shards_there = {row["shard"] for row in rows}
+    keys = {shard: sorted(row["key"] for row in rows if row["shard"] == shard) for shard in shards_there}
+    assert len(keys) > 3
+    assert set(ledger.unit("")["shards"]) == keys.keys()
+    shards_of = ledger.packed.shards_of
+    for shard, own in keys.items():
+        first, last = own[0], own[-1]
+        for key in own:
+            assert all(shard in shards_of(key[:digits]) for digits in (1, 2, 16, len(key)))
+        assert shard not in shards_of(f"{last}0")  # keys that begin with it come after the last one
+        assert shard not in shards_of(first[:-1] + chr(ord(first[-1]) - 1))
+    assert shards_of("g") == []
+
+
+def test_a_sample_is_taken_from_a_shard_only_as_it_was_recorded(config, small_shards):
+    inline(replace(config, keep_staging="none"))
+    ledger = Ledger(config.output)
+    bodies = {name: json.dumps(ledger.get(name)) for name in ledger.records if not name.startswith("packed")}
+    samples = {name: ledger.get(name)["size"] for name in bodies if name.endswith(".tar")}
+    shards_there = ledger.unit("")["shards"]
+    assert len(samples) == 12
+    assert packed.sizes_in(config.output, shards_there, bodies) == samples
+    changed = min(samples)
+    other = bodies | {changed: json.dumps(json.loads(bodies[changed]) | {"sha256": "0" * 64})}
+    left = {name: size for name, size in samples.items() if name != changed}
+    assert packed.sizes_in(config.output, shards_there, other) == left
+    assert packed.sizes_in(config.output, shards_there, {name: other[name] for name in left}) == left
+    assert packed.sizes_in(config.output, [], bodies) == {}
+    some = [packed.sizes_in(config.output, [shard], bodies) for shard in shards_there]
+    assert all(some)
+    assert sum(map(len, some)) == 12
+
+
+def test_the_range_of_keys_of_shards_takes_in_their_edges(tmp_path, monkeypatch):
+    ranges = [("one", "0a-0", "1f-9"), ("two", "1f-a", "1f-b"), ("three", "20-0", "ff-9")]
+    monkeypatch.setattr(packed, "_shards", lambda _: ranges)
+    found = packed.Packed(str(tmp_path), Ledger(str(tmp_path)).database, is_alone=True)
+    expected = {"": [0, 1, 2], "0": [0], "00": [], "0a": [0], "0b": [0], "1": [0, 1], "1f": [0, 1], "2": [2]}
+    expected |= {"1f-9": [0], "1f-a": [1], "1f-b": [1], "1f-b0": [], "20": [2], "1fa": [], "f": [2], "ff": [2]}
+    assert {prefix: found.shards_of(prefix) for prefix in expected} == {
+        prefix: [ranges[number][0] for number in numbers] for prefix, numbers in expected.items()
+    }
+    assert packed.Packed(str(tmp_path), Ledger(str(tmp_path)).database, is_alone=False).shards_of("") == []

@@ -5,6 +5,7 @@ from __future__ import annotations
 import hashlib
 import json
 import os
+import random
 from dataclasses import replace
 from fractions import Fraction
 
@@ -20,7 +21,8 @@ from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.fingerprints import ClipNames, video_fingerprints
 from pipelines.preprocess.settings import DecodeLimits, PreprocessConfig
 from pipelines.preprocess.stages.shots import pack_pts, unpack_pts
-from pipelines.runtime import records
+from pipelines.preprocess.tables import HEX
+from pipelines.runtime import parts, records
 from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.ledger import Ledger, superseded
 
@@ -158,6 +160,133 @@ def test_a_damaged_part_costs_the_records_that_are_damaged(tmp_path, damage, cap
     assert "lines [5]" in caplog.text
     caplog.clear()
     assert len(Ledger(str(tmp_path)).names()) == 4
+    assert caplog.text == ""
+
+
+@pytest.fixture
+def small_parts(monkeypatch):
+    """Parts of three records, each read by a call of its own."""
+    monkeypatch.setattr(records, "PART_RECORDS", 3)
+    monkeypatch.setattr(records, "PARTS_AT_ONCE", 1)
+
+
+NAMES = [
+    f"{folder}/{hashlib.sha256(bytes([number])).hexdigest()[:8]}.1.json"
+    for folder in ("videos", "clips", "scores", "sources")
+    for number in range(8)
+]
+
+
+def change(ledger, expected, seed):
+    """Add, replace and delete records at random; `expected` is changed likewise."""
+    rng = random.Random(seed)
+    for number in range(60):
+        name = rng.choice(NAMES)
+        if name in expected and rng.random() < 0.5:
+            del expected[name]
+            ledger.records.forget(name)
+        else:
+            expected[name] = {"number": number, "seed": seed}
+            ledger.records.add(name, expected[name])
+
+
+def check(ledger, expected):
+    """Check all ways to look up a record, each before and after the records are settled."""
+    for _ in range(2):
+        assert {name: ledger.get(name) for name in NAMES} == {name: expected.get(name) for name in NAMES}
+        artifacts = [name for name in NAMES if not name.startswith("sources")]
+        assert [name for name in artifacts if ledger.records.may_have(name)] == [
+            name for name in artifacts if name in expected
+        ]
+        for prefix in HEX if ledger.digits else [""]:
+            prefix = prefix.ljust(ledger.digits, "0")
+            wanted = {name: body for name, body in expected.items() if name.partition("/")[2].startswith(prefix)}
+            found = records.merged(ledger.records.unit(prefix))
+            assert {name: json.loads(body) for name, body in found.items()} == {
+                name: body for name, body in wanted.items() if name in artifacts
+            }
+        assert list(ledger.records) == sorted(expected)
+        assert ledger.names() == {name for name in expected if name in artifacts}
+
+
+def backwards(rows, number):
+    """Read the parts as Ray may: what was read last comes first."""
+    done = [row | parts.read_parts(row, None) for row in rows]
+    assert len(done) == number
+    return reversed(done)
+
+
+@pytest.mark.parametrize("digits", [0, 1, 2])
+@pytest.mark.parametrize("read", [None, backwards])
+def test_groups_of_parts_say_what_was_written_last_in_whatever_order_they_are_read(
+    tmp_path, small_parts, digits, read, monkeypatch
+):
+    expected = {}
+    for seed in range(2):
+        change(ledger := Ledger(str(tmp_path), digits), expected, seed)
+        ledger.records.flush()
+    assert len(list((tmp_path / "staging/records").iterdir())) == 40
+    check(Ledger(str(tmp_path), digits, read), expected)
+    monkeypatch.setattr(records, "PARTS_AT_ONCE", 100)
+    check(Ledger(str(tmp_path), digits, read), expected)
+
+
+@pytest.mark.parametrize("digits", [0, 2])
+def test_what_this_run_writes_replaces_what_earlier_runs_wrote(tmp_path, small_parts, digits):
+    expected = {}
+    change(ledger := Ledger(str(tmp_path), digits), expected, 0)
+    ledger.records.flush()
+    ledger = Ledger(str(tmp_path), digits, backwards)
+    for seed in range(1, 4):
+        change(ledger, expected, seed)
+        check(ledger, expected)
+
+
+def test_what_earlier_runs_recorded_of_sources_is_found_by_the_first_digits(tmp_path, small_parts):
+    expected = {}
+    change(ledger := Ledger(str(tmp_path)), expected, 0)
+    ledger.records.flush()
+    assert not ledger.records.has_sources
+    ledger = Ledger(str(tmp_path), 2, backwards)
+    assert ledger.records.has_sources
+    for prefix in ("", *HEX):
+        found = records.merged(ledger.records.sources(prefix))
+        wanted = {name: body for name, body in expected.items() if name.startswith(f"sources/{prefix}")}
+        assert {name: json.loads(body) for name, body in found.items()} == wanted
+
+
+def test_a_rewrite_keeps_exactly_the_records_that_were_not_deleted(tmp_path, small_parts):
+    expected = {}
+    change(ledger := Ledger(str(tmp_path), 1), expected, 0)
+    ledger.records.flush()
+    change(ledger := Ledger(str(tmp_path), 1), expected, 1)
+    for seed in range(2, 5):
+        ledger.records.rewrite()
+        parts = list((tmp_path / "staging/records").iterdir())
+        assert len(parts) == -(-len(expected) // 3)
+        lines = [line for part in parts for line in part.read_text().splitlines()]
+        assert sorted(line.split(" ", 2)[1] for line in lines) == sorted(expected)
+        check(Ledger(str(tmp_path), 1, backwards), expected)
+        check(ledger, expected)
+        change(ledger, expected, seed)
+        check(ledger, expected)
+
+
+def test_damage_in_one_of_several_groups_costs_only_its_lines(tmp_path, small_parts, caplog):
+    ledger = Ledger(str(tmp_path))
+    for number in range(12):
+        ledger.records.add(f"clips/{number:02d}.1.json", REFUSAL)
+    part = sorted((tmp_path / "staging/records").iterdir())[2]
+    whole = part.read_bytes()
+    part.write_bytes(whole.replace(b"decode_timeout", b"decode_timeouT", 1))
+    kept = {f"clips/{number:02d}.1.json" for number in range(12) if number != 6}
+    ledger = Ledger(str(tmp_path), read=backwards)
+    assert ledger.names() == kept
+    assert not ledger.records.may_have("clips/06.1.json")
+    assert "lines [1]" in caplog.text
+    assert [path.name for path in (tmp_path / "staging/damaged").iterdir()] == [part.name]
+    caplog.clear()
+    assert Ledger(str(tmp_path)).names() == kept
     assert caplog.text == ""
 
 

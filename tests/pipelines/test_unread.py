@@ -9,7 +9,6 @@ from types import SimpleNamespace
 import pytest
 
 from ex4d import hub, storage
-from ex4d.depth import places
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
 from pipelines.preprocess import fetch
@@ -25,23 +24,6 @@ def config(tmp_path):
     return PreprocessConfig(
         input=str(tmp_path / "in"), output=str(tmp_path / "out"), num_frames=5, size=(32, 32), masks=masks
     )
-
-
-@pytest.fixture
-def read(monkeypatch):
-    """The files that are hashed, in order."""
-    found = []
-
-    def noting(real):
-        def sha256(path, *more, **named):
-            found.append(os.path.basename(path))
-            return real(path, *more, **named)
-
-        return sha256
-
-    monkeypatch.setattr(storage, "sha256", noting(storage.sha256))
-    monkeypatch.setattr(places, "sha256", noting(places.sha256))
-    return found
 
 
 def first_of(config, suffix):

@@ -20,14 +20,18 @@ if TYPE_CHECKING:
 MAX_CAPTION_BYTES = 64 * 1024
 
 
-def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
+def identify(row: Row, config: PreprocessConfig, may_read: bool = True) -> dict[str, Any]:
     """Return sha256 and size of the file; `depth_file`, NAME:SHA256 of its depth file ("" if none), and its path; the
     caption beside it; and `fetched`, what the next run needs so that it need not read the files again.
 
     With the member `source`, `pair` holds the `sha256` of each file of `pairs.files_of` and `size_bytes` of the first,
     or is {} if a file is missing, and the depth file is the other video's. Otherwise `pair` is None.
 
+    Args:
+        may_read: False: only if no video or depth file has to be read, since all are known and unchanged.
+
     Raises:
+        fetch.MustRead: a file would have to be read, and `may_read` is False.
         BadSample: not_a_file, unreadable, empty_file, truncated_download, sidecar_ambiguous, caption_encoding,
             symlink_outside (a sidecar is a link out of the input); and the reasons of `pictures.digest`.
     """
@@ -36,12 +40,13 @@ def identify(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         filmed = path
         if "source" in config.members:
             _check_inside(pairs.files_of(path), row, config)
+            fetch.check_may_read(may_read)
             pair, filmed = _pair(path, config), pairs.files_of(path).source
-        remote, local = None, fetch.Local(row["known_source"] or {})
+        remote, local = None, fetch.Local(row["known_source"] or {}, may_read)
         if storage.is_local(path):
             sha256, size_bytes = _local(path, local, config)
         else:
-            remote = fetch.Remote(path, storage.beside(path), row["known_source"] or {})
+            remote = fetch.Remote(path, storage.beside(path), row["known_source"] or {}, may_read)
             sha256, size_bytes = _remote(path, remote, config)
         depth_file, place = "", ""
         if config.depth == "sidecar":
@@ -65,6 +70,7 @@ def _local(path: str, local: fetch.Local, config: PreprocessConfig) -> tuple[str
             raise BadSample(
                 "not_a_file", "is a folder; set preprocess.image_fps to read a folder of pictures as a video"
             )
+        fetch.check_may_read(local.may_read)
         return pictures.digest(path, config.image_fps, max_bytes=config.max_file_mb << 20)
     if not os.path.isfile(path):  # opening a pipe or device would block
         raise BadSample("not_a_file", "is missing or not a regular file")
@@ -121,11 +127,16 @@ def _depth_file(row: Row, config: PreprocessConfig, filmed: str, files: fetch.Re
     if found != config.depth_path:  # a file that the settings name may lie anywhere
         _check_inside([found, *map(str, places.others_of(found))], row, config)
     if not storage.is_local(found):
-        digest = files.digest(found, config, "depth")[0] if isinstance(files, fetch.Remote) else places.sha256(found)
+        if isinstance(files, fetch.Remote):
+            digest = files.digest(found, config, "depth")[0]
+        else:
+            fetch.check_may_read(files.may_read)
+            digest = places.sha256(found)
     elif isinstance(files, fetch.Local):
         parts = [found, *map(str, places.others_of(found))]
         digest, _ = files.digest(parts, "depth", lambda: places.sha256(found))
     else:
+        fetch.check_may_read(files.may_read)
         digest = places.sha256(found)
     return f"{found.rpartition('/')[2]}:{digest}", found
 
