@@ -58,18 +58,29 @@ def record_of(key: str) -> dict[str, Any]:
 
 
 def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Do a worker's job for the row of a video, a unit or a shard; for a shard, write only its manifest rows."""
-    from pipelines.preprocess.units import FIRST_CLIPS, PLAN
+    """Do a worker's job for a row that the driver sends to one; for a shard, write only its manifest rows."""
+    from pipelines.preprocess import fetch, units
+    from pipelines.preprocess.compare import COMPARE
+    from pipelines.preprocess.unchanged import UNCHANGED
+    from pipelines.runtime.parts import READ
     from pipelines.runtime.stage import pack_row, unpack_row
 
     row = unpack_row(packed)
-    if "record" in row:
-        done = {**row, **FIRST_CLIPS.function(row, config)}
-    elif "plan" in row:
-        done = {"plan": row["plan"], "built": build(row["plan"], row["output"], row["tables"])}
+    stages = {stage.name: stage for stage in (units.FIRST_CLIPS, COMPARE, units.PLAN, UNCHANGED, READ)}
+    if row["stage"] == "probe":
+        done = {**row, **units.FIRST_CLIPS.function(row, config)}
+    elif row["stage"] == "build_shard":
+        done = {"built": build(row["plan"], row["output"], row["tables"])}
     else:
-        done = PLAN.function(row, config)
+        fetch.storage.beside = beside
+        done = stages[row["stage"]].function(row, config)
     return pack_row({"key": row["key"], "refusal": None, "seconds": {}, **done})
+
+
+def beside(url: str) -> dict[str, tuple[int, str]]:
+    """Return what a store would list beside a fake video: only the video."""
+    sha256 = hashlib.sha256(url.rpartition("/")[2].encode()).hexdigest()
+    return {url.rpartition("/")[2]: (5_000_000, f"{sha256[:32]} 5000000")}
 
 
 def build(plan: dict[str, Any], output: str, tables: str) -> dict[str, Any]:
@@ -122,8 +133,8 @@ class Stub:
                 name, row = todo.popleft() if todo else (tracks[0].name, row)
                 stage, kept = named[name].stages[0].name, {one: row.get(one) for one in named[name].keep}
                 done = {"key": row["key"], "refusal": None, "seconds": {stage: 0.1}, **kept, **made(stage, row)}
-                if stage in ("plan", "build_shard", "probe"):
-                    sent = row | made(stage, row)
+                if stage != "identify" and stage != "decode":
+                    sent = row | made(stage, row) | {"stage": stage}
                     waiting.append((name, done, self.pool.submit(on_worker, pack_row(sent), config)))
                     continue
                 yield name, done
@@ -133,7 +144,7 @@ class Stub:
                 return
             name, done, future = waiting.popleft()
             found = unpack_row(future.result())
-            yield name, done | {one: found.get(one) for one in named[name].keep} | {"seconds": {}}
+            yield name, done | {one: found[one] for one in named[name].keep if one in found} | {"seconds": {}}
             todo.extend(added)
             added.clear()
 
@@ -147,7 +158,7 @@ def made(name: str, row: dict[str, Any]) -> dict[str, Any]:
         return {**facts, "sha256": sha256, "fetched": {"video": note}}
     if name == "probe":
         return {"record": record_of(row["key"])}
-    if name in ("plan", "build_shard"):
+    if name != "decode":
         return {}
     digest = hashlib.sha256(row["key"].encode()).hexdigest()
     return {"scores": SCORES, "staged": {"size": SAMPLE_BYTES, "sha256": digest, "scores": SCORES}}
@@ -180,20 +191,21 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
 
         return call
 
-    for name in ("_stream", "_find_shots", "_decide", "_plan", "_clips"):
+    for name in ("_rows_to_hash", "_stream", "_compare", "_find_shots", "_plan", "_clips"):
         setattr(Job, name, timed(name.strip("_"), getattr(Job, name)))
     Packing.pack = timed("pack", Packing.pack)
     begun, clock = time.process_time(), time.monotonic()
     with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
         sources = timed("sources", preprocess.find_sources)(config, None)
         passes = Passes("preprocess", Stub(pool), Progress(config.output), 10)
-        job = Job(config, passes, preprocess.stages_of(config), frozenset())
-        timed("ledger", lambda: len(job.ledger.records))()
-        job.work(sources)
+        job = Job(config, passes, preprocess.stages_of(config), sources)
+        timed("ledger", lambda: job.ledger.records)()
+        job.identity.decide = timed("decide", job.identity.decide)
+        job.work()
         planned_s = time.process_time() - begun
         job.judge()
         result = job.finish()
-        job.ledger.records.flush()
+        job.ledger.flush()
     assert result.committed, result.problems
     peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     facts = {"videos": len(sources), "samples": result.counts["samples"], "worked": dict(result.worked)}
