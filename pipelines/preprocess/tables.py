@@ -234,5 +234,5 @@ class Tables:
         return [row for pair in bounds for row in self._scratch.execute(query, pair)]
 
     def count(self, table: str) -> int:
-        """Return the number of rows of `staged`, `scored` or `tried`."""
+        """Return the number of rows of `staged`, `scored`, `tried` or `changed`."""
         return int(self._scratch.execute(f"SELECT COUNT(*) FROM {table}").fetchone()[0])
