@@ -90,7 +90,7 @@ class Job:
                 row = unchanged.without_record(row, self._group(waiting, row["prefix"]), lacking)
             self.tables.add_unchanged(row)
             self.tables.add_changed(unpack(row["changed"].tobytes()))
-            self.passes.worked[HASH_PASS] = self.passes.worked.get(HASH_PASS, 0) + row["num_unchanged"]
+            self.passes.worked[HASH_PASS] = self.passes.worked.get(HASH_PASS, 0) + len(row["contents"])
         waiting.drop()
         return (unchanged.row_of(*source) for _, *source in self.tables.changed()), self.tables.count("changed")
 

@@ -14,7 +14,7 @@ from typing import Any, NamedTuple
 import numpy as np
 
 from pipelines.runtime.blocks import STORED, Blocks, pack, unpack
-from pipelines.runtime.parts import FOLDERS, is_among, name_hash
+from pipelines.runtime.parts import FOLDERS, are_among, name_hash
 from pipelines.runtime.stage import Row
 
 UNIT_VIDEOS = 4000  # videos of a unit on average, at most; content hashes are evenly distributed
@@ -105,7 +105,7 @@ class Tables:
         known = self._scratch.execute("SELECT 1 FROM video WHERE content = ?", (row["content"],)).fetchone()
         values = (row["content"], row["name"], json.dumps(row))
         self._scratch.execute("INSERT INTO video VALUES (?, ?, ?)", values)
-        return known is None and not is_among(name_hash(row["content"]), self._contents)
+        return known is None and not are_among(name_hash(row["content"]), self._contents)
 
     @cached_property
     def _contents(self) -> np.ndarray:

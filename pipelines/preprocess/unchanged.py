@@ -77,13 +77,13 @@ def check_group(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
     Returns:
         `videos`, `videos_ends`: rows of `video_of` as JSON, by unit, see `blocks.columns`. `changed`: block of lines
-        of JSON, [name, `line_of`, record or null]. `num_unchanged`. `contents`, HASHES:
-        uint64 hashes of the content of each unchanged video and of the names of its record and refusal.
+        of JSON, [name, `line_of`, record or null]. `contents`, HASHES: uint64 hashes of the content of each unchanged
+        video and of the names of its record and refusal.
     """
     records, lines = merged(row["records"].tobytes()), unpack(row["sources"].tobytes())
     digests = fingerprints.video_fingerprints(config)
     groups: dict[str, list[str]] = defaultdict(list)
-    changed, hashes = [], {name: list[int]() for name in ("contents", *HASHES)}
+    changed, hashes = [], {name: list[np.uint64]() for name in ("contents", *HASHES)}
 
     def check(line: str) -> tuple[str, Any, Row | None]:
         record = records.get(record_name(json.loads(line)[1]))
@@ -98,9 +98,8 @@ def check_group(row: Row, config: PreprocessConfig) -> dict[str, Any]:
             groups[video["content"][: row["digits"]]].append(json.dumps(video))
             for name, column in zip(hashes, ("content", *ARTIFACTS), strict=True):
                 hashes[name].append(name_hash(video[column]))
-    counts = {"num_unchanged": sum(map(len, groups.values()))}
     arrays = {name: np.array(values, np.uint64) for name, values in hashes.items()}
-    return {**columns("videos", groups), "changed": np.frombuffer(pack(changed), np.uint8), **arrays, **counts}
+    return {**columns("videos", groups), "changed": np.frombuffer(pack(changed), np.uint8), **arrays}
 
 
 def without_record(row: Row, group: Row, lacking: np.ndarray) -> Row:
@@ -116,14 +115,13 @@ def without_record(row: Row, group: Row, lacking: np.ndarray) -> Row:
     changed = unpack(row["changed"].tobytes())
     for text in unpack(row["videos"].tobytes()):
         video = json.loads(text)
-        if name_hash(video["content"]) not in wanted:
+        if int(name_hash(video["content"])) not in wanted:
             groups[video["content"][: group["digits"]]].append(text)
             continue
         record = records[record_name(video["path"])]
         changed.append(json.dumps([video["name"], lines[video["name"]], json.loads(record)]))
-    counts = {"num_unchanged": sum(map(len, groups.values()))}
     arrays = {"changed": np.frombuffer(pack(changed), np.uint8), "contents": row["contents"][~lacking]}
-    return {**row, **columns("videos", groups), **arrays, **counts}
+    return {**row, **columns("videos", groups), **arrays}
 
 
 def _unchanged(row: Row, config: PreprocessConfig, digests: tuple[str, str]) -> Row | None:
@@ -139,5 +137,5 @@ UNCHANGED = Stage(
     "unchanged",
     check_group,
     reads=("sources", "records", "digits"),
-    writes=("videos", "videos_ends", "changed", "contents", *HASHES, "num_unchanged"),
+    writes=("videos", "videos_ends", "changed", "contents", *HASHES),
 )

@@ -86,19 +86,20 @@ def name_hashes(records: Iterable[tuple[str, str]]) -> tuple[np.ndarray, np.ndar
     hashes = array("Q"), array("Q")
     for name, text in records:
         if name.startswith(FOLDERS):
-            hashes[text == DELETED].append(name_hash(name))
+            hashes[text == DELETED].append(int(name_hash(name)))
     return np.array(hashes[False], np.uint64), np.array(hashes[True], np.uint64)
 
 
-def is_among(wanted: int, hashes: np.ndarray) -> bool:
-    """Return True if a hash is in a sorted array of hashes."""
-    place = int(np.searchsorted(hashes, np.uint64(wanted)))
-    return place < len(hashes) and int(hashes[place]) == wanted
+def are_among(wanted: Any, hashes: np.ndarray) -> Any:
+    """Return whether a uint64 hash, or each of an array, is in a sorted array of hashes."""
+    if not len(hashes):
+        return np.zeros(np.shape(wanted), bool)
+    return hashes[np.searchsorted(hashes, wanted).clip(max=len(hashes) - 1)] == wanted
 
 
-def name_hash(name: str) -> int:
+def name_hash(name: str) -> np.uint64:
     """Return 64 bits that stand for a name in `Records.may_have`."""
-    return int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little")
+    return np.uint64(int.from_bytes(hashlib.blake2b(name.encode(), digest_size=8).digest(), "little"))
 
 
 READ = Stage(

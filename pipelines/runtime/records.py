@@ -28,7 +28,7 @@ from pipelines.runtime.parts import (
     DELETED,
     FOLDERS,
     Reader,
-    is_among,
+    are_among,
     merged,
     name_hash,
     name_hashes,
@@ -99,14 +99,12 @@ class Records:
     def may_have(self, name: str) -> bool:
         """Return whether there is a record of an artifact, fast; wrong for one name in 10^12 (of 10^7 records)."""
         found = self._own(name)
-        return is_among(name_hash(name), self._names) if found is None else found != DELETED
+        return bool(are_among(name_hash(name), self._names)) if found is None else found != DELETED
 
     def may_have_hashes(self, hashes: np.ndarray) -> np.ndarray:
         """Return, for each `name_hash` of an array, whether an earlier run wrote its record; as `may_have`."""
-        if not len(self._names):
-            return np.zeros(len(hashes), bool)
-        places = np.searchsorted(self._names, hashes).clip(max=len(self._names) - 1)
-        return self._names[places] == hashes
+        found: np.ndarray = are_among(hashes, self._names)
+        return found
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
         """Write a record; in an object store possibly some seconds later, see `flush`."""

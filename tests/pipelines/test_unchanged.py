@@ -130,7 +130,7 @@ def test_a_group_is_divided_into_unchanged_and_other_videos(config, read):
     sources = [source for source in inputs.expand(config.input) if source.is_video]
     block = np.frombuffer(pack(map(unchanged.line_of, sources)), np.uint8)
     found = unchanged.check_group({"sources": block, "records": np.zeros(0, np.uint8), "digits": 1}, config)
-    assert (found["num_unchanged"], found["videos_ends"]) == (0, {})
+    assert (len(found["contents"]), found["videos_ends"]) == (0, {})
     lines = [json.loads(line) for line in unpack(found["changed"].tobytes())]
     rows = [unchanged.row_of(*source) for _, *source in lines]
     assert [name for name, *_ in lines] == [source.name for source in sources]
