@@ -1,4 +1,4 @@
-"""The staging folder says what is done; and the plan of clips, which decides what is to do."""
+"""The staging folder says what is done."""
 
 from __future__ import annotations
 
@@ -7,33 +7,22 @@ import json
 import os
 import random
 from dataclasses import replace
-from fractions import Fraction
 
 import flaky_store
-import numpy as np
 import pytest
 
 from ex4d import storage
 from ex4d.config import validate
-from ex4d.errors import ConfigError, Filtered
-from pipelines.preprocess import clips
+from ex4d.errors import ConfigError
 from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.fingerprints import ClipNames, video_fingerprints
 from pipelines.preprocess.settings import DecodeLimits, PreprocessConfig
-from pipelines.preprocess.stages.shots import pack_pts, unpack_pts
 from pipelines.preprocess.tables import HEX
 from pipelines.runtime import parts, records
 from pipelines.runtime.attempts import Attempts
 from pipelines.runtime.ledger import Ledger, superseded
 
 CONFIG = PreprocessConfig(output="unused", num_frames=5, clips_per_shot=10)
-
-
-def record(num_frames=40, cuts=(), step=512, time_base=(1, 12288), pts=None):
-    pts = [step * index for index in range(num_frames)] if pts is None else pts
-    info = {"time_base": list(time_base), "size": [48, 64]}
-    shots = [{"box": [0, 0, 48, 64], "bars": 0.0, "logo": 0.0}] * (len(cuts) + 1)
-    return {"info": info, "pts_runs": pack_pts(pts), "cuts": list(cuts), "shots": shots}
 
 
 REFUSAL = {"fate": "bad", "stage": "decode", "reason": "decode_timeout", "message": "took long"}
@@ -323,47 +312,6 @@ def test_only_what_was_superseded_is_pruned(tmp_path):
     assert len(list((tmp_path / "staging/records").iterdir())) == 1
 
 
-def test_a_row_is_given_up_after_so_many_deaths_in_a_run(tmp_path):
-    attempts = Attempts(str(tmp_path), 3)
-    for _ in range(3):
-        assert attempts.may("decode", "clip")
-        attempts.begin("decode", ["clip", "other"])
-        attempts.died("decode", ["clip"])
-    assert not attempts.may("decode", "clip")
-    assert attempts.may("decode", "other")
-    assert attempts.may("depth", "clip")
-
-
-def test_a_row_that_ended_well_starts_anew(tmp_path):
-    attempts = Attempts(str(tmp_path), 2)
-    for _ in range(5):
-        attempts.begin("decode", ["clip"])
-        attempts.died("decode", ["clip"])
-        assert attempts.may("decode", "clip")
-        attempts.end("decode", ["clip"])
-    attempts.begin("decode", ["next"])
-    assert Attempts(str(tmp_path), 2).earlier == {"decode next": 1}
-
-
-@pytest.mark.parametrize("where", ["folder", "store"])
-def test_deaths_with_whole_runs_count_less_but_not_for_ever(tmp_path, where):
-    """A killed run also counts deaths of innocent rows; a row that kills every run is found nevertheless."""
-    output = str(tmp_path) if where == "folder" else f"memory://{tmp_path.name}"
-    tried = []
-    for _ in range(12):
-        run = Attempts(output, 3)
-        tried.append(run.may("decode", "clip"))
-        run.begin("decode", ["clip"])
-    assert tried == [True] * 9 + [False] * 3
-
-
-def test_an_account_of_attempts_that_is_damaged_starts_anew(tmp_path, caplog):
-    Attempts(str(tmp_path), 3).begin("decode", ["clip"])
-    (tmp_path / "staging" / "attempts.json").write_text('["no account"]')
-    assert Attempts(str(tmp_path), 3).earlier == {}
-    assert "replaced by an empty one" in caplog.text
-
-
 def test_a_run_keeps_its_choices_but_no_secret(tmp_path):
     ledger = Ledger(str(tmp_path))
     with pytest.raises(ConfigError, match="has written to"):
@@ -396,83 +344,6 @@ def test_fingerprints_cover_what_an_artifact_depends_on_and_nothing_else():
         assert clip_fingerprints(replace(CONFIG, **change), facts)[0] != sample
     assert clip_fingerprints(CONFIG, facts | {"caption": "a dog"})[0] != sample
     assert video_fingerprints(replace(CONFIG, size=(64, 64))) == video_fingerprints(CONFIG)
-
-
-@pytest.mark.parametrize("pts", [[0], [-512, 0, 512, 1024], [3, 4, 6, 9, 10, 11, 20], list(range(0, 9000, 512))])
-def test_pts_survive_packing(pts):
-    assert unpack_pts(pack_pts(pts)) == pts
-
-
-def test_a_constant_rate_packs_small():
-    assert pack_pts(range(0, 108_000 * 512, 512)) == [0, [512, 107_999]]
-
-
-def test_clips_are_disjoint_inside_their_shots_and_keyed_by_span():
-    plan = clips.plan("ab" * 32, record(40, cuts=[12, 30]), CONFIG)
-    shots = [range(0, 12), range(12, 30), range(30, 40)]
-    assert [sum(clip.frame_index[0] in shot for clip in plan) for shot in shots] == [2, 3, 2]
-    taken = [index for clip in plan for index in clip.frame_index]
-    assert len(taken) == len(set(taken))
-    for clip in plan:
-        assert any(set(clip.frame_index) <= set(shot) for shot in shots)
-        assert clip.pts == [512 * index for index in clip.frame_index]
-        assert clip.fps == pytest.approx(24)
-    assert len({clip.key for clip in plan}) == len(plan)
-    assert plan[0].key.startswith("abababababababab-0000")
-
-
-def test_caps_spread_over_the_video():
-    config = replace(CONFIG, clips_per_shot=1, clips_per_video=2)
-    plan = clips.plan("ab" * 32, record(80, cuts=[20, 40, 60]), config)
-    assert [clip.frame_index[0] // 20 for clip in plan] == [1, 3]
-
-
-def test_stride_and_rate_choose_frames():
-    (clip,) = clips.plan("ab" * 32, record(13), replace(CONFIG, stride=3))
-    assert clip.frame_index == [0, 3, 6, 9, 12]
-    assert clip.fps == pytest.approx(8)
-    (clip,) = clips.plan("ab" * 32, record(9), replace(CONFIG, fps=12.0))
-    assert clip.frame_index == [0, 2, 4, 6, 8]
-    assert clip.fps == 12.0
-
-
-def test_times_in_the_source_are_those_of_exact_fractions():
-    rng = np.random.default_rng(0)
-    pts = (-7 + np.cumsum(rng.integers(990, 1013, 300))).tolist()
-    facts = record(pts=pts, time_base=(1001, 30_000_007))
-    tick_s = Fraction(1001, 30_000_007)
-    for clip in clips.plan("ab" * 32, facts, replace(CONFIG, clips_per_shot=9)):
-        found = clips.in_source(clip, facts)
-        assert found["frame_s"] == [float((tick - pts[0]) * tick_s) for tick in clip.pts]
-        assert found["source_s"] == float((pts[-1] - pts[0]) * tick_s)
-        assert found["source_frames"] == len(pts)
-
-
-def test_a_wanted_rate_takes_the_nearest_frame_of_a_variable_one():
-    rng = np.random.default_rng(0)
-    pts = np.cumsum(rng.integers(20, 60, 200)).tolist()
-    config = replace(CONFIG, fps=5.0, clips_per_shot=3)
-    for clip in clips.plan("ab" * 32, record(pts=pts, time_base=(1, 1000)), config):
-        seconds = (np.array(clip.pts) - pts[0]) / 1000
-        assert np.abs(seconds * 5 - np.round(seconds * 5)).max() <= 0.5 * 0.06 * 5
-
-
-def test_why_a_video_gives_no_clip():
-    with pytest.raises(Filtered, match="shot_length"):
-        clips.plan("ab" * 32, record(40, cuts=range(4, 40, 4)), CONFIG)
-    with pytest.raises(Filtered, match="frame_rate") as caught:
-        clips.plan("ab" * 32, record(40), replace(CONFIG, fps=60.0))
-    assert caught.value.score == pytest.approx(24)
-    with pytest.raises(Filtered, match="shot_length"):
-        clips.plan("ab" * 32, record(40), replace(CONFIG, min_shot_s=3.0))
-
-
-def test_attempts_that_cannot_be_written_down_stop_nothing(tmp_path, caplog):
-    (tmp_path / "staging").write_text("a file where the folder should be")
-    attempts = Attempts(str(tmp_path), 3)
-    attempts.begin("decode", ["key"])
-    attempts.end("decode", ["key"])
-    assert "cannot be recorded" in caplog.text
 
 
 def test_damaged_files_are_set_aside_and_named(tmp_path, caplog):
