@@ -12,8 +12,9 @@ from __future__ import annotations
 import argparse
 import json
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
+from typing import Any
 
 import cv2
 import numpy as np
@@ -256,6 +257,21 @@ def _depth(made: dict[str, tuple[Frames, np.ndarray]], rng: np.random.Generator)
     return table
 
 
+def sentences(table: Mapping[str, Any]) -> list[str]:
+    """Return what the table of scores does not hold, as lines of Markdown."""
+    bars = {name: f"{value:g}" for name, value in table["bars"].items()}
+    found = (
+        f"{bars['found']} of {bars['clips']} made bars are found, losing at most {bars['most_lost_px']} px of picture"
+    )
+    lines = ["", f"Bars: {found}; {bars['false']} are seen where there are none.", ""]
+    for name in ("depth_flicker", "depth_drift"):
+        row = table[name]
+        lines.append(
+            f"- `{name}`: at most {row['truth']:.3g} on true depth; {row['changed']:.3g} (median) once changed."
+        )
+    return [*lines, ""]
+
+
 def main() -> None:
     """Measure, print and write the results."""
     parser = argparse.ArgumentParser(description=__doc__)
@@ -274,13 +290,7 @@ def main() -> None:
     for name, row in table.items():
         if "recall" in row:
             lines.append(f"| {name} | " + " | ".join(f"{row[column]:.3g}" for column in columns) + " |")
-    lines += [
-        "",
-        f"Bars: {json.dumps(table['bars'])}",
-        "",
-        f"Depth: {json.dumps({k: v for k, v in table.items() if k.startswith('depth')})}",
-        "",
-    ]
+    lines += sentences(table)
     (RESULTS / "filters.json").write_text(
         json.dumps({"figures": table, "seconds": round(time.time() - started, 1)}, indent=1) + "\n"
     )
