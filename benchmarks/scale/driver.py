@@ -1,11 +1,13 @@
 """Measure memory and time of the driver of `ex4d preprocess`, with stages that do nothing.
 
-    python benchmarks/scale/driver.py 30000 100000 300000
+    python benchmarks/scale/driver.py 30000 100000 300000 --fresh inline
 
-For each number of videos (two clips each, from an OpenVid-like list in a store) there are three runs, each in its own
-process: a fresh one; a second one, which finds everything done; and a fresh one that keeps samples only in shards.
-Units are planned and shards are built in other processes, as on a cluster, so that the figures, CPU seconds and peak
-memory, are those of the driver. Videos, samples and their records are fake; ledger, tables and dataset tables are real.
+For each number of videos (two clips each, from an OpenVid-like list in a store, samples only in shards) there are two
+runs, each in its own process: a fresh one, and a second one, which finds everything done. The figures are CPU seconds
+of all threads of the driver, and its peak memory, with the pages of libraries and of Ray's object store that it has
+touched; one worker of a local Ray does the rest. Videos, samples and their records are fake; Ray, ledger, tables and
+dataset tables are real. A fresh run with Ray takes 8 ms a video; with
+`--fresh inline` it does the worker's part itself.
 """
 
 from __future__ import annotations
@@ -13,7 +15,6 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
-import multiprocessing
 import resource
 import subprocess
 import sys
@@ -21,7 +22,8 @@ import tempfile
 import time
 from collections import deque
 from collections.abc import Iterable, Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass, replace
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -35,7 +37,14 @@ SCORES = {"source_side": 720.0} | {
     name: 0.5 for name in ("motion", "camera_motion", "sharpness", "exposure", "texture", "text")
 }
 SAMPLE_BYTES, SHARD_MB = 1_000_000, 1024
-AT_ONCE = 32  # rows in flight in the other process
+# Columns that each faked track adds, by the name of its first stage.
+WRITES = {
+    "identify": ("size_bytes", "depth_file", "depth_place", "caption", "pair", "sha256", "fetched"),
+    "probe": ("record", "clips"),
+    "decode": ("scores", "staged"),
+    "unchanged": ("videos", "videos_ends", "changed", "contents", "record_hashes", "refusal_hashes"),
+    "build_shard": ("built",),
+}
 
 
 def write_list(path: Path, count: int) -> None:
@@ -57,24 +66,56 @@ def record_of(key: str) -> dict[str, Any]:
     return {**found, "refusal": None}
 
 
-def on_worker(packed: dict[str, Any], config: Any) -> dict[str, Any]:
-    """Do a worker's job for a row that the driver sends to one; for a shard, write only its manifest rows."""
+def work(name: str, row: dict[str, Any], config: Any) -> dict[str, Any]:
+    """Return the columns that the stages of a track would write, of which `name` is the first; runs on a worker."""
     from pipelines.preprocess import fetch, units
-    from pipelines.preprocess.compare import COMPARE
-    from pipelines.preprocess.unchanged import UNCHANGED
-    from pipelines.runtime.parts import READ
-    from pipelines.runtime.stage import pack_row, unpack_row
+    from pipelines.preprocess.unchanged import check_group
 
-    row = unpack_row(packed)
-    stages = {stage.name: stage for stage in (units.FIRST_CLIPS, COMPARE, units.PLAN, UNCHANGED, READ)}
-    if row["stage"] == "probe":
-        done = {**row, **units.FIRST_CLIPS.function(row, config)}
-    elif row["stage"] == "build_shard":
-        done = {"built": build(row["plan"], row["output"], row["tables"])}
-    else:
+    digest = hashlib.sha256(row["key"].encode()).hexdigest()
+    if name == "identify":
+        facts = {"size_bytes": 5_000_000, "depth_file": "", "depth_place": "", "caption": "", "pair": None}
+        note = {"url": row["path"], "tag": f"{digest[:32]} 5000000", "sha256": digest, "size_bytes": 5_000_000}
+        return {**facts, "sha256": digest, "fetched": {"video": note}}
+    if name == "probe":
+        found = {"record": record_of(row["key"])}
+        return found | units.FIRST_CLIPS.function(row | found, config)
+    if name == "decode":
+        return {"scores": SCORES, "staged": {"size": SAMPLE_BYTES, "sha256": digest, "scores": SCORES}}
+    if name == "unchanged":
         fetch.storage.beside = beside
-        done = stages[row["stage"]].function(row, config)
-    return pack_row({"key": row["key"], "refusal": None, "seconds": {}, **done})
+        return check_group(row, config)
+    return {"built": build(row["plan"], row["output"], row["tables"])}
+
+
+@dataclass(frozen=True)
+class Faked:
+    """A runner that does not read or make videos, samples and shards, and leaves everything else to Ray."""
+
+    execute: Any
+
+    @property
+    def problems(self) -> Sequence[str]:
+        """Sentences about failures of machines."""
+        return self.execute.problems
+
+    def __call__(
+        self, tracks: Sequence[Any], rows: Iterable[dict[str, Any]], config: Any, added: deque[Any]
+    ) -> Iterator[tuple[str, dict[str, Any]]]:
+        """Yield (track, finished row), in any order."""
+        return self.execute([replace(track, stages=faked(track.stages)) for track in tracks], rows, config, added)
+
+
+def faked(stages: Sequence[Any]) -> Sequence[Any]:
+    """Return one stage that returns what these stages would; or these stages, if they need no video."""
+    name = stages[0].name
+    if name not in WRITES:
+        return stages
+    reads = stages[0].reads
+    if name == "probe":  # the last stage needs what is in the row and what the others write
+        reads = tuple(column for column in stages[-1].reads if column not in ("key", "refusal", "record"))
+    return (
+        replace(stages[0], function=partial(work, name), reads=("key", *reads), writes=WRITES[name], memory_mb=None),
+    )
 
 
 def beside(url: str) -> dict[str, tuple[int, str]]:
@@ -110,61 +151,7 @@ def build(plan: dict[str, Any], output: str, tables: str) -> dict[str, Any]:
     return facts
 
 
-class Stub:
-    """A runner whose stages yield fake rows, and which sends the workers' planning and building to another process."""
-
-    problems: tuple[str, ...] = ()
-
-    def __init__(self, pool: ProcessPoolExecutor):
-        self.pool = pool
-
-    def __call__(
-        self, tracks: Sequence[Any], rows: Iterable[dict[str, Any]], config: Any, added: deque[Any]
-    ) -> Iterator[tuple[str, dict[str, Any]]]:
-        """Yield each row with the columns that the stages would add."""
-        from pipelines.runtime.stage import pack_row, unpack_row
-
-        named = {track.name: track for track in tracks}
-        todo: deque[Any] = deque()
-        waiting: deque[Any] = deque()
-        source = iter(rows)
-        while True:
-            while len(waiting) < AT_ONCE and (todo or (row := next(source, None)) is not None):
-                name, row = todo.popleft() if todo else (tracks[0].name, row)
-                stage, kept = named[name].stages[0].name, {one: row.get(one) for one in named[name].keep}
-                done = {"key": row["key"], "refusal": None, "seconds": {stage: 0.1}, **kept, **made(stage, row)}
-                if stage != "identify" and stage != "decode":
-                    sent = row | made(stage, row) | {"stage": stage}
-                    waiting.append((name, done, self.pool.submit(on_worker, pack_row(sent), config)))
-                    continue
-                yield name, done
-                todo.extend(added)
-                added.clear()
-            if not waiting:
-                return
-            name, done, future = waiting.popleft()
-            found = unpack_row(future.result())
-            yield name, done | {one: found[one] for one in named[name].keep if one in found} | {"seconds": {}}
-            todo.extend(added)
-            added.clear()
-
-
-def made(name: str, row: dict[str, Any]) -> dict[str, Any]:
-    """Return the columns that the stages of a pass would write."""
-    if name == "identify":
-        facts = {"size_bytes": 5_000_000, "depth_file": "", "depth_place": "", "caption": "", "pair": None}
-        sha256 = hashlib.sha256(row["key"].encode()).hexdigest()
-        note = {"url": row["path"], "tag": f"{sha256[:32]} 5000000", "sha256": sha256, "size_bytes": 5_000_000}
-        return {**facts, "sha256": sha256, "fetched": {"video": note}}
-    if name == "probe":
-        return {"record": record_of(row["key"])}
-    if name != "decode":
-        return {}
-    digest = hashlib.sha256(row["key"].encode()).hexdigest()
-    return {"scores": SCORES, "staged": {"size": SAMPLE_BYTES, "sha256": digest, "scores": SCORES}}
-
-
-def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
+def measure(folder: Path, how: str) -> dict[str, Any]:
     """Return CPU seconds of each part of a run, and its peak memory."""
     from pipelines.preprocess import run as preprocess
     from pipelines.preprocess.job import Job
@@ -172,14 +159,15 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.runtime.passes import Passes
     from pipelines.runtime.progress import Progress
+    from pipelines.runtime.runner import RayConfig, runner
 
     config = PreprocessConfig(
         **{"output": str(folder / "out"), "input": str(folder / "list.csv"), "list_root": "s3://bucket/video"},
         **{"fps": 16.0, "clips_per_video": 2, "min_shot_s": 3.1, "depth": "parallax", "shard_size_mb": SHARD_MB},
-        keep_staging=keep_staging,
+        keep_staging="none",
     )
     parts: dict[str, float] = {}
-    start_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
+    peaks: dict[str, int] = {}
 
     def timed(name: str, function: Any) -> Any:
         def call(*args: Any) -> Any:
@@ -188,16 +176,18 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
                 return function(*args)
             finally:
                 parts[name] = round(parts.get(name, 0.0) + time.process_time() - begun, 2)
+                peaks[name] = peak_mb()
 
         return call
 
     for name in ("_rows_to_hash", "_stream", "_compare", "_find_shots", "_plan", "_clips"):
         setattr(Job, name, timed(name.strip("_"), getattr(Job, name)))
     Packing.pack = timed("pack", Packing.pack)
-    begun, clock = time.process_time(), time.monotonic()
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:
+    with runner(how, RayConfig(), 1) as execute:
+        start_mb = peak_mb()
+        begun, clock = time.process_time(), time.monotonic()
         sources = timed("sources", preprocess.find_sources)(config, None)
-        passes = Passes("preprocess", Stub(pool), Progress(config.output), 10)
+        passes = Passes("preprocess", Faked(execute), Progress(config.output), 10)
         job = Job(config, passes, preprocess.stages_of(config), sources)
         timed("ledger", lambda: job.ledger.records)()
         job.identity.decide = timed("decide", job.identity.decide)
@@ -207,15 +197,20 @@ def measure(folder: Path, keep_staging: str) -> dict[str, Any]:
         result = job.finish()
         job.ledger.flush()
     assert result.committed, result.problems
-    peak_mb = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024
     facts = {"videos": len(sources), "samples": result.counts["samples"], "worked": dict(result.worked)}
     facts |= {"until_pack_s": round(planned_s, 2), "cpu_s": round(time.process_time() - begun, 2)}
     return facts | {
         "wall_s": round(time.monotonic() - clock, 1),
-        "start_mb": round(start_mb),
-        "peak_mb": round(peak_mb),
+        "start_mb": start_mb,
+        "peak_mb": peak_mb(),
         "parts": parts,
+        "peak_mb_after": peaks,
     }
+
+
+def peak_mb() -> int:
+    """Return the peak memory of this process, MB."""
+    return round(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 1024)
 
 
 def fitted(sizes: list[int], values: list[float], wanted: int) -> tuple[float, float, float]:
@@ -229,7 +224,8 @@ def main() -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("videos", type=int, nargs="+")
     parser.add_argument("--folder", type=Path)
-    parser.add_argument("--one", choices=("all", "none"))
+    parser.add_argument("--fresh", choices=("ray", "inline"), default="ray", help="runner of the fresh runs")
+    parser.add_argument("--one", choices=("ray", "inline"), help=argparse.SUPPRESS)
     args = parser.parse_args()
     if args.one:
         print(json.dumps(measure(args.folder, args.one)))
@@ -238,8 +234,8 @@ def main() -> None:
     for count in args.videos:
         with tempfile.TemporaryDirectory(dir=args.folder) as folder:
             write_list(Path(folder) / "list.csv", count)
-            for name in found:
-                command = [sys.executable, __file__, str(count), "--folder", folder, "--one", "none"]
+            for name, how in (("fresh", args.fresh), ("resumed", "ray")):
+                command = [sys.executable, __file__, str(count), "--folder", folder, "--one", how]
                 done = subprocess.run(command, check=True, stdout=subprocess.PIPE, text=True)
                 found[name].append(json.loads(done.stdout.splitlines()[-1]))
                 print(name, json.dumps(found[name][-1]), file=sys.stderr, flush=True)

@@ -1,7 +1,7 @@
 """Compare the videos of one unit: which are copies, and which lack a record; and collect their frame hashes.
 
 Copies have the same content hash, so they are in one unit, and workers find them. Near duplicates may be in any units;
-the driver finds them from a few numbers of each video (`duplicates.Identity`).
+the driver finds them from a few numbers of each video (`identity.py`).
 """
 
 from __future__ import annotations
@@ -13,7 +13,7 @@ from typing import Any
 
 import numpy as np
 
-from pipelines.preprocess import duplicates, units
+from pipelines.preprocess import identity, units
 from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.tables import pack_rows
 from pipelines.runtime.blocks import columns
@@ -31,7 +31,7 @@ def compare_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 
     Returns:
         `compared`: `rejects` of copies, `retried`, `changes` of the ledger, `pairs` for `Tables.add_pairs`, and
-        `num_missing`; `missing`: the packed rows of videos without a record; the columns of `Identity`; and of
+        `num_missing`; `missing`: the packed rows of videos without a record; `identity.COLUMNS`; and the columns of
         `names_of`.
     """
     known, tried = known_of(row, config.output), {tuple(pair) for pair in row["tried"]}
@@ -41,7 +41,7 @@ def compare_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         for copy, first in copies
     ]
     units.load(known, firsts)
-    identity, found, missing, retried = duplicates.Identity(), list[Row](), list[Row](), dict[str, str]()
+    collector, found, missing, retried = identity.Collector(), list[Row](), list[Row](), dict[str, str]()
     for video in firsts:
         name = units.finished(known, video)
         if row["retry"] and name == video["refusal_artifact"] and (name, video["name"]) not in tried:
@@ -55,15 +55,15 @@ def compare_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
         record = known.get(name) or {}
         if name == video["artifact"] and record["refusal"] is None:
             found.append(video)
-            identity.add(*identity_of(video, record))
+            collector.add(*identity_of(video, record))
     compared = {"rejects": rejects, "retried": retried, "changes": known.changes, "num_missing": len(missing)}
     compared["pairs"] = pairs_of(found)
     packed = np.frombuffer(pack_rows(missing), np.uint8)
-    return {"compared": compared, "missing": packed, **identity.columns(), **names_of(found, config)}
+    return {"compared": compared, "missing": packed, **collector.columns(), **names_of(found, config)}
 
 
 def identity_of(video: Row, record: Row) -> tuple[Any, ...]:
-    """Return the arguments of `Identity.add` for a video."""
+    """Return the arguments of `Collector.add` for a video."""
     other = (video["other_sha256"], record["other"]["hashes"]) if "other_sha256" in video else None
     return video["sha256"], record["hashes"], record["info"]["size"], record["info"]["duration_s"], other
 
@@ -85,5 +85,5 @@ COMPARE = Stage(
     "compare",
     compare_unit,
     reads=units.UNIT,
-    writes=("compared", "missing", *duplicates.Identity().columns(), "names", "names_ends"),
+    writes=("compared", "missing", *identity.COLUMNS, "names", "names_ends"),
 )

@@ -13,7 +13,8 @@ from ex4d import storage
 from ex4d.data import shards
 from ex4d.data.manifest import DATASET
 from pipelines import inputs
-from pipelines.preprocess import compare, duplicates, fingerprints, unchanged, units
+from pipelines.preprocess import compare, fingerprints, unchanged, units
+from pipelines.preprocess.identity import Collector, Identity
 from pipelines.preprocess.outcomes import Outcomes
 from pipelines.preprocess.packing import Packing
 from pipelines.preprocess.settings import PreprocessConfig
@@ -51,7 +52,7 @@ class Job:
         self.ledger = Ledger(self.config.output, read=self._read)
         self.ledger.digits = digits_for(self.sources.num_videos, sum(self.ledger.parts.values()))
         self.tables = Tables(self.ledger.database, self.ledger.digits)
-        self.identity = duplicates.Identity()
+        self.identity = Identity(self.ledger.database)
         self.digests = fingerprints.video_fingerprints(self.config)
         self.outcomes = Outcomes(self.ledger, self.tables, self.config.score_only, self.retry)
         self.counts = self.outcomes.counts
@@ -61,8 +62,10 @@ class Job:
         self.counts["videos_in"] = len(self.sources)
         self._stream(*self._rows_to_hash())
         # From here on all videos are known, so duplicates can be decided.
+        self.ledger.records.drop_hashes()
+        self.tables.drop_hashes()
         self._find_shots(self._compare())
-        self.tables.decide(*self.identity.decide(self.config.near_duplicates))
+        self.tables.decide(self.identity.decide(self.config.near_duplicates))
         self._clips(self._plan())
 
     def _read(self, rows: Iterable[Row], number: int) -> Iterator[Row]:
@@ -151,12 +154,12 @@ class Job:
 
     def _compare(self) -> int:
         """Reject copies and collect the frame hashes of all videos; return the number of videos without a record."""
-        number, prefixes, keep = 0, self.tables.units(), compare.COMPARE.writes
+        number, prefixes, keep = 0, self.tables.units(), ("prefix", *compare.COMPARE.writes)
         rows = (self._unit(prefix) | {"shards": []} for prefix in prefixes)  # samples are planned later
         for row in self.passes.must("compare", compare.COMPARE, rows, self.config, keep, len(prefixes)):
             found = row["compared"]
             self._take(found)
-            self.identity.extend(row)
+            self.identity.extend(row["prefix"], row)
             self.tables.add_pairs(found["pairs"])
             self.tables.add_names(row)
             number += self._add_work("video", row["missing"].tobytes(), found["num_missing"])
@@ -169,7 +172,9 @@ class Job:
             self.outcomes.write_video(row)
             self.outcomes.note(row)
             if row["refusal"] is None:
-                self.identity.add(*compare.identity_of(row, row["record"]))
+                one = Collector()
+                one.add(*compare.identity_of(row, row["record"]))
+                self.identity.extend(row["content"], one.columns())
                 self.tables.add_pairs(compare.pairs_of([row]))
                 self.tables.add_names(compare.names_of([row], self.config))
             elif not is_lasting(row):

@@ -5,7 +5,7 @@ from __future__ import annotations
 import json
 import sqlite3
 import zlib
-from collections.abc import Iterable, Iterator, Mapping, Sequence, Set
+from collections.abc import Iterable, Iterator, Mapping, Sequence
 from functools import cached_property
 from heapq import merge
 from itertools import product
@@ -13,6 +13,7 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from pipelines.preprocess.identity import Decision
 from pipelines.runtime.blocks import STORED, Blocks, pack, unpack
 from pipelines.runtime.parts import FOLDERS, are_among, name_hash
 from pipelines.runtime.stage import Row
@@ -27,6 +28,7 @@ _TABLES = (
     "pair (content TEXT PRIMARY KEY, sha256 TEXT)",
     "staged (split TEXT, key TEXT, artifact TEXT, size INTEGER, sha256 BLOB, PRIMARY KEY (split, key))",
     "decided (sha256 TEXT PRIMARY KEY, source_group TEXT, stand_in TEXT) WITHOUT ROWID",
+    "stand_in (sha256 TEXT PRIMARY KEY, name TEXT) WITHOUT ROWID",
     "work (number INTEGER PRIMARY KEY, rows BLOB)",
     "scored (key TEXT PRIMARY KEY, body TEXT) WITHOUT ROWID",
     "superseded (name TEXT PRIMARY KEY) WITHOUT ROWID",
@@ -110,7 +112,15 @@ class Tables:
     @cached_property
     def _contents(self) -> np.ndarray:
         """Sorted hashes of the contents of unchanged videos."""
-        return np.unique(np.concatenate(self._hashes))
+        found = np.concatenate(self._hashes)
+        self._hashes.clear()
+        found.sort()
+        return found
+
+    def drop_hashes(self) -> None:
+        """Free what only `add_video` needs, which is not called any more."""
+        self._hashes.clear()
+        vars(self).pop("_contents", None)
 
     def unit(self, prefix: str) -> dict[str, Any]:
         """Return columns for `videos_of`: all videos whose content begins with `prefix`, except for dropped ones."""
@@ -132,30 +142,27 @@ class Tables:
         """Add (content, sha256) of videos whose content is not their sha256."""
         self._scratch.executemany("INSERT INTO pair VALUES (?, ?)", pairs)
 
-    def decide(self, groups: Mapping[str, str], stand_ins: Mapping[str, str]) -> None:
-        """Store decisions across videos: {sha256: its group} and {sha256: the video that replaces it}."""
-        names = self._first_names(set(stand_ins.values()))
-        rows = ((key, groups.get(key), names.get(stand_ins.get(key, ""))) for key in {*groups, *stand_ins})
-        self._scratch.executemany("INSERT INTO decided VALUES (?, ?, ?)", rows)
+    def decide(self, decisions: Iterable[Decision]) -> None:
+        """Store decisions across videos, and the first name of each stand-in."""
+        execute, executemany = self._scratch.execute, self._scratch.executemany
+        executemany("INSERT INTO decided VALUES (?, ?, ?)", decisions)
+        execute("INSERT INTO stand_in SELECT DISTINCT stand_in, NULL FROM decided WHERE stand_in IS NOT NULL")
+        for prefix in self._names.places():
+            found: dict[str, str] = {}
+            for line in unpack(self._names.at(prefix)):
+                sha256, name = json.loads(line)
+                found[sha256] = min(name, found.get(sha256, name))
+            executemany("UPDATE stand_in SET name = ? WHERE sha256 = ?", ((name, key) for key, name in found.items()))
 
     def decided(self, prefix: str) -> dict[str, list[str | None]]:
         """Return {sha256: [its group, name of the video that replaces it]} of a unit's videos; None: their own."""
+        decided = "SELECT decided.sha256, source_group, name FROM {} LEFT JOIN stand_in ON stand_in = stand_in.sha256"
         query = (
-            "SELECT * FROM decided WHERE sha256 BETWEEN :first AND :last UNION ALL SELECT decided.* FROM pair JOIN "
-            "decided USING (sha256) WHERE content BETWEEN :first AND :last"
+            f"{decided.format('decided')} WHERE decided.sha256 BETWEEN :first AND :last UNION ALL "
+            f"{decided.format('pair JOIN decided USING (sha256)')} WHERE content BETWEEN :first AND :last"
         )
         rows = self._scratch.execute(query, {"first": prefix, "last": f"{prefix}g"})
         return {sha256: [group, name] for sha256, group, name in rows}
-
-    def _first_names(self, contents: Set[str]) -> dict[str, str]:
-        """Return {sha256: the first name of a video of that sha256}."""
-        found: dict[str, str] = {}
-        for prefix in sorted({sha256[:2] for sha256 in contents}):
-            for line in unpack(self._names.at(prefix)):
-                sha256, name = json.loads(line)
-                if sha256 in contents:
-                    found[sha256] = min(name, found.get(sha256, name))
-        return found
 
     def units(self) -> list[str]:
         """Return the prefixes of content hashes that divide the videos into units."""

@@ -73,7 +73,7 @@ def plan_unit(row: Row, config: PreprocessConfig) -> dict[str, Any]:
 def first_clips(row: Row, config: PreprocessConfig) -> dict[str, Any]:
     """Return `clips`: rows of a new video's clips that have to be made, if no other video is a (near) duplicate."""
     known = Known(config.output, {row["artifact"]: json.dumps(row["record"])}, {})
-    group = min(filter(None, (row["sha256"], pairs.other_of(row).get("other_sha256"))))  # as in `duplicates.groups`
+    group = min(filter(None, (row["sha256"], pairs.other_of(row).get("other_sha256"))))  # as `Identity` decides
     return {"clips": Unit(config, known, ()).plan([{**row, "source_group": group, "stand_in": ""}])}
 
 

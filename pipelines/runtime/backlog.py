@@ -9,16 +9,18 @@ from __future__ import annotations
 from collections import Counter, deque
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
-from itertools import count, islice
+from itertools import count
 from typing import Any
 
 from pipelines.runtime.pool import Cluster, Needs
-from pipelines.runtime.stage import Readable, Row, Track, pack_row
+from pipelines.runtime.stage import Readable, Row, Track, pack_row, size_of
 from pipelines.runtime.worker import Facts
 
 TASK_S = 1.0  # target duration of a task, by its number of rows, so that Ray's milliseconds of overhead do not matter
 MAX_ROWS_PER_TASK = 64
 AHEAD = 8  # rows of later tracks that may wait, per concurrent task, before earlier tracks are paused
+TASK_BYTES = 4 << 20  # size at which a task gets no further rows
+SOURCE_BYTES = 128 << 20  # of rows of the first track that may be under way: the driver holds them until they finish
 STORE_SHARE = 0.5  # fraction of Ray's object store that rows between two chains may take
 
 
@@ -33,6 +35,7 @@ class Batch:
         origin: number of the row that produced these; -1 if none did.
         payload: reference to the input of the step, None at the first step; `size_bytes` is its size.
         result: reference to the output of the step.
+        source_bytes: size of the rows, if they are of the first track; of a batch that was split, of all its rows.
         lost: number of restarts. tried_on: nodes where these rows ended in a bug.
     """
 
@@ -44,6 +47,7 @@ class Batch:
     payload: Any = None
     size_bytes: int = 0
     result: Any = None
+    source_bytes: int = 0
     lost: int = 0
     tried_on: set[str] = field(default_factory=set)
 
@@ -94,17 +98,28 @@ class Backlog:
         self._origins = count()
         self._between_bytes = 0  # size of the payloads that wait or are being read
         self._largest_bytes = 0
+        self._source_bytes = 0  # size of the rows of the first track that are under way
         self._rows_per_task: Counter[int] = Counter()  # by first step
 
     # ------------------------------------------------------------ into the queues
 
     def read_source(self) -> None:
-        """Append the next rows of the first track to its queue."""
-        found = list(islice(self._source, self._num_rows(0)))
-        self._exhausted = len(found) < self._num_rows(0)
-        if found:
-            packed = [pack_row(self._readable(self.steps[0].track.name, row)) for row in found]
-            self.waiting[0].append(Batch(packed, [row["key"] for row in found]))
+        """Append the next rows of the first track to its queue, unless too many are under way."""
+        batch = Batch([], [])
+        while self._source_bytes < SOURCE_BYTES and len(batch.keys) < self._num_rows(0):
+            row = next(self._source, None)
+            if row is None:
+                self._exhausted = True
+                break
+            packed = pack_row(self._readable(self.steps[0].track.name, row))
+            batch.rows.append(packed)
+            batch.keys.append(row["key"])
+            batch.source_bytes += size_of(packed)
+            self._source_bytes += size_of(packed)
+            if batch.source_bytes >= TASK_BYTES:
+                break
+        if batch.keys:
+            self.waiting[0].append(batch)
 
     def add(self, given: Sequence[tuple[str, Row]], parent: int, node: str) -> None:
         """Append the rows (track, row) that a finished row of a step produced on `node`."""
@@ -133,6 +148,10 @@ class Backlog:
         """Release the payload of a batch."""
         self._between_bytes -= batch.size_bytes
         batch.payload, batch.size_bytes = None, 0
+
+    def finish(self, batch: Batch) -> None:
+        """Count a batch that has finished its track as no longer under way."""
+        self._source_bytes -= batch.source_bytes
 
     def learn(self, first: int, facts: Facts, num_rows: int) -> None:
         """Adapt the rows per task to TASK_S, from the duration of a finished task; at most double them at a time."""

@@ -73,7 +73,9 @@ class Records:
         self.folder, self.damaged, self.digits, self._scratch = folder, damaged, digits, scratch
         self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT)")
         self._earlier = Blocks(scratch, "earlier")
-        self._names = np.zeros(0, np.uint64)  # sorted hashes of the names of artifacts in `_earlier`
+        self._names: np.ndarray | None = np.zeros(
+            0, np.uint64
+        )  # sorted hashes of the names of artifacts in `_earlier`, some twice
         self._last: tuple[str, dict[str, str]] = ("", {})
         self._waiting: list[bytes] = []
         self._file: int | None = None
@@ -98,13 +100,20 @@ class Records:
 
     def may_have(self, name: str) -> bool:
         """Return whether there is a record of an artifact, fast; wrong for one name in 10^12 (of 10^7 records)."""
+        if self._names is None:
+            return name in self
         found = self._own(name)
         return bool(are_among(name_hash(name), self._names)) if found is None else found != DELETED
 
     def may_have_hashes(self, hashes: np.ndarray) -> np.ndarray:
-        """Return, for each `name_hash` of an array, whether an earlier run wrote its record; as `may_have`."""
+        """Return, for each `name_hash` of an array, whether an earlier run wrote its record; before `drop_hashes`."""
+        assert self._names is not None
         found: np.ndarray = are_among(hashes, self._names)
         return found
+
+    def drop_hashes(self) -> None:
+        """Free the hashes of names. From here on, `may_have` is right but slow."""
+        self._names = None
 
     def add(self, name: str, body: Mapping[str, Any]) -> None:
         """Write a record; in an object store possibly some seconds later, see `flush`."""
@@ -182,11 +191,21 @@ class Records:
         return num_lines
 
     def _note(self, changes: Sequence[np.ndarray]) -> None:
-        """Update the hashes of names. Args: changes: in turn, in order, hashes of names written and deleted."""
-        found = [self._names, np.zeros(0, np.uint64), *changes]
-        is_there = np.repeat([True, False] * (len(found) // 2), [len(part) for part in found])
-        names, lasts = np.unique(np.concatenate(found)[::-1], return_index=True)  # reversed: the last change counts
-        self._names = names[is_there[::-1][lasts]]
+        """Update the hashes of names, unless they were dropped.
+
+        Args:
+            changes: in turn, in order, hashes of names written and deleted.
+        """
+        if self._names is None:
+            return
+        names = np.concatenate([self._names, *changes[::2]])
+        names.sort()
+        deleted = np.unique(np.concatenate([np.zeros(0, np.uint64), *changes[1::2]]))
+        is_gone = np.zeros(len(deleted), bool)
+        for written, gone in zip(changes[::2], changes[1::2], strict=True):  # the last change counts
+            is_gone[np.searchsorted(deleted, written[are_among(written, deleted)])] = False
+            is_gone[np.searchsorted(deleted, gone)] = True
+        self._names = names[~are_among(names, deleted[is_gone])] if is_gone.any() else names
 
     def _mend(self, url: str) -> None:
         """Copy a damaged part aside, and remove its damaged lines."""

@@ -244,6 +244,11 @@ def pack_row(row: Row) -> dict[str, Any]:
     return {"json": json.dumps(plain), "arrays": buffer.getvalue()}
 
 
+def size_of(packed: Mapping[str, Any]) -> int:
+    """Return the bytes of a serialized row."""
+    return len(packed["json"]) + len(packed["arrays"])
+
+
 def unpack_row(packed: Mapping[str, Any]) -> Row:
     """Deserialize the result of `pack_row`."""
     row = json.loads(packed["json"])

@@ -183,6 +183,7 @@ class Stream:
             if pool is None and self.cluster.num_nodes > 1:
                 self.freed.append(facts.node)
             if done is not None:
+                self.backlog.finish(batch)
                 self.backlog.learn(step.first, facts, len(done))
                 yield batch, done, facts.node
             else:
@@ -202,13 +203,15 @@ class Stream:
         self.backlog.drop_payload(batch)
         if is_culprit and self.attempts is not None:
             self.attempts.died(step.name, batch.keys)
-        for packed, key in zip(batch.rows, batch.keys, strict=True):
+        sizes = [batch.source_bytes, *([0] * (len(batch.keys) - 1))]
+        for packed, key, size in zip(batch.rows, batch.keys, sizes, strict=True):
             if self.attempts is not None and not self.attempts.may(step.name, key):
                 row = unpack_row(packed)
                 packed = pack_row(
                     refused(row, "bad", step.name, "worker_crash", "the processes that worked on it died")
                 )
-            self.backlog.restart(Batch([packed], [key], batch.step, lost=batch.lost, tried_on=batch.tried_on))
+            again = Batch([packed], [key], batch.step, source_bytes=size, lost=batch.lost, tried_on=batch.tried_on)
+            self.backlog.restart(again)
 
     def _close(self) -> None:
         import ray

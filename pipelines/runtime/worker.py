@@ -9,7 +9,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from ex4d.errors import ConfigError, ContractError
-from pipelines.runtime.stage import Chain, pack_row, quiet_threads, unpack_row
+from pipelines.runtime.stage import Chain, pack_row, quiet_threads, size_of, unpack_row
 
 CUDA_ERROR = "CUDA error"  # begins what torch says of them; "CUDA out of memory" leaves the process as it was
 
@@ -65,7 +65,7 @@ def run_batch(work: Work, packed: Sequence[dict[str, Any]]) -> tuple[Facts, list
     work.prepare()
     started = time.monotonic()
     done = [work(row) for row in packed]
-    size_bytes = sum(len(row["json"]) + len(row["arrays"]) for row in done)
+    size_bytes = sum(map(size_of, done))
     bugs = [after for before, after in zip(packed, done, strict=True) if _has_bug(after) and not _has_bug(before)]
     lost_gpu = any(CUDA_ERROR in row["json"] for row in bugs)
     node = ray.get_runtime_context().get_node_id()

@@ -16,10 +16,11 @@ from ex4d import video
 from ex4d.data.verify import verify
 from ex4d.geometry.masks import MaskConfig
 from ex4d.synthetic import SyntheticConfig, write_corpus
-from pipelines.preprocess import duplicates
+from pipelines.preprocess import duplicates, identity
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.run import PreprocessConfig
 from pipelines.preprocess.stages.shots import find_shots
+from pipelines.runtime.scratch import scratch
 from pipelines.runtime.stage import new_row, pack_row, unpack_row
 
 WORLD = SyntheticConfig(num_videos=8, num_frames=17, size=(64, 64), supersample=1, seed=5)
@@ -61,12 +62,21 @@ def hashes(corpus):
     return {path.stem: find_shots(str(path))[-1] for path in sorted(corpus.glob("*.mp4"))}
 
 
+def groups(videos):
+    """Return {name: the first name of its group} as `Identity` decides for {name: hashes}."""
+    names = {f"{number:064x}": name for number, name in enumerate(sorted(videos), 1)}
+    table, collector = identity.Identity(scratch()), identity.Collector()
+    for sha256, name in names.items():
+        collector.add(sha256, videos[name], (8, 8), 1.0)
+    table.extend("", collector.columns())
+    found = {names[one.sha256]: names[one.group] for one in table.decide("group")}
+    return {name: name for name in videos} | found
+
+
 def distance(first, second):
-    """Return the number of bits within which most frames of two videos agree; None if too many frames are flat."""
-    frames = [
-        (int(one, 16) ^ int(other, 16)).bit_count() for one, other in zip(first, second, strict=True) if one and other
-    ]
-    return sorted(frames)[duplicates.MAJORITY - 1] if len(frames) >= duplicates.MAJORITY else None
+    """Return the number of bits within which most frames of two videos agree."""
+    frames = [(int(one, 16) ^ int(other, 16)).bit_count() for one, other in zip(first, second, strict=True)]
+    return sorted(frames)[duplicates.MAJORITY - 1]
 
 
 def originals(hashes):
@@ -82,7 +92,7 @@ def test_copies_are_near_and_distinct_videos_far(hashes):
 
 
 def test_groups_are_those_of_comparing_every_pair_and_know_no_order(hashes):
-    found = duplicates.groups(hashes)
+    found = groups(hashes)
     first, second, *rest = originals(hashes)
     expected = {name: name for name in rest}
     for index, name in enumerate((first, second)):
@@ -92,7 +102,7 @@ def test_groups_are_those_of_comparing_every_pair_and_know_no_order(hashes):
     names = list(hashes)
     for seed in range(5):
         random.Random(seed).shuffle(names)
-        assert duplicates.groups({name: hashes[name] for name in names}) == expected
+        assert groups({name: hashes[name] for name in names}) == expected
 
 
 def test_the_index_finds_what_comparing_every_pair_finds():
@@ -111,19 +121,14 @@ def test_the_index_finds_what_comparing_every_pair_finds():
         for kind, rows in zip("ab", (values, copies), strict=True)
         for i, row in enumerate(rows)
     }
-    found = duplicates.groups(videos)
-    every = {(a, b) for a, b in itertools.combinations(sorted(videos), 2) if near(videos[a], videos[b])}
+    found = groups(videos)
+    every = {(a, b) for a, b in itertools.combinations(sorted(videos), 2) if duplicates.are_near(videos[a], videos[b])}
     assert {(min(name, group), max(name, group)) for name, group in found.items() if name != group} == every
     assert len(every) == 100
 
 
 def hexadecimal(row):
     return [f"{value:016x}" for value in row]
-
-
-def near(first, second):
-    found = distance(first, second)
-    return found is not None and found <= duplicates.MAX_BITS
 
 
 def test_frames_without_anything_to_see_do_not_make_videos_alike():
@@ -133,10 +138,12 @@ def test_frames_without_anything_to_see_do_not_make_videos_alike():
     assert duplicates.frame_hash(noise) is None
     flat = duplicates.sampled([None] * 30, range(30))
     assert flat == [""] * 8
-    assert duplicates.groups({"a": flat, "b": flat}) == {"a": "a", "b": "b"}
+    assert groups({"a": flat, "b": flat}) == {"a": "a", "b": "b"}
     half = ["", "", "", "", *["00000000ffffffff"] * 4]  # four of eight agree: no majority
-    assert duplicates.groups({"a": half, "b": half}) == {"a": "a", "b": "b"}
-    assert distance(half, half) is None
+    assert groups({"a": half, "b": half}) == {"a": "a", "b": "b"}
+    assert not duplicates.are_near(half, half)
+    assert duplicates.are_near(half[3:] + half[:3], half[3:] + half[:3]) is False
+    assert duplicates.are_near(half[4:] + half[4:], half[4:] + half[4:])
 
 
 def test_frames_are_taken_at_equal_times_whatever_the_rate():
@@ -163,63 +170,87 @@ def test_a_hash_is_imagehashs():
 
 def test_of_a_group_the_largest_then_the_longest_is_taken():
     hashes = [f"{value:016x}" for value in np.random.default_rng(0).integers(0, 2**63, 8)]
-    identity = duplicates.Identity()
+    table, collector = identity.Identity(scratch()), identity.Collector()
     for name, height, duration_s in (("d", 8, 1.0), ("b", 64, 2.0), ("c", 64, 3.0), ("a", 32, 9.0), ("e", 64, 3.0)):
         look = hashes if name != "d" else hashes[::-1]
-        identity.add(name * 64, look, [height, 64], duration_s)
-    near = {name * 64: "a" * 64 for name in "bce"}
-    assert identity.decide("group") == (near, {})
-    assert identity.decide("filter") == (near, {name * 64: "c" * 64 for name in "abe"})
-    assert identity.decide("off") == ({}, {})
+        collector.add(name * 64, look, [height, 64], duration_s)
+    table.extend("", collector.columns())
+    group, best = "a" * 64, "c" * 64
+    assert list(table.decide("group")) == [(name * 64, group, None) for name in "bce"]
+    expected = [("a", None, best), ("b", group, best), ("c", group, None), ("e", group, best)]
+    assert list(table.decide("filter")) == [(name * 64, *rest) for name, *rest in expected]
+    assert list(table.decide("off")) == []
 
 
-def test_many_videos_are_compared_as_few_are(monkeypatch):
-    """Compiled code finds the same pairs as array code: random videos, and copies with some frames changed."""
-    rng = np.random.default_rng(7)
-    values = rng.integers(0, 2**64, (3000, 8), dtype=np.uint64)
-    values[1500:1600] = values[:100] ^ (np.uint64(1) << rng.integers(0, 64, (100, 8)).astype(np.uint64))
-    values[1500:1600, : rng.integers(1, 5)] = 0
-    seen = rng.random((3000, 8)) > 0.1
-    few = duplicates._pairs(values, seen)
-    monkeypatch.setattr(duplicates, "MANY", 0)
-    assert duplicates._pairs(values, seen) == few
-    assert len(few) > 20
+def test_videos_that_are_all_alike_are_one_group():
+    """A fixed camera films the same for weeks: comparing its clips takes no more memory than others."""
+    look = np.random.default_rng(5).integers(0, 2**63, 8)
+    videos = {f"{number:05d}": hexadecimal(look ^ (1 << number % 60)) for number in range(3000)}
+    assert set(groups(videos).values()) == {"00000"}
+
+
+def test_no_videos_have_no_decisions():
+    assert list(identity.Identity(scratch()).decide("filter")) == []
 
 
 def videos(with_pairs):
-    """Return the arguments of `Identity.add` for 60 videos, some of them near duplicates, some flat, some pairs."""
+    """Return the arguments of `Collector.add` for 60 videos, some of them near duplicates, some flat, some pairs."""
     rng = np.random.default_rng(11)
     looks = [hexadecimal(rng.integers(0, 2**63, 8)) for _ in range(20)]
+    sha256s = [f"{rng.integers(1, 2**62):048x}" + "0" * 16 for _ in range(60)]  # numpy strips trailing zeros
     found = []
     for number in range(60):
         look = [""] * 8 if number % 10 == 9 else looks[number % 20]
-        other = (f"{number % 7:064x}", looks[number % 7]) if with_pairs and number % 3 == 0 else None
-        sha256 = f"{rng.integers(1, 2**62):048x}" + "0" * 16  # numpy strips trailing zeros
-        found.append((sha256, look, [int(rng.integers(1, 4)), 8], float(rng.integers(1, 4)), other))
+        other = (f"{number % 7 + 1:064x}", looks[number % 7]) if with_pairs and number % 3 == 0 else None
+        if with_pairs and number % 15 == 1:  # the other camera's video is also a video of its own
+            other = (sha256s[number - 1], looks[(number - 1) % 20])
+        found.append((sha256s[number], look, [int(rng.integers(1, 4)), 8], float(rng.integers(1, 4)), other))
     return found
+
+
+def decided(every, how):
+    """Return the decisions about videos, comparing each with each."""
+    looks, best = {}, {}
+    for sha256, look, *_, other in every:
+        looks |= {sha256: look} | ({other[0]: other[1]} if other else {})
+    together = [(sha256, other[0]) for sha256, *_, other in every if other]
+    near = [pair for pair in itertools.combinations(looks, 2) if duplicates.are_near(*map(looks.get, pair))]
+    near = near if how != "off" else []
+    firsts = connected(looks, near + together)
+    own = {facts[0]: (-facts[2][0], -facts[3], facts[0]) for facts in every}
+    if how == "filter":
+        among = connected(own, [pair for pair in near if set(pair) <= set(own)])
+        best = {name: min(own[other] for other in own if among[other] == among[name])[2] for name in own}
+    found = [(name, firsts[name], best.get(name, name)) for name in sorted(own)]
+    return [(name, *(one if one != name else None for one in rest)) for name, *rest in found if {*rest} != {name}]
+
+
+def connected(names, pairs):
+    """Return {name: the smallest name that pairs connect it with}."""
+    firsts = {name: name for name in names}
+    for one, other in list(pairs) * 2:
+        both = {firsts[one], firsts[other]}
+        firsts = {name: min(both) if first in both else first for name, first in firsts.items()}
+    return firsts
 
 
 @pytest.mark.parametrize("with_pairs", [False, True])
 @pytest.mark.parametrize("how", ["off", "group", "filter"])
-def test_videos_that_workers_collected_are_decided_like_those_added_one_by_one(with_pairs, how):
+def test_what_other_videos_decide_is_what_comparing_each_with_each_finds(with_pairs, how):
     """Whatever the units, and in whatever order they arrive."""
     every = videos(with_pairs)
-    single = duplicates.Identity()
-    for video_facts in sorted(every):
-        single.add(*video_facts)
-    expected = single.decide(how)
+    expected = decided(every, how)
     for seed in range(3):
         random.Random(seed).shuffle(every)
-        joined = duplicates.Identity()
-        for unit in (every[:1], [], every[1:25], every[25:59]):
-            part = duplicates.Identity()
+        table = identity.Identity(scratch())
+        for place, unit in (("b", every[:1]), ("c", []), ("a", every[1:25]), ("d", every[25:59]), ("ab", every[59:])):
+            part = identity.Collector()
             for video_facts in unit:
                 part.add(*video_facts)
-            joined.extend(unpack_row(pack_row(new_row("unit", **part.columns()))))
-        joined.add(*every[59])
-        assert joined.decide(how) == expected
-    assert how == "off" or len(expected[0]) > 20
-    assert bool(expected[1]) == (how == "filter")
+            table.extend(place, unpack_row(pack_row(new_row("unit", **part.columns()))))
+        assert list(table.decide(how)) == expected
+    assert how == "off" or len(expected) > 20
+    assert any(stand_in for *_, stand_in in expected) == (how == "filter")
 
 
 def config_of(corpus, output, **more):

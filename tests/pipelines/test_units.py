@@ -15,6 +15,7 @@ from pipelines.inputs import Entry, Source, Sources, Span
 from pipelines.inputs.sources import Found
 from pipelines.preprocess import tables
 from pipelines.preprocess.compare import COMPARE, compare_unit, names_of
+from pipelines.preprocess.identity import FACTS, Decision
 from pipelines.preprocess.units import videos_of
 from pipelines.runtime.blocks import columns, pack
 from pipelines.runtime.scratch import scratch
@@ -103,7 +104,7 @@ def test_what_is_decided_is_noted_in_time_that_grows_with_the_videos_and_not_wit
         database, names, found = scratch(), [f"{number:064x}" for number in range(count)], []
         table = tables.Tables(database, 0)
         database.set_progress_handler(lambda: found.append(1), 100)
-        table.decide(dict.fromkeys(names, names[0]), {})
+        table.decide(Decision(name, names[0], None) for name in names)
         return len(found)
 
     assert steps(2000) < 3 * steps(1000)
@@ -156,7 +157,7 @@ def test_copies_are_rejected_by_the_first_name_and_videos_without_a_record_are_m
     assert rejects == [(name, "duplicate", "same content as a.mp4") for name in ("b.mp4", "z.mp4")]
     assert [row["name"] for row in missing] == ["c.mp4"]
     assert found["compared"]["num_missing"] == 1
-    assert found["sha256s"].tobytes().hex() == digest(1)
+    assert np.frombuffer(found["facts"], FACTS)["sha256"].tobytes().hex() == digest(1)
 
 
 @pytest.mark.parametrize("retry", [(), ("decode_timeout",), ("other",)])
@@ -170,7 +171,7 @@ def test_a_rejection_is_retried_for_its_reason_unless_this_run_made_it(tmp_path,
     assert missing == ([video] if is_retried else [])
     assert found["compared"]["retried"] == ({"a.mp4": "decode_timeout"} if is_retried else {})
     assert found["compared"]["changes"]["removed"] == ([name] if is_retried else [])
-    assert not len(found["sha256s"])
+    assert not len(found["facts"])
 
 
 def test_pairs_bring_their_content_and_the_look_of_the_other_video(tmp_path):
@@ -179,9 +180,14 @@ def test_pairs_bring_their_content_and_the_look_of_the_other_video(tmp_path):
     found, missing = compared(tmp_path, [pair, alone], bodies, near_duplicates="filter")
     assert missing == []
     assert found["compared"]["pairs"] == [(digest(1), digest("a"))]
-    assert found["others"] == [(digest("a"), digest("other"), [digest("look")[:16]] * 8)]
-    assert found["pixels"].tolist() == [24, 24]
-    assert found["durations_s"].tolist() == [2.0, 2.0]
+    facts, looks = np.frombuffer(found["facts"], FACTS), found["hashes"].tobytes()
+    names, owners = ([one.tobytes().hex() for one in facts[column]] for column in ("sha256", "owner"))
+    both = list(zip(names, owners, strict=True))
+    assert set(both) == {(digest("a"), digest("a")), (digest("other"), digest("a")), (digest("b"), digest("b"))}
+    place = 64 * both.index((digest("other"), digest("a")))
+    assert looks[place : place + 64] == bytes.fromhex(digest("look")[:16])[::-1] * 8
+    assert sorted(facts["pixels"].tolist()) == [0, 24, 24]
+    assert sorted(facts["duration_s"].tolist()) == [0.0, 2.0, 2.0]
     assert sorted(found["names_ends"]) == sorted({digest("a")[:2], digest("b")[:2]})
     assert compared(tmp_path, [pair, alone], bodies, near_duplicates="group")[0]["names_ends"] == {}
 
@@ -191,7 +197,7 @@ def test_a_video_whose_record_is_a_rejection_is_neither_compared_nor_missing(tmp
     bodies = {videos[0]["artifact"]: refusal("shot_length"), videos[1]["refusal_artifact"]: refusal("decode_timeout")}
     found, missing = compared(tmp_path, videos, bodies)
     assert missing == []
-    assert not len(found["sha256s"])
+    assert not len(found["facts"])
 
 
 @pytest.mark.parametrize("digits", [0, 2])
@@ -228,8 +234,7 @@ def test_decisions_reach_the_units_of_pairs_and_name_the_video_that_replaces_ano
     table.add_pairs(pairs)
     for videos in ([("z.mp4", contents[2], best), ("c.mp4", plain, plain)], [("b.mp4", contents[1], best)]):
         table.add_names(names_of([video_row(name, content, sha256) for name, content, sha256 in videos], config))
-    assert table._first_names({best, plain, digest("none")}) == {best: "b.mp4", plain: "c.mp4"}
-    table.decide({plain: group, digest("pair"): group}, {digest("pair"): best})
+    table.decide([Decision(plain, group, None), Decision(digest("pair"), group, best)])
     pair = {digest("pair"): [group, "b.mp4"]}
     found = {prefix: table.decided(prefix) for prefix in table.units()}
     assert found["0"].items() >= pair.items()
