@@ -58,7 +58,7 @@ GATES = {
     "diffusers": ("ex4d/models/", "ex4d/depth/"),
     "transformers": ("ex4d/models/", "ex4d/depth/"),
     "nvdiffrast": ("ex4d/geometry/render/nvdiffrast.py",),
-    "numba": ("ex4d/geometry/", "pipelines/preprocess/duplicates.py"),
+    "numba": ("ex4d/geometry/",),
     "pycolmap": ("ex4d/depth/adapters/",),
     "ray": ("pipelines/",),
     "argparse": ("pipelines/cli.py", "pipelines/commands/"),

@@ -137,14 +137,14 @@ class SpikeWatch:
 
 
 def throughput(
-    plan: BatchPlan, seconds: float, cost: flops.Cost | None, again: tuple[float, bool], device: torch.device
+    plan: BatchPlan, seconds: float, cost: flops.Cost | None, checkpointing: tuple[float, bool], device: torch.device
 ) -> dict[str, float]:
     """Return samples and tokens per second over all ranks and, on a known GPU, MFU and HFU.
 
     Args:
         seconds: duration of the step.
         cost: of one sample; None if unknown.
-        again: (recomputed, keep_attention) as in `flops.utilisation`.
+        checkpointing: (recomputed, keep_attention) as in `flops.utilisation`.
     """
     rate = plan.global_size / seconds
     if cost is None:
@@ -152,7 +152,7 @@ def throughput(
     rates = {"samples_per_s": rate, "tokens_per_s": rate * cost.tokens}
     peak = flops.peak_flops(torch.cuda.get_device_name(device)) if device.type == "cuda" else None
     if peak:
-        rates["mfu"], rates["hfu"] = flops.utilisation(cost, rate / plan.world_size, peak, *again)
+        rates["mfu"], rates["hfu"] = flops.utilisation(cost, rate / plan.world_size, peak, *checkpointing)
     return rates
 
 

@@ -174,9 +174,9 @@ class Trainer:
         metrics |= {"mse": result.mse, "mse_by_sigma": result.by_sigma, "bad_samples": result.bad_samples}
         if "dataset" in batch:
             metrics["dataset"] = batch["dataset"]
-        again = (self.job.recompute.share if self.job.recompute else 0.0, self.config.checkpoint_keep_attention)
+        checkpointing = (self.job.recompute.share if self.job.recompute else 0.0, self.config.checkpoint_keep_attention)
         cost = self.job.costs[batch.get("dataset", 0)] if self.job.costs else None
-        metrics |= report.throughput(self.plan, watch.times()["total"], cost, again, self.device)
+        metrics |= report.throughput(self.plan, watch.times()["total"], cost, checkpointing, self.device)
         metrics |= {"step_s": watch.times(), "peak_memory_bytes": result.peak_memory_bytes}
         return metrics, result.stop
 

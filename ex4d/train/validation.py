@@ -78,7 +78,7 @@ def read_share(job: Job, config: TrainConfig, micro_size: int, world_size: int) 
 # ---------------------------------------------------------------- the separate process
 
 
-def judge(folder: Path) -> None:
+def evaluate_weights(folder: Path) -> None:
     """Evaluate the weights in a step's folder: write its videos, then result.json."""
     chosen = json.loads((folder / "job.json").read_text(encoding="utf-8"))
     config = configs.validate(TrainConfig, chosen["train"], "train")
@@ -164,7 +164,7 @@ def main(folder: str) -> int:
     """Run one validation in this process."""
     die_with(int(os.environ.get(PARENT, 0)))  # a killed rank cannot stop its child
     torch.set_num_threads(1)
-    judge(Path(folder))
+    evaluate_weights(Path(folder))
     return 0
 
 

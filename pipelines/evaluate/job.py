@@ -101,7 +101,7 @@ class _Job:
     def missing(self) -> list[Row]:
         """Return the rows that are neither finished nor permanently rejected."""
         refusals = ((row["refusal_artifact"], row["key"]) for row in self.planned.rows)
-        self.ledger.take({name: key for name, key in refusals if name in self.ledger})
+        self.ledger.load_files({name: key for name, key in refusals if name in self.ledger})
         done = self.ledger.names()
         return [row for row in self.planned.rows if not done & {row["artifact"], row["refusal_artifact"]}]
 

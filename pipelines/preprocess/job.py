@@ -286,5 +286,5 @@ class Job:
             self.passes.worked,
             self.outcomes.retried,
             self.tables.count("scored") if self.config.score_only else None,
-            stands=not self.committed and storage.exists(storage.join(self.config.output, DATASET)),
+            has_earlier_dataset=not self.committed and storage.exists(storage.join(self.config.output, DATASET)),
         )

@@ -31,7 +31,7 @@ class Packing:
         """Write the dataset. Raises DamagedSamples."""
         size, tables = self.config.shard_size_mb << 20, self.ledger.url(PACKED)
         if self.config.keep_staging == "none":
-            self.ledger.packed.alone(self.ledger.records)
+            self.ledger.packed.declare_only_copy(self.ledger.records)
         facts = fingerprints.facts(self.config, counts)
         shards.pack_contents(self, self.config.output, facts, size, tables=tables, build=self._build)
         if self.config.keep_staging == "none":

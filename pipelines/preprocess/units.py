@@ -25,7 +25,7 @@ from pipelines.preprocess.settings import PreprocessConfig
 from pipelines.preprocess.stages import own_score, pair
 from pipelines.preprocess.tables import pack_rows
 from pipelines.runtime.blocks import columns, unpack
-from pipelines.runtime.known import Known, take
+from pipelines.runtime.known import Known, load_files
 from pipelines.runtime.ledger import known_of, superseded
 from pipelines.runtime.rejects import reject_of
 from pipelines.runtime.stage import Row, Stage, new_row, refuse, refused
@@ -185,7 +185,7 @@ class Unit:
 
     def _passing(self, missing: Sequence[Row]) -> list[Row]:
         """Return the rows without those whose known scores already miss a threshold."""
-        take(self.known, {name: row["key"] for row in missing if (name := row["score_artifact"]) in self.known})
+        load_files(self.known, {name: row["key"] for row in missing if (name := row["score_artifact"]) in self.known})
         for row in missing:
             row["known_scores"] = self.known.get(row["score_artifact"])
         return [row for row in missing if judged(row, row["known_scores"] or row["shot_scores"], self.config) is None]
@@ -220,7 +220,7 @@ def finished(known: Any, row: Row) -> str:
 def load(known: Any, rows: Sequence[Row]) -> None:
     """Load artifacts of these rows that have no record yet; damaged ones count as missing."""
     todo = rows
-    while damaged := take(known, {name: row["key"] for row in todo if (name := finished(known, row))}):
+    while damaged := load_files(known, {name: row["key"] for row in todo if (name := finished(known, row))}):
         todo = [row for row in todo if damaged & {row[name] for name in ARTIFACTS}]
 
 

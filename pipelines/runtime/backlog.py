@@ -183,16 +183,17 @@ class Backlog:
             del waiting[place]
         return batch
 
-    def next_step(self, node: str, hunger: Mapping[int, int], num_slots: int) -> int | None:
+    def next_step(self, node: str, wanted_inputs: Mapping[int, int], num_slots: int) -> int | None:
         """Return the index of the step that the next task should run, None if none should be submitted now.
 
         Args:
             node: where a task has just ended, so that a CPU is free; "" for any.
-            hunger: {index of a GPU step: batches that it should have waiting or on their way}, so that no GPU idles.
+            wanted_inputs: {index of a GPU step: batches that should wait for it or be on their way}, so that no GPU
+                idles.
             num_slots: number of tasks that can run concurrently.
         """
         steps = [n for n, step in enumerate(self.steps) if not step.on_gpu and self._has_input(n, num_slots)]
-        for number, wanted in hunger.items():
+        for number, wanted in wanted_inputs.items():
             first = self.steps[number].first
             own = [step for step in steps if first <= step < number]
             feeding = own or [step for step in steps if step < number]

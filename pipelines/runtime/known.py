@@ -18,7 +18,7 @@ NUM_READERS = 32  # threads that read files; an object store serves many reads a
 
 
 class Records(Protocol):
-    """The interface that `take` needs: `Ledger` on the driver, `Known` on a worker."""
+    """The interface that `load_files` needs: `Ledger` on the driver, `Known` on a worker."""
 
     def size(self, name: str) -> int | None: ...
     def has_record(self, name: str) -> bool: ...
@@ -85,7 +85,7 @@ class Known:
         self.sizes.pop(name, None)
 
 
-def take(known: Records, keys: Mapping[str, str]) -> set[str]:
+def load_files(known: Records, keys: Mapping[str, str]) -> set[str]:
     """Load artifacts that exist as files but have no record yet, in parallel; return the names of damaged ones.
 
     A damaged artifact is set aside: its row is redone, and no data is lost.

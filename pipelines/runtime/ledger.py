@@ -48,7 +48,7 @@ from ex4d.redact import SECRET, without_secrets
 from ex4d.threads import in_order
 from pipelines.runtime import attempts
 from pipelines.runtime.blocks import LAST
-from pipelines.runtime.known import Known, take
+from pipelines.runtime.known import Known, load_files
 from pipelines.runtime.packed import MARK, NUM_THREADS, Packed, sizes_in
 from pipelines.runtime.parts import FOLDERS, Reader, merged
 from pipelines.runtime.records import SUFFIX, Records
@@ -91,7 +91,7 @@ class Ledger:
 
     @cached_property
     def records(self) -> Records:
-        """All records in parts, and those in files of their own that `take` has read."""
+        """All records in parts, and those in files of their own that `load_files` has read."""
         database, folder, damaged = self.database, *(storage.join(self.output, name) for name in (RECORDS, DAMAGED))
         records = Records(database, folder, damaged, list(self.parts), self.digits, self.read)
         digits = sum(records.num_earlier > many for many in MANY)
@@ -119,7 +119,7 @@ class Ledger:
 
     def may_have(self, name: str) -> bool:
         """Return whether an artifact is finished, fast, but possibly wrong: a shard may have lost a sample."""
-        in_parts = not name.endswith(".tar") or self.packed.is_alone
+        in_parts = not name.endswith(".tar") or self.packed.is_only_copy
         return (in_parts and self.records.may_have(name)) or self.size(name) is not None
 
     def size(self, name: str) -> int | None:
@@ -154,9 +154,9 @@ class Ledger:
         """Write a record."""
         self.records.add(name, body)
 
-    def take(self, keys: Mapping[str, str]) -> set[str]:
-        """Load the records of artifacts that lack one; return the names of damaged ones. See `known.take`."""
-        return take(self, keys)
+    def load_files(self, keys: Mapping[str, str]) -> set[str]:
+        """Load the records of artifacts that lack one; return the names of damaged ones. See `known.load_files`."""
+        return load_files(self, keys)
 
     def unit(self, prefix: str) -> dict[str, Any]:
         """Return columns for `known_of`: what the ledger has of the videos whose content hash begins with `prefix`."""

@@ -1,4 +1,4 @@
-"""Samples that are stored in the shards only: after `alone` was called, the shards are their ledger.
+"""Samples that are stored in the shards only: after `declare_only_copy` was called, the shards are their ledger.
 
 The tables in `staging/packed` say where in which shard each sample lies. Before a shard is rebuilt, its samples are
 copied back to staging, and all copies are made before any shard is overwritten, so no sample is lost if the run dies.
@@ -32,12 +32,12 @@ class Packed:
 
     Args:
         scratch: a database with the ledger's table `file`.
-        is_alone: `alone` was called, in this run or an earlier one.
+        is_only_copy: `declare_only_copy` was called, in this run or an earlier one.
     """
 
-    def __init__(self, output: str, scratch: sqlite3.Connection, is_alone: bool):
-        self.output, self._scratch, self.is_alone = output, scratch, is_alone
-        self._shards = list(_shards(output)) if is_alone else []  # (name, first key, last key)
+    def __init__(self, output: str, scratch: sqlite3.Connection, is_only_copy: bool):
+        self.output, self._scratch, self.is_only_copy = output, scratch, is_only_copy
+        self._shards = list(_shards(output)) if is_only_copy else []  # (name, first key, last key)
 
     @property
     def holds_samples(self) -> bool:
@@ -57,12 +57,12 @@ class Packed:
             self._scratch.executemany("INSERT OR REPLACE INTO packed VALUES (?, ?, ?, ?, ?)", rows)
         return self._scratch
 
-    def alone(self, records: Records) -> None:
+    def declare_only_copy(self, records: Records) -> None:
         """Declare that samples in shards need no file in staging."""
-        if not self.is_alone:
+        if not self.is_only_copy:
             records.add(MARK, {})
             records.flush()  # before the first file is deleted
-            self.is_alone = True
+            self.is_only_copy = True
 
     def places(self, items: Iterable[Sequence[Any]]) -> list[list[Any]]:
         """Return [url, shard, offset, length, sha256] of those items that are stored in shards only.

@@ -112,7 +112,7 @@ class Pool:
         return sum(member.num_cpus for member in self.members)
 
     @property
-    def hunger(self) -> int:
+    def wanted_inputs(self) -> int:
         """Number of batches that should be waiting for the actors or be on their way."""
         return CALLS * max(1, len(self.members)) + 1
 

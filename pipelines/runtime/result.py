@@ -36,7 +36,7 @@ class Result:
         stages: {stage: Tally} of the rows that this run worked on.
         worked: {pass: rows} that this run worked on, for `hash` also unchanged videos; the ledger had the others.
         scored: number of scored clips, if the run only measured scores; else None.
-        stands: True if the folder holds the dataset of an earlier run.
+        has_earlier_dataset: True if the folder holds the dataset of an earlier run.
         report: path of the run's page; "" if there is none.
         retried: {key: (earlier reason, "done" or the new reason)} of rejects that were retried.
     """
@@ -50,7 +50,7 @@ class Result:
     worked: Mapping[str, int] = field(default_factory=dict)
     retried: Mapping[str, tuple[str, str]] = field(default_factory=dict)
     scored: int | None = None
-    stands: bool = False
+    has_earlier_dataset: bool = False
     report: str = ""
 
     @property
@@ -88,7 +88,7 @@ class Result:
         for problem in self.problems:
             console.print(problem, highlight=False, markup=False, soft_wrap=True)
         state = "dataset" if self.committed else "no dataset was written; finished work is kept in staging of"
-        if self.stands:
+        if self.has_earlier_dataset:
             state = "the dataset of an earlier run stands as it was; finished work is kept in staging of"
         if self.scored is not None:
             state = "scores alone were measured, and are kept for the next run, in staging of"

@@ -31,7 +31,7 @@ Row = dict[str, Any]
 # ({"fate", "stage", "reason", "message"} or None); and the seconds that each stage took.
 ROW_COLUMNS = ("key", "refusal", "seconds")
 # Transient failures of stores, networks and disks: rejects for these reasons are not kept for the next run.
-PASSING = ("unreadable", "truncated_download", "private_host")
+TRANSIENT = ("unreadable", "truncated_download", "private_host")
 # The video is fine, but this depth estimator cannot handle it.
 NO_FAULT = ("no_parallax",)
 
@@ -101,7 +101,7 @@ def is_bug(row: Row) -> bool:
 
 def is_lasting(row: Row) -> bool:
     """Return True if the same settings would reject the row again, so that retrying it is pointless."""
-    return row["refusal"] is not None and row["refusal"]["reason"] not in PASSING and not is_bug(row)
+    return row["refusal"] is not None and row["refusal"]["reason"] not in TRANSIENT and not is_bug(row)
 
 
 def refused(row: Row, fate: str, stage: str, reason: str, message: str, **more: str) -> Row:

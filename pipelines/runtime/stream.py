@@ -113,10 +113,10 @@ class Stream:
                     break
                 batch = backlog.take(number, "")
                 self._fly(batch, pool.call(actor, batch.payload or batch.rows))
-        hunger = {number: pool.hunger for number, pool in self.pools.items()}
+        wanted_inputs = {number: pool.wanted_inputs for number, pool in self.pools.items()}
         while not self._all_cpus_busy() or not self.flying:
             node = self.freed.popleft() if self.freed else ""
-            chosen = backlog.next_step(node, hunger, self._num_slots())
+            chosen = backlog.next_step(node, wanted_inputs, self._num_slots())
             if chosen is None:
                 break
             batch = backlog.take(chosen, node)

@@ -101,12 +101,12 @@ class RankLeaves(Exception):
 class Judge:
     """An actor that validates one set of weights: a process with its own resources, which ends with rank 0."""
 
-    def judge(self, folder: str) -> None:
+    def evaluate_weights(self, folder: str) -> None:
         """Validate the weights in a folder and write the result into it."""
         from ex4d.train import validation
 
         os.nice(19)
-        validation.judge(Path(folder))
+        validation.evaluate_weights(Path(folder))
 
 
 class RemoteValidation:
@@ -119,7 +119,7 @@ class RemoteValidation:
         gpus = 0 if device == "cpu" else 1
         actor: Any = ray.remote(Judge).options(num_cpus=0, num_gpus=gpus, scheduling_strategy="DEFAULT")
         self._actor = actor.remote()
-        self._done = self._actor.judge.remote(str(folder))
+        self._done = self._actor.evaluate_weights.remote(str(folder))
 
     def poll(self) -> int | None:
         """Return the exit status, or None while it is running."""

@@ -81,7 +81,7 @@ def test_records_that_are_files_of_their_own_are_still_read(tmp_path):
         ledger = Ledger(str(tmp_path))
         assert ledger.names() == {"clips/b.2.json", "videos/d.3.json", "scores/e.3.json"}
         assert len(list(ledger.records)) == 3 * number
-        assert ledger.take({"clips/b.2.json": "b", "videos/d.3.json": "d", "scores/e.3.json": "e"}) == set()
+        assert ledger.load_files({"clips/b.2.json": "b", "videos/d.3.json": "d", "scores/e.3.json": "e"}) == set()
         assert ledger.records.get("scores/e.3.json") == {"motion": 0.5}
     ledger.remove("clips/b.2.json")
     assert "clips/b.2.json" not in Ledger(str(tmp_path))
@@ -361,7 +361,7 @@ def test_damaged_files_are_set_aside_and_named(tmp_path, caplog):
         storage.write_bytes(tmp_path / "staging" / name, blob)
     ledger = Ledger(str(tmp_path))
     names = {name: name.partition("/")[2].partition(".")[0] for name in ledger.names()}
-    assert ledger.take(names) == set(bad)
+    assert ledger.load_files(names) == set(bad)
     assert list(ledger.records) == ["clips/good.1.json", "scores/good.1.json"]
     for again in (ledger, Ledger(str(tmp_path))):
         assert again.names() == {"clips/good.1.json", "scores/good.1.json"}

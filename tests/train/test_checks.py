@@ -90,7 +90,7 @@ def test_apart_on_a_cpu_loads_the_base_in_the_ranks_own_type(tmp_path: Path, mon
         body = {"train": train, "model": {"base": str(tmp_path / "base")}, "dtype": dtype}
         (tmp_path / "job.json").write_text(json.dumps(body))
         with pytest.raises(Stop):
-            validation.judge(tmp_path)
+            validation.evaluate_weights(tmp_path)
         assert asked.pop() == wanted
 
 
@@ -112,7 +112,7 @@ def test_what_serves_the_ranks_gpus_is_off_in_a_validation_on_a_cpu(
         train = {"validate_every": 2, "validate_apart": True, "validate_device": device, **gpu}
         (tmp_path / "job.json").write_text(json.dumps({"train": train, "model": {}}))
         with pytest.raises(InterruptedError):
-            validation.judge(tmp_path)
+            validation.evaluate_weights(tmp_path)
     (on_cpu, _), (on_gpu, _), _ = found
     assert (on_cpu.attention, on_cpu.compile, on_cpu.block_swap) == ("auto", False, 0)
     assert (on_gpu.attention, on_gpu.compile, on_gpu.block_swap) == ("cudnn", True, 4)

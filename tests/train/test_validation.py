@@ -214,7 +214,7 @@ def test_a_latent_dataset_is_judged_as_its_pixels_are(folder):
         step = validator.step_folder(folder / f"of {data}", 1)
         job.write_adapter(step, {n: p.detach().clone() for n, p in job.model.trainable_parameters().items()}, 1)
         (step / "job.json").write_text(json.dumps({name: job.facts[name] for name in ("train", "model")}))
-        validation.judge(step)
+        validation.evaluate_weights(step)
         results.append(json.loads((step / "result.json").read_text()))
         videos.append(video.read(step / "clip-0.mp4")[0].astype(float))
     assert results[0]["validation_loss"] == pytest.approx(results[1]["validation_loss"], abs=1e-6)
