@@ -175,10 +175,10 @@ def test_a_sample_is_taken_from_a_shard_only_as_it_was_recorded(config, small_sh
 def test_the_range_of_keys_of_shards_takes_in_their_edges(tmp_path, monkeypatch):
     ranges = [("one", "0a-0", "1f-9"), ("two", "1f-a", "1f-b"), ("three", "20-0", "ff-9")]
     monkeypatch.setattr(packed, "_shards", lambda _: ranges)
-    found = packed.Packed(str(tmp_path), Ledger(str(tmp_path)).database, is_alone=True)
+    found = packed.Packed(str(tmp_path), Ledger(str(tmp_path)).database, is_only_copy=True)
     expected = {"": [0, 1, 2], "0": [0], "00": [], "0a": [0], "0b": [0], "1": [0, 1], "1f": [0, 1], "2": [2]}
     expected |= {"1f-9": [0], "1f-a": [1], "1f-b": [1], "1f-b0": [], "20": [2], "1fa": [], "f": [2], "ff": [2]}
     assert {prefix: found.shards_of(prefix) for prefix in expected} == {
         prefix: [ranges[number][0] for number in numbers] for prefix, numbers in expected.items()
     }
-    assert packed.Packed(str(tmp_path), Ledger(str(tmp_path)).database, is_alone=False).shards_of("") == []
+    assert packed.Packed(str(tmp_path), Ledger(str(tmp_path)).database, is_only_copy=False).shards_of("") == []
