@@ -15,9 +15,10 @@ ROOT = Path(__file__).resolve().parent.parent
 
 # A module may import its own package and the packages listed for it.
 FLOOR = {"errors", "config", "isolation", "redact", "remote", "storage", "hub", "text", "video", "web", "metrics"}
-FLOOR |= {"npy", "threads"}
+FLOOR |= {"compiled", "npy", "threads"}
 LEAVES = {"geometry", "depth", "data", "models", "flow", "synthetic", "quality"}
 MAY_IMPORT = {
+    "compiled": set(),
     "errors": {"redact"},
     "config": {"errors", "redact", "storage", "text"},
     "redact": set(),
@@ -58,7 +59,7 @@ GATES = {
     "diffusers": ("ex4d/models/", "ex4d/depth/"),
     "transformers": ("ex4d/models/", "ex4d/depth/"),
     "nvdiffrast": ("ex4d/geometry/render/nvdiffrast.py",),
-    "numba": ("ex4d/geometry/",),
+    "numba": ("ex4d/compiled.py", "ex4d/geometry/"),
     "pycolmap": ("ex4d/depth/adapters/",),
     "ray": ("pipelines/",),
     "argparse": ("pipelines/cli.py", "pipelines/commands/"),

@@ -190,7 +190,7 @@ def measure(folder: Path, how: str) -> dict[str, Any]:
         passes = Passes("preprocess", Faked(execute), Progress(config.output), 10)
         job = Job(config, passes, preprocess.stages_of(config), sources)
         timed("ledger", lambda: job.ledger.records)()
-        job.identity.decide = timed("decide", job.identity.decide)
+        job.tables.decide = timed("decide", job.tables.decide)
         job.work()
         planned_s = time.process_time() - begun
         job.judge()

@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import numpy as np
 
-from ex4d.geometry.render.cpu_kernels import kernel
+from ex4d.compiled import kernel
 
 AHEAD = 1e-9  # least distance in front of the camera's centre, in units of depth
 

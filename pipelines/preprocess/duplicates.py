@@ -51,6 +51,10 @@ def sampled(hashes: Sequence[int | None], pts: Sequence[int]) -> list[str]:
 
 
 def are_near(first: Sequence[str], second: Sequence[str]) -> bool:
-    """Return whether two videos are near duplicates. Args: first, second: `sampled` hashes."""
+    """Return whether two videos are near duplicates, slowly: `near.py` finds those among millions.
+
+    Args:
+        first, second: `sampled` hashes.
+    """
     frames = ((one, other) for one, other in zip(first, second, strict=True) if one and other)
     return sum((int(one, 16) ^ int(other, 16)).bit_count() <= MAX_BITS for one, other in frames) >= MAJORITY

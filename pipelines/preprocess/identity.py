@@ -8,7 +8,7 @@ are in memory, 64 of them the hashes of its frames.
 from __future__ import annotations
 
 import sqlite3
-from collections.abc import Iterable, Iterator, Mapping, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import numpy as np
@@ -32,7 +32,7 @@ class Decision(NamedTuple):
 
 
 class Collector:
-    """Collects the identity of some videos, on a worker."""
+    """Collects the identity of some videos."""
 
     def __init__(self) -> None:
         self._facts: list[tuple[bytes, bytes, int, float]] = []
@@ -101,9 +101,13 @@ class Identity:
             best[videos] = videos[self._best(among, order[videos])]
         firsts = near.joined(firsts, pairs) if len(pairs) else firsts
         chosen = np.flatnonzero(~is_other & ((firsts != alone) | (best != alone)))
-        columns = (self._names(order[positions[chosen]]) for positions in (alone, firsts, best))
-        for sha256, group, stand_in in zip(*columns, strict=True):
-            yield Decision(sha256, *(name if name != sha256 else None for name in (group, stand_in)))
+        firsts, best = firsts[chosen], best[chosen]
+        named = np.unique(np.concatenate([chosen, firsts, best]))
+        names = self._fact("sha256", order[named])
+        for columns in zip(chosen, firsts, best, strict=True):
+            places = np.searchsorted(named, columns)
+            sha256, *others = (bytes(names[place]).ljust(32, b"\0").hex() for place in places)  # numpy strips zeros
+            yield Decision(sha256, *(name if name != sha256 else None for name in others))
 
     def _in_order(self) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
         """Return the rows of all videos, sorted by sha256, each once, int32 [M]; and, by position among these:
@@ -122,8 +126,9 @@ class Identity:
     def _best(self, firsts: np.ndarray, order: np.ndarray) -> np.ndarray:
         """Return the best video of each group: the largest frame, then the longest duration, then the smallest hash."""
         members = np.flatnonzero(np.bincount(firsts, minlength=len(firsts))[firsts] > 1)
-        facts, groups = self._facts(order[members]), firsts[members]
-        rank = np.lexsort((members, -facts["duration_s"], -facts["pixels"], groups))
+        pixels, durations_s = (self._fact(name, order[members]) for name in ("pixels", "duration_s"))
+        groups = firsts[members]
+        rank = np.lexsort((members, -durations_s, -pixels, groups))
         is_best = np.append(True, groups[rank[1:]] != groups[rank[:-1]])[: len(rank)]
         best = np.arange(len(firsts), dtype=np.int32)
         best[groups[rank[is_best]]] = members[rank[is_best]]
@@ -156,17 +161,13 @@ class Identity:
             start = end
         return found
 
-    def _facts(self, rows: np.ndarray) -> np.ndarray:
-        """Return the FACTS of some rows, in their order."""
+    def _fact(self, name: str, rows: np.ndarray) -> np.ndarray:
+        """Return one of FACTS of some rows, in their order."""
         wanted, places = np.unique(rows, return_inverse=True)
-        found, start = [np.zeros(0, FACTS)], 0
+        found, start = np.empty(len(wanted), FACTS[name]), 0
         for blob in self._blobs("facts"):
-            facts = np.frombuffer(blob, FACTS)
+            facts = np.frombuffer(blob, FACTS)[name]
             first, last = np.searchsorted(wanted, (start, start + len(facts)))
-            found.append(facts[wanted[first:last] - start])
+            found[first:last] = facts[wanted[first:last] - start]
             start += len(facts)
-        return np.concatenate(found)[places]
-
-    def _names(self, rows: np.ndarray) -> Iterable[str]:
-        names = self._facts(rows)["sha256"]
-        return (name.ljust(32, b"\0").hex() for name in map(bytes, names))  # numpy strips trailing zeros
+        return found[places]

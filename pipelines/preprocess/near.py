@@ -11,7 +11,7 @@ from itertools import combinations
 
 import numpy as np
 
-from ex4d.geometry.render.cpu_kernels import kernel
+from ex4d.compiled import kernel
 from pipelines.preprocess.duplicates import MAJORITY, MAX_BITS, NUM_FRAMES
 
 WINDOW = 64  # compare each video with at most this many others that share a key
@@ -38,15 +38,14 @@ def groups(values: np.ndarray, seen: np.ndarray, order: np.ndarray) -> np.ndarra
         for one, other in combinations(range(8), 2):
             _make_keys(keys, hashes, np.uint64(8 * one), np.uint64(8 * other))
             keys.sort()
-            _join_near(firsts, keys, own, usable, hashes, values, seen, order)
+            _join_near(firsts, keys, own, usable, hashes, values, seen, order, MAX_BITS, NUM_FRAMES - MAJORITY)
     return settled(firsts)
 
 
 def joined(firsts: np.ndarray, pairs: np.ndarray) -> np.ndarray:
     """Return the `groups` after joining those of each pair. Args: pairs: int [P,2], positions."""
     firsts = firsts.copy()
-    for first, second in pairs:
-        _join(firsts, first, second)
+    _join_all(firsts, pairs)
     return settled(firsts)
 
 
@@ -87,24 +86,31 @@ def _join(firsts, first, second):
 
 
 @kernel
-def _are_near(one, other, seen):
+def _join_all(firsts, pairs):
+    for number in range(len(pairs)):
+        _join(firsts, pairs[number, 0], pairs[number, 1])
+
+
+@kernel
+def _are_near(one, other, seen, max_bits, max_far):
     far = 0
-    for frame in range(NUM_FRAMES):
+    for frame in range(len(one)):
         is_seen = seen >> frame & 1
-        far += (not is_seen) or _num_bits(one[frame] ^ other[frame]) > MAX_BITS
-        if far > NUM_FRAMES - MAJORITY:
+        far += (not is_seen) or _num_bits(one[frame] ^ other[frame]) > max_bits
+        if far > max_far:
             return False
     return True
 
 
 @kernel
-def _join_near(firsts, keys, own, usable, hashes, values, seen, order):
+def _join_near(firsts, keys, own, usable, hashes, values, seen, order, max_bits, max_far):
     """Join the groups of near duplicates that share a key.
 
     Args:
         keys: from `_make_keys`, sorted.
         own: uint64, room for the hashes in the order of the keys, which are compared first.
         usable: positions in `order` of the videos that `hashes` is of.
+        max_bits: of near frames. max_far: frames of near duplicates that may differ in more bits.
     """
     for place in range(len(keys)):
         own[place] = hashes[keys[place] & POSITION]
@@ -112,11 +118,11 @@ def _join_near(firsts, keys, own, usable, hashes, values, seen, order):
         for end in range(start + 1, min(start + WINDOW + 1, len(keys))):
             if keys[end] >> POSITION_BITS != keys[start] >> POSITION_BITS:
                 break
-            if _num_bits(own[start] ^ own[end]) > MAX_BITS:
+            if _num_bits(own[start] ^ own[end]) > max_bits:
                 continue
-            first, second = usable[keys[start] & POSITION], usable[keys[end] & POSITION]
+            first, second = np.int64(usable[keys[start] & POSITION]), np.int64(usable[keys[end] & POSITION])
             if _first(firsts, first) == _first(firsts, second):
                 continue
             one, other = order[first], order[second]
-            if _are_near(values[one], values[other], seen[one] & seen[other]):
+            if _are_near(values[one], values[other], seen[one] & seen[other], max_bits, max_far):
                 _join(firsts, first, second)

@@ -147,7 +147,8 @@ class Tables:
         execute, executemany = self._scratch.execute, self._scratch.executemany
         executemany("INSERT INTO decided VALUES (?, ?, ?)", decisions)
         execute("INSERT INTO stand_in SELECT DISTINCT stand_in, NULL FROM decided WHERE stand_in IS NOT NULL")
-        for prefix in self._names.places():
+        places = execute("SELECT DISTINCT SUBSTR(sha256, 1, 2) FROM stand_in").fetchall()
+        for (prefix,) in places:
             found: dict[str, str] = {}
             for line in unpack(self._names.at(prefix)):
                 sha256, name = json.loads(line)

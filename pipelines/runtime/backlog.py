@@ -20,7 +20,9 @@ TASK_S = 1.0  # target duration of a task, by its number of rows, so that Ray's 
 MAX_ROWS_PER_TASK = 64
 AHEAD = 8  # rows of later tracks that may wait, per concurrent task, before earlier tracks are paused
 TASK_BYTES = 4 << 20  # size at which a task gets no further rows
-SOURCE_BYTES = 128 << 20  # of rows of the first track that may be under way: the driver holds them until they finish
+# No more rows of the first track are read while so many bytes of them are under way: the driver holds them until they
+# finish. The largest are units of a fresh run, 9 MB for 4,000 videos: some 15 at once, each of a second or two.
+SOURCE_BYTES = 128 << 20
 STORE_SHARE = 0.5  # fraction of Ray's object store that rows between two chains may take
 
 
@@ -94,7 +96,7 @@ class Backlog:
         self._firsts = {step.track.name: step.first for step in steps}
         self.waiting: list[deque[Batch]] = [deque() for _ in steps]
         self.in_flight: Counter[int] = Counter()  # batches, by step
-        self._exhausted = False
+        self.exhausted = False  # all rows of the first track were read
         self._origins = count()
         self._between_bytes = 0  # size of the payloads that wait or are being read
         self._largest_bytes = 0
@@ -109,7 +111,7 @@ class Backlog:
         while self._source_bytes < SOURCE_BYTES and len(batch.keys) < self._num_rows(0):
             row = next(self._source, None)
             if row is None:
-                self._exhausted = True
+                self.exhausted = True
                 break
             packed = pack_row(self._readable(self.steps[0].track.name, row))
             batch.rows.append(packed)
@@ -217,7 +219,7 @@ class Backlog:
     def _has_input(self, number: int, num_slots: int) -> bool:
         if number == self.steps[number].first and not self._has_room(number, num_slots):
             return False
-        if not self.waiting[number] and not number and not self._exhausted:
+        if not self.waiting[number] and not number and not self.exhausted:
             self.read_source()
         return bool(self.waiting[number])
 

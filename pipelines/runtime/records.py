@@ -73,9 +73,8 @@ class Records:
         self.folder, self.damaged, self.digits, self._scratch = folder, damaged, digits, scratch
         self._scratch.execute("CREATE TABLE record (name TEXT PRIMARY KEY, body TEXT)")
         self._earlier = Blocks(scratch, "earlier")
-        self._names: np.ndarray | None = np.zeros(
-            0, np.uint64
-        )  # sorted hashes of the names of artifacts in `_earlier`, some twice
+        # Sorted hashes of the names of artifacts in `_earlier`, some twice; None after `drop_hashes`.
+        self._names: np.ndarray | None = np.zeros(0, np.uint64)
         self._last: tuple[str, dict[str, str]] = ("", {})
         self._waiting: list[bytes] = []
         self._file: int | None = None
@@ -106,7 +105,7 @@ class Records:
         return bool(are_among(name_hash(name), self._names)) if found is None else found != DELETED
 
     def may_have_hashes(self, hashes: np.ndarray) -> np.ndarray:
-        """Return, for each `name_hash` of an array, whether an earlier run wrote its record; before `drop_hashes`."""
+        """Return, for each `name_hash` of an array, whether an earlier run wrote its record. Before `drop_hashes`."""
         assert self._names is not None
         found: np.ndarray = are_among(hashes, self._names)
         return found
@@ -191,13 +190,7 @@ class Records:
         return num_lines
 
     def _note(self, changes: Sequence[np.ndarray]) -> None:
-        """Update the hashes of names, unless they were dropped.
-
-        Args:
-            changes: in turn, in order, hashes of names written and deleted.
-        """
-        if self._names is None:
-            return
+        """Update the hashes of names. Args: changes: in turn, in order, hashes of names written and deleted."""
         names = np.concatenate([self._names, *changes[::2]])
         names.sort()
         deleted = np.unique(np.concatenate([np.zeros(0, np.uint64), *changes[1::2]]))
@@ -246,7 +239,8 @@ class Records:
         for name, body in self._scratch.execute("SELECT name, body FROM record"):
             sorter.add(place_of(name, self.digits), f"{name} {body}")
         sorter.close()
-        self._note(name_hashes(self._scratch.execute("SELECT name, body FROM record")))
+        if self._names is not None:
+            self._note(name_hashes(self._scratch.execute("SELECT name, body FROM record")))
         self._scratch.execute("DELETE FROM record")
         self._last = ("", {})
 

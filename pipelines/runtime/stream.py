@@ -85,6 +85,7 @@ class Stream:
             while True:
                 self._submit()
                 if not self.flying and not any(self.backlog.waiting):
+                    assert self.backlog.exhausted, "rows were left unread"
                     return
                 for batch, done, node in self._landed():
                     step = self.steps[batch.step]

@@ -3,15 +3,8 @@
 from __future__ import annotations
 
 import numpy as np
-from numba import njit
 
-
-def kernel(function, **options):
-    """Compile `function`; cache it on disk, beside the module or in numba's user folder, if possible."""
-    try:
-        return njit(cache=True, nogil=True, error_model="numpy", **options)(function)
-    except RuntimeError:  # numba found no writable place for its cache
-        return njit(nogil=True, error_model="numpy", **options)(function)
+from ex4d.compiled import kernel
 
 
 @kernel

@@ -13,7 +13,7 @@ import math
 
 import numpy as np
 
-from ex4d.geometry.render.cpu_kernels import kernel
+from ex4d.compiled import kernel
 
 CHUNK = 64
 STRIDE = 80  # of the arrays in a chunk's buffer
