@@ -2,10 +2,12 @@
 
     python benchmarks/scale/packing.py --samples 20000 --kb 50
 
-Samples are fake; workers of a local Ray build the shards, as in `ex4d preprocess`. Times are wall times without the
-start of Ray and of its workers; runs with one and with two workers alternate, so that both see the same load on the
-machine. `--latency-ms 20 --workers` only compares one worker with two on samples that each take that long to fetch, as
-from a store; on a busy machine, only this shows the benefit of a second worker.
+Samples are fake; workers of a local Ray build the shards, as in `ex4d preprocess`, each bound to one core, as Ray
+reserves one for it: otherwise the threads with which one worker reads would use the second core. Times are wall times
+without the start of Ray and of its workers; runs with one and with two workers alternate, so that both see the same
+load on the machine. `two bare processes over one` is what the machine allows: the same for processes that only compute
+hashes. `--latency-ms 20 --workers` only compares one worker with two on samples that each take that long to fetch, as
+from a store; where cores slow each other down, only this shows the benefit of a second worker.
 """
 
 from __future__ import annotations
@@ -13,6 +15,7 @@ from __future__ import annotations
 import argparse
 import hashlib
 import json
+import multiprocessing
 import os
 import signal
 import subprocess
@@ -66,11 +69,25 @@ def warm(row: dict[str, Any], context: Any) -> dict[str, Any]:
     return {}
 
 
+def bind(folder: Path) -> None:
+    """Bind this process, a worker, to a core that no other worker has; a file in `folder` says that it is taken."""
+    cores = sorted(os.sched_getaffinity(0))
+    if len(cores) == 1:
+        return
+    folder.mkdir(parents=True, exist_ok=True)
+    for core in cores:
+        with suppress(FileExistsError):
+            (folder / f"core-{core}").touch(exist_ok=False)
+            os.sched_setaffinity(0, {core})
+            return
+
+
 def build_late(latency_ms: float, row: dict[str, Any], config: Any) -> dict[str, Any]:
     """Run `commit.build_shard` on samples that each take `latency_ms` to fetch."""
     from ex4d import storage
     from pipelines.preprocess.stages import commit
 
+    bind(Path(row["tables"]))
     if latency_ms and not hasattr(storage, "at_once"):
         storage.at_once = storage.read_bytes
 
@@ -140,6 +157,24 @@ def watched(*folders: Path) -> Iterator[list[int]]:
         thread.join()
 
 
+def bare(count: int) -> float:
+    """Return the seconds that `count` processes take, which each compute the hash of 1.5 GB."""
+    processes = [multiprocessing.Process(target=hash_much) for _ in range(count)]
+    started = time.monotonic()
+    for process in processes:
+        process.start()
+    for process in processes:
+        process.join()
+    return time.monotonic() - started
+
+
+def hash_much() -> None:
+    """Compute the hash of 1.5 GB."""
+    block = bytes(1 << 25)
+    for _ in range(45):
+        hashlib.sha256(block).digest()
+
+
 def tree(output: str) -> str:
     """Return a hash of all files of a dataset."""
     names = sorted(path for path in Path(output).rglob("*") if path.is_file() and "staging" not in path.parts)
@@ -192,6 +227,7 @@ def main() -> None:
         ratios = [round(found[one]["seconds"] / found[two]["seconds"], 2) for one, two in pairs]
         facts = {"samples": args.samples, "kb": args.kb, "latency_ms": args.latency_ms, "load": os.getloadavg()[0]}
         facts["two workers over one"] = ratios
+        facts["two bare processes over one"] = [round(2 * bare(1) / bare(2), 2) for _ in range(2)]
         if args.workers:
             print(json.dumps(facts | {"runs": found}))
             return

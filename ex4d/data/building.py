@@ -45,21 +45,24 @@ def build(plan: Mapping[str, Any], output: str, tables: str, work: str | None) -
     prefix = "shard-" if work else "ex4d-shard-"
     with tempfile.TemporaryDirectory(prefix=prefix, dir=work, ignore_cleanup_errors=True) as folder:
         path, rows = Path(folder) / plan["name"].rpartition("/")[2], []
-        damaged, position = [], 0
+        damaged, position, whole = [], 0, hashlib.sha256()
         with open(path, "wb") as file:
             for (key, _, _, sha256), blob in in_order(_read, plan["items"], NUM_READERS):
-                if blob is None or (sha256 and hashlib.sha256(blob).hexdigest() != sha256):
+                digest = "" if blob is None else hashlib.sha256(blob).hexdigest()
+                if blob is None or (sha256 and digest != sha256):
                     damaged.append(key)
                     continue
                 file.write(blob)
-                rows.append(_row(key, plan["split"], blob, plan["name"], position))
+                whole.update(blob)
+                rows.append(_row(key, plan["split"], blob, digest, plan["name"], position))
                 _check_alike(rows[0], rows[-1])
                 position += len(blob)
             file.write(END)
+            whole.update(END)
         if damaged:
             return {"damaged": damaged}
         facts = {"url": plan["name"], "nsamples": len(rows), "filesize": path.stat().st_size}
-        facts |= {"sha256": place(path, output, plan["name"]), "digest": plan["digest"]}
+        facts |= {"sha256": place(path, output, plan["name"], whole.hexdigest()), "digest": plan["digest"]}
         facts |= {"stamp": stamp(storage.join(output, plan["name"])), "types": rows[0]["types"]}
         facts |= {"members": [member["name"] for member in rows[0]["members"]]}
         _write_rows(manifest.table(rows, rows[0]["scores"]), facts, tables)
@@ -119,13 +122,13 @@ def is_as_built(facts: Mapping[str, Any], output: str, tables: str) -> bool:
     return True
 
 
-def place(source: Path, output: str, name: str) -> str:
-    """Move a finished local file to its place in the dataset folder; return its sha256.
+def place(source: Path, output: str, name: str, digest: str = "") -> str:
+    """Move a finished local file to its place in the dataset folder; return its sha256, which is `digest` if given.
 
     Unless the same file is already there, the dataset is uncommitted (dataset.json removed) first.
     """
     target = storage.join(output, name)
-    digest = storage.sha256(source)
+    digest = digest or storage.sha256(source)
     if not (storage.exists(target) and storage.sha256(target) == digest):
         storage.remove(storage.join(output, manifest.DATASET))
         storage.move_file(source, target)
@@ -151,7 +154,7 @@ def _read(item: Sequence[Any]) -> tuple[Sequence[Any], bytes | None]:
         return item, None
 
 
-def _row(key: str, split: str, blob: bytes, shard: str, offset: int) -> dict[str, Any]:
+def _row(key: str, split: str, blob: bytes, sha256: str, shard: str, offset: int) -> dict[str, Any]:
     members, contents = [], {}
     for entry in entries(blob, key):
         contents[entry.name] = content = blob[entry.offset : entry.offset + entry.length]
@@ -169,7 +172,7 @@ def _row(key: str, split: str, blob: bytes, shard: str, offset: int) -> dict[str
         "shard": shard,
         "offset": offset,
         "length": len(blob),
-        "sha256": hashlib.sha256(blob).hexdigest(),
+        "sha256": sha256,
         "members": members,
         "scores": facts["scores"],
         "types": type_tree(facts),
