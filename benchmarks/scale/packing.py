@@ -107,7 +107,7 @@ def pack(
     from pipelines.preprocess.settings import PreprocessConfig
     from pipelines.preprocess.stages.commit import BUILD_SHARD
     from pipelines.runtime.runner import RayConfig, runner, through
-    from pipelines.runtime.stage import Stage, new_row
+    from pipelines.runtime.stage import Counted, Stage, new_row
 
     stage = replace(BUILD_SHARD, function=partial(build_late, latency_ms))
     items, built = staged(samples), []
@@ -119,7 +119,7 @@ def pack(
 
         def build(plans: Any, output: str, tables: str, work: str | None) -> Iterator[dict[str, Any]]:
             rows = (new_row(plan["name"], plan=plan, output=output, tables=tables, work=work) for plan in plans)
-            for row in through(execute, (stage,), rows, config, ("built",)):
+            for row in through(execute, (stage,), Counted(rows, len(plans)), config, ("built",)):
                 built.append(row["key"])
                 yield row["built"]
 

@@ -7,7 +7,7 @@ Between two chains of a track, rows wait in Ray's object store, within a size li
 from __future__ import annotations
 
 from collections import Counter, deque
-from collections.abc import Iterable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence, Sized
 from dataclasses import dataclass, field
 from itertools import count
 from typing import Any
@@ -18,6 +18,7 @@ from pipelines.runtime.worker import Facts
 
 TASK_S = 1.0  # target duration of a task, by its number of rows, so that Ray's milliseconds of overhead do not matter
 MAX_ROWS_PER_TASK = 64
+SHARES = 4  # tasks into which each CPU's part of the last rows is divided
 AHEAD = 8  # rows of later tracks that may wait, per concurrent task, before earlier tracks are paused
 TASK_BYTES = 4 << 20  # size at which a task gets no further rows
 # No more rows of the first track are read while so many bytes of them are under way: the driver holds them until they
@@ -86,7 +87,7 @@ class Backlog:
     Args:
         steps: the steps of all tracks, in order.
         rows: rows of the first track. They are read lazily, when no row of a later track is waiting, or none whose
-            files are on a free node.
+            files are on a free node. If they have a length, tasks become smaller towards the end.
         cluster: reports the current size of the object store.
     """
 
@@ -97,6 +98,8 @@ class Backlog:
         self.waiting: list[deque[Batch]] = [deque() for _ in steps]
         self.in_flight: Counter[int] = Counter()  # batches, by step
         self.exhausted = False  # all rows of the first track were read
+        self._num_left = len(rows) if isinstance(rows, Sized) else None  # rows of the first track that were not read
+        self._num_slots = 1
         self._origins = count()
         self._between_bytes = 0  # size of the payloads that wait or are being read
         self._largest_bytes = 0
@@ -114,6 +117,7 @@ class Backlog:
                 self.exhausted = True
                 break
             packed = pack_row(self._readable(self.steps[0].track.name, row))
+            self._num_left = None if self._num_left is None else self._num_left - 1
             batch.rows.append(packed)
             batch.keys.append(row["key"])
             batch.source_bytes += size_of(packed)
@@ -194,6 +198,7 @@ class Backlog:
                 idles.
             num_slots: number of tasks that can run concurrently.
         """
+        self._num_slots = num_slots
         steps = [n for n, step in enumerate(self.steps) if not step.on_gpu and self._has_input(n, num_slots)]
         for number, wanted in wanted_inputs.items():
             first = self.steps[number].first
@@ -208,7 +213,10 @@ class Backlog:
 
     def _num_rows(self, first: int) -> int:
         """Return the rows per task of a track: one if it has several chains, so that their load can be balanced."""
-        return max(1, self._rows_per_task[first]) if self.steps[first].last == first else 1
+        number = self._rows_per_task[first] if self.steps[first].last == first else 1
+        if first == 0 and self._num_left is not None:  # else one worker would end up to TASK_S after the others
+            number = min(number, self._num_left // (SHARES * self._num_slots))
+        return max(1, number)
 
     def _is_near(self, number: int, node: str) -> bool:
         """Return True if a step has waiting rows whose files are on `node`, or that can run on any node."""

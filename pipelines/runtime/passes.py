@@ -10,7 +10,7 @@ from typing import Any
 from ex4d.errors import ContractError, Ex4dError
 from pipelines.runtime.progress import Progress, Watched
 from pipelines.runtime.runner import Runner, through
-from pipelines.runtime.stage import Row, Stage, Track, is_bug
+from pipelines.runtime.stage import Counted, Row, Stage, Track, is_bug
 
 
 class TooManyBugs(Ex4dError):
@@ -80,7 +80,7 @@ class Passes:
             self.worked.setdefault(track.name, 0)
         with self.progress.watch([(track.name, track.stages) for track in tracks]) as watched:
             self._expect(watched, tracks[0].name, total)
-            for name, row in self.execute(tracks, rows, context, begun):
+            for name, row in self.execute(tracks, Counted(rows, total), context, begun):
                 watched.count(name, row, row.get("video_s") or 0.0)
                 self._check(name, row)
                 yield name, row
@@ -115,7 +115,7 @@ class Passes:
         """Yield each row after a stage that must not fail. Raises ContractError if it does."""
         with self.progress.watch([(name, (stage,))]) as watched:
             watched.expect(name, total)
-            for row in through(self.execute, (stage,), rows, context, keep):
+            for row in through(self.execute, (stage,), Counted(rows, total), context, keep):
                 watched.count(name, row, 0.0)
                 if row["refusal"] is not None:
                     raise ContractError(f"{name} of {row['key']} failed: {row['refusal']['message']}")

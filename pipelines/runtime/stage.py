@@ -181,6 +181,20 @@ def check(stages: Sequence[Stage], columns: Iterable[str]) -> None:
         known |= set(stage.writes)
 
 
+@dataclass(frozen=True)
+class Counted:
+    """Rows whose number is known, so that the last tasks of a pass can be small."""
+
+    rows: Iterable[Row]
+    number: int
+
+    def __iter__(self) -> Iterator[Row]:
+        return iter(self.rows)
+
+    def __len__(self) -> int:
+        return self.number
+
+
 class Readable:
     """Checks the columns of the first row of each track against what its stages read."""
 

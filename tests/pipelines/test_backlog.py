@@ -9,7 +9,7 @@ import pytest
 
 from pipelines.runtime import backlog
 from pipelines.runtime.backlog import Backlog, Step
-from pipelines.runtime.stage import Stage, Track, new_row, size_of, unpack_row
+from pipelines.runtime.stage import Counted, Stage, Track, new_row, size_of, unpack_row
 from pipelines.runtime.worker import Facts
 
 MB = 1 << 20
@@ -24,11 +24,15 @@ def queue(num_rows, row_bytes):
             read.append(f"{number}")
             yield new_row(f"{number}", block=np.zeros(row_bytes, np.uint8))
 
+    return queue_of(rows()), read
+
+
+def queue_of(rows):
     track = Track("all", (Stage("work", dict, ("block",), ()),), ())
-    found = Backlog([Step(track, None, (1.0, 0.0, None), 0, 0)], rows(), SimpleNamespace(store_bytes=0))
+    found = Backlog([Step(track, None, (1.0, 0.0, None), 0, 0)], rows, SimpleNamespace(store_bytes=0))
     for _ in range(10):
         found.learn(0, Facts(0.001, 0, "", False), 1)
-    return found, read
+    return found
 
 
 def taken(waiting):
@@ -80,3 +84,15 @@ def test_a_lost_batch_can_restart_while_no_further_row_is_read():
     assert waiting.next_step("", {}, 1000) == 0
     assert waiting.take(0, "") is first[0]
     assert len(read) == 128
+
+
+def test_the_last_tasks_are_small_where_the_number_of_rows_is_known():
+    rows = Counted((new_row(f"{number}", block=np.zeros(1, np.uint8)) for number in range(1000)), 1000)
+    waiting = queue_of(rows)
+    sizes = []
+    while waiting.next_step("", {}, 4) is not None:
+        sizes.append(len(waiting.take(0, "").keys))
+    assert sizes[0] > 50
+    assert sizes == sorted(sizes, reverse=True)
+    assert sizes[-16:] == [1] * 16
+    assert sum(sizes) == 1000
