@@ -12,6 +12,7 @@ import json
 import os
 import platform
 import sys
+import textwrap
 import time
 import tracemalloc
 from collections.abc import Callable
@@ -142,13 +143,16 @@ def embree(meshes: list[DWMesh], cameras: list[Camera], result: dict) -> dict | 
 def markdown(report: dict) -> str:
     """Return the figures as a page."""
     angles = ", ".join(map(str, ANGLES_DEG))
-    lines = [
-        "# Rendering a DW-Mesh",
-        "",
+    about = (
         f"{report['date']}, {report['machine']}; load {report['load']:.1f} at the start, {report['load_end']:.1f} at "
         f"the end. Mean over 3 scenes and orbits of {angles}°, least of 3 calls. Embree: the tree and one ray a pixel, "
         "no shading, 3 frames. Reference: one frame. Memory: our buffers, mesh and pictures; of Embree the growth of "
-        "the process. Closed: curtains without end, back faces culled.",
+        "the process. Closed: curtains without end, back faces culled."
+    )
+    lines = [
+        "# Rendering a DW-Mesh",
+        "",
+        textwrap.fill(about, 120, break_on_hyphens=False),
         "",
         "| size | what | CPU ms | wall ms | target | memory MB | same face ids |",
         "|---|---|---|---|---|---|---|",

@@ -126,7 +126,7 @@ def summary(rows: list[dict]) -> str:
     lines = [
         "# Cameras from a clip's own motion",
         "",
-        (__doc__ or "").split("\n\n", 1)[1].replace("\n", " ").strip(),
+        (__doc__ or "").split("\n\n", 1)[1].strip(),
         "",
         head,
         "|" + "---|" * 10,

@@ -17,6 +17,7 @@ import argparse
 import json
 import platform
 import tempfile
+import textwrap
 import time
 from dataclasses import replace
 from datetime import UTC, datetime
@@ -99,12 +100,15 @@ def main() -> None:
         for way, (views, _) in found.items():
             tables[reach][way] = row(views[reach], ADAPTER, None if way == first else found[first][0][reach])
     date = datetime.now(UTC).date().isoformat()
+    about = (
+        f"{date}; {platform.machine()}, two cores; tiny base, {args.steps} steps of 8 clips, 48 scenes, the second "
+        f"camera up to {SECOND_CAMERA_DEG:g}° away; {args.scenes} scenes that were not trained on. dB, mean ± standard "
+        "deviation over scenes; leads over simulated masks, mean of the pairs ± its standard error."
+    )
     lines = [
         "# What clips of two cameras are worth",
         "",
-        f"{date}; {platform.machine()}, two cores; tiny base, {args.steps} steps of 8 clips, 48 scenes, the second "
-        f"camera up to {SECOND_CAMERA_DEG:g}° away; {args.scenes} scenes that were not trained on. dB, mean ± standard "
-        "deviation over scenes; leads over simulated masks, mean of the pairs ± its standard error.",
+        textwrap.fill(about, 120, break_on_hyphens=False),
     ]
     for reach, rows in tables.items():
         lines += ["", f"| {reach} | whole frame | in the holes | lead | lead in the holes |", "|---|---|---|---|---|"]

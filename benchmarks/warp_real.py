@@ -7,6 +7,7 @@ from __future__ import annotations
 
 import json
 import os
+import textwrap
 from dataclasses import asdict
 from pathlib import Path
 
@@ -47,15 +48,18 @@ def _overlap(source: real_pairs.View, target: real_pairs.View) -> bool:
 
 def markdown(rows: list[dict]) -> str:
     """Return the table as a page."""
-    lines = [
-        "# Warps between real pictures",
-        "",
+    about = (
         "Frame i drawn from where frame j was taken, 480 × 640, pairs whose coverage is at least "
         f"{LEAST_COVERAGE:.0%}. ICL: exact depth and the given poses; TUM: Kinect depth, the pose by PnP. PSNR over "
         "the pixels marked visible; still: the same pixels, frame i left as it is; same surface: those of them whose "
         f"drawn depth is within {real_pairs.AGREE:.0%} of the measured. Recall: of what frame i has truly seen too, "
         "the share marked visible. Where the set's poses and pictures disagree (frame 3, by a few pixels), the PSNR "
-        "says so.",
+        "says so."
+    )
+    lines = [
+        "# Warps between real pictures",
+        "",
+        textwrap.fill(about, 120, break_on_hyphens=False),
         "",
         "| pair | profile | PSNR dB | still dB | same surface dB | coverage | recall | median depth error |",
         "|---|---|---|---|---|---|---|---|",

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import argparse
 import json
+import textwrap
 from dataclasses import asdict, replace
 from pathlib import Path
 
@@ -48,13 +49,16 @@ def measure(size: int, num_scenes: int) -> dict[str, dict[str, dict[str, float]]
 
 def markdown(results: dict[str, dict], num_scenes: int) -> str:
     """Return the tables as a page."""
-    lines = [
-        "# Warps against exact novel views",
-        "",
+    about = (
         f"Mean over {num_scenes} procedural scenes, textures up to the Nyquist limit, supersampled 4 × 4, "
         "last frame of the orbit. PSNR over the pixels marked visible; coverage: their share; recall: of the "
         f"surface that both cameras truly see, outside {warp.BAND_PX} px around depth edges, the share that is marked "
-        "visible; false: of the pixels marked visible there, the share that the source does not see.",
+        "visible; false: of the pixels marked visible there, the share that the source does not see."
+    )
+    lines = [
+        "# Warps against exact novel views",
+        "",
+        textwrap.fill(about, 120, break_on_hyphens=False),
     ]
     for size, table in results.items():
         for angle, methods in table.items():
