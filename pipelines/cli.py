@@ -22,6 +22,8 @@ from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
 from ex4d.redact import shown, shown_output, without_secrets
 from pipelines.commands.jobs import JOBS
 
+LEVELS = ("DEBUG", "INFO", "WARNING", "ERROR")
+
 
 @dataclass(frozen=True)
 class Command:
@@ -102,7 +104,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     )
     version = installed_versions(["ex4d-platform"]).get("ex4d-platform", "not installed")
     top.add_argument("--version", action="version", version=f"ex4d {version}")
-    top.add_argument("--log-level", default="WARNING", choices=("DEBUG", "INFO", "WARNING", "ERROR"))
+    top.add_argument("--log-level", default="WARNING", choices=LEVELS, help="least severe messages that are printed")
     top.add_argument("command", metavar="COMMAND", nargs="?", help="see below")
     top.add_argument("arguments", nargs=argparse.REMAINDER, help="arguments of the command")
     args = top.parse_args(argv)
@@ -112,6 +114,7 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.command not in COMMANDS:
         top.error(f"{args.command!r} is not a command{nearest(args.command, list(COMMANDS))}")
     below = command_parser(args.command)
+    below.add_argument("--log-level", default=args.log_level, choices=LEVELS, help="as before the command")
     if below._subparsers:
         return below.parse_args(args.arguments, args)
     for word in args.arguments:  # argparse would report missing arguments and not the misspelt option

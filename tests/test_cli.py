@@ -69,6 +69,14 @@ def test_a_value_that_starts_like_an_option_is_a_value():
     assert cli.parse([*needed, "--prompt", "-- a dog, please"]).prompt == "-- a dog, please"
 
 
+@pytest.mark.parametrize(
+    "argv", [["--log-level", "INFO", "train", "a.yaml"], ["train", "a.yaml", "--log-level", "INFO"]]
+)
+def test_the_log_level_stands_before_or_after_the_command(argv):
+    assert cli.parse(argv).log_level == "INFO"
+    assert cli.parse(["train", "a.yaml"]).log_level == "WARNING"
+
+
 def test_verify_of_nothing_ends_with_1_and_says_so(tmp_path, capsys):
     assert cli.main(["verify", str(tmp_path)]) == 1
     assert str(tmp_path) in capsys.readouterr().err

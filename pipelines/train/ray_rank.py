@@ -5,7 +5,6 @@ from __future__ import annotations
 import logging
 import os
 import signal
-import socket
 import threading
 import time
 from pathlib import Path
@@ -14,6 +13,7 @@ from typing import Any
 from ex4d.errors import ConfigError
 from ex4d.train import checkpoint
 from ex4d.train.config import EXIT_PREEMPTED, Place, usable_ranks
+from pipelines.runtime.cluster import free_address
 
 logger = logging.getLogger(__name__)
 
@@ -47,10 +47,7 @@ def rendezvous() -> Any:
 def _free_address() -> tuple[str, int]:
     import ray
 
-    address = ray.util.get_node_ip_address()
-    with socket.socket(socket.AF_INET6 if ":" in address else socket.AF_INET) as probe:
-        probe.bind((address, 0))
-        return address, probe.getsockname()[1]
+    return free_address(ray.util.get_node_ip_address())
 
 
 def _prepare(address: str, port: int) -> None:
