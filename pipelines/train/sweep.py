@@ -138,20 +138,20 @@ def trial_tree(
 
 
 def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
-    """Raise ConfigError if the folder holds a sweep with other settings."""
+    """Raise ConfigError if the folder holds a sweep with other settings; else record them."""
     free = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "repeat_seeds")
     now = {"sweep": {k: v for k, v in config.to_dict(sweep).items() if k not in free}, **json.loads(json.dumps(tree))}
     path = output / "settings.json"
-    if not path.exists():
-        storage.write_bytes(path, (json.dumps(now, indent=2) + "\n").encode())
-        return
-    before = json.loads(path.read_text(encoding="utf-8"))
+    before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    if sweep.search in ("tpe", "random") and sweep.num_trials > before["sweep"]["num_trials"]:
+        before["sweep"]["num_trials"] = sweep.num_trials
     for section in now:
         for key in sorted(now[section].keys() | before[section].keys() - SweepConfig.RENAMED.keys()):
             if now[section].get(key) != before[section].get(key):
                 was = before[section].get(key)
                 allowed = f"the sweep in {output} was started with {was!r}; use that value or another sweep.output"
                 raise ConfigError(f"{section}.{key}", now[section].get(key), allowed)
+    storage.write_bytes(path, (json.dumps(now, indent=2) + "\n").encode())
 
 
 @contextmanager

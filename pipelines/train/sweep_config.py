@@ -27,7 +27,7 @@ class SweepConfig:
         "{KEY: {KIND: [low, high] or [low, high, step]}}, {KEY: {choice: values}} or {KEY: =KEY}; kinds: "
         "[log_]uniform, [log_]int_uniform.",
     )
-    num_trials: int = setting(4, "Number of trials.", ge=1)
+    num_trials: int = setting(4, "Number of trials; may be raised when a sweep is resumed.", ge=1)
     max_concurrent: int = setting(1, "Trials that run at the same time.", ge=1)
     metric: Literal["validation_loss", "mse", "loss"] = setting("validation_loss", "Metric to minimise.")
     report: tuple[str, ...] = setting(("loss", "mse", "samples_per_s"), "Metrics to report beside it.")
@@ -60,3 +60,5 @@ class SweepConfig:
             fixed = [axis.key for axis in space.axes if axis.key.removeprefix("train.") not in PBT_KEYS]
             need(not fixed, "space", f"must be train. and one of {', '.join(PBT_KEYS)}: pbt changes them midway")
             need(self.num_trials > 1, "num_trials", "must be at least 2 with sweep.search=pbt")
+            allowed = f"must be at least {self.num_trials}, num_trials: pbt runs all trials that CPUs and GPUs allow"
+            need(self.max_concurrent >= self.num_trials, "max_concurrent", allowed)

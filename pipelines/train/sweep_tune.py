@@ -15,6 +15,8 @@ from pathlib import Path
 from typing import Any
 
 from ray.tune import Callback
+from ray.tune.search import ConcurrencyLimiter, SearchGenerator
+from ray.tune.search.basic_variant import BasicVariantGenerator
 
 from ex4d.train import runlog
 from pipelines.train import sweep_board
@@ -51,7 +53,6 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     if before is not None:
         return _rows(before.fit())
     proposals, config = _proposals(sweep, space, tree)
-    total = len(config["point"]["grid_search"]) if "point" in config else sweep.num_trials
     tuner = tune.Tuner(
         _trainable(sweep, tree),
         param_space=config,
@@ -59,11 +60,10 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
             metric="value",
             mode="min",
             num_samples=1 if "point" in config else sweep.num_trials,
-            max_concurrent_trials=sweep.max_concurrent,
             search_alg=proposals,
             scheduler=_scheduler(sweep, space, tree),
         ),
-        run_config=_run_config("search", "sweep", total, sweep, tree),
+        run_config=_run_config("search", "sweep", sweep, tree),
     )
     return _rows(tuner.fit())
 
@@ -81,7 +81,12 @@ def _before(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     path = str(Path(sweep.output) / "tune" / "search")
     if not tune.Tuner.can_restore(path):
         return None
-    return tune.Tuner.restore(path, trainable=_trainable(sweep, tree), resume_unfinished=True)
+    tuner: Any = tune.Tuner.restore(path, trainable=_trainable(sweep, tree), resume_unfinished=True)
+    # Ray Tune restores the settings of the first start; max_concurrent and num_trials may have changed since.
+    restored = tuner._local_tuner._tune_config
+    restored.search_alg, _ = _proposals(sweep, Space.of(sweep.space), tree)
+    restored.max_concurrent_trials = None
+    return tuner
 
 
 def repeat(
@@ -98,7 +103,7 @@ def repeat(
         _trainable(fixed, tree),
         param_space={"point": tune.grid_search(points)},
         tune_config=tune.TuneConfig(metric="value", mode="min", max_concurrent_trials=sweep.max_concurrent),
-        run_config=_run_config(f"repeat-{time.time_ns()}", title, len(points), fixed, tree),
+        run_config=_run_config(f"repeat-{time.time_ns()}", title, fixed, tree),
     )
     return _rows(tuner.fit())
 
@@ -113,14 +118,14 @@ def _trainable(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     return tune.with_resources(function, {"cpu": sweep.cpus_per_trial, "gpu": sweep.gpus_per_trial})
 
 
-def _run_config(name: str, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
+def _run_config(name: str, title: str, sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     from ray import tune
 
     return tune.RunConfig(
         name=name,
         storage_path=str(Path(sweep.output) / "tune"),
         verbose=0,
-        callbacks=[Board(title, total, sweep, tree)],
+        callbacks=[Board(title, sweep, tree)],
         stop={"step": int(tree["train"]["num_steps"])},
         checkpoint_config=tune.CheckpointConfig(num_to_keep=3),  # PBT: none may be deleted before it is copied
         failure_config=tune.FailureConfig(max_failures=MAX_FAILURES),
@@ -128,16 +133,16 @@ def _run_config(name: str, title: str, total: int, sweep: SweepConfig, tree: dic
 
 
 def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[Any, dict[str, Any]]:
-    """Return (Ray Tune's search algorithm or None, param_space)."""
+    """Return (Ray Tune's search algorithm, param_space)."""
     import optuna
     from ray import tune
-    from ray.tune.search.basic_variant import BasicVariantGenerator
     from ray.tune.search.optuna import OptunaSearch
 
     first = [space.today(tree)] if space.today(tree) else []
     if sweep.search == "grid":
         points = first + [point for point in space.grid() if point not in first]
-        return None, {"point": tune.grid_search(points)}
+        listed = _with_limits(BasicVariantGenerator, sweep)
+        return listed(max_concurrent=sweep.max_concurrent), {"point": tune.grid_search(points)}
     if sweep.search == "pbt":
         generator = BasicVariantGenerator(points_to_evaluate=first or None, random_state=sweep.seed)
         return generator, {axis.key: _domain(axis) for axis in space.axes}
@@ -145,7 +150,25 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
     samplers = optuna.samplers
     maker: Any = samplers.RandomSampler if sweep.search == "random" else samplers.TPESampler
     sampler = maker(seed=sweep.seed)
-    return OptunaSearch(space.define, metric="value", mode="min", sampler=sampler, points_to_evaluate=first or None), {}
+    optuna_search = OptunaSearch(
+        space.define, metric="value", mode="min", sampler=sampler, points_to_evaluate=first or None
+    )
+    return _with_limits(SearchGenerator, sweep)(ConcurrencyLimiter(optuna_search, sweep.max_concurrent)), {}
+
+
+def _with_limits(base: Any, sweep: SweepConfig) -> Any:
+    """Return a search algorithm's class that obeys the limits of `sweep` where Ray Tune restores earlier ones."""
+
+    class WithLimits(base):
+        def restore_from_dir(self, folder: str) -> None:
+            super().restore_from_dir(folder)
+            if isinstance(self, SearchGenerator):
+                self._total_samples = sweep.num_trials
+                self.searcher.max_concurrent = sweep.max_concurrent
+            else:
+                self.max_concurrent = sweep.max_concurrent
+
+    return WithLimits
 
 
 def _domain(axis: Axis) -> Any:
@@ -250,11 +273,15 @@ class Board(Callback):
     Ray Tune pickles this object with the sweep's state, so members that cannot be pickled are created late.
     """
 
-    def __init__(self, title: str, total: int, sweep: SweepConfig, tree: dict[str, Any]):
-        self.title, self.total, self.sweep, self.tree = title, total, sweep, tree
+    def __init__(self, title: str, sweep: SweepConfig, tree: dict[str, Any]):
+        self.title, self.total, self.sweep, self.tree = title, 0, sweep, tree
         self.space, self.last = Space.of(sweep.space), int(tree["train"]["num_steps"])
         self.folders: dict[str, Path] = {}
         self.display: Display | None = None
+
+    def setup(self, stop: Any = None, num_samples: Any = None, total_num_samples: Any = None, **info: Any) -> None:
+        """Take the number of trials, which may have been raised since this object was pickled."""
+        self.total = total_num_samples or 0
 
     def on_step_begin(self, iteration: int, trials: list[Any], **info: Any) -> None:
         """Update the display if it is due. Raises Interrupted after a signal."""

@@ -74,6 +74,7 @@ def test_conditions_steps_and_settings_that_follow_others():
         ({"report": ["speed"]}, "sweep.report"),
         ({"search": "grid"}, "takes every value"),
         ({"search": "pbt", "space": {"model.lora_rank": {"choice": [4, 8]}}}, "changes them midway"),
+        ({"search": "pbt", "max_concurrent": 3}, "max_concurrent=3: must be at least 4"),
     ],
 )
 def test_choices_that_no_trial_could_follow_are_refused(section, named):
@@ -249,7 +250,7 @@ def test_the_board_knows_of_steps_between_two_reports(tmp_path, capsys):
         trial("RUNNING", 0.3, step=3, value=2.0),
         trial("PENDING", 0.4),
     ]
-    board = Board("sweep", 12, settings, {"train": {"num_steps": 9}})
+    board = Board("sweep", settings, {"train": {"num_steps": 9}})
     rows = board.rows(trials)
     assert [row.state for row in rows] == ["finished", "stopped", "running", "waiting"]
     assert (rows[2].step, rows[2].value, rows[2].rate, rows[2].eta_s) == (5, 2.0, 2.0, 2.0)

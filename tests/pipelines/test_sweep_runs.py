@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import json
+import re
 import shutil
 import signal
 import time
@@ -75,6 +76,40 @@ def test_a_weight_that_only_scales_the_loss_does_not_move_the_objective(bench):
     values = [trial["value"] for trial in result(bench, "weight")["trials"]]
     assert len(values) == 3
     assert max(values) - min(values) <= 1e-6
+
+
+def test_a_sweep_that_ended_gets_more_trials_and_more_at_a_time(bench):
+    section = {"space": {"train.lr": {"log_uniform": [1e-5, 3e-2]}}, "scheduler": "none", "repeat_seeds": 1}
+    path = write(bench, "more", PLANTED, num_trials=2, cpus_per_trial=0.5, **section)
+    assert finish(start(path))[0] == 0
+    before = {p: p.stat().st_mtime_ns for p in (bench / "more").glob("trials/*/train/adapter/*")}
+    code, text = finish(start(path, "sweep.num_trials=5", "sweep.max_concurrent=3"))
+    assert code == 0, text
+    assert {p: p.stat().st_mtime_ns for p in before} == before, "finished trials are not repeated"
+    assert re.search(r"trial 5 \S+ running(.|\n)*trial 3 \S+ finished", text), f"not three at a time:\n{text}"
+    whole = write(bench, "whole", PLANTED, num_trials=5, max_concurrent=3, cpus_per_trial=0.5, **section)
+    assert finish(start(whole))[0] == 0
+    points = [sorted(t["point"]["train.lr"] for t in result(bench, name)["trials"]) for name in ("more", "whole")]
+    assert points[0] == points[1]
+    code, text = finish(start(path, "sweep.num_trials=4"))
+    assert code == 2, text
+    assert "was started with 5" in text
+
+
+def test_a_trial_that_waits_for_more_cpus_than_there_are_starts_when_resumed_with_fewer(bench):
+    section = {"space": SPACE, "search": "grid", "repeat_seeds": 1}
+    path = write(bench, "waiting", PLANTED, cpus_per_trial=99, **section)
+    process = start(path)
+    text = ""
+    while "1 waiting" not in text:
+        text += (line := process.stdout.readline())
+        assert line, text
+    time.sleep(3)  # until Ray Tune has written its state
+    process.send_signal(signal.SIGINT)
+    assert finish(process, 300)[0] == 130
+    code, text = finish(start(path, "sweep.cpus_per_trial=1"), 300)
+    assert code == 0, text
+    assert {trial["state"] for trial in result(bench, "waiting")["trials"]} <= {"finished", "stopped"}
 
 
 @pytest.mark.parametrize("expert", ["high", "low"])
