@@ -73,6 +73,11 @@ def run(
     if place is not None and not {"MASTER_ADDR", "MASTER_PORT"} <= os.environ.keys():
         left_over = "unset RANK and WORLD_SIZE, which a launcher set, or start with torchrun or srun"
         raise ConfigError("MASTER_ADDR", os.environ.get("MASTER_ADDR"), left_over)
+    if place is not None and train.launcher == "ray":
+        allowed = "must be auto here: RANK and WORLD_SIZE say that another launcher has started this process"
+        raise ConfigError("train.launcher", "ray", allowed)
+    if place is None and ray is not None and ray.address and train.launcher != "ray":
+        print("ray.address is not used: train.launcher=ray would train on that cluster", file=sys.stderr)
     _check_data(train)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
     check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))
@@ -98,8 +103,8 @@ def _check_data(train: TrainConfig) -> None:
 def _launch(
     train: TrainConfig, model: ModelConfig, config_path: str, overrides: Sequence[str], ray: RayConfig | None
 ) -> int:
-    if _is_finished(train, model):
-        print(f"already finished: {train.num_steps} steps. {_where(train)}")
+    if step := _finished_step(train, model):
+        print(f"already finished: {step} steps. {_where(train)}")
         return 0
     _write_config(train, model)
     if train.launcher == "ray":
@@ -126,16 +131,17 @@ def _where(train: TrainConfig) -> str:
     return f"adapter: {train.output}/adapter  metrics: {train.output}/metrics.jsonl"
 
 
-def _is_finished(train: TrainConfig, model: ModelConfig) -> bool:
-    """Return True if the run is finished. Raises ConfigError if the folder holds a run with other settings."""
+def _finished_step(train: TrainConfig, model: ModelConfig) -> int | None:
+    """Return the last step of a finished run, or None. Raises ConfigError if the folder's run has other settings."""
     path = checkpoint.latest(train.output)
     if path is None:
-        return False
+        return None
     from ex4d.train.job import run_identity
 
     state = checkpoint.read_state(path)
     check_identity(state.identity, run_identity(train, model), train.output)
-    return state.step >= train.num_steps and (Path(train.output) / "adapter" / "adapter.safetensors").exists()
+    ended = state.step >= train.num_steps and (Path(train.output) / "adapter" / "adapter.safetensors").exists()
+    return state.step if ended else None
 
 
 def _num_processes(train: TrainConfig) -> int:
@@ -156,7 +162,7 @@ def _num_processes(train: TrainConfig) -> int:
 
 
 def _be_rank(train: TrainConfig, model: ModelConfig, place: Place) -> int:
-    if _is_finished(train, model):
+    if _finished_step(train, model):
         return 0
     if place.rank == 0:
         _write_config(train, model)

@@ -44,7 +44,7 @@ def on_ray(train: TrainConfig, model: ModelConfig, ray_config: RayConfig, resize
     """
     start_s, retries = _tries(train, ray_config.ranks_timeout_s)
     os.environ["RAY_TRAIN_WORKER_GROUP_START_TIMEOUT_S"] = str(start_s)
-    with connected(ray_config.address, show_workers=True):
+    with connected(ray_config.address, object_store_mb=ray_config.object_store_mb, show_workers=True):
         from ray.train import ControllerError, TrainingFailedError
 
         with _asking_to_stop() as (flag, asked):

@@ -24,6 +24,7 @@ from ex4d.models.backbone import ModelConfig
 from ex4d.redact import without_secrets
 from ex4d.train.checks import check_settings
 from ex4d.train.config import EXIT_PREEMPTED, TrainConfig
+from ex4d.train.datasets import fingerprint
 from pipelines.runtime.cluster import check_output, connected
 from pipelines.runtime.output import exclusive, outside_datasets
 from pipelines.runtime.runner import RayConfig
@@ -62,9 +63,13 @@ def command(path: str, overrides: Sequence[str]) -> int:
     with exclusive(str(output)):
         from pipelines.train.sweep_tune import Interrupted, search
 
-        with _interruptible(), connected(loaded["ray"].address):
+        with _interruptible(), connected(loaded["ray"].address, object_store_mb=loaded["ray"].object_store_mb):
             _check_gpus(sweep, train, loaded["ray"].address is None)
-            _check_same(sweep, tree, output)  # records the settings, so only once the GPUs suit them
+            _check_same(
+                sweep, tree, fingerprint(train), output
+            )  # records the settings, so only once the GPUs suit them
+            if train.launcher == "ray":  # for the trials, whose ranks reserve their own resources
+                tree["ray"] = {"ranks_timeout_s": loaded["ray"].ranks_timeout_s}
             try:
                 rows = sweep_report.ranked(search(sweep, tree), sweep, tree)
                 noise = confirm(sweep, tree, rows)
@@ -137,12 +142,19 @@ def trial_tree(
     return with_values(tree, values)
 
 
-def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
-    """Raise ConfigError if the folder holds a sweep with other settings; else record them."""
+def _check_same(sweep: SweepConfig, tree: dict[str, Any], data: str, output: Path) -> None:
+    """Raise ConfigError if the folder holds a sweep with other settings or data; else record them.
+
+    Args:
+        data: the fingerprint of the datasets.
+    """
     free = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "repeat_seeds")
     now = {"sweep": {k: v for k, v in config.to_dict(sweep).items() if k not in free}, **json.loads(json.dumps(tree))}
     path = output / "settings.json"
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
+    if before.get("data", data) != data:
+        allowed = f"holds other samples than when the sweep in {output} was started; use another sweep.output"
+        raise ConfigError("train.data", tree["train"]["data"], allowed)
     if sweep.search in ("tpe", "random") and sweep.num_trials > before["sweep"]["num_trials"]:
         before["sweep"]["num_trials"] = sweep.num_trials
     for section in now:
@@ -151,7 +163,7 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], output: Path) -> None:
                 was = before[section].get(key)
                 allowed = f"the sweep in {output} was started with {was!r}; use that value or another sweep.output"
                 raise ConfigError(f"{section}.{key}", now[section].get(key), allowed)
-    storage.write_bytes(path, (json.dumps(now, indent=2) + "\n").encode())
+    storage.write_bytes(path, (json.dumps(now | {"data": data}, indent=2) + "\n").encode())
 
 
 @contextmanager

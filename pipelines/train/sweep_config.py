@@ -27,8 +27,10 @@ class SweepConfig:
         "{KEY: {KIND: [low, high] or [low, high, step]}}, {KEY: {choice: values}} or {KEY: =KEY}; kinds: "
         "[log_]uniform, [log_]int_uniform.",
     )
-    num_trials: int = setting(4, "Number of trials; may be raised when a sweep is resumed.", ge=1)
-    max_concurrent: int = setting(1, "Trials that run at the same time.", ge=1)
+    num_trials: int = setting(
+        4, "Number of trials; grid: of all points instead. tpe and random: may be raised on resume.", ge=1
+    )
+    max_concurrent: int = setting(1, "Trials that run at the same time; pbt: at least num_trials.", ge=1)
     metric: Literal["validation_loss", "mse", "loss"] = setting("validation_loss", "Metric to minimise.")
     report: tuple[str, ...] = setting(("loss", "mse", "samples_per_s"), "Metrics to report beside it.")
     window: int = setting(10, "Steps over which mse or loss is averaged.", ge=1)
@@ -39,8 +41,12 @@ class SweepConfig:
     repeat_seeds: int = setting(
         3, "Train the best and the file's own values with this many seeds each; 1: skip this.", ge=1
     )
-    cpus_per_trial: float = setting(1.0, "CPUs that Ray reserves for each trial.", ge=0)
-    gpus_per_trial: float = setting(0.0, "GPUs that Ray reserves for each trial.", ge=0)
+    cpus_per_trial: float = setting(
+        1.0, "CPUs that Ray reserves for each trial; with train.launcher=ray, its ranks reserve their own.", ge=0
+    )
+    gpus_per_trial: float = setting(
+        0.0, "GPUs that Ray reserves for each trial; with train.launcher=ray, its ranks reserve their own.", ge=0
+    )
     group: str = setting("sweep", "W&B group of all trials.")
     seed: int = setting(0, "Seed of the proposals.", ge=0, le=2**31 - 1)
 

@@ -5,9 +5,7 @@ from __future__ import annotations
 import dataclasses
 import functools
 import logging
-import math
 import os
-import random
 import time
 import warnings
 from collections.abc import Sequence
@@ -18,13 +16,14 @@ from ray.tune import Callback
 from ray.tune.search import ConcurrencyLimiter, SearchGenerator
 from ray.tune.search.basic_variant import BasicVariantGenerator
 
-from ex4d.train import runlog
-from pipelines.train import sweep_board
+from ex4d.errors import ConfigError
+from pipelines.train import sweep_board, sweep_schedule
 from pipelines.train.sweep_board import Display
 from pipelines.train.sweep_config import SweepConfig
-from pipelines.train.sweep_space import Axis, Space
-from pipelines.train.sweep_trial import run_trial, rungs, trial_folder
+from pipelines.train.sweep_space import Space
+from pipelines.train.sweep_trial import run_trial
 
+ENDED = ("TERMINATED", "ERROR")  # statuses of Ray Tune
 MAX_FAILURES = 1  # a failed trial is retried once, from its last checkpoint
 
 stop_asked: list[int] = []  # exit statuses requested by signals; raising in the handler would break Ray's calls
@@ -51,6 +50,7 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore", module="ray.tune")
     before = _before(sweep, tree)
     if before is not None:
+        _check_limit(before, sweep)
         return _rows(before.fit())
     proposals, config = _proposals(sweep, space, tree)
     tuner = tune.Tuner(
@@ -61,11 +61,20 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
             mode="min",
             num_samples=1 if "point" in config else sweep.num_trials,
             search_alg=proposals,
-            scheduler=_scheduler(sweep, space, tree),
+            scheduler=sweep_schedule.scheduler(sweep, space, tree),
         ),
         run_config=_run_config("search", "sweep", sweep, tree),
     )
     return _rows(tuner.fit())
+
+
+def _check_limit(before: Any, sweep: SweepConfig) -> None:
+    """Raise ConfigError if more trials are under way than may run at a time: Ray Tune resumes them all at once."""
+    statuses = [trial.status for trial in before.get_results()._experiment_analysis.trials]
+    unfinished = len(statuses) - sum(status in ENDED for status in statuses)
+    if unfinished > sweep.max_concurrent:
+        allowed = f"must be at least {unfinished}, the number of trials under way, which are resumed at once"
+        raise ConfigError("sweep.max_concurrent", sweep.max_concurrent, allowed)
 
 
 def so_far(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
@@ -145,7 +154,7 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
         return listed(max_concurrent=sweep.max_concurrent), {"point": tune.grid_search(points)}
     if sweep.search == "pbt":
         generator = BasicVariantGenerator(points_to_evaluate=first or None, random_state=sweep.seed)
-        return generator, {axis.key: _domain(axis) for axis in space.axes}
+        return generator, {axis.key: sweep_schedule.domain(axis) for axis in space.axes}
     optuna.logging.set_verbosity(optuna.logging.ERROR)
     samplers = optuna.samplers
     maker: Any = samplers.RandomSampler if sweep.search == "random" else samplers.TPESampler
@@ -171,86 +180,6 @@ def _with_limits(base: Any, sweep: SweepConfig) -> Any:
     return WithLimits
 
 
-def _domain(axis: Axis) -> Any:
-    """Return an axis as a Ray Tune domain, from which PBT samples."""
-    from ray import tune
-
-    if axis.kind == "choice":
-        return tune.choice(list(axis.values))
-    low, high, *step = axis.values
-    log = axis.kind.startswith("log_")
-    if "int" in axis.kind:
-        return tune.lograndint(low, high + 1) if log else tune.qrandint(low, high, step[0] if step else 1)
-    if log:
-        return tune.loguniform(low, high)
-    return tune.quniform(low, high, step[0]) if step else tune.uniform(low, high)
-
-
-def _scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
-    from ray.tune import schedulers
-
-    num_steps = int(tree["train"]["num_steps"])
-    grace = min(sweep.grace_steps, num_steps)
-    if sweep.search == "pbt":
-        random.seed(sweep.seed)  # PBT samples from this generator
-        return schedulers.PopulationBasedTraining(
-            time_attr="step",
-            perturbation_interval=grace,
-            hyperparam_mutations={axis.key: _domain(axis) for axis in space.axes},
-            custom_explore_fn=functools.partial(_inside, space),
-            quantile_fraction=0.25 if sweep.num_trials >= 4 else 0.5,
-            require_attrs=False,
-            synch=True,  # all trials are compared at the same step
-        )
-    if sweep.scheduler == "asha":
-        asha = _remembering(schedulers.ASHAScheduler, sweep, space, tree)
-        return asha(time_attr="step", max_t=num_steps, grace_period=grace, reduction_factor=sweep.reduction_factor)
-    if sweep.scheduler == "median":
-        median = _remembering(schedulers.MedianStoppingRule, sweep, space, tree)
-        # No time slices: a paused trial would have to reload its model.
-        return median(time_attr="step", grace_period=grace, min_samples_required=3, min_time_slice=math.inf)
-    return schedulers.FIFOScheduler()
-
-
-def _inside(space: Space, point: dict[str, Any]) -> dict[str, Any]:
-    """Return a point that PBT has perturbed, with each number clipped to its range."""
-    ranges = {axis.key: axis.values[:2] for axis in space.axes if axis.kind != "choice"}
-    return point | {key: min(max(point[key], low), high) for key, (low, high) in ranges.items()}
-
-
-def _remembering(base: Any, sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
-    """Return a scheduler class that restores the trials' reports after a restart, which Ray Tune does not do."""
-    last = int(tree["train"]["num_steps"])
-
-    class Remembering(base):
-        def __init__(self, **options: Any):
-            super().__init__(**options)
-            self.last_steps: dict[str, int] = {}  # the last step of each trial
-
-        def on_trial_add(self, tune_controller: Any, trial: Any) -> None:
-            super().on_trial_add(tune_controller, trial)
-            until = (trial.last_result or {}).get("step", 0)
-            log = _folder(trial, sweep, space, tree) / "train" / "metrics.jsonl"
-            before = [record for record in rungs(runlog.read(log), sweep, last) if record["step"] <= until]
-            for record in before:
-                self.on_trial_result(tune_controller, trial, record)
-            if before and trial.status == "TERMINATED":
-                self.on_trial_complete(tune_controller, trial, before[-1])
-
-        def on_trial_result(self, tune_controller: Any, trial: Any, result: dict[str, Any]) -> str:
-            if result["step"] <= self.last_steps.get(trial.trial_id, 0):
-                return base.CONTINUE  # a resumed trial repeats its reports
-            self.last_steps[trial.trial_id] = result["step"]
-            return super().on_trial_result(tune_controller, trial, result)
-
-    return Remembering
-
-
-def _folder(trial: Any, sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Path:
-    point = space.whole(trial.config.get("point", trial.config), tree)
-    return trial_folder(sweep, point, tree, trial.trial_id)
-
-
 def _rows(results: Any) -> list[dict[str, Any]]:
     """Return {"drawn": point, "value", "step", "metrics", "folder", "curve", "error", "ended"} of each trial."""
     rows = []
@@ -263,7 +192,7 @@ def _rows(results: Any) -> list[dict[str, Any]]:
         row = {"drawn": config.get("point", config), "curve": [list(item) for item in sorted(curve.items())]}
         row |= {"metrics": metrics} | {key: metrics.get(key) for key in ("value", "step", "folder")}
         row["error"] = str(result.error).strip().splitlines()[-1] if result.error else None
-        rows.append(row | {"ended": trial.status in ("TERMINATED", "ERROR")})
+        rows.append(row | {"ended": trial.status in ENDED})
     return rows
 
 
@@ -304,7 +233,7 @@ class Board(Callback):
         result = []
         for number, trial in enumerate(trials, 1):
             if trial.trial_id not in self.folders:
-                self.folders[trial.trial_id] = _folder(trial, self.sweep, self.space, self.tree)
+                self.folders[trial.trial_id] = sweep_schedule.folder(trial, self.sweep, self.space, self.tree)
             log = self.folders[trial.trial_id] / "train" / "metrics.jsonl"
             point = self.space.whole(trial.config.get("point", trial.config), self.tree)
             result.append(sweep_board.row(number, trial.status, point, trial.last_result or {}, log, self.last))

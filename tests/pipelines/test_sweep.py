@@ -9,6 +9,7 @@ import sys
 from contextlib import nullcontext
 from types import SimpleNamespace
 
+import numpy as np
 import pytest
 
 from ex4d import config
@@ -177,7 +178,7 @@ def test_without_a_validation_split_no_trial_validates(tmp_path, monkeypatch):
 
     make_dataset(tmp_path, val=0)
     trees = []
-    monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(sweep, "connected", lambda *_, **__: nullcontext())
     monkeypatch.setattr(sweep, "_check_gpus", lambda *_: None)  # asks Ray
     monkeypatch.setattr(sweep_tune, "search", lambda _, tree: trees.append(tree) or [])
     path = sweep_bench.write(tmp_path, "mse", {"num_steps": 6}, metric="mse", grace_steps=3, repeat_seeds=1)
@@ -199,7 +200,7 @@ def test_the_advice_on_gpus_can_be_followed_in_the_same_folder(tmp_path, monkeyp
 
     make_dataset(tmp_path)
     trees = []
-    monkeypatch.setattr(sweep, "connected", lambda _: nullcontext())
+    monkeypatch.setattr(sweep, "connected", lambda *_, **__: nullcontext())
     monkeypatch.setattr(ray, "cluster_resources", lambda: {"GPU": 8.0})
     monkeypatch.setattr(sweep_tune, "search", lambda _, tree: trees.append(tree) or [])
     path = sweep_bench.write(tmp_path, "one", {"num_steps": 6, "device": "auto"}, max_concurrent=2, repeat_seeds=1)
@@ -267,14 +268,14 @@ def test_the_board_knows_of_steps_between_two_reports(tmp_path, capsys):
 
 def test_a_scheduler_made_anew_remembers_what_trials_reported(tmp_path):
     """Ray Tune restores its trials, but not the results by which ASHA compares them."""
-    from pipelines.train.sweep_tune import _scheduler
+    from pipelines.train.sweep_schedule import scheduler
 
     space = {"train.lr": {"choice": [0.1, 0.2, 0.3]}}
     settings = sweep.SweepConfig(output=str(tmp_path), space=space, grace_steps=3)
     tree = {"train": {"num_steps": 9}}
     log_of(folder_of(settings, 0.1), {3: 1.0, 6: 0.9, 9: 0.8})
     log_of(folder_of(settings, 0.2), {3: 1.5, 6: 0.1})
-    made = _scheduler(settings, Space.of(space), tree)
+    made = scheduler(settings, Space.of(space), tree)
     made.set_search_properties("value", "min")
     done, going, new = trial("TERMINATED", 0.1, step=9), trial("PENDING", 0.2, step=3), trial("PENDING", 0.3)
     for each in (done, going, new):
@@ -282,6 +283,53 @@ def test_a_scheduler_made_anew_remembers_what_trials_reported(tmp_path):
     assert made.on_trial_result(None, going, {"step": 3, "value": 1.5}) == "CONTINUE", "judged before"
     assert made.on_trial_result(None, new, {"step": 3, "value": 1.4}) == "STOP", "worse than the median of 1.0 and 1.5"
     assert made.on_trial_result(None, going, {"step": 6, "value": 0.95}) == "STOP", "step 6 was not reported before"
+
+
+def test_pbt_stays_on_the_choices_and_steps_of_the_space(tmp_path):
+    from ray.tune.schedulers.pbt import _explore
+
+    from pipelines.train.sweep_schedule import scheduler
+
+    space = {
+        "train.ema_decay": {"choice": [0.9, 0.99, None]},
+        "train.hole_weight": {"uniform": [1, 4, 0.5]},
+        "train.lr": {"log_uniform": [1e-5, 1e-3]},
+    }
+    section = {"output": str(tmp_path), "space": space, "search": "pbt", "max_concurrent": 4, "grace_steps": 3}
+    made = scheduler(sweep.SweepConfig(**section), Space.of(space), {"train": {"num_steps": 9}})
+    point = {"train.ema_decay": 0.99, "train.hole_weight": 2.5, "train.lr": 1e-3}
+    for _ in range(100):
+        point, _ = _explore(point, made._hyperparam_mutations, 0.25, (1.2, 0.8), made._custom_explore_fn)
+        assert point["train.ema_decay"] in (0.9, 0.99, None)
+        assert point["train.hole_weight"] in np.arange(1, 4.5, 0.5)
+        assert 1e-5 <= point["train.lr"] <= 1e-3
+
+
+def test_a_limit_below_the_trials_under_way_is_refused(tmp_path):
+    trials = [trial(status, 0.1) for status in ("TERMINATED", "RUNNING", "PENDING", "PAUSED", "ERROR")]
+    results = SimpleNamespace(_experiment_analysis=SimpleNamespace(trials=trials))
+    before = SimpleNamespace(get_results=lambda: results)
+    sweep_tune._check_limit(before, sweep.SweepConfig(max_concurrent=3))
+    with pytest.raises(ConfigError, match=r"max_concurrent=2: must be at least 3"):
+        sweep_tune._check_limit(before, sweep.SweepConfig(max_concurrent=2))
+
+
+def test_a_sweep_of_other_samples_is_refused(tmp_path, monkeypatch):
+    """Trials of an earlier start trained on the samples that were there then."""
+    import sweep_bench
+    from make_run import make_dataset
+
+    make_dataset(tmp_path)
+    monkeypatch.setattr(sweep, "connected", lambda *_, **__: nullcontext())
+    monkeypatch.setattr(sweep, "_check_gpus", lambda *_: None)  # asks Ray
+    monkeypatch.setattr(sweep_tune, "search", lambda *_: [])
+    path = sweep_bench.write(tmp_path, "one", {"num_steps": 6}, grace_steps=3, repeat_seeds=1)
+    sweep.command(str(path), ["model.base=tiny"])
+    sweep.command(str(path), ["model.base=tiny", "sweep.num_trials=6"])
+    dataset = tmp_path / "dataset" / "dataset.json"
+    dataset.write_text(dataset.read_text().replace("{", '{"more": 1,', 1))
+    with pytest.raises(ConfigError, match=r"train\.data=.*holds other samples"):
+        sweep.command(str(path), ["model.base=tiny", "sweep.num_trials=8"])
 
 
 @pytest.mark.parametrize(
