@@ -78,8 +78,8 @@ def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*
     """Return 64 hex digits that identify the files in folders by name and content, wherever the folders are."""
     lines = []
     for number, folder in enumerate(folders):
-        for path in sorted({path for pattern in patterns for path in folder.glob(pattern)}):
-            lines.append(f"{file_sha256(path)}  {number}/{path.name}\n")
+        for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
+            lines.append(f"{file_sha256(path)}  {number}/{path.relative_to(folder)}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

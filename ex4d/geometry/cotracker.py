@@ -41,11 +41,7 @@ def track(
     import torch
 
     device = device or ("cuda" if torch.cuda.is_available() else "cpu")
-    places = [Path(folder, place, CHECKPOINT) for place in (".", "checkpoints")] if folder else []
-    checkpoint = next((path for path in places if path.is_file()), None)
-    if checkpoint is None:
-        raise ConfigError("masks.tracker_path", folder, FETCH)
-    predictor = _predictor(checkpoint, device)
+    predictor = _predictor(checkpoint_of(folder), device)
     video = torch.from_numpy(np.ascontiguousarray(frames)).permute(0, 3, 1, 2)[None].float().to(device)  # 0 … 255
     points = np.asarray(points, np.float32).reshape(-1, 2)
     queries = np.concatenate([np.zeros((len(points), 1), np.float32), points - 0.5], axis=1)  # (frame, x, y)
@@ -55,6 +51,15 @@ def track(
     height, width = frames.shape[1:3]
     inside = ((xy >= 0) & (xy < (width, height))).all(axis=-1)
     return xy, seen[0].bool().cpu().numpy() & inside
+
+
+def checkpoint_of(folder: str | None) -> Path:
+    """Return the file of the weights in a folder. Raises ConfigError if there is none."""
+    places = [Path(folder, place, CHECKPOINT) for place in (".", "checkpoints")] if folder else []
+    checkpoint = next((path for path in places if path.is_file()), None)
+    if checkpoint is None:
+        raise ConfigError("masks.tracker_path", folder, FETCH)
+    return checkpoint
 
 
 @lru_cache(maxsize=1)

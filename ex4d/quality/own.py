@@ -45,7 +45,7 @@ def identity(file: str, weights: str | None) -> str:
     whole = hashlib.sha256(Path(file).read_bytes())
     path = Path(weights or "")
     if weights and path.is_dir():
-        whole.update(hub.fingerprint([path]).encode())
+        whole.update(hub.fingerprint([path], ["**/*"]).encode())
     elif weights and path.is_file():
         whole.update(hashlib.sha256(path.read_bytes()).digest())
     else:

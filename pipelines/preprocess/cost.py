@@ -232,7 +232,7 @@ def _chosen(sources: Iterable[Source], numbers: Sequence[int]) -> Iterator[tuple
 def measure(config: PreprocessConfig, source: Source) -> Measured:
     """Measure one video, from an empty folder to its staged samples."""
     with tempfile.TemporaryDirectory(prefix="ex4d-plan-") as folder:
-        alone = replace(config, output=folder, max_bad_fraction=1.0, metrics_port=None)
+        alone = replace(config, output=folder, max_bad_fraction=1.0, metrics_port=None, keep_staging="all")
         result = preprocess.run(alone, runner_name="inline", sources=Sources([source]))
         samples = [path.stat().st_size for path in (Path(folder) / "staging" / "clips").glob("*.tar")]
     tallies = result.stages
@@ -267,7 +267,7 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
     gpu_wall_s = num_videos * gpu_s.value / choice.num_gpus if gpu_s.value else 0.0
     in_bytes = num_videos * statistics.fmean(one.sample_bytes for one in sample)
     cpu_h, gpu_h = (num_videos * part.value / 3600 for part in (cpu_s, gpu_s))
-    prices = (choice.usd_per_cpu_hour, choice.usd_per_gpu_hour)
+    prices = (choice.usd_per_cpu_hour if cpu_h else 0.0, choice.usd_per_gpu_hour if gpu_h else 0.0)
     return Plan(
         num_videos=num_videos,
         sample_videos=len(sample),
@@ -279,7 +279,7 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
         cpu_s=cpu_s,
         gpu_s=gpu_s,
         samples=round(num_videos * statistics.fmean(one.samples for one in sample)),
-        disk_gb=2 * in_bytes / 1e9,
+        disk_gb=(1.1 if config.keep_staging == "none" else 2) * in_bytes / 1e9,
         shards=math.ceil(in_bytes / (config.shard_size_mb << 20)),
         cpu_h=cpu_h,
         gpu_h=gpu_h,
@@ -287,7 +287,7 @@ def scale(sample: Sequence[Measured], corpus: int, config: PreprocessConfig, cho
         num_cpus=num_cpus,
         num_gpus=choice.num_gpus,
         gpu_actors=math.ceil(gpu_s.value / share / (cpu_s.value / num_cpus)) if gpu_s.value else 0,
-        usd=None if prices == (None, None) else cpu_h * (prices[0] or 0) + gpu_h * (prices[1] or 0),
+        usd=None if prices[0] is None or prices[1] is None else cpu_h * prices[0] + gpu_h * prices[1],
     )
 
 

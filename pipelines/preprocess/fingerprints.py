@@ -37,7 +37,8 @@ class ClipNames:
         limits = differing(to_dict(config.limits), to_dict(usual.limits))
         filters = differing(to_dict(config.filters), to_dict(usual.filters))
         self._made = Digest("clip", CLIP_CODE, versions(), chosen)
-        self._judged = (limits, filters)
+        thresholds = [] if config.scorer is None else [(config.scorer.min, config.scorer.max)]
+        self._judged = (limits, filters, *thresholds)
         self._seen = Digest("scores", CLIP_CODE, versions(), config.size, config.fit)
         self._drawn = Digest(config.seed)
 
@@ -95,6 +96,8 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
         chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
     chosen["members"] = sorted(set(config.members))
+    tracked = config.masks.tracker == COTRACKER3 and not config.score_only
+    chosen["masks"]["tracker_path"] = _tracker_weights(config.masks.tracker_path) if tracked else None
     if config.persistent_frames:
         chosen["moving_bodies"] = "flow"  # how moving bodies are found if the depth estimator does not report them
     if config.cameras == "colmap":
@@ -120,6 +123,14 @@ def _on_gpu(config: PreprocessConfig) -> list[str]:
         "tracker": config.masks.tracker == COTRACKER3 and gpu_share(config) > 0,
     }
     return [name for name, is_there in found.items() if is_there]
+
+
+@cache
+def _tracker_weights(folder: str | None) -> str:
+    from ex4d import hub
+    from ex4d.geometry.cotracker import checkpoint_of
+
+    return hub.file_sha256(checkpoint_of(folder))
 
 
 @cache

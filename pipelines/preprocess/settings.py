@@ -19,7 +19,10 @@ CLIP_BYTES_PER_PX = 32  # peak memory per pixel of a clip's frames; measured: 24
 
 @dataclass(frozen=True)
 class DecodeLimits:
-    """Limits of decoding one clip in its child process; reading a whole video for cuts gets more by its length."""
+    """Limits of decoding one clip of a video in its child process; reading a whole video for cuts gets more.
+
+    Depth files have fixed limits (see depth/sidecar.py).
+    """
 
     timeout_s: float = setting(120.0, "Wall-clock limit, seconds; 49 frames of 4K need about 2.5.", gt=0)
     cpu_s: float = setting(120.0, "CPU time limit, seconds.", gt=0)
@@ -86,7 +89,9 @@ class PreprocessConfig:
         False, "Only measure scores and report what each filter would keep; no depth, masks or shards."
     )
     val_fraction: float = setting(0.02, "Fraction of sources that go to the validation split.", ge=0, le=1)
-    seed: int = setting(0, "Seed of all random choices.", ge=0, le=2**31 - 1)
+    seed: int = setting(
+        0, "Seed of all random choices in clips; the split depends only on the videos.", ge=0, le=2**31 - 1
+    )
 
     list_root: str | None = setting(
         None, "Folder that file names in lists are relative to; null: the folder of each list.", group="Input and cache"
@@ -154,7 +159,9 @@ class PreprocessConfig:
         ge=0,
     )
     profile: Literal["default", "released"] = setting(
-        "default", "How meshes are built from depth; released: as for the published weights."
+        "default",
+        "How relative depth becomes z-depth and, for two cameras, how meshes are built; released: as for the published "
+        "weights. Masks always use the default mesh.",
     )
     masks: MaskConfig = setting(MaskConfig(), "How masks are simulated.")
     members: tuple[Literal["cond", "depth", "source"], ...] = setting(
@@ -189,7 +196,17 @@ class PreprocessConfig:
         has_python = self.depth not in FOREIGN or self.depth_python is not None
         need(has_python, "depth_python", f"must be the Python executable of an environment for depth={self.depth}")
         need(self.fps is None or self.stride == 1, "stride", "must be 1 if preprocess.fps is set")
-        if "source" in self.members:
+        pairs = "source" in self.members
+        # Otherwise nothing measures the score, and the filter would keep every clip.
+        need(
+            pairs or self.filters.max_warp_error is None,
+            "filters.max_warp_error",
+            "must be null without source in members",
+        )
+        moves = self.cameras in ("parallax", "colmap") and (self.cameras, self.depth) != ("parallax", "parallax")
+        allowed = "must be null unless cameras is parallax (with another depth) or colmap"
+        need(moves or self.filters.max_camera_depth_error is None, "filters.max_camera_depth_error", allowed)
+        if pairs:
             alone = "must be [source]: samples of two cameras have no other extra members"
             need(set(self.members) == {"source"}, "members", alone)
             need(self.masks.num_masks == 1, "masks.num_masks", "must be 1 with members=[source]")

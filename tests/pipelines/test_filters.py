@@ -17,13 +17,15 @@ from ex4d.data import sample
 from ex4d.data.tar import read_sample
 from ex4d.data.verify import verify
 from ex4d.errors import ConfigError
+from ex4d.geometry.cotracker import CHECKPOINT
+from ex4d.geometry.mask_config import MaskConfig
 from ex4d.quality import SCORES
 from ex4d.synthetic import SyntheticConfig, clip_scene, render_clip
 from pipelines.preprocess import fingerprints
 from pipelines.preprocess import run as preprocess
 from pipelines.preprocess.filters import FilterConfig
 from pipelines.preprocess.run import RayConfig
-from pipelines.preprocess.settings import CaptionerConfig
+from pipelines.preprocess.settings import CaptionerConfig, PreprocessConfig
 
 
 def samples(config):
@@ -42,6 +44,35 @@ def test_every_sample_holds_every_score(config):
             "camera_depth_error",  # which needs estimated cameras
         }
         assert one.provenance["crop_box"] == [0, 0, 32, 32]
+
+
+@pytest.mark.parametrize(
+    ("threshold", "choice", "allowed"),
+    [
+        ("max_warp_error", {"members": ("depth",)}, {"members": ("source",), "masks": MaskConfig(num_masks=1)}),
+        ("max_camera_depth_error", {"cameras": "auto"}, {"cameras": "parallax"}),
+        ("max_camera_depth_error", {"cameras": "parallax", "depth": "parallax"}, {"cameras": "colmap"}),
+    ],
+)
+def test_a_threshold_of_a_score_that_nothing_measures_is_refused(threshold, choice, allowed):
+    filters = FilterConfig(**{threshold: 0.1})
+    with pytest.raises(ConfigError, match=rf"filters\.{threshold}=0\.1: must be null"):
+        PreprocessConfig(filters=filters, **choice)
+    PreprocessConfig(filters=filters, **allowed)
+
+
+def test_weights_of_a_tracker_are_known_by_their_content(tmp_path):
+    def settings(folder):
+        fingerprints._tracker_weights.cache_clear()
+        masks = MaskConfig(tracker="cotracker3", tracker_path=str(folder))
+        return fingerprints.sample_settings(PreprocessConfig(masks=masks))
+
+    for name, content in (("one", b"1"), ("copy", b"1"), ("two", b"2")):
+        (tmp_path / name).mkdir()
+        (tmp_path / name / CHECKPOINT).write_bytes(content)
+    assert settings(tmp_path / "one") == settings(tmp_path / "copy") != settings(tmp_path / "two")
+    with pytest.raises(ConfigError, match=r"masks\.tracker_path"):
+        settings(tmp_path)
 
 
 def _letterboxed(folder, top):

@@ -48,6 +48,8 @@ def test_the_example_scores_every_clip_and_a_threshold_needs_no_new_work(config,
     result = inline(fresh)
     assert result.stages["depth"].done == 6  # dropped clips get no depth
     assert verify(fresh.output, full=True).tree_sha256 == verify(half.output, full=True).tree_sha256
+    looser = inline(replace(half, scorer=replace(scorer, min=found[3])))
+    assert looser.counts["samples"] == 9, "a looser threshold takes dropped clips back"
     assert str(Path(scorer.file).parent) not in Path(fresh.output, "dataset.json").read_text()
 
 

@@ -5,6 +5,7 @@ from __future__ import annotations
 import json
 import math
 import time
+from dataclasses import replace
 
 import pytest
 
@@ -42,6 +43,12 @@ def test_a_mean_is_scaled_to_the_corpus_and_laid_out_on_the_cluster():
     assert made.gpu_actors == 8
     # The standard error of two of 3600, with the correction for a finite corpus.
     assert made.cpu_s.error == pytest.approx(math.sqrt(2) * math.sqrt((1 - 2 / 3600) / 2))
+
+
+def test_one_price_alone_is_no_cost_if_the_other_machine_is_used_too():
+    config, choice = PreprocessConfig(output="out"), PlanConfig(num_gpus=1, usd_per_cpu_hour=0.5)
+    assert plan.scale([measured(1.0)], 7200, config, choice).usd == 1.0
+    assert plan.scale([measured(1.0, 1.0)], 7200, replace(config, depth_num_gpus=1.0), choice).usd is None
 
 
 def test_a_gpu_that_only_the_captioner_reserves_is_planned_for():
@@ -97,7 +104,7 @@ def test_sizes_in_a_store_count_too_and_few_are_asked_for(monkeypatch):
 def test_a_plan_of_a_corpus_and_its_judgement_by_the_run(tmp_path):
     paths = write_corpus(tmp_path / "videos", SyntheticConfig(num_videos=3, num_frames=9, size=(64, 64), supersample=1))
     (tmp_path / "videos" / "broken.mp4").write_bytes(b"no video")
-    few = {"num_frames": 9, "size": (64, 64), "num_workers": 1}
+    few = {"num_frames": 9, "size": (64, 64), "num_workers": 1, "keep_staging": "none"}  # the plan still counts samples
     config = PreprocessConfig(output=str(tmp_path / "out"), input=str(tmp_path / "videos"), **few)
     sections = {"preprocess": config, "plan": PlanConfig(num_cpus=2), "synthetic": SyntheticConfig()}
     made, earlier = plan.write(sections)
