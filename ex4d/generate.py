@@ -169,9 +169,10 @@ def novel_views(
     # All checks, and depth, come before gigabytes of weights are loaded.
     configs = [_view_config(metadata, device_of(device), {**view, **path}) for path in paths]
     view_config = configs[0]
-    lora_files(config)
+    which = provenance.base_of(adapter_path, metadata, base)
+    lora_files(config, experts.boundary(*which) is not None)
     config = config.for_adapter(metadata)
-    stride = backbone.clip_stride(*provenance.base_of(adapter_path, metadata, base))
+    stride = backbone.clip_stride(*which)
     encoders.check_clip((view_config.num_frames or 0, *(view_config.size or metadata.size), 3), stride)
     clip = read(video_path, view_config)
     sources = [along(clip, path, str(video_path)) for path in configs]

@@ -52,7 +52,9 @@ class GenerateConfig:
 
     def __post_init__(self) -> None:
         need = checked(self, "generate")
+        need(self.window_overlap % 4 == 0, "window_overlap", "must be a multiple of 4")
         if self.window_frames is not None:
+            need(self.window_frames % 4 == 1, "window_frames", "must be 4k + 1, e.g. 49")
             allowed = "must be less than generate.window_frames - 1: a window also holds the first frame"
             need(self.window_overlap < self.window_frames - 1, "window_overlap", allowed)
 

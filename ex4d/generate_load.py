@@ -91,7 +91,7 @@ def _with_adapter(
     model = build_model(base.transformer, shape)
     if path is not None:
         weights.load_adapter(path, model, allow_other_base)
-    for index, (where, file, scale) in enumerate(lora_files(config)):
+    for index, (where, file, scale) in enumerate(lora_files(config, expert is not None)):
         if where in (None, expert):
             lora.stack_lora(model.transformer, file, scale, f"extra{index}")
     swap.swap_blocks(model.transformer, config.block_swap, base.device)
@@ -100,11 +100,14 @@ def _with_adapter(
     return model
 
 
-def lora_files(config: GenerateConfig) -> list[tuple[str | None, Path, float]]:
+def lora_files(config: GenerateConfig, has_experts: bool) -> list[tuple[str | None, Path, float]]:
     """Return (expert or None for all, file, scale) of each of `config.lora`.
 
+    Args:
+        has_experts: the base has two experts.
+
     Raises:
-        ConfigError: a missing file or an invalid scale.
+        ConfigError: a missing file, an invalid scale, or an expert that the base does not have.
     """
     found: list[tuple[str | None, Path, float]] = []
     for text in config.lora:
@@ -120,5 +123,7 @@ def lora_files(config: GenerateConfig) -> list[tuple[str | None, Path, float]]:
             scale = math.nan
         if not math.isfinite(scale) or not Path(path).is_file():
             raise ConfigError("generate.lora", text, "must be a safetensors file, FILE:SCALE, or high:FILE or low:FILE")
+        if expert and not has_experts:
+            raise ConfigError("generate.lora", text, f"must be {rest}, since the base does not have two experts")
         found.append((expert, Path(path), scale))
     return found

@@ -203,7 +203,7 @@ def read(video_path: str | Path, config: ReconstructConfig = ReconstructConfig()
     if K is None:
         height, width = frames.shape[1:3]
         K = camera.intrinsics((height, width), config.fov_deg)
-        if profile == "released":
+        if profile == "released" and config.fov_deg is None:
             K = np.array([[RELEASED_FOCAL_PX, 0, width / 2], [0, RELEASED_FOCAL_PX, height / 2], [0, 0, 1]])
     z_depth = depth_estimators.z_depth_of(result, profile)
     w2c = result.w2c if result.kind == "z_depth" or result.metric else None  # else depth was mapped to another unit

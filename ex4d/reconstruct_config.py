@@ -94,6 +94,8 @@ class ReconstructConfig:
         need = checked(self)
         camera_path.check_name(self.trajectory)
         need(self.source_poses is None or Path(self.source_poses).is_file(), "source_poses", "no such pose file")
+        scaled = self.source_scale is None or self.source_poses is not None
+        need(scaled, "source_scale", "must be left out without source_poses")
         if self.cameras != "auto":
             from ex4d.depth import source_cameras  # imports OpenCV
 

@@ -248,6 +248,8 @@ def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_p
         (("--trajectory", "sideways"), 2, "trajectory"),
         (("--also", "sideways"), 2, "trajectory"),
         (("--also", "left:far"), 2, "DEGREES"),
+        (("--also", "zoom:3"), 2, "zoom has no angle"),
+        (("--source-scale", "2"), 2, "source_scale"),
         (("--also", "left", "--also", "left"), 2, "once"),
         (("--profile", "woven"), 2, "profile"),
         (("--angle-deg", "nan"), 2, "angle_deg"),
@@ -261,7 +263,10 @@ def test_an_adapter_of_released_masks_gets_released_meshes(clip, adapters, tmp_p
         (("--block-swap", "-1"), 2, "block_swap"),
         (("--block-swap", "99"), 2, "block_swap"),
         (("--lora", "nothing.safetensors:0.5"), 2, "lora"),
+        (("--lora", f"high:{__file__}"), 2, "does not have two experts"),
         (("--window-frames", "9", "--window-overlap", "12"), 2, "window_overlap"),
+        (("--window-frames", "10"), 2, "window_frames"),
+        (("--window-frames", "49", "--window-overlap", "10"), 2, "window_overlap"),
     ],
 )
 def test_what_cannot_be_done_is_named(clip, adapters, tmp_path, capsys, flags, status, named):

@@ -335,6 +335,8 @@ def test_key_poses_become_a_smooth_path_in_radii(clip, tmp_path):
     assert np.linalg.norm(eyes[1] - (eyes[0] + eyes[2]) / 2) > 1e-3  # a spline, not a polygon
     seen = w2c @ [0, 0, radius, 1]
     np.testing.assert_allclose(seen[[0, 2, 4], :2], 0, atol=1e-9)
+    with pytest.raises(ConfigError, match="only rebase"):
+        reconstruct(clip, trajectory=str(tmp_path / "keys.json"), trajectory_options={"scale": 3.0}, num_frames=5)
     for bad in ([], [{"eye": [0, 0, 0]}], [[1, 2], [3, 4]], [{"eye": [0, 0, 1], "look_at": [0, 0, 1]}], 7):
         (tmp_path / "bad.json").write_text(json.dumps({"axes": "opencv", "key_poses": bad}))
         with pytest.raises(ContractError, match=r"bad\.json"):

@@ -114,6 +114,8 @@ def test_depth_radius_and_focal_length_are_the_released_ones(clip):
     np.testing.assert_allclose(view.z_depth, z_depth, rtol=1e-5)
     np.testing.assert_allclose(view.choices["radius"], z_depth[0, 1:-1, 1:-1].min() + 0.15, rtol=1e-6)
     np.testing.assert_array_equal(view.K, [[500, 0, 32], [0, 500, 32], [0, 0, 1]])
+    chosen = reconstruct(clip, profile="released", trajectory="released-180", size=None, fov_deg=90.0)
+    np.testing.assert_allclose(chosen.K, [[32, 0, 32], [0, 32, 32], [0, 0, 1]])
     plain = reconstruct(clip, trajectory="released-180", size=None)
     assert np.abs(plain.z_depth / z_depth - 1).max() > 0.1
     drawn = render(mesh.build(view.frames[9], z_depth[9], view.K, "released"), Camera(view.K, view.w2c[9], SIZE))

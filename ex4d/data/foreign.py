@@ -13,7 +13,7 @@ from typing import TYPE_CHECKING, Any
 import numpy as np
 
 from ex4d import isolation, storage
-from ex4d.data import latents, sample
+from ex4d.data import decoding, latents, sample
 from ex4d.data.members import MAX_MASKS
 from ex4d.errors import ConfigError, ContractError
 
@@ -84,8 +84,10 @@ def sample_of(dataset: Mapping[str, Any], members: Mapping[str, bytes], foreign:
     return isolation.run("decode_sample", (dict(members), spec), LIMITS, table=__name__)
 
 
-def decoder(dataset: Mapping[str, Any], with_source: bool) -> Callable[..., dict[str, Any]]:
-    """Return the loader's decoder for a foreign dataset: like `decoding.decoder_of`, but executed in the child."""
+def decoder_of(path: str, dataset: Mapping[str, Any], trust: str, with_source: bool) -> Callable[..., dict[str, Any]]:
+    """Return the loader's decoder: `decoding.decoder_of` the dataset, executed in the child if it is foreign."""
+    if not is_foreign(path, trust):
+        return decoding.decoder_of(dataset, with_source)
     facts = _facts(dataset)
 
     def decode(members: Mapping[str, bytes], draw: Callable[[int], int], into: np.ndarray | None = None) -> dict:

@@ -24,7 +24,7 @@ from ex4d import storage
 from ex4d.config import checked, setting
 from ex4d.data import foreign, manifest
 from ex4d.data.cache import RangeCache
-from ex4d.data.decoding import Decode, decoder_of
+from ex4d.data.decoding import Decode
 from ex4d.data.tar import read_sample
 from ex4d.errors import BadSample, ConfigError, ContractError
 
@@ -113,10 +113,9 @@ class ShardLoader(Iterator[Batch]):
             raise ConfigError("samples_consumed", samples_consumed, f"a multiple of world_size {world_size}")
         facts = manifest.read_dataset(dataset)
         self.dataset, self.seed = dataset, seed
-        is_foreign = foreign.is_foreign(dataset, (config or LoaderConfig()).trust)
-        self.decode = decode or (foreign.decoder if is_foreign else decoder_of)(facts, with_source)
-        self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         self.config = config or LoaderConfig()
+        self.decode = decode or foreign.decoder_of(dataset, facts, self.config.trust, with_source)
+        self.rank, self.world_size, self.micro_batch_size = rank, world_size, micro_batch_size
         # Shape of frames that can be decoded straight into the batch, which saves a copy of nine megabytes per clip.
         spec = facts.get("sample", {}) if decode is None and "latents" not in facts else {}
         self._frame_shape = (spec["num_frames"], *spec["size"], 3) if spec else None

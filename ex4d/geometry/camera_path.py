@@ -83,6 +83,8 @@ def from_file(
         raise ConfigError("rebase", rebase, "true or false")
     keys = trajectory_files.read_key_poses(path)
     if keys is not None:
+        for key in options.keys() - {"rebase"}:
+            raise ConfigError(key, options[key], "key poses, which are in radii, take only rebase")
         if rebase:
             return trajectory.custom(num_frames, radius, keys), K
         keys[:, :3, 3] *= radius

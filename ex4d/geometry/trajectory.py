@@ -208,6 +208,11 @@ def build(
     return function(num_frames, float(radius), **options)
 
 
+def has_angle(name: str) -> bool:
+    """Return whether `angle_deg` changes a path."""
+    return name in TRAJECTORIES and "angle_deg" in inspect.signature(TRAJECTORIES[name]).parameters
+
+
 def zoom_intrinsics(K: np.ndarray, num_frames: int, zoom: float = 2.0) -> np.ndarray:
     """Return K [T, 3, 3] px whose focal lengths grow geometrically from 1 to `zoom` times those of K [3, 3]."""
     _check("zoom", zoom, np.isfinite(zoom) and zoom > 0, "finite and above 0")

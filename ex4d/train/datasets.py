@@ -8,7 +8,7 @@ from typing import Any
 
 import numpy as np
 
-from ex4d.data import decoding, latents, loader, manifest
+from ex4d.data import decoding, foreign, latents, loader, manifest
 from ex4d.data.mixture import MixtureLoader
 from ex4d.data.texts import TextStore
 from ex4d.data.verify import dataset_fingerprint
@@ -91,7 +91,9 @@ class Datasets:
     def _open_one(self, index: int, split: str, micro_batch_size: int, samples: int) -> loader.ShardLoader:
         decode = None
         if self.texts and self.config.prompt is None:
-            decode = _with_texts(self.texts[index], decoding.decoder_of(self.facts[index], self.source_video))
+            trust = self.config.loader.trust
+            decode = foreign.decoder_of(self.paths[index], self.facts[index], trust, self.source_video)
+            decode = _with_texts(self.texts[index], decode)
         # Validation clips and their masks are the same in every run.
         where = (self.paths[index], split, micro_batch_size, self.config.seed if split == "train" else 0)
         ranks = (self.place.rank, self.place.world_size)

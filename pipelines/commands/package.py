@@ -53,12 +53,17 @@ def settings(job: str, path: str, overrides: Sequence[str]) -> dict[str, Any]:
     tree["ray"] = {**tree.get("ray", {}), "address": "auto"}
     if job == "train":
         tree["train"] = {**tree.get("train", {}), "launcher": "ray"}
+    shared = "must be an absolute path on storage that all nodes share, or a URL; relative, it is a folder here"
     for key in SHARED[job]:
         section, name = key.split(".")
-        place = getattr(chosen[section], name)
-        if "://" not in place and not os.path.isabs(place):
-            shared = "must be an absolute path on storage that all nodes share, or a URL; relative, it is a folder here"
-            raise ConfigError(key, place, shared)
+        places = (
+            [data.path for data in chosen["train"].datasets]
+            if key == "train.data"
+            else [getattr(chosen[section], name)]
+        )
+        for place in places:
+            if "://" not in place and not os.path.isabs(place):
+                raise ConfigError(key, place, shared)
     for key, text in _texts(tree):
         if "://" in text and urlsplit(text).password:
             allowed = "must have no password, which the cluster would store; give the nodes their own credentials"

@@ -12,6 +12,7 @@ from ex4d.config import fingerprint, installed_versions, to_dict
 from ex4d.depth import FOREIGN, DepthRequest, places, weight_folders
 from ex4d.errors import BadSample, ConfigError
 from ex4d.generate import GenerateConfig
+from ex4d.generate_load import lora_files
 from ex4d.geometry import camera_path
 from ex4d.geometry.camera import intrinsics
 from ex4d.geometry.render import choose_backend
@@ -71,12 +72,13 @@ def plan(config: EvaluateConfig, sampler: GenerateConfig, world: SyntheticConfig
     digest = " + ".join(storage.sha256(file) for file, _ in adapters.values())
     components = backbone.COMPONENTS if at is None else (*backbone.COMPONENTS, "transformer_2")
     models = fingerprints.of_components(*base, components, components)
+    loras = [storage.sha256(str(file)) for _, file, _ in lora_files(sampler, at is not None)]
     sampler = sampler.for_adapter(metadata)
     context = Evaluation(
         output=config.output,
         adapter=config.adapter,
         base=config.base,
-        model=fingerprint(digest, models),
+        model=fingerprint(digest, models, *loras),
         sampler=sampler,
         seed=config.seed,
         methods=config.compared,

@@ -17,8 +17,8 @@ from make_data import REJECTS, SPEC, facts, make_sample
 
 from ex4d import storage
 from ex4d.data import cache as cache_module
+from ex4d.data import decoding, manifest
 from ex4d.data import loader as loader_module
-from ex4d.data import manifest
 from ex4d.data.cache import RangeCache
 from ex4d.data.loader import LoaderConfig, ShardLoader, draw_mask, epoch_order
 from ex4d.data.shards import pack
@@ -302,7 +302,7 @@ def test_frames_are_decoded_to_their_place_in_the_batch(dataset16, threads):
     config = LoaderConfig(num_threads=threads)
     fast, slow = (
         ShardLoader(str(dataset16), "train", 3, 5, config=config, decode=decode)
-        for decode in (None, loader_module.decoder_of(manifest.read_dataset(str(dataset16))))
+        for decode in (None, decoding.decoder_of(manifest.read_dataset(str(dataset16))))
     )
     batches = [(next(fast), next(slow)) for _ in range(5)]
     for ours, twin in batches:

@@ -95,6 +95,7 @@ def test_the_code_is_sent_where_it_is_asked_for(here):
     [
         ("preprocess", "preprocess.output=out/dataset", "absolute path on storage that all nodes share"),
         ("train", "train.data=out/dataset", "absolute path on storage that all nodes share"),
+        ("train", "train.data=[{path: /data/a}, {path: out/dataset}]", "absolute path on storage that all nodes share"),
         ("evaluate", "evaluate.adapter=out/run/adapter", "absolute path on storage that all nodes share"),
         ("preprocess", "preprocess.input=videos", "is a folder of this machine"),
         ("preprocess", "preprocess.input=nowhere/*.mp4", "no file here"),

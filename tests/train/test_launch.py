@@ -70,9 +70,20 @@ def test_one_rank_at_stage_three_with_recomputation_learns_the_same(folder, whol
 def test_finished_run_says_so_and_other_settings_are_refused(folder, whole, capsys):
     assert cli.main(["train", str(whole)]) == 0
     assert "already finished: 20 steps" in capsys.readouterr().out
+    assert cli.main(["train", str(whole), "train.num_steps=10"]) == 0
+    assert "already finished: 20 steps" in capsys.readouterr().out
+    assert cli.main(["train", str(whole), "ray.address=auto"]) == 0
+    assert "ray.address is not used" in capsys.readouterr().err
     for change in ("train.seed=1", "model.lora_rank=4"):
         assert cli.main(["train", str(whole), change]) == 2
         assert change.partition("=")[0] in capsys.readouterr().err
+
+
+def test_ray_train_within_another_launcher_is_refused(whole, monkeypatch, capsys):
+    for name, value in {"RANK": "0", "WORLD_SIZE": "2", "MASTER_ADDR": "127.0.0.1", "MASTER_PORT": "1"}.items():
+        monkeypatch.setenv(name, value)
+    assert cli.main(["train", str(whole), "train.launcher=ray"]) == 2
+    assert "train.launcher" in capsys.readouterr().err
 
 
 def test_checkpoint_is_an_adapter_of_adapter_size(folder, whole):

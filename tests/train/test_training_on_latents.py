@@ -11,6 +11,7 @@ import torch
 from make_run import make_base, make_dataset
 from safetensors.torch import load as load_safetensors
 
+from ex4d import config
 from ex4d.data import manifest
 from ex4d.data.texts import text_key
 from ex4d.errors import ConfigError, ContractError
@@ -18,6 +19,7 @@ from ex4d.models import backbone
 from ex4d.models.backbone import ModelConfig
 from ex4d.train import runlog
 from ex4d.train.config import Place, TrainConfig
+from ex4d.train.datasets import Datasets
 from ex4d.train.job import build_job
 from ex4d.train.trainer import Trainer
 from pipelines.encode import job as encode
@@ -122,3 +124,19 @@ def test_a_damaged_text_is_a_bad_sample_not_a_wrong_one(folder, alone, tmp_path)
     assert batch["valid"].sum() == 6
     assert [key[-1] for key, valid in zip(batch["keys"], batch["valid"], strict=True) if not valid] == ["3"]
     assert text_key("clip 3") in next(iter(loader.bad.values()))
+
+
+def test_latents_of_strangers_are_decoded_in_the_child(folder, alone, monkeypatch):
+    from ex4d import isolation
+
+    def batch(trust: str) -> dict:
+        values = STEPS | {"data": str(folder / "latents"), "prompt": None, "loader": {"trust": trust}}
+        opened = Datasets(config.validate(TrainConfig, values, "train"), model_of(folder), alone)
+        return next(opened.open("train", 0, 2))
+
+    own, asked, run = batch("own"), [], isolation.run
+    monkeypatch.setattr(isolation, "run", lambda *args, **options: asked.append(args[0]) or run(*args, **options))
+    foreign = batch("foreign")
+    assert set(asked) == {"decode_one"}
+    assert foreign["captions"] == own["captions"]
+    assert torch.equal(torch.as_tensor(foreign["latents"]), torch.as_tensor(own["latents"]))
