@@ -35,11 +35,11 @@ class SweepConfig:
     report: tuple[str, ...] = setting(("loss", "mse", "samples_per_s"), "Metrics to report beside it.")
     window: int = setting(10, "Steps over which mse or loss is averaged.", ge=1)
     search: Literal["tpe", "random", "grid", "pbt"] = setting("tpe", "How points are proposed.")
-    scheduler: Literal["asha", "median", "none"] = setting("asha", "How weak trials are stopped early.")
+    scheduler: Literal["asha", "median", "none"] = setting("asha", "How weak trials are stopped early; pbt: not used.")
     grace_steps: int = setting(10, "Steps between two comparisons; no trial is stopped before the first.", ge=1)
     reduction_factor: int = setting(2, "ASHA: one in this many trials survives each rung.", ge=2)
     repeat_seeds: int = setting(
-        3, "Train the best and the file's own values with this many seeds each; 1: skip this.", ge=1
+        3, "Train the best and the file's own values with this many seeds each; 1: skip this; pbt: not used.", ge=1
     )
     cpus_per_trial: float = setting(
         1.0, "CPUs that Ray reserves for each trial; with train.launcher=ray, its ranks reserve their own.", ge=0

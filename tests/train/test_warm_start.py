@@ -37,8 +37,8 @@ def test_the_loss_goes_on_where_the_source_run_ended(folder: Path, source: Path,
     again = chosen(folder, "again", num_steps=2, init_from=str(source / "adapter"), **VALIDATED)
     assert run(alone, again) == 0
     lines = runlog.read(folder / "again" / "metrics.jsonl")
-    assert lines[0]["initial_validation_loss"] == pytest.approx(last, abs=1e-6)
-    assert lines[-1]["validation_loss"] != pytest.approx(last, abs=1e-6)
+    assert lines[0]["initial_validation_loss"] == pytest.approx(last, abs=1e-5)  # the order of sums may differ
+    assert lines[-1]["validation_loss"] != pytest.approx(last, abs=1e-5)
     assert "initial_validation_loss" not in lines[1]
     # A resumed run reads its checkpoint: the source may be gone.
     (folder / "moved").mkdir()
