@@ -79,7 +79,9 @@ def fingerprint(folders: Sequence[Path], patterns: Sequence[str] = ("*.json", "*
     lines = []
     for number, folder in enumerate(folders):
         for path in sorted({path for pattern in patterns for path in folder.glob(pattern) if path.is_file()}):
-            lines.append(f"{file_sha256(path)}  {number}/{path.relative_to(folder)}\n")
+            name = path.relative_to(folder)
+            if not any(part.startswith(".") or part == "__pycache__" for part in name.parts):  # of tools, e.g. .cache
+                lines.append(f"{file_sha256(path)}  {number}/{name}\n")
     return hashlib.sha256("".join(lines).encode()).hexdigest()
 
 

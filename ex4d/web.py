@@ -21,6 +21,7 @@ from urllib.parse import urlsplit
 if TYPE_CHECKING:
     import aiohttp
 
+_PROTOCOLS = ipaddress.ip_network("192.0.0.0/24")  # of protocols; Python 3.11 calls some of its addresses global
 _NAT64 = ipaddress.ip_network("64:ff9b::/96")  # its last 32 bits are an IPv4 address
 
 
@@ -111,4 +112,8 @@ def is_public(address: str) -> bool:
             inner = ipaddress.IPv4Address(int(ip) & 0xFFFFFFFF)
         if inner is not None:
             return is_public(str(inner))
+        if ip.is_site_local:
+            return False
+    elif ip in _PROTOCOLS:
+        return False
     return ip.is_global and not ip.is_multicast and not ip.is_reserved

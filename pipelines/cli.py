@@ -15,8 +15,10 @@ import logging
 import os
 import signal
 import sys
+import traceback
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Any
 
 from ex4d.errors import BadSample, ConfigError, ContractError, Filtered
 from ex4d.redact import shown, shown_output, without_secrets
@@ -114,7 +116,9 @@ def parse(argv: Sequence[str] | None = None) -> argparse.Namespace:
     if args.command not in COMMANDS:
         top.error(f"{args.command!r} is not a command{nearest(args.command, list(COMMANDS))}")
     below = command_parser(args.command)
-    below.add_argument("--log-level", default=args.log_level, choices=LEVELS, help="as before the command")
+    below.add_argument(
+        "--log-level", default=args.log_level, choices=LEVELS, help="least severe messages that are printed"
+    )
     if below._subparsers:
         return below.parse_args(args.arguments, args)
     for word in args.arguments:  # argparse would report missing arguments and not the misspelt option
@@ -140,8 +144,15 @@ def main(argv: Sequence[str] | None = None) -> int:
     for stream in (sys.stdout, sys.stderr):
         if isinstance(stream, io.TextIOWrapper):  # e.g. ASCII output shows \u2026 for a character that it lacks
             stream.reconfigure(errors="backslashreplace")
+    sys.excepthook = _print_traceback
     with shown_output():
         return _main(argv)
+
+
+def _print_traceback(*error: Any) -> None:
+    """Print the traceback of an unexpected error as all other output: its message may hold untrusted text."""
+    with shown_output():
+        traceback.print_exception(*error)
 
 
 def _main(argv: Sequence[str] | None) -> int:

@@ -26,7 +26,6 @@ def test_each_command_explains_itself(command, capsys):
         (["preprocess", "configs/tiny.yaml", "preprocess.fps=.inf"], "preprocess.fps"),
         (["preprocess", "configs/tiny.yaml", "preprocess.size=[100000, 16]"], "8192"),
         (["train", "configs/tiny.yaml", "train.zero_stage=7"], "train.zero_stage"),
-        (["train", "configs/tiny.yaml", "train.condition_dropout=0.1"], "train.condition_dropout"),
         (["train", "configs/tiny.yaml", "train.dry_run=true", "model.family=wan2.1-i2v-14b"], "model.family"),
         (["generate", "--video", "a.mp4", "--adapter", ".", "--output", "out/b.mp4", "--shift", "-1"], "shift"),
         (["sweep", "configs/tiny.yaml", "sweep.no_such_key=1"], "sweep.no_such_key"),

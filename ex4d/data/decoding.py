@@ -9,7 +9,7 @@ from typing import Any
 import numpy as np
 
 from ex4d.data.latents import LatentSpec, decode_latents
-from ex4d.data.members import decode_frames, decode_masks, require_members, unpack_bits
+from ex4d.data.members import caption_of, decode_frames, decode_masks, require_members, unpack_bits
 from ex4d.data.sample import MEMBERS, OPTIONAL, VISIBILITY
 from ex4d.errors import ContractError
 
@@ -62,7 +62,7 @@ def decode_pixels(
         "visible": unpack_bits(packed[index], frames.shape[2]),
         "kind": kind[index],
         "mask_index": np.int64(index),
-        "captions": members["txt"].decode("utf-8", "replace"),
+        "captions": caption_of(members),
     }
 
 

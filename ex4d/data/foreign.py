@@ -39,7 +39,8 @@ def is_foreign(dataset: str, trust: str = "auto") -> bool:
     if not storage.is_local(dataset):
         return not dataset.startswith(("s3://", "gs://", "gcs://", "memory://"))
     path = storage.local_path(dataset)
-    return path.exists() and path.stat().st_uid != os.getuid()
+    there = [place for place in (path, path / "shards") if place.exists()]  # either may be a link to another folder
+    return any(place.stat().st_uid != os.getuid() for place in there)
 
 
 def check(facts: Mapping[str, Any], members: Mapping[str, bytes], key: str) -> None:

@@ -28,7 +28,7 @@ from typing import Any
 
 import numpy as np
 
-from ex4d.data.members import decode_json, encode_json, require_members
+from ex4d.data.members import caption_of, decode_json, encode_json, require_members
 from ex4d.data.tensors import STORED, decode_tensors, encode_tensors, store_as, to_float32
 from ex4d.errors import ContractError
 
@@ -133,7 +133,7 @@ def decode_latents(
             "hole": tensors["hole"][index],
             "kind": tensors["kind"][index],
             "mask_index": np.int64(index),
-            "captions": members["txt"].decode("utf-8", "replace"),
+            "captions": caption_of(members),
         }
         if with_source:
             values["source"] = to_float32(tensors["source"])

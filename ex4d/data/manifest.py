@@ -164,11 +164,12 @@ def bounded_batches(
     A dictionary with one text of megabytes can expand to gigabytes, so few rows are read at a time and counted.
     """
     allowed = UNPACKED_BYTES + UNPACKED_FACTOR * num_bytes
-    groups = range(file.metadata.num_row_groups)
-    cells = (
-        file.metadata.row_group(group).column(number) for group in groups for number in range(file.metadata.num_columns)
-    )
-    widest = max((cell.total_uncompressed_size for cell in cells), default=1)
+    columns_of = range(file.metadata.num_columns)
+    groups = [file.metadata.row_group(group) for group in range(file.metadata.num_row_groups)]
+    sizes = [[group.column(number).total_uncompressed_size for number in columns_of] for group in groups]
+    if max(map(sum, sizes), default=0) > allowed:  # even a single row may have all of it
+        raise ContractError(f"{name}: {num_bytes} bytes unpack to more than {allowed}")
+    widest = max((max(row, default=1) for row in sizes), default=1)
     rows, total = max(1, min(ROWS_PER_GROUP, UNPACKED_BYTES // max(1, widest))), 0
     for batch in file.iter_batches(batch_size=rows, columns=columns):
         total += batch.nbytes

@@ -16,8 +16,16 @@ from ex4d import npy, video
 from ex4d.errors import BadSample, ContractError
 
 _UNREADABLE = (ValueError, OSError, EOFError, KeyError, zipfile.BadZipFile, zlib.error)
+MAX_CAPTION_BYTES = 2**18  # 64 Ki characters
 DEPTH_STEPS = 65535  # of the stored disparity
 _ZIP_DATE = (1980, 1, 1, 0, 0, 0)
+
+
+def caption_of(members: Mapping[str, bytes]) -> str:
+    """Return the caption of a sample. Raises ContractError if it is too long for any that `ex4d preprocess` writes."""
+    if len(members["txt"]) > MAX_CAPTION_BYTES:
+        raise ContractError(f"txt: has more than {MAX_CAPTION_BYTES} bytes")
+    return members["txt"].decode("utf-8", "replace")
 
 
 def hole_share(visible: np.ndarray) -> np.ndarray:

@@ -24,6 +24,7 @@ from ex4d.errors import ContractError
 
 TABLE = "text.parquet"
 ITEM_BYTES = {"float32": 4, "bfloat16": 2}
+MAX_DIM, MAX_LENGTH = 2**14, 2**12  # of an embedding; Wan's has 4,096 numbers for each of 512 tokens
 KEPT = 1024  # embeddings that one process caches
 
 _SCHEMA = pa.schema(
@@ -100,6 +101,9 @@ class TextStore:
         facts = dataset["latents"]
         self.folder, self.dtype = folder, facts["dtype"]
         self.dim, self.length = facts["text_dim"], facts["text_length"]
+        for name, most in (("text_dim", MAX_DIM), ("text_length", MAX_LENGTH)):
+            if not isinstance(facts[name], int) or not 0 < facts[name] <= most:
+                raise ContractError(f"dataset.json: latents.{name} is {facts[name]!r}, not an integer from 1 to {most}")
         table = manifest.read_table(folder, TABLE, sha256=dataset["sha256"].get(TABLE))
         self._rows = {row["text_sha256"]: row for row in table.drop_columns(["text"]).to_pylist()}
         if foreign := [row["file"] for row in self._rows.values() if not manifest.MORE.fullmatch(row["file"])]:

@@ -84,7 +84,7 @@ def from_file(
     keys = trajectory_files.read_key_poses(path)
     if keys is not None:
         for key in options.keys() - {"rebase"}:
-            raise ConfigError(key, options[key], "key poses, which are in radii, take only rebase")
+            raise ConfigError(key, options[key], "must be left out: key poses are in radii and take only rebase")
         if rebase:
             return trajectory.custom(num_frames, radius, keys), K
         keys[:, :3, 3] *= radius

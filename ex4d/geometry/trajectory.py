@@ -209,7 +209,7 @@ def build(
 
 
 def has_angle(name: str) -> bool:
-    """Return whether `angle_deg` changes a path."""
+    """Return whether `angle_deg` changes a path; False for a name that is not one."""
     return name in TRAJECTORIES and "angle_deg" in inspect.signature(TRAJECTORIES[name]).parameters
 
 

@@ -52,6 +52,10 @@ _UNKNOWN = {"clone3": (435, 435), "openat2": (437, 437)}
 _OPENING = {"open": ((2, -1), 24), "openat": ((257, 56), 32)}
 _WRITING = os.O_WRONLY | os.O_RDWR | os.O_CREAT | os.O_TRUNC
 _KILL, _TGKILL, _PRLIMIT = (62, 129), (234, 131), (302, 261)  # allowed on oneself, so that abort() works
+_AFFINITY = (203, 122)  # sched_setaffinity, allowed on the caller
+# ioctl can change the flags of a file that is open for reading. Allowed: about terminals and non-blocking descriptors.
+_IOCTL, _IOCTLS = (16, 29), (0x5401, 0x5413, 0x541B, 0x5421, 0x5450, 0x5451)
+_NEWER = 463  # the first number that is unknown here, setxattrat of Linux 6.13; the same on both architectures
 _ARCHITECTURES = {"x86_64": (0, 0xC000003E), "aarch64": (1, 0xC00000B7)}  # column of the numbers, AUDIT_ARCH_*
 
 # BPF: load a word, jump if ==, if >=, if any bit is set, return
@@ -201,7 +205,12 @@ def filter_program(machine: str, pid: int) -> bytes:
     steps = [(_LOAD, 0, 0, 4), (_EQUAL, 1, 0, audit), (_RETURN, 0, 0, _KILL_PROCESS), (_LOAD, 0, 0, 0)]
     if machine == "x86_64":  # x32 has other call numbers, which would bypass the list
         steps += [(_AT_LEAST, 0, 1, 0x40000000), (_RETURN, 0, 0, _KILL_PROCESS)]
+    steps += [(_AT_LEAST, 0, 1, _NEWER), (_RETURN, 0, 0, _FAIL_WITH | errno.ENOSYS)]
     steps += refuse_unless(_KILL, pid) + refuse_unless(_TGKILL, pid) + refuse_unless(_PRLIMIT, 0)
+    steps += refuse_unless(_AFFINITY, 0)
+    steps += [(_EQUAL, 0, len(_IOCTLS) + 3, _IOCTL[column]), (_LOAD, 0, 0, 24)]
+    steps += [(_EQUAL, len(_IOCTLS) - at, 0, request) for at, request in enumerate(_IOCTLS)]
+    steps += [(_RETURN, 0, 0, _FAIL_WITH | errno.EPERM), (_RETURN, 0, 0, _ALLOW)]
     for numbers, flags_at in _OPENING.values():
         if numbers[column] >= 0:
             steps += [(_EQUAL, 0, 4, numbers[column]), (_LOAD, 0, 0, flags_at), (_ANY_BIT, 0, 1, _WRITING)]

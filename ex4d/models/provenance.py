@@ -31,6 +31,10 @@ def base_of(
     Raises:
         ConfigError: the adapter's own base may not be loaded, so `base` must be set.
     """
+    if (metadata.base_revision or "").startswith("refs/"):  # e.g. a pull request, which anybody can open
+        raise ConfigError(
+            key, base, f"must be of another adapter: {path} names its revision {metadata.base_revision!r}"
+        )
     if base is not None:
         return base, metadata.base_revision if base == metadata.base else None
     folder = Path(metadata.base)

@@ -172,8 +172,6 @@ class TrainConfig:
             "cpu_offload",
             "must be false unless train.zero_stage is 1 to 3",
         )
-        drops = self.condition_dropout == 0 or self.prompt != ""
-        need(drops, "condition_dropout", "must be 0 if train.prompt is empty, as there is no prompt to leave out")
         derived = self.grad_accum_steps == 1 or self.global_batch_size is None
         need(derived, "grad_accum_steps", "must be left out with train.global_batch_size, which determines it")
         swappable = self.activation_checkpointing or not self.block_swap

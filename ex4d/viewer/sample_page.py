@@ -13,6 +13,7 @@ from ex4d import storage, video
 from ex4d.data import decoding, foreign, manifest, sample
 from ex4d.data.tar import read_sample
 from ex4d.errors import ConfigError, ContractError
+from ex4d.redact import redacted
 from ex4d.viewer import page
 
 HATCH = (255, 0, 160)  # rare in pictures
@@ -42,7 +43,7 @@ def samples_page(dataset: str, keys: Sequence[str] = (), count: int = 8, trust: 
     chosen = table.take(places or spread.tolist()).to_pylist()
     counts = facts["counts"]
     return page.Page(
-        title=f"Samples of {dataset.rstrip('/').rpartition('/')[2]}",
+        title=f"Samples of {redacted(dataset).rstrip('/').rpartition('/')[2]}",
         summary=(
             f"{len(chosen)} of {counts['samples']} samples. Left: the clip, which the model learns to reconstruct. "
             "Beside it: the clip under each mask, with its share of holes (hatched here, black in training).",

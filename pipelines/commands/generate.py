@@ -8,7 +8,7 @@ from typing import Any
 
 from ex4d.errors import ConfigError
 from ex4d.generate_config import GenerateConfig
-from ex4d.geometry.trajectory import has_angle
+from ex4d.geometry.trajectory import TRAJECTORIES, has_angle
 from ex4d.reconstruct_config import ReconstructConfig
 from pipelines.commands import flags
 from pipelines.runtime.output import writing
@@ -79,7 +79,7 @@ def _further(output: Path, text: str) -> tuple[Path, dict[str, Any]]:
         trajectory, degrees = text, ""
     change: dict[str, Any] = {"trajectory": trajectory, "trajectory_options": {}}
     if degrees:
-        if not has_angle(trajectory):
+        if Path(trajectory).is_file() or (trajectory in TRAJECTORIES and not has_angle(trajectory)):
             raise ConfigError("also", text, f"must have no degrees: {trajectory} has no angle")
         try:
             change["angle_deg"] = float(degrees)

@@ -125,10 +125,17 @@ def _check_list(key: str, path: str, root: str | None) -> None:
 
     if not path.lower().endswith(lists.SUFFIXES):
         raise ConfigError(key, path, "is a file of this machine; put it on storage that all nodes share")
+    entries = list(lists.read(os.path.abspath(path)))
+    for text in (entry.path for entry in entries if "://" in entry.path):
+        if urlsplit(text).password:
+            allowed = (
+                f"names {redacted(text)} with a password, which would be sent; give the nodes their own credentials"
+            )
+            raise ConfigError(key, path, allowed)
     if root is not None:
         return
     folder = os.path.dirname(os.path.abspath(path)) + os.sep
-    for entry in lists.read(os.path.abspath(path)):
+    for entry in entries:
         if not entry.reason and entry.path.startswith(folder):
             name = entry.path.removeprefix(folder)
             allowed = f"names {name}, beside itself on this machine; set preprocess.list_root to a shared folder"

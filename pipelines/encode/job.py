@@ -14,7 +14,7 @@ from typing import Any, Literal
 from ex4d import config as config_file
 from ex4d import storage
 from ex4d.config import checked, fingerprint, installed_versions, setting
-from ex4d.data import latents, manifest, shards, tensors, texts
+from ex4d.data import foreign, latents, manifest, shards, tensors, texts
 from ex4d.data.tar import read_sample
 from ex4d.data.verify import dataset_fingerprint
 from ex4d.errors import ConfigError
@@ -53,6 +53,12 @@ class EncodeConfig:
     )
     captions: bool = setting(True, "Encode each distinct caption; false: training uses fixed prompts only.")
     prompts: tuple[str, ...] = setting((), "More texts to encode, for train.prompt; the empty text is always included.")
+    trust: str = setting(
+        "auto",
+        "Decode samples in the worker (own) or in a sandboxed child (foreign); auto: foreign for datasets from the web "
+        "or a hub, or of another user.",
+        choices=foreign.TRUST,
+    )
     shard_size_mb: int = setting(1024, "Start a new shard before the current one exceeds this size.", ge=1)
     max_bad_fraction: float = setting(
         0.1, "Fail, and commit nothing, if a larger fraction of samples is damaged.", ge=0, le=1
@@ -135,7 +141,7 @@ class _Job:
         device = "cuda" if self.config.num_gpus else "cpu"
         kinds = tuple(self.dataset["sample"]["mask_kinds"])
         places = (self.config.data, self.config.output)
-        self.context = Encoding(*places, self.model, self.config.dtype, device, kinds)
+        self.context = Encoding(*places, self.model, self.config.dtype, device, kinds, self.config.trust)
 
     def work(self) -> None:
         """Encode or reject every sample that staging lacks; then encode the captions of the encoded samples."""

@@ -30,6 +30,7 @@ class Encoding:
         dtype: dtype of the stored tensors.
         device: cuda or cpu.
         mask_kinds: names of mask kinds in the input dataset.
+        trust: see EncodeConfig.
     """
 
     data: str
@@ -38,6 +39,7 @@ class Encoding:
     dtype: str
     device: str
     mask_kinds: tuple[str, ...]
+    trust: str = "auto"
 
 
 @lru_cache(maxsize=1)
@@ -80,7 +82,7 @@ def read_sample(row: Row, context: Encoding) -> dict[str, Any]:
         if hashlib.sha256(blob).hexdigest() != row["sha256"]:
             raise ContractError("sha256 is not the one in the manifest")
         members = members_of(blob, row["key"])
-        clip = foreign.sample_of(_dataset(context.data), members, foreign.is_foreign(context.data))
+        clip = foreign.sample_of(_dataset(context.data), members, foreign.is_foreign(context.data, context.trust))
     except ContractError as error:
         raise BadSample("damaged_sample", f"{row['shard']}: {error}; `ex4d verify` names the member") from None
     is_visibility = np.array([context.mask_kinds[kind] == sample.VISIBILITY for kind in clip.kind])

@@ -37,8 +37,8 @@ class ClipNames:
         limits = differing(to_dict(config.limits), to_dict(usual.limits))
         filters = differing(to_dict(config.filters), to_dict(usual.filters))
         self._made = Digest("clip", CLIP_CODE, versions(), chosen)
-        thresholds = [] if config.scorer is None else [(config.scorer.min, config.scorer.max)]
-        self._judged = (limits, filters, *thresholds)
+        thresholds = (None, None) if config.scorer is None else (config.scorer.min, config.scorer.max)
+        self._judged = (limits, filters, *([] if thresholds == (None, None) else [thresholds]))
         self._seen = Digest("scores", CLIP_CODE, versions(), config.size, config.fit)
         self._drawn = Digest(config.seed)
 
@@ -96,7 +96,8 @@ def sample_settings(config: PreprocessConfig) -> dict[str, Any]:
         made = {name: everything["captioner"][name] for name in ("prompt", "max_new_tokens")}
         chosen["captioner"] = {"weights_sha256": _caption_weights(config.captioner.model), **made}
     chosen["members"] = sorted(set(config.members))
-    tracked = config.masks.tracker == COTRACKER3 and not config.score_only
+    simulated = config.masks.tracking > 0 and "source" not in config.members and not config.score_only
+    tracked = config.masks.tracker == COTRACKER3 and simulated
     chosen["masks"]["tracker_path"] = _tracker_weights(config.masks.tracker_path) if tracked else None
     if config.persistent_frames:
         chosen["moving_bodies"] = "flow"  # how moving bodies are found if the depth estimator does not report them

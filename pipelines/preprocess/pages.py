@@ -142,14 +142,16 @@ def _sampled(config: PreprocessConfig) -> tuple[dict[str, list[float]], list[dic
 def _preview(config: PreprocessConfig, row: Mapping[str, Any]) -> Any:
     import numpy as np
 
-    from ex4d.data import sample
+    from ex4d.data import foreign
+    from ex4d.data.manifest import read_dataset
     from ex4d.data.tar import read_sample
     from ex4d.geometry import masks
     from ex4d.quality.pictures import shrink
     from ex4d.viewer.report_page import Preview, masked_picture
 
     url = storage.join(config.output, row["shard"])
-    one = sample.decode(read_sample(storage.read_bytes(url, row["offset"], row["length"]), row["key"]))
+    members = read_sample(storage.read_bytes(url, row["offset"], row["length"]), row["key"])
+    one = foreign.sample_of(read_dataset(config.output), members, foreign.is_foreign(config.output))
     frames = one.frames
     masked = np.stack([masked_picture(frames[-1], visible[-1]) for visible in one.visible])
     facts = one.provenance

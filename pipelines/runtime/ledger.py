@@ -43,6 +43,7 @@ import numpy as np
 
 from ex4d import storage
 from ex4d.config import to_dict
+from ex4d.data.foreign import is_foreign
 from ex4d.errors import ConfigError
 from ex4d.redact import SECRET, without_secrets
 from ex4d.threads import in_order
@@ -213,6 +214,8 @@ class Ledger:
         if storage.is_local(url) and storage.local_path(url).lstat().st_uid != os.getuid():
             what = "belongs to another user, whose choices may name any folder; give your own --config"
             raise ConfigError("OUT", self.output, what)
+        if is_foreign(self.output):
+            raise ConfigError("OUT", self.output, "is not yours to write to; retry in your own copy")
         text = storage.read_bytes(url).decode()
         if SECRET in text:
             raise ConfigError("OUT", self.output, "the run read URLs with a password or signature; give its --config")

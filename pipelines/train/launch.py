@@ -74,10 +74,15 @@ def run(
         left_over = "unset RANK and WORLD_SIZE, which a launcher set, or start with torchrun or srun"
         raise ConfigError("MASTER_ADDR", os.environ.get("MASTER_ADDR"), left_over)
     if place is not None and train.launcher == "ray":
-        allowed = "must be auto here: RANK and WORLD_SIZE say that another launcher has started this process"
+        allowed = "must be auto under torchrun, srun or deepspeed; or start `ex4d train` without one of them"
         raise ConfigError("train.launcher", "ray", allowed)
     if place is None and ray is not None and ray.address and train.launcher != "ray":
         print("ray.address is not used: train.launcher=ray would train on that cluster", file=sys.stderr)
+    if place is None and train.condition_dropout and train.prompt == "":
+        print(
+            "train.condition_dropout has no effect: train.prompt is empty, so there is none to leave out",
+            file=sys.stderr,
+        )
     _check_data(train)
     here = int(os.environ.get("LOCAL_WORLD_SIZE", place.world_size)) if place else 0
     check_run(train, model, here or (0 if train.launcher == "ray" else _num_processes(train)))

@@ -32,6 +32,7 @@ from pipelines.train import sweep_report
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import value_in, with_values
 
+SETTINGS = "settings.json"  # in the output: what may not change when the sweep is resumed
 SECTIONS = {"sweep": SweepConfig, "ray": RayConfig, "train": TrainConfig, "model": ModelConfig}
 
 
@@ -61,13 +62,13 @@ def command(path: str, overrides: Sequence[str]) -> int:
     output.mkdir(parents=True, exist_ok=True)
     sweep = config.validate(SweepConfig, {**config.to_dict(sweep), "output": str(output)}, "sweep")
     with exclusive(str(output)):
-        from pipelines.train.sweep_tune import Interrupted, search
+        from pipelines.train.sweep_tune import Interrupted, check_limit, search
 
         with _interruptible(), connected(loaded["ray"].address, object_store_mb=loaded["ray"].object_store_mb):
             _check_gpus(sweep, train, loaded["ray"].address is None)
-            _check_same(
-                sweep, tree, fingerprint(train), output
-            )  # records the settings, so only once the GPUs suit them
+            settings = _checked_settings(sweep, tree, fingerprint(train), output)
+            check_limit(sweep, tree)
+            storage.write_bytes(output / SETTINGS, settings)  # only now: those of a refused start are not recorded
             if train.launcher == "ray":  # for the trials, whose ranks reserve their own resources
                 tree["ray"] = {"ranks_timeout_s": loaded["ray"].ranks_timeout_s}
             try:
@@ -142,18 +143,20 @@ def trial_tree(
     return with_values(tree, values)
 
 
-def _check_same(sweep: SweepConfig, tree: dict[str, Any], data: str, output: Path) -> None:
-    """Raise ConfigError if the folder holds a sweep with other settings or data; else record them.
+def _checked_settings(sweep: SweepConfig, tree: dict[str, Any], data: str, output: Path) -> bytes:
+    """Return the new content of SETTINGS. Raises ConfigError if the folder holds a sweep with other settings or data.
 
     Args:
         data: the fingerprint of the datasets.
     """
     free = ("max_concurrent", "cpus_per_trial", "gpus_per_trial", "repeat_seeds")
     now = {"sweep": {k: v for k, v in config.to_dict(sweep).items() if k not in free}, **json.loads(json.dumps(tree))}
-    path = output / "settings.json"
+    path = output / SETTINGS
     before = json.loads(path.read_text(encoding="utf-8")) if path.exists() else now
     if before.get("data", data) != data:
-        allowed = f"holds other samples than when the sweep in {output} was started; use another sweep.output"
+        allowed = (
+            f"holds other samples or weights than when the sweep in {output} was started; use another sweep.output"
+        )
         raise ConfigError("train.data", tree["train"]["data"], allowed)
     if sweep.search in ("tpe", "random") and sweep.num_trials > before["sweep"]["num_trials"]:
         before["sweep"]["num_trials"] = sweep.num_trials
@@ -161,9 +164,9 @@ def _check_same(sweep: SweepConfig, tree: dict[str, Any], data: str, output: Pat
         for key in sorted(now[section].keys() | before[section].keys() - SweepConfig.RENAMED.keys()):
             if now[section].get(key) != before[section].get(key):
                 was = before[section].get(key)
-                allowed = f"the sweep in {output} was started with {was!r}; use that value or another sweep.output"
+                allowed = f"the sweep in {output} has {was!r}; use that value or another sweep.output"
                 raise ConfigError(f"{section}.{key}", now[section].get(key), allowed)
-    storage.write_bytes(path, (json.dumps(now | {"data": data}, indent=2) + "\n").encode())
+    return (json.dumps(now | {"data": data}, indent=2) + "\n").encode()
 
 
 @contextmanager

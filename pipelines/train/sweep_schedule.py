@@ -1,4 +1,8 @@
-"""Ray Tune's schedulers for a sweep: which trials are stopped early, and how PBT changes settings."""
+"""Ray Tune's schedulers for a sweep: which trials are stopped early, and how PBT changes settings.
+
+Ray Tune pickles references to the functions of this module into the sweep's folder: a sweep that is resumed by newer
+code needs their names.
+"""
 
 from __future__ import annotations
 
@@ -22,10 +26,12 @@ def scheduler(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> Any:
     grace = min(sweep.grace_steps, num_steps)
     if sweep.search == "pbt":
         random.seed(sweep.seed)  # PBT samples from this generator
+        # A value changes to a neighbour in a list, to 0.8 or 1.2 times itself, or to a new draw.
+        mutations = {axis.key: list(axis.values) if axis.kind == "choice" else domain(axis) for axis in space.axes}
         return schedulers.PopulationBasedTraining(
             time_attr="step",
             perturbation_interval=grace,
-            hyperparam_mutations={axis.key: _mutations(axis) for axis in space.axes},
+            hyperparam_mutations=mutations,
             custom_explore_fn=functools.partial(_inside, space),
             quantile_fraction=0.25 if sweep.num_trials >= 4 else 0.5,
             require_attrs=False,
@@ -82,11 +88,6 @@ def domain(axis: Axis) -> Any:
     if log:
         return tune.loguniform(low, high)
     return tune.quniform(low, high, step[0]) if step else tune.uniform(low, high)
-
-
-def _mutations(axis: Axis) -> Any:
-    """Return what PBT changes a value to: a neighbour in a list, or 0.8 or 1.2 times the value, or a new draw."""
-    return list(axis.values) if axis.kind == "choice" else domain(axis)
 
 
 def _inside(space: Space, point: dict[str, Any]) -> dict[str, Any]:

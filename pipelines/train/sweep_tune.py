@@ -6,6 +6,7 @@ import dataclasses
 import functools
 import logging
 import os
+import tempfile
 import time
 import warnings
 from collections.abc import Sequence
@@ -22,6 +23,9 @@ from pipelines.train.sweep_board import Display
 from pipelines.train.sweep_config import SweepConfig
 from pipelines.train.sweep_space import Space
 from pipelines.train.sweep_trial import run_trial
+
+# Sweeps that were started before 2026-11-27 have pickled references to these names.
+_folder, _inside = sweep_schedule.folder, sweep_schedule._inside
 
 ENDED = ("TERMINATED", "ERROR")  # statuses of Ray Tune
 MAX_FAILURES = 1  # a failed trial is retried once, from its last checkpoint
@@ -50,7 +54,6 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     warnings.filterwarnings("ignore", module="ray.tune")
     before = _before(sweep, tree)
     if before is not None:
-        _check_limit(before, sweep)
         return _rows(before.fit())
     proposals, config = _proposals(sweep, space, tree)
     tuner = tune.Tuner(
@@ -68,9 +71,13 @@ def search(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     return _rows(tuner.fit())
 
 
-def _check_limit(before: Any, sweep: SweepConfig) -> None:
+def check_limit(sweep: SweepConfig, tree: dict[str, Any]) -> None:
     """Raise ConfigError if more trials are under way than may run at a time: Ray Tune resumes them all at once."""
-    statuses = [trial.status for trial in before.get_results()._experiment_analysis.trials]
+    before = _before(sweep, tree)
+    if before is None:
+        return
+    analysis = before._local_tuner._experiment_analysis  # None if it was killed before its first trial
+    statuses = [trial.status for trial in analysis.trials] if analysis else []
     unfinished = len(statuses) - sum(status in ENDED for status in statuses)
     if unfinished > sweep.max_concurrent:
         allowed = f"must be at least {unfinished}, the number of trials under way, which are resumed at once"
@@ -80,7 +87,9 @@ def _check_limit(before: Any, sweep: SweepConfig) -> None:
 def so_far(sweep: SweepConfig, tree: dict[str, Any]) -> list[dict[str, Any]]:
     """Return the rows of a sweep that has not ended."""
     before = _before(sweep, tree)
-    return [] if before is None else _rows(before.get_results())
+    if before is None or before._local_tuner._experiment_analysis is None:  # it ended before its first trial
+        return []
+    return _rows(before.get_results())
 
 
 def _before(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
@@ -90,6 +99,11 @@ def _before(sweep: SweepConfig, tree: dict[str, Any]) -> Any:
     path = str(Path(sweep.output) / "tune" / "search")
     if not tune.Tuner.can_restore(path):
         return None
+    with tempfile.TemporaryFile(dir=sweep.output) as probe:
+        this_user = os.fstat(probe.fileno()).st_uid  # as this file system shows it, which may map users
+    # Ray Tune unpickles these files.
+    if any(file.lstat().st_uid != this_user for file in (Path(path).parent, Path(path), *Path(path).iterdir())):
+        raise ConfigError("sweep.output", sweep.output, "belongs to another user, whose state could run code here")
     tuner: Any = tune.Tuner.restore(path, trainable=_trainable(sweep, tree), resume_unfinished=True)
     # Ray Tune restores the settings of the first start; max_concurrent and num_trials may have changed since.
     restored = tuner._local_tuner._tune_config
@@ -150,8 +164,7 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
     first = [space.today(tree)] if space.today(tree) else []
     if sweep.search == "grid":
         points = first + [point for point in space.grid() if point not in first]
-        listed = _with_limits(BasicVariantGenerator, sweep)
-        return listed(max_concurrent=sweep.max_concurrent), {"point": tune.grid_search(points)}
+        return _listed(sweep), {"point": tune.grid_search(points)}
     if sweep.search == "pbt":
         generator = BasicVariantGenerator(points_to_evaluate=first or None, random_state=sweep.seed)
         return generator, {axis.key: sweep_schedule.domain(axis) for axis in space.axes}
@@ -162,22 +175,31 @@ def _proposals(sweep: SweepConfig, space: Space, tree: dict[str, Any]) -> tuple[
     optuna_search = OptunaSearch(
         space.define, metric="value", mode="min", sampler=sampler, points_to_evaluate=first or None
     )
-    return _with_limits(SearchGenerator, sweep)(ConcurrencyLimiter(optuna_search, sweep.max_concurrent)), {}
+    return _limited(optuna_search, sweep), {}
 
 
-def _with_limits(base: Any, sweep: SweepConfig) -> Any:
-    """Return a search algorithm's class that obeys the limits of `sweep` where Ray Tune restores earlier ones."""
+def _listed(sweep: SweepConfig) -> Any:
+    """Return the search algorithm of a grid. After a restart it takes the limit of now, not the one it restores."""
 
-    class WithLimits(base):
+    class Listed(BasicVariantGenerator):
         def restore_from_dir(self, folder: str) -> None:
             super().restore_from_dir(folder)
-            if isinstance(self, SearchGenerator):
-                self._total_samples = sweep.num_trials
-                self.searcher.max_concurrent = sweep.max_concurrent
-            else:
-                self.max_concurrent = sweep.max_concurrent
+            self.max_concurrent = sweep.max_concurrent
 
-    return WithLimits
+    return Listed(max_concurrent=sweep.max_concurrent)
+
+
+def _limited(optuna_search: Any, sweep: SweepConfig) -> Any:
+    """Return the search algorithm that asks Optuna. After a restart it takes the limits of now, as `_listed`."""
+    limiter: Any = ConcurrencyLimiter(optuna_search, sweep.max_concurrent)
+
+    class Limited(SearchGenerator):
+        def restore_from_dir(self, folder: str) -> None:
+            super().restore_from_dir(folder)
+            self._total_samples = sweep.num_trials
+            limiter.max_concurrent = sweep.max_concurrent
+
+    return Limited(limiter)
 
 
 def _rows(results: Any) -> list[dict[str, Any]]:

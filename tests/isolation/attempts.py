@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import ctypes
 import errno
+import fcntl
 import os
 import platform
 import resource
@@ -76,6 +77,10 @@ def everything(file: IO[bytes], secret: str, folder: str, port: int, unix: str) 
         "make a pipe": lambda: os.mkfifo(os.path.join(folder, "p")),
         "change rights": lambda: os.chmod(secret, 0o777),
         "change times": lambda: os.utime(secret),
+        "change rights by setxattrat": lambda: system_call(463, -100, secret.encode(), 0, b"user.a", buffer, 16),
+        "remove rights by removexattrat": lambda: system_call(466, -100, secret.encode(), 0, b"user.a"),
+        "change the input's flags": lambda: fcntl.ioctl(file.fileno(), 0x40086602, bytes(8)),
+        "move the parent to one core": lambda: os.sched_setaffinity(parent, {0}),
         "truncate": lambda: os.truncate(secret, 0),
         "connect by TCP": lambda: connect(socket.AF_INET, ("127.0.0.1", port)),
         "connect to a local socket": lambda: connect(socket.AF_UNIX, unix),

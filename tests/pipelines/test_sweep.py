@@ -305,13 +305,33 @@ def test_pbt_stays_on_the_choices_and_steps_of_the_space(tmp_path):
         assert 1e-5 <= point["train.lr"] <= 1e-3
 
 
-def test_a_limit_below_the_trials_under_way_is_refused(tmp_path):
+def test_a_limit_below_the_trials_under_way_is_refused(monkeypatch):
     trials = [trial(status, 0.1) for status in ("TERMINATED", "RUNNING", "PENDING", "PAUSED", "ERROR")]
-    results = SimpleNamespace(_experiment_analysis=SimpleNamespace(trials=trials))
-    before = SimpleNamespace(get_results=lambda: results)
-    sweep_tune._check_limit(before, sweep.SweepConfig(max_concurrent=3))
+    before = SimpleNamespace(_local_tuner=SimpleNamespace(_experiment_analysis=SimpleNamespace(trials=trials)))
+    monkeypatch.setattr(sweep_tune, "_before", lambda *_: before)
+    sweep_tune.check_limit(sweep.SweepConfig(max_concurrent=3), {})
     with pytest.raises(ConfigError, match=r"max_concurrent=2: must be at least 3"):
-        sweep_tune._check_limit(before, sweep.SweepConfig(max_concurrent=2))
+        sweep_tune.check_limit(sweep.SweepConfig(max_concurrent=2), {})
+    before._local_tuner._experiment_analysis = None  # killed before its first trial
+    sweep_tune.check_limit(sweep.SweepConfig(max_concurrent=1), {})
+
+
+def test_state_of_another_user_is_not_unpickled(tmp_path, monkeypatch):
+    settings = sweep.SweepConfig(output=str(tmp_path))
+    (tmp_path / "tune" / "search").mkdir(parents=True)
+    (tmp_path / "tune" / "search" / "tuner.pkl").write_bytes(b"")
+    monkeypatch.setattr("ray.tune.Tuner.can_restore", lambda path: True)
+    monkeypatch.setattr("ray.tune.Tuner.restore", lambda *_, **__: pytest.fail("restored"))
+    real = sweep_tune.Path.lstat
+    strange = SimpleNamespace(st_uid=12345)
+    monkeypatch.setattr(sweep_tune.Path, "lstat", lambda path: strange if path.name == "tuner.pkl" else real(path))
+    with pytest.raises(ConfigError, match="belongs to another user"):
+        sweep_tune.check_limit(settings, {"train": {}})
+
+
+def test_names_that_older_sweeps_have_pickled_are_still_there():
+    assert callable(sweep_tune._folder)
+    assert callable(sweep_tune._inside)
 
 
 def test_a_sweep_of_other_samples_is_refused(tmp_path, monkeypatch):

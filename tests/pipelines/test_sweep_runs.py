@@ -93,7 +93,7 @@ def test_a_sweep_that_ended_gets_more_trials_and_more_at_a_time(bench):
     assert points[0] == points[1]
     code, text = finish(start(path, "sweep.num_trials=4"))
     assert code == 2, text
-    assert "was started with 5" in text
+    assert "has 5; use that value" in text
 
 
 def test_a_trial_that_waits_for_more_cpus_than_there_are_starts_when_resumed_with_fewer(bench):

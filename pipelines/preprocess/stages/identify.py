@@ -12,6 +12,7 @@ from ex4d.errors import BadSample
 from ex4d.video import pictures
 from pipelines.inputs import walk, without_query
 from pipelines.preprocess import fetch, file_cache, pairs
+from pipelines.preprocess.stages.pair import MAX_CAMERA_BYTES
 from pipelines.runtime.stage import Row, Stage
 
 if TYPE_CHECKING:
@@ -101,7 +102,15 @@ def _pair(path: str, config: PreprocessConfig) -> dict[str, Any]:
         )
     except BadSample as error:
         raise BadSample(error.reason, f"{source.rpartition('/')[2]} {error.message}") from error
-    return {"sha256": [sha256, *(storage.sha256(camera) for camera in cameras)], "size_bytes": size_bytes}
+    return {"sha256": [sha256, *map(_camera, cameras)], "size_bytes": size_bytes}
+
+
+def _camera(file: str) -> str:
+    try:
+        return storage.sha256(file, max_bytes=MAX_CAMERA_BYTES)
+    except storage.TooLarge:
+        name = file.rpartition("/")[2]
+        raise BadSample("pair_cameras", f"{name} has more than {MAX_CAMERA_BYTES} bytes") from None
 
 
 def _check_inside(files: Sequence[str], row: Row, config: PreprocessConfig) -> None:
