@@ -40,6 +40,7 @@ def decode(data: bytes, is_cut: bool = False) -> str:
 
 def in_natural_order(names: list[str]) -> list[int]:
     """Return the indices that sort names by the numbers in them, so that frame_10 follows frame_9."""
+    # isdecimal, since isdigit is also true of ², which int does not read.
     keys = [
         [(part.isdecimal(), int(part) if part.isdecimal() else part) for part in re.split(r"(\d+)", n)] for n in names
     ]

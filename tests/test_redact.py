@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import json
 import logging
+import sys
 
 import pytest
 
@@ -59,3 +60,16 @@ def test_markup_in_a_reason_is_text():
     assert "[/red]" in shown
     assert "[b]x[/b]" in shown
     assert "\x1b" not in shown
+
+
+def test_a_traceback_is_shown_like_other_output(capsys, monkeypatch):
+    from pipelines import cli
+
+    monkeypatch.setattr(sys, "excepthook", sys.excepthook)
+    monkeypatch.setattr(cli, "_main", lambda argv: 0)
+    assert cli.main([]) == 0
+    sys.excepthook(RuntimeError, RuntimeError("\x1b]0;pwned\a https://u:hunter2@example.org/x"), None)
+    text = capsys.readouterr().err
+    assert "RuntimeError" in text
+    assert "\x1b" not in text
+    assert "hunter2" not in text

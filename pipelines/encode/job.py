@@ -56,7 +56,7 @@ class EncodeConfig:
     trust: str = setting(
         "auto",
         "Decode samples in the worker (own) or in a sandboxed child (foreign); auto: foreign for datasets from the web "
-        "or a hub, or of another user.",
+        "or of another user.",
         choices=foreign.TRUST,
     )
     shard_size_mb: int = setting(1024, "Start a new shard before the current one exceeds this size.", ge=1)

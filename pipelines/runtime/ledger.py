@@ -209,13 +209,13 @@ class Ledger:
             ConfigError: no run has written there, its settings contained a secret, or they belong to another user.
         """
         url = storage.join(self.output, CONFIG)
+        if not storage.is_local(url) and is_foreign(self.output):
+            raise ConfigError("OUT", self.output, "is on the web, where anybody may have written it")
         if not storage.exists(url):
             raise ConfigError("OUT", self.output, "a folder that `ex4d preprocess` has written to")
         if storage.is_local(url) and storage.local_path(url).lstat().st_uid != os.getuid():
             what = "belongs to another user, whose choices may name any folder; give your own --config"
             raise ConfigError("OUT", self.output, what)
-        if is_foreign(self.output):
-            raise ConfigError("OUT", self.output, "is not yours to write to; retry in your own copy")
         text = storage.read_bytes(url).decode()
         if SECRET in text:
             raise ConfigError("OUT", self.output, "the run read URLs with a password or signature; give its --config")

@@ -11,6 +11,8 @@ from pathlib import Path
 import hostile
 import pytest
 
+from ex4d.data import foreign
+
 PROGRAM = Path(__file__).with_name("hostile.py")
 GROWTH_MB = 400  # by reading any one dataset, in our own process
 
@@ -84,3 +86,12 @@ def test_a_video_of_kilobytes_and_four_gigabytes_of_pixels_takes_the_memory_of_o
     counts, peak_mb = json.loads(done.stdout.splitlines()[-1])
     assert counts["videos_split"] == 1
     assert max(peak_mb.values()) <= 1.5 * limit_mb, peak_mb
+
+
+@pytest.mark.skipif(os.getuid() != 0, reason="only root can give files away")
+@pytest.mark.parametrize("name", [".", "shards"])
+def test_a_dataset_with_shards_of_another_user_is_foreign(tmp_path, name):
+    (tmp_path / "shards").mkdir()
+    assert not foreign.is_foreign(str(tmp_path))
+    os.chown(tmp_path / name, 12345, 12345)
+    assert foreign.is_foreign(str(tmp_path))

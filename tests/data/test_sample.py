@@ -14,7 +14,16 @@ from hypothesis import strategies as st
 from make_data import SPEC, make_sample
 
 from ex4d import video
-from ex4d.data.members import decode_masks, encode_npz, hole_share, pack_bits, type_tree, unpack_bits
+from ex4d.data.members import (
+    MAX_CAPTION_BYTES,
+    caption_of,
+    decode_masks,
+    encode_npz,
+    hole_share,
+    pack_bits,
+    type_tree,
+    unpack_bits,
+)
 from ex4d.data.sample import MEMBERS, SampleSpec, decode, encode, validate
 from ex4d.errors import ContractError
 
@@ -166,6 +175,13 @@ def test_provenance_takes_no_value_that_readers_cannot_type(value):
     sample = make_sample(0)
     with pytest.raises(ContractError, match="json"):
         encode(dataclasses.replace(sample, provenance={**sample.provenance, "extra": value}))
+
+
+def test_a_caption_has_a_longest_length():
+    members = encode(make_sample(4)) | {"txt": b"x" * MAX_CAPTION_BYTES}
+    assert len(caption_of(members)) == MAX_CAPTION_BYTES
+    with pytest.raises(ContractError, match="txt: has more than"):
+        caption_of(members | {"txt": members["txt"] + b"x"})
 
 
 def test_hole_share_counts_holes():

@@ -153,6 +153,11 @@ def test_text_with_a_byte_order_mark_is_read(tmp_path, name, encoding):
     )
 
 
+def test_names_are_ordered_by_their_numbers():
+    names = ["²1.png", "b10.png", "b9.png", "a.png"]
+    assert [names[place] for place in in_natural_order(names)] == ["a.png", "b9.png", "b10.png", "²1.png"]
+
+
 @pytest.mark.parametrize("name", ["images.txt", "images.bin"])
 def test_files_that_colmap_itself_wrote(tmp_path, name):
     pycolmap = pytest.importorskip("pycolmap")

@@ -62,6 +62,14 @@ def test_other_bases_must_be_named(write, base):
         assert base_of(*told, base) == (base, "abc")
 
 
+def test_a_pull_request_is_no_revision(write):
+    """Anybody can open one, with other weights, for a published model."""
+    told = write(base="Wan-AI/Wan2.1-I2V-14B-480P-Diffusers", base_revision="refs/pr/7")
+    for base in (None, told[1].base):
+        with pytest.raises(ConfigError, match="refs/pr/7"):
+            base_of(*told, base)
+
+
 def test_an_adapter_of_ours_says_which_weights_it_knows(write, caplog):
     told = write(base_fingerprint=None)
     with pytest.raises(ConfigError, match="does not say which base weights"):

@@ -27,6 +27,8 @@ def test_retry_takes_no_choices_from_a_folder_of_another_user(tmp_path):
     ledger = Ledger(str(tmp_path))
     ledger.write_config({})
     assert ledger.read_config()[1] == {}
+    with pytest.raises(ConfigError, match="on the web"):
+        Ledger("https://example.org/out").read_config()
     os.chown(tmp_path / CONFIG, 65534, 65534)
     with pytest.raises(ConfigError, match="belongs to another user"):
         ledger.read_config()

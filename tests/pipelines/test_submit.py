@@ -101,6 +101,7 @@ def test_the_code_is_sent_where_it_is_asked_for(here):
         ("preprocess", "preprocess.input=nowhere/*.mp4", "no file here"),
         ("preprocess", "preprocess.input=clip.mp4", "is a file of this machine"),
         ("preprocess", "preprocess.input=list.txt", "names beside.mp4, beside itself"),
+        ("preprocess", "preprocess.input=secret.txt", "with a password, which would be sent"),
         ("train", "train.init_from=videos", "is a folder of this machine"),
         ("train", "train.init_from=../above.safetensors", "lies outside of this folder"),
         ("train", "train.init_from=large.safetensors", "is larger than"),
@@ -114,6 +115,7 @@ def test_the_code_is_sent_where_it_is_asked_for(here):
 def test_what_cannot_run_there_is_refused_with_the_reason(here, capsys, monkeypatch, job, override, says):
     (here / "videos").mkdir()
     (here / "clip.mp4").write_bytes(b"")
+    (here / "secret.txt").write_text("https://me:hunter2@example.org/b.mp4\n")
     (here / "list.txt").write_text("beside.mp4\n")
     (here.parent / "above.safetensors").write_bytes(b"")
     with open(here / "large.safetensors", "wb") as file:
