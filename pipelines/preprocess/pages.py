@@ -97,13 +97,15 @@ def _folder(config: PreprocessConfig) -> Iterator[Path]:
 
 def write_report(config: PreprocessConfig, result: Result) -> str:
     """Write the page of the dataset; return its path. Without a commit the page shows only the rejects."""
+    from ex4d.data.manifest import read_dataset
     from ex4d.viewer import report_page
 
     scores: dict[str, list[float]] = {}
     previews: list[report_page.Preview] = []
     if result.committed:
         scores, chosen = _sampled(config)
-        previews = [_preview(config, row) for row in chosen]
+        dataset = read_dataset(config.output)
+        previews = [_preview(config.output, dataset, row) for row in chosen]
     page = report_page.dataset_page(
         _name(config),
         result.counts,
@@ -139,19 +141,18 @@ def _sampled(config: PreprocessConfig) -> tuple[dict[str, list[float]], list[dic
     return scores, chosen
 
 
-def _preview(config: PreprocessConfig, row: Mapping[str, Any]) -> Any:
+def _preview(output: str, dataset: Mapping[str, Any], row: Mapping[str, Any]) -> Any:
     import numpy as np
 
     from ex4d.data import foreign
-    from ex4d.data.manifest import read_dataset
     from ex4d.data.tar import read_sample
     from ex4d.geometry import masks
     from ex4d.quality.pictures import shrink
     from ex4d.viewer.report_page import Preview, masked_picture
 
-    url = storage.join(config.output, row["shard"])
+    url = storage.join(output, row["shard"])
     members = read_sample(storage.read_bytes(url, row["offset"], row["length"]), row["key"])
-    one = foreign.sample_of(read_dataset(config.output), members, foreign.is_foreign(config.output))
+    one = foreign.sample_of(dataset, members, foreign.is_foreign(output))
     frames = one.frames
     masked = np.stack([masked_picture(frames[-1], visible[-1]) for visible in one.visible])
     facts = one.provenance
