@@ -5,7 +5,9 @@ from __future__ import annotations
 import argparse
 import importlib
 import sys
+import textwrap
 from pathlib import Path
+from typing import Any
 
 from ex4d.config import SECTIONS
 from ex4d.config_help import about, describe
@@ -24,7 +26,7 @@ def settings_page() -> str:
             classes[name] = cls
             readers.setdefault(name, []).append(f"`ex4d {job}`")
     parts = [
-        f"# Settings\n\n{NOTE}\n\nSet a value in a file as `section: {{key: value}}`, or on the command line as "
+        f"# Settings\n\n{NOTE}\n\nSet a value in a file as `section: {{key: value}}`, or on the command line as\n"
         "`section.key=value`. `null` means off or automatic.\n"
     ]
     for name in SECTIONS:
@@ -34,17 +36,27 @@ def settings_page() -> str:
 
 
 def markdown(cls: type, section: str) -> str:
-    """Return a section's settings as a table for the reference page."""
+    """Return a section's settings as a list for the reference page."""
     lines, group = [f"## {section}", "", about(cls), ""], None
     for one in describe(cls, section):
         if one.group != group:
             group = one.group
             lines += ["", f"### {section}: {group[0].lower()}{group[1:]}", ""] if group else []
-            lines += ["| Setting | Default | Allowed | Meaning |", "| --- | --- | --- | --- |"]
         default = "" if one.is_section and one.default is None else "required" if one.default is None else one.default
-        cells = (f"`{one.key}`", f"`{default}`" if default else "", one.allowed, one.help)
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        lines.append(_entry(one.key, default, one.allowed, one.help))
     return "\n".join(lines) + "\n"
+
+
+def _entry(name: str, default: Any, allowed: str, text: str) -> str:
+    """Return an item of a list, wrapped: `name` (default; allowed values): text."""
+    shown = {"": "", "required": "required"}.get(default, f"default `{default}`")
+    facts = "; ".join(part for part in (shown, allowed) if part)
+    item = f"- `{name}`{f' ({facts})' if facts else ''}: {text}"
+    return _wrapped(item, "  ")
+
+
+def _wrapped(text: str, indent: str = "") -> str:
+    return textwrap.fill(text, 120, subsequent_indent=indent, break_long_words=False, break_on_hyphens=False)
 
 
 def commands_page() -> str:
@@ -58,24 +70,27 @@ def commands_page() -> str:
         if name in JOBS:
             names = importlib.import_module(JOBS[name]).SECTIONS
             sections = ", ".join(f"[`{one}`](settings.md#{one})" for one in names)
-            parts.append(f"    ex4d {name} CONFIG.yaml [section.key=value ...]\n\nSections: {sections}.\n")
+            parts.append(
+                f"    ex4d {name} CONFIG.yaml [section.key=value ...]\n\n{_wrapped(f'Sections: {sections}.')}\n"
+            )
             continue
-        parts.append(_table(cli.command_parser(name)))
+        parts.append(_list(cli.command_parser(name)))
     return "\n".join(parts)
 
 
-def _table(parser: argparse.ArgumentParser) -> str:
-    lines = ["| Argument | Default | Meaning |", "| --- | --- | --- |"]
+def _list(parser: argparse.ArgumentParser) -> str:
+    lines = []
     for action in parser._actions:
         if isinstance(action, argparse._HelpAction):
             continue
         word = action.metavar or ("" if action.nargs == 0 else (action.dest if not action.option_strings else "VALUE"))
         flag = f"{', '.join(action.option_strings)} {word if action.nargs != 0 else ''}".strip()
-        default = "required" if action.required else "" if action.default in (None, False, [], "") else action.default
+        default = (
+            "required" if action.required else "" if action.default in (None, False, [], "") else str(action.default)
+        )
         text = (action.help or "") % {"default": action.default}
-        choices = f" One of {', '.join(map(str, action.choices))}." if action.choices else ""
-        cells = (f"`{flag}`", f"`{default}`" if default != "" else "", f"{text}{choices}")
-        lines.append("| " + " | ".join(cell.replace("|", "\\|") for cell in cells) + " |")
+        choices = f"one of {', '.join(map(str, action.choices))}" if action.choices else ""
+        lines.append(_entry(flag, default, choices, text))
     return "\n".join(lines) + "\n"
 
 
